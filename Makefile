@@ -1,0 +1,38 @@
+# Every target sets up .venv by itself; nothing but Python 3.11 or later with pip, and make, need be there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help install demo check test clean
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+install: .venv/installed  ## set up .venv with the command .venv/bin/peertune
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
+.venv/developing: .venv/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: .venv/installed  ## ten clients on handwritten digits, three methods compared, in minutes
+	rm -rf runs/demo
+	$(BIN)/peertune run digits-demo algorithm.name=local --out runs/demo/local
+	$(BIN)/peertune run digits-demo algorithm.name=dec_lora --out runs/demo/dec_lora
+	$(BIN)/peertune run digits-demo algorithm.name=tad_lora --out runs/demo/tad_lora
+	$(BIN)/peertune compare runs/demo/local runs/demo/dec_lora runs/demo/tad_lora
+
+check: .venv/developing  ## style, types and import layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: .venv/developing  ## the whole test suite
+	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+clean:  ## remove .venv and caches
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,49 @@
+"""Serverless fine-tuning: every party trains a LoRA adapter on its own data and mixes it with its neighbours'.
+
+>>> from peertune import build, load_recipe, simulate
+>>> run = build(load_recipe("digits-demo", ["rounds=2"]))
+>>> for record in simulate(run.job):
+...     print(record.round, record.loss)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peertune.algorithms.methods import ALGORITHMS
+    from peertune.build import build
+    from peertune.data.partition import PARTITIONS
+    from peertune.data.tasks import TASKS
+    from peertune.engines.simulator import simulate
+    from peertune.errors import PeertuneError
+    from peertune.recipe import load_recipe
+    from peertune.topology import GRAPHS
+
+__all__ = [
+    "ALGORITHMS",
+    "GRAPHS",
+    "PARTITIONS",
+    "TASKS",
+    "PeertuneError",
+    "build",
+    "load_recipe",
+    "simulate",
+]
+
+_HOMES = {
+    "ALGORITHMS": "peertune.algorithms.methods",
+    "GRAPHS": "peertune.topology",
+    "PARTITIONS": "peertune.data.partition",
+    "PeertuneError": "peertune.errors",
+    "TASKS": "peertune.data.tasks",
+    "build": "peertune.build",
+    "load_recipe": "peertune.recipe",
+    "simulate": "peertune.engines.simulator",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Names load on first use: `peertune --help` answers without waiting for torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'peertune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

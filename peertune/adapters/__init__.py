@@ -1,0 +1,1 @@
+"""Stacks of adapters over one frozen base, and the bridge to PEFT."""

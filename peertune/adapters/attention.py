@@ -1,0 +1,53 @@
+"""Attention for short rows, with keyed dropout on its probabilities.
+
+`transformers` lets a model run on a registered attention function. Ours exists for two reasons: the probabilities'
+dropout must be keyed like all other (see `dropout.py`), and on a CPU plain products are faster for short rows than
+PyTorch's fused attention, whose bfloat16 backward is slow there.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peertune.adapters.dropout import keyed_dropout
+from peertune.adapters.rows import current_rows
+from peertune.errors import ModelError
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Softmax attention: `query [b, heads, s, d]`, `key` and `value [b, groups, s, d]` → `[b, s, heads, d]`.
+
+    `attention_mask` is added to the scores and holds causality and padding. Heads may share keys and values in groups.
+    Raises ModelError for attention sinks, which this function does not know.
+    """
+    if s_aux is not None:
+        raise ModelError(f"{type(module).__name__}: attention sinks are not supported")
+    heads_per_group = query.shape[1] // key.shape[1]
+    if heads_per_group > 1:
+        key, value = key.repeat_interleave(heads_per_group, dim=1), value.repeat_interleave(heads_per_group, dim=1)
+    rows = current_rows()
+    drops = module.training and dropout > 0 and rows is not None
+    if query.device.type != "cpu" and not drops and softcap is None:
+        fused = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+        return fused.transpose(1, 2).contiguous(), None
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    probabilities = scores.softmax(-1)
+    if drops and rows is not None:
+        probabilities = keyed_dropout(probabilities, dropout, rows.keys, rows.streams[module])
+    return (probabilities @ value).transpose(1, 2).contiguous(), None

@@ -1,0 +1,64 @@
+"""The bridge to Hugging Face PEFT: its rules for choosing layers, and its format for one client's adapter."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peertune.errors import ModelError
+from peertune.types import Tensors, kind
+
+
+def find_sites(base: nn.Module, target_modules: str | Sequence[str], head_roots: Sequence[str]) -> list[str]:
+    """Return the names of the layers that PEFT's rules choose.
+
+    `target_modules` are last parts of names, a regular expression, or `all-linear`.
+    Layers of the classification head never become sites. Raises ModelError where nothing matches.
+    """
+    config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
+    if target_modules == "all-linear":
+        _maybe_include_all_linear_layers(config, base)  # writes the names into the config
+    in_head = tuple(f"{root}." for root in head_roots)
+    names = [
+        name
+        for name, _ in base.named_modules()
+        if not f"{name}.".startswith(in_head) and check_target_module_exists(config, name)
+    ]
+    if not names:
+        layers = {
+            name.rpartition(".")[2] for name, layer in base.named_modules() if isinstance(layer, (nn.Linear, Conv1D))
+        }
+        raise ModelError(
+            f"lora.target_modules: {target_modules!r} matches no layer; "
+            f"the linear layers here are {', '.join(sorted(layers))}"
+        )
+    return names
+
+
+def save_adapter(
+    folder: Path,
+    adapter: Tensors,
+    *,
+    head: Mapping[str, Tensor],
+    lora: LoraConfig,
+) -> None:
+    """Write one client's adapter into a folder so that `PeftModel.from_pretrained` loads it.
+
+    `adapter` holds tensors without a client axis: `<site>.A [r, d_in]`, `<site>.B [d_out, r]`, `<parameter>.head`.
+    `head` holds the parameters that the base's checkpoint lacks, by name: a head that was drawn from the seed and
+    frozen must travel with the adapter, or a reader would draw another. A trained head takes precedence over it.
+    """
+    tensors = {f"base_model.model.{name}": value for name, value in head.items()}
+    names = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    for name, value in adapter.items():
+        path, what = name.rpartition(".")[0], kind(name)
+        tensors[f"base_model.model.{path}" + (f".{names[what]}" if what in names else "")] = value
+    lora.save_pretrained(str(folder))
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )

@@ -1,0 +1,185 @@
+"""Many clients' adapters over one frozen base, in one pass.
+
+A `Site` stands in for one frozen linear layer. The rows of all clients pass through the layer together; to each row the
+site adds `scaling · (x Aᵀ) Bᵀ` with the factors of the row's own client. A row's loss therefore depends on its client's
+factors only, and one backward pass of the summed losses gives every client its exact gradient.
+
+Where the classification head is trained, a `Head` gives each row its client's whole layer in the same way.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from peertune import draws
+from peertune.adapters.dropout import KeyedDropout, keyed_dropout
+from peertune.adapters.rows import Rows, bound, current_rows
+from peertune.errors import ModelError
+from peertune.types import Batch, Tensors
+
+
+class Site(nn.Module):
+    """A frozen linear layer that carries a stack; without bound rows it is the layer alone."""
+
+    def __init__(self, layer: nn.Module, name: str, scaling: float, dropout: float, stream: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.name = name
+        self.scaling = scaling
+        self.dropout = dropout
+        self.stream = stream
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [b, s, d_in]` or `[b, d_in]` → `[b, s, d_out]` or `[b, d_out]`."""
+        y: Tensor = self.layer(x)
+        rows = current_rows()
+        if rows is None:
+            return y
+        _check_rows(self.name, x, rows)
+        a = rows.adapters[f"{self.name}.A"].to(x.dtype)[rows.clients]
+        b = rows.adapters[f"{self.name}.B"].to(x.dtype)[rows.clients]
+        if rows.training and self.dropout > 0:
+            x = keyed_dropout(x, self.dropout, rows.keys, self.stream)
+        x = x.reshape(len(x), -1, x.shape[-1])
+        delta = torch.bmm(torch.bmm(x, a.mT), b.mT)
+        return y + (self.scaling * delta).reshape(y.shape)
+
+
+class Head(nn.Module):
+    """A linear layer of which every client has a copy of its own; without bound rows it is the layer alone."""
+
+    def __init__(self, layer: nn.Linear, name: str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.name = name
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x [b, …, d_in]` → `[b, …, d_out]`."""
+        rows = current_rows()
+        if rows is None:
+            return self.layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+        _check_rows(self.name, x, rows)
+        weight = rows.adapters[f"{self.name}.weight.head"].to(x.dtype)[rows.clients]
+        y = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT)
+        if self.layer.bias is not None:
+            y = y + rows.adapters[f"{self.name}.bias.head"].to(x.dtype)[rows.clients][:, None]
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _check_rows(name: str, x: Tensor, rows: Rows) -> None:
+    if len(x) != len(rows.clients):
+        raise ModelError(
+            f"site {name}: got {len(x)} rows where the batch has {len(rows.clients)}; "
+            "layers that regroup rows (windows, flattened tokens) can't carry a stack"
+        )
+
+
+@dataclass(frozen=True)
+class StackedModel:
+    """A frozen base with a stack of adapters on its sites; made by `attach`."""
+
+    base: nn.Module
+    sites: Mapping[str, Site]
+    heads: Mapping[str, Head]  # the layers of a trained head; empty where it is frozen
+    r: int
+    base_dropout: bool  # whether the base's own dropout is on in training
+    streams: Mapping[nn.Module, int]
+
+    def __call__(self, adapters: Tensors, batch: Batch, *, training: bool) -> Any:
+        """Run the base on a batch, each row with its own client's adapter, and return what the base returns."""
+        self.base.train(training and self.base_dropout)
+        with bound(Rows(adapters, batch.clients, batch.keys, training, self.streams)):
+            return self.base(**batch.inputs)
+
+
+def attach(
+    base: nn.Module,
+    site_names: Iterable[str],
+    *,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    head_names: Iterable[str] = (),
+    base_dropout: bool = False,
+) -> StackedModel:
+    """Put sites in the place of the named layers of `base`, which is changed and frozen.
+
+    The update is scaled by `lora_alpha / r`, as in PEFT. `head_names` are the linear layers of a head that each client
+    trains for itself. The base's dropout modules are replaced by keyed ones.
+
+    Raises ModelError for what a stack can't carry exactly: layers other than linear ones, `r` above a layer's size,
+    batch normalisation (rows of different clients would share statistics) and routed experts (rows lose their order).
+    """
+    for name, module in base.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ModelError(
+                f"model: {name} normalises over the batch, so clients would see each other's rows; "
+                "choose a model without batch normalisation"
+            )
+        if re.search(r"Experts?$|MoE|Moe[A-Z]|SparseMoe", type(module).__name__):
+            raise ModelError(
+                f"model: {name} routes tokens to experts, which a stack can't follow row by row; choose a dense model"
+            )
+    base.requires_grad_(False)
+    modules = dict(base.named_modules())
+    streams = {module: number for number, module in enumerate(modules.values())}
+    sites: dict[str, Site] = {}
+    for name in site_names:
+        layer = modules[name]
+        d_in, d_out = _sizes(name, layer)
+        if r > min(d_in, d_out):
+            raise ModelError(
+                f"lora.r: {r} is above the size of {name} ({d_in} in, {d_out} out); use at most {min(d_in, d_out)}"
+            )
+        sites[name] = Site(layer, name, lora_alpha / r, lora_dropout, streams[layer])
+    heads: dict[str, Head] = {}
+    for name in head_names:
+        layer = modules[name]
+        if not isinstance(layer, nn.Linear):
+            raise ModelError(
+                f"head: {name} is a {type(layer).__name__}; only linear layers can be trained, use head=frozen"
+            )
+        heads[name] = Head(layer, name)
+    dropouts = {
+        name: KeyedDropout(module.p, streams[module])
+        for name, module in modules.items()
+        if isinstance(module, nn.Dropout)
+    }
+    for name, module in (sites | heads | dropouts).items():
+        parent, _, child = name.rpartition(".")
+        setattr(base.get_submodule(parent), child, module)
+    return StackedModel(base, sites, heads, r, base_dropout, streams)
+
+
+def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
+    """Return `(d_in, d_out)` of a layer that can be a site."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    if isinstance(layer, Conv1D):  # GPT-2's linear layer, whose weight lies transposed
+        return layer.weight.shape[0], layer.weight.shape[1]
+    raise ModelError(f"lora.target_modules: {name} is a {type(layer).__name__}; only linear layers can be sites")
+
+
+def init_adapters(model: StackedModel, clients: int, seed: int) -> Tensors:
+    """Return the common start of all clients: A Kaiming-uniform as in PEFT (bound 1/√d_in), B = 0, the base's own head.
+
+    A's values depend on the seed and the site's name alone. Factors are float32, or float64 over a float64 base.
+    """
+    weight = next(model.base.parameters())
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    adapters: Tensors = {}
+    for name, site in model.sites.items():
+        d_in, d_out = _sizes(name, site.layer)
+        bound = d_in**-0.5
+        a = draws.generator(seed, f"adapter/{name}").uniform(-bound, bound, (model.r, d_in))
+        adapters[f"{name}.A"] = torch.from_numpy(a).to(weight.device, dtype).repeat(clients, 1, 1)
+        adapters[f"{name}.B"] = torch.zeros(clients, d_out, model.r, dtype=dtype, device=weight.device)
+    for name, head in model.heads.items():
+        for part, value in head.layer.named_parameters():
+            adapters[f"{name}.{part}.head"] = value.detach().to(dtype).repeat(clients, *[1] * value.dim())
+    return adapters

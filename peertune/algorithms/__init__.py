@@ -1,0 +1,1 @@
+"""The methods: which factors train and travel in a round, and how heard factors combine."""

@@ -1,0 +1,1 @@
+"""Tasks, partitions and batches."""

@@ -1,0 +1,403 @@
+"""Tasks: what is learnt, from which rows, and how good the answers are.
+
+A task comes from the Hugging Face hub, from a local folder or, for `digits`, from scikit-learn itself. A folder holds
+one file for each split, named after it: `train.parquet`, `validation.csv`, `train.jsonl` (or `.json`) with one object a
+line. Files are read straight into memory: nothing is cached, and no script of a data set ever runs.
+
+`TASKS` names the factories; a factory's signature is its schema in a recipe. `METRICS` names the measures.
+"""
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peertune.errors import DataError, unknown
+
+_Columns = dict[str, list[Any]]
+_Reader = Callable[[Sequence[str]], _Columns]  # the first of these splits that is there → its columns
+
+
+@dataclass(frozen=True)
+class Split:
+    """N rows of a task."""
+
+    columns: Mapping[
+        str, Sequence[Any] | NDArray[Any]
+    ]  # all that the source has, each of length N; images [N, C, H, W]
+    labels: NDArray[Any]  # [N], class numbers (int64) or targets of a regression (float64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn, and from what."""
+
+    name: str
+    inputs: tuple[str, ...]  # the columns a model reads: one or two of text, or ("pixel_values",)
+    classes: tuple[str, ...]  # names by class number; empty for a regression
+    train: Split
+    validation: Split
+    metric: str  # a key of METRICS
+
+
+def accuracy(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the share of right answers; both `[N]` class numbers."""
+    return float(np.mean(predictions == labels))
+
+
+def f1(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the harmonic mean of precision and recall of class 1, 0 where it is never right; both `[N]` of 0 and 1."""
+    hits = np.sum((predictions == 1) & (labels == 1))
+    return float(2 * hits / max(np.sum(predictions == 1) + np.sum(labels == 1), 1))
+
+
+def matthews_correlation(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return Matthews' correlation of two `[N]` class numbers, any number of classes; 0 where either is constant."""
+    from sklearn.metrics import matthews_corrcoef
+
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+        return 0.0
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def pearson(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the linear correlation of two `[N]`; 0 where either is constant or not finite."""
+    pair = np.stack([predictions, labels]).astype(np.float64)  # [2, N]
+    # A constant is told by its range: rounding can leave it with a variance just above 0, and any correlation at all.
+    if not np.isfinite(pair).all() or (pair.min(axis=1) == pair.max(axis=1)).any():
+        return 0.0
+    return float(np.asarray(np.corrcoef(pair))[0, 1])
+
+
+def spearman(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the correlation of the ranks of two `[N]`, ties sharing theirs; 0 as for `pearson`."""
+    from scipy.stats import rankdata
+
+    return pearson(rankdata(predictions), rankdata(labels))
+
+
+METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews_correlation": matthews_correlation,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+_REGRESSION = {"pearson", "spearman"}
+
+
+class _Glue(NamedTuple):
+    inputs: tuple[str, ...]
+    classes: tuple[str, ...]
+    metric: str
+    validation: tuple[str, ...] = ("validation",)
+
+
+_GLUE = {
+    "cola": _Glue(("sentence",), ("unacceptable", "acceptable"), "matthews_correlation"),
+    "sst2": _Glue(("sentence",), ("negative", "positive"), "accuracy"),
+    "mrpc": _Glue(("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy"),
+    "qqp": _Glue(("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy"),
+    "stsb": _Glue(("sentence1", "sentence2"), (), "pearson"),
+    "mnli": _Glue(
+        ("premise", "hypothesis"),
+        ("entailment", "neutral", "contradiction"),
+        "accuracy",
+        ("validation", "validation_matched"),
+    ),
+    "qnli": _Glue(("question", "sentence"), ("entailment", "not_entailment"), "accuracy"),
+    "rte": _Glue(("sentence1", "sentence2"), ("entailment", "not_entailment"), "accuracy"),
+    "wnli": _Glue(("sentence1", "sentence2"), ("not_entailment", "entailment"), "accuracy"),
+}
+
+
+def glue(config: str, path: str | None = None, revision: str | None = None, metric: str | None = None) -> Task:
+    """One of the nine tasks of GLUE (Wang et al., ICLR 2019), with its own columns, class numbers and main metric.
+
+    `config` is the hub's name of the task, such as `sst2`; `path` a folder to read in place of the hub's `nyu-mll/glue`
+    at `revision`. MNLI validates on its matched rows. Where GLUE has two metrics, `metric` is accuracy, or Pearson's
+    correlation, unless another is named.
+
+    Raises DataError for an unknown config, a metric that does not suit it, and data that are missing or malformed.
+    """
+    if config not in _GLUE:
+        raise DataError(unknown("task glue: config", config, _GLUE))
+    known = _GLUE[config]
+    where = f"task glue/{config}"
+    metric = metric or known.metric
+    if (metric in _REGRESSION) != (known.metric in _REGRESSION):
+        raise DataError(f"{where}: metric {metric} does not suit its labels, leave it out for {known.metric}")
+    read, _ = _open(where, path, "nyu-mll/glue", config, revision, "label")
+    return _task(f"glue/{config}", known.inputs, "label", known.classes, metric, read, known.validation)
+
+
+def text(
+    inputs: list[str],
+    label: str,
+    path: str | None = None,
+    id: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+    validation: str = "validation",
+    metric: str = "accuracy",
+) -> Task:
+    """Classify or score any sentences or pairs of sentences.
+
+    `inputs` names one or two columns of text, `label` the column to learn, `validation` the split to validate on; the
+    data are in the folder `path` or are the hub's `id` (with its `config`, at `revision`). Labels are numbers from 0,
+    or names, which are numbered in sorted order unless the hub's data set numbers them itself. With the metric
+    `pearson` or `spearman` they are the targets of a regression.
+
+    Raises DataError where the arguments, a file, a column or a label is wrong.
+    """
+    if (path is None) == (id is None):
+        raise DataError("task text: give either path (a folder) or id (a data set of the hub)")
+    if not 1 <= len(inputs) <= 2:
+        raise DataError(f"task text: inputs names {len(inputs)} columns, give one or two")
+    name = f"text/{id or Path(path or '').name}"
+    read, classes = _open(f"task {name}", path, id or "", config, revision, label)
+    return _task(name, tuple(inputs), label, classes, metric, read, (validation,))
+
+
+def digits() -> Task:
+    """Tell the handwritten digits 5 to 9 apart: 896 images of 8 x 8 grey levels that come with scikit-learn.
+
+    `pixel_values` is float32 `[N, 1, 8, 8]` in [-1, 1], and class 0 is the digit 5. A fifth of each class, always the
+    same rows, is for validation.
+    """
+    from sklearn.model_selection import train_test_split
+
+    rows = _digits(5, 9)
+    parts = train_test_split(np.arange(len(rows)), test_size=0.2, stratify=rows.labels, random_state=0)
+    images = np.asarray(rows.columns["pixel_values"])
+    train, validation = (Split({"pixel_values": images[part]}, rows.labels[part]) for part in map(np.sort, parts))
+    return Task("digits", ("pixel_values",), tuple("56789"), train, validation, "accuracy")
+
+
+def public_digits() -> Split:
+    """Return the handwritten digits 0 to 4, as `digits` has the others.
+
+    No client ever holds them: they are what a small base model can be trained on before it is adapted.
+    """
+    return _digits(0, 4)
+
+
+TASKS: dict[str, Callable[..., Task]] = {"digits": digits, "glue": glue, "text": text}
+
+
+def _digits(first: int, last: int) -> Split:
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)  # [N, 64] of 0 … 16, [N]
+    kept = (labels >= first) & (labels <= last)
+    pixels = (images[kept] / 8 - 1).astype(np.float32).reshape(-1, 1, 8, 8)
+    return Split({"pixel_values": pixels}, (labels[kept] - first).astype(np.int64))
+
+
+def _task(
+    name: str,
+    inputs: tuple[str, ...],
+    label: str,
+    classes: tuple[str, ...] | None,
+    metric: str,
+    read: _Reader,
+    validation: tuple[str, ...],
+) -> Task:
+    """Check both splits and number their labels. `classes`, where known, is by number; otherwise train tells."""
+    where = f"task {name}"
+    if metric not in METRICS:
+        raise DataError(unknown(f"{where}: metric", metric, METRICS))
+    splits = {"train": read(("train",)), validation[0]: read(validation)}
+    for split, columns in splits.items():
+        _check(f"{where}: {split}", columns, inputs, label)
+    labels: list[NDArray[Any]]
+    if metric in _REGRESSION:
+        classes = ()
+        labels = [_targets(f"{where}: {split}", columns[label]) for split, columns in splits.items()]
+    else:
+        if classes is None:
+            classes, numbers = _learn_classes(where, splits["train"][label])
+        else:
+            numbers = {str(number): number for number in range(len(classes))}
+            numbers |= {named: number for number, named in enumerate(classes)}
+        if metric == "f1" and len(classes) != 2:
+            raise DataError(f"{where}: metric f1 is for two classes and there are {len(classes)}, choose accuracy")
+        labels = [_number(f"{where}: {split}", columns[label], numbers) for split, columns in splits.items()]
+    train, held_out = (Split(columns, found) for columns, found in zip(splits.values(), labels, strict=True))
+    return Task(name, inputs, classes, train, held_out, metric)
+
+
+def _check(where: str, columns: _Columns, inputs: tuple[str, ...], label: str) -> None:
+    if not any(columns.values()):
+        raise DataError(f"{where}: no rows, give at least one")
+    for column in (*inputs, label):
+        if column not in columns:
+            raise DataError(unknown(f"{where}: column", column, columns))
+    for column in inputs:
+        for row, value in enumerate(columns[column]):
+            if not isinstance(value, str):
+                raise DataError(f"{where}: row {row}: {column} is {value!r}, it must be text")
+    for row, value in enumerate(columns[label]):
+        if value is None or value == "" or value != value:
+            raise DataError(f"{where}: row {row}: {label} is missing, leave out rows without one")
+        if not isinstance(value, str | int | float):
+            raise DataError(f"{where}: row {row}: {label} is {value!r}, it must be a number or a name")
+
+
+def _learn_classes(where: str, labels: list[Any]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the names of the classes by number, and the number of each label as text."""
+    values = set(labels)
+    if any(isinstance(value, float) for value in values):
+        raise DataError(f"{where}: the labels are fractions, choose metric pearson or spearman for a regression")
+    if all(type(value) is int for value in values):
+        if values != set(range(len(values))):
+            shown = ", ".join(map(str, sorted(values)[:5])) + (", …" if len(values) > 5 else "")
+            raise DataError(
+                f"{where}: the labels are {shown}: number the classes from 0 without a gap, "
+                "and leave out rows without a label (often -1)"
+            )
+        classes = tuple(map(str, sorted(values)))
+    else:
+        classes = tuple(sorted(map(str, values)))
+    if len(classes) < 2:
+        raise DataError(f"{where}: all rows of train have the label {classes[0]}, give at least two classes")
+    return classes, {named: number for number, named in enumerate(classes)}
+
+
+def _number(where: str, labels: list[Any], numbers: dict[str, int]) -> NDArray[np.int64]:
+    """Return the class numbers `[N]`."""
+    for row, label in enumerate(labels):
+        if str(label) == "-1" and "-1" not in numbers:
+            raise DataError(f"{where}: row {row}: label -1 marks a row without a label, leave it out")
+        if str(label) not in numbers:
+            raise DataError(unknown(f"{where}: row {row}: label", label, numbers))
+    return np.array([numbers[str(label)] for label in labels], np.int64)
+
+
+def _targets(where: str, labels: list[Any]) -> NDArray[np.float64]:
+    """Return the targets `[N]` of a regression."""
+    for row, label in enumerate(labels):
+        try:
+            finite = math.isfinite(float(label))
+        except (TypeError, ValueError):
+            finite = False
+        if not finite:
+            raise DataError(f"{where}: row {row}: label is {label!r}, a regression's must be a finite number")
+    return np.array(labels).astype(np.float64)
+
+
+def _open(
+    where: str, path: str | None, hub_id: str, config: str | None, revision: str | None, label: str
+) -> tuple[_Reader, tuple[str, ...] | None]:
+    """Return what reads a split, from the folder or else from the hub, and the hub's own names of the classes."""
+    if path is not None:
+        return partial(_from_folder, where, Path(path).expanduser(), label), None
+    splits = _load_from_hub(where, hub_id, config, revision)
+    names = next((getattr(split.features.get(label), "names", None) for split in splits.values()), None)
+    return partial(_from_hub, where, splits), None if names is None else tuple(names)
+
+
+def _load_from_hub(where: str, hub_id: str, config: str | None, revision: str | None) -> dict[str, Any]:
+    import datasets
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    disable_progress_bars()
+    try:
+        return dict(datasets.load_dataset(hub_id, config, revision=revision))
+    except ConnectionError:
+        reason = "not in the local cache and the hub can't be reached; give task.path=FOLDER"
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = f"the hub's {hub_id} can't be loaded ({_first_line(error)})"
+    raise DataError(f"{where}: {reason}")
+
+
+def _from_hub(where: str, splits: dict[str, Any], names: Sequence[str]) -> _Columns:
+    for name in names:
+        if name in splits:
+            columns: _Columns = splits[name].to_dict()
+            return columns
+    raise DataError(unknown(f"{where}: split", names[0], splits))
+
+
+def _from_folder(where: str, folder: Path, label: str, names: Sequence[str]) -> _Columns:
+    if not folder.is_dir():
+        raise DataError(f"{where}: there is no folder {folder}, give the one that holds train.parquet, .csv or .jsonl")
+    files = [folder / (name + suffix) for name in names for suffix in _FORMATS]
+    for file in files:
+        if file.is_file():
+            try:
+                columns = _FORMATS[file.suffix](file)
+            except (OSError, ValueError, csv.Error) as error:
+                raise DataError(f"{where}: {file} can't be read ({_first_line(error)})") from error
+            # A CSV file has only text, so labels that all read as numbers are numbers.
+            if file.suffix == ".csv" and label in columns:
+                columns[label] = _parse_numbers(columns[label])
+            return columns
+    raise DataError(f"{where}: {folder} holds none of {', '.join(file.name for file in files)}")
+
+
+def _read_parquet(file: Path) -> _Columns:
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(file) as parquet:
+        columns: _Columns = parquet.read().to_pydict()
+    return columns
+
+
+def _read_csv(file: Path) -> _Columns:
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        reader = csv.reader(lines, strict=True)
+        header = next(reader, [])
+        rows = []
+        for row in reader:
+            if row and len(row) != len(header):
+                raise ValueError(f"line {reader.line_num} has {len(row)} fields and the header {len(header)}")
+            if row:
+                rows.append(row)
+    return {name: [row[column] for row in rows] for column, name in enumerate(header)}
+
+
+def _read_json_lines(file: Path) -> _Columns:
+    with file.open(encoding="utf-8") as lines:
+        rows = []
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line) if line.strip() else {}
+            if not isinstance(row, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            if row:
+                rows.append(row)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+_FORMATS: dict[str, Callable[[Path], _Columns]] = {
+    ".parquet": _read_parquet,
+    ".csv": _read_csv,
+    ".jsonl": _read_json_lines,
+    ".json": _read_json_lines,
+}
+
+
+def _parse_numbers(values: list[str]) -> list[Any]:
+    for parse in (int, float):
+        try:
+            return [parse(value) for value in values]
+        except ValueError:
+            pass
+    return values
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

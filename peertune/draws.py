@@ -1,0 +1,44 @@
+"""Randomness as a pure function of (seed, purpose, counters).
+
+Nothing here has a state: what a client, a round or an edge draws never depends on what was drawn before, by whom, or in
+which process. That is what makes resuming, chunking clients and running them as separate peers give the same numbers.
+
+The words come from the SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014), chained over the counters.
+"""
+
+from hashlib import blake2b
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def words(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.uint64]:
+    """Random 64-bit words, one for each element of the counters' broadcast shape.
+
+    `seed` is any Python integer, `purpose` says what the words are for (two purposes share no draws), and `counters`
+    are integers or arrays of them, such as client, round and step.
+    """
+    digest = blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
+    word = np.array(int.from_bytes(digest, "little"), dtype=np.uint64)
+    for counter in counters:
+        with np.errstate(over="ignore"):
+            word = _mix(word + _GOLDEN * (np.asarray(counter).astype(np.uint64) + np.uint64(1)))
+    return word
+
+
+def uniforms(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.float64]:
+    """Uniform numbers in [0, 1), one for each element of the counters' broadcast shape."""
+    return (words(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:
+    """A NumPy generator of its own for these counters, for draws that a library makes (permutations, Dirichlet)."""
+    return np.random.Generator(np.random.Philox(key=int(words(seed, purpose, *counters))))

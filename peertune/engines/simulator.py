@@ -1,0 +1,62 @@
+"""All clients in one process, their adapters in one stack."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peertune.round import Job, run_round
+from peertune.topology import weights_at
+from peertune.training import reset_moments, train_local
+from peertune.types import Phase, RoundRecord, State, Tensors, stack, take
+
+DENSE_UP_TO = 64
+"""Clients up to which a dense mixing matrix is faster than a sparse one."""
+
+
+def simulate(job: Job) -> Iterator[RoundRecord]:
+    """Run the rounds that are left of a job and yield a record after each; `record.state` is the state it left.
+
+    The caller logs, draws and keeps checkpoints. Resuming is simulating a job whose `state` is an earlier record's: the
+    rest of the run comes out the same to the bit.
+    """
+    clients = job.graph.clients
+
+    def train(state: State, phase: Phase) -> tuple[State, Tensor]:
+        before = job.algorithm.phase(phase.round - 1) if phase.round else None
+        state = replace(state, moments=reset_moments(state.moments, job.optim.reset, phase, before))
+        parts, losses = [], []
+        for start in range(0, clients, job.clients_per_pass):
+            chunk = range(start, min(start + job.clients_per_pass, clients))
+            part = State(
+                take(state.adapters, slice(chunk.start, chunk.stop)),
+                take(state.moments, slice(chunk.start, chunk.stop)),
+                state.round,
+            )
+            steps = job.steps(chunk, phase.round)
+            part, loss = train_local(job.model, part, steps, phase, job.optim, phase.round * job.local_steps)
+            parts.append(part)
+            losses.append(loss)
+        adapters, moments = stack([part.adapters for part in parts]), stack([part.moments for part in parts])
+        return State(adapters, moments, state.round), torch.cat(losses)
+
+    def exchange(payload: Tensors, round: int) -> tuple[Tensors, Tensor]:
+        matrix = weights_at(job.graph, round)
+        if clients <= DENSE_UP_TO:
+            return payload, torch.from_numpy(matrix.toarray()).to(job.device)
+        places = torch.stack([torch.from_numpy(x).long() for x in matrix.tocoo().coords])
+        values = torch.from_numpy(matrix.data)
+        sparse = torch.sparse_coo_tensor(places, values, matrix.shape, check_invariants=False)
+        return payload, sparse.coalesce().to(job.device)
+
+    state = job.state
+    while state.round < job.rounds:
+        state, record = run_round(state, job.algorithm, train, exchange)
+        if state.round % job.evaluate_every == 0 or state.round == job.rounds:
+            start = time.perf_counter()
+            evaluation = job.evaluate(state.adapters)
+            seconds = record.seconds | {"evaluate": time.perf_counter() - start}
+            record = replace(record, evaluation=evaluation, seconds=seconds)
+        yield replace(record, state=state)

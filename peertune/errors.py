@@ -1,0 +1,46 @@
+"""What can be wrong with what a user gave us.
+
+PeertuneError
+├── RecipeError    a recipe, an override or an argument of a named part
+├── GraphError     a graph that can't be made or can't connect its clients
+├── DataError      a task's data or a partition of it
+├── ModelError     a base model, its sites or an adapter
+└── RunError       a run directory, a checkpoint or an export
+
+Each message is one line: where it is, what is wrong, what would be right. The command line prints it and exits with 2.
+"""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class PeertuneError(Exception):
+    """A mistake in the input; the message is one line for the user."""
+
+
+class RecipeError(PeertuneError):
+    """A recipe, an override or an argument of a named part is wrong."""
+
+
+class GraphError(PeertuneError):
+    """A graph can't be made as asked, or can never connect its clients."""
+
+
+class DataError(PeertuneError):
+    """A task's data is missing or malformed, or can't be partitioned as asked."""
+
+
+class ModelError(PeertuneError):
+    """A base model can't be loaded, or its layers can't carry the adapters."""
+
+
+class RunError(PeertuneError):
+    """A run directory, a checkpoint or an export can't be read or written."""
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> str:
+    """Say that `name` is not among `known`, with the nearest match, or all of them where none is near."""
+    choices = sorted(known)
+    near = get_close_matches(str(name), choices, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(choices)}"
+    return f"{what}: unknown name {str(name)!r}, {hint}"

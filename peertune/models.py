@@ -1,0 +1,223 @@
+"""Base models: loading a checkpoint, seeding what it lacks, and the small built-in one. The home of `transformers`."""
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer
+from transformers.masking_utils import eager_mask
+
+from peertune import draws
+from peertune.adapters.attention import attention
+from peertune.data.tasks import public_digits
+from peertune.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model with a head for the task, and what must be known of it."""
+
+    model: nn.Module
+    tokenizer: Any  # None for images
+    head_roots: tuple[str, ...]  # the modules that make up the classification head
+    seeded: Mapping[str, Tensor]  # parameters that the checkpoint lacks, drawn from the seed
+    tokens_per_image: int  # 0 for text
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of this name; `auto` is the first GPU, or else the CPU.
+
+    Raises ModelError where the device isn't there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f"device: {name} isn't there; use device=cpu or device=auto")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ModelError(f"device: {name!r} is no device; use auto, cpu, cuda or cuda:1") from None
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the dtype of this name; `auto` is bfloat16 where the hardware multiplies it natively, else float32."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
+    if device.type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        abilities = torch.cpu.get_capabilities()
+        native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
+    return torch.bfloat16 if native else torch.float32
+
+
+def load_base(
+    name: str,
+    *,
+    revision: str | None,
+    classes: int,
+    image: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> Base:
+    """Load a checkpoint by hub id, folder or built-in name, with a head of `classes` outputs (1 for a regression).
+
+    Only safetensors are read and no code of the checkpoint's is run. What the checkpoint lacks (a head of this size, a
+    pooler) is drawn from the seed: weights normal with the model's `initializer_range`, biases zero.
+
+    Raises ModelError where the model isn't there, is damaged, or lacks more than a head and a pooler.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    AttentionInterface.register("peertune", attention)
+    AttentionMaskInterface.register("peertune", eager_mask)
+    source = str(MODELS[name]()) if name in MODELS else name
+    auto = transformers.AutoModelForImageClassification if image else transformers.AutoModelForSequenceClassification
+    common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
+    log.info("loading %s", name)
+    try:
+        config = AutoConfig.from_pretrained(source, num_labels=classes, **common)
+        tokenizer = None if image else AutoTokenizer.from_pretrained(source, **common)
+        with torch.random.fork_rng(devices=[]):  # from_pretrained initialises what it will overwrite
+            model, report = auto.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                attn_implementation="peertune",
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **common,
+            )
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_reason(name, error)) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise ModelError(f"model.name: {name}: its safetensors file is damaged ({error}); fetch it again") from error
+    if tokenizer is not None and tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer is not None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    head_roots = tuple(
+        child
+        for child, module in model.named_children()
+        if child != model.base_model_prefix and list(module.parameters())
+    )
+    lacking = {key if isinstance(key, str) else key[0] for key in (*report["missing_keys"], *report["mismatched_keys"])}
+    odd = [
+        key for key in lacking if not key.startswith(tuple(f"{root}." for root in head_roots)) and "pooler" not in key
+    ]
+    if odd:
+        raise ModelError(
+            f"model.name: {name}: its weights don't fit {type(model).__name__}: {len(odd)} are missing or of "
+            f"another size, such as {min(odd)}; give a checkpoint of this architecture"
+        )
+    seeded = _seed_parameters(model, sorted(lacking), seed)
+    return Base(model.to(device), tokenizer, head_roots, seeded, _tokens_per_image(model.config) if image else 0)
+
+
+def _seed_parameters(model: nn.Module, names: list[str], seed: int) -> dict[str, Tensor]:
+    std = getattr(model.config, "initializer_range", 0.02)
+    seeded = {}
+    for name in names:
+        parameter = model.get_parameter(name)
+        if parameter.dim() > 1:
+            value = draws.generator(seed, f"head/{name}").normal(0.0, std, tuple(parameter.shape))
+        else:
+            value = np.full(tuple(parameter.shape), 0.0 if name.endswith("bias") else 1.0)
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(value))
+        seeded[name] = parameter.detach()
+    return seeded
+
+
+def _tokens_per_image(config: Any) -> int:
+    vision = getattr(config, "vision_config", config)
+    try:
+        return int((vision.image_size // vision.patch_size) ** 2 + 1)
+    except (AttributeError, TypeError):
+        return 256  # no patches to count: a guess that only sets how many rows share a pass
+
+
+def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, OSError) and Path(name).is_dir():
+        return f"model.name: folder {name} holds no whole checkpoint with safetensors and config.json ({_line(error)})"
+    if isinstance(error, OSError):
+        return (
+            f"model.name: {name} is no folder, is not in the local cache and can't be had from the hub; "
+            "check the name, the network and HF_HUB_OFFLINE, or give model.name=FOLDER"
+        )
+    return f"model.name: {name} can't be loaded ({_line(error)}); give a transformers checkpoint for classification"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def digits_vit() -> Path:
+    """Return the folder of a small ViT that is trained on the public digits 0–4, once, and then kept in the cache.
+
+    It has 4 layers of width 64 over 8 × 8 pixels in patches of 2, and knows strokes but no digit that a client holds.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peertune"
+    folder = cache / "digits-vit-1"
+    if folder.is_dir():
+        return folder
+    log.info("training the base digits-vit on the public digits 0–4 (once; kept in %s)", folder)
+    config = transformers.ViTConfig(
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=8,
+        patch_size=2,
+        num_channels=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    split = public_digits()
+    pixels = torch.from_numpy(np.asarray(split.columns["pixel_values"]))
+    labels = torch.from_numpy(np.asarray(split.labels))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config.num_labels = 5
+        model = transformers.ViTForImageClassification(config)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
+        steps = 400
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        for _ in range(steps):
+            rows = torch.randint(len(pixels), (64,))
+            loss = nn.functional.cross_entropy(model(pixel_values=pixels[rows]).logits, labels[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=cache))
+        model.vit.save_pretrained(beside)
+        try:
+            beside.rename(folder)
+        except OSError:  # another process was first, with the same weights
+            shutil.rmtree(beside)
+    except OSError as error:
+        raise ModelError(
+            f"model.name: digits-vit can't be kept in {cache} ({error.strerror}); set XDG_CACHE_HOME"
+        ) from error
+    return folder
+
+
+MODELS: dict[str, Callable[[], Path]] = {"digits-vit": digits_vit}

@@ -1,0 +1,247 @@
+"""Recipes: what a run is made of, checked before anything is loaded.
+
+A recipe is a YAML file of the blocks below. Parts that are chosen by name (`task`, `partition`, `graph`, `algorithm`)
+take the arguments of the factory of that name: its signature is their schema, held against it by `arguments`.
+Names are those of PEFT's `LoraConfig` and Hugging Face's `TrainingArguments` where they have one.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from peertune.errors import RecipeError, unknown
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Part(BaseModel):
+    """A part chosen by name, with the arguments of its factory; an argument that is null has its default."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that were given."""
+        return {key: value for key, value in (self.model_extra or {}).items() if value is not None}
+
+
+class Model(_Block):
+    """The frozen base."""
+
+    name: str  # hub id, folder or built-in name
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 where the hardware has it
+    dropout: bool = True  # whether the base's own dropout is on in training
+
+
+class Lora(_Block):
+    """The adapters; PEFT's names and rules."""
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | str = ["query", "value"]
+
+
+class Training(_Block):
+    """Local training; the same for all clients."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    local_steps: int = Field(10, ge=1)  # per round
+    per_device_train_batch_size: int = Field(32, ge=1)  # rows of one client in one step
+    max_length: int = Field(128, ge=2)  # tokens; longer rows are cut
+    optim: Literal["adamw", "sgd"] = "adamw"
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)  # of sgd
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)  # each client's own gradient; 0 leaves it
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    reset_optimizer: Literal["never", "round", "phase"] = "never"
+    tokens_per_pass: int | Literal["auto"] = "auto"  # rows × length that go through the base together
+    clients_per_pass: int | None = Field(None, ge=1)  # clients trained at a time; null: all
+
+
+class Evaluate(_Block):
+    """When and on what the clients' models are evaluated."""
+
+    every: int = Field(10, ge=1)  # rounds; the last round always
+    rows: int | None = Field(None, ge=1)  # a seeded subset of the validation set; null: all of it
+
+
+class Checkpoint(_Block):
+    """How often the state is kept, for `--resume`."""
+
+    every: int = Field(10, ge=1)  # rounds; the last round always
+    keep: int = Field(2, ge=1)  # newest checkpoints that stay on disk
+
+
+class Recipe(_Block):
+    """A run, whole."""
+
+    model: Model
+    lora: Lora = Lora()
+    head: Literal["frozen", "trained"] = "frozen"
+    task: Part
+    clients: int = Field(ge=1)
+    partition: Part = Part(name="iid")
+    graph: Part = Part(name="complete")
+    algorithm: Part
+    training: Training = Training()
+    rounds: int = Field(ge=1)
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    seed: int = Field(0, ge=0)
+    device: str = "auto"
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML that reads `2e-3` as a number, as everyone but YAML 1.1 does, and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value} stands twice", key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
+    return sorted(
+        file.name.removesuffix(".yaml") for file in files("peertune.recipes").iterdir() if file.name.endswith(".yaml")
+    )
+
+
+def recipe_text(recipe: str | Path) -> str:
+    """Return the text of a recipe, by path or by the name of a shipped one. Raises RecipeError where there is none."""
+    path = Path(recipe)
+    if str(recipe) in recipe_names():
+        return files("peertune.recipes").joinpath(f"{recipe}.yaml").read_text()
+    if path.suffix not in (".yaml", ".yml") and not path.exists():
+        raise RecipeError(unknown("recipe", recipe, recipe_names()))
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise RecipeError(
+            f"{recipe}: can't be read ({reason}); give a recipe's path or a name that `peertune recipes` lists"
+        ) from None
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe by path or shipped name and apply overrides such as `graph.activation=0.02`.
+
+    An override's value is YAML. Raises RecipeError, in one line, for a file that isn't there or isn't YAML, for unknown
+    keys (with the nearest match), wrong types and values out of range. Parts chosen by name are checked by `build`.
+    """
+    values = _parse(recipe_text(recipe), str(recipe))
+    for override in overrides:
+        _override(values, override)
+    return check_recipe(values, str(recipe))
+
+
+def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """Make a recipe of plain values; errors name the key and begin with `where`."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error)}") from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = yaml.load(text, _Loader)  # a SafeLoader: plain values only
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        raise RecipeError(f"{where}:{line} not YAML ({getattr(error, 'problem', None) or error})") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of blocks, such as `model:` and `task:`")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: write key=value, such as graph.activation=0.02")
+    *blocks, last = key.split(".")
+    for block in blocks:
+        inner = values.setdefault(block, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"override {override!r}: {block} is no block, it has the value {inner!r}")
+        values = inner
+    try:
+        values[last] = yaml.load(text, _Loader)  # a SafeLoader: plain values only
+    except yaml.YAMLError:
+        raise RecipeError(f"override {override!r}: the value is not YAML; quote it") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """Put the first of pydantic's complaints in one line."""
+    first = error.errors()[0]
+    # pydantic names the tried alternatives of a union in the path; keep what a recipe has
+    path = [str(step) for step in first["loc"] if not re.search(r"[\[\]A-Z ]|^(int|str|literal)$", str(step))]
+    key = ".".join(path)
+    match first["type"]:
+        case "extra_forbidden":
+            block: type[BaseModel] = Recipe
+            for step in path[:-1]:
+                annotation = block.model_fields[step].annotation
+                assert isinstance(annotation, type)
+                block = annotation
+            return unknown(key, path[-1], block.model_fields).replace("unknown name", "unknown key")
+        case "missing":
+            return f"{key}: is missing"
+        case "model_type" | "model_attributes_type":
+            return f"{key}: is a block of keys, not {first['input']!r}"
+        case _:
+            return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+
+
+def arguments(table: Mapping[str, Callable[..., Any]], part: Part, where: str, given: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of `table[part.name]` that the recipe sets or leaves at their defaults.
+
+    `given` are the parameters that the program supplies, which are no settings. Raises RecipeError for an unknown name,
+    an unknown, missing or wrongly typed argument.
+    """
+    if part.name not in table:
+        raise RecipeError(unknown(f"{where}.name", part.name, table))
+    factory = table[part.name]
+    hints = get_type_hints(factory)
+    parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name not in given}
+    for key in part.settings:
+        if key not in parameters:
+            takes = f"takes {', '.join(sorted(parameters))}" if parameters else "takes no settings"
+            problem = unknown(f"{where}.{key}", key, parameters).replace("unknown name", "unknown key")
+            raise RecipeError(problem.split(", choose")[0].rstrip(", ") + f" ({part.name} {takes})")
+    values = {}
+    for name, parameter in parameters.items():
+        if name not in part.settings:
+            if parameter.default is parameter.empty:
+                raise RecipeError(f"{where}.{name}: is missing, {part.name} needs it")
+            values[name] = parameter.default
+            continue
+        try:
+            values[name] = TypeAdapter(hints[name]).validate_python(part.settings[name], strict=True)
+        except ValidationError as error:
+            first = error.errors()[0]
+            message = first["msg"]
+            raise RecipeError(f"{where}.{name}: {message[0].lower()}{message[1:]}, not {first['input']!r}") from None
+    return values

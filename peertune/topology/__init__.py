@@ -1,0 +1,24 @@
+"""Who may talk to whom, who does in a round, and how much each client takes from whom.
+
+`GRAPHS` makes a `Graph`: the edges that are possible in each round. `active_edges` decides which of them are active,
+each by a draw of its own. `weights_at` turns them into the round's mixing matrix `W [n, n]`, symmetric and doubly
+stochastic. `rho` says how fast mixing shrinks disagreement.
+"""
+
+from peertune.topology.graphs import GRAPHS
+from peertune.topology.mixing import GraphSummary, rho, rho_draws, summary
+from peertune.topology.weights import WEIGHTS, Graph, active_edges, drop_edges, mixing_weights, weights_at
+
+__all__ = [
+    "GRAPHS",
+    "WEIGHTS",
+    "Graph",
+    "GraphSummary",
+    "active_edges",
+    "drop_edges",
+    "mixing_weights",
+    "rho",
+    "rho_draws",
+    "summary",
+    "weights_at",
+]

@@ -1,0 +1,222 @@
+"""What a graph is, which of its edges are active in a round, and the round's mixing matrix.
+
+Edges are int64 arrays `[E, 2]` with i < j, sorted, each once. Clients count from 0, rounds (`t`) from 0.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import eigvalsh_tridiagonal
+from scipy.sparse import csgraph, csr_array, diags_array
+
+from peertune.draws import generator, uniforms
+from peertune.errors import GraphError, unknown
+
+Edges = NDArray[np.int64]
+Rule = Literal["metropolis", "laplacian", "uniform"]
+
+DENSE_CLIENTS = 1_000  # up to here a dense [n, n] eigenvalue problem is a matter of a second
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The edges that are possible in each round, and how often a possible edge is active.
+
+    Raises GraphError if a setting is out of range, if the clients aren't connected by the edges of all rounds together,
+    or if the weights don't suit the edges.
+    """
+
+    clients: int
+    edges_at: Callable[[int], Edges]  # round → the edges [E, 2] possible in it
+    period: int | None  # rounds after which edges_at repeats; None where edges are drawn afresh in each round
+    activation: float  # in (0, 1]: the chance of a possible edge to be active in a round
+    seed: int
+    weights: str = "metropolis"  # a key of WEIGHTS
+    name: str = "custom"  # what messages call it
+
+    def __post_init__(self) -> None:
+        where = f"graph {self.name}"
+        need_clients(self.name, self.clients, 1)
+        if not 0 < self.activation <= 1:
+            raise GraphError(f"{where}: activation is {self.activation}; choose a number above 0, at most 1")
+        if self.weights not in WEIGHTS:
+            raise GraphError(unknown(f"{where}: weights", self.weights, WEIGHTS))
+        if self.period is None:
+            if self.weights == "uniform":
+                raise GraphError(f"{where}: weights uniform need the same edges every round; choose metropolis")
+            return
+        rounds = [self.edges_at(t) for t in range(self.period)]
+        if lost := unreachable(self.clients, np.concatenate(rounds)):
+            some = ", ".join(map(str, lost[:10])) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
+            noun = "client" if len(lost) == 1 else "clients"
+            raise GraphError(f"{where}: {noun} {some} can never reach client 0; add edges between them")
+        if self.weights == "uniform":
+            for edges in rounds:
+                degree = degrees(self.clients, edges)
+                if degree.min() < degree.max():
+                    raise GraphError(
+                        f"{where}: weights uniform need the same number of neighbours for every client, but they have "
+                        f"{degree.min()} to {degree.max()}; choose metropolis or laplacian"
+                    )
+
+
+def active_edges(graph: Graph, t: int) -> Edges:
+    """Return the edges `[E', 2]` active in round t: a pure function of (seed, round, edge).
+
+    Each edge has its own draw, `uniforms(seed, "edge", t, i, j) < activation`, so a peer can decide about its own edges
+    without drawing anyone else's.
+    """
+    edges = graph.edges_at(t)
+    return edges[uniforms(graph.seed, "edge", t, edges[:, 0], edges[:, 1]) < graph.activation]
+
+
+def metropolis(clients: int, edges: Edges) -> NDArray[np.float64]:
+    """Weigh each edge by `1 / (1 + max(d_i, d_j))`, d the number of neighbours (Metropolis-Hastings)."""
+    degree = degrees(clients, edges)
+    return np.asarray(1 / (1 + np.maximum(degree[edges[:, 0]], degree[edges[:, 1]])))
+
+
+def laplacian(clients: int, edges: Edges) -> NDArray[np.float64]:
+    """Weigh all edges alike, by `2 / (3 λ_max(L))`: `W = I - 2L / (3 λ_max(L))` of Dec-LoRA (arXiv 2501.15361)."""
+    if len(edges) == 0:
+        return np.zeros(0)
+    L = csgraph.laplacian(_adjacency(clients, edges))
+    largest = np.linalg.eigvalsh(L.toarray())[-1] if clients <= DENSE_CLIENTS else largest_eigenvalue(L)
+    return np.full(len(edges), 2 / (3 * largest))
+
+
+def uniform(clients: int, edges: Edges) -> NDArray[np.float64]:
+    """Weigh all edges of a regular graph by `1 / (d + 1)`, so that a client counts as much as each neighbour.
+
+    `Graph` sees to it that the graph is regular.
+    """
+    return np.full(len(edges), 1 / (1 + degrees(clients, edges).max()))
+
+
+WEIGHTS: dict[str, Callable[[int, Edges], NDArray[np.float64]]] = {
+    "metropolis": metropolis,
+    "laplacian": laplacian,
+    "uniform": uniform,
+}
+"""Rules: (clients, edges `[E, 2]`) → a weight `[E]` for each edge; the diagonal of W takes what remains of 1.
+
+`metropolis` looks at a round's active edges. The others look at its possible edges, known to all peers
+before the round, and the weight of an edge that isn't active stays on the diagonal.
+"""
+
+
+def mixing_weights(clients: int, edges: Edges) -> csr_array:
+    """Return the Metropolis-Hastings matrix `W [n, n]` float64 of these edges: `W_ii = 1 - Σ_j W_ij`."""
+    return _matrix(clients, 1, edges, metropolis(clients, edges))
+
+
+def drop_edges(weights: csr_array, failed: Edges) -> csr_array:
+    """Return `W [n, n]` without the `failed [F, 2]` edges, whose weight goes back to the diagonal at both ends.
+
+    That keeps W symmetric and doubly stochastic, so failures never move the clients' mean. Edges that W doesn't have
+    change nothing.
+    """
+    clients = weights.shape[0]
+    mask = _adjacency(clients, as_edges(clients, failed))
+    lost = csr_array(weights.multiply(mask))
+    return csr_array(weights - lost + diags_array(lost.sum(axis=1)))
+
+
+def weights_at(graph: Graph, t: int) -> csr_array:
+    """Return the mixing matrix `W_t [n, n]` float64 of round t: symmetric, doubly stochastic, non-negative."""
+    return stacked_weights(graph, range(t, t + 1))
+
+
+def stacked_weights(graph: Graph, rounds: range) -> csr_array:
+    """Return the mixing matrices of several rounds one below the other, `[R·n, n]`."""
+    n, possible = graph.clients, [graph.edges_at(t) for t in rounds]
+    edges = np.concatenate(possible)
+    at = np.repeat(np.arange(len(rounds)), [len(one) for one in possible])
+    active = uniforms(graph.seed, "edge", rounds.start + at, edges[:, 0], edges[:, 1]) < graph.activation
+    # Rounds share no edge, so together they are one graph of R·n clients: client i in the k-th round is number k·n + i.
+    apart = (edges + n * at[:, None])[active]
+    if graph.weights == "metropolis":
+        return _matrix(n, len(rounds), apart, metropolis(n * len(rounds), apart))
+    weights = np.concatenate(
+        [_possible_weights(graph, t if graph.period is None else t % graph.period) for t in rounds]
+    )
+    return _matrix(n, len(rounds), apart, weights[active])
+
+
+@lru_cache(maxsize=64)
+def _possible_weights(graph: Graph, t: int) -> NDArray[np.float64]:
+    # Remembered, since the Laplacian's eigenvalue costs far more than the rest of a round's weights.
+    return WEIGHTS[graph.weights](graph.clients, graph.edges_at(t))
+
+
+def _matrix(clients: int, rounds: int, edges: Edges, weights: NDArray[np.float64]) -> csr_array:
+    nodes, i, j = np.arange(rounds * clients), edges[:, 0], edges[:, 1]
+    diagonal = 1 - np.bincount(i, weights, len(nodes)) - np.bincount(j, weights, len(nodes))
+    rows, columns = np.concatenate([i, j, nodes]), np.concatenate([j, i, nodes]) % clients
+    return csr_array((np.concatenate([weights, weights, diagonal]), (rows, columns)), shape=(len(nodes), clients))
+
+
+def as_edges(clients: int, pairs: Any) -> Edges:
+    """Bring pairs into the form of edges: `[E, 2]`, i < j, sorted, each once."""
+    array = np.array(pairs if isinstance(pairs, np.ndarray) else list(pairs), dtype=np.int64).reshape(-1, 2)
+    array.sort(axis=1)
+    edges = np.stack(np.divmod(np.unique(array[:, 0] * clients + array[:, 1]), clients), axis=1)
+    edges.flags.writeable = False  # every round hands out the same array
+    return edges
+
+
+def _adjacency(clients: int, edges: Edges) -> csr_array:
+    ends = np.concatenate([edges, edges[:, ::-1]])
+    return csr_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(clients, clients))
+
+
+def degrees(clients: int, edges: Edges) -> NDArray[np.int64]:
+    """Count each client's neighbours, `[n]`."""
+    return np.bincount(edges.ravel(), minlength=clients)
+
+
+def unreachable(clients: int, edges: Edges) -> list[int]:
+    """Return the clients that these edges don't connect to client 0."""
+    _, component = csgraph.connected_components(_adjacency(clients, edges), directed=False)
+    return np.flatnonzero(component != component[0]).tolist()
+
+
+def largest_eigenvalue(symmetric: Any, relative_to: float = 0.0, tolerance: float = 1e-8) -> float:
+    """Return λ_max of a sparse array or LinearOperator `[n, n]`, to about `tolerance · |λ_max - relative_to|`.
+
+    Lanczos without restarts: long rings crowd their eigenvalues so much that ARPACK, which separates them, never ends.
+    λ_max alone needs no such care, and not even orthogonality, whose loss only repeats eigenvalues that were found.
+    """
+    n, previous, value = symmetric.shape[0], 0.0, -np.inf
+    vector = generator(0, "eigenvector").standard_normal(n)  # fixed: the same number each time and on each peer
+    vector /= np.linalg.norm(vector)
+    diagonal: list[float] = []
+    beside: list[float] = []
+    for step in range(1, 5 * n + 65):
+        image = symmetric @ vector - (beside[-1] * previous if beside else 0.0)
+        diagonal.append(float(vector @ image))
+        image -= diagonal[-1] * vector
+        length = float(np.linalg.norm(image))
+        exhausted = length < 1e-12
+        if exhausted or (step >= 64 and step & (step - 1) == 0):
+            before, value = value, _largest_of_tridiagonal(diagonal, beside)
+            if exhausted or abs(value - before) <= tolerance * abs(value - relative_to):
+                return value
+        beside.append(length)
+        previous, vector = vector, image / length
+    return _largest_of_tridiagonal(diagonal, beside[:-1])
+
+
+def _largest_of_tridiagonal(diagonal: list[float], beside: list[float]) -> float:
+    last = len(diagonal) - 1
+    return float(eigvalsh_tridiagonal(diagonal, beside, select="i", select_range=(last, last))[0])
+
+
+def need_clients(name: str, clients: int, least: int) -> None:
+    """Raise GraphError if the graph of this name has fewer clients than it needs."""
+    if clients < least:
+        raise GraphError(f"graph {name}: clients is {clients}; choose {least} or more")

@@ -1,0 +1,204 @@
+"""The run directory: what a run leaves behind, and what it resumes from.
+
+    runs/<name>/
+      recipe.yaml  resolved.yaml  environment.json     what was asked, what was run, on what
+      adapter/                                         what all adapters share: PEFT's config and the frozen head
+      rounds.jsonl                                     a RoundRecord a line: the truth; all else derives from it
+      checkpoints/round-000120/                        state.safetensors and meta.json, whole or not there
+      adapters/client-000/ … adapters/average/         each loads with PeftModel.from_pretrained
+
+Files and folders appear whole or not at all: they are written beside their place and renamed into it. Only
+`rounds.jsonl` grows; a line that was cut off counts as not written.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load, save, save_file
+from torch import Tensor
+
+from peertune.adapters.peft_format import save_adapter
+from peertune.errors import RunError
+from peertune.types import RoundRecord, State, Tensors
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    """Yield a folder to write into, which takes the place of `folder` when all is written, and vanishes otherwise."""
+    beside: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        beside.chmod(0o755)
+        yield beside
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.rename(folder)
+    except OSError as error:
+        raise RunError(f"{folder}: can't be written ({error.strerror}); choose a folder you can write to") from error
+    finally:
+        if beside is not None:
+            shutil.rmtree(beside, ignore_errors=True)
+
+
+def create(
+    folder: Path,
+    *,
+    recipe: str,
+    resolved: str,
+    environment: Mapping[str, Any],
+    lora: LoraConfig,
+    head: Mapping[str, Tensor],
+) -> None:
+    """Make the run directory. Raises RunError where something is there already, or it can't be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder}: is there already; give another --out, or go on with --resume {folder}")
+    with _written(folder) as beside:
+        (beside / "recipe.yaml").write_text(recipe)
+        (beside / "resolved.yaml").write_text(resolved)
+        (beside / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        (beside / "adapter").mkdir()
+        lora.save_pretrained(str(beside / "adapter"))
+        save_file(
+            {name: value.cpu().contiguous() for name, value in head.items()}, beside / "adapter" / "head.safetensors"
+        )
+        (beside / "rounds.jsonl").touch()
+
+
+def append(folder: Path, record: RoundRecord) -> None:
+    """Add a record to `rounds.jsonl`."""
+    values = asdict(replace(record, state=None))
+    del values["state"]
+    try:
+        with (folder / "rounds.jsonl").open("a") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise RunError(f"{folder}/rounds.jsonl: can't be written ({error.strerror})") from error
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """Read `rounds.jsonl`. Raises RunError where it isn't there or a line other than the last is damaged."""
+    try:
+        lines = (folder / "rounds.jsonl").read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise RunError(f"{folder}: no readable rounds.jsonl; give the folder of a run") from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):
+                raise RunError(f"{folder}/rounds.jsonl: line {number} is damaged; restore it or delete it") from None
+    return found
+
+
+def save_checkpoint(folder: Path, state: State, keep: int) -> None:
+    """Write a checkpoint of the state and remove all but the newest `keep`."""
+    parts = {"adapters": state.adapters, "moments": state.moments}
+    data = save(
+        {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
+    )
+    with _written(folder / "checkpoints" / f"round-{state.round:06d}") as beside:
+        (beside / "state.safetensors").write_bytes(data)
+        (beside / "meta.json").write_text(json.dumps({"round": state.round, "sha256": sha256(data).hexdigest()}) + "\n")
+    for old in _checkpoints(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("round-*"), reverse=True)
+
+
+def load_checkpoint(folder: Path, like: State | None = None) -> State | None:
+    """Return the state of the newest whole checkpoint on the CPU, or None where there is none yet.
+
+    A damaged checkpoint is passed over with a warning. Raises RunError where all are damaged, or where the newest does
+    not fit the state `like` that the run starts from.
+    """
+    found = _checkpoints(folder)
+    for checkpoint in found:
+        try:
+            meta = json.loads((checkpoint / "meta.json").read_text())
+            data = (checkpoint / "state.safetensors").read_bytes()
+            if sha256(data).hexdigest() != meta["sha256"]:
+                raise ValueError("its contents are not what was written")
+            tensors = load(data)
+            parts: dict[str, Tensors] = {"adapters": {}, "moments": {}}
+            for name, x in tensors.items():
+                part, _, rest = name.partition("/")
+                parts[part][rest] = x
+            state = State(parts["adapters"], parts["moments"], int(meta["round"]))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            log.warning("%s is damaged and passed over (%s)", checkpoint, error)
+            continue
+        if like is not None:
+            _check_fit(checkpoint, state, like)
+        return state
+    if found:
+        raise RunError(
+            f"{folder}/checkpoints: every checkpoint is damaged; restore one, or start again with another --out"
+        )
+    return None
+
+
+def _check_fit(checkpoint: Path, state: State, like: State) -> None:
+    for have, want in ((state.adapters, like.adapters), (state.moments, like.moments)):
+        for name in have.keys() | want.keys():
+            shapes = [tuple(part[name].shape) if name in part else None for part in (have, want)]
+            if shapes[0] != shapes[1]:
+                raise RunError(
+                    f"{checkpoint}: {name} is {shapes[0]} where the recipe makes {shapes[1]}; "
+                    "resume with the run's own recipe"
+                )
+
+
+def rewind(folder: Path, round: int) -> None:
+    """Forget the records from `round` on: they will be made again."""
+    kept = [record for record in records(folder) if record["round"] < round]
+    beside = folder / ".rounds.jsonl"
+    try:
+        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(beside, folder / "rounds.jsonl")
+    except OSError as error:
+        raise RunError(f"{folder}/rounds.jsonl: can't be written ({error.strerror})") from error
+
+
+def export(run: Path, state: State, client: int | None, to: Path) -> None:
+    """Write one client's adapter, or the average of all where `client` is None, in PEFT's format.
+
+    Raises RunError for a client that isn't there or a folder that is there already.
+    """
+    clients = len(next(iter(state.adapters.values())))
+    if client is not None and not 0 <= client < clients:
+        raise RunError(f"client {client}: the run has clients 0 to {clients - 1}")
+    if to.exists():
+        raise RunError(f"{to}: is there already; give another folder")
+    try:
+        lora = LoraConfig.from_pretrained(str(run / "adapter"))
+        head = load((run / "adapter" / "head.safetensors").read_bytes())
+    except (OSError, ValueError, SafetensorError):
+        raise RunError(f"{run}/adapter: is missing or damaged; give the folder of a run") from None
+    adapter = {name: x.mean(0) if client is None else x[client] for name, x in state.adapters.items()}
+    with _written(to) as beside:
+        save_adapter(beside, adapter, head=head, lora=lora)
+
+
+def export_all(run: Path, state: State) -> None:
+    """Write `adapters/`: every client's and the average."""
+    clients = len(next(iter(state.adapters.values())))
+    shutil.rmtree(run / "adapters", ignore_errors=True)
+    for client in range(clients):
+        export(run, state, client, run / "adapters" / f"client-{client:03d}")
+    export(run, state, None, run / "adapters" / "average")

@@ -1,0 +1,198 @@
+"""Local training and evaluation of a stack: the only place, beside the network, where values change in place."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from peertune.adapters.stacked import StackedModel
+from peertune.errors import ModelError
+from peertune.types import Batch, Phase, State, Tensors, kind, select
+
+
+class Optimizer(NamedTuple):
+    """An optimiser over stacks, as two functions.
+
+    `init(adapters)` makes the moments, each `[K, …]`. `update(params, grads, moments, rate)` steps `params` and
+    `moments` in place: the parameters that have a gradient, each client by its own count of steps.
+    """
+
+    init: Callable[[Tensors], Tensors]
+    update: Callable[[Tensors, Tensors, Tensors, float], None]
+
+
+@dataclass(frozen=True)
+class Optim:
+    """How the clients' factors are stepped; one for all clients."""
+
+    optimizer: Optimizer
+    rate: Callable[[int], float]  # learning rate at a step counted from the run's start
+    max_grad_norm: float  # each client's gradient is clipped to this norm; 0 leaves it
+    reset: Literal["never", "round", "phase"]  # when moments start afresh
+
+
+def _over_clients(per_client: Tensor, like: Tensor) -> Tensor:
+    return per_client.view(-1, *[1] * (like.dim() - 1))
+
+
+def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101), equal to `torch.optim.AdamW` for each client.
+
+    Moments are `<name>.m` and `<name>.v [K, …]`, and `steps.<kind> [K]`: A and B are stepped in different phases, so
+    each kind counts its own steps.
+    """
+
+    def init(adapters: Tensors) -> Tensors:
+        moments = {f"{name}.{part}": torch.zeros_like(x) for name, x in adapters.items() for part in ("m", "v")}
+        for name, x in adapters.items():
+            moments[f"steps.{kind(name)}"] = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return moments
+
+    def update(params: Tensors, grads: Tensors, moments: Tensors, rate: float) -> None:
+        for what in {kind(name) for name in grads}:
+            moments[f"steps.{what}"] += 1
+        for name, grad in grads.items():
+            x, m, v = params[name], moments[f"{name}.m"], moments[f"{name}.v"]
+            steps = _over_clients(moments[f"steps.{kind(name)}"].to(x.dtype), x)
+            m.lerp_(grad, 1 - beta1)
+            v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+            denominator = (v / (1 - beta2**steps)).sqrt_().add_(epsilon)
+            x.mul_(1 - rate * weight_decay).sub_(m / (1 - beta1**steps) / denominator, alpha=rate)
+
+    return Optimizer(init, update)
+
+
+def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
+    """Stochastic gradient descent, equal to `torch.optim.SGD` for each client; moments are `<name>.m [K, …]`."""
+
+    def init(adapters: Tensors) -> Tensors:
+        return {f"{name}.m": torch.zeros_like(x) for name, x in adapters.items()} if momentum else {}
+
+    def update(params: Tensors, grads: Tensors, moments: Tensors, rate: float) -> None:
+        for name, grad in grads.items():
+            step = grad.add(params[name], alpha=weight_decay)
+            if momentum:
+                step = moments[f"{name}.m"].mul_(momentum).add_(step)
+            params[name].sub_(step, alpha=rate)
+
+    return Optimizer(init, update)
+
+
+def learning_rate(
+    kind: Literal["constant", "linear", "cosine"], peak: float, warmup: int, steps: int
+) -> Callable[[int], float]:
+    """Return the rate at each step: a linear rise over `warmup` steps, then constant, or falling to 0 at `steps`.
+
+    The same three shapes as in Hugging Face's `get_scheduler`.
+    """
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return peak * step / warmup
+        share = (step - warmup) / max(1, steps - warmup)
+        match kind:
+            case "constant":
+                return peak
+            case "linear":
+                return peak * max(0.0, 1 - share)
+            case "cosine":
+                return peak * float(0.5 * (1 + np.cos(np.pi * min(1.0, share))))
+
+    return rate
+
+
+def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return each row's loss `[b]`: cross-entropy over classes, or squared error from targets that are no classes."""
+    if labels.is_floating_point():
+        return (logits.squeeze(-1).float() - labels) ** 2
+    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def train_local(
+    model: StackedModel,
+    state: State,
+    steps: Iterable[list[Batch]],
+    phase: Phase,
+    optim: Optim,
+    first_step: int,
+) -> tuple[State, Tensor]:
+    """Train the phase's kinds on each client's own rows; return the new state and the mean loss `[K]`.
+
+    `steps` yields the micro-batches of one local step after the other; their gradients add up, so how the rows are cut
+    changes nothing. `first_step` is the number of the first of them, counted from the run's start. Kinds that the phase
+    does not train get no gradient and stay bit for bit.
+
+    Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history.
+    """
+    params = {name: x.clone().requires_grad_() for name, x in select(state.adapters, phase.train).items()}
+    adapters = state.adapters | params
+    moments = {name: x.clone() for name, x in state.moments.items()}
+    clients = len(next(iter(adapters.values())))
+    totals = torch.zeros(clients, device=next(iter(adapters.values())).device)
+    global_draws = torch.get_rng_state()
+    count = 0
+    for count, batches in enumerate(steps, start=1):
+        for batch in batches:
+            batch = batch.to(totals.device)
+            losses = row_losses(model(adapters, batch, training=True).logits, batch.labels) * batch.weights
+            losses.sum().backward()
+            totals.index_add_(0, batch.clients, losses.detach().float())
+        with torch.no_grad():
+            grads = {name: x.grad for name, x in params.items() if x.grad is not None}
+            clip(grads, optim.max_grad_norm)
+            optim.optimizer.update(params, grads, moments, optim.rate(first_step + count - 1))
+        for x in params.values():
+            x.grad = None
+    if not torch.equal(global_draws, torch.get_rng_state()):
+        raise ModelError(
+            "model: it draws dropout that can't be keyed by row, so results would depend on history; "
+            "use model.dropout=false"
+        )
+    trained = {name: x.detach() for name, x in params.items()}
+    return State(state.adapters | trained, moments, state.round), totals / max(1, count)
+
+
+def clip(grads: Tensors, max_norm: float) -> None:
+    """Scale each client's gradient, over all its tensors together, to at most `max_norm`, in place; 0 leaves it.
+
+    As `torch.nn.utils.clip_grad_norm_` does for one client.
+    """
+    if max_norm <= 0 or not grads:
+        return
+    squares = [grad.flatten(1).square().sum(1) for grad in grads.values()]
+    scale = (max_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp_(max=1.0)
+    for grad in grads.values():
+        grad.mul_(_over_clients(scale, grad))
+
+
+@torch.no_grad()
+def evaluate(
+    model: StackedModel, adapters: Tensors, batches: Iterable[tuple[Batch, NDArray[np.int64]]], rows: int
+) -> NDArray[Any]:
+    """Return every client's predictions on one set of rows, `[K, rows]`: class numbers, or values of a regression.
+
+    Each batch comes with the numbers of its rows, `[b]`.
+    """
+    clients = len(next(iter(adapters.values())))
+    device = next(iter(adapters.values())).device
+    predictions: NDArray[Any] | None = None
+    for batch, numbers in batches:
+        logits = model(adapters, batch.to(device), training=False).logits
+        values = logits.squeeze(-1).double() if batch.labels.is_floating_point() else logits.argmax(-1)
+        if predictions is None:
+            predictions = np.zeros((clients, rows), dtype=np.float64 if batch.labels.is_floating_point() else np.int64)
+        predictions[batch.clients.numpy(), numbers] = values.cpu().numpy()
+    assert predictions is not None, "a validation set has rows"
+    return predictions
+
+
+def reset_moments(
+    moments: Tensors, reset: Literal["never", "round", "phase"], phase: Phase, before: Phase | None
+) -> Tensors:
+    """Return the moments that a round starts with: zeros where the setting says that they start afresh."""
+    afresh = reset == "round" or (reset == "phase" and before is not None and before.train != phase.train)
+    return {name: torch.zeros_like(x) for name, x in moments.items()} if afresh else moments

@@ -1,0 +1,289 @@
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from peertune.data.tasks import METRICS, TASKS, Task, glue, public_digits, text
+from peertune.errors import DataError
+
+# The columns on the hub, and the names of the classes by number.
+GLUE = {
+    "cola": (("sentence",), ("unacceptable", "acceptable"), "matthews_correlation"),
+    "mnli": (("premise", "hypothesis"), ("entailment", "neutral", "contradiction"), "accuracy"),
+    "mrpc": (("sentence1", "sentence2"), ("not_equivalent", "equivalent"), "accuracy"),
+    "qnli": (("question", "sentence"), ("entailment", "not_entailment"), "accuracy"),
+    "qqp": (("question1", "question2"), ("not_duplicate", "duplicate"), "accuracy"),
+    "rte": (("sentence1", "sentence2"), ("entailment", "not_entailment"), "accuracy"),
+    "sst2": (("sentence",), ("negative", "positive"), "accuracy"),
+    "stsb": (("sentence1", "sentence2"), (), "pearson"),
+    "wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment"), "accuracy"),
+}
+
+
+def write(file: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if file.suffix == ".parquet":
+        parquet.write_table(pa.table({name: list(values) for name, values in columns.items()}), file)
+    elif file.suffix == ".csv":
+        lines = [
+            ",".join(columns),
+            *(",".join(json.dumps(v) if "," in str(v) else str(v) for v in r.values()) for r in rows),
+        ]
+        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def folder(
+    tmp_path: Path, labels: Sequence[Any], validation: Sequence[Any] | None = None, suffix: str = "jsonl"
+) -> str:
+    for name, values in {"train": labels, "validation": labels if validation is None else validation}.items():
+        write(tmp_path / f"{name}.{suffix}", {"text": [f"row {n}" for n in range(len(values))], "label": values})
+    return str(tmp_path)
+
+
+def read(path: str, **settings: Any) -> Task:
+    return text(["text"], "label", path=path, **settings)
+
+
+def test_sst2_is_read_from_a_folder(glue_path: Path) -> None:
+    task = glue("sst2", path=str(glue_path / "sst2"))
+    assert (task.name, task.inputs, task.classes) == ("glue/sst2", ("sentence",), ("negative", "positive"))
+    assert np.bincount(task.train.labels).tolist() == [26_530, 33_470]
+    assert (len(task.train), len(task.validation)) == (60_000, 872)
+    assert task.train.labels.dtype == np.int64
+    assert all(isinstance(sentence, str) for sentence in task.validation.columns["sentence"])
+
+
+def test_mnli_has_pairs(glue_path: Path) -> None:
+    task = glue("mnli", path=str(glue_path / "mnli"))
+    assert task.inputs == ("premise", "hypothesis")
+    assert len(task.validation) == 7_703
+    assert set(task.validation.columns) >= {"premise", "hypothesis", "label"}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("config", GLUE)
+def test_each_glue_task_has_its_own_columns_classes_and_metric(config: str, suffix: str, tmp_path: Path) -> None:
+    inputs, classes, metric = GLUE[config]
+    labels = list[float](range(len(classes))) or [0.0, 2.5]
+    columns = {name: [f"{name} {row}, and more" for row in labels] for name in inputs} | {
+        "label": labels,
+        "idx": labels,
+    }
+    write(tmp_path / f"train.{suffix}", columns)
+    write(tmp_path / f"{'validation_matched' if config == 'mnli' else 'validation'}.{suffix}", columns)
+    task = glue(config, path=str(tmp_path))
+    assert (task.inputs, task.classes, task.metric) == (inputs, classes, metric)
+    assert task.train.labels.tolist() == task.validation.labels.tolist() == labels
+    assert task.train.labels.dtype == (np.int64 if classes else np.float64)
+    assert task.train.columns[inputs[0]][0] == f"{inputs[0]} {labels[0]}, and more"
+    assert "idx" in task.train.columns
+
+
+def test_glue_takes_its_second_metric(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", {"sentence1": "ab", "sentence2": "cd", "label": [0, 1]})
+    write(tmp_path / "validation.csv", {"sentence1": "ab", "sentence2": "cd", "label": ["equivalent", 0]})
+    task = glue("mrpc", path=str(tmp_path), metric="f1")
+    assert task.metric == "f1"
+    assert task.validation.labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_names_are_numbered_in_sorted_order(suffix: str, tmp_path: Path) -> None:
+    task = read(folder(tmp_path, ["spam", "ham", "eggs"], ["ham", "spam"], suffix))
+    assert task.classes == ("eggs", "ham", "spam")
+    assert task.train.labels.tolist() == [2, 1, 0]
+    assert task.validation.labels.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_numbers_stay_as_they_are(suffix: str, tmp_path: Path) -> None:
+    task = read(folder(tmp_path, [2, 0, 1, 10, *range(3, 10)], [10, 1], suffix))
+    assert task.classes == tuple(map(str, range(11)))
+    assert task.train.labels.tolist() == [2, 0, 1, 10, *range(3, 10)]
+    assert task.validation.labels.tolist() == [10, 1]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl", "parquet"])
+def test_a_regression_has_targets_and_no_classes(suffix: str, tmp_path: Path) -> None:
+    task = read(folder(tmp_path, [0.5, 4.0, 2.25], suffix=suffix), metric="spearman")
+    assert task.classes == ()
+    assert task.train.labels.dtype == np.float64
+    assert task.train.labels.tolist() == [0.5, 4.0, 2.25]
+
+
+def test_csv_fields_may_hold_commas_line_breaks_and_what_looks_like_nothing(tmp_path: Path) -> None:
+    content = '\ufefftext,label\n"one, two\nthree",0\nNA,1\n007,1\n\n'
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text(content, encoding="utf-8")
+    assert read(str(tmp_path)).train.columns["text"] == ["one, two\nthree", "NA", "007"]
+
+
+def test_another_split_may_validate(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", {"text": "ab", "label": [0, 1]})
+    write(tmp_path / "dev.parquet", {"text": "abc", "label": [0, 1, 1]})
+    assert len(read(str(tmp_path), validation="dev").validation) == 3
+
+
+def test_digits_are_images_that_the_public_digits_share_nothing_with() -> None:
+    task, public = TASKS["digits"](), public_digits()
+    assert task.inputs == ("pixel_values",)
+    assert task.classes == ("5", "6", "7", "8", "9")
+    parts = [np.asarray(split.columns["pixel_values"]) for split in (task.train, task.validation, public)]
+    for images, split in zip(parts, (task.train, task.validation, public), strict=True):
+        assert images.shape == (len(split), 1, 8, 8)
+        assert images.dtype == np.float32
+        assert images.min() == -1
+        assert images.max() == 1
+        assert set(split.labels) == set(range(5))
+        assert split.labels.dtype == np.int64
+    assert [len(part) for part in parts] == [716, 180, 901]
+    distinct = {image.tobytes() for part in parts for image in part}
+    assert len(distinct) == sum(len(part) for part in parts)
+    shares = np.bincount(task.validation.labels) / (
+        np.bincount(task.train.labels) + np.bincount(task.validation.labels)
+    )
+    assert shares == pytest.approx(0.2, abs=0.01)
+    assert np.array_equal(TASKS["digits"]().train.labels, task.train.labels)
+
+
+def test_metrics_of_a_small_example() -> None:
+    predictions, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
+    assert METRICS["accuracy"](predictions, labels) == pytest.approx(3 / 5)
+    assert METRICS["f1"](predictions, labels) == pytest.approx(2 / 3)
+    assert METRICS["matthews_correlation"](predictions, labels) == pytest.approx(1 / 6)
+    assert METRICS["pearson"](predictions, labels) == pytest.approx(1 / 6)
+    assert METRICS["spearman"](np.array([1.0, 2.0, 9.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("metric", sorted(set(METRICS) - {"accuracy"}))
+def test_predictions_that_are_all_alike_score_nothing(metric: str) -> None:
+    value = 0 if metric in {"f1", "matthews_correlation"} else 0.1
+    assert METRICS[metric](np.full(7, value), np.array([0, 1, 0, 1, 0, 1, 1])) == 0
+    assert METRICS[metric](np.full(7, value), np.zeros(7, np.int64)) == 0
+
+
+@pytest.mark.parametrize("metric", ["pearson", "spearman"])
+def test_predictions_that_are_not_finite_score_nothing(metric: str) -> None:
+    assert METRICS[metric](np.array([np.nan, 1, 2]), np.array([0.0, 1, 2])) == 0
+
+
+@pytest.mark.parametrize(
+    ("train", "validation", "settings", "message"),
+    [
+        ([0, 1, -1], None, {}, "the labels are -1, 0, 1: number the classes from 0 without a gap, .* label"),
+        ([1, 2], None, {}, "the labels are 1, 2: number the classes from 0 without a gap"),
+        ([0, 1], [0, -1], {}, "validation: row 1: label -1 marks a row without a label, leave it out$"),
+        ([0, 1], [0, 2], {}, "validation: row 1: label: unknown name '2', choose from 0, 1$"),
+        (["no", "yes"], ["no", "yess"], {}, "validation: row 1: label: unknown name 'yess', did you mean yes?"),
+        ([0, None], None, {}, "train: row 1: label is missing, leave out rows without one"),
+        ([0, [1]], None, {}, r"train: row 1: label is \[1\], it must be a number or a name"),
+        ([0, 1], [], {}, "validation: no rows, give at least one"),
+        ([], None, {}, "train: no rows, give at least one"),
+        ([1.5, 2.5], None, {}, "the labels are fractions, choose metric pearson or spearman"),
+        ([0, 0], None, {}, "all rows of train have the label 0, give at least two classes"),
+        ([0, 1, 2], None, {"metric": "f1"}, "metric f1 is for two classes and there are 3, choose accuracy"),
+        (["a", 1], None, {"metric": "pearson"}, "train: row 0: label is 'a', a regression's must be a finite number"),
+        ([0, 1], None, {"metric": "acuracy"}, "metric: unknown name 'acuracy', did you mean accuracy?"),
+        ([0, 1], None, {"validation": "dev"}, "holds none of dev.parquet, dev.csv, dev.jsonl, dev.json$"),
+    ],
+)
+def test_wrong_data_are_refused_in_one_line(
+    train: Sequence[Any],
+    validation: Sequence[Any] | None,
+    settings: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(DataError, match=f"^task text/{tmp_path.name}: .*{message}") as caught:
+        read(folder(tmp_path, train, validation), **settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_class_out_of_range_of_glue_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", {"sentence": "abc", "label": [0, 1, 2]})
+    write(tmp_path / "validation.csv", {"sentence": "abc", "label": [0, 1, 1]})
+    with pytest.raises(
+        DataError, match=r"^task glue/sst2: train: row 2: label: unknown name '2', choose from 0, 1, neg"
+    ):
+        glue("sst2", path=str(tmp_path))
+
+
+def test_a_missing_folder_file_or_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"^task glue/sst2: there is no folder .*/nowhere, give the one that holds train"
+    ):
+        glue("sst2", path=str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"holds none of train.parquet, train.csv, train.jsonl, train.json$"):
+        glue("sst2", path=str(tmp_path))
+    path = folder(tmp_path, [0, 1])
+    with pytest.raises(DataError, match=r"train: column: unknown name 'txet', did you mean text\?"):
+        text(["txet"], "label", path=path)
+    with pytest.raises(DataError, match=r"train: column: unknown name 'gold', choose from label, text$"):
+        text(["text"], "gold", path=path)
+    with pytest.raises(DataError, match=r"train: row 0: label is 0, it must be text$"):
+        text(["label"], "label", path=path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("train.csv", "text,label\na,0,1\n", "line 2 has 3 fields and the header 2"),
+        ("train.json", "[1, 2]\n", "line 1 is not a JSON object"),
+        ("train.jsonl", "{oops\n", "Expecting property name"),
+        ("train.parquet", "not parquet at all", "Parquet magic bytes not found"),
+    ],
+)
+def test_a_file_that_can_not_be_read_is_named(name: str, content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=rf"{name} can't be read \(.*{reason}") as caught:
+        read(str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_arguments_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(DataError, match=r"^task glue: config: unknown name 'sst', did you mean sst2\?"):
+        glue("sst")
+    with pytest.raises(DataError, match=r"^task glue/sst2: metric pearson does not suit its labels"):
+        glue("sst2", metric="pearson")
+    with pytest.raises(DataError, match=r"^task glue/stsb: metric f1 does not suit its labels, .* for pearson"):
+        glue("stsb", metric="f1")
+    with pytest.raises(DataError, match=r"^task text: give either path \(a folder\) or id"):
+        text(["text"], "label")
+    with pytest.raises(DataError, match=r"^task text: give either path \(a folder\) or id"):
+        text(["text"], "label", path="here", id="there")
+    with pytest.raises(DataError, match=r"^task text: inputs names 3 columns, give one or two"):
+        text(["a", "b", "c"], "label", path="here")
+
+
+def test_an_unreachable_hub_is_said_at_once() -> None:
+    start_s = time.monotonic()
+    message = "not in the local cache and the hub can't be reached; give task.path=FOLDER$"
+    with pytest.raises(DataError, match=f"^task glue/wnli: {message}"):
+        glue("wnli", revision="no-such-revision")
+    with pytest.raises(DataError, match=f"^task text/peertune/nothing-of-this-name: {message}"):
+        text(["text"], "label", id="peertune/nothing-of-this-name")
+    assert time.monotonic() - start_s < 5
+
+
+def test_a_data_set_of_the_hub_brings_its_own_numbering(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["yes", "no"])})
+    split = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": split, "test": split})
+    task = text(["text"], "label", id="some/data", validation="test")
+    assert task.classes == ("yes", "no")
+    assert task.train.labels.tolist() == [0, 1]
+    with pytest.raises(
+        DataError, match=r"^task text/some/data: split: unknown name 'validation', choose from test, train"
+    ):
+        text(["text"], "label", id="some/data")

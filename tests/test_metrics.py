@@ -1,0 +1,128 @@
+"""Disagreement and traffic, against dense formulas."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peertune.metrics import (
+    bytes_sent,
+    consensus_error,
+    cross_term,
+    diagnostics,
+    mean_drift,
+    neighbours,
+    payload_bytes,
+)
+from peertune.types import Phase, Tensors, select
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+
+some = settings(max_examples=25, deadline=None, derandomize=True)
+KINDS = frozenset({"A", "B", "head"})
+
+
+def random_adapters(seed: int, n: int, dtype: torch.dtype = torch.float64) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"q.A": (2, 5), "q.B": (4, 2), "v.A": (2, 3), "v.B": (6, 2), "out.bias.head": (3,)}
+    return {name: torch.randn(n, *shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
+
+
+adapters = st.builds(random_adapters, st.integers(0, 2**31), st.integers(1, 6))
+
+
+@some
+@given(adapters)
+def test_the_consensus_error_is_the_rms_distance_from_the_mean(stack: Tensors) -> None:
+    flat = torch.cat([tensor.flatten(1) for tensor in stack.values()], dim=1)
+    expected = (flat - flat.mean(0)).norm(dim=1).square().mean().sqrt()
+    assert consensus_error(stack) == pytest.approx(float(expected), abs=1e-12)
+
+
+@some
+@given(adapters)
+def test_the_cross_term_is_the_mean_of_products_less_the_product_of_means(stack: Tensors) -> None:
+    squares = 0.0
+    for site in ("q", "v"):
+        A, B = stack[f"{site}.A"], stack[f"{site}.B"]
+        squares += float(((B @ A).mean(0) - B.mean(0) @ A.mean(0)).norm() ** 2)
+    assert cross_term(stack) == pytest.approx(squares**0.5, abs=1e-12)
+
+
+@some
+@given(adapters)
+def test_at_a_site_the_cross_term_is_at_most_the_product_of_consensus_errors(stack: Tensors) -> None:
+    for site in ("q", "v"):
+        pair = {name: stack[f"{site}.{name}"] for name in "AB"}
+        bound = consensus_error(select(pair, {"A"})) * consensus_error(select(pair, {"B"}))
+        assert cross_term(pair) <= bound * (1 + 1e-12) + 1e-15
+
+
+def test_clients_that_agree_have_no_errors() -> None:
+    stack = {name: tensor.expand(4, *tensor.shape[1:]) for name, tensor in random_adapters(0, 1).items()}
+    assert consensus_error(stack) == pytest.approx(0, abs=1e-15)
+    assert cross_term(stack) == pytest.approx(0, abs=1e-15)
+
+
+def test_clients_that_share_a_have_no_cross_term() -> None:
+    stack = random_adapters(0, 4)
+    for name in ("q.A", "v.A"):
+        stack[name] = stack[name][:1].expand_as(stack[name])
+    assert cross_term(stack) == pytest.approx(0, abs=1e-15)
+
+
+def test_the_mean_drift_is_the_distance_between_the_means() -> None:
+    before = random_adapters(0, 4)
+    after = {name: tensor + 2 for name, tensor in before.items()}
+    assert mean_drift(before, after, {"A"}) == pytest.approx(2 * (2 * 5 + 2 * 3) ** 0.5)
+    assert mean_drift(before, after, {"A", "head"}) == pytest.approx(2 * (2 * 5 + 2 * 3 + 3) ** 0.5)
+    assert mean_drift(before, after, ()) == 0
+
+
+def test_permuting_clients_does_not_drift() -> None:
+    before = random_adapters(0, 4)
+    after = {name: tensor.flip(0) for name, tensor in before.items()}
+    assert mean_drift(before, after, KINDS) == pytest.approx(0, abs=1e-15)
+
+
+def test_float32_is_summed_in_float64() -> None:
+    offset = 2.0**12
+    small = torch.tensor([[-(2.0**-11)], [2.0**-11]])
+    assert consensus_error({"A": offset + small}) == pytest.approx(2.0**-11, rel=1e-12)
+    assert mean_drift({"A": offset + small}, {"A": offset + 2 * small.abs()}, {"A"}) == pytest.approx(2.0**-10)
+
+
+def test_diagnostics_name_each_kind_there_is() -> None:
+    before, after = random_adapters(0, 3), random_adapters(1, 3)
+    found = diagnostics(before, after, Phase(0, KINDS, frozenset({"B"})))
+    assert found == {
+        "consensus_error_A": consensus_error(select(after, {"A"})),
+        "consensus_error_B": consensus_error(select(after, {"B"})),
+        "consensus_error_head": consensus_error(select(after, {"head"})),
+        "cross_term": cross_term(after),
+        "mean_drift": mean_drift(before, after, {"B"}),
+    }
+    frozen = select(after, {"A", "B"})
+    assert "consensus_error_head" not in diagnostics(frozen, frozen, Phase(0, KINDS, KINDS))
+
+
+def test_bytes_are_one_clients_payload_for_each_of_its_neighbours() -> None:
+    payload = select(random_adapters(0, 3, torch.float32), {"B", "head"})
+    assert payload_bytes(payload) == 4 * (4 * 2 + 6 * 2 + 3)
+    assert payload_bytes({}) == 0
+    assert bytes_sent(payload, [0, 1, 2]) == [0, 92, 184]
+
+
+@pytest.mark.parametrize("layout", [Tensor.clone, Tensor.to_sparse, Tensor.to_sparse_csr], ids=["dense", "coo", "csr"])
+def test_neighbours_are_the_others_with_weight(layout: Callable[[Tensor], Tensor]) -> None:
+    weights = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    assert neighbours(layout(weights)) == [1, 0, 3]
+
+
+def test_a_stored_zero_is_no_neighbour() -> None:
+    entries = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
+    dropped = torch.sparse_coo_tensor(entries, torch.tensor([1.0, 0.0, 0.0, 1.0]), (2, 2), check_invariants=True)
+    assert neighbours(dropped) == [0, 0]

@@ -1,0 +1,545 @@
+from collections.abc import Callable
+from dataclasses import replace
+from inspect import Parameter, signature
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import connected_components
+
+from peertune.draws import uniforms
+from peertune.errors import GraphError
+from peertune.topology import (
+    GRAPHS,
+    WEIGHTS,
+    Graph,
+    active_edges,
+    drop_edges,
+    mixing,
+    mixing_weights,
+    rho,
+    rho_draws,
+    summary,
+    weights_at,
+)
+
+PROBABILITIES = [0.5, 0.2, 0.1, 0.05, 0.02, 0.01]
+
+# For each row of GRAPHS: (size from 1 to 6) → valid arguments.
+VALID: dict[str, Callable[[int], dict[str, Any]]] = {
+    "bipartite": lambda size: {"clients": 2 * size, "left": size},
+    "complete": lambda size: {"clients": size},
+    "edges": lambda size: {"clients": size + 1},
+    "erdos_renyi": lambda size: {"clients": 2 * size, "probability": 0.6},
+    "exponential": lambda size: {"clients": 2 ** min(size - 1, 4)},
+    "hypercube": lambda size: {"clients": 2 ** min(size - 1, 4)},
+    "matching": lambda size: {"clients": 2 * size - 1, "probability": 0.7},
+    "path": lambda size: {"clients": size + 1},
+    "random_regular": lambda size: {"clients": 2 * size + 2, "degree": 3},
+    "ring": lambda size: {"clients": size + 2},
+    "star": lambda size: {"clients": size + 1},
+    "torus": lambda size: {"clients": 3 * size + 3, "rows": 3},
+    "trace": lambda size: {"clients": size + 1},
+}
+REGULAR = ["bipartite", "complete", "exponential", "hypercube", "random_regular", "ring", "torus"]
+
+
+def make(name: str, size: int, folder: Path, **settings: Any) -> Graph:
+    arguments = VALID[name](size)
+    if name in ("edges", "trace"):
+        arguments["path"] = folder / f"{name}-{size}.csv"
+        form = "{0},{1}\n" if name == "edges" else "{0},{0},{1}\n"
+        arguments["path"].write_text("".join(form.format(i, i + 1) for i in range(size)))
+    return GRAPHS[name](**arguments, **settings)
+
+
+def rows(edges: Any) -> set[tuple[int, int]]:
+    return {(i, j) for i, j in edges.tolist()}
+
+
+def assert_mixes_fairly(weights: csr_array) -> None:
+    W = weights.toarray()
+    np.testing.assert_array_equal(W, W.T)
+    np.testing.assert_allclose(W.sum(axis=1), 1, atol=1e-12)
+    assert W.min() >= -1e-15
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("graphs")
+
+
+every_graph = pytest.mark.parametrize("name", sorted(GRAPHS))
+sizes = st.integers(1, 6)
+activations = st.floats(0.01, 1)
+seeds = st.integers(0, 2**64)
+rounds = st.integers(0, 10**6)
+quickly = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+def test_every_graph_is_tested() -> None:
+    assert set(VALID) == set(GRAPHS)
+
+
+@every_graph
+def test_a_factory_takes_the_common_settings_first_and_all_by_keyword(name: str) -> None:
+    parameters = signature(GRAPHS[name]).parameters
+    assert list(parameters)[:4] == ["clients", "seed", "activation", "weights"]
+    assert all(parameter.kind is Parameter.KEYWORD_ONLY for parameter in parameters.values())
+
+
+@every_graph
+@quickly
+@given(size=sizes, activation=activations, seed=seeds, t=rounds, weights=st.sampled_from(["metropolis", "laplacian"]))
+def test_every_round_mixes_fairly_over_possible_edges_only(
+    name: str, folder: Path, size: int, activation: float, seed: int, t: int, weights: str
+) -> None:
+    graph = make(name, size, folder, activation=activation, seed=seed, weights=weights)
+    possible, active = graph.edges_at(t), active_edges(graph, t)
+    W = weights_at(graph, t)
+    assert possible.dtype == np.int64
+    assert possible.shape[1:] == (2,)
+    assert (possible[:, 0] < possible[:, 1]).all()
+    assert [tuple(edge) for edge in possible.tolist()] == sorted(rows(possible))
+    assert rows(active) <= rows(possible)
+    assert_mixes_fairly(W)
+    off_diagonal = W.toarray() - np.diag(W.diagonal())
+    assert rows(np.argwhere(np.triu(off_diagonal))) == rows(active)
+
+
+@pytest.mark.parametrize("name", REGULAR)
+@quickly
+@given(size=st.integers(2, 6), activation=activations, seed=seeds, t=rounds)
+def test_uniform_weights_mix_fairly_on_regular_graphs(
+    name: str, folder: Path, size: int, activation: float, seed: int, t: int
+) -> None:
+    graph = make(name, size, folder, activation=activation, seed=seed, weights="uniform")
+    degree = np.bincount(graph.edges_at(t).ravel(), minlength=graph.clients)[0]
+    W = weights_at(graph, t)
+    assert_mixes_fairly(W)
+    i, j = active_edges(graph, t).T
+    np.testing.assert_allclose(W.toarray()[i, j], 1 / (degree + 1))
+
+
+@every_graph
+@quickly
+@given(size=sizes, activation=activations, seed=seeds)
+def test_the_edges_of_all_rounds_connect_the_clients(
+    name: str, folder: Path, size: int, activation: float, seed: int
+) -> None:
+    graph = make(name, size, folder, activation=activation, seed=seed)
+    together = np.concatenate([graph.edges_at(t) for t in range(graph.period or 200)])
+    joined = csr_array((np.ones(len(together)), tuple(together.T)), shape=(graph.clients,) * 2)
+    assert connected_components(joined, directed=False)[0] == 1
+
+
+@every_graph
+@quickly
+@given(size=sizes, activation=activations, seed=seeds, t=rounds)
+def test_a_peer_decides_its_edge_alone_as_all_peers_do(
+    name: str, folder: Path, size: int, activation: float, seed: int, t: int
+) -> None:
+    graph = make(name, size, folder, activation=activation, seed=seed)
+    active = rows(active_edges(graph, t))
+    for i, j in graph.edges_at(t).tolist():
+        assert ((i, j) in active) == bool(uniforms(seed, "edge", t, i, j) < activation)
+
+
+@every_graph
+@quickly
+@given(size=sizes, activation=activations, seed=seeds, t=rounds, data=st.data())
+def test_dropping_edges_keeps_mixing_fair(
+    name: str, folder: Path, size: int, activation: float, seed: int, t: int, data: st.DataObject
+) -> None:
+    graph = make(name, size, folder, activation=activation, seed=seed)
+    before, active = weights_at(graph, t), active_edges(graph, t)
+    failed = active[np.array([data.draw(st.booleans()) for _ in active], dtype=bool)]
+    after = drop_edges(before, failed)
+    assert_mixes_fairly(after)
+    kept = np.array(sorted(rows(active) - rows(failed)), dtype=np.int64).reshape(-1, 2)
+    assert not after.toarray()[failed[:, 0], failed[:, 1]].any()
+    np.testing.assert_array_equal(after.toarray()[kept[:, 0], kept[:, 1]], before.toarray()[kept[:, 0], kept[:, 1]])
+
+
+@every_graph
+def test_a_graph_repeats_after_its_period_and_not_before(name: str, folder: Path) -> None:
+    graph = make(name, 4, folder)
+    if graph.period is None:
+        assert len({str(graph.edges_at(t)) for t in range(20)}) > 10
+    else:
+        assert len({str(graph.edges_at(t)) for t in range(3 * graph.period)}) == graph.period
+        np.testing.assert_array_equal(graph.edges_at(5), graph.edges_at(5 + graph.period))
+
+
+@every_graph
+def test_seeds_and_rounds_change_which_edges_are_active(name: str, folder: Path) -> None:
+    graph = make(name, 4, folder, activation=0.5, seed=1)
+    again, other = make(name, 4, folder, activation=0.5, seed=1), replace(graph, seed=2)
+    drawn = [[rows(active_edges(one, t)) for t in range(40)] for one in (graph, again, other)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0] != drawn[2]
+    assert len({frozenset(edges) for edges in drawn[0]}) > 3
+
+
+def test_edges_are_active_as_often_as_asked() -> None:
+    graph = GRAPHS["complete"](clients=10, activation=0.3)
+    share = np.mean([len(active_edges(graph, t)) / 45 for t in range(1000)])
+    assert share == pytest.approx(0.3, abs=0.01)
+
+
+def test_metropolis_weights_of_a_path_are_those_of_the_formula() -> None:
+    W = mixing_weights(4, np.array([[0, 1], [1, 2]]))
+    expected: list[list[float]] = [[2 / 3, 1 / 3, 0, 0], [1 / 3, 1 / 3, 1 / 3, 0], [0, 1 / 3, 2 / 3, 0], [0, 0, 0, 1]]
+    np.testing.assert_allclose(W.toarray(), expected, atol=1e-15)
+    assert W.dtype == np.float64
+
+
+def test_laplacian_weights_of_a_star_are_those_of_the_formula() -> None:
+    graph = GRAPHS["star"](clients=5, weights="laplacian")
+    L = np.diag([4.0, 1, 1, 1, 1])
+    L[0, 1:] = L[1:, 0] = -1
+    np.testing.assert_allclose(weights_at(graph, 3).toarray(), np.eye(5) - 2 * L / (3 * 5), atol=1e-15)
+
+
+@pytest.mark.parametrize("weights", ["laplacian", "uniform"])
+@pytest.mark.parametrize("name", REGULAR)
+def test_rules_on_possible_edges_give_an_inactive_edge_back_to_both_ends(name: str, weights: str, folder: Path) -> None:
+    graph = make(name, 4, folder, activation=0.4, seed=3, weights=weights)
+    always = replace(graph, activation=1.0)
+    for t in range(8):
+        inactive = rows(graph.edges_at(t)) - rows(active_edges(graph, t))
+        dropped = drop_edges(weights_at(always, t), np.array(sorted(inactive), dtype=np.int64).reshape(-1, 2))
+        np.testing.assert_allclose(weights_at(graph, t).toarray(), dropped.toarray(), atol=1e-15)
+
+
+def test_dropping_takes_edges_in_any_form_and_ignores_those_that_are_not_there() -> None:
+    W = weights_at(GRAPHS["ring"](clients=5), 0)
+    once = drop_edges(W, np.array([[0, 1]]))
+    np.testing.assert_array_equal(drop_edges(W, np.array([[1, 0], [0, 1], [0, 2]])).toarray(), once.toarray())
+    np.testing.assert_array_equal(drop_edges(W, np.zeros((0, 2), dtype=np.int64)).toarray(), W.toarray())
+    assert once[0, 0] == pytest.approx(2 / 3)
+
+
+# --- The graphs themselves ----------------------------------------------------------------------------------------
+
+
+def test_small_graphs_have_the_edges_of_their_names(tmp_path: Path) -> None:
+    def edges(name: str, **settings: Any) -> set[tuple[int, int]]:
+        return rows(GRAPHS[name](**settings).edges_at(0))
+
+    assert edges("complete", clients=3) == {(0, 1), (0, 2), (1, 2)}
+    assert edges("ring", clients=4) == {(0, 1), (1, 2), (2, 3), (0, 3)}
+    assert edges("path", clients=3) == {(0, 1), (1, 2)}
+    assert edges("star", clients=4) == {(0, 1), (0, 2), (0, 3)}
+    assert edges("bipartite", clients=4) == {(0, 2), (0, 3), (1, 2), (1, 3)}
+    assert edges("bipartite", clients=4, left=1) == {(0, 1), (0, 2), (0, 3)}
+    assert edges("hypercube", clients=4) == {(0, 1), (2, 3), (0, 2), (1, 3)}
+    assert edges("torus", clients=6) == {(0, 1), (1, 2), (0, 2), (3, 4), (4, 5), (3, 5), (0, 3), (1, 4), (2, 5)}
+    assert np.bincount(GRAPHS["torus"](clients=12).edges_at(0).ravel()).tolist() == [4] * 12
+    assert np.bincount(GRAPHS["random_regular"](clients=10, degree=4).edges_at(0).ravel()).tolist() == [4] * 10
+
+
+def test_random_graphs_depend_on_the_seed() -> None:
+    for name, setting in (("erdos_renyi", {"probability": 0.5}), ("random_regular", {"degree": 3})):
+        drawn = [str(GRAPHS[name](clients=10, seed=seed, **setting).edges_at(0)) for seed in (0, 0, 1)]
+        assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_one_client_needs_no_edges() -> None:
+    graph = GRAPHS["complete"](clients=1)
+    assert graph.edges_at(0).shape == (0, 2)
+    assert weights_at(graph, 0).toarray() == [[1.0]]
+    assert rho(graph) == 0
+
+
+@pytest.mark.parametrize("clients", [2, 4, 8, 16, 32])
+def test_one_period_of_the_exponential_graph_averages_exactly(clients: int) -> None:
+    graph = GRAPHS["exponential"](clients=clients)
+    product = np.eye(clients)
+    for t in range(int(np.log2(clients))):
+        product = weights_at(graph, t + 7) @ product
+    np.testing.assert_array_equal(product, np.full((clients, clients), 1 / clients))
+
+
+@quickly
+@given(clients=st.integers(1, 9), probability=st.floats(0.05, 1), seed=seeds, t=rounds)
+def test_a_matching_pairs_each_client_at_most_once(clients: int, probability: float, seed: int, t: int) -> None:
+    graph = GRAPHS["matching"](clients=clients, seed=seed, probability=probability)
+    ends = graph.edges_at(t).ravel()
+    assert len(set(ends.tolist())) == len(ends)
+    if probability == 1:
+        assert len(ends) == clients // 2 * 2
+    i, j = graph.edges_at(t).T
+    assert (weights_at(graph, t).toarray()[i, j] == 0.5).all()
+
+
+def test_no_available_pair_is_left_free_by_a_matching() -> None:
+    graph = GRAPHS["matching"](clients=9, seed=5, probability=0.2)
+    for t in range(200):
+        busy = set(graph.edges_at(t).ravel().tolist())
+        for i in range(9):
+            for j in range(i + 1, 9):
+                assert uniforms(5, "matching", t, i, j) >= 0.2 or {i, j} & busy
+
+
+def test_edges_come_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "links.csv"
+    path.write_text("# who lives near whom\n1,0\n\n 2 3  # over the road\n0, 1\n1\t2\n")
+    graph = GRAPHS["edges"](clients=4, path=str(path))
+    assert graph.edges_at(9).tolist() == [[0, 1], [1, 2], [2, 3]]
+
+
+def test_a_trace_begins_again_after_its_last_round(tmp_path: Path) -> None:
+    path = tmp_path / "contacts.txt"
+    path.write_text("3 1 2\n0,1,0\n0,0,1\n1,0,2\n")
+    graph = GRAPHS["trace"](clients=3, path=path)
+    assert graph.period == 4
+    assert [graph.edges_at(t).tolist() for t in range(5)] == [[[0, 1]], [[0, 2]], [], [[1, 2]], [[0, 1]]]
+
+
+# --- How well they mix --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clients", [3, 4, 10, 31])
+def test_rho_of_a_ring_is_that_of_the_closed_form(clients: int) -> None:
+    expected = max((1 / 3 + 2 / 3 * np.cos(2 * np.pi * k / clients)) ** 2 for k in range(1, clients))
+    graph = GRAPHS["ring"](clients=clients)
+    assert rho(graph) == pytest.approx(expected, abs=1e-12)
+    assert rho_draws(graph) == 0
+
+
+def test_rho_of_a_ring_of_ten_is_the_known_figure() -> None:
+    assert rho(GRAPHS["ring"](clients=10)) == pytest.approx(0.762, abs=5e-4)
+
+
+def test_rho_of_the_complete_graph_is_zero() -> None:
+    assert rho(GRAPHS["complete"](clients=10)) == pytest.approx(0, abs=1e-12)
+
+
+def test_rho_of_the_exponential_graph_is_the_mean_over_its_period() -> None:
+    # The slowest disagreement lies between two halves whose numbers differ in one bit: one round of the log2 n removes
+    # it, the others leave it as it is.
+    assert rho(GRAPHS["exponential"](clients=8)) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("probability", "value", "root", "isolated"),
+    list(
+        zip(
+            PROBABILITIES,
+            [0.155, 0.434, 0.646, 0.799, 0.913, 0.955],
+            [1.09, 1.33, 1.68, 2.23, 3.40, 4.73],
+            [0.002, 0.13, 0.39, 0.63, 0.84, 0.91],
+            strict=True,
+        )
+    ),
+)
+def test_ten_clients_that_meet_at_random_mix_as_expected(
+    probability: float, value: float, root: float, isolated: float
+) -> None:
+    # The figures come from 8,000 draws too, so they share the small upward bias of a largest eigenvalue.
+    graph = GRAPHS["complete"](clients=10, activation=probability)
+    found = summary(graph)
+    assert found.draws == rho_draws(graph) == 8_000
+    assert found.rho == pytest.approx(value, rel=0.02)
+    assert found.spectral_gap**-0.5 == pytest.approx(root, rel=0.02)
+    assert found.isolated_share == pytest.approx(isolated, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("probability", "gap"), list(zip(PROBABILITIES, [0.465, 0.363, 0.259, 0.171, 0.081, 0.043], strict=True))
+)
+def test_ten_clients_that_meet_in_random_pairs_mix_as_expected(probability: float, gap: float) -> None:
+    graph = GRAPHS["matching"](clients=10, probability=probability)
+    assert 1 - rho(graph, draws=20_000) == pytest.approx(gap, rel=0.05)
+
+
+def test_an_estimated_rho_agrees_with_the_formula_where_there_is_one() -> None:
+    # Two clients either average (rho 0) or don't meet (rho 1).
+    assert rho(GRAPHS["complete"](clients=2, activation=0.3)) == pytest.approx(0.7, abs=0.02)
+    # W of a matching is a projection, so E[WᵀW] = E[W]; each pair meets in one of n - 1 rounds.
+    assert 1 - rho(GRAPHS["matching"](clients=6, probability=1.0)) == pytest.approx(6 / (2 * 5), abs=0.02)
+
+
+@pytest.mark.parametrize("weights", sorted(WEIGHTS))
+@pytest.mark.parametrize("activation", [0.4, 1.0])
+def test_rho_is_the_largest_eigenvalue_of_the_mean_of_the_rounds_themselves(weights: str, activation: float) -> None:
+    graph = GRAPHS["exponential"](clients=8, activation=activation, weights=weights)
+    draws = 30 if activation < 1 else 3
+    squares = [(W.T @ W).toarray() for W in (weights_at(graph, t) for t in range(draws))]
+    assert rho(graph, draws) == pytest.approx(np.linalg.eigvalsh(np.mean(squares, axis=0) - 1 / 8)[-1])
+
+
+@pytest.mark.parametrize("name", ["ring", "complete", "erdos_renyi"])
+@pytest.mark.parametrize("activation", [0.1, 1.0])
+def test_large_graphs_get_the_same_rho_without_a_dense_matrix(
+    name: str, activation: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"probability": 0.05} if name == "erdos_renyi" else {}
+    graph = GRAPHS[name](clients=150, activation=activation, **settings)
+    dense = rho(graph, draws=50)
+    monkeypatch.setattr(mixing, "DENSE_CLIENTS", 100)
+    assert 1 - rho(graph, draws=50) == pytest.approx(1 - dense, rel=1e-4)
+
+
+def test_a_long_ring_gets_its_laplacian_weights_and_rho_in_closed_form() -> None:
+    n = 1_200
+    third = 2 / (3 * 4)  # λ_max(L) = 4 for an even ring
+    expected = (1 - 2 * third * (1 - np.cos(2 * np.pi / n))) ** 2
+    assert 1 - rho(GRAPHS["ring"](clients=n, weights="laplacian")) == pytest.approx(1 - expected, rel=1e-3)
+
+
+def test_fewer_rounds_are_drawn_for_more_clients() -> None:
+    draws = [rho_draws(GRAPHS["complete"](clients=clients, activation=0.5)) for clients in (10, 100, 1000)]
+    assert draws[0] == 8_000 > draws[1] > draws[2] >= 16
+
+
+def test_a_summary_says_what_a_graph_does() -> None:
+    found = summary(GRAPHS["star"](clients=5, activation=0.5, seed=4))
+    assert (found.clients, found.edges, found.mean_neighbours) == (5, 4.0, 0.8)
+    assert found.isolated_share == pytest.approx((4 * 0.5 + 0.5**4) / 5)
+    assert found.spectral_gap == pytest.approx(1 - found.rho)
+    assert summary(GRAPHS["exponential"](clients=8)).mean_neighbours == 1
+    assert summary(GRAPHS["matching"](clients=10, probability=1.0)).isolated_share == 0
+
+
+# --- Mistakes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("complete", {"clients": 0}, "graph complete: clients is 0; choose 1 or more"),
+        ("ring", {"clients": 2}, "graph ring: clients is 2; choose 3 or more"),
+        ("path", {"clients": 1}, "graph path: clients is 1; choose 2 or more"),
+        ("star", {"clients": 1}, "graph star: clients is 1; choose 2 or more"),
+        (
+            "complete",
+            {"clients": 3, "activation": 0},
+            "graph complete: activation is 0; choose a number above 0, at most 1",
+        ),
+        (
+            "ring",
+            {"clients": 3, "activation": 1.5},
+            "graph ring: activation is 1.5; choose a number above 0, at most 1",
+        ),
+        (
+            "ring",
+            {"clients": 3, "activation": float("nan")},
+            "graph ring: activation is nan; choose a number above 0, at most 1",
+        ),
+        (
+            "ring",
+            {"clients": 3, "weights": "metropolys"},
+            "graph ring: weights: unknown name 'metropolys', did you mean metropolis?",
+        ),
+        (
+            "star",
+            {"clients": 4, "weights": "uniform"},
+            "graph star: weights uniform need the same number of neighbours for every client, but they have 1 to 3; "
+            "choose metropolis or laplacian",
+        ),
+        (
+            "matching",
+            {"clients": 4, "probability": 0.5, "weights": "uniform"},
+            "graph matching: weights uniform need the same edges every round; choose metropolis",
+        ),
+        (
+            "torus",
+            {"clients": 7},
+            "graph torus: 7 is prime, so it fills no grid; change clients or choose ring",
+        ),
+        (
+            "torus",
+            {"clients": 12, "rows": 5},
+            "graph torus: 12 clients don't fill 5 rows of 2 or more; choose a divisor above 1",
+        ),
+        (
+            "bipartite",
+            {"clients": 4, "left": 4},
+            "graph bipartite: left is 4; choose 1 to 3, so that both sides have clients",
+        ),
+        (
+            "hypercube",
+            {"clients": 10},
+            "graph hypercube: clients is 10, not a power of two; choose 2, 4, 8, 16 and so on",
+        ),
+        (
+            "exponential",
+            {"clients": 6},
+            "graph exponential: clients is 6, not a power of two; choose 2, 4, 8, 16 and so on",
+        ),
+        (
+            "erdos_renyi",
+            {"clients": 6, "probability": 1.2},
+            "graph erdos_renyi: probability is 1.2; choose a number above 0, at most 1",
+        ),
+        (
+            "erdos_renyi",
+            {"clients": 50, "probability": 0.01},
+            "graph erdos_renyi: none of 100 draws is connected; raise probability above 0.01",
+        ),
+        (
+            "matching",
+            {"clients": 6, "probability": 0},
+            "graph matching: probability is 0; choose a number above 0, at most 1",
+        ),
+        (
+            "random_regular",
+            {"clients": 5, "degree": 3},
+            "graph random_regular: clients x degree is 5 x 3, odd; change one by 1",
+        ),
+        ("random_regular", {"clients": 4, "degree": 4}, "graph random_regular: degree is 4; choose 1 to 3"),
+        (
+            "random_regular",
+            {"clients": 4, "degree": 1},
+            "graph random_regular: none of 100 draws is connected; raise degree above 1",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_named_with_what_would_be_right(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(GraphError) as error:
+        GRAPHS[name](**arguments)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("edges", "0,1\n1 2\n# 0,3\n", "clients 3, 4 can never reach client 0; add edges between them"),
+        ("edges", "0,1\n1 2\n0,3", "client 4 can never reach client 0; add edges between them"),
+        ("trace", "", "clients 1, 2, 3, 4 can never reach client 0; add edges between them"),
+        ("edges", "i,j\n0,1", "line 1: 'i,j' isn't of the form i,j, whole numbers from 0"),
+        ("edges", "0,1\n0,1,2", "line 2: '0,1,2' isn't of the form i,j, whole numbers from 0"),
+        ("trace", "0,1\n", "line 1: '0,1' isn't of the form round,i,j, whole numbers from 0"),
+        ("trace", "-1,0,1\n", "line 1: '-1,0,1' isn't of the form round,i,j, whole numbers from 0"),
+        ("edges", "\n0,5", "line 2: there is no client 5; 5 clients have numbers 0 to 4"),
+        ("trace", "7,1,1", "line 1: client 1 is paired with itself; an edge joins two clients"),
+    ],
+)
+def test_a_wrong_file_is_named_with_its_line(name: str, text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.csv"
+    path.write_text(text)
+    with pytest.raises(GraphError) as error:
+        GRAPHS[name](clients=5, path=path)
+    assert str(error.value) == f"graph {name} ({path}): {message}"
+
+
+@pytest.mark.parametrize(("name", "form"), [("edges", "i,j"), ("trace", "round,i,j")])
+def test_a_missing_file_is_named(name: str, form: str, tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.csv"
+    with pytest.raises(GraphError) as error:
+        GRAPHS[name](clients=5, path=path)
+    message = f"graph {name} ({path}): can't be read, No such file or directory; give a file of lines {form}"
+    assert str(error.value) == message
+
+
+def test_many_clients_out_of_reach_are_not_all_listed(tmp_path: Path) -> None:
+    path = tmp_path / "few.csv"
+    path.write_text("0 1")
+    with pytest.raises(GraphError, match=r"clients 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 8 more can never reach client 0"):
+        GRAPHS["edges"](clients=20, path=path)
