@@ -7,6 +7,8 @@ them into micro-batches, chunking clients and resuming then change no mask. On a
 than drawing.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 
@@ -19,12 +21,12 @@ def keyed_dropout(x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
     `keys [b]` int64 identifies the rows, `stream` the layer. An element's fate does not depend on the sizes of the
     axes, so a row keeps its mask however far it is padded. `p` is met to 2⁻¹⁶.
     """
-    word = _mix(keys.to(torch.int32) + _mix_number(stream))
+    word = _mix(keys.to(torch.int32) + _mixed_number(stream))
     for size in x.shape[1:-1]:
         word = _mix(word[..., None] + _indices(size, x.device))
     # Each 32-bit word serves two elements, 16 bits each: the cost is in these full-size passes.
     half = (x.shape[-1] + 1) // 2
-    words = word[..., None] * (_mix(_indices(half, x.device)) | 1)
+    words = word[..., None] * _odd_words(half, x.device)
     words.bitwise_xor_(words >> 15).mul_(0x2C1B3C6D)
     keep = words.view(torch.int16)[..., : x.shape[-1]] >= round(p * 2**16) - 2**15
     return x * (keep.to(x.dtype) * (1 / (1 - p)))
@@ -37,13 +39,20 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
-def _mix_number(number: int) -> int:
+@lru_cache(maxsize=None)
+def _mixed_number(number: int) -> int:
     return int(_mix(torch.tensor(number + 1, dtype=torch.int32) * -0x61C88647))
 
 
+@lru_cache(maxsize=256)
 def _indices(size: int, device: torch.device) -> Tensor:
     # Multiples of the golden ratio's 32-bit fraction, so that neighbours differ in many bits before they are mixed.
     return torch.arange(1, size + 1, dtype=torch.int32, device=device) * -0x61C88647
+
+
+@lru_cache(maxsize=256)
+def _odd_words(size: int, device: torch.device) -> Tensor:
+    return _mix(_indices(size, device)) | 1
 
 
 class KeyedDropout(nn.Module):
