@@ -107,9 +107,10 @@ def learning_rate(
 
 def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return each row's loss `[b]`: cross-entropy over classes, or squared error from targets that are no classes."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.is_floating_point():
-        return (logits.squeeze(-1).float() - labels) ** 2
-    return nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+        return (logits.squeeze(-1) - labels) ** 2
+    return nn.functional.cross_entropy(logits, labels, reduction="none")
 
 
 def train_local(
@@ -132,7 +133,7 @@ def train_local(
     adapters = state.adapters | params
     moments = {name: x.clone() for name, x in state.moments.items()}
     clients = len(next(iter(adapters.values())))
-    totals = torch.zeros(clients, device=next(iter(adapters.values())).device)
+    totals = torch.zeros(clients, dtype=torch.float64, device=next(iter(adapters.values())).device)
     global_draws = torch.get_rng_state()
     count = 0
     for count, batches in enumerate(steps, start=1):
@@ -140,7 +141,7 @@ def train_local(
             batch = batch.to(totals.device)
             losses = row_losses(model(adapters, batch, training=True).logits, batch.labels) * batch.weights
             losses.sum().backward()
-            totals.index_add_(0, batch.clients, losses.detach().float())
+            totals.index_add_(0, batch.clients, losses.detach().double())
         with torch.no_grad():
             grads = {name: x.grad for name, x in params.items() if x.grad is not None}
             clip(grads, optim.max_grad_norm)

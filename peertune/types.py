@@ -59,7 +59,7 @@ class Batch:
     inputs: Mapping[str, Tensor]  # the model's keyword arguments, each [b, …]
     labels: Tensor  # [b], class numbers (int64) or targets of a regression (float)
     clients: Tensor  # [b] int64, which adapter of the stack each row belongs to
-    weights: Tensor  # [b] float32, the row's share in its client's mean loss
+    weights: Tensor  # [b] float64, the row's share in its client's mean loss
     keys: Tensor  # [b] int64, what each row's dropout masks are drawn from
 
     def to(self, device: torch.device) -> "Batch":

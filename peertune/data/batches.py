@@ -131,7 +131,7 @@ def training_steps(
                     pad(encoded, rows[chosen]),
                     encoded.labels[rows[chosen]],
                     torch.from_numpy(places[chosen]),
-                    torch.full((len(chosen),), 1 / rows_per_step),
+                    torch.full((len(chosen),), 1 / rows_per_step, dtype=torch.float64),
                     torch.from_numpy(keys[chosen]),
                 )
                 for chosen in micro_batches(encoded.lengths[rows], tokens)
@@ -152,7 +152,7 @@ def validation_batches(
                 {name: value.repeat(clients, *[1] * (value.dim() - 1)) for name, value in inputs.items()},
                 encoded.labels[rows[chosen]].repeat(clients),
                 torch.arange(clients).repeat_interleave(len(chosen)),
-                torch.zeros(total),
+                torch.zeros(total, dtype=torch.float64),
                 torch.zeros(total, dtype=torch.int64),
             ),
             np.tile(chosen, clients),
