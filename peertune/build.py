@@ -1,18 +1,11 @@
-"""From a recipe to a job: the only reader of the tables of names.
+"""From a recipe to a job that an engine runs."""
 
-Each step is a function of its own, so that a graph or a partition can be looked at without loading a model.
-"""
-
-import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft import LoraConfig, TaskType
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
@@ -20,14 +13,12 @@ from transformers.pytorch_utils import Conv1D
 from peertune import draws
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
-from peertune.algorithms.methods import ALGORITHMS
 from peertune.data.batches import Encoded, encode_images, encode_text, training_steps, validation_batches
-from peertune.data.partition import PARTITIONS
-from peertune.data.tasks import METRICS, TASKS, Task
+from peertune.data.tasks import METRICS, Task
 from peertune.models import Base, load_base, pick_device, pick_dtype
-from peertune.recipe import Part, Recipe, arguments
+from peertune.parts import build_algorithm, build_graph, build_partition, build_task, resolved_parts
+from peertune.recipe import Recipe
 from peertune.round import Job
-from peertune.topology import GRAPHS, Graph, rho
 from peertune.training import Optim, adamw, evaluate, learning_rate, sgd
 from peertune.types import Algorithm, Evaluation, State, Tensors, stack, take
 
@@ -47,33 +38,7 @@ class Run:
     job: Job
     resolved: Recipe  # every default and everything automatic written out
     lora: LoraConfig  # what PEFT needs to load an adapter
-    head: Mapping[str, Tensor]  # the frozen parameters that the base's checkpoint lacks
-
-
-def build_graph(recipe: Recipe) -> Graph:
-    """Make the recipe's graph."""
-    graph: Graph = _make(GRAPHS, recipe.graph, "graph", clients=recipe.clients, seed=recipe.seed)
-    return graph
-
-
-def build_task(recipe: Recipe) -> Task:
-    """Load the recipe's data."""
-    log.info("loading the task %s", recipe.task.name)
-    task: Task = _make(TASKS, recipe.task, "task")
-    return task
-
-
-def build_partition(recipe: Recipe, task: Task) -> list[NDArray[np.int64]]:
-    """Deal the training rows to the clients; return the rows of each."""
-    divide = _make(PARTITIONS, recipe.partition, "partition")
-    parts: list[NDArray[np.int64]] = divide(task.train, recipe.clients, recipe.seed)
-    return parts
-
-
-def build_algorithm(recipe: Recipe, graph: Graph) -> Algorithm:
-    """Make the recipe's method for this graph."""
-    algorithm: Algorithm = _make(ALGORITHMS, recipe.algorithm, "algorithm", rho=partial(rho, graph))
-    return algorithm
+    head: Mapping[str, Tensor]  # what travels with each adapter: the head, and what else the checkpoint lacks
 
 
 def build(recipe: Recipe) -> Run:
@@ -131,7 +96,7 @@ def build(recipe: Recipe) -> Run:
         evaluate_every=recipe.evaluate.every,
         clients_per_pass=clients_per_pass,
     )
-    return Run(job, _resolve(recipe, algorithm, dtype, device, tokens, clients_per_pass), lora, base.seeded)
+    return Run(job, _resolve(recipe, algorithm, dtype, device, tokens, clients_per_pass), lora, base.head)
 
 
 def build_optim(recipe: Recipe) -> Optim:
@@ -143,13 +108,6 @@ def build_optim(recipe: Recipe) -> Optim:
         optimizer = sgd(t.momentum, t.weight_decay)
     rate = learning_rate(t.lr_scheduler_type, t.learning_rate, t.warmup_steps, recipe.rounds * t.local_steps)
     return Optim(optimizer, rate, t.max_grad_norm, t.reset_optimizer)
-
-
-def _make(table: Mapping[str, Callable[..., Any]], part: Part, where: str, **given: Any) -> Any:
-    """Call the factory of the part's name with the recipe's settings, and what it asks for of `given`."""
-    settings = arguments(table, part, where, tuple(given))
-    asked = inspect.signature(table[part.name]).parameters
-    return table[part.name](**settings, **{name: value for name, value in given.items() if name in asked})
 
 
 def _head_layers(base: Base) -> list[str]:
@@ -164,17 +122,12 @@ def _head_layers(base: Base) -> list[str]:
 
 def _lora_config(recipe: Recipe, base: Base) -> LoraConfig:
     """Say in PEFT's words what the adapters are; heads and what else the checkpoint lacks travel with them."""
-    roots = {
-        next((root for root in base.head_roots if name.startswith(f"{root}.")), name.rpartition(".")[0])
-        for name in base.seeded
-    }
-    saved = sorted(roots | (set(base.head_roots) if recipe.head == "trained" else set()))
     return LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
         lora_dropout=recipe.lora.lora_dropout,
         target_modules=recipe.lora.target_modules,
-        modules_to_save=saved or None,
+        modules_to_save=list(base.head_roots) or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in base.model.modules()),
         base_model_name_or_path=recipe.model.name,
         revision=recipe.model.revision,
@@ -221,18 +174,11 @@ def _resolve(
     recipe: Recipe, algorithm: Algorithm, dtype: torch.dtype, device: torch.device, tokens: int, clients_per_pass: int
 ) -> Recipe:
     """Write out all defaults, and what everything automatic came to."""
-
-    def part(table: Mapping[str, Callable[..., Any]], chosen: Part, *given: str) -> Part:
-        return Part(name=chosen.name, **arguments(table, chosen, "", given))
-
     training = {"tokens_per_pass": tokens, "clients_per_pass": clients_per_pass}
     return recipe.model_copy(
         update={
+            **resolved_parts(recipe, algorithm),
             "model": recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")}),
-            "task": part(TASKS, recipe.task),
-            "partition": part(PARTITIONS, recipe.partition),
-            "graph": part(GRAPHS, recipe.graph, "clients", "seed"),
-            "algorithm": Part(name=recipe.algorithm.name, **algorithm.settings),
             "training": recipe.training.model_copy(update=training),
             "device": str(device),
         }

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,10 +42,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one line and exit code 2."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a Δ shows a ?
     try:
         app()
-    except PeertuneError as error:
-        print(f"peertune: {error}", file=sys.stderr)
+    except (PeertuneError, OSError) as error:
+        print("peertune:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -83,13 +87,18 @@ def run(
 
         if resume is not None:
             folder = resume
-            run = build(load_recipe(recipe or folder / "resolved.yaml", overrides or []))
+            own = folder / "resolved.yaml"
+            if not own.is_file():
+                raise RunError(f"{folder}: is no run, it holds no resolved.yaml; give the folder of one")
+            if recipe is not None and "=" in recipe:  # no recipe, its first override
+                overrides, recipe = [recipe, *(overrides or [])], None
+            run = build(load_recipe(recipe or own, overrides or []))
             _check_same(run.resolved, folder)
         else:
             assert recipe is not None
             folder = out or _free(Path("runs") / Path(recipe).stem)
             run = build(load_recipe(recipe, overrides or []))
-            asked = f"# asked for: peertune run {' '.join([recipe, *(overrides or [])])}\n{recipe_text(recipe)}"
+            asked = f"# asked for: peertune run {shlex.join([recipe, *(overrides or [])])}\n{recipe_text(recipe)}"
             tracking.create(
                 folder,
                 recipe=asked,
@@ -170,7 +179,7 @@ def graph(
     """
     with _messages():
         from peertune.algorithms.schedules import switching_interval
-        from peertune.build import build_graph
+        from peertune.parts import build_graph
         from peertune.recipe import load_recipe
         from peertune.topology import summary
 
@@ -204,8 +213,8 @@ def data(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = Fals
       peertune data digits-demo partition.alpha=1
     """
     with _messages():
-        from peertune.build import build_partition, build_task
         from peertune.data.partition import counts
+        from peertune.parts import build_partition, build_task
         from peertune.recipe import load_recipe
         from peertune.report.tables import table
 
@@ -264,7 +273,7 @@ def env(as_json: AsJson = False) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let a termination signal stop a run as Ctrl-C does."""
+    """Let a termination signal stop a run as Ctrl-C does, with exit code 130."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -272,6 +281,9 @@ def _interruptible() -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         yield
+    except KeyboardInterrupt:
+        print("peertune: stopped", file=sys.stderr)
+        sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -337,6 +349,7 @@ def _train(run: "Run", folder: Path) -> None:
                     kept = state.round
                 described = _describe(record, described)
                 progress.update(bar, completed=state.round, description=described)
+        tracking.export_all(folder, state)
     except KeyboardInterrupt:
         if kept < state.round:
             tracking.save_checkpoint(folder, state, checkpoint.keep)
@@ -344,7 +357,6 @@ def _train(run: "Run", folder: Path) -> None:
             f"peertune: stopped after {state.round} rounds; go on with: peertune run --resume {folder}", file=sys.stderr
         )
         sys.exit(130)
-    tracking.export_all(folder, state)
 
 
 def _describe(record: "RoundRecord", before: str) -> str:

@@ -2,9 +2,8 @@
 
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer
 from transformers.masking_utils import eager_mask
@@ -30,8 +30,8 @@ class Base:
 
     model: nn.Module
     tokenizer: Any  # None for images
-    head_roots: tuple[str, ...]  # the modules that make up the classification head
-    seeded: Mapping[str, Tensor]  # parameters that the checkpoint lacks, drawn from the seed
+    head_roots: tuple[str, ...]  # the modules of the classification head, and what else the checkpoint lacks
+    head: Mapping[str, Tensor]  # all that these hold, by name: what must travel with an adapter
     tokens_per_image: int  # 0 for text
 
 
@@ -101,37 +101,48 @@ def load_base(
                 output_loading_info=True,
                 **common,
             )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # on a damaged file, parsers raise whatever they stumble over
         raise ModelError(_reason(name, error)) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise ModelError(f"model.name: {name}: its safetensors file is damaged ({error}); fetch it again") from error
-    if tokenizer is not None and tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     if tokenizer is not None:
+        _check_tokenizer(name, tokenizer)
         model.config.pad_token_id = tokenizer.pad_token_id
-    head_roots = tuple(
-        child
-        for child, module in model.named_children()
-        if child != model.base_model_prefix and list(module.parameters())
-    )
+    head_roots = _head_roots(model)
     lacking = {key if isinstance(key, str) else key[0] for key in (*report["missing_keys"], *report["mismatched_keys"])}
-    odd = [
-        key for key in lacking if not key.startswith(tuple(f"{root}." for root in head_roots)) and "pooler" not in key
-    ]
+    beyond = [key for key in lacking if not key.startswith(tuple(f"{root}." for root in head_roots))]
+    odd = [key for key in beyond if "pooler" not in key]
     if odd:
         raise ModelError(
             f"model.name: {name}: its weights don't fit {type(model).__name__}: {len(odd)} are missing or of "
             f"another size, such as {min(odd)}; give a checkpoint of this architecture"
         )
-    seeded = _seed_parameters(model, sorted(lacking), seed)
-    return Base(model.to(device), tokenizer, head_roots, seeded, _tokens_per_image(model.config) if image else 0)
+    _seed_parameters(model, lacking, seed)
+    model.to(device)
+    head_roots = (*head_roots, *sorted({key.rpartition(".")[0] for key in beyond}))
+    inside = tuple(f"{root}." for root in head_roots)
+    head = {name: value for name, value in model.state_dict().items() if name.startswith(inside)}
+    return Base(model, tokenizer, head_roots, head, _tokens_per_image(model.config) if image else 0)
 
 
-def _seed_parameters(model: nn.Module, names: list[str], seed: int) -> dict[str, Tensor]:
+def _check_tokenizer(name: str, tokenizer: Any) -> None:
+    """See to it that there are words, and a token to pad with."""
+    if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files at all
+        raise ModelError(f"model.name: {name}: it has no tokenizer; put its tokenizer's files beside the weights")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ModelError(f"model.name: {name}: its tokenizer has no token to pad with; give it a pad_token")
+
+
+def _head_roots(model: nn.Module) -> tuple[str, ...]:
+    """Return the children with parameters that are not the backbone: the named one, or else the largest."""
+    sizes = {name: sum(x.numel() for x in child.parameters()) for name, child in model.named_children()}
+    prefix = str(model.base_model_prefix)
+    backbone = prefix if prefix in sizes else max(sizes, key=sizes.__getitem__)  # CLIP has no child of its prefix
+    return tuple(name for name, size in sizes.items() if size and name != backbone)
+
+
+def _seed_parameters(model: nn.Module, names: Collection[str], seed: int) -> None:
     std = getattr(model.config, "initializer_range", 0.02)
-    seeded = {}
     for name in names:
         parameter = model.get_parameter(name)
         if parameter.dim() > 1:
@@ -140,8 +151,6 @@ def _seed_parameters(model: nn.Module, names: list[str], seed: int) -> dict[str,
             value = np.full(tuple(parameter.shape), 0.0 if name.endswith("bias") else 1.0)
         with torch.no_grad():
             parameter.copy_(torch.from_numpy(value))
-        seeded[name] = parameter.detach()
-    return seeded
 
 
 def _tokens_per_image(config: Any) -> int:
@@ -153,6 +162,8 @@ def _tokens_per_image(config: Any) -> int:
 
 
 def _reason(name: str, error: Exception) -> str:
+    if isinstance(error, SafetensorError):
+        return f"model.name: {name}: its safetensors file is damaged ({_line(error)}); fetch it again"
     if isinstance(error, OSError) and Path(name).is_dir():
         return f"model.name: folder {name} holds no whole checkpoint with safetensors and config.json ({_line(error)})"
     if isinstance(error, OSError):
@@ -172,11 +183,28 @@ def digits_vit() -> Path:
 
     It has 4 layers of width 64 over 8 × 8 pixels in patches of 2, and knows strokes but no digit that a client holds.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "peertune"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peertune"
     folder = cache / "digits-vit-1"
     if folder.is_dir():
         return folder
-    log.info("training the base digits-vit on the public digits 0–4 (once; kept in %s)", folder)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as beside:
+            log.info("training the base digits-vit on the public digits 0–4 (once; kept in %s)", folder)
+            _train_digits_vit().save_pretrained(f"{beside}/vit")
+            try:
+                Path(beside, "vit").rename(folder)
+            except OSError:
+                if not folder.is_dir():  # else another process was first, with the same weights
+                    raise
+    except OSError as error:
+        raise ModelError(
+            f"model.name: digits-vit can't be kept in {cache} ({error.strerror}); set XDG_CACHE_HOME"
+        ) from error
+    return folder
+
+
+def _train_digits_vit() -> Any:
     config = transformers.ViTConfig(
         hidden_size=64,
         num_hidden_layers=4,
@@ -188,12 +216,12 @@ def digits_vit() -> Path:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = 5
     split = public_digits()
     pixels = torch.from_numpy(np.asarray(split.columns["pixel_values"]))
     labels = torch.from_numpy(np.asarray(split.labels))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config.num_labels = 5
+        torch.default_generator.manual_seed(0)
         model = transformers.ViTForImageClassification(config)
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
         steps = 400
@@ -205,19 +233,7 @@ def digits_vit() -> Path:
             loss.backward()
             optimizer.step()
             schedule.step()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=cache))
-        model.vit.save_pretrained(beside)
-        try:
-            beside.rename(folder)
-        except OSError:  # another process was first, with the same weights
-            shutil.rmtree(beside)
-    except OSError as error:
-        raise ModelError(
-            f"model.name: digits-vit can't be kept in {cache} ({error.strerror}); set XDG_CACHE_HOME"
-        ) from error
-    return folder
+    return model.vit
 
 
 MODELS: dict[str, Callable[[], Path]] = {"digits-vit": digits_vit}

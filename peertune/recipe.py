@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -19,7 +19,7 @@ from peertune.errors import RecipeError, unknown
 
 
 class _Block(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Part(BaseModel):
@@ -69,7 +69,7 @@ class Training(_Block):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     reset_optimizer: Literal["never", "round", "phase"] = "never"
-    tokens_per_pass: int | Literal["auto"] = "auto"  # rows × length that go through the base together
+    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # rows × length in one pass
     clients_per_pass: int | None = Field(None, ge=1)  # clients trained at a time; null: all
 
 
@@ -103,7 +103,7 @@ class Recipe(_Block):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     seed: int = Field(0, ge=0)
-    device: str = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
 
 class _Loader(yaml.SafeLoader):
@@ -111,7 +111,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
-        for key, _ in node.value:
+        for key, _ in reversed(node.value):
             if keys.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value} stands twice", key.start_mark)
         return super().construct_mapping(node, deep)
@@ -133,11 +133,11 @@ def recipe_text(recipe: str | Path) -> str:
     """Return the text of a recipe, by path or by the name of a shipped one. Raises RecipeError where there is none."""
     path = Path(recipe)
     if str(recipe) in recipe_names():
-        return files("peertune.recipes").joinpath(f"{recipe}.yaml").read_text()
-    if path.suffix not in (".yaml", ".yml") and not path.exists():
-        raise RecipeError(unknown("recipe", recipe, recipe_names()))
+        return files("peertune.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
     try:
-        return path.read_text()
+        if path.suffix not in (".yaml", ".yml") and not path.exists():
+            raise RecipeError(unknown("recipe", recipe, recipe_names()))
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise RecipeError(
@@ -168,10 +168,11 @@ def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader)  # a SafeLoader: plain values only
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # a date that doesn't exist is a ValueError
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
-        raise RecipeError(f"{where}:{line} not YAML ({getattr(error, 'problem', None) or error})") from None
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise RecipeError(f"{where}:{line} not YAML ({reason})") from None
     if not isinstance(values, dict):
         raise RecipeError(f"{where}: a recipe is a mapping of blocks, such as `model:` and `task:`")
     return values
@@ -189,23 +190,24 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = inner
     try:
         values[last] = yaml.load(text, _Loader)  # a SafeLoader: plain values only
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         raise RecipeError(f"override {override!r}: the value is not YAML; quote it") from None
 
 
 def _explain(error: ValidationError) -> str:
-    """Put the first of pydantic's complaints in one line."""
-    first = error.errors()[0]
-    # pydantic names the tried alternatives of a union in the path; keep what a recipe has
-    path = [str(step) for step in first["loc"] if not re.search(r"[\[\]A-Z ]|^(int|str|literal)$", str(step))]
+    """Put the gravest of pydantic's complaints in one line: a key that is misspelt is also one that is missing."""
+    first = min(error.errors(), key=lambda complaint: complaint["type"] != "extra_forbidden")
+    path: list[str] = []
+    block: type[BaseModel] = Recipe
+    for step in first["loc"]:  # goes on, inside a value, with the alternatives that pydantic tried
+        path.append(str(step))
+        inner = block.model_fields[step].annotation if step in block.model_fields else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            break
+        block = inner
     key = ".".join(path)
     match first["type"]:
         case "extra_forbidden":
-            block: type[BaseModel] = Recipe
-            for step in path[:-1]:
-                annotation = block.model_fields[step].annotation
-                assert isinstance(annotation, type)
-                block = annotation
             return unknown(key, path[-1], block.model_fields).replace("unknown name", "unknown key")
         case "missing":
             return f"{key}: is missing"

@@ -36,20 +36,27 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
+def _reported(path: Path) -> Iterator[None]:
+    """Turn what the file system has against writing `path` into one line for the user."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path}: can't be written ({reason}); give one you can write to, with room") from error
+
+
+@contextmanager
 def _written(folder: Path) -> Iterator[Path]:
     """Yield a folder to write into, which takes the place of `folder` when all is written, and vanishes otherwise."""
-    beside: Path | None = None
-    try:
+    with _reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        beside.chmod(0o755)
-        yield beside
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.rename(folder)
-    except OSError as error:
-        raise RunError(f"{folder}: can't be written ({error.strerror}); choose a folder you can write to") from error
-    finally:
-        if beside is not None:
+        try:
+            beside.chmod(0o755)
+            yield beside
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.rename(folder)
+        finally:
             shutil.rmtree(beside, ignore_errors=True)
 
 
@@ -63,11 +70,12 @@ def create(
     head: Mapping[str, Tensor],
 ) -> None:
     """Make the run directory. Raises RunError where something is there already, or it can't be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunError(f"{folder}: is there already; give another --out, or go on with --resume {folder}")
+    with _reported(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder}: is there already; give another --out, or go on with --resume {folder}")
     with _written(folder) as beside:
-        (beside / "recipe.yaml").write_text(recipe)
-        (beside / "resolved.yaml").write_text(resolved)
+        (beside / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        (beside / "resolved.yaml").write_text(resolved, encoding="utf-8")
         (beside / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
         (beside / "adapter").mkdir()
         lora.save_pretrained(str(beside / "adapter"))
@@ -81,26 +89,29 @@ def append(folder: Path, record: RoundRecord) -> None:
     """Add a record to `rounds.jsonl`."""
     values = asdict(replace(record, state=None))
     del values["state"]
-    try:
-        with (folder / "rounds.jsonl").open("a") as file:
-            file.write(json.dumps(values) + "\n")
-    except OSError as error:
-        raise RunError(f"{folder}/rounds.jsonl: can't be written ({error.strerror})") from error
+    with _reported(folder / "rounds.jsonl"), (folder / "rounds.jsonl").open("a") as file:
+        file.write(json.dumps(values) + "\n")
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Read `rounds.jsonl`. Raises RunError where it isn't there or a line other than the last is damaged."""
+    """Read `rounds.jsonl`; the record of round t is line t. Raises RunError where it isn't there or is damaged.
+
+    A last line that was cut off is no record.
+    """
     try:
         lines = (folder / "rounds.jsonl").read_text().splitlines()
     except (OSError, UnicodeDecodeError):
         raise RunError(f"{folder}: no readable rounds.jsonl; give the folder of a run") from None
-    found = []
+    found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+            if record["round"] != len(found):
+                raise ValueError("a round is missing")
+            found.append(record)
+        except (ValueError, TypeError, KeyError):
             if number < len(lines):
-                raise RunError(f"{folder}/rounds.jsonl: line {number} is damaged; restore it or delete it") from None
+                raise RunError(f"{folder}/rounds.jsonl: line {number} is damaged; restore the file") from None
     return found
 
 
@@ -113,7 +124,8 @@ def save_checkpoint(folder: Path, state: State, keep: int) -> None:
     with _written(folder / "checkpoints" / f"round-{state.round:06d}") as beside:
         (beside / "state.safetensors").write_bytes(data)
         (beside / "meta.json").write_text(json.dumps({"round": state.round, "sha256": sha256(data).hexdigest()}) + "\n")
-    for old in _checkpoints(folder)[keep:]:
+    unfinished = (folder / "checkpoints").glob(".round-*")  # of a process that was killed
+    for old in (*_checkpoints(folder)[keep:], *unfinished):
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -138,14 +150,12 @@ def load_checkpoint(folder: Path, like: State | None = None) -> State | None:
             parts: dict[str, Tensors] = {"adapters": {}, "moments": {}}
             for name, x in tensors.items():
                 part, _, rest = name.partition("/")
-                parts[part][rest] = x
+                parts[part][rest] = x.clone()  # of its own, aligned memory: kernels round by alignment
             state = State(parts["adapters"], parts["moments"], int(meta["round"]))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("%s is damaged and passed over (%s)", checkpoint, error)
             continue
-        if like is not None:
-            _check_fit(checkpoint, state, like)
-        return state
+        return state if like is None else _fitted(checkpoint, state, like)
     if found:
         raise RunError(
             f"{folder}/checkpoints: every checkpoint is damaged; restore one, or start again with another --out"
@@ -153,26 +163,35 @@ def load_checkpoint(folder: Path, like: State | None = None) -> State | None:
     return None
 
 
-def _check_fit(checkpoint: Path, state: State, like: State) -> None:
+def _fitted(checkpoint: Path, state: State, like: State) -> State:
+    """Return the state with its tensors in the order of `like`, in which norms add up to the same bits."""
     for have, want in ((state.adapters, like.adapters), (state.moments, like.moments)):
-        for name in have.keys() | want.keys():
+        for name in sorted(have.keys() | want.keys()):
             shapes = [tuple(part[name].shape) if name in part else None for part in (have, want)]
             if shapes[0] != shapes[1]:
                 raise RunError(
                     f"{checkpoint}: {name} is {shapes[0]} where the recipe makes {shapes[1]}; "
                     "resume with the run's own recipe"
                 )
+    adapters = {name: state.adapters[name] for name in like.adapters}
+    return State(adapters, {name: state.moments[name] for name in like.moments}, state.round)
 
 
 def rewind(folder: Path, round: int) -> None:
-    """Forget the records from `round` on: they will be made again."""
-    kept = [record for record in records(folder) if record["round"] < round]
+    """Forget the records from `round` on: they will be made again. Raises RunError where one before it is missing."""
+    kept = records(folder)[:round]
+    if len(kept) < round:
+        raise RunError(
+            f"{folder}/rounds.jsonl: ends after round {len(kept)}, before the checkpoint round-{round:06d}; "
+            "restore the file, or remove the checkpoint to go on from an older one"
+        )
     beside = folder / ".rounds.jsonl"
-    try:
-        beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(beside, folder / "rounds.jsonl")
-    except OSError as error:
-        raise RunError(f"{folder}/rounds.jsonl: can't be written ({error.strerror})") from error
+    with _reported(folder / "rounds.jsonl"):
+        try:
+            beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(beside, folder / "rounds.jsonl")
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def export(run: Path, state: State, client: int | None, to: Path) -> None:
@@ -183,22 +202,32 @@ def export(run: Path, state: State, client: int | None, to: Path) -> None:
     clients = len(next(iter(state.adapters.values())))
     if client is not None and not 0 <= client < clients:
         raise RunError(f"client {client}: the run has clients 0 to {clients - 1}")
-    if to.exists():
-        raise RunError(f"{to}: is there already; give another folder")
-    try:
-        lora = LoraConfig.from_pretrained(str(run / "adapter"))
-        head = load((run / "adapter" / "head.safetensors").read_bytes())
-    except (OSError, ValueError, SafetensorError):
-        raise RunError(f"{run}/adapter: is missing or damaged; give the folder of a run") from None
-    adapter = {name: x.mean(0) if client is None else x[client] for name, x in state.adapters.items()}
+    with _reported(to):
+        if to.exists():
+            raise RunError(f"{to}: is there already; give another folder")
+    lora, head = _shared(run)
     with _written(to) as beside:
-        save_adapter(beside, adapter, head=head, lora=lora)
+        save_adapter(beside, _adapter(state, client), head=head, lora=lora)
 
 
 def export_all(run: Path, state: State) -> None:
     """Write `adapters/`: every client's and the average."""
     clients = len(next(iter(state.adapters.values())))
-    shutil.rmtree(run / "adapters", ignore_errors=True)
-    for client in range(clients):
-        export(run, state, client, run / "adapters" / f"client-{client:03d}")
-    export(run, state, None, run / "adapters" / "average")
+    lora, head = _shared(run)
+    with _written(run / "adapters") as beside:
+        for client in range(clients):
+            save_adapter(beside / f"client-{client:03d}", _adapter(state, client), head=head, lora=lora)
+        save_adapter(beside / "average", _adapter(state, None), head=head, lora=lora)
+
+
+def _shared(run: Path) -> tuple[LoraConfig, Tensors]:
+    """Return what all adapters of a run share: PEFT's config and the frozen head."""
+    try:
+        lora = LoraConfig.from_pretrained(str(run / "adapter"))
+        return lora, load((run / "adapter" / "head.safetensors").read_bytes())
+    except (OSError, ValueError, SafetensorError):
+        raise RunError(f"{run}/adapter: is missing or damaged; give the folder of a run") from None
+
+
+def _adapter(state: State, client: int | None) -> Tensors:
+    return {name: x.mean(0) if client is None else x[client] for name, x in state.adapters.items()}

@@ -127,7 +127,8 @@ def train_local(
     changes nothing. `first_step` is the number of the first of them, counted from the run's start. Kinds that the phase
     does not train get no gradient and stay bit for bit.
 
-    Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history.
+    Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and where
+    training diverged.
     """
     params = {name: x.clone().requires_grad_() for name, x in select(state.adapters, phase.train).items()}
     adapters = state.adapters | params
@@ -154,6 +155,11 @@ def train_local(
             "use model.dropout=false"
         )
     trained = {name: x.detach() for name, x in params.items()}
+    if not all(x.isfinite().all() for x in trained.values()):
+        raise ModelError(
+            f"training: an adapter is no longer finite after round {state.round}; "
+            "lower training.learning_rate or training.max_grad_norm"
+        )
     return State(state.adapters | trained, moments, state.round), totals / max(1, count)
 
 

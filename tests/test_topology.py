@@ -543,3 +543,10 @@ def test_many_clients_out_of_reach_are_not_all_listed(tmp_path: Path) -> None:
     path.write_text("0 1")
     with pytest.raises(GraphError, match=r"clients 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 8 more can never reach client 0"):
         GRAPHS["edges"](clients=20, path=path)
+
+
+def test_a_trace_whose_rounds_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("0,0,1\n9000000000,0,1\n")
+    with pytest.raises(GraphError, match=r"round 9,000,000,000 is too far; number the rounds from 0"):
+        GRAPHS["trace"](clients=2, path=path)

@@ -7,12 +7,13 @@ them into micro-batches, chunking clients and resuming then change no mask. On a
 than drawing.
 """
 
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from peertune.adapters.rows import current_rows
+from peertune.errors import ModelError
 
 
 def keyed_dropout(x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
@@ -20,7 +21,17 @@ def keyed_dropout(x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
 
     `keys [b]` int64 identifies the rows, `stream` the layer. An element's fate does not depend on the sizes of the
     axes, so a row keeps its mask however far it is padded. `p` is met to 2⁻¹⁶.
+
+    Raises ModelError where `x` does not have the batch's rows: a layer that regroups them has no row's key.
     """
+    if len(x) != len(keys):
+        raise ModelError(
+            f"model: it drops elements of {len(x)} rows where the batch has {len(keys)}, so dropout can't be keyed by "
+            "row; use model.dropout=false"
+        )
+    threshold = round(p * 2**16)
+    if threshold == 2**16:  # no 16 bits lie above it
+        return x * 0
     word = _mix(keys.to(torch.int32) + _mixed_number(stream))
     for size in x.shape[1:-1]:
         word = _mix(word[..., None] + _indices(size, x.device))
@@ -28,7 +39,7 @@ def keyed_dropout(x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
     half = (x.shape[-1] + 1) // 2
     words = word[..., None] * _odd_words(half, x.device)
     words.bitwise_xor_(words >> 15).mul_(0x2C1B3C6D)
-    keep = words.view(torch.int16)[..., : x.shape[-1]] >= round(p * 2**16) - 2**15
+    keep = words.view(torch.int16)[..., : x.shape[-1]] >= threshold - 2**15
     return x * (keep.to(x.dtype) * (1 / (1 - p)))
 
 
@@ -39,7 +50,7 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16 & 0xFFFF)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mixed_number(number: int) -> int:
     return int(_mix(torch.tensor(number + 1, dtype=torch.int32) * -0x61C88647))
 

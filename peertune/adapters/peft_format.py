@@ -1,5 +1,6 @@
 """The bridge to Hugging Face PEFT: its rules for choosing layers, and its format for one client's adapter."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,24 +18,22 @@ def find_sites(base: nn.Module, target_modules: str | Sequence[str], head_roots:
     """Return the names of the layers that PEFT's rules choose.
 
     `target_modules` are last parts of names, a regular expression, or `all-linear`.
-    Layers of the classification head never become sites. Raises ModelError where nothing matches.
+    Layers of the classification head never become sites. Raises ModelError where nothing matches or the expression is
+    malformed.
     """
     config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
-    if target_modules == "all-linear":
-        _maybe_include_all_linear_layers(config, base)  # writes the names into the config
+    _maybe_include_all_linear_layers(config, base)  # writes the names into the config
     in_head = tuple(f"{root}." for root in head_roots)
-    names = [
-        name
-        for name, _ in base.named_modules()
-        if not f"{name}.".startswith(in_head) and check_target_module_exists(config, name)
-    ]
+    layers = {name: layer for name, layer in base.named_modules() if name and not f"{name}.".startswith(in_head)}
+    try:
+        names = [name for name in layers if check_target_module_exists(config, name)]
+    except re.error as error:
+        raise ModelError(f"lora.target_modules: {target_modules!r} is no regular expression ({error})") from None
     if not names:
-        layers = {
-            name.rpartition(".")[2] for name, layer in base.named_modules() if isinstance(layer, (nn.Linear, Conv1D))
-        }
+        linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, (nn.Linear, Conv1D))}
         raise ModelError(
             f"lora.target_modules: {target_modules!r} matches no layer; "
-            f"the linear layers here are {', '.join(sorted(layers))}"
+            f"the linear layers here are {', '.join(sorted(linear))}"
         )
     return names
 
@@ -49,8 +48,9 @@ def save_adapter(
     """Write one client's adapter into a folder so that `PeftModel.from_pretrained` loads it.
 
     `adapter` holds tensors without a client axis: `<site>.A [r, d_in]`, `<site>.B [d_out, r]`, `<parameter>.head`.
-    `head` holds the parameters that the base's checkpoint lacks, by name: a head that was drawn from the seed and
-    frozen must travel with the adapter, or a reader would draw another. A trained head takes precedence over it.
+    `head` holds the head's parameters by name, and what else the base's checkpoint lacks: what was drawn from the seed
+    and frozen must travel with the adapter, or a reader would draw another, and PEFT reads a head whole or not at all.
+    A trained head takes precedence over it.
     """
     tensors = {f"base_model.model.{name}": value for name, value in head.items()}
     names = {"A": "lora_A.weight", "B": "lora_B.weight"}

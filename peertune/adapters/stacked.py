@@ -123,7 +123,8 @@ def attach(
             )
         if re.search(r"Experts?$|MoE|Moe[A-Z]|SparseMoe", type(module).__name__):
             raise ModelError(
-                f"model: {name} routes tokens to experts, which a stack can't follow row by row; choose a dense model"
+                f"model: {type(module).__name__} routes tokens to experts, which a stack can't follow row by row; "
+                "choose a dense model"
             )
     base.requires_grad_(False)
     modules = dict(base.named_modules())

@@ -15,6 +15,7 @@ from peertune.draws import uniforms, words
 from peertune.errors import GraphError
 from peertune.topology.weights import Edges, Graph, Rule, as_edges, need_clients, unreachable
 
+MOST_ROUNDS = 1_000_000  # of a trace, all of which are held in memory
 TRIES = 100  # random graphs drawn before giving up on a connected one
 
 
@@ -199,6 +200,10 @@ def trace_file(
     """
     name = f"trace ({path})"
     contacts = _read(name, path, "round,i,j", clients)
+    if contacts and (last := max(t for t, _, _ in contacts)) >= MOST_ROUNDS:
+        raise GraphError(
+            f"graph {name}: round {last:,} is too far; number the rounds from 0, to {MOST_ROUNDS - 1:,} at most"
+        )
     rounds: list[list[tuple[int, int]]] = [[] for _ in range(1 + max((t for t, _, _ in contacts), default=0))]
     for t, i, j in contacts:
         rounds[t].append((i, j))

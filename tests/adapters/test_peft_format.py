@@ -1,0 +1,227 @@
+"""PEFT chooses the same layers, and reads what we write."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+from transformers.pytorch_utils import Conv1D
+
+from peertune import tracking
+from peertune.adapters.peft_format import find_sites
+from peertune.build import Run, build
+from peertune.engines.simulator import simulate
+from peertune.errors import ModelError
+from peertune.recipe import check_recipe
+from peertune.types import Batch, State
+
+# PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+WORDS = ["[PAD]", "[UNK]", "good", "fine", "bad", "poor", "film", "plot"]
+sizes: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+}
+words: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "max_position_embeddings": 24}
+gpt2_words: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "n_positions": 24}
+
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "bert": lambda: transformers.BertConfig(**sizes, **words),
+    "roberta": lambda: transformers.RobertaConfig(**sizes, **words),
+    "gpt2": lambda: transformers.GPT2Config(**gpt2_words, n_embd=16, n_layer=2, n_head=2),
+    "llama": lambda: transformers.LlamaConfig(**sizes, **words, num_key_value_heads=2),
+    "vit": lambda: transformers.ViTConfig(**sizes, image_size=8, patch_size=4, num_channels=1),
+    "clip": lambda: transformers.CLIPConfig(
+        text_config=sizes, vision_config=sizes | {"image_size": 8, "patch_size": 4, "num_channels": 1}
+    ),
+}
+HEADS = {"gpt2": "score", "llama": "score"}
+
+
+def sequence_model(architecture: str) -> nn.Module:
+    model: nn.Module = AutoModelForSequenceClassification.from_config(CONFIGS[architecture]())
+    return model
+
+
+every_text_model = pytest.mark.parametrize("architecture", ["bert", "roberta", "gpt2", "llama"])
+TARGETS = {
+    "bert": (["query", "value"], ["dense"], r".*layer\.1\..*(key|dense)", "all-linear"),
+    "roberta": (["query", "value"], ["dense"], r".*layer\.1\..*(key|dense)", "all-linear"),
+    "gpt2": (["c_attn"], ["attn.c_proj", "h.0.mlp.c_proj"], r"transformer\.h\.\d\.mlp\.c_fc", "all-linear"),
+    "llama": (["q_proj", "v_proj"], ["layers.1.mlp.up_proj"], r"model\.layers\.0\.self_attn\.._proj", "all-linear"),
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets"), [(name, targets) for name, tried in TARGETS.items() for targets in tried], ids=str
+)
+def test_sites_are_the_layers_that_peft_wraps_outside_the_head(architecture: str, targets: str | list[str]) -> None:
+    model, head = sequence_model(architecture), HEADS.get(architecture, "classifier")
+    sites = find_sites(model, targets, [head])
+    config = LoraConfig(
+        target_modules=targets,
+        task_type=TaskType.SEQ_CLS,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in model.modules()),
+    )
+    peft = get_peft_model(model, config)
+    wrapped = [name for name, layer in peft.get_base_model().named_modules() if isinstance(layer, LoraLayer)]
+    assert sites == wrapped
+    assert not any(name.startswith(head) for name in sites)
+
+
+@every_text_model
+def test_targets_that_match_nothing_are_an_error_that_lists_the_layers(architecture: str) -> None:
+    model, head = sequence_model(architecture), HEADS.get(architecture, "classifier")
+    layers = {
+        name.rpartition(".")[2]
+        for name, layer in model.named_modules()
+        if isinstance(layer, (nn.Linear, Conv1D)) and not name.startswith(head)
+    }
+    with pytest.raises(ModelError, match=r"\['nothing'\] matches no layer; the linear layers here are") as error:
+        find_sites(model, ["nothing"], [head])
+    assert str(error.value).partition(" here are ")[2] == ", ".join(sorted(layers))
+
+
+def test_a_head_is_no_target_even_by_its_own_name() -> None:
+    with pytest.raises(ModelError, match="matches no layer"):
+        find_sites(sequence_model("bert"), ["classifier"], ["classifier"])
+
+
+def test_a_malformed_expression_is_an_error() -> None:
+    with pytest.raises(ModelError, match=re.escape("lora.target_modules: 'que(ry' is no regular expression")):
+        find_sites(sequence_model("bert"), "que(ry", ["classifier"])
+
+
+def save_tokenizer(folder: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+
+
+def save_base(folder: Path, architecture: str, lacking: str) -> None:
+    """Save a checkpoint that lacks its head, or a part of it, or its pooler too, or nothing."""
+    torch.manual_seed(0)
+    config = CONFIGS[architecture]()
+    config.num_labels = 5 if architecture in ("vit", "clip") else 2
+    auto = AutoModelForImageClassification if architecture in ("vit", "clip") else AutoModelForSequenceClassification
+    model = auto.from_config(config)  # type: ignore[no-untyped-call]
+    if lacking == "pooler":
+        model.bert.pooler = None
+    if lacking == "size":  # a head of another size: RoBERTa's first layer fits all the same
+        config.num_labels = 4
+        model = auto.from_config(config)  # type: ignore[no-untyped-call]
+    prefix = model.base_model_prefix
+    if lacking == "head" and hasattr(model, prefix):
+        model = getattr(model, prefix)
+    elif lacking == "head":
+        model = transformers.CLIPModel(config)
+    model.save_pretrained(folder)
+    if architecture not in ("vit", "clip"):
+        save_tokenizer(folder)
+
+
+def train(tmp_path: Path, architecture: str, lacking: str, *, head: str, targets: list[str] | str) -> tuple[Run, State]:
+    """Run two rounds of a recipe on a tiny local task; leave the run directory in `run`."""
+    save_base(tmp_path / "base", architecture, lacking)
+    rows = [("good film", 1), ("fine plot film", 1), ("bad", 0), ("poor film", 0), ("fine", 1), ("bad plot", 0)] * 2
+    (tmp_path / "data").mkdir()
+    for split in ("train", "validation"):
+        (tmp_path / "data" / f"{split}.csv").write_text("text,label\n" + "".join(f"{x},{y}\n" for x, y in rows))
+    text = {"name": "text", "inputs": ["text"], "label": "label", "path": str(tmp_path / "data")}
+    recipe = check_recipe(
+        {
+            "model": {"name": str(tmp_path / "base"), "dtype": "float64"},
+            "lora": {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "target_modules": targets},
+            "head": head,
+            "task": {"name": "digits"} if architecture in ("vit", "clip") else text,
+            "clients": 2,
+            "algorithm": {"name": "dec_lora"},
+            "graph": {"name": "complete", "activation": 0.5},
+            "training": {"learning_rate": 0.1, "local_steps": 1, "per_device_train_batch_size": 2},
+            "rounds": 2,
+            "evaluate": {"rows": 2},
+            "seed": 3,
+            "device": "cpu",
+        },
+        "test",
+    )
+    run = build(recipe)
+    *_, last = simulate(run.job)
+    assert last.state is not None
+    tracking.create(tmp_path / "run", recipe="", resolved="", environment={}, lora=run.lora, head=run.head)
+    tracking.export_all(tmp_path / "run", last.state)
+    return run, last.state
+
+
+def inputs(architecture: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    if architecture in ("vit", "clip"):
+        return {"pixel_values": torch.randn(3, 1, 8, 8, generator=generator, dtype=torch.float64)}
+    mask = torch.arange(5) < torch.tensor([5, 2, 3])[:, None]
+    ids = torch.randint(2, len(WORDS), (3, 5), generator=generator).where(mask, 0)
+    return {"input_ids": ids, "attention_mask": mask.long()}
+
+
+def read(tmp_path: Path, architecture: str, adapter: str) -> nn.Module:
+    """Read an adapter as anyone would: the base with whatever head this draws, then the adapter over it."""
+    images = architecture in ("vit", "clip")
+    auto = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    base = auto.from_pretrained(
+        tmp_path / "base",
+        num_labels=5 if images else 2,
+        dtype=torch.float64,
+        ignore_mismatched_sizes=True,
+        attn_implementation="sdpa",
+    )
+    base.config.pad_token_id = 0
+    model: nn.Module = PeftModel.from_pretrained(base, tmp_path / "run" / "adapters" / adapter)
+    return model.eval()
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.parametrize(
+    ("architecture", "lacking", "targets"),
+    [
+        ("bert", "head", ["query", "value"]),
+        ("bert", "pooler", ["query", "dense"]),
+        ("bert", "pooler", "all-linear"),
+        ("bert", "nothing", "all-linear"),
+        ("roberta", "head", "all-linear"),
+        ("roberta", "size", ["query", "dense"]),
+        ("roberta", "nothing", ["query", "value"]),
+        ("gpt2", "head", "all-linear"),
+        ("gpt2", "head", ["c_attn"]),
+        ("llama", "head", "all-linear"),
+        ("vit", "head", ["q_proj", "v_proj"]),
+        ("clip", "head", r".*vision_model.*\.(q_proj|v_proj)"),
+    ],
+    ids=str,
+)
+def test_peft_reads_every_adapter_with_its_head_and_gives_the_stacks_logits(
+    tmp_path: Path, architecture: str, lacking: str, targets: list[str] | str, head: str
+) -> None:
+    run, state = train(tmp_path, architecture, lacking, head=head, targets=targets)
+    rows, zeros = inputs(architecture), torch.zeros(3, dtype=torch.int64)
+    batch = Batch(rows, zeros, zeros, zeros.double(), zeros)
+    answers = {}
+    for client, adapter in enumerate(["client-000", "client-001", "average"]):
+        own = {name: x[client : client + 1] if client < 2 else x.mean(0, True) for name, x in state.adapters.items()}
+        with torch.no_grad():
+            answers[adapter] = run.job.model(own, batch, training=False).logits
+            theirs = read(tmp_path, architecture, adapter)(**rows).logits
+        torch.testing.assert_close(theirs, answers[adapter], rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(answers["client-000"], answers["client-001"], rtol=1e-3)
+    assert all(x.any() for x in state.adapters.values())

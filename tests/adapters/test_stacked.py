@@ -1,0 +1,472 @@
+"""A stack of K adapters over one base equals K separate PEFT models, whatever passes through the base together."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+from transformers.pytorch_utils import Conv1D
+
+from peertune.adapters.attention import attention
+from peertune.adapters.peft_format import find_sites
+from peertune.adapters.stacked import StackedModel, attach, init_adapters
+from peertune.data.batches import Encoded, training_steps
+from peertune.training import Optim, adamw, row_losses, train_local
+from peertune.types import Batch, Phase, State, Tensors, kind, select, take
+
+# PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+K, R, ALPHA, CLASSES = 3, 2, 3, 3
+ROWS = (4, 2, 3)  # rows of each client
+PAD, EOS, VOCAB = 1, 29, 30
+RATE, DECAY = 1e-2, 0.05
+
+
+class TextTower(nn.Module):
+    """CLIP's text encoder with a layer on its pooled output."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.tower = transformers.CLIPTextModel(config)
+        self.score = nn.Linear(config.hidden_size, CLASSES)
+
+    def set_attn_implementation(self, name: str) -> None:
+        self.tower.set_attn_implementation(name)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        pooled = self.tower(input_ids=input_ids, attention_mask=attention_mask).pooler_output
+        return SimpleNamespace(logits=self.score(pooled))
+
+
+class Case(NamedTuple):
+    """An architecture, its target modules, its head, and what computes its attention exactly in float64."""
+
+    make: Callable[[float], nn.Module]  # dropout → model
+    targets: list[str]
+    head: str
+    exact: str
+    image: bool = False
+    tolerance: float = 1e-12
+
+
+labels: dict[str, Any] = {"num_labels": CLASSES}
+sizes: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    **labels,
+}
+words: dict[str, Any] = {"vocab_size": VOCAB, "pad_token_id": PAD, "bos_token_id": 0, "eos_token_id": EOS}
+patches: dict[str, Any] = {"image_size": 4, "patch_size": 2, "num_channels": 1}
+
+
+def bert(p: float) -> nn.Module:
+    config = transformers.BertConfig(
+        **sizes, **words, max_position_embeddings=24, hidden_dropout_prob=p, attention_probs_dropout_prob=p
+    )
+    return transformers.BertForSequenceClassification(config)
+
+
+def roberta(p: float) -> nn.Module:
+    config = transformers.RobertaConfig(
+        **sizes, **words, max_position_embeddings=24, hidden_dropout_prob=p, attention_probs_dropout_prob=p
+    )
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def vit(p: float) -> nn.Module:
+    config = transformers.ViTConfig(**sizes, **patches, hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+    return transformers.ViTForImageClassification(config)
+
+
+def gpt2(p: float) -> nn.Module:
+    config = transformers.GPT2Config(
+        **words,
+        **labels,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=24,
+        embd_pdrop=p,
+        resid_pdrop=p,
+        attn_pdrop=p,
+    )
+    return transformers.GPT2ForSequenceClassification(config)
+
+
+def llama(p: float) -> nn.Module:
+    config = transformers.LlamaConfig(
+        **sizes, **words, num_key_value_heads=2, max_position_embeddings=24, attention_dropout=p
+    )
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def clip_image(p: float) -> nn.Module:
+    config = transformers.CLIPConfig(
+        vision_config=sizes | patches | {"attention_dropout": p}, text_config=sizes | words, **labels
+    )
+    return transformers.CLIPForImageClassification(config)
+
+
+def clip_text(p: float) -> nn.Module:
+    return TextTower(transformers.CLIPTextConfig(**sizes, **words, max_position_embeddings=24, attention_dropout=p))
+
+
+# Where eager attention rounds its softmax to float32, PEFT's side runs on sdpa. Llama's normalisation also passes
+# through float32, where a last bit of float64 may tip one of float32.
+CASES = {
+    "bert": Case(bert, ["query", "value"], "classifier", "eager"),
+    "roberta": Case(roberta, ["query", "dense"], "classifier", "eager"),
+    "vit": Case(vit, ["q_proj", "fc1"], "classifier", "sdpa", image=True),
+    "gpt2": Case(gpt2, ["c_attn", "c_fc"], "score", "eager"),
+    "llama": Case(llama, ["q_proj", "v_proj", "down_proj"], "score", "sdpa", tolerance=1e-9),
+    "clip_image": Case(clip_image, ["q_proj", "v_proj"], "classifier", "sdpa", image=True),
+    "clip_text": Case(clip_text, ["k_proj", "fc2"], "score", "sdpa"),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def make_base(case: Case, dropout: float = 0.0) -> nn.Module:
+    """A base in float64 whose weights are large enough for every part to matter."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base = case.make(dropout).double()
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.normal_(0.0, 0.3)
+    return base
+
+
+def make_stack(
+    case: Case, base: nn.Module, *, head: bool = False, lora_dropout: float = 0.0, base_dropout: bool = False
+) -> tuple[StackedModel, Tensors]:
+    """A stack over a copy of the base, and adapters in which no two clients agree and B is not 0."""
+    AttentionInterface.register("peertune", attention)
+    AttentionMaskInterface.register("peertune", eager_mask)
+    base = deepcopy(base)
+    base.set_attn_implementation("peertune")  # type: ignore[operator]
+    model = attach(
+        base,
+        find_sites(base, case.targets, [case.head]),
+        r=R,
+        lora_alpha=ALPHA,
+        lora_dropout=lora_dropout,
+        head_names=head_layers(case, base) if head else (),
+        base_dropout=base_dropout,
+    )
+    generator = torch.Generator().manual_seed(1)
+    adapters = {
+        name: x + 0.2 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        for name, x in init_adapters(model, K, seed=0).items()
+    }
+    return model, adapters
+
+
+def head_layers(case: Case, base: nn.Module) -> list[str]:
+    return [name for name, x in base.named_modules() if name.startswith(case.head) and isinstance(x, nn.Linear)]
+
+
+def make_rows(case: Case, seed: int, rows: int) -> dict[str, Tensor]:
+    """One client's rows, padded to the longest of them."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (rows,), generator=generator)
+    if case.image:
+        return {"pixel_values": torch.randn(rows, 1, 4, 4, generator=generator, dtype=torch.float64), "labels": labels}
+    lengths = torch.randint(2, 8, (rows,), generator=generator)
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]
+    ids = torch.randint(2, EOS, mask.shape, generator=generator).where(mask, PAD)
+    ids[torch.arange(rows), lengths - 1] = EOS
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def widen(name: str, x: Tensor, length: int) -> Tensor:
+    fill = PAD if name == "input_ids" else 0
+    return nn.functional.pad(x, (0, length - x.shape[1]), value=fill) if name in ("input_ids", "attention_mask") else x
+
+
+def make_batch(parts: list[dict[str, Tensor]], further: int = 0) -> Batch:
+    """The rows of all clients in one batch, shuffled, and padded to the longest of all and `further`."""
+    clients = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part["labels"]) for part in parts]))
+    order = torch.randperm(len(clients), generator=torch.Generator().manual_seed(2))
+    longest = max(part["input_ids"].shape[1] for part in parts) if "input_ids" in parts[0] else 0
+    inputs = {
+        name: torch.cat([widen(name, part[name], longest + further) for part in parts])[order] for name in parts[0]
+    }
+    labels = inputs.pop("labels")
+    weights = 1 / torch.bincount(clients).double()[clients[order]]
+    return Batch(inputs, labels, clients[order], weights, torch.arange(len(clients))[order] + 7_000_000_000)
+
+
+def make_steps(case: Case, steps: int) -> list[list[dict[str, Tensor]]]:
+    """The rows of each client in each step."""
+    return [[make_rows(case, 10 * step + client, rows) for client, rows in enumerate(ROWS)] for step in range(steps)]
+
+
+def phase(*kinds: str) -> Phase:
+    return Phase(0, frozenset(kinds), frozenset())
+
+
+def make_optim(max_grad_norm: float = 0.0) -> Optim:
+    return Optim(adamw(weight_decay=DECAY), lambda _: RATE, max_grad_norm, "never")
+
+
+def train_stack(
+    model: StackedModel,
+    adapters: Tensors,
+    steps: list[list[dict[str, Tensor]]],
+    phases: list[Phase],
+    max_grad_norm: float,
+) -> tuple[Tensors, list[Tensor]]:
+    optim = make_optim(max_grad_norm)
+    state, losses = State(adapters, optim.optimizer.init(adapters), 0), []
+    for parts, now in zip(steps, phases, strict=True):
+        state, loss = train_local(model, state, [[make_batch(parts)]], now, optim, 0)
+        losses.append(loss)
+    return state.adapters, losses
+
+
+class Twin:
+    """One client's adapter as a PEFT model of its own, trained by PyTorch's own optimiser and clipping."""
+
+    def __init__(self, case: Case, base: nn.Module, adapter: Tensors, *, head: bool) -> None:
+        base = deepcopy(base)
+        base.set_attn_implementation(case.exact)  # type: ignore[operator]
+        config = LoraConfig(
+            r=R,
+            lora_alpha=ALPHA,
+            target_modules=find_sites(base, case.targets, [case.head]),
+            modules_to_save=[case.head] if head else None,
+            fan_in_fan_out=any(isinstance(x, Conv1D) for x in base.modules()),
+        )
+        self.model = get_peft_model(base, config)
+        parameters = dict(self.model.named_parameters())
+        self.trained = {name: parameters[self._peft_name(case, name)] for name in adapter}
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                parameter.copy_(adapter[name])
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=RATE, weight_decay=DECAY)
+
+    @staticmethod
+    def _peft_name(case: Case, name: str) -> str:
+        path, _, what = name.rpartition(".")
+        if what == "head":
+            return f"base_model.model.{case.head}.modules_to_save.default{path.removeprefix(case.head)}"
+        return f"base_model.model.{path}.lora_{what}.default.weight"
+
+    def step(self, rows: dict[str, Tensor], kinds: frozenset[str], max_grad_norm: float) -> Tensor:
+        for name, parameter in self.trained.items():
+            parameter.requires_grad_(kind(name) in kinds)
+        inputs = {name: value for name, value in rows.items() if name != "labels"}
+        loss = nn.functional.cross_entropy(self.model(**inputs).logits, rows["labels"])
+        self.optimizer.zero_grad()
+        loss.backward()
+        if max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.trained.values(), max_grad_norm)
+        self.optimizer.step()
+        return loss.detach()
+
+
+def assert_equals_peft(case: Case, *, head: bool = False, phases: list[Phase], max_grad_norm: float = 0.0) -> None:
+    base = make_base(case)
+    model, adapters = make_stack(case, base, head=head)
+    steps = make_steps(case, len(phases))
+    trained, losses = train_stack(model, adapters, steps, phases, max_grad_norm)
+
+    def assert_close(ours: Tensor, theirs: Tensor) -> None:
+        torch.testing.assert_close(ours, theirs, rtol=case.tolerance, atol=case.tolerance)
+
+    for client in range(K):
+        twin = Twin(case, base, {name: x[client] for name, x in adapters.items()}, head=head)
+        for parts, now, loss in zip(steps, phases, losses, strict=True):
+            expected = twin.step(parts[client], now.train, max_grad_norm)
+            assert_close(loss[client], expected)
+        for name, x in twin.trained.items():
+            assert_close(trained[name][client], x.detach())
+        batch = make_batch([make_rows(case, 99, 3)])
+        own = model(take(trained, slice(client, client + 1)), batch, training=False).logits
+        assert_close(own, twin.model.eval()(**batch.inputs).logits)
+
+
+@every_case
+def test_a_stack_equals_separate_peft_models_through_phases_of_both_factors_and_of_either(case: Case) -> None:
+    phases = [phase("A", "B"), phase("B"), phase("B"), phase("A"), phase("A"), phase("A", "B")]
+    assert_equals_peft(case, phases=phases)
+
+
+@every_case
+def test_a_trained_head_equals_pefts_modules_to_save(case: Case) -> None:
+    assert_equals_peft(case, head=True, phases=[phase("A", "B", "head"), phase("B", "head"), phase("A", "head")])
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-2, 0.5])
+def test_clipping_equals_pytorchs_for_each_client(max_grad_norm: float) -> None:
+    phases = [phase("A", "B", "head"), phase("B", "head"), phase("A")]
+    assert_equals_peft(CASES["bert"], head=True, phases=phases, max_grad_norm=max_grad_norm)
+
+
+def gradients(model: StackedModel, adapters: Tensors, batch: Batch) -> Tensors:
+    params = {name: x.clone().requires_grad_() for name, x in adapters.items()}
+    losses = row_losses(model(params, batch, training=True).logits, batch.labels) * batch.weights
+    return dict(zip(params, torch.autograd.grad(losses.sum(), list(params.values())), strict=True))
+
+
+@every_case
+def test_a_clients_rows_never_touch_anothers_gradient(case: Case) -> None:
+    model, adapters = make_stack(case, make_base(case), head=True)
+    parts = make_steps(case, 1)[0]
+    mine = gradients(model, adapters, make_batch(parts))
+    other = make_rows(case, 77, ROWS[1])
+    if not case.image:  # of the same length: another width of the batch could round differently
+        other = {name: x[:, : parts[1]["input_ids"].shape[1]] if x.dim() > 1 else x for name, x in other.items()}
+        other = {name: widen(name, x, parts[1]["input_ids"].shape[1]) for name, x in other.items()}
+    changed = gradients(model, adapters, make_batch([parts[0], other, parts[2]]))
+    for name, grad in changed.items():
+        assert torch.equal(grad[[0, 2]], mine[name][[0, 2]])
+        assert not torch.equal(grad[1], mine[name][1])
+
+
+@pytest.mark.parametrize("lora_dropout", [0.0, 0.3])
+@pytest.mark.parametrize("case", [CASES[name] for name in ("bert", "gpt2", "llama")], ids=["bert", "gpt2", "llama"])
+def test_padding_further_changes_nothing(case: Case, lora_dropout: float) -> None:
+    base = make_base(case, dropout=lora_dropout)
+    model, adapters = make_stack(case, base, head=True, lora_dropout=lora_dropout, base_dropout=True)
+    parts = make_steps(case, 1)[0]
+    tight, loose = (gradients(model, adapters, make_batch(parts, further)) for further in (0, 5))
+    for name, grad in loose.items():
+        torch.testing.assert_close(grad, tight[name], rtol=case.tolerance, atol=case.tolerance)
+
+
+def encode(seed: int, rows: int, longest: int) -> Encoded:
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, longest + 1, rows)
+    tokens = {"input_ids": torch.from_numpy(generator.integers(3, VOCAB, lengths.sum()))}
+    labels = torch.from_numpy(generator.integers(0, CLASSES, rows))
+    return Encoded({}, tokens, {"input_ids": PAD}, np.cumsum(lengths) - lengths, lengths, labels)
+
+
+def train_on_budget(case: Case, budget: int) -> State:
+    model, adapters = make_stack(case, make_base(case, dropout=0.2), head=True, lora_dropout=0.2, base_dropout=True)
+    steps = training_steps(
+        encode(3, 20, longest=8),
+        [np.arange(7), np.arange(7, 9), np.arange(9, 20)],
+        rows_per_step=4,
+        local_steps=2,
+        tokens=budget,
+        seed=5,
+    )
+    optim = make_optim(max_grad_norm=1.0)
+    state = State(adapters, optim.optimizer.init(adapters), 0)
+    state, _ = train_local(model, state, steps(range(K), 0), phase("A", "B", "head"), optim, 0)
+    return state
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(budget=st.integers(1, 120), name=st.sampled_from(["bert", "gpt2"]))
+def test_no_budget_of_tokens_changes_the_training_with_all_dropout_on(budget: int, name: str) -> None:
+    whole, cut = train_on_budget(CASES[name], 10_000), train_on_budget(CASES[name], budget)
+    for part in whole.adapters:
+        torch.testing.assert_close(cut.adapters[part], whole.adapters[part], rtol=1e-10, atol=1e-10)
+
+
+def test_a_client_trains_the_same_alone_as_among_others_with_all_dropout_on() -> None:
+    case = CASES["bert"]
+    model, adapters = make_stack(case, make_base(case, dropout=0.2), lora_dropout=0.2, base_dropout=True)
+    batch = make_batch(make_steps(case, 1)[0])
+    together = gradients(model, adapters, batch)
+    for client in range(K):
+        own = batch.clients == client
+        alone = replace(
+            batch,
+            inputs={name: x[own] for name, x in batch.inputs.items()},
+            labels=batch.labels[own],
+            clients=torch.zeros(int(own.sum()), dtype=torch.int64),
+            weights=batch.weights[own],
+            keys=batch.keys[own],
+        )
+        for name, grad in gradients(model, take(adapters, slice(client, client + 1)), alone).items():
+            torch.testing.assert_close(grad[0], together[name][client], rtol=1e-12, atol=1e-12)
+
+
+def test_every_dropout_of_base_and_adapter_is_on_in_training_and_off_otherwise() -> None:
+    case = CASES["bert"]
+    batch = make_batch(make_steps(case, 1)[0])
+    base = make_base(case, dropout=0.2)
+    plain, adapters = make_stack(case, base)
+    still = plain(adapters, batch, training=True).logits
+    for lora_dropout, base_dropout in ((0.2, False), (0.0, True)):
+        model, _ = make_stack(case, base, lora_dropout=lora_dropout, base_dropout=base_dropout)
+        assert torch.equal(model(adapters, batch, training=False).logits, still)
+        dropped = model(adapters, batch, training=True).logits
+        assert not torch.isclose(dropped, still).any()
+        again = model(adapters, batch, training=True).logits
+        assert torch.equal(again, dropped)
+        other = model(adapters, replace(batch, keys=batch.keys + 1), training=True).logits
+        assert not torch.isclose(other, dropped).any()
+
+
+@pytest.mark.parametrize("kinds", [{"A"}, {"B"}, {"head"}, {"A", "head"}], ids=" ".join)
+def test_kinds_that_are_not_trained_stay_bit_for_bit_and_keep_their_moments(kinds: set[str]) -> None:
+    case = CASES["bert"]
+    base = make_base(case)
+    model, adapters = make_stack(case, base, head=True)
+    optim = make_optim()
+    state = State(adapters, optim.optimizer.init(adapters), 0)
+    frozen = {name: x.clone() for name, x in model.base.named_parameters()}
+    after, _ = train_local(model, state, [[make_batch(make_steps(case, 1)[0])]], phase(*kinds), optim, 0)
+    for name, x in after.adapters.items():
+        assert torch.equal(x, adapters[name]) == (kind(name) not in kinds)
+        assert after.moments[f"{name}.v"].any() == (kind(name) in kinds)
+    for name, x in model.base.named_parameters():
+        assert torch.equal(x, frozen[name])
+        assert x.grad is None
+
+
+def test_without_bound_rows_the_base_is_as_it_was() -> None:
+    case = CASES["roberta"]
+    base = make_base(case)
+    rows = make_rows(case, 0, 3)
+    model, _ = make_stack(case, base, head=True)
+    del rows["labels"]
+    torch.testing.assert_close(model.base(**rows).logits, base(**rows).logits, rtol=1e-12, atol=1e-12)
+
+
+@every_case
+def test_all_clients_start_from_the_bases_own_answers(case: Case) -> None:
+    base = make_base(case)
+    base.set_attn_implementation(case.exact)  # type: ignore[operator]
+    model, _ = make_stack(case, base, head=True)
+    start = init_adapters(model, K, seed=4)
+    assert all(not x.any() for x in select(start, {"B"}).values())
+    batch = make_batch(make_steps(case, 1)[0])
+    torch.testing.assert_close(
+        model(start, batch, training=False).logits,
+        base(**batch.inputs).logits,
+        rtol=case.tolerance,
+        atol=case.tolerance,
+    )
+
+
+def test_a_site_starts_from_values_that_depend_on_the_seed_and_its_name_alone() -> None:
+    case = CASES["bert"]
+    few, _ = make_stack(case._replace(targets=["query"]), make_base(case))
+    many, _ = make_stack(case, make_base(case))
+    start, wider, other = init_adapters(few, 2, 0), init_adapters(many, 4, 0), init_adapters(few, 2, 1)
+    for name, x in start.items():
+        assert torch.equal(x[[0, 0]], x)
+        assert torch.equal(x, wider[name][:2])
+        if kind(name) == "A":
+            assert not torch.isclose(x, other[name]).any()
+            assert 0.9 * 16**-0.5 < x.abs().max() <= 16**-0.5

@@ -1,0 +1,209 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from peertune.data.batches import (
+    Encoded,
+    encode_images,
+    encode_text,
+    micro_batches,
+    pad,
+    sample,
+    training_steps,
+    validation_batches,
+)
+from peertune.data.tasks import Split
+from peertune.errors import DataError
+from peertune.types import Batch
+
+WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh"]
+lengths_of_rows = st.lists(st.integers(1, 40), min_size=1, max_size=60).map(np.array)
+
+
+def encoded_rows(count: int, seed: int = 0) -> Encoded:
+    """Rows of 1 to 20 tokens that name themselves: row n is n, n, …"""
+    lengths = np.random.default_rng(seed).integers(1, 21, count)
+    ids = torch.from_numpy(np.repeat(np.arange(count), lengths))
+    return Encoded(
+        {}, {"input_ids": ids}, {"input_ids": -1}, np.cumsum(lengths) - lengths, lengths, torch.arange(count)
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    special = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "unk_token": "[UNK]"}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, model_input_names=["input_ids", "token_type_ids", "attention_mask"], **special
+    )
+
+
+@given(lengths_of_rows, st.integers(1, 200))
+def test_micro_batches_hold_every_row_once_longest_first_and_within_the_budget(
+    lengths: NDArray[np.int64], tokens: int
+) -> None:
+    parts = list(micro_batches(lengths, tokens))
+    order = np.concatenate(parts)
+    assert sorted(order.tolist()) == list(range(len(lengths)))
+    assert (np.diff(lengths[order]) <= 0).all()
+    for part in parts:
+        assert len(part) == 1 or lengths[part].max() * len(part) <= tokens
+
+
+@given(lengths_of_rows, st.integers(1, 200))
+def test_micro_batches_are_as_large_as_the_budget_allows(lengths: NDArray[np.int64], tokens: int) -> None:
+    parts = list(micro_batches(lengths, tokens))
+    for part in parts[:-1]:
+        assert lengths[part].max() * (len(part) + 1) > tokens
+
+
+@given(seed=st.integers(0, 5), client=st.integers(0, 9), rows=st.integers(1, 30), size=st.integers(1, 12))
+def test_a_client_goes_through_all_its_rows_once_an_epoch(seed: int, client: int, rows: int, size: int) -> None:
+    steps = 3 * rows // size + 1
+    drawn = np.concatenate([sample(seed, client, rows, step, size) for step in range(steps)])
+    for epoch in range(len(drawn) // rows):
+        assert sorted(drawn[epoch * rows : (epoch + 1) * rows].tolist()) == list(range(rows))
+
+
+def test_epochs_clients_and_seeds_have_orders_of_their_own() -> None:
+    orders = [
+        tuple(sample(seed, client, 50, epoch, 50)) for seed in range(2) for client in range(2) for epoch in range(2)
+    ]
+    assert len(set(orders)) == 8
+
+
+@given(st.permutations(range(12)))
+@settings(max_examples=10)
+def test_what_a_step_draws_does_not_depend_on_what_was_drawn_before(steps: list[int]) -> None:
+    expected = {step: sample(0, 1, 7, step, 4).tolist() for step in range(12)}
+    assert {step: sample(0, 1, 7, step, 4).tolist() for step in steps} == expected
+
+
+@pytest.mark.parametrize("columns", [("left",), ("left", "right")])
+@pytest.mark.parametrize("max_length", [5, 64])
+def test_padding_is_the_tokenizers_own(tokenizer: Any, columns: tuple[str, ...], max_length: int) -> None:
+    generator = np.random.default_rng(0)
+    texts = {
+        name: [" ".join(generator.choice(list("abcdefghz"), generator.integers(0, 12))) for _ in range(40)]
+        for name in ("left", "right")
+    }
+    split = Split(texts, np.zeros(40, dtype=np.int64))
+    encoded = encode_text(tokenizer, split, columns, max_length)
+    rows = np.array([3, 17, 4, 4, 39])
+    expected = tokenizer(
+        *[[texts[name][row] for row in rows] for name in columns],
+        truncation=True,
+        max_length=max_length,
+        padding=True,
+        return_tensors="pt",
+    )
+    padded = pad(encoded, rows)
+    assert padded.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in padded.items())
+
+
+def test_a_row_without_tokens_is_refused_by_its_number() -> None:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    bare = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]")
+    split = Split({"text": ["a", "", "a"]}, np.zeros(3, dtype=np.int64))
+    with pytest.raises(DataError, match="row 1 of the data has no tokens"):
+        encode_text(bare, split, ["text"], 8)
+
+
+def test_images_are_taken_as_they_are() -> None:
+    images = np.random.default_rng(0).normal(size=(5, 1, 4, 4))
+    encoded = encode_images(Split({"pixel_values": images}, np.arange(5)), tokens=17)
+    padded = pad(encoded, np.array([4, 1]))
+    assert padded.keys() == {"pixel_values"}
+    torch.testing.assert_close(padded["pixel_values"], torch.from_numpy(images[[4, 1]]).float())
+    assert encoded.lengths.tolist() == [17] * 5
+
+
+def test_targets_of_a_regression_are_float32_and_classes_int64() -> None:
+    pixels = {"pixel_values": np.zeros((2, 1, 1, 1))}
+    assert encode_images(Split(pixels, np.array([0.5, 1.5])), 1).labels.dtype == torch.float32
+    assert encode_images(Split(pixels, np.array([0, 1], dtype=np.int32)), 1).labels.dtype == torch.int64
+
+
+def rows_and_keys(steps: list[list[Batch]], clients: list[int]) -> dict[tuple[int, int], list[tuple[int, int, int]]]:
+    """What each client trains on in each step: (row, key, tokens) of its rows, sorted."""
+    found: dict[tuple[int, int], list[tuple[int, int, int]]] = {
+        (step, client): [] for step in range(len(steps)) for client in clients
+    }
+    for step, batches in enumerate(steps):
+        for batch in batches:
+            tokens = batch.inputs["attention_mask"].sum(1).tolist()
+            for place, row, key, count in zip(
+                batch.clients.tolist(), batch.labels.tolist(), batch.keys.tolist(), tokens, strict=True
+            ):
+                found[step, clients[place]].append((row, key, count))
+    return {name: sorted(rows) for name, rows in found.items()}
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 10_000])
+@given(seed=st.integers(0, 3), round=st.integers(0, 5), chunk=st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_what_a_client_trains_on_does_not_depend_on_who_is_asked_for_with_it(
+    tokens: int, seed: int, round: int, chunk: int
+) -> None:
+    encoded = encoded_rows(60)
+    parts = np.array_split(np.random.default_rng(seed).permutation(60), [3, 10, 30, 45])
+    common: dict[str, Any] = {"rows_per_step": 6, "local_steps": 3, "seed": seed}
+    everyone = list(range(5))
+    together = rows_and_keys(list(training_steps(encoded, parts, tokens=10_000, **common)(everyone, round)), everyone)
+    assert all(len(rows) == 6 for rows in together.values())
+    assert all({row for row, _, _ in rows} <= set(parts[client].tolist()) for (_, client), rows in together.items())
+    assert all(count == encoded.lengths[row] for rows in together.values() for row, _, count in rows)
+    keys = [key for rows in together.values() for _, key, _ in rows]
+    assert len(set(keys)) == len(keys)
+    steps = training_steps(encoded, parts, tokens=tokens, **common)
+    for start in range(0, 5, chunk):
+        some = everyone[start : start + chunk]
+        alone = rows_and_keys(list(steps(some, round)), some)
+        assert alone == {name: rows for name, rows in together.items() if name[1] in some}
+    backwards = everyone[::-1]
+    assert rows_and_keys(list(steps(backwards, round)), backwards) == together
+
+
+def test_rounds_go_on_where_the_one_before_stopped() -> None:
+    encoded = encoded_rows(20)
+    steps = training_steps(encoded, [np.arange(20)], rows_per_step=4, local_steps=5, tokens=99, seed=0)
+    seen = [row for step in range(2) for rows in rows_and_keys(list(steps([0], step)), [0]).values() for row in rows]
+    assert sorted(row for row, _, _ in seen) == sorted([*range(20), *range(20)])
+    assert len({key for _, key, _ in seen}) == 40
+
+
+def test_a_clients_shares_in_its_loss_sum_to_one() -> None:
+    steps = training_steps(encoded_rows(20), [np.arange(20)], rows_per_step=7, local_steps=1, tokens=20, seed=0)
+    (batches,) = steps([0], 0)
+    assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1)
+
+
+@given(
+    st.lists(st.integers(0, 59), min_size=1, max_size=30, unique=True).map(np.array),
+    st.integers(1, 7),
+    st.integers(1, 300),
+)
+@settings(deadline=None)
+def test_validation_shows_every_row_to_every_client_once(rows: NDArray[np.int64], clients: int, tokens: int) -> None:
+    encoded = encoded_rows(60)
+    seen = []
+    for batch, places in validation_batches(encoded, rows, clients, tokens):
+        assert batch.labels.tolist() == rows[places].tolist()
+        assert batch.inputs["input_ids"][:, 0].tolist() == rows[places].tolist()
+        assert batch.inputs["attention_mask"].sum(1).tolist() == encoded.lengths[rows[places]].tolist()
+        assert batch.inputs["input_ids"].numel() <= max(tokens, clients * encoded.lengths[rows[places]].max())
+        seen += list(zip(batch.clients.tolist(), places.tolist(), strict=True))
+    assert sorted(seen) == [(client, place) for client in range(clients) for place in range(len(rows))]

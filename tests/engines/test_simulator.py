@@ -1,0 +1,223 @@
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import pytest
+import torch
+
+from peertune.algorithms.methods import ALGORITHMS
+from peertune.build import Run, build
+from peertune.engines import simulator
+from peertune.engines.simulator import simulate
+from peertune.metrics import payload_bytes
+from peertune.recipe import load_recipe
+from peertune.topology import weights_at
+from peertune.types import RoundRecord, Tensors, kind, select
+
+SMALL = (
+    "model.dtype=float64",
+    "clients=5",
+    "algorithm={name: adf_lora, switch_every: 1}",
+    "lora={r: 3, lora_alpha: 6, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}",
+    "partition={name: iid}",
+    "graph={name: complete, activation: 0.4}",
+    "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 3}",
+    "rounds=3",
+    "evaluate={every: 2, rows: 10}",
+)
+
+
+def made(*overrides: str) -> Run:
+    return build(load_recipe("digits-demo", [*SMALL, *overrides]))
+
+
+def run(*overrides: str) -> list[RoundRecord]:
+    return list(simulate(made(*overrides).job))
+
+
+def adapters(records: list[RoundRecord]) -> Tensors:
+    state = records[-1].state
+    assert state is not None
+    return state.adapters
+
+
+def without_time(record: RoundRecord) -> dict[str, Any]:
+    return asdict(replace(record, seconds={}, state=None))
+
+
+def assert_close(ours: Tensors, theirs: Tensors) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, x in ours.items():
+        torch.testing.assert_close(x, theirs[name], rtol=0, atol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def whole() -> list[RoundRecord]:
+    return run()
+
+
+@pytest.mark.parametrize(
+    "cut",
+    [
+        "training.clients_per_pass=1",
+        "training.clients_per_pass=2",
+        "training.clients_per_pass=99",
+        "training.tokens_per_pass=1",
+        "training.tokens_per_pass=100",
+        "training.tokens_per_pass=1000000",
+    ],
+)
+def test_how_the_work_is_cut_changes_the_adapters_by_rounding_only(whole: list[RoundRecord], cut: str) -> None:
+    records = run(cut)
+    assert_close(adapters(records), adapters(whole))
+    for ours, theirs in zip(records, whole, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, abs=1e-6)
+        assert ours.evaluation == theirs.evaluation
+
+
+def test_the_same_recipe_gives_the_same_bits(whole: list[RoundRecord]) -> None:
+    again = run()
+    assert [without_time(record) for record in again] == [without_time(record) for record in whole]
+    assert all(torch.equal(x, adapters(whole)[name]) for name, x in adapters(again).items())
+
+
+def test_adapters_dropout_matters(whole: list[RoundRecord]) -> None:
+    undropped = adapters(run("lora.lora_dropout=0"))
+    assert any(not torch.allclose(x, undropped[name], atol=1e-6) for name, x in adapters(whole).items())
+
+
+def test_another_seed_is_another_run(whole: list[RoundRecord]) -> None:
+    other = adapters(run("seed=1"))
+    assert all(not torch.equal(x, other[name]) for name, x in adapters(whole).items())
+
+
+def test_a_round_that_is_resumed_from_gives_the_same_bits(whole: list[RoundRecord]) -> None:
+    job = made().job
+    for done, record in enumerate(whole[:-1], start=1):
+        assert record.state is not None
+        assert record.state.round == done
+        rest = list(simulate(replace(job, state=record.state)))
+        assert [without_time(record) for record in rest] == [without_time(record) for record in whole[done:]]
+        assert all(torch.equal(x, adapters(whole)[name]) for name, x in adapters(rest).items())
+
+
+@pytest.mark.parametrize("reset", ["round", "phase"])
+def test_resuming_knows_when_moments_start_afresh(reset: str) -> None:
+    job = made("algorithm.switch_every=2", f"training.reset_optimizer={reset}", "rounds=4").job
+    records = list(simulate(job))
+    for record in records[1:3]:  # at the end of a phase, and within one
+        assert record.state is not None
+        *_, last = simulate(replace(job, state=record.state))
+        assert all(torch.equal(x, adapters(records)[name]) for name, x in adapters([last]).items())
+
+
+def test_a_run_that_has_ended_yields_nothing_more(whole: list[RoundRecord]) -> None:
+    state = whole[-1].state
+    assert state is not None
+    assert list(simulate(replace(made().job, state=state))) == []
+
+
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_when_it_evaluates_changes_nothing_else(whole: list[RoundRecord], every: int) -> None:
+    records = run(f"evaluate.every={every}")
+    assert [r.evaluation is not None for r in records] == [every == 1, every == 1, True]
+    evaluated = [replace(record, evaluation=None) for record in records]
+    assert [without_time(r) for r in evaluated] == [without_time(replace(r, evaluation=None)) for r in whole]
+    assert all(torch.equal(x, adapters(whole)[name]) for name, x in adapters(records).items())
+    assert records[-1].evaluation == whole[-1].evaluation
+
+
+def test_it_evaluates_on_the_rows_that_are_asked_for() -> None:
+    subset, everything = (run("rounds=1", f"evaluate.rows={rows}")[0].evaluation for rows in ("10", "null"))
+    assert subset is not None
+    assert everything is not None
+    assert (subset.rows, everything.rows, subset.metric) == (10, 180, "accuracy")
+    assert all(round(score * 10) == pytest.approx(score * 10) for score in (*subset.clients, subset.average))
+    assert len(subset.clients) == 5
+
+
+def test_the_averaged_adapter_scores_as_a_client_that_holds_it() -> None:
+    job = made().job
+    *_, last = simulate(job)
+    assert last.state is not None
+    assert last.evaluation is not None
+    average = {name: x.mean(0, keepdim=True).expand_as(x) for name, x in last.state.adapters.items()}
+    assert job.evaluate(average).clients == [last.evaluation.average] * 5
+
+
+@pytest.mark.parametrize("method", sorted(ALGORITHMS))
+def test_every_method_runs_and_says_what_it_sent(method: str) -> None:
+    job = made(f"algorithm={{name: {method}}}", "rounds=2").job
+    records = list(simulate(job))
+    everything = payload_bytes(job.state.adapters)
+    before = job.state
+    for t, record in enumerate(records):
+        phase = job.algorithm.phase(t)
+        size = payload_bytes(select(job.state.adapters, phase.send))
+        dense = weights_at(job.graph, t).toarray()
+        assert record.neighbours == ((dense != 0).sum(1) - 1).tolist()
+        assert record.bytes_sent == [size * count for count in record.neighbours]
+        assert (record.round, record.train, record.send) == (t, sorted(phase.train), sorted(phase.send))
+        assert record.clients == list(range(5))
+        assert record.failed_edges == []
+        assert len(record.loss) == 5
+        assert record.seconds.keys() >= {"train", "exchange", "mix", "metrics"}
+        assert record.state is not None
+        for name, x in record.state.adapters.items():
+            touched = kind(name) in phase.train | phase.send
+            assert touched or torch.equal(x, before.adapters[name]), f"{name} changed in round {t}"
+        before = record.state
+        if method not in ("decaf", "fedrot_lora"):
+            assert record.diagnostics["mean_drift"] < 1e-12
+    sent = [sum(record.bytes_sent) / everything / max(1, sum(record.neighbours)) for record in records]
+    share = payload_bytes(select(job.state.adapters, {"B", "head"})) / everything
+    match method:
+        case "local":
+            assert sent == [0, 0]
+        case "ffa_lora":
+            assert sent == pytest.approx([share, share])
+        case "rolora":
+            assert [record.train for record in records] == [["B", "head"], ["A", "head"]]
+            assert [record.send for record in records] == [["B", "head"], ["A", "head"]]
+        case _:
+            assert sent == pytest.approx([1, 1])
+
+
+def test_ffa_lora_keeps_every_a_at_the_common_start_to_the_bit() -> None:
+    job = made("algorithm={name: ffa_lora}").job
+    records = list(simulate(job))
+    for name, x in select(adapters(records), {"A"}).items():
+        assert torch.equal(x, job.state.adapters[name])
+        assert all(torch.equal(one, x[0]) for one in x)
+    assert all(record.diagnostics["consensus_error_A"] < 1e-12 for record in records)
+    assert all(record.diagnostics["cross_term"] < 1e-12 for record in records)
+
+
+def test_a_client_alone_is_local_training() -> None:
+    (one, alone) = (adapters(run("clients=1", f"algorithm={{name: {name}}}")) for name in ("dec_lora", "local"))
+    assert all(torch.equal(x, alone[name]) for name, x in one.items())
+
+
+@pytest.fixture
+def sparse_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return lambda clients: monkeypatch.setattr(simulator, "DENSE_UP_TO", clients)
+
+
+@pytest.mark.parametrize("method", ["dec_lora", "decaf", "fedrot_lora"])
+def test_sparse_mixing_is_dense_mixing(sparse_at: Callable[[int], None], method: str) -> None:
+    many = (
+        "clients=70",
+        f"algorithm={{name: {method}}}",
+        "graph={name: ring, activation: 0.7}",
+        "training.local_steps=1",
+        "training.per_device_train_batch_size=2",
+        "rounds=2",
+        "evaluate={every: 2, rows: 1}",
+    )
+    sparse = run(*many)
+    sparse_at(70)
+    dense = run(*many)
+    assert_close(adapters(sparse), adapters(dense))
+    for ours, theirs in zip(sparse, dense, strict=True):
+        assert (ours.neighbours, ours.bytes_sent) == (theirs.neighbours, theirs.bytes_sent)
+        assert ours.diagnostics == pytest.approx(theirs.diagnostics, abs=1e-9)

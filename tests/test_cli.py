@@ -1,0 +1,517 @@
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from io import BytesIO, TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peertune.cli import app, main
+from peertune.recipe import recipe_names
+
+SMALL = [
+    "clients=4",
+    "partition={name: iid}",
+    "graph={name: complete, activation: 0.5}",
+    "algorithm={name: adf_lora, switch_every: 2}",
+    "training={local_steps: 1, per_device_train_batch_size: 2}",
+    "evaluate={every: 4, rows: 4}",
+    "lora.lora_dropout=0.1",
+]
+TINY = [*SMALL, "rounds=2"]
+COMMANDS = ["compare", "data", "env", "export", "graph", "recipes", "run"]
+# A shell may have told its background jobs to ignore SIGINT; a job in the foreground gets it.
+PROCESS = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from peertune.cli import main; main()"
+)
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def peertune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Run the command in this process, in an empty folder; return its exit code, output and messages."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peertune", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        code = caught.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, out, err
+
+    return call
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS, *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def rounds(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+
+
+def without_time(run: Path) -> list[dict[str, Any]]:
+    return [record | {"seconds": None} for record in rounds(run)]
+
+
+def contents(file: Path) -> Any:
+    """The bytes of a file; PEFT's configuration without the order in which it writes the names of layers."""
+    if file.name != "adapter_config.json":
+        return file.read_bytes()
+    config = json.loads(file.read_text())
+    return config | {"target_modules": sorted(config["target_modules"])}
+
+
+def adapters(run: Path) -> dict[str, Any]:
+    return {
+        str(file.relative_to(run)): contents(file)
+        for folder in ("adapter", "adapters", "checkpoints")
+        for file in (run / folder).rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that has ended."""
+    folder = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["peertune", "run", "digits-demo", *TINY])
+        with pytest.raises(SystemExit) as caught:
+            main()
+    assert not caught.value.code
+    return folder / "runs" / "digits-demo"
+
+
+@pytest.fixture
+def mine(done: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(done, tmp_path / "mine"))
+
+
+LONG = [*SMALL, "rounds=40", "checkpoint={every: 3, keep: 2}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    code, _, err = finish(start(folder, "run", "digits-demo", *LONG, "--out", "run"))
+    assert (code, err) == (0, "")
+    return folder / "run"
+
+
+@pytest.mark.parametrize(
+    ("how", "after"),
+    [(name, random.Random(name).randrange(0, 18)) for name in ("SIGKILL", "SIGINT", "SIGTERM")],
+)
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
+    uninterrupted: Path, tmp_path: Path, how: str, after: int
+) -> None:
+    run = tmp_path / "run"
+    process = start(tmp_path, "run", "digits-demo", *LONG, "--out", "run")
+    lines = run / "rounds.jsonl"
+    wait_until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= after, process)
+    process.send_signal(signal.Signals[how])
+    code, out, err = finish(process)
+    reached = len(rounds(run))
+    assert after <= reached < 40, "the run must not have ended before the signal"
+    assert not (run / "adapters").exists()
+    if how == "SIGKILL":
+        assert code == -signal.SIGKILL
+    else:
+        assert (code, out) == (130, "")
+        said = re.fullmatch(r"peertune: stopped after (\d+) rounds; go on with: peertune run --resume run\n", err)
+        assert said is not None
+        assert int(said[1]) in (reached, reached - 1)  # a record is written before its round counts as done
+    code, _, err = finish(start(tmp_path, "run", "--resume", "run"))
+    assert (code, err) == (0, "")
+    assert without_time(run) == without_time(uninterrupted)
+    assert adapters(run) == adapters(uninterrupted)
+    assert sorted(path.name for path in run.iterdir()) == sorted(path.name for path in uninterrupted.iterdir())
+
+
+def test_a_run_that_is_stopped_before_it_begins_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    # Reading the recipe from a pipe holds the process where it is.
+    os.mkfifo(tmp_path / "pipe.yaml")
+    process = start(tmp_path, "run", "pipe.yaml")
+    with (tmp_path / "pipe.yaml").open("w"):  # opens when the process reads
+        process.send_signal(signal.SIGTERM)
+        assert finish(process) == (130, "", "peertune: stopped\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe.yaml"]
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(peertune: Call, mine: Path) -> None:
+    before = adapters(mine), (mine / "rounds.jsonl").read_text()
+    code, out, _ = peertune("run", "--resume", mine)
+    assert code == 0
+    assert f"records and adapters are in {mine}" in out
+    assert (adapters(mine), (mine / "rounds.jsonl").read_text()) == before
+
+
+def test_a_run_says_where_it_is_and_how_it_went_and_takes_the_next_free_name(peertune: Call, tmp_path: Path) -> None:
+    code, out, err = peertune("run", "digits-demo", *TINY)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == "records and adapters are in runs/digits-demo"
+    code, out, err = peertune("run", "digits-demo", *TINY, "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    assert said["folder"] == "runs/digits-demo-2"
+    records = rounds(tmp_path / "runs" / "digits-demo-2")
+    final = records[-1]["evaluation"]
+    assert (said["run"], said["rounds"], said["metric"]) == ("digits-demo-2", 2, "accuracy")
+    assert (said["min"], said["max"], said["average"]) == (
+        min(final["clients"]),
+        max(final["clients"]),
+        final["average"],
+    )
+    assert said["mean"] == pytest.approx(sum(final["clients"]) / 4)
+    assert said["cross_term"] == records[-1]["diagnostics"]["cross_term"]
+    assert said["megabytes_sent"] == pytest.approx(sum(sum(r["bytes_sent"]) for r in records) / 4e6)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["digits-demo", "digits-demo-2"]
+    first, second = (without_time(tmp_path / "runs" / name) for name in ("digits-demo", "digits-demo-2"))
+    assert first == second
+
+
+def test_a_run_keeps_what_was_asked_so_that_it_can_be_typed_again(done: Path) -> None:
+    asked = (done / "recipe.yaml").read_text().splitlines()[0]
+    assert asked.startswith("# asked for: peertune run digits-demo clients=4 'partition={name: iid}' ")
+
+
+def test_recipes_are_listed_and_printed(peertune: Call, tmp_path: Path) -> None:
+    _, out, _ = peertune("recipes")
+    assert [line.split()[0] for line in out.splitlines()] == recipe_names()
+    _, out, _ = peertune("recipes", "--json")
+    assert sorted(json.loads(out)) == recipe_names()
+    _, out, _ = peertune("recipes", "digits-demo")
+    (tmp_path / "mine.yaml").write_text(out)
+    _, theirs, _ = peertune("recipes", "digits-demo", "--json")
+    code, ours, _ = peertune("data", "mine.yaml", "--json")
+    assert code == 0
+    assert json.loads(theirs)["clients"] == len(json.loads(ours)["clients"])
+
+
+def test_graph_describes_and_draws(peertune: Call, tmp_path: Path) -> None:
+    ring = ("digits-demo", "graph={name: ring}", "clients=4")
+    code, out, _ = peertune("graph", *ring)
+    assert code == 0
+    assert "rho                              0.1111 (exact)" in out
+    code, out, _ = peertune("graph", *ring, "--json", "--png", "ring.png")
+    assert code == 0
+    facts = json.loads(out)
+    assert (facts["clients"], facts["edges"], facts["switching_interval"]) == (4, 4, 3)
+    assert facts["rho"] == pytest.approx(1 / 9)
+    assert (tmp_path / "ring.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_data_counts_the_rows_of_every_client(peertune: Call) -> None:
+    _, out, _ = peertune("data", "digits-demo", "--json")
+    facts = json.loads(out)
+    assert (facts["rows"], facts["validation"], len(facts["clients"])) == (716, 180, 10)
+    assert facts["held"] == sum(client["all"] for client in facts["clients"])
+    assert all(client["all"] == sum(client[digit] for digit in "56789") for client in facts["clients"])
+    _, out, _ = peertune("data", "digits-demo", "clients=2")
+    assert "training rows are held; 180 rows validate" in out
+
+
+def test_env_says_what_a_bug_report_needs(peertune: Call) -> None:
+    _, out, _ = peertune("env", "--json")
+    facts = json.loads(out)
+    assert facts.keys() >= {"peertune", "torch", "python", "device", "dtype", "processor"}
+    _, out, _ = peertune("env")
+    assert [line.split()[0] for line in out.splitlines()] == list(facts)
+
+
+def test_compare_puts_runs_side_by_side(peertune: Call, done: Path, mine: Path) -> None:
+    _, out, _ = peertune("compare", done, mine)
+    assert [line.split()[0] for line in out.splitlines()[:3]] == ["run", "digits-demo", "mine"]
+    _, out, _ = peertune("compare", done, mine, "--json")
+    first, second = json.loads(out)
+    assert first | {"run": None} == second | {"run": None}
+    _, out, _ = peertune("compare", done, mine, "--markdown")
+    lines = out.splitlines()
+    assert len(lines) == 4
+    assert len({line.count("|") for line in lines}) == 1
+    assert lines[1].startswith("| --- | ---: |")
+
+
+def test_compare_takes_a_run_that_has_only_begun(peertune: Call, mine: Path) -> None:
+    (mine / "rounds.jsonl").write_text("")
+    code, out, _ = peertune("compare", mine)
+    assert code == 0
+    assert out.splitlines()[1].split()[:2] == ["mine", "-"]
+
+
+def test_a_terminal_without_greek_letters_is_no_reason_to_fail(
+    peertune: Call, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert peertune("compare", done) == (0, "", "")
+    assert b"?_A" in written.getvalue()
+
+
+def test_an_exported_adapter_is_the_runs_own(peertune: Call, done: Path, tmp_path: Path) -> None:
+    for client, name in (("1", "client-001"), ("average", "average")):
+        code, out, _ = peertune("export", done, "--client", client, "--to", tmp_path / "to" / client)
+        assert (code, out) == (0, f"{tmp_path / 'to' / client}\n")
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert contents(tmp_path / "to" / client / file) == contents(done / "adapters" / name / file)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_argument_and_option_and_says_what_each_does(peertune: Call, command: str) -> None:
+    import typer
+
+    assert sorted(typer.main.get_command(app).commands) == COMMANDS  # type: ignore[attr-defined]
+    code, out, _ = peertune(command, "--help")
+    assert code == 0
+    params = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
+    for param in params:
+        if param.param_type_name == "option":
+            assert all(option in out for option in param.opts)
+        assert param.help
+        assert param.help.split()[0] in out
+    assert "--help" in out
+    assert command == "env" or "Example" in out
+
+
+def test_help_comes_at_once_and_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = """
+import sys
+from peertune.cli import main
+sys.argv = ["peertune", "--help"]
+try:
+    main()
+except SystemExit:
+    print(*sys.modules, file=sys.stderr)
+"""
+    seconds = []
+    for _ in range(8):
+        begun = time.perf_counter()
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+        seconds.append(time.perf_counter() - begun)
+        assert "Start with: peertune run digits-demo" in run.stdout
+        heavy = {"torch", "transformers", "pydantic", "peft", "datasets", "numpy", "scipy", "sklearn", "matplotlib"}
+        assert not heavy & set(run.stderr.split())
+        if seconds[-1] < 0.3:
+            return
+    raise AssertionError(f"the fastest of {len(seconds)} calls took {min(seconds):.2f} s")
+
+
+def refused(called: tuple[int, str, str]) -> str:
+    code, out, err = called
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert line.startswith("peertune: ")
+    return line.removeprefix("peertune: ")
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    """What a user could have got wrong, beside the run."""
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = [f"{'good' if n % 2 else 'bad'} film,{n % 2}" for n in range(8)]
+        (folder / f"{split}.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
+    unlabelled = folder / "unlabelled"
+    unlabelled.mkdir()
+    for split in ("train", "validation"):
+        (unlabelled / f"{split}.csv").write_text("sentence\ngood film\nbad film\n")
+    (folder / "edges.txt").write_text("0,1\n2,3\n")
+    (folder / "file").write_text("mine")
+    (folder / "broken.yaml").write_text("model: {name: digits-vit}\nlora: {r: 1\nseed: 0\n")
+    (folder / "twice.yaml").write_text("seed: 1\nmodel: {name: digits-vit}\nseed: 2\n")
+    return folder
+
+
+GLUE = "task={name: glue, config: sst2, path: inputs}"
+BAD = {
+    "an unknown key": (["sed=1"], "digits-demo: sed: unknown key 'sed', did you mean seed?"),
+    "an unknown key of a block": (["lora.rank=1"], "lora.rank: unknown key 'rank', choose from lora_alpha"),
+    "an unknown key of a task": (["task.confg=x"], "task.confg: unknown key 'confg' (digits takes no settings)"),
+    "an unknown key of a graph": (
+        ["graph.activaton=1"],
+        "graph.activaton: unknown key 'activaton', did you mean activation?",
+    ),
+    "an unknown key of a method": (
+        ["algorithm.switch_evry=1"],
+        "algorithm.switch_evry: unknown key 'switch_evry', did you mean switch_every? (tad_lora takes switch_every)",
+    ),
+    "an unknown key of a partition": (["partition.alfa=1"], "partition.alfa: unknown key 'alfa', did you mean alpha?"),
+    "an unknown method": (["algorithm.name=tadlora"], "algorithm.name: unknown name 'tadlora', did you mean tad_lora?"),
+    "an unknown graph": (["graph.name=rng"], "graph.name: unknown name 'rng', did you mean ring?"),
+    "an unknown block": (["grph.activation=1"], "digits-demo: grph: unknown key 'grph', did you mean graph?"),
+    "a wrong type": (["rounds=ten"], "digits-demo: rounds: input should be a valid integer, not 'ten'"),
+    "a wrong type in a part": (["partition.alpha=a"], "partition.alpha: input should be a valid number, not 'a'"),
+    "a missing setting": (["graph={name: erdos_renyi}"], "graph.probability: is missing, erdos_renyi needs it"),
+    "out of range": (["training.learning_rate=-1"], "training.learning_rate: input should be greater than 0, not -1"),
+    "activation 0": (["graph.activation=0"], "graph complete: activation is 0.0; choose a number above 0, at most 1"),
+    "activation 1.5": (
+        ["graph.activation=1.5"],
+        "graph complete: activation is 1.5; choose a number above 0, at most 1",
+    ),
+    "switching after 0 rounds": (["algorithm.switch_every=0"], "switch_every"),
+    "no equals sign": (["rounds"], "override 'rounds': write key=value, such as graph.activation=0.02"),
+    "rank too high": (["lora.r=65"], "lora.r: 65 is above the size of "),
+    "no such layer": (
+        ["lora.target_modules=[query]"],
+        "lora.target_modules: ['query'] matches no layer; the linear layers",
+    ),
+    "a graph in two parts": (
+        ["clients=4", "graph={name: edges, path: inputs/edges.txt}"],
+        "graph edges (inputs/edges.txt): clients 2, 3 can never reach client 0; add edges between them",
+    ),
+    "no file of edges": (
+        ["graph={name: edges, path: no.txt}"],
+        "can't be read, No such file or directory; give a file of",
+    ),
+    "more clients than rows": (["clients=717"], "717 clients for 716 rows, give 1 to 716"),
+    "no labels": (
+        [GLUE.replace("inputs", "inputs/unlabelled"), "partition={name: iid}"],
+        "task glue/sst2: train: column: unknown name 'label', choose from sentence",
+    ),
+    "no data": ([GLUE.replace("inputs", "nowhere")], "task glue/sst2: there is no folder nowhere, give the one that"),
+    "no such model": (
+        [GLUE, "model.name=nobody/nothing", "clients=2", "partition={name: iid}"],
+        "model.name: nobody/nothing is no folder, is not in the local cache and can't be had from the hub; check",
+    ),
+    "a folder without a model": (
+        [GLUE, "model.name=inputs", "clients=2", "partition={name: iid}"],
+        "model.name: inputs can't be loaded (",
+    ),
+    "no such device": (["device=tpu"], "digits-demo: device: string should match pattern"),
+    "an unwritable place": (["--out", "inputs/file/run", *TINY], "inputs/file/run: can't be written (File exists)"),
+    "no file system": (["--out", "/proc/x", *TINY], "/proc/x: can't be written (No such file or directory); give one"),
+    "a file in the way": (["--out", "inputs/file", *TINY], "inputs/file: is there already; give another --out"),
+    "a name too long": (["--out", "x" * 300, *TINY], "can't be written (File name too long)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing(
+    peertune: Call, inputs: Path, tmp_path: Path, name: str
+) -> None:
+    words, expected = BAD[name]
+    before = sorted(tmp_path.rglob("*"))
+    assert expected in refused(peertune("run", "digits-demo", *words))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert (inputs / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["run", "digits-dmo"], "recipe: unknown name 'digits-dmo', did you mean digits-demo?"),
+        (["run", "no.yaml"], "no.yaml: can't be read (No such file or directory); give a recipe's path or a name"),
+        (["run", "inputs/broken.yaml"], "inputs/broken.yaml: line 3: not YAML ("),
+        (["run", "inputs/twice.yaml"], "inputs/twice.yaml: line 3: not YAML (key seed stands twice)"),
+        (["run"], "run: give a RECIPE, or --resume DIR"),
+        (["run", "--resume", "inputs", "--out", "x"], "--resume and --out: give one of them"),
+        (["run", "--resume", "inputs"], "inputs: is no run, it holds no resolved.yaml; give the folder of one"),
+        (["run", "--resume", "nowhere"], "nowhere: is no run, it holds no resolved.yaml; give the folder of one"),
+        (["graph", "digits-dmo"], "recipe: unknown name 'digits-dmo', did you mean digits-demo?"),
+        (["graph", "digits-demo", "graph.activation=2"], "graph complete: activation is 2"),
+        (["graph", "digits-demo", "clients=3", "--png", "inputs/file/x.png"], "inputs/file/x.png: can't be written"),
+        (["graph", "digits-demo", "clients=3", "--png", "x.doc"], "x.doc: can't be written"),
+        (["data", "digits-demo", "clients=999"], "999 clients for 716 rows"),
+        (["recipes", "digits"], "recipe: unknown name 'digits', did you mean digits-demo?"),
+        (["compare", "inputs"], "inputs: no readable rounds.jsonl; give the folder of a run"),
+        (["export", "inputs", "--client", "0", "--to", "x"], "inputs: holds no checkpoint; give the folder of a run"),
+        (
+            ["export", "inputs", "--client", "first", "--to", "x"],
+            "--client: 'first' is no client; give a number, or average",
+        ),
+        (["export", "inputs", "--client", "-1", "--to", "x"], "--client: '-1' is no client; give a number, or average"),
+    ],
+)
+def test_a_command_that_cannot_be_is_one_line_and_leaves_nothing(
+    peertune: Call, inputs: Path, tmp_path: Path, words: Sequence[str], expected: str
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    assert expected in refused(peertune(*words))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert inputs.is_dir()
+
+
+def test_a_client_that_is_not_there_or_a_folder_that_is_cannot_be_exported(
+    peertune: Call, done: Path, inputs: Path
+) -> None:
+    assert refused(peertune("export", done, "--client", "4", "--to", "x")) == "client 4: the run has clients 0 to 3"
+    assert "inputs: is there already; give another folder" in refused(
+        peertune("export", done, "--client", "0", "--to", "inputs")
+    )
+    assert "can't be written" in refused(peertune("export", done, "--client", "0", "--to", "inputs/file/x"))
+    assert (inputs / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("words", [["rounds=3"], ["digits-demo", *SMALL, "rounds=2", "seed=1"]])
+def test_a_run_is_not_resumed_with_other_settings(peertune: Call, mine: Path, words: list[str]) -> None:
+    before = adapters(mine), (mine / "rounds.jsonl").read_text()
+    line = refused(peertune("run", "--resume", mine, *words))
+    assert line.startswith(f"{mine}: was run with ")
+    assert line.endswith("; resume without a recipe, or start anew")
+    assert (adapters(mine), (mine / "rounds.jsonl").read_text()) == before
+
+
+def test_a_run_is_resumed_with_the_settings_it_had(peertune: Call, mine: Path) -> None:
+    assert peertune("run", "--resume", mine, "digits-demo", *TINY)[0] == 0
+    assert peertune("run", "--resume", mine, "rounds=2")[0] == 0
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_resumed(peertune: Call, mine: Path) -> None:
+    for file in (mine / "checkpoints").glob("*/state.safetensors"):
+        file.write_bytes(file.read_bytes()[:-1])
+    before = adapters(mine), (mine / "rounds.jsonl").read_text()
+    code, _, err = peertune("run", "--resume", mine)
+    *warnings, line = err.splitlines()
+    assert code == 2
+    assert line.endswith(
+        "mine/checkpoints: every checkpoint is damaged; restore one, or start again with another --out"
+    )
+    assert all("is damaged and passed over" in warning for warning in warnings)
+    assert (adapters(mine), (mine / "rounds.jsonl").read_text()) == before
+
+
+def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run(
+            [sys.executable, "-c", PROCESS, "recipes", "digits-demo"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=tmp_path,
+        )
+    assert (process.returncode, process.stderr) == (2, "peertune: [Errno 28] No space left on device\n")

