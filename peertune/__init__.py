@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peertune.algorithms.methods import ALGORITHMS
-    from peertune.build import build
+    from peertune.assembly import build
     from peertune.data.partition import PARTITIONS
     from peertune.data.tasks import TASKS
     from peertune.engines.simulator import simulate
@@ -36,7 +36,7 @@ _HOMES = {
     "PARTITIONS": "peertune.data.partition",
     "PeertuneError": "peertune.errors",
     "TASKS": "peertune.data.tasks",
-    "build": "peertune.build",
+    "build": "peertune.assembly",
     "load_recipe": "peertune.recipe",
     "simulate": "peertune.engines.simulator",
 }

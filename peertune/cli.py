@@ -18,7 +18,7 @@ from peertune.errors import PeertuneError, RunError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from peertune.build import Run
+    from peertune.assembly import Run
     from peertune.recipe import Recipe
     from peertune.types import RoundRecord
 
@@ -82,7 +82,7 @@ def run(
         raise RunError("run: give a RECIPE, or --resume DIR; `peertune recipes` lists the shipped ones")
     with _interruptible(), _messages():
         from peertune import tracking
-        from peertune.build import build
+        from peertune.assembly import build
         from peertune.recipe import load_recipe, recipe_text
 
         if resume is not None:

@@ -135,7 +135,7 @@ def train_local(
     moments = {name: x.clone() for name, x in state.moments.items()}
     clients = len(next(iter(adapters.values())))
     totals = torch.zeros(clients, dtype=torch.float64, device=next(iter(adapters.values())).device)
-    global_draws = torch.get_rng_state()
+    global_draws = _generator_state(totals.device)
     count = 0
     for count, batches in enumerate(steps, start=1):
         for batch in batches:
@@ -149,7 +149,7 @@ def train_local(
             optim.optimizer.update(params, grads, moments, optim.rate(first_step + count - 1))
         for x in params.values():
             x.grad = None
-    if not torch.equal(global_draws, torch.get_rng_state()):
+    if not torch.equal(global_draws, _generator_state(totals.device)):
         raise ModelError(
             "model: it draws dropout that can't be keyed by row, so results would depend on history; "
             "use model.dropout=false"
@@ -161,6 +161,10 @@ def train_local(
             "lower training.learning_rate or training.max_grad_norm"
         )
     return State(state.adapters | trained, moments, state.round), totals / max(1, count)
+
+
+def _generator_state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def clip(grads: Tensors, max_norm: float) -> None:

@@ -14,10 +14,7 @@ def test_the_public_names_are_these_constants_then_classes_then_functions_each_s
     assert sorted(NAMES, key=lambda name: (not name.isupper(), name[0].islower(), name)) == NAMES
 
 
-SHADOWED = pytest.mark.xfail(reason="the module peertune.build takes the place of the function once it is imported")
-
-
-@pytest.mark.parametrize("name", [pytest.param(x, marks=SHADOWED) if x == "build" else x for x in NAMES])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_public_name_stays_what_it_is_once_its_module_is_imported(name: str) -> None:
     home = import_module(peertune._HOMES[name])
     assert getattr(peertune, name) is getattr(home, name)

@@ -8,7 +8,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-from peertune.build import build
+from peertune.assembly import build
 from peertune.data.tasks import _GLUE
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peertune import tracking
 from peertune.adapters.peft_format import find_sites
-from peertune.build import Run, build
+from peertune.assembly import Run, build
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
 from peertune.recipe import check_recipe

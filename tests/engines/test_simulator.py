@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from peertune.algorithms.methods import ALGORITHMS
-from peertune.build import Run, build
+from peertune.assembly import Run, build
 from peertune.engines import simulator
 from peertune.engines.simulator import simulate
 from peertune.metrics import payload_bytes
