@@ -142,8 +142,9 @@ def _encode(recipe: Recipe, task: Task, base: Base) -> tuple[Encoded, Encoded]:
         first, second = (encode_images(split, base.tokens_per_image) for split in splits)
     else:
         log.info("tokenising %s rows", f"{len(task.train) + len(task.validation):,}")
-        limit = getattr(base.model.config, "max_position_embeddings", None) or recipe.training.max_length
-        max_length = min(recipe.training.max_length, limit)
+        positions = getattr(base.model.config, "max_position_embeddings", None) or recipe.training.max_length
+        # RoBERTa has two positions more than it can use; its tokenizer knows how many it can.
+        max_length = min(recipe.training.max_length, positions, base.tokenizer.model_max_length)
         first, second = (encode_text(base.tokenizer, split, task.inputs, max_length) for split in splits)
     return first, second
 

@@ -97,6 +97,7 @@ def run(
         else:
             assert recipe is not None
             folder = out or _free(Path("runs") / Path(recipe).stem)
+            tracking.check_free(folder)  # before the minutes that loading may take
             run = build(load_recipe(recipe, overrides or []))
             asked = f"# asked for: peertune run {shlex.join([recipe, *(overrides or [])])}\n{recipe_text(recipe)}"
             tracking.create(

@@ -44,6 +44,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device: {name} isn't there; use device=cpu or device=auto")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        raise ModelError(f"device: {name} isn't there; the last is cuda:{torch.cuda.device_count() - 1}")
     try:
         return torch.device(name)
     except RuntimeError:

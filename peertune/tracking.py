@@ -60,6 +60,13 @@ def _written(folder: Path) -> Iterator[Path]:
             shutil.rmtree(beside, ignore_errors=True)
 
 
+def check_free(folder: Path) -> None:
+    """Raise RunError where there is something in the place of a new run directory."""
+    with _reported(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder}: is there already; give another --out, or go on with --resume {folder}")
+
+
 def create(
     folder: Path,
     *,
@@ -70,9 +77,7 @@ def create(
     head: Mapping[str, Tensor],
 ) -> None:
     """Make the run directory. Raises RunError where something is there already, or it can't be written."""
-    with _reported(folder):
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise RunError(f"{folder}: is there already; give another --out, or go on with --resume {folder}")
+    check_free(folder)
     with _written(folder) as beside:
         (beside / "recipe.yaml").write_text(recipe, encoding="utf-8")
         (beside / "resolved.yaml").write_text(resolved, encoding="utf-8")

@@ -1,6 +1,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tensors this small, threads wait more than they work
 
 from pathlib import Path
 

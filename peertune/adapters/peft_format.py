@@ -1,5 +1,6 @@
 """The bridge to Hugging Face PEFT: its rules for choosing layers, and its format for one client's adapter."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,12 @@ def save_adapter(
         path, what = name.rpartition(".")[0], kind(name)
         tensors[f"base_model.model.{path}" + (f".{names[what]}" if what in names else "")] = value
     lora.save_pretrained(str(folder))
+    # PEFT keeps the names in a set and writes them in any order: the same run should give the same file.
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     save_file(
         {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
         folder / "adapter_model.safetensors",
