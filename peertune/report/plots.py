@@ -34,6 +34,6 @@ def draw_graph(graph: Graph, title: str, file: Path) -> None:
     axes.set_aspect("equal")
     axes.axis("off")
     try:
-        figure.savefig(file)
+        figure.savefig(file, bbox_inches="tight", pad_inches=0.2)
     except (OSError, ValueError) as error:
         raise RunError(f"{file}: can't be written ({error}); give a path that ends in .png, .svg or .pdf") from None
