@@ -39,6 +39,7 @@ class Run:
     resolved: Recipe  # every default and everything automatic written out
     lora: LoraConfig  # what PEFT needs to load an adapter
     head: Mapping[str, Tensor]  # what travels with each adapter: the head, and what else the checkpoint lacks
+    labels: tuple[str, ...]  # names of the classes, by number
 
 
 def build(recipe: Recipe) -> Run:
@@ -96,7 +97,13 @@ def build(recipe: Recipe) -> Run:
         evaluate_every=recipe.evaluate.every,
         clients_per_pass=clients_per_pass,
     )
-    return Run(job, _resolve(recipe, algorithm, dtype, device, tokens, clients_per_pass), lora, base.head)
+    return Run(
+        job,
+        _resolve(recipe, algorithm, base.revision, dtype, device, tokens, clients_per_pass),
+        lora,
+        base.head,
+        task.classes,
+    )
 
 
 def build_optim(recipe: Recipe) -> Optim:
@@ -130,7 +137,7 @@ def _lora_config(recipe: Recipe, base: Base) -> LoraConfig:
         modules_to_save=list(base.head_roots) or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in base.model.modules()),
         base_model_name_or_path=recipe.model.name,
-        revision=recipe.model.revision,
+        revision=recipe.model.revision or base.revision,
         task_type=TaskType.SEQ_CLS if base.tokenizer is not None else None,
         inference_mode=True,
     )
@@ -157,14 +164,17 @@ def _evaluation(
         rows = np.sort(draws.generator(recipe.seed, "evaluate").permutation(rows)[: recipe.evaluate.rows])
     labels = np.asarray(task.validation.labels)[rows]
     score = METRICS[task.metric]
+    budget = EVALUATION_FACTOR * tokens
+    # The clients and their average, as many together as a row for each of them fits the budget.
+    together = min(clients_per_pass + 1, max(1, budget // int(encoded.lengths[rows].max())))
 
     def run(adapters: Tensors) -> Evaluation:
         average = {name: x.mean(0, keepdim=True) for name, x in adapters.items()}
         everyone = stack([adapters, average])
         scores = []
-        for start in range(0, recipe.clients + 1, clients_per_pass):
-            part = take(everyone, slice(start, start + clients_per_pass))
-            batches = validation_batches(encoded, rows, len(next(iter(part.values()))), EVALUATION_FACTOR * tokens)
+        for start in range(0, recipe.clients + 1, together):
+            part = take(everyone, slice(start, start + together))
+            batches = validation_batches(encoded, rows, len(next(iter(part.values()))), budget)
             scores += [score(predicted, labels) for predicted in evaluate(model, part, batches, len(rows))]
         return Evaluation(task.metric, scores[:-1], scores[-1], len(rows))
 
@@ -172,14 +182,22 @@ def _evaluation(
 
 
 def _resolve(
-    recipe: Recipe, algorithm: Algorithm, dtype: torch.dtype, device: torch.device, tokens: int, clients_per_pass: int
+    recipe: Recipe,
+    algorithm: Algorithm,
+    revision: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
+    clients_per_pass: int,
 ) -> Recipe:
     """Write out all defaults, and what everything automatic came to."""
     training = {"tokens_per_pass": tokens, "clients_per_pass": clients_per_pass}
     return recipe.model_copy(
         update={
             **resolved_parts(recipe, algorithm),
-            "model": recipe.model.model_copy(update={"dtype": str(dtype).removeprefix("torch.")}),
+            "model": recipe.model.model_copy(
+                update={"dtype": str(dtype).removeprefix("torch."), "revision": recipe.model.revision or revision}
+            ),
             "training": recipe.training.model_copy(update=training),
             "device": str(device),
         }

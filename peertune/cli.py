@@ -16,8 +16,6 @@ import typer
 from peertune.errors import PeertuneError, RunError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from peertune.assembly import Run
     from peertune.recipe import Recipe
     from peertune.types import RoundRecord
@@ -46,6 +44,9 @@ def main() -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal without a Δ shows a ?
     try:
         app()
+    except MemoryError:
+        print("peertune: out of memory; lower training.tokens_per_pass or training.clients_per_pass", file=sys.stderr)
+        sys.exit(2)
     except (PeertuneError, OSError) as error:
         print("peertune:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)
@@ -60,13 +61,15 @@ def run(
         ),
     ] = None,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="The run directory; runs/RECIPE where not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run directory; where not given, runs/RECIPE, or runs/RECIPE-2 and so on.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train all clients, keep checkpoints, write their adapters.
 
-    Ctrl-C leaves a run that --resume continues to the same bits.
+    Ctrl-C leaves a run that --resume continues to the same bits, with the recipe that it began with.
 
     Examples:
 
@@ -99,14 +102,15 @@ def run(
             folder = out or _free(Path("runs") / Path(recipe).stem)
             tracking.check_free(folder)  # before the minutes that loading may take
             run = build(load_recipe(recipe, overrides or []))
-            asked = f"# asked for: peertune run {shlex.join([recipe, *(overrides or [])])}\n{recipe_text(recipe)}"
+            asked = " ".join(shlex.join([recipe, *(overrides or [])]).split())  # on one line, whatever was typed
             tracking.create(
                 folder,
-                recipe=asked,
+                recipe=f"# asked for: peertune run {asked}\n{recipe_text(recipe)}",
                 resolved=_as_yaml(run.resolved),
                 environment=_environment(),
                 lora=run.lora,
                 head=run.head,
+                labels=run.labels,
             )
         _train(run, folder)
     _print_summary(folder, as_json)
@@ -125,16 +129,23 @@ def compare(
       peertune compare runs/demo/local runs/demo/dec_lora runs/demo/tad_lora
     """
     from peertune import tracking
-    from peertune.report.tables import COLUMNS, LEGEND, markdown, summarise, table
+    from peertune.report.tables import COLUMNS, LEGEND, cells, markdown, summarise, text
 
-    rows = [{"run": folder.name, **summarise(tracking.records(folder))} for folder in runs]
+    alike = len({folder.name for folder in runs}) < len(runs)
+    rows = [
+        {"run": str(folder) if alike else folder.resolve().name, **summarise(tracking.records(folder))}
+        for folder in runs
+    ]
+    # Runs of several metrics share columns only by name.
+    several = len({row.get("metric") for row in rows}) > 1
+    columns = {"run": "run", "metric": "metric", **COLUMNS} if several else COLUMNS
     if as_json:
         _print_json(rows)
     elif as_markdown:
-        print(markdown(rows, COLUMNS))
+        print(markdown(cells(rows, columns)))
     else:
-        _print_table(table(rows, COLUMNS))
-        print(f"\n{LEGEND}")
+        print(text(cells(rows, columns)))
+        print(f"\n{'' if several else rows[0].get('metric', 'no score')} {LEGEND}".replace("\n ", "\n"))
 
 
 @app.command()
@@ -186,23 +197,31 @@ def graph(
 
         made = build_graph(load_recipe(recipe, overrides or []))
         facts = summary(made)
-    interval = switching_interval(facts.rho)
+    try:
+        interval: int | None = switching_interval(facts.rho)
+    except PeertuneError:  # no pair met in any draw
+        interval = None
     if png is not None:
         from peertune.report.plots import draw_graph
 
-        draw_graph(made, f"{made.name}, {facts.clients} clients: rho {facts.rho:.3f}, T* {interval}", png)
+        title = f"{made.name}, {facts.clients} clients, activation {made.activation:g}"
+        draw_graph(made, f"{title}: rho {facts.rho:.3f}, T* {interval}", png)
     if as_json:
         _print_json({**vars(facts), "switching_interval": interval})
         return
     how = "exact" if facts.draws == 0 else f"estimated from {facts.draws:,} draws"
     print(
-        f"graph                            {made.name}, {facts.clients} clients, {facts.edges:g} possible edges a round"
+        f"graph                            {made.name}, {facts.clients} clients, "
+        f"{facts.edges:.4g} possible edges a round"
     )
+    print(f"activation, weights              {made.activation:g}, {made.weights}")
     print(f"rho                              {facts.rho:.4f} ({how})")
     print(f"spectral gap, 1 - rho            {facts.spectral_gap:.4f}")
-    print(f"T*, rounds to a phase            {interval}")
+    print(f"T*, rounds between switches      {interval}")
     print(f"mean neighbours per round        {facts.mean_neighbours:.3f}")
     print(f"client-rounds without neighbour  {facts.isolated_share:.1%}")
+    if png is not None:
+        print(f"picture                          {png}")
 
 
 @app.command()
@@ -217,24 +236,28 @@ def data(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = Fals
         from peertune.data.partition import counts
         from peertune.parts import build_partition, build_task
         from peertune.recipe import load_recipe
-        from peertune.report.tables import table
+        from peertune.report.tables import text
 
         loaded = load_recipe(recipe, overrides or [])
         task = build_task(loaded)
         parts = build_partition(loaded, task)
     labels = task.classes or ("rows",)
     per_label = counts(task.train, parts, len(labels)).tolist() if task.classes else [[len(part)] for part in parts]
-    rows: list[dict[str, Any]] = [
-        {"client": client, **dict(zip(labels, row, strict=True)), "all": sum(row)}
-        for client, row in enumerate(per_label)
-    ]
-    held = sum(row["all"] for row in rows)
+    held = sum(map(sum, per_label))
     if as_json:
-        _print_json({"clients": rows, "rows": len(task.train), "held": held, "validation": len(task.validation)})
+        clients = [
+            {"client": client, "labels": dict(zip(labels, row, strict=True)), "rows": sum(row)}
+            for client, row in enumerate(per_label)
+        ]
+        _print_json({"clients": clients, "rows": len(task.train), "held": held, "validation": len(task.validation)})
         return
-    names = ["client", *labels, *(["all"] if task.classes else [])]
     print(f"{task.name}: training rows of each label\n")
-    _print_table(table(rows, {name: name for name in names}))
+    head = ["client", *labels, "all"]
+    lines = [head, *([str(value) for value in (client, *row, sum(row))] for client, row in enumerate(per_label))]
+    if len(text(lines).splitlines()[0]) > 120:  # long names: number the columns
+        lines[0] = ["client", *map(str, range(len(labels))), "all"]
+        print("\n".join(f"{number}: {label}" for number, label in enumerate(labels)) + "\n")
+    print(text(lines))
     print(f"\n{held:,} of {len(task.train):,} training rows are held; {len(task.validation):,} rows validate")
 
 
@@ -250,21 +273,23 @@ def export(
 
       peertune export runs/digits-demo --client average --to adapter
     """
-    from peertune import tracking
-
     if client != "average" and not client.isdecimal():
         raise RunError(f"--client: {client!r} is no client; give a number, or average")
-    state = tracking.load_checkpoint(run)
-    if state is None:
-        raise RunError(f"{run}: holds no checkpoint; give the folder of a run that has got to its first one")
-    tracking.export(run, state, None if client == "average" else int(client), to)
-    print(to)
+    with _messages():
+        from peertune import tracking
+
+        state = tracking.load_checkpoint(run)
+        if state is None:
+            raise RunError(f"{run}: holds no checkpoint; give the folder of a run that has got to its first one")
+        tracking.export(run, state, None if client == "average" else int(client), to)
+    print(f"{'the average' if client == 'average' else f'client {client}'} of {run} is in {to}")
 
 
 @app.command()
 def env(as_json: AsJson = False) -> None:
     """Print versions and devices, for a bug report."""
-    facts = _environment()
+    with _messages():
+        facts = _environment()
     if as_json:
         _print_json(facts)
         return
@@ -283,7 +308,7 @@ def _interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("peertune: stopped", file=sys.stderr)
+        print("peertune: stopped before the first round; nothing was kept", file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -430,21 +455,14 @@ def _processor() -> str:
 
 def _print_summary(folder: Path, as_json: bool) -> None:
     from peertune import tracking
-    from peertune.report.tables import COLUMNS, summarise, table
+    from peertune.report.tables import COLUMNS, cells, summarise, text
 
     row = {"run": folder.name, **summarise(tracking.records(folder))}
     if as_json:
         _print_json({**row, "folder": str(folder)})
         return
-    _print_table(table([row], COLUMNS))
+    print(text(cells([row], COLUMNS)))
     print(f"records and adapters are in {folder}")
-
-
-def _print_table(table: "Table") -> None:
-    from rich.console import Console
-
-    # A pipe has no width: a table that a file or another program gets is never cut.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
 
 
 def _print_json(value: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -33,6 +33,7 @@ class Base:
     head_roots: tuple[str, ...]  # the modules of the classification head, and what else the checkpoint lacks
     head: Mapping[str, Tensor]  # all that these hold, by name: what must travel with an adapter
     tokens_per_image: int  # 0 for text
+    revision: str | None  # the hub's commit that was loaded; None for a folder
 
 
 def pick_device(name: str) -> torch.device:
@@ -120,9 +121,10 @@ def load_base(
     _seed_parameters(model, lacking, seed)
     model.to(device)
     head_roots = (*head_roots, *sorted({key.rpartition(".")[0] for key in beyond}))
+    commit = getattr(model.config, "_commit_hash", None)
     inside = tuple(f"{root}." for root in head_roots)
     head = {name: value for name, value in model.state_dict().items() if name.startswith(inside)}
-    return Base(model, tokenizer, head_roots, head, _tokens_per_image(model.config) if image else 0)
+    return Base(model, tokenizer, head_roots, head, _tokens_per_image(model.config) if image else 0, commit)
 
 
 def _check_tokenizer(name: str, tokenizer: Any) -> None:

@@ -168,7 +168,7 @@ def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         values = yaml.load(text, _Loader)  # a SafeLoader: plain values only
-    except (yaml.YAMLError, ValueError) as error:  # a date that doesn't exist is a ValueError
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date that doesn't exist is a ValueError
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}:" if mark else ""
         reason = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -190,7 +190,7 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = inner
     try:
         values[last] = yaml.load(text, _Loader)  # a SafeLoader: plain values only
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise RecipeError(f"override {override!r}: the value is not YAML; quote it") from None
 
 
@@ -232,7 +232,10 @@ def arguments(table: Mapping[str, Callable[..., Any]], part: Part, where: str, g
         if key not in parameters:
             takes = f"takes {', '.join(sorted(parameters))}" if parameters else "takes no settings"
             problem = unknown(f"{where}.{key}", key, parameters).replace("unknown name", "unknown key")
-            raise RecipeError(problem.split(", choose")[0].rstrip(", ") + f" ({part.name} {takes})")
+            if "did you mean" in problem:
+                raise RecipeError(f"{problem} ({part.name} {takes})")
+            problem = problem.split(", choose")[0].rstrip(", ")
+            raise RecipeError(f"{problem} ({part.name} {takes}; {where}.{key}=null leaves out what the recipe sets)")
     values = {}
     for name, parameter in parameters.items():
         if name not in part.settings:

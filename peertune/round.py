@@ -58,7 +58,7 @@ def run_round(
     exchanged = time.perf_counter()
     adapters = algorithm.mix(state.adapters, heard, weights, phase)
     mixed = time.perf_counter()
-    neighbours = metrics.neighbours(weights)
+    neighbours = metrics.neighbours(weights) if payload else [0] * len(loss)
     diagnostics = metrics.diagnostics(state.adapters, adapters, phase)
     record = RoundRecord(
         round=state.round,

@@ -2,7 +2,7 @@
 
     runs/<name>/
       recipe.yaml  resolved.yaml  environment.json     what was asked, what was run, on what
-      adapter/                                         what all adapters share: PEFT's config and the frozen head
+      adapter/                                         what all adapters share: PEFT's config, head, labels
       rounds.jsonl                                     a RoundRecord a line: the truth; all else derives from it
       checkpoints/round-000120/                        state.safetensors and meta.json, whole or not there
       adapters/client-000/ … adapters/average/         each loads with PeftModel.from_pretrained
@@ -16,23 +16,26 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
 from safetensors import SafetensorError
-from safetensors.torch import load, save, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
-from peertune.adapters.peft_format import save_adapter
 from peertune.errors import RunError
 from peertune.types import RoundRecord, State, Tensors
 
+if TYPE_CHECKING:  # PEFT takes seconds to import, and most commands only read
+    from peft import LoraConfig
+
 log = logging.getLogger(__name__)
+
+_FIELDS = {field.name for field in fields(RoundRecord)} - {"state"}
 
 
 @contextmanager
@@ -52,12 +55,27 @@ def _written(folder: Path) -> Iterator[Path]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            beside.chmod(0o755)
+            os.umask(umask := os.umask(0o077))
+            beside.chmod(0o777 & ~umask)  # mkdtemp's own is for its owner alone
             yield beside
-            shutil.rmtree(folder, ignore_errors=True)
+            for path in (*beside.rglob("*"), beside):
+                _sync(path)
+            if folder.exists():
+                folder.rename(beside.with_name(f"{beside.name}-old"))
             beside.rename(folder)
+            _sync(folder.parent)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
+            for left in (beside, beside.with_name(f"{beside.name}-old")):
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what is written, so that a power cut leaves whole files or none."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_free(folder: Path) -> None:
@@ -73,8 +91,9 @@ def create(
     recipe: str,
     resolved: str,
     environment: Mapping[str, Any],
-    lora: LoraConfig,
+    lora: "LoraConfig",
     head: Mapping[str, Tensor],
+    labels: Sequence[str],
 ) -> None:
     """Make the run directory. Raises RunError where something is there already, or it can't be written."""
     check_free(folder)
@@ -84,9 +103,9 @@ def create(
         (beside / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
         (beside / "adapter").mkdir()
         lora.save_pretrained(str(beside / "adapter"))
-        save_file(
-            {name: value.cpu().contiguous() for name, value in head.items()}, beside / "adapter" / "head.safetensors"
-        )
+        shared = save({name: value.cpu().contiguous() for name, value in head.items()})
+        (beside / "adapter" / "head.safetensors").write_bytes(shared)
+        (beside / "adapter" / "labels.json").write_text(json.dumps(list(labels)) + "\n", encoding="utf-8")
         (beside / "rounds.jsonl").touch()
 
 
@@ -96,6 +115,8 @@ def append(folder: Path, record: RoundRecord) -> None:
     del values["state"]
     with _reported(folder / "rounds.jsonl"), (folder / "rounds.jsonl").open("a") as file:
         file.write(json.dumps(values) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -111,8 +132,8 @@ def records(folder: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if record["round"] != len(found):
-                raise ValueError("a round is missing")
+            if record["round"] != len(found) or not record.keys() >= _FIELDS:
+                raise ValueError("a round or a part of it is missing")
             found.append(record)
         except (ValueError, TypeError, KeyError):
             if number < len(lines):
@@ -210,28 +231,39 @@ def export(run: Path, state: State, client: int | None, to: Path) -> None:
     with _reported(to):
         if to.exists():
             raise RunError(f"{to}: is there already; give another folder")
-    lora, head = _shared(run)
+    write = _adapter_writer(run)
     with _written(to) as beside:
-        save_adapter(beside, _adapter(state, client), head=head, lora=lora)
+        write(beside, _adapter(state, client))
 
 
 def export_all(run: Path, state: State) -> None:
     """Write `adapters/`: every client's and the average."""
     clients = len(next(iter(state.adapters.values())))
-    lora, head = _shared(run)
+    write = _adapter_writer(run)
     with _written(run / "adapters") as beside:
         for client in range(clients):
-            save_adapter(beside / f"client-{client:03d}", _adapter(state, client), head=head, lora=lora)
-        save_adapter(beside / "average", _adapter(state, None), head=head, lora=lora)
+            write(beside / f"client-{client:03d}", _adapter(state, client))
+        write(beside / "average", _adapter(state, None))
 
 
-def _shared(run: Path) -> tuple[LoraConfig, Tensors]:
-    """Return what all adapters of a run share: PEFT's config and the frozen head."""
+def _adapter_writer(run: Path) -> Callable[[Path, Tensors], None]:
+    """Return what writes an adapter into a folder, with all that the adapters of a run share."""
+    from peft import LoraConfig
+
+    from peertune.adapters.peft_format import save_adapter
+
     try:
         lora = LoraConfig.from_pretrained(str(run / "adapter"))
-        return lora, load((run / "adapter" / "head.safetensors").read_bytes())
+        head = load((run / "adapter" / "head.safetensors").read_bytes())
+        labels = (run / "adapter" / "labels.json").read_bytes()
     except (OSError, ValueError, SafetensorError):
         raise RunError(f"{run}/adapter: is missing or damaged; give the folder of a run") from None
+
+    def write(folder: Path, adapter: Tensors) -> None:
+        save_adapter(folder, adapter, head=head, lora=lora)
+        (folder / "labels.json").write_bytes(labels)
+
+    return write
 
 
 def _adapter(state: State, client: int | None) -> Tensors:

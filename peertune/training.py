@@ -57,11 +57,11 @@ def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weigh
             moments[f"steps.{what}"] += 1
         for name, grad in grads.items():
             x, m, v = params[name], moments[f"{name}.m"], moments[f"{name}.v"]
-            steps = _over_clients(moments[f"steps.{kind(name)}"].to(x.dtype), x)
+            steps = _over_clients(moments[f"steps.{kind(name)}"].double(), x)
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            denominator = (v / (1 - beta2**steps)).sqrt_().add_(epsilon)
-            x.mul_(1 - rate * weight_decay).sub_(m / (1 - beta1**steps) / denominator, alpha=rate)
+            denominator = (v / (1 - beta2**steps).to(x.dtype)).sqrt_().add_(epsilon)
+            x.mul_(1 - rate * weight_decay).sub_(m / (1 - beta1**steps).to(x.dtype) / denominator, alpha=rate)
 
     return Optimizer(init, update)
 
@@ -155,9 +155,9 @@ def train_local(
             "use model.dropout=false"
         )
     trained = {name: x.detach() for name, x in params.items()}
-    if not all(x.isfinite().all() for x in trained.values()):
+    if not all(x.isfinite().all() for x in (*trained.values(), totals)):
         raise ModelError(
-            f"training: an adapter is no longer finite after round {state.round}; "
+            f"training: a loss or an adapter is no longer finite after round {state.round}; "
             "lower training.learning_rate or training.max_grad_norm"
         )
     return State(state.adapters | trained, moments, state.round), totals / max(1, count)

@@ -168,7 +168,7 @@ def test_a_run_that_is_stopped_before_it_begins_says_so_and_leaves_nothing(tmp_p
     process = start(tmp_path, "run", "pipe.yaml")
     with (tmp_path / "pipe.yaml").open("w"):  # opens when the process reads
         process.send_signal(signal.SIGTERM)
-        assert finish(process) == (130, "", "peertune: stopped\n")
+        assert finish(process) == (130, "", "peertune: stopped before the first round; nothing was kept\n")
     assert [path.name for path in tmp_path.iterdir()] == ["pipe.yaml"]
 
 
@@ -239,8 +239,8 @@ def test_data_counts_the_rows_of_every_client(peertune: Call) -> None:
     _, out, _ = peertune("data", "digits-demo", "--json")
     facts = json.loads(out)
     assert (facts["rows"], facts["validation"], len(facts["clients"])) == (716, 180, 10)
-    assert facts["held"] == sum(client["all"] for client in facts["clients"])
-    assert all(client["all"] == sum(client[digit] for digit in "56789") for client in facts["clients"])
+    assert facts["held"] == sum(client["rows"] for client in facts["clients"])
+    assert all(client["rows"] == sum(client["labels"][digit] for digit in "56789") for client in facts["clients"])
     _, out, _ = peertune("data", "digits-demo", "clients=2")
     assert "training rows are held; 180 rows validate" in out
 
@@ -285,7 +285,8 @@ def test_a_terminal_without_greek_letters_is_no_reason_to_fail(
 def test_an_exported_adapter_is_the_runs_own(peertune: Call, done: Path, tmp_path: Path) -> None:
     for client, name in (("1", "client-001"), ("average", "average")):
         code, out, _ = peertune("export", done, "--client", client, "--to", tmp_path / "to" / client)
-        assert (code, out) == (0, f"{tmp_path / 'to' / client}\n")
+        assert (code, out.rpartition(" is in ")[2]) == (0, f"{tmp_path / 'to' / client}\n")
+        assert json.loads((tmp_path / "to" / client / "labels.json").read_text()) == list("56789")
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             assert contents(tmp_path / "to" / client / file) == contents(done / "adapters" / name / file)
 
@@ -361,7 +362,10 @@ GLUE = "task={name: glue, config: sst2, path: inputs}"
 BAD = {
     "an unknown key": (["sed=1"], "digits-demo: sed: unknown key 'sed', did you mean seed?"),
     "an unknown key of a block": (["lora.rank=1"], "lora.rank: unknown key 'rank', choose from lora_alpha"),
-    "an unknown key of a task": (["task.confg=x"], "task.confg: unknown key 'confg' (digits takes no settings)"),
+    "an unknown key of a task": (
+        ["task.confg=x"],
+        "task.confg: unknown key 'confg' (digits takes no settings; task.confg=null leaves out",
+    ),
     "an unknown key of a graph": (
         ["graph.activaton=1"],
         "graph.activaton: unknown key 'activaton', did you mean activation?",
@@ -403,7 +407,7 @@ BAD = {
         [GLUE.replace("inputs", "inputs/unlabelled"), "partition={name: iid}"],
         "task glue/sst2: train: column: unknown name 'label', choose from sentence",
     ),
-    "no data": ([GLUE.replace("inputs", "nowhere")], "task glue/sst2: there is no folder nowhere, give the one that"),
+    "no data": ([GLUE.replace("inputs", "nowhere")], "task glue/sst2: nowhere is not there, give the folder that"),
     "no such model": (
         [GLUE, "model.name=nobody/nothing", "clients=2", "partition={name: iid}"],
         "model.name: nobody/nothing is no folder, is not in the local cache and can't be had from the hub; check",
@@ -445,7 +449,7 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing(
         (["graph", "digits-dmo"], "recipe: unknown name 'digits-dmo', did you mean digits-demo?"),
         (["graph", "digits-demo", "graph.activation=2"], "graph complete: activation is 2"),
         (["graph", "digits-demo", "clients=3", "--png", "inputs/file/x.png"], "inputs/file/x.png: can't be written"),
-        (["graph", "digits-demo", "clients=3", "--png", "x.doc"], "x.doc: can't be written"),
+        (["graph", "digits-demo", "clients=3", "--png", "x.doc"], "x.doc: pictures are written as .png, .svg or .pdf"),
         (["data", "digits-demo", "clients=999"], "999 clients for 716 rows"),
         (["recipes", "digits"], "recipe: unknown name 'digits', did you mean digits-demo?"),
         (["compare", "inputs"], "inputs: no readable rounds.jsonl; give the folder of a run"),

@@ -341,12 +341,12 @@ def test_rho_of_the_exponential_graph_is_the_mean_over_its_period() -> None:
 def test_ten_clients_that_meet_at_random_mix_as_expected(
     probability: float, value: float, root: float, isolated: float
 ) -> None:
-    # The figures come from 8,000 draws too, so they share the small upward bias of a largest eigenvalue.
+    # The figures are largest eigenvalues of a mean of 8,000 draws, which lie a little above the truth.
     graph = GRAPHS["complete"](clients=10, activation=probability)
     found = summary(graph)
-    assert found.draws == rho_draws(graph) == 8_000
+    assert found.draws == rho_draws(graph) == 100_000
     assert found.rho == pytest.approx(value, rel=0.02)
-    assert found.spectral_gap**-0.5 == pytest.approx(root, rel=0.02)
+    assert round(3 * found.spectral_gap**-0.5) == round(3 * root)  # T*
     assert found.isolated_share == pytest.approx(isolated, abs=0.01)
 
 
@@ -355,7 +355,8 @@ def test_ten_clients_that_meet_at_random_mix_as_expected(
 )
 def test_ten_clients_that_meet_in_random_pairs_mix_as_expected(probability: float, gap: float) -> None:
     graph = GRAPHS["matching"](clients=10, probability=probability)
-    assert 1 - rho(graph, draws=20_000) == pytest.approx(gap, rel=0.05)
+    # Its figures have the same bias, which is larger here.
+    assert rho(graph) == pytest.approx(1 - gap, rel=0.025)
 
 
 def test_an_estimated_rho_agrees_with_the_formula_where_there_is_one() -> None:
@@ -393,9 +394,17 @@ def test_a_long_ring_gets_its_laplacian_weights_and_rho_in_closed_form() -> None
     assert 1 - rho(GRAPHS["ring"](clients=n, weights="laplacian")) == pytest.approx(1 - expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("clients", [10, 100, 600])
+def test_a_sparse_complete_graph_has_no_bias_from_few_draws(clients: int) -> None:
+    # At such a p nearly all meetings are of two alone, who average: 1 - rho = n p / 2, less a term of order (n p)².
+    graph = GRAPHS["complete"](clients=clients, activation=0.05 / clients)
+    found = [1 - rho(graph, draws=max(200, 200_000 // clients))]
+    assert found[0] == pytest.approx(0.025, rel=0.1)
+
+
 def test_fewer_rounds_are_drawn_for_more_clients() -> None:
     draws = [rho_draws(GRAPHS["complete"](clients=clients, activation=0.5)) for clients in (10, 100, 1000)]
-    assert draws[0] == 8_000 > draws[1] > draws[2] >= 16
+    assert draws[0] == 100_000 > draws[1] > draws[2] >= 16
 
 
 def test_a_summary_says_what_a_graph_does() -> None:

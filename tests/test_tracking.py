@@ -54,6 +54,7 @@ def create(folder: Path, **changed: Any) -> Path:
         "environment": {"torch": "2"},
         "lora": LoraConfig(r=2, lora_alpha=4, target_modules=["q"]),
         "head": {"out.bias": torch.ones(5)},
+        "labels": ("no", "yes"),
     }
     tracking.create(folder, **(given | changed))
     return folder
@@ -213,9 +214,13 @@ def test_a_last_line_that_was_cut_off_is_no_record(run: Path, cut: int) -> None:
     assert [found["round"] for found in tracking.records(run)] == [0, 1]
 
 
-@pytest.mark.parametrize("damaged", ['{"round": 1, "lo', "", "5", "null", "{}", '{"round": 7}', "\0\0\0"])
+@pytest.mark.parametrize(
+    "damaged", ['{"round": 1, "lo', "", "5", "null", "{}", '{"round": 7}', '{"round": 1}', "\0\0\0"]
+)
 def test_a_damaged_line_before_the_last_is_refused_by_its_number(run: Path, damaged: str) -> None:
-    lines = [json.dumps({"round": t}) for t in range(3)]
+    for t in range(3):
+        tracking.append(run, record(t))
+    lines = (run / "rounds.jsonl").read_text().splitlines()
     (run / "rounds.jsonl").write_text("\n".join([lines[0], damaged, lines[2]]) + "\n")
     with pytest.raises(RunError, match=r"rounds\.jsonl: line 2 is damaged; restore the file"):
         tracking.records(run)

@@ -17,7 +17,7 @@ from peertune.errors import ModelError
 
 
 def keyed_dropout(x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
-    """Zero each element of `x [b, …, d]` with probability `p` and scale the others by 1 / (1 − p).
+    """Zero each element of `x [b, …, d]` with probability `p` and scale the others by 1 / (1 − p), as met.
 
     `keys [b]` int64 identifies the rows, `stream` the layer. An element's fate does not depend on the sizes of the
     axes, so a row keeps its mask however far it is padded. `p` is met to 2⁻¹⁶.
@@ -40,7 +40,7 @@ def keyed_dropout(x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
     words = word[..., None] * _odd_words(half, x.device)
     words.bitwise_xor_(words >> 15).mul_(0x2C1B3C6D)
     keep = words.view(torch.int16)[..., : x.shape[-1]] >= threshold - 2**15
-    return x * (keep.to(x.dtype) * (1 / (1 - p)))
+    return torch.where(keep, x, 0) * (2**16 / (2**16 - threshold))
 
 
 def _mix(x: Tensor) -> Tensor:

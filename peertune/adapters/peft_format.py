@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -65,7 +65,5 @@ def save_adapter(
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
-        folder / "adapter_model.safetensors",
-    )
+    data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    (folder / "adapter_model.safetensors").write_bytes(data)

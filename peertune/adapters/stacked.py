@@ -41,8 +41,9 @@ class Site(nn.Module):
         if rows is None:
             return y
         _check_rows(self.name, x, rows)
-        a = rows.adapters[f"{self.name}.A"].to(x.dtype)[rows.clients]
-        b = rows.adapters[f"{self.name}.B"].to(x.dtype)[rows.clients]
+        # Gathered before it is cast: the gradients of a client's rows then add up in the adapter's own precision.
+        a = rows.adapters[f"{self.name}.A"][rows.clients].to(x.dtype)
+        b = rows.adapters[f"{self.name}.B"][rows.clients].to(x.dtype)
         if rows.training and self.dropout > 0:
             x = keyed_dropout(x, self.dropout, rows.keys, self.stream)
         x = x.reshape(len(x), -1, x.shape[-1])
@@ -64,10 +65,10 @@ class Head(nn.Module):
         if rows is None:
             return self.layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
         _check_rows(self.name, x, rows)
-        weight = rows.adapters[f"{self.name}.weight.head"].to(x.dtype)[rows.clients]
+        weight = rows.adapters[f"{self.name}.weight.head"][rows.clients].to(x.dtype)
         y = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT)
         if self.layer.bias is not None:
-            y = y + rows.adapters[f"{self.name}.bias.head"].to(x.dtype)[rows.clients][:, None]
+            y = y + rows.adapters[f"{self.name}.bias.head"][rows.clients].to(x.dtype)[:, None]
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
 

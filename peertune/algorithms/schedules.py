@@ -64,5 +64,7 @@ def switching_interval(rho: float) -> int:
         RecipeError: `rho` is 1, up to rounding: such a graph never mixes.
     """
     if rho >= 1 - 1e-12:
-        raise RecipeError(f"switch_every: no mixing at rho = {rho:g}, give a number of rounds or connect the clients")
+        raise RecipeError(
+            f"switch_every: at rho = {rho:g} clients hardly ever meet, give a number of rounds or a higher activation"
+        )
     return max(1, round(3 / sqrt(1 - rho)))

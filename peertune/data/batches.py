@@ -37,12 +37,19 @@ class Encoded:
 
 
 def encode_text(tokenizer: Any, split: Split, inputs: Sequence[str], max_length: int) -> Encoded:
-    """Tokenise a split once; `inputs` are one or two text columns, rows are cut at `max_length` tokens."""
+    """Tokenise a split once; `inputs` are one or two text columns, rows are cut at `max_length` tokens.
+
+    Raises DataError for a row without tokens, or where `max_length` has no room for text beside the special tokens.
+    """
     texts = [list(split.columns[name]) for name in inputs]
     encoding = tokenizer(*texts, truncation=True, max_length=max_length, padding=False, return_attention_mask=False)
     lengths = np.array([len(row) for row in encoding["input_ids"]], dtype=np.int64)
     if not lengths.all():
         raise DataError(f"task: row {int(lengths.argmin())} of the data has no tokens; remove empty rows")
+    if lengths.max() > max_length:
+        raise DataError(
+            f"training.max_length: {max_length} leaves no room for text; give {int(lengths.max()) + 2} or more"
+        )
     tokens = {
         name: torch.from_numpy(np.concatenate([np.asarray(row) for row in rows])) for name, rows in encoding.items()
     }

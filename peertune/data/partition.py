@@ -155,7 +155,7 @@ def disjoint_labels() -> Partition:
     return split_rows
 
 
-def column(name: str) -> Partition:
+def column(by: str) -> Partition:
     """Keep together the rows that have the same value in a column, such as an author or a topic.
 
     The values go to the clients from the most frequent to the rarest, each to the client with the fewest rows so far.
@@ -164,17 +164,17 @@ def column(name: str) -> Partition:
 
     def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
         _check_size("column", split, clients)
-        if name not in split.columns:
-            raise DataError(unknown("partition column", name, split.columns))
+        if by not in split.columns:
+            raise DataError(unknown("partition column: by", by, split.columns))
         groups: dict[Any, list[int]] = {}
         try:
-            for row, value in enumerate(split.columns[name]):
+            for row, value in enumerate(split.columns[by]):
                 groups.setdefault(value, []).append(row)
         except TypeError:
-            raise DataError(f"partition column: {name} holds lists, choose a column of texts or numbers") from None
+            raise DataError(f"partition column: {by} holds lists, choose a column of texts or numbers") from None
         if len(groups) < clients:
             raise DataError(
-                f"partition column: {name} has {len(groups)} different values for {clients} clients, "
+                f"partition column: {by} has {len(groups)} different values for {clients} clients, "
                 f"choose {len(groups)} clients or fewer"
             )
         parts: list[list[int]] = [[] for _ in range(clients)]
@@ -216,8 +216,8 @@ def _check_classes(partition: str, split: Split) -> None:
 
 
 def _check_alpha(partition: str, alpha: float) -> None:
-    if not 0 < alpha < np.inf:
-        raise DataError(f"partition {partition}: alpha is {alpha:g}, give a number above 0")
+    if not 0 < alpha <= 1e6:  # beyond, all shares are alike, and at last overflow
+        raise DataError(f"partition {partition}: alpha is {alpha:g}, give a number above 0, at most a million")
 
 
 def _check_mixture(proportions: list[list[float]], clients: int, classes: int) -> NDArray[np.float64]:

@@ -333,7 +333,8 @@ def _from_hub(where: str, splits: dict[str, Any], names: Sequence[str]) -> _Colu
 
 def _from_folder(where: str, folder: Path, label: str, names: Sequence[str]) -> _Columns:
     if not folder.is_dir():
-        raise DataError(f"{where}: there is no folder {folder}, give the one that holds train.parquet, .csv or .jsonl")
+        what = "is a file, not a folder" if folder.is_file() else "is not there"
+        raise DataError(f"{where}: {folder} {what}, give the folder that holds train.parquet, .csv or .jsonl")
     files = [folder / (name + suffix) for name in names for suffix in _FORMATS]
     for file in files:
         if file.is_file():

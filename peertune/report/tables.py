@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 from typing import Any
 
-from rich.table import Table
-
 Row = Mapping[str, Any]
 
 COLUMNS = {
@@ -18,13 +16,13 @@ COLUMNS = {
     "consensus_error_A": "Δ_A",
     "consensus_error_B": "Δ_B",
     "cross_term": "cross",
-    "megabytes_sent": "MB/client",
+    "megabytes_sent": "MB",
     "seconds": "s",
 }
 """Key of a summary → heading of its column."""
 LEGEND = """\
 mean, min, max: the clients' own models at the end; best: the best mean of all rounds; average: the averaged adapter;
-Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB/client: sent in the whole run; s: seconds"""
+Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole run; s: seconds"""
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -65,22 +63,26 @@ def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.1f}" if key == "seconds" else f"{value:.3g}" if value < 0.01 else f"{value:.3f}"
+        return f"{value:.0f}" if key == "seconds" else f"{value:.3g}" if value < 0.01 else f"{value:.3f}"
     return str(value)
 
 
-def table(rows: Sequence[Row], columns: Mapping[str, str]) -> Table:
-    """Lay rows out for the terminal; `columns` maps keys to headings."""
-    result = Table(box=None, pad_edge=False, header_style="bold")
-    for number, heading in enumerate(columns.values()):
-        result.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
-    for row in rows:
-        result.add_row(*(_cell(key, row.get(key)) for key in columns))
-    return result
+def cells(rows: Sequence[Row], columns: Mapping[str, str]) -> list[list[str]]:
+    """Lay summaries out as lines of cells, the headings first; `columns` maps keys to headings."""
+    return [list(columns.values()), *([_cell(key, row.get(key)) for key in columns] for row in rows)]
 
 
-def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
-    """Lay rows out as a Markdown table."""
-    lines = [" | ".join(columns.values()), " | ".join("---" if i == 0 else "---:" for i in range(len(columns)))]
-    lines += [" | ".join(_cell(key, row.get(key)) for key in columns) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines)
+def text(lines: Sequence[Sequence[str]]) -> str:
+    """Align lines of cells, the first column to the left. Nothing is cut, however narrow the terminal."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    aligned = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(
+        " ".join([line[0].ljust(widths[0]), *rest]) for line, (_, *rest) in zip(lines, aligned, strict=True)
+    )
+
+
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """Write lines of cells as a Markdown table, the first line its head."""
+    head, *body = lines
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))

@@ -16,13 +16,15 @@ from peertune.errors import GraphError
 from peertune.topology.weights import Edges, Graph, Rule, as_edges, need_clients, unreachable
 
 MOST_ROUNDS = 1_000_000  # of a trace, all of which are held in memory
+MOST_PAIRED = 10_000  # clients of a graph that may join any two of them: 50 million pairs
 TRIES = 100  # random graphs drawn before giving up on a connected one
 
 
 def complete(*, clients: int, seed: int = 0, activation: float = 1.0, weights: Rule = "metropolis") -> Graph:
     """Every pair of clients. With activation p: each pair meets with probability p a round (TAD-LoRA's setting)."""
     need_clients("complete", clients, 1)
-    return _static("complete", clients, _pairs(clients), activation, seed, weights)
+    pairs = _pairs(clients)
+    return Graph(clients, lambda t: pairs, 1, activation, seed, weights, "complete", exchangeable=True)
 
 
 def ring(*, clients: int, seed: int = 0, activation: float = 1.0, weights: Rule = "metropolis") -> Graph:
@@ -170,7 +172,7 @@ def matching(
                 meet.append((i, j))
         return as_edges(clients, meet)
 
-    return Graph(clients, edges_at, None, activation, seed, weights, "matching")
+    return Graph(clients, edges_at, None, activation, seed, weights, "matching", exchangeable=True)
 
 
 def edge_file(
@@ -237,6 +239,10 @@ def _periodic(name: str, clients: int, rounds: Iterable[Any], activation: float,
 
 
 def _pairs(clients: int) -> Edges:
+    if clients > MOST_PAIRED:
+        raise GraphError(
+            f"graph: {clients:,} clients make too many pairs to hold; choose at most {MOST_PAIRED:,}, or a sparse graph"
+        )
     return np.stack(np.triu_indices(clients, 1), axis=1).astype(np.int64)
 
 

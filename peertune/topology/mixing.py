@@ -8,9 +8,9 @@ from scipy.sparse.linalg import aslinearoperator
 
 from peertune.topology.weights import DENSE_CLIENTS, Graph, degrees, largest_eigenvalue, stacked_weights
 
-MOST_DRAWS = 8_000  # rounds drawn to estimate rho, where that is quick (always at n = 10)
+MOST_DRAWS = 100_000  # rounds drawn to estimate rho, where that is quick (always at n = 10)
 LEAST_DRAWS = 16
-DRAWING_NS = 2e9  # the time that estimating rho may take, roughly; more clients get fewer draws
+DRAWING_NS = 1e9  # the time that estimating rho may take, roughly; more clients get fewer draws
 CHUNK = 1_000_000  # edges and clients held at once while drawing many rounds
 
 
@@ -31,12 +31,18 @@ def rho(graph: Graph, draws: int | None = None) -> float:
     """Return `λ_max(E[WᵀW] - J)` in [0, 1], the factor by which a round of mixing shrinks the squared disagreement.
 
     Exact, as the mean over a period, where every round is known before (`rho_draws` is 0); otherwise estimated from the
-    first `draws` rounds, `rho_draws(graph)` of them by default. With few draws the estimate is a little too high.
+    first `draws` rounds, `rho_draws(graph)` of them by default.
+
+    Where all clients are alike (`Graph.exchangeable`), `E[WᵀW] = a I + b J`, so rho is `(E tr WᵀW - 1) / (n - 1)` and
+    the estimate is unbiased. Elsewhere it is the largest eigenvalue of a sample's mean: too high, and the more so
+    the sparser the graph and the fewer the draws.
     """
     default = rho_draws(graph)
     exact = graph.period if default == 0 else None
     n, rounds = graph.clients, exact or draws or default
-    if n <= DENSE_CLIENTS:
+    if graph.exchangeable and n > 1:
+        value = (_second_moment(graph, rounds).trace() - 1) / (n - 1)
+    elif n <= DENSE_CLIENTS:
         moment = _second_moment(graph, rounds)
         dense = moment if isinstance(moment, np.ndarray) else moment.toarray()
         value = np.linalg.eigvalsh(dense - 1 / n)[-1]
@@ -53,7 +59,7 @@ def rho(graph: Graph, draws: int | None = None) -> float:
 
 
 def rho_draws(graph: Graph) -> int:
-    """Return how many rounds `rho` draws by default: 0 where it is exact, else 16 to 8,000, about 2 s of work."""
+    """Return how many rounds `rho` draws by default: 0 where it is exact, or 16 to 100,000, a second or so of work."""
     if graph.activation == 1 and graph.period is not None:
         return 0
     n = graph.clients
@@ -62,6 +68,8 @@ def rho_draws(graph: Graph) -> int:
     # Drawing an edge costs about 20 ns; a client with d active edges adds (d + 1)² products to WᵀW, about 5 ns each.
     neighbours = 2 * graph.activation * len(graph.edges_at(0)) / n
     draw_ns = 20 * possible + 5 * n * (1 + neighbours) ** 2
+    if graph.period is None:
+        draw_ns += 40_000  # such edges are made one by one
     return min(max(int(DRAWING_NS / draw_ns), LEAST_DRAWS), MOST_DRAWS)
 
 

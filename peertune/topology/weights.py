@@ -37,6 +37,7 @@ class Graph:
     seed: int
     weights: str = "metropolis"  # a key of WEIGHTS
     name: str = "custom"  # what messages call it
+    exchangeable: bool = False  # whether renumbering the clients leaves the law of its edges as it is
 
     def __post_init__(self) -> None:
         where = f"graph {self.name}"

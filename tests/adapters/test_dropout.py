@@ -58,8 +58,15 @@ def test_the_share_is_as_even_over_rows_tokens_and_features_as_a_binomials(axis:
 def test_survivors_are_scaled_so_that_the_mean_stays(p: float) -> None:
     x = torch.linspace(1.0, 2.0, 500_000, dtype=torch.float64).view(100, 50, 100)
     dropped = keyed_dropout(x, p, make_keys(100), 3)
-    torch.testing.assert_close(dropped[dropped > 0], (x / (1 - p))[dropped > 0])
+    torch.testing.assert_close(dropped[dropped > 0], (x / (1 - round(p * 2**16) / 2**16))[dropped > 0])
     assert float(dropped.mean()) == pytest.approx(float(x.mean()), rel=0.01)
+
+
+def test_bfloat16_is_scaled_without_a_bias() -> None:
+    x = torch.linspace(1.0, 2.0, 500_000).view(100, 50, 100).bfloat16()
+    dropped = keyed_dropout(x, 0.1, make_keys(100), 3).double()
+    scale = dropped[dropped > 0].sum() / x[dropped > 0].double().sum()
+    assert float(scale) == pytest.approx(1 / 0.9, rel=2e-4)  # one rounded factor would be off by 1.6e-3
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
@@ -158,7 +165,7 @@ def test_rows_that_are_not_the_batchs_are_refused() -> None:
 def test_the_gradient_is_the_scaled_mask() -> None:
     x = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
     (grad,) = torch.autograd.grad(keyed_dropout(x, 0.2, make_keys(4), 0).sum(), x)
-    torch.testing.assert_close(grad, kept((4, 5, 7), 0.2) / 0.8)
+    torch.testing.assert_close(grad, kept((4, 5, 7), 0.2) / (1 - round(0.2 * 2**16) / 2**16))
 
 
 def test_the_module_drops_in_training_only_and_only_rows_that_are_bound() -> None:

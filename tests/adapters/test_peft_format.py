@@ -161,7 +161,9 @@ def train(tmp_path: Path, architecture: str, lacking: str, *, head: str, targets
     run = build(recipe)
     *_, last = simulate(run.job)
     assert last.state is not None
-    tracking.create(tmp_path / "run", recipe="", resolved="", environment={}, lora=run.lora, head=run.head)
+    tracking.create(
+        tmp_path / "run", recipe="", resolved="", environment={}, lora=run.lora, head=run.head, labels=run.labels
+    )
     tracking.export_all(tmp_path / "run", last.state)
     return run, last.state
 

@@ -67,7 +67,7 @@ def test_the_sparser_the_graph_the_longer_the_phase(rho: float, rounds: int) -> 
 
 
 def test_a_graph_that_never_mixes_has_no_switching_interval() -> None:
-    with pytest.raises(RecipeError, match="no mixing"):
+    with pytest.raises(RecipeError, match="clients hardly ever meet"):
         switching_interval(1.0)
 
 

@@ -17,7 +17,7 @@ THREE_WAY = 4 * [[0.9, 0.05, 0.05]] + 3 * [[0.05, 0.9, 0.05]] + 3 * [[0.05, 0.05
 
 # What makes each row of PARTITIONS for so many clients and classes.
 ARGUMENTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
-    "column": lambda clients, classes: {"name": "author"},
+    "column": lambda clients, classes: {"by": "author"},
     "dirichlet": lambda clients, classes: {"alpha": 1.0},
     "disjoint_labels": lambda clients, classes: {},
     "iid": lambda clients, classes: {},
@@ -212,9 +212,9 @@ def test_more_clients_than_rows_are_refused(name: str) -> None:
         ("dirichlet", {"alpha": 1e-3}, 8, "without rows in each of 100 draws, choose an alpha above 0.001 or fewer"),
         ("shards", {"per_client": 3}, 4, "12 shards can't be cut from 9 rows, choose per_client up to 2"),
         ("disjoint_labels", {}, 9, "5 clients would share a class of 4 rows, choose fewer clients than 9"),
-        ("column", {"name": "autor"}, 2, "unknown name 'autor', did you mean author?"),
-        ("column", {"name": "author"}, 9, "author has 3 different values for 9 clients, choose 3 clients or fewer"),
-        ("column", {"name": "tokens"}, 2, "tokens holds lists"),
+        ("column", {"by": "autor"}, 2, "unknown name 'autor', did you mean author?"),
+        ("column", {"by": "author"}, 9, "author has 3 different values for 9 clients, choose 3 clients or fewer"),
+        ("column", {"by": "tokens"}, 2, "tokens holds lists"),
     ],
 )
 def test_a_partition_that_can_not_be_made_says_why(
