@@ -1,5 +1,6 @@
 """Every command and every Python block of the README and the docs runs, on little data and for few steps."""
 
+import inspect
 import os
 import re
 import shlex
@@ -9,6 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
+
+from peertune import ALGORITHMS, GRAPHS, PARTITIONS, TASKS
+from peertune.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -88,3 +93,17 @@ def test_the_architecture_page_names_every_module_and_no_other() -> None:
     named = {name.partition(".")[0] for row in rows for name in re.findall(r"`([a-z._]+)`", row)}
     there = {path.stem for path in (ROOT / "peertune").iterdir() if not path.name.startswith("_")} - {"recipes"}
     assert named == there
+
+
+def test_the_recipe_page_names_every_key_and_every_name_with_its_settings() -> None:
+    text = (ROOT / "docs" / "recipe.md").read_text()
+    words = set(re.findall(r"\w+", text))
+    for name, field in Recipe.model_fields.items():
+        block = field.annotation
+        inner = block.model_fields if isinstance(block, type) and issubclass(block, BaseModel) else {}
+        assert {name, *inner} <= words, name
+    for table in (TASKS, PARTITIONS, GRAPHS, ALGORITHMS):
+        for name, factory in table.items():
+            settings = set(inspect.signature(factory).parameters) - {"clients", "seed", "rho"}
+            assert {name, *settings} <= words, name
+            assert "name" not in settings, f"{name}: a recipe could not set it"
