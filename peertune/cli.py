@@ -145,7 +145,8 @@ def compare(
         print(markdown(cells(rows, columns)))
     else:
         print(text(cells(rows, columns)))
-        print(f"\n{'' if several else rows[0].get('metric', 'no score')} {LEGEND}".replace("\n ", "\n"))
+        scores = "" if several else f"{rows[0].get('metric', 'score')} "
+        print(f"\n{scores}{LEGEND}")
 
 
 @app.command()
@@ -212,7 +213,7 @@ def graph(
     how = "exact" if facts.draws == 0 else f"estimated from {facts.draws:,} draws"
     print(
         f"graph                            {made.name}, {facts.clients} clients, "
-        f"{facts.edges:.4g} possible edges a round"
+        f"{round(facts.edges, 2):,.10g} possible edges a round"
     )
     print(f"activation, weights              {made.activation:g}, {made.weights}")
     print(f"rho                              {facts.rho:.4f} ({how})")
