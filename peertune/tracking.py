@@ -96,13 +96,15 @@ def create(
     labels: Sequence[str],
 ) -> None:
     """Make the run directory. Raises RunError where something is there already, or it can't be written."""
+    from peertune.adapters.peft_format import save_config
+
     check_free(folder)
     with _written(folder) as beside:
         (beside / "recipe.yaml").write_text(recipe, encoding="utf-8")
         (beside / "resolved.yaml").write_text(resolved, encoding="utf-8")
         (beside / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
         (beside / "adapter").mkdir()
-        lora.save_pretrained(str(beside / "adapter"))
+        save_config(beside / "adapter", lora)
         shared = save({name: value.cpu().contiguous() for name, value in head.items()})
         (beside / "adapter" / "head.safetensors").write_bytes(shared)
         (beside / "adapter" / "labels.json").write_text(json.dumps(list(labels)) + "\n", encoding="utf-8")

@@ -114,5 +114,5 @@ def take(tensors: Tensors, clients: Tensor | slice) -> Tensors:
 
 
 def stack(parts: Sequence[Tensors]) -> Tensors:
-    """Put stacks one after the other along the clients' axis; all hold the same names."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    """Put stacks one after the other along the clients' axis; all hold the same names. One alone is not copied."""
+    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

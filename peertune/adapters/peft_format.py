@@ -39,6 +39,17 @@ def find_sites(base: nn.Module, target_modules: str | Sequence[str], head_roots:
     return names
 
 
+def save_config(folder: Path, lora: LoraConfig) -> None:
+    """Write PEFT's `adapter_config.json` into a folder, the same each time."""
+    lora.save_pretrained(str(folder))
+    # PEFT keeps the names in a set and writes them in any order: the same run should give the same file.
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text())
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
 def save_adapter(
     folder: Path,
     adapter: Tensors,
@@ -58,12 +69,6 @@ def save_adapter(
     for name, value in adapter.items():
         path, what = name.rpartition(".")[0], kind(name)
         tensors[f"base_model.model.{path}" + (f".{names[what]}" if what in names else "")] = value
-    lora.save_pretrained(str(folder))
-    # PEFT keeps the names in a set and writes them in any order: the same run should give the same file.
-    file = folder / "adapter_config.json"
-    config = json.loads(file.read_text())
-    if isinstance(config["target_modules"], list):
-        config["target_modules"].sort()
-    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    save_config(folder, lora)
     data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     (folder / "adapter_model.safetensors").write_bytes(data)
