@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from peertune.parts import build_algorithm, build_graph, build_partition, build_
 from peertune.recipe import Recipe
 from peertune.round import Job
 from peertune.training import Optim, adamw, evaluate, learning_rate, sgd
-from peertune.types import Algorithm, Evaluation, State, Tensors, stack, take
+from peertune.types import Algorithm, Evaluation, State, Tensors
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,10 @@ TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
 fit."""
 EVALUATION_FACTOR = 2
 """How many times more tokens go through together in evaluation, which keeps nothing for a backward pass."""
+COLUMNS = 128
+"""Clients whose rows share a pass, times the rank: a vector meets the factors of all of them (see `Site`)."""
+CLIENTS_PER_PASS = 64
+"""Clients that train at a time where the recipe leaves it open: gradients are held for these."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def build(recipe: Recipe) -> Run:
     tokens = (
         TOKENS_PER_PASS[device.type] if recipe.training.tokens_per_pass == "auto" else recipe.training.tokens_per_pass
     )
-    clients_per_pass = min(recipe.clients, recipe.training.clients_per_pass or recipe.clients)
+    clients_per_pass = min(recipe.clients, recipe.training.clients_per_pass or CLIENTS_PER_PASS)
     job = Job(
         model=model,
         graph=graph,
@@ -88,9 +93,11 @@ def build(recipe: Recipe) -> Run:
             rows_per_step=recipe.training.per_device_train_batch_size,
             local_steps=recipe.training.local_steps,
             tokens=tokens,
+            clients_together=max(1, COLUMNS // recipe.lora.r),
+            packed=model.packs,
             seed=recipe.seed,
         ),
-        evaluate=_evaluation(recipe, task, validation, model, tokens, clients_per_pass),
+        evaluate=_evaluation(recipe, task, validation, model, EVALUATION_FACTOR * tokens),
         state=state,
         rounds=recipe.rounds,
         local_steps=recipe.training.local_steps,
@@ -157,25 +164,22 @@ def _encode(recipe: Recipe, task: Task, base: Base) -> tuple[Encoded, Encoded]:
 
 
 def _evaluation(
-    recipe: Recipe, task: Task, encoded: Encoded, model: StackedModel, tokens: int, clients_per_pass: int
+    recipe: Recipe, task: Task, encoded: Encoded, model: StackedModel, tokens: int
 ) -> Callable[[Tensors], Evaluation]:
     rows = np.arange(len(encoded))
     if recipe.evaluate.rows is not None and recipe.evaluate.rows < len(rows):
         rows = np.sort(draws.generator(recipe.seed, "evaluate").permutation(rows)[: recipe.evaluate.rows])
     labels = np.asarray(task.validation.labels)[rows]
     score = METRICS[task.metric]
-    budget = EVALUATION_FACTOR * tokens
-    # The clients and their average, as many together as a row for each of them fits the budget.
-    together = min(clients_per_pass + 1, max(1, budget // int(encoded.lengths[rows].max())))
+    batches = cache(lambda: validation_batches(encoded, rows, tokens, model.packs))  # the same for everybody
 
     def run(adapters: Tensors) -> Evaluation:
         average = {name: x.mean(0, keepdim=True) for name, x in adapters.items()}
-        everyone = stack([adapters, average])
-        scores = []
-        for start in range(0, recipe.clients + 1, together):
-            part = take(everyone, slice(start, start + together))
-            batches = validation_batches(encoded, rows, len(next(iter(part.values()))), budget)
-            scores += [score(predicted, labels) for predicted in evaluate(model, part, batches, len(rows))]
+        scores = [
+            score(predicted, labels)
+            for part in (adapters, average)
+            for predicted in evaluate(model, part, batches(), len(rows))
+        ]
         return Evaluation(task.metric, scores[:-1], scores[-1], len(rows))
 
     return run

@@ -3,13 +3,12 @@
 Pure functions. Sums are accumulated in float64, one tensor at a time, with memory that grows as K and never as K².
 """
 
-from collections.abc import Collection
 from math import sqrt
 
 import torch
 from torch import Tensor
 
-from peertune.types import Phase, Tensors, kind, select
+from peertune.types import Tensors, kind, select
 
 
 def consensus_error(tensors: Tensors) -> float:
@@ -36,24 +35,29 @@ def cross_term(adapters: Tensors) -> float:
     return sqrt(total)
 
 
-def mean_drift(before: Tensors, after: Tensors, kinds: Collection[str]) -> float:
-    """Norm of the change of the clients' mean, `‖X̄_after - X̄_before‖_F` over all tensors of these kinds together.
+def client_mean(tensors: Tensors) -> Tensors:
+    """Return the mean over the clients of `tensors [K, …]`, each `[…]` in float64."""
+    return {name: x.mean(0, dtype=torch.float64) for name, x in tensors.items()}
+
+
+def mean_drift(before: Tensors, after: Tensors) -> float:
+    """Norm of the change of the clients' mean, `‖X̄_after - X̄_before‖_F` over all tensors `[…]` of both together.
 
     Zero, up to rounding, for averages with a doubly stochastic matrix.
     """
-    changes = (_mean(after[name]) - _mean(x) for name, x in select(before, kinds).items())
-    return sqrt(sum(float(change.square().sum()) for change in changes))
+    return sqrt(sum(float((after[name] - x).square().sum()) for name, x in before.items()))
 
 
-def diagnostics(before: Tensors, after: Tensors, phase: Phase) -> dict[str, float]:
-    """Describe one mixing step: the adapters `[K, …]` just before it and just after it.
+def diagnostics(before: Tensors, after: Tensors) -> dict[str, float]:
+    """Describe one mixing step: the `client_mean` of what was sent just before it, and the adapters `[K, …]` after it.
 
     Returns `consensus_error_A`, `consensus_error_B`, `consensus_error_head` where there is a head, and `cross_term`,
     all after mixing; and `mean_drift`, of the sent kinds, by mixing.
     """
     kinds = sorted({"A", "B"} | {kind(name) for name in after})
     errors = {f"consensus_error_{k}": consensus_error(select(after, {k})) for k in kinds}
-    return errors | {"cross_term": cross_term(after), "mean_drift": mean_drift(before, after, phase.send)}
+    drift = mean_drift(before, client_mean({name: after[name] for name in before}))
+    return errors | {"cross_term": cross_term(after), "mean_drift": drift}
 
 
 def payload_bytes(payload: Tensors) -> int:
@@ -77,9 +81,5 @@ def neighbours(weights: Tensor) -> list[int]:
     return [count - 1 for count in torch.bincount(held, minlength=weights.shape[0]).tolist()]
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(0, dtype=torch.float64)
-
-
 def _spread(x: Tensor) -> Tensor:
-    return x.double() - _mean(x)
+    return x.double() - x.mean(0, dtype=torch.float64)

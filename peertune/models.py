@@ -13,11 +13,10 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoTokenizer
-from transformers.masking_utils import eager_mask
+from transformers import AutoConfig, AutoTokenizer
 
 from peertune import draws
-from peertune.adapters.attention import attention
+from peertune.adapters.attention import register_attention
 from peertune.data.tasks import public_digits
 from peertune.errors import ModelError
 
@@ -84,8 +83,7 @@ def load_base(
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    AttentionInterface.register("peertune", attention)
-    AttentionMaskInterface.register("peertune", eager_mask)
+    register_attention()
     source = str(MODELS[name]()) if name in MODELS else name
     auto = transformers.AutoModelForImageClassification if image else transformers.AutoModelForSequenceClassification
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}

@@ -42,24 +42,31 @@ class Job:
 def run_round(
     state: State,
     algorithm: Algorithm,
-    train: Callable[[State, Phase], tuple[State, Tensor]],
+    train: Callable[[State, Phase], Tensor],
     exchange: Exchange,
 ) -> tuple[State, RoundRecord]:
-    """Run one round for the K clients of `state` and say what it did.
+    """Run one round for the K clients of `state`, **in place**, and say what it did.
 
-    `train(state, phase)` → (state, loss [K]) does the local steps.
+    `train(state, phase)` → loss [K] does the local steps in place. Mixing goes from site to site, so that beside the
+    stack only one site's new factors are held.
     """
     started = time.perf_counter()
     phase = algorithm.phase(state.round)
-    state, loss = train(state, phase)
+    loss = train(state, phase)
     trained = time.perf_counter()
     payload = select(state.adapters, phase.send)
     heard, weights = exchange(payload, state.round)
     exchanged = time.perf_counter()
-    adapters = algorithm.mix(state.adapters, heard, weights, phase)
-    mixed = time.perf_counter()
+    before = metrics.client_mean(payload)
+    measured = time.perf_counter()
+    for own in _by_site(state.adapters):
+        mixed = algorithm.mix(own, {name: heard[name] for name in own if name in heard}, weights, phase)
+        for name, x in own.items():
+            if mixed[name] is not x:
+                x.copy_(mixed[name])
+    done = time.perf_counter()
     neighbours = metrics.neighbours(weights) if payload else [0] * len(loss)
-    diagnostics = metrics.diagnostics(state.adapters, adapters, phase)
+    diagnostics = metrics.diagnostics(before, state.adapters)
     record = RoundRecord(
         round=state.round,
         train=sorted(phase.train),
@@ -73,8 +80,16 @@ def run_round(
         seconds={
             "train": trained - started,
             "exchange": exchanged - trained,
-            "mix": mixed - exchanged,
-            "metrics": time.perf_counter() - mixed,
+            "mix": done - measured,
+            "metrics": time.perf_counter() - done + measured - exchanged,
         },
     )
-    return replace(state, adapters=adapters, round=state.round + 1), record
+    return replace(state, round=state.round + 1), record
+
+
+def _by_site(adapters: Tensors) -> list[Tensors]:
+    """Return the tensors that a mixer must see together: A and B of a site, each part of a head."""
+    sites: dict[str, Tensors] = {}
+    for name, x in adapters.items():
+        sites.setdefault(name.rpartition(".")[0], {})[name] = x
+    return list(sites.values())

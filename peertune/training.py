@@ -1,7 +1,7 @@
 """Local training and evaluation of a stack: the only place, beside the network, where values change in place."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from peertune.adapters.stacked import StackedModel
 from peertune.errors import ModelError
-from peertune.types import Batch, Phase, State, Tensors, kind, select
+from peertune.types import Batch, Phase, State, Tensors, kind, select, take
 
 
 class Optimizer(NamedTuple):
     """An optimiser over stacks, as two functions.
 
-    `init(adapters)` makes the moments, each `[K, …]`. `update(params, grads, moments, rate)` steps `params` and
+    `init(adapters)` makes the moments, each `[K, …]`; zeros are shared by all clients until the state is cloned. `update(params, grads, moments, rate)` steps `params` and
     `moments` in place: the parameters that have a gradient, each client by its own count of steps.
     """
 
@@ -39,6 +39,11 @@ def _over_clients(per_client: Tensor, like: Tensor) -> Tensor:
     return per_client.view(-1, *[1] * (like.dim() - 1))
 
 
+def _zeros_like(x: Tensor) -> Tensor:
+    """Zeros that take no memory until they are cloned, since all clients share them."""
+    return x.new_zeros((1, *x.shape[1:])).expand(x.shape)
+
+
 def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), equal to `torch.optim.AdamW` for each client.
 
@@ -47,7 +52,7 @@ def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weigh
     """
 
     def init(adapters: Tensors) -> Tensors:
-        moments = {f"{name}.{part}": torch.zeros_like(x) for name, x in adapters.items() for part in ("m", "v")}
+        moments = {f"{name}.{part}": _zeros_like(x) for name, x in adapters.items() for part in ("m", "v")}
         for name, x in adapters.items():
             moments[f"steps.{kind(name)}"] = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return moments
@@ -70,7 +75,7 @@ def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
     """Stochastic gradient descent, equal to `torch.optim.SGD` for each client; moments are `<name>.m [K, …]`."""
 
     def init(adapters: Tensors) -> Tensors:
-        return {f"{name}.m": torch.zeros_like(x) for name, x in adapters.items()} if momentum else {}
+        return {f"{name}.m": _zeros_like(x) for name, x in adapters.items()} if momentum else {}
 
     def update(params: Tensors, grads: Tensors, moments: Tensors, rate: float) -> None:
         for name, grad in grads.items():
@@ -120,47 +125,51 @@ def train_local(
     phase: Phase,
     optim: Optim,
     first_step: int,
-) -> tuple[State, Tensor]:
-    """Train the phase's kinds on each client's own rows; return the new state and the mean loss `[K]`.
+) -> Tensor:
+    """Train the phase's kinds on each client's own rows, **in place**, and return each client's mean loss `[K]`.
 
     `steps` yields the micro-batches of one local step after the other; their gradients add up, so how the rows are cut
     changes nothing. `first_step` is the number of the first of them, counted from the run's start. Kinds that the phase
-    does not train get no gradient and stay bit for bit.
+    does not train get no gradient and stay bit for bit. `state` is stepped where it lies: a copy of thousands of
+    adapters and their moments would double what they take.
 
     Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and where
     training diverged.
     """
-    params = {name: x.clone().requires_grad_() for name, x in select(state.adapters, phase.train).items()}
-    adapters = state.adapters | params
-    moments = {name: x.clone() for name, x in state.moments.items()}
-    clients = len(next(iter(adapters.values())))
-    totals = torch.zeros(clients, dtype=torch.float64, device=next(iter(adapters.values())).device)
+    adapters = state.adapters
+    trained = select(adapters, phase.train)
+    grads: Tensors = {}
+    first = next(iter(adapters.values()))
+    totals = torch.zeros(len(first), dtype=torch.float64, device=first.device)
     global_draws = _generator_state(totals.device)
     count = 0
     for count, batches in enumerate(steps, start=1):
         for batch in batches:
-            batch = batch.to(totals.device)
-            losses = row_losses(model(adapters, batch, training=True).logits, batch.labels) * batch.weights
+            # Only the clients of this batch pass through autograd: its cost does not grow with the stack.
+            part = slice(int(batch.clients.min()), int(batch.clients.max()) + 1)
+            params = {name: x[part].detach().requires_grad_(name in trained) for name, x in adapters.items()}
+            batch = replace(batch, clients=batch.clients - part.start).to(totals.device)
+            losses = row_losses(model(params, batch, training=True).logits, batch.labels) * batch.weights
             losses.sum().backward()
-            totals.index_add_(0, batch.clients, losses.detach().double())
-        with torch.no_grad():
-            grads = {name: x.grad for name, x in params.items() if x.grad is not None}
-            clip(grads, optim.max_grad_norm)
-            optim.optimizer.update(params, grads, moments, optim.rate(first_step + count - 1))
-        for x in params.values():
-            x.grad = None
+            for name, param in params.items():
+                if param.grad is not None:
+                    grads.setdefault(name, torch.zeros_like(adapters[name]))[part] += param.grad
+            totals[part].index_add_(0, batch.clients, losses.detach().double())
+        clip(grads, optim.max_grad_norm)
+        optim.optimizer.update(adapters, grads, state.moments, optim.rate(first_step + count - 1))
+        for grad in grads.values():
+            grad.zero_()
     if not torch.equal(global_draws, _generator_state(totals.device)):
         raise ModelError(
             "model: it draws dropout that can't be keyed by row, so results would depend on history; "
             "use model.dropout=false"
         )
-    trained = {name: x.detach() for name, x in params.items()}
     if not all(x.isfinite().all() for x in (*trained.values(), totals)):
         raise ModelError(
             f"training: a loss or an adapter is no longer finite after round {state.round}; "
             "lower training.learning_rate or training.max_grad_norm"
         )
-    return State(state.adapters | trained, moments, state.round), totals / max(1, count)
+    return totals / max(1, count)
 
 
 def _generator_state(device: torch.device) -> Tensor:
@@ -182,28 +191,32 @@ def clip(grads: Tensors, max_norm: float) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: StackedModel, adapters: Tensors, batches: Iterable[tuple[Batch, NDArray[np.int64]]], rows: int
+    model: StackedModel, adapters: Tensors, batches: Sequence[tuple[Batch, NDArray[np.int64]]], rows: int
 ) -> NDArray[Any]:
     """Return every client's predictions on one set of rows, `[K, rows]`: class numbers, or values of a regression.
 
-    Each batch comes with the numbers of its rows, `[b]`.
+    Each batch comes with the numbers of its rows, `[b]`. One client after the other takes them: its rows fill the
+    device, and nothing need be computed for another's factors.
     """
-    clients = len(next(iter(adapters.values())))
-    device = next(iter(adapters.values())).device
-    predictions: NDArray[Any] | None = None
-    for batch, numbers in batches:
-        logits = model(adapters, batch.to(device), training=False).logits
-        values = logits.squeeze(-1).double() if batch.labels.is_floating_point() else logits.argmax(-1)
-        if predictions is None:
-            predictions = np.zeros((clients, rows), dtype=np.float64 if batch.labels.is_floating_point() else np.int64)
-        predictions[batch.clients.numpy(), numbers] = values.cpu().numpy()
-    assert predictions is not None, "a validation set has rows"
-    return predictions
+    first = next(iter(adapters.values()))
+    predictions: list[NDArray[Any]] = []
+    for client in range(len(first)):
+        own = take(adapters, slice(client, client + 1))
+        values: Tensor | None = None
+        for batch, numbers in batches:
+            logits = model(own, batch.to(first.device), training=False).logits
+            found = logits.squeeze(-1).double() if batch.labels.is_floating_point() else logits.argmax(-1)
+            values = found.new_zeros(rows) if values is None else values
+            values[torch.from_numpy(numbers).to(values.device)] = found
+        assert values is not None, "a validation set has rows"
+        predictions.append(values.cpu().numpy())
+    return np.stack(predictions)
 
 
 def reset_moments(
     moments: Tensors, reset: Literal["never", "round", "phase"], phase: Phase, before: Phase | None
-) -> Tensors:
-    """Return the moments that a round starts with: zeros where the setting says that they start afresh."""
-    afresh = reset == "round" or (reset == "phase" and before is not None and before.train != phase.train)
-    return {name: torch.zeros_like(x) for name, x in moments.items()} if afresh else moments
+) -> None:
+    """Zero the moments, in place, where the setting says that they start afresh in this round."""
+    if reset == "round" or (reset == "phase" and before is not None and before.train != phase.train):
+        for x in moments.values():
+            x.zero_()

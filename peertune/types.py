@@ -40,16 +40,47 @@ class Algorithm(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """All that a run carries from one round to the next."""
+    """All that a run carries from one round to the next. An engine steps it in place, so that it is held once."""
 
     adapters: Tensors  # `<module path>.A [K, r, d_in]`, `.B [K, d_out, r]`, and `<parameter path>.head [K, …]`
     moments: Tensors  # the optimiser's, each `[K, …]`
     round: int  # the next round to run
 
+    def clone(self) -> "State":
+        """Return the same state in memory of its own."""
+        adapters, moments = (
+            {name: x.clone(memory_format=torch.contiguous_format) for name, x in part.items()}
+            for part in (self.adapters, self.moments)
+        )
+        return State(adapters, moments, self.round)
+
+    def take(self, clients: slice) -> "State":
+        """Return these clients' part of the state, in the same memory."""
+        return State(take(self.adapters, clients), take(self.moments, clients), self.round)
+
     def to(self, device: torch.device) -> "State":
         """Return the same state on another device."""
         adapters, moments = ({name: x.to(device) for name, x in part.items()} for part in (self.adapters, self.moments))
         return State(adapters, moments, self.round)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the tokens of `b` padded rows lie in N < b blocks of S slots, several whole rows to a block; T tokens in all.
+
+    Layers that look at one token at a time, and attention that keeps to a row, then compute next to no padding.
+    """
+
+    slots: Tensor  # [T] int64, where each token goes: block · S + slot
+    tokens: Tensor  # [T] int64, where it comes from: row · s + position
+    rows: Tensor  # [N, S] int64, the row in each slot, -1 in an empty one
+    positions: Tensor  # [N, S] int64, the token's position in its row, 0 in an empty slot
+    width: int  # s
+
+    def to(self, device: torch.device) -> "Packing":
+        """Return the same packing on another device."""
+        parts = (self.slots, self.tokens, self.rows, self.positions)
+        return Packing(*(value.to(device, non_blocking=True) for value in parts), self.width)
 
 
 @dataclass(frozen=True)
@@ -61,12 +92,14 @@ class Batch:
     clients: Tensor  # [b] int64, which adapter of the stack each row belongs to
     weights: Tensor  # [b] float64, the row's share in its client's mean loss
     keys: Tensor  # [b] int64, what each row's dropout masks are drawn from
+    packing: Packing | None = None  # how the base's layers may pack the rows; None where they don't
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on another device."""
         return Batch(
             {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()},
             *(value.to(device, non_blocking=True) for value in (self.labels, self.clients, self.weights, self.keys)),
+            self.packing and self.packing.to(device),
         )
 
 

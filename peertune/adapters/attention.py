@@ -5,10 +5,13 @@ dropout must be keyed like all other (see `dropout.py`), and on a CPU plain prod
 PyTorch's fused attention, whose bfloat16 backward is slow there.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
 
 from peertune.adapters.dropout import keyed_dropout
 from peertune.adapters.rows import current_rows
@@ -29,7 +32,7 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Softmax attention: `query [b, heads, s, d]`, `key` and `value [b, groups, s, d]` → `[b, s, heads, d]`.
 
-    `attention_mask` is added to the scores and holds causality and padding. Heads may share keys and values in groups.
+    Packed rows come as N blocks of S slots in the place of `b` and `s`. `attention_mask` is added to the scores and holds causality and padding. Heads may share keys and values in groups.
     Raises ModelError for attention sinks, which this function does not know.
     """
     if s_aux is not None:
@@ -49,5 +52,27 @@ def attention(
         scores = scores + attention_mask
     probabilities = scores.softmax(-1)
     if drops and rows is not None:
-        probabilities = keyed_dropout(probabilities, dropout, rows.keys, rows.streams[module])
+        probabilities = keyed_dropout(probabilities, dropout, rows, rows.streams[module], scores=True)
     return (probabilities @ value).transpose(1, 2).contiguous(), None
+
+
+def attention_mask(mask_function: Callable[..., Any], dtype: torch.dtype, **sizes: Any) -> Tensor | None:
+    """Return what is added to the scores: 0 where a token may look, the dtype's lowest number elsewhere.
+
+    `mask_function(row, head, query, key)` is the model's rule for places in a row (all, causal, a window). Packed rows
+    `[N, 1, S, S]` keep it, and to themselves; padded rows get `transformers`' own mask, `[b, 1, s, s]`.
+    """
+    rows = current_rows()
+    packing = rows and rows.packing
+    if packing is None:
+        return eager_mask(mask_function=mask_function, dtype=dtype, **sizes)  # type: ignore[no-any-return]
+    row, place = packing.rows[:, None], packing.positions[:, None]
+    own = row[..., :, None] == row[..., None, :]
+    allowed = own & mask_function(row[..., :, None], row.new_zeros(()), place[..., :, None], place[..., None, :])
+    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
+
+
+def register_attention() -> None:
+    """Make this attention known to `transformers` as `attn_implementation="peertune"`."""
+    AttentionInterface.register("peertune", attention)
+    AttentionMaskInterface.register("peertune", attention_mask)

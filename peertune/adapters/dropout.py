@@ -12,35 +12,40 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor, nn
 
-from peertune.adapters.rows import current_rows
-from peertune.errors import ModelError
+from peertune.adapters.rows import Rows, current_rows
 
 
-def keyed_dropout(x: Tensor, p: float, keys: Tensor, stream: int) -> Tensor:
+def keyed_dropout(x: Tensor, p: float, rows: Rows, stream: int, *, scores: bool = False) -> Tensor:
     """Zero each element of `x [b, …, d]` with probability `p` and scale the others by 1 / (1 − p), as met.
 
-    `keys [b]` int64 identifies the rows, `stream` the layer. An element's fate does not depend on the sizes of the
-    axes, so a row keeps its mask however far it is padded. `p` is met to 2⁻¹⁶.
+    Packed rows come as `x [N, S, …, d]`, or with `scores` as an attention's `[N, heads, S, S]`. `stream` numbers the
+    layer. An element's fate depends on its row's key and on its place in the row, not on the sizes of the axes or on
+    what shares its block, so a row keeps its mask however it is padded or packed. `p` is met to 2⁻³².
 
     Raises ModelError where `x` does not have the batch's rows: a layer that regroups them has no row's key.
     """
-    if len(x) != len(keys):
-        raise ModelError(
-            f"model: it drops elements of {len(x)} rows where the batch has {len(keys)}, so dropout can't be keyed by "
-            "row; use model.dropout=false"
-        )
-    threshold = round(p * 2**16)
-    if threshold == 2**16:  # no 16 bits lie above it
+    threshold = round(p * 2**32)
+    if threshold == 2**32:  # no word lies above it
         return x * 0
-    word = _mix(keys.to(torch.int32) + _mixed_number(stream))
-    for size in x.shape[1:-1]:
-        word = _mix(word[..., None] + _indices(size, x.device))
-    # Each 32-bit word serves two elements, 16 bits each: the cost is in these full-size passes.
-    half = (x.shape[-1] + 1) // 2
-    words = word[..., None] * _odd_words(half, x.device)
-    words.bitwise_xor_(words >> 15).mul_(0x2C1B3C6D)
-    keep = words.view(torch.int16)[..., : x.shape[-1]] >= threshold - 2**15
-    return torch.where(keep, x, 0) * (2**16 / (2**16 - threshold))
+    packing = rows.packed(x)
+    words = _mix(rows.keys.to(torch.int32) + _mixed_number(stream))
+    columns = _odd_words(x.shape[-1], x.device)
+    middle = x.shape[1:-1]
+    if packing is not None:
+        words, places = words[packing.rows], (packing.positions.to(torch.int32) + 1) * _SPREAD
+        if scores:
+            words, columns = _mix(words[:, None] + _indices(x.shape[1], x.device)[:, None]), (_mix(places) | 1)[:, None, None]
+            words, middle = _mix(words + places[:, None]), middle[2:]
+        else:
+            words, middle = _mix(words + places), middle[1:]
+    for size in middle:
+        words = _mix(words[..., None] + _indices(size, x.device))
+    # The one full-size product of integers: by odd numbers it permutes the words, so each element's is uniform.
+    keep = words[..., None] * columns >= threshold - 2**31
+    return torch.where(keep, x, 0) * (2**32 / (2**32 - threshold))
+
+
+_SPREAD = -0x61C88647  # the golden ratio's 32-bit fraction: its multiples differ in many bits before they are mixed
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -52,13 +57,12 @@ def _mix(x: Tensor) -> Tensor:
 
 @cache
 def _mixed_number(number: int) -> int:
-    return int(_mix(torch.tensor(number + 1, dtype=torch.int32) * -0x61C88647))
+    return int(_mix(torch.tensor(number + 1, dtype=torch.int32) * _SPREAD))
 
 
 @lru_cache(maxsize=256)
 def _indices(size: int, device: torch.device) -> Tensor:
-    # Multiples of the golden ratio's 32-bit fraction, so that neighbours differ in many bits before they are mixed.
-    return torch.arange(1, size + 1, dtype=torch.int32, device=device) * -0x61C88647
+    return torch.arange(1, size + 1, dtype=torch.int32, device=device) * _SPREAD
 
 
 @lru_cache(maxsize=256)
@@ -75,8 +79,8 @@ class KeyedDropout(nn.Module):
         self.stream = stream
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [b, …]` → the same shape."""
+        """`x [b, …]` or, packed, `[N, S, …]` → the same shape."""
         rows = current_rows()
         if not self.training or self.p == 0 or rows is None:
             return x
-        return keyed_dropout(x, self.p, rows.keys, self.stream)
+        return keyed_dropout(x, self.p, rows, self.stream)

@@ -3,22 +3,62 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
-from peertune.types import Tensors
+from peertune.errors import ModelError
+from peertune.types import Packing, Tensors
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one forward pass."""
+    """The rows of one forward pass: `b` of them, or N blocks into which they are packed."""
 
     adapters: Tensors  # the stack, [K, …]
     clients: Tensor  # [b] int64, the adapter of each row
     keys: Tensor  # [b] int64, what each row's dropout masks are drawn from
     training: bool  # whether the adapters' own dropout is on
     streams: Mapping[nn.Module, int]  # the number that each of the base's modules draws dropout under
+    packing: Packing | None = None
+    columns: dict[tuple[torch.Size, int], Tensor] = field(default_factory=dict, repr=False)  # what `own_columns` has made
+
+    def packed(self, x: Tensor) -> Packing | None:
+        """Return how `x` is packed, or None where it has one entry for each row.
+
+        Raises ModelError for any other number of entries: a layer that regroups rows has no row's client or key.
+        """
+        if len(x) == len(self.clients):
+            return None
+        if self.packing is not None and x.shape[:2] == self.packing.rows.shape:
+            return self.packing
+        raise ModelError(
+            f"model: a layer got {len(x)} rows where the batch has {len(self.clients)}; layers that regroup rows "
+            "(windows, flattened tokens) can't be told whose they are: use other target_modules, or model.dropout=false"
+        )
+
+    def clients_of(self, x: Tensor) -> Tensor:
+        """Return whose each vector of `x [b, …, d]` or `[N, S, d]` is, `[vectors]`; an empty slot is client -1's."""
+        packing = self.packed(x)
+        if packing is None:
+            return self.clients.repeat_interleave(x[0, ..., 0].numel())
+        return torch.where(packing.rows < 0, -1, self.clients[packing.rows]).flatten()
+
+    def own_columns(self, x: Tensor, r: int) -> Tensor | None:
+        """Return for each vector of `x` 1 in its own client's r columns and 0 in the others', `[vectors, K r]`.
+
+        None where the stack is of one client, and all columns are everybody's own. Sites of one shape share it.
+        """
+        self.packed(x)
+        stack = len(next(iter(self.adapters.values())))
+        if stack == 1:
+            return None
+        key = x.shape[:-1], r
+        if key not in self.columns:
+            columns = torch.arange(stack, device=x.device).repeat_interleave(r)
+            self.columns[key] = (self.clients_of(x)[:, None] == columns).to(x.dtype)
+        return self.columns[key]
 
 
 _current: ContextVar[Rows | None] = ContextVar("rows", default=None)

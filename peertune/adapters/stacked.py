@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peertune import draws
 from peertune.adapters.dropout import KeyedDropout, keyed_dropout
+from peertune.adapters.packing import pack_layers
 from peertune.adapters.rows import Rows, bound, current_rows
 from peertune.errors import ModelError
 from peertune.types import Batch, Tensors
@@ -26,29 +27,35 @@ from peertune.types import Batch, Tensors
 class Site(nn.Module):
     """A frozen linear layer that carries a stack; without bound rows it is the layer alone."""
 
-    def __init__(self, layer: nn.Module, name: str, scaling: float, dropout: float, stream: int) -> None:
+    def __init__(
+        self, layer: nn.Module, name: str, r: int, scaling: float, dropout: float, stream: int
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.name = name
+        self.r = r
         self.scaling = scaling
         self.dropout = dropout
         self.stream = stream
 
     def forward(self, x: Tensor) -> Tensor:
-        """`x [b, s, d_in]` or `[b, d_in]` → `[b, s, d_out]` or `[b, d_out]`."""
-        y: Tensor = self.layer(x)
+        """`x [b, s, d_in]`, packed `[N, S, d_in]`, or `[b, d_in]` → the same with d_out."""
         rows = current_rows()
         if rows is None:
-            return y
-        _check_rows(self.name, x, rows)
-        # Gathered before it is cast: the gradients of a client's rows then add up in the adapter's own precision.
-        a = rows.adapters[f"{self.name}.A"][rows.clients].to(x.dtype)
-        b = rows.adapters[f"{self.name}.B"][rows.clients].to(x.dtype)
+            return self.layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
+        own = rows.own_columns(x, self.r)
+        flat = x.flatten(0, -2)
+        y: Tensor = self.layer(flat)
         if rows.training and self.dropout > 0:
-            x = keyed_dropout(x, self.dropout, rows.keys, self.stream)
-        x = x.reshape(len(x), -1, x.shape[-1])
-        delta = torch.bmm(torch.bmm(x, a.mT), b.mT)
-        return y + (self.scaling * delta).reshape(y.shape)
+            flat = keyed_dropout(x, self.dropout, rows, self.stream).flatten(0, -2)
+        # Every vector meets all K clients' factors in two plain products, and only its own client's r columns are kept:
+        # for the few clients that share a pass this is faster than gathering factors, and their gradients add up inside
+        # a product. The factors are cast to the base's precision here, so that gradients arrive in the adapter's own.
+        a = rows.adapters[f"{self.name}.A"].to(x.dtype).flatten(0, 1)  # [K r, d_in]
+        b = rows.adapters[f"{self.name}.B"].to(x.dtype).mT.flatten(0, 1)  # [K r, d_out]
+        z = flat @ a.T
+        y = torch.addmm(y, z if own is None else z * own, b, alpha=self.scaling)
+        return y.view(*x.shape[:-1], -1)
 
 
 class Head(nn.Module):
@@ -64,20 +71,13 @@ class Head(nn.Module):
         rows = current_rows()
         if rows is None:
             return self.layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
-        _check_rows(self.name, x, rows)
-        weight = rows.adapters[f"{self.name}.weight.head"][rows.clients].to(x.dtype)
-        y = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), weight.mT)
+        clients = rows.clients_of(x)
+        weight = rows.adapters[f"{self.name}.weight.head"].to(x.dtype)  # [K, d_out, d_in]
+        y = x.flatten(0, -2) @ weight.flatten(0, 1).T
         if self.layer.bias is not None:
-            y = y + rows.adapters[f"{self.name}.bias.head"][rows.clients].to(x.dtype)[:, None]
-        return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _check_rows(name: str, x: Tensor, rows: Rows) -> None:
-    if len(x) != len(rows.clients):
-        raise ModelError(
-            f"site {name}: got {len(x)} rows where the batch has {len(rows.clients)}; "
-            "layers that regroup rows (windows, flattened tokens) can't carry a stack"
-        )
+            y = y + rows.adapters[f"{self.name}.bias.head"].to(x.dtype).flatten()
+        y = y.view(len(y), *weight.shape[:2])[torch.arange(len(y), device=y.device), clients]
+        return y.view(*x.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,13 @@ class StackedModel:
     heads: Mapping[str, Head]  # the layers of a trained head; empty where it is frozen
     r: int
     base_dropout: bool  # whether the base's own dropout is on in training
+    packs: bool  # whether the base's layers take packed rows
     streams: Mapping[nn.Module, int]
 
     def __call__(self, adapters: Tensors, batch: Batch, *, training: bool) -> Any:
         """Run the base on a batch, each row with its own client's adapter, and return what the base returns."""
         self.base.train(training and self.base_dropout)
-        with bound(Rows(adapters, batch.clients, batch.keys, training, self.streams)):
+        with bound(Rows(adapters, batch.clients, batch.keys, training, self.streams, batch.packing)):
             return self.base(**batch.inputs)
 
 
@@ -128,6 +129,8 @@ def attach(
                 "choose a dense model"
             )
     base.requires_grad_(False)
+    site_names = list(site_names)
+    packs = pack_layers(base, site_names)
     modules = dict(base.named_modules())
     streams = {module: number for number, module in enumerate(modules.values())}
     sites: dict[str, Site] = {}
@@ -138,7 +141,7 @@ def attach(
             raise ModelError(
                 f"lora.r: {r} is above the size of {name} ({d_in} in, {d_out} out); use at most {min(d_in, d_out)}"
             )
-        sites[name] = Site(layer, name, lora_alpha / r, lora_dropout, streams[layer])
+        sites[name] = Site(layer, name, r, lora_alpha / r, lora_dropout, streams[layer])
     heads: dict[str, Head] = {}
     for name in head_names:
         layer = modules[name]
@@ -155,7 +158,7 @@ def attach(
     for name, module in (sites | heads | dropouts).items():
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, module)
-    return StackedModel(base, sites, heads, r, base_dropout, streams)
+    return StackedModel(base, sites, heads, r, base_dropout, packs, streams)
 
 
 def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
@@ -170,7 +173,8 @@ def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
 def init_adapters(model: StackedModel, clients: int, seed: int) -> Tensors:
     """Return the common start of all clients: A Kaiming-uniform as in PEFT (bound 1/√d_in), B = 0, the base's own head.
 
-    A's values depend on the seed and the site's name alone. Factors are float32, or float64 over a float64 base.
+    A's values depend on the seed and the site's name alone. Factors are float32, or float64 over a float64 base. All
+    clients share the memory: clone a start before training it in place.
     """
     weight = next(model.base.parameters())
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -179,9 +183,9 @@ def init_adapters(model: StackedModel, clients: int, seed: int) -> Tensors:
         d_in, d_out = _sizes(name, site.layer)
         bound = d_in**-0.5
         a = draws.generator(seed, f"adapter/{name}").uniform(-bound, bound, (model.r, d_in))
-        adapters[f"{name}.A"] = torch.from_numpy(a).to(weight.device, dtype).repeat(clients, 1, 1)
-        adapters[f"{name}.B"] = torch.zeros(clients, d_out, model.r, dtype=dtype, device=weight.device)
+        adapters[f"{name}.A"] = torch.from_numpy(a).to(weight.device, dtype).expand(clients, -1, -1)
+        adapters[f"{name}.B"] = torch.zeros(1, d_out, model.r, dtype=dtype, device=weight.device).expand(clients, -1, -1)
     for name, head in model.heads.items():
         for part, value in head.layer.named_parameters():
-            adapters[f"{name}.{part}.head"] = value.detach().to(dtype).repeat(clients, *[1] * value.dim())
+            adapters[f"{name}.{part}.head"] = value.detach().to(dtype).expand(clients, *value.shape)
     return adapters

@@ -1,8 +1,10 @@
 """From a task's rows to the batches that the base takes.
 
-Rows are encoded once. In a local step every client draws its own rows; those of all clients are then sorted by length
-and cut into micro-batches by a budget of tokens, so that almost no padding is computed. Gradients add up over
-micro-batches, which makes the sort exact: it changes how rows travel, not which rows a client trains on.
+Rows are encoded once. In a local step every client draws its own rows; those of several clients travel together in
+micro-batches of about as many tokens as a budget says. Where the base's layers take packed rows, a micro-batch comes
+with a plan that lays whole rows end to end in blocks; elsewhere rows are sorted by length first. Either way almost no
+padding is computed. Gradients add up over micro-batches, which makes all of it exact: it changes how rows travel, not
+which rows a client trains on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,7 @@ from torch import Tensor
 from peertune import draws
 from peertune.data.tasks import Split
 from peertune.errors import DataError
-from peertune.types import Batch
+from peertune.types import Batch, Packing
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,57 @@ def pad(encoded: Encoded, rows: NDArray[np.int64]) -> dict[str, Tensor]:
     return inputs
 
 
+BLOCK = 48
+"""Slots of a block where no row is longer: attention within a block costs as its square, empty slots fall with it."""
+
+
+def pack_rows(lengths: NDArray[np.int64]) -> Packing | None:
+    """Plan how rows of these lengths, padded to the longest, lie in blocks of one size; None where it saves no block.
+
+    The longest first, each row goes to the fullest block that has room for it. A block is as long as the longest row,
+    `BLOCK` at least, rounded up to a multiple of 16.
+    """
+    size = -(-max(BLOCK, int(lengths.max())) // 16) * 16
+    with_room: list[list[int]] = [[] for _ in range(size + 1)]  # blocks by the room that is left in them
+    blocks, starts, count = np.empty_like(lengths), np.empty_like(lengths), 0
+    for row in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[row])
+        room = next((room for room in range(length, size + 1) if with_room[room]), size)
+        if with_room[room]:
+            block = with_room[room].pop()
+        else:
+            block, count = count, count + 1
+        blocks[row], starts[row] = block, size - room
+        with_room[room - length].append(block)
+    if count == len(lengths):
+        return None
+    width = int(lengths.max())
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    slots = blocks[row] * size + starts[row] + position
+    rows, positions = np.full(count * size, -1), np.zeros(count * size, dtype=np.int64)
+    rows[slots], positions[slots] = row, position
+    return Packing(
+        torch.from_numpy(slots),
+        torch.from_numpy(row * width + position),
+        torch.from_numpy(rows).view(count, size),
+        torch.from_numpy(positions).view(count, size),
+        width,
+    )
+
+
+def even_parts(lengths: NDArray[np.int64], tokens: int, least: int = 1) -> list[NDArray[np.int64]]:
+    """Cut rows, in their order, into parts of alike many tokens: about `tokens` each, and no fewer parts than `least`.
+
+    Returns row numbers.
+    """
+    total = int(lengths.sum())
+    parts = max(least, round(total / tokens), 1)
+    middles = np.cumsum(lengths) - lengths / 2
+    cuts = np.searchsorted(middles, np.arange(1, parts) * total / parts)
+    return [part for part in np.split(np.arange(len(lengths)), cuts) if len(part)]
+
+
 def micro_batches(lengths: NDArray[np.int64], tokens: int) -> Iterator[NDArray[np.int64]]:
     """Sort rows by length and cut them so that no part, padded to its longest, holds more than `tokens` tokens.
 
@@ -117,12 +170,14 @@ def training_steps(
     rows_per_step: int,
     local_steps: int,
     tokens: int,
+    clients_together: int,
+    packed: bool,
     seed: int,
 ) -> Callable[[Sequence[int], int], Iterator[list[Batch]]]:
     """Return `steps(clients, round)`, which yields the micro-batches of each local step of these clients.
 
     `parts[k]` are the rows that client k holds. A batch's client numbers are places in `clients`, as the stack has
-    them.
+    them; it holds rows of about `clients_together` neighbouring clients at most, and comes with a packing if `packed`.
     """
 
     def steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
@@ -133,34 +188,43 @@ def training_steps(
             places = np.repeat(np.arange(len(clients)), rows_per_step)
             positions = np.tile(np.arange(rows_per_step), len(clients))
             keys = draws.words(seed, "dropout", np.repeat(clients, rows_per_step), step, positions).view(np.int64)
+            lengths, least = encoded.lengths[rows], -(-len(clients) // clients_together)
+            if packed:
+                chosen = even_parts(lengths, tokens, least)
+            else:
+                groups = np.array_split(np.arange(len(rows)), least)
+                chosen = [group[part] for group in groups for part in micro_batches(lengths[group], tokens)]
             yield [
                 Batch(
-                    pad(encoded, rows[chosen]),
-                    encoded.labels[rows[chosen]],
-                    torch.from_numpy(places[chosen]),
-                    torch.full((len(chosen),), 1 / rows_per_step, dtype=torch.float64),
-                    torch.from_numpy(keys[chosen]),
+                    pad(encoded, rows[part]),
+                    encoded.labels[rows[part]],
+                    torch.from_numpy(places[part]),
+                    torch.full((len(part),), 1 / rows_per_step, dtype=torch.float64),
+                    torch.from_numpy(keys[part]),
+                    pack_rows(lengths[part]) if packed else None,
                 )
-                for chosen in micro_batches(encoded.lengths[rows], tokens)
+                for part in chosen
             ]
 
     return steps
 
 
 def validation_batches(
-    encoded: Encoded, rows: NDArray[np.int64], clients: int, tokens: int
-) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
-    """Yield every row once for every client, with each row's place in `rows`, in batches of at most `tokens` tokens."""
-    for chosen in micro_batches(encoded.lengths[rows], max(1, tokens // clients)):
-        inputs = pad(encoded, rows[chosen])
-        total = len(chosen) * clients
-        yield (
+    encoded: Encoded, rows: NDArray[np.int64], tokens: int, packed: bool
+) -> list[tuple[Batch, NDArray[np.int64]]]:
+    """Return every row once, as one client's, with each row's place in `rows`, in batches of about `tokens` tokens."""
+    lengths = encoded.lengths[rows]
+    return [
+        (
             Batch(
-                {name: value.repeat(clients, *[1] * (value.dim() - 1)) for name, value in inputs.items()},
-                encoded.labels[rows[chosen]].repeat(clients),
-                torch.arange(clients).repeat_interleave(len(chosen)),
-                torch.zeros(total, dtype=torch.float64),
-                torch.zeros(total, dtype=torch.int64),
+                pad(encoded, rows[part]),
+                encoded.labels[rows[part]],
+                torch.zeros(len(part), dtype=torch.int64),
+                torch.zeros(len(part), dtype=torch.float64),
+                torch.zeros(len(part), dtype=torch.int64),
+                pack_rows(lengths[part]) if packed else None,
             ),
-            np.tile(chosen, clients),
+            part,
         )
+        for part in (even_parts(lengths, tokens) if packed else micro_batches(lengths, tokens))
+    ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from peertune.round import Job, run_round
 from peertune.topology import weights_at
 from peertune.training import reset_moments, train_local
-from peertune.types import Phase, RoundRecord, State, Tensors, stack, take
+from peertune.types import Phase, RoundRecord, State, Tensors
 
 DENSE_UP_TO = 64
 """Clients up to which a dense mixing matrix is faster than a sparse one."""
@@ -20,27 +20,21 @@ def simulate(job: Job) -> Iterator[RoundRecord]:
     """Run the rounds that are left of a job and yield a record after each; `record.state` is the state it left.
 
     The caller logs, draws and keeps checkpoints. Resuming is simulating a job whose `state` is an earlier record's: the
-    rest of the run comes out the same to the bit.
+    rest of the run comes out the same to the bit. There is one state, which the next round changes in place: `clone()`
+    what is to be kept. `job.state` stays as it is.
     """
     clients = job.graph.clients
 
-    def train(state: State, phase: Phase) -> tuple[State, Tensor]:
+    def train(state: State, phase: Phase) -> Tensor:
         before = job.algorithm.phase(phase.round - 1) if phase.round else None
-        state = replace(state, moments=reset_moments(state.moments, job.optim.reset, phase, before))
-        parts, losses = [], []
+        reset_moments(state.moments, job.optim.reset, phase, before)
+        losses = []
         for start in range(0, clients, job.clients_per_pass):
             chunk = range(start, min(start + job.clients_per_pass, clients))
-            part = State(
-                take(state.adapters, slice(chunk.start, chunk.stop)),
-                take(state.moments, slice(chunk.start, chunk.stop)),
-                state.round,
-            )
             steps = job.steps(chunk, phase.round)
-            part, loss = train_local(job.model, part, steps, phase, job.optim, phase.round * job.local_steps)
-            parts.append(part)
-            losses.append(loss)
-        adapters, moments = stack([part.adapters for part in parts]), stack([part.moments for part in parts])
-        return State(adapters, moments, state.round), torch.cat(losses)
+            part = state.take(slice(chunk.start, chunk.stop))
+            losses.append(train_local(job.model, part, steps, phase, job.optim, phase.round * job.local_steps))
+        return torch.cat(losses)
 
     def exchange(payload: Tensors, round: int) -> tuple[Tensors, Tensor]:
         matrix = weights_at(job.graph, round)
@@ -51,7 +45,7 @@ def simulate(job: Job) -> Iterator[RoundRecord]:
         sparse = torch.sparse_coo_tensor(places, values, matrix.shape, check_invariants=False)
         return payload, sparse.coalesce().to(job.device)
 
-    state = job.state
+    state = job.state.clone()
     while state.round < job.rounds:
         state, record = run_round(state, job.algorithm, train, exchange)
         if state.round % job.evaluate_every == 0 or state.round == job.rounds:

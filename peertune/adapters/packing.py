@@ -1,0 +1,134 @@
+"""Rows packed into blocks for the length of the base's layers.
+
+A base gets padded rows and gives answers for padded rows. In between, nearly all that it does it does token by token, so
+hooks pack the tokens of several rows into each block before the first of its layers and put them back after the last;
+attention keeps to a row by its mask (see `attention.py`). Blocks have one size, so shapes recur from step to step.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peertune.adapters.rows import Rows, bound, current_rows
+from peertune.types import Packing
+
+log = logging.getLogger(__name__)
+
+
+def pack(x: Tensor, packing: Packing) -> Tensor:
+    """Lay padded rows `x [b, s, …]` in blocks, `[N, S, …]`; empty slots are 0."""
+    return _move(x, packing.tokens, packing.slots, packing.rows.shape)
+
+
+def unpack(x: Tensor, packing: Packing, rows: int) -> Tensor:
+    """Lay blocks `x [N, S, …]` out as padded rows, `[b, s, …]`; padding is 0."""
+    return _move(x, packing.slots, packing.tokens, (rows, packing.width))
+
+
+def _move(x: Tensor, source: Tensor, target: Tensor, shape: Iterable[int]) -> Tensor:
+    whole = x.new_zeros((*shape, *x.shape[2:]))
+    return whole.flatten(0, 1).index_copy(0, target, x.flatten(0, 1).index_select(0, source)).view(whole.shape)
+
+
+def pack_layers(base: nn.Module, site_names: Iterable[str]) -> bool:
+    """Make the layers of a text model pack the rows of batches that bring a packing, and say whether they now do.
+
+    The layers are the module list that holds the sites. A model that mixes tokens by other means than the registered
+    attention would mix rows: before anything is trusted, three rows pass through the base padded, packed, and packed
+    with one of them changed. The first two must agree, and the change must not reach the other rows by a single bit.
+    """
+    layers = _layers(base, site_names)
+    if layers is None or getattr(base, "main_input_name", None) != "input_ids":
+        return False
+    hooks = [layer.register_forward_pre_hook(_pack_arguments, with_kwargs=True) for layer in layers]
+    hooks.append(layers[-1].register_forward_hook(_unpack_result))
+    if _keeps_rows_apart(base, layers):
+        return True
+    log.info("rows are padded and not packed: %s mixes tokens in ways of its own", type(base).__name__)
+    for hook in hooks:
+        hook.remove()
+    return False
+
+
+def _layers(base: nn.Module, site_names: Iterable[str]) -> nn.ModuleList | None:
+    """Return the one outermost module list above all sites."""
+    found = set()
+    for name in site_names:
+        parents = [base.get_submodule(name[:end]) for end, mark in enumerate(name) if mark == "."]
+        found.add(next((parent for parent in parents if isinstance(parent, nn.ModuleList)), None))
+    return found.pop() if len(found) == 1 else None
+
+
+def _pack_arguments(_: nn.Module, args: Any, kwargs: Any) -> Any:
+    rows = current_rows()
+    return _packed((args, kwargs), rows) if rows is not None and rows.packing is not None else None
+
+
+def _packed(x: Any, rows: Rows) -> Any:
+    """Pack whatever has a value for each token: hidden states, and positions in any form, which rows may share."""
+    packing = rows.packing
+    assert packing is not None, "only called for packed rows"
+    match x:
+        case Tensor() if 2 <= x.dim() <= 3 and x.shape[1] == packing.width and len(x) in (1, len(rows.clients)):
+            return pack(x.expand(len(rows.clients), *x.shape[1:]), packing)
+        case tuple():
+            return tuple(_packed(part, rows) for part in x)
+        case dict():
+            return {name: _packed(part, rows) for name, part in x.items()}
+        case _:
+            return x
+
+
+def _unpack_result(_: nn.Module, args: Any, result: Any) -> Any:
+    rows = current_rows()
+    if rows is None or rows.packing is None:
+        return None
+    if isinstance(result, tuple):
+        return (unpack(result[0], rows.packing, len(rows.clients)), *result[1:])
+    return unpack(result, rows.packing, len(rows.clients))
+
+
+@torch.no_grad()
+def _keeps_rows_apart(base: nn.Module, layers: nn.ModuleList) -> bool:
+    embedding = base.get_input_embeddings()  # type: ignore[operator]  # a method of every transformers model
+    device = embedding.weight.device
+    lengths = torch.tensor([5, 3, 4])
+    real = (torch.arange(5) < lengths[:, None]).to(device)
+    packing = Packing(
+        slots=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]),
+        tokens=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13]),
+        rows=torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1], [2, 2, 2, 2, -1, -1, -1, -1]]),
+        positions=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 0, 0, 0]]),
+        width=5,
+    ).to(device)
+    ids = torch.arange(15, device=device).view(3, 5) * 37 % (embedding.num_embeddings - 1)
+    other = ids.clone()
+    other[1] = (other[1] + 1) % (embedding.num_embeddings - 1)
+    zeros = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def run(ids: Tensor, packing: Packing | None) -> Tensor:
+        seen: list[Tensor] = []
+        hook = layers[-1].register_forward_hook(lambda _, __, x: seen.append(x[0] if isinstance(x, tuple) else x))
+        try:
+            with bound(Rows({}, zeros, zeros, False, {}, packing)):
+                base(input_ids=ids, attention_mask=real.long())
+        finally:
+            hook.remove()
+        return seen[0]
+
+    training = base.training
+    base.eval()
+    try:
+        padded, packed, changed = run(ids, None), run(ids, packing), run(other, packing)
+    except Exception:  # whatever a model stumbles over that can't take blocks
+        return False
+    finally:
+        base.train(training)
+    if not padded.shape == packed.shape == changed.shape:
+        return False
+    alike = torch.finfo(padded.dtype).eps ** 0.5 * padded[real].norm()
+    apart = torch.equal(packed[[0, 2]][real[[0, 2]]], changed[[0, 2]][real[[0, 2]]])
+    return bool((packed - padded)[real].norm() < alike and apart and not torch.equal(packed[1], changed[1]))
