@@ -31,7 +31,8 @@ class Rows:
         """
         if len(x) == len(self.clients):
             return None
-        if self.packing is not None and x.shape[:2] == self.packing.rows.shape:
+        blocks, size = (0, 0) if self.packing is None else self.packing.rows.shape
+        if len(x) == blocks and size in x.shape[1:-1]:
             return self.packing
         raise ModelError(
             f"model: a layer got {len(x)} rows where the batch has {len(self.clients)}; layers that regroup rows "
