@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo check test clean
+.PHONY: help install demo check test bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -33,6 +33,9 @@ check: .venv/developing  ## style, types and import layers
 
 test: .venv/developing  ## the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
+
+bench: .venv/developing  ## measure speed (half an hour or more; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some)
+	SST2=$(SST2) $(BIN)/python -m benchmarks $(PARTS)
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

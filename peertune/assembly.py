@@ -25,7 +25,7 @@ from peertune.types import Algorithm, Evaluation, State, Tensors
 
 log = logging.getLogger(__name__)
 
-TOKENS_PER_PASS = {"cpu": 2048, "cuda": 65536}
+TOKENS_PER_PASS = {"cpu": 1536, "cuda": 65536}
 """Tokens that go through the base together where the recipe leaves it open: enough to fill the device, few enough to
 fit."""
 EVALUATION_FACTOR = 2

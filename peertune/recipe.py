@@ -69,8 +69,8 @@ class Training(_Block):
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
     reset_optimizer: Literal["never", "round", "phase"] = "never"
-    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # rows × length in one pass
-    clients_per_pass: int | None = Field(None, ge=1)  # clients trained at a time; null: all
+    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # about so many in one pass
+    clients_per_pass: int | None = Field(None, ge=1)  # clients trained at a time; null: 64
 
 
 class Evaluate(_Block):

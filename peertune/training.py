@@ -17,8 +17,9 @@ from peertune.types import Batch, Phase, State, Tensors, kind, select, take
 class Optimizer(NamedTuple):
     """An optimiser over stacks, as two functions.
 
-    `init(adapters)` makes the moments, each `[K, …]`; zeros are shared by all clients until the state is cloned. `update(params, grads, moments, rate)` steps `params` and
-    `moments` in place: the parameters that have a gradient, each client by its own count of steps.
+    `init(adapters)` makes the moments, each `[K, …]`; zeros are shared by all clients until the state is cloned.
+    `update(params, grads, moments, rate)` steps `params` and `moments` in place: the parameters that have a gradient,
+    each client by its own count of steps.
     """
 
     init: Callable[[Tensors], Tensors]

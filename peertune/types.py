@@ -79,8 +79,10 @@ class Packing:
 
     def to(self, device: torch.device) -> "Packing":
         """Return the same packing on another device."""
-        parts = (self.slots, self.tokens, self.rows, self.positions)
-        return Packing(*(value.to(device, non_blocking=True) for value in parts), self.width)
+        slots, tokens, rows, positions = (
+            value.to(device, non_blocking=True) for value in (self.slots, self.tokens, self.rows, self.positions)
+        )
+        return Packing(slots, tokens, rows, positions, self.width)
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on another device."""
-        return Batch(
-            {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()},
-            *(value.to(device, non_blocking=True) for value in (self.labels, self.clients, self.weights, self.keys)),
-            self.packing and self.packing.to(device),
+        labels, clients, weights, keys = (
+            value.to(device, non_blocking=True) for value in (self.labels, self.clients, self.weights, self.keys)
         )
+        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
+        packing = None if self.packing is None else self.packing.to(device)
+        return Batch(inputs, labels, clients, weights, keys, packing)
 
 
 @dataclass(frozen=True)

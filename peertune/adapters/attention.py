@@ -32,8 +32,9 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Softmax attention: `query [b, heads, s, d]`, `key` and `value [b, groups, s, d]` → `[b, s, heads, d]`.
 
-    Packed rows come as N blocks of S slots in the place of `b` and `s`. `attention_mask` is added to the scores and holds causality and padding. Heads may share keys and values in groups.
-    Raises ModelError for attention sinks, which this function does not know.
+    Packed rows come as N blocks of S slots in the place of `b` and `s`. `attention_mask` is added to the scores and
+    holds causality and padding. Heads may share keys and values in groups. Raises ModelError for attention sinks, which
+    this function does not know.
     """
     if s_aux is not None:
         raise ModelError(f"{type(module).__name__}: attention sinks are not supported")
@@ -65,9 +66,9 @@ def attention_mask(mask_function: Callable[..., Any], dtype: torch.dtype, **size
     `[N, 1, S, S]` keep it, and to themselves; padded rows get `transformers`' own mask, `[b, 1, s, s]`.
     """
     rows = current_rows()
-    packing = rows and rows.packing
+    packing = None if rows is None else rows.packing
     if packing is None:
-        return eager_mask(mask_function=mask_function, dtype=dtype, **sizes)  # type: ignore[no-any-return]
+        return eager_mask(mask_function=mask_function, dtype=dtype, **sizes)
     row, place = packing.rows[:, None], packing.positions[:, None]
     own = row[..., :, None] == row[..., None, :]
     allowed = own & mask_function(row[..., :, None], row.new_zeros(()), place[..., :, None], place[..., None, :])

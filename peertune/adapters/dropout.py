@@ -34,7 +34,10 @@ def keyed_dropout(x: Tensor, p: float, rows: Rows, stream: int, *, scores: bool 
     if packing is not None:
         words, places = words[packing.rows], (packing.positions.to(torch.int32) + 1) * _SPREAD
         if scores:
-            words, columns = _mix(words[:, None] + _indices(x.shape[1], x.device)[:, None]), (_mix(places) | 1)[:, None, None]
+            words, columns = (
+                _mix(words[:, None] + _indices(x.shape[1], x.device)[:, None]),
+                (_mix(places) | 1)[:, None, None],
+            )
             words, middle = _mix(words + places[:, None]), middle[2:]
         else:
             words, middle = _mix(words + places), middle[1:]

@@ -1,8 +1,9 @@
 """Rows packed into blocks for the length of the base's layers.
 
-A base gets padded rows and gives answers for padded rows. In between, nearly all that it does it does token by token, so
-hooks pack the tokens of several rows into each block before the first of its layers and put them back after the last;
-attention keeps to a row by its mask (see `attention.py`). Blocks have one size, so shapes recur from step to step.
+A base gets padded rows and gives answers for padded rows. In between, nearly all that it does it does token by token,
+so hooks pack the tokens of several rows into each block before the first of its layers and put them back after the
+last; attention keeps to a row by its mask (see `attention.py`). Blocks have one size, so shapes recur from step to
+step, which matters on CPUs: PyTorch prepares each shape of a bfloat16 product once, at the cost of the product itself.
 """
 
 import logging

@@ -22,7 +22,9 @@ class Rows:
     training: bool  # whether the adapters' own dropout is on
     streams: Mapping[nn.Module, int]  # the number that each of the base's modules draws dropout under
     packing: Packing | None = None
-    columns: dict[tuple[torch.Size, int], Tensor] = field(default_factory=dict, repr=False)  # what `own_columns` has made
+    columns: dict[tuple[torch.Size, int], Tensor] = field(
+        default_factory=dict, repr=False
+    )  # what `own_columns` has made
 
     def packed(self, x: Tensor) -> Packing | None:
         """Return how `x` is packed, or None where it has one entry for each row.

@@ -27,9 +27,7 @@ from peertune.types import Batch, Tensors
 class Site(nn.Module):
     """A frozen linear layer that carries a stack; without bound rows it is the layer alone."""
 
-    def __init__(
-        self, layer: nn.Module, name: str, r: int, scaling: float, dropout: float, stream: int
-    ) -> None:
+    def __init__(self, layer: nn.Module, name: str, r: int, scaling: float, dropout: float, stream: int) -> None:
         super().__init__()
         self.layer = layer
         self.name = name
@@ -184,7 +182,9 @@ def init_adapters(model: StackedModel, clients: int, seed: int) -> Tensors:
         bound = d_in**-0.5
         a = draws.generator(seed, f"adapter/{name}").uniform(-bound, bound, (model.r, d_in))
         adapters[f"{name}.A"] = torch.from_numpy(a).to(weight.device, dtype).expand(clients, -1, -1)
-        adapters[f"{name}.B"] = torch.zeros(1, d_out, model.r, dtype=dtype, device=weight.device).expand(clients, -1, -1)
+        adapters[f"{name}.B"] = torch.zeros(1, d_out, model.r, dtype=dtype, device=weight.device).expand(
+            clients, -1, -1
+        )
     for name, head in model.heads.items():
         for part, value in head.layer.named_parameters():
             adapters[f"{name}.{part}.head"] = value.detach().to(dtype).expand(clients, *value.shape)

@@ -1,0 +1,52 @@
+"""`python -m benchmarks [PART …] [--out FOLDER]`: measure, print a table, and write the figures as JSON."""
+
+import argparse
+import datetime
+import json
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks.measure import machine
+from benchmarks.table import table
+
+PARTS = ("start", "step", "growth", "decaf", "evaluation", "gpu", "protocol")
+
+
+def main() -> None:
+    """Run each part in a process of its own, or, within such a process, one part."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.here:
+        (part,) = options.parts
+        print(json.dumps([figure.json() for figure in import_module(f"benchmarks.{part}").run()]))
+        return
+    found = machine()
+    name = re.sub(r"[^a-z0-9]+", "-", f"{found.get('gpu', found['cpu'])} {found['cores']} cores".lower()).strip("-")
+    path = options.out / f"{datetime.date.today()}-{name}.json"
+    results = json.loads(path.read_text()) if path.exists() else {"figures": {}}
+    results |= {"date": str(datetime.date.today()), "machine": found, "commit": _commit()}
+    for part in options.parts or PARTS:
+        print(f"{part} …", file=sys.stderr, flush=True)
+        process = subprocess.run(
+            [sys.executable, "-m", "benchmarks", "--here", part], stdout=subprocess.PIPE, check=True
+        )
+        results["figures"][part] = json.loads(process.stdout.splitlines()[-1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        print(table(results["figures"][part]), flush=True)
+    print(f"written to {path}", file=sys.stderr)
+
+
+def _commit() -> str:
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return git.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

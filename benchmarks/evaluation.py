@@ -1,0 +1,29 @@
+"""Evaluation of ten clients and their average on one validation set: rows per second, and its share of a run."""
+
+from benchmarks.measure import Figure, figure, interleaved
+from benchmarks.setup import make
+from peertune.training import train_local
+
+EVERY, LOCAL_STEPS = 10, 20  # as in the papers' recipes
+
+
+def run(repeats: int = 5) -> list[Figure]:
+    """Measure, beside a local step, with the recipe's dropout."""
+    job = make("algorithm.name=dec_lora", "training.local_steps=1").job
+    clients = job.graph.clients
+    state = job.state.clone()
+    phase = job.algorithm.phase(0)
+    times = interleaved(
+        {
+            "evaluate": lambda _: job.evaluate(state.adapters),
+            "step": lambda turn: train_local(job.model, state, job.steps(range(clients), turn), phase, job.optim, turn),
+        },
+        repeats,
+    )
+    rows = job.evaluate(state.adapters).rows * (clients + 1)
+    shares = [100 * e / (e + EVERY * LOCAL_STEPS * s) for e, s in zip(times["evaluate"], times["step"], strict=True)]
+    return [
+        figure(f"evaluation of {clients} clients and their average", times["evaluate"], "s", note=f"{rows:,} rows"),
+        figure("evaluation", [rows / x for x in times["evaluate"]], "rows/s"),
+        figure(f"its share of a run, every {EVERY} rounds of {LOCAL_STEPS} steps", shares, "%"),
+    ]

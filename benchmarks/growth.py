@@ -1,0 +1,88 @@
+"""Ten, a hundred and a thousand clients: time for a client's step, memory for one more client, and the cost of mixing.
+
+Rounds of one local step are timed in turn for all sizes; peak memory is that of a process of its own for each size. The
+share of mixing is that of a round of the papers' 20 local steps.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from itertools import pairwise
+
+from benchmarks.measure import Figure, copy_bandwidth, figure, ratios
+from benchmarks.setup import dropout, make
+from peertune import simulate
+from peertune.assembly import Run
+from peertune.metrics import payload_bytes
+
+SIZES = (10, 100, 1000)
+LOCAL_STEPS = 20
+
+
+def build(clients: int) -> Run:
+    """Return an Erdős–Rényi network of so many clients, each with rows of its own, in which both factors train."""
+    return make(
+        f"clients={clients}",
+        "partition={name: iid}",
+        "graph={name: complete, activation: 0.1}",
+        "algorithm.name=dec_lora",
+        "training.local_steps=1",
+        "rounds=1000",
+        "evaluate={every: 1000}",
+        *dropout(False),
+    )
+
+
+def run(repeats: int = 5) -> list[Figure]:
+    """Measure time, mixing and memory at each size."""
+    runs = {size: build(size) for size in SIZES}
+    rounds = {size: simulate(run.job) for size, run in runs.items()}
+    train: dict[int, list[float]] = {size: [] for size in SIZES}
+    mix: dict[int, list[float]] = {size: [] for size in SIZES}
+    heard: dict[int, list[int]] = {size: [] for size in SIZES}
+    for turn in range(repeats + 1):
+        for size, records in rounds.items():
+            record = next(records)
+            if turn:
+                train[size].append(record.seconds["train"] / size)
+                mix[size].append(record.seconds["mix"] + record.seconds["exchange"])
+                heard[size].append(sum(record.neighbours))
+    bandwidth = copy_bandwidth()
+    one = payload_bytes(runs[SIZES[0]].job.state.adapters)
+    least, per_client = min(SIZES), {size: [1e3 * x for x in train[size]] for size in SIZES}
+    figures = []
+    for size in SIZES:
+        figures.append(figure(f"a client's step of 32 rows, {size:,} clients", per_client[size], "ms"))
+        if size != least:
+            growth = ratios(train[size], train[least])
+            figures.append(figure(f"the same over that of {least} clients", growth, "×", "≤ 1.1", f"{size:,} clients"))
+    for size in SIZES:
+        share = [100 * m / (m + LOCAL_STEPS * size * t) for m, t in zip(mix[size], train[size], strict=True)]
+        # A receiver reads each adapter that it takes, its own among them, and writes one.
+        moved = [one * (count + 2 * size) / bandwidth for count in heard[size]]
+        note = f"{sum(heard[size]) / len(heard[size]) / size:.1f} neighbours each"
+        figures.append(figure(f"mixing, {size:,} clients", [1e3 * x for x in mix[size]], "ms", note=note))
+        figures.append(figure(f"mixing over moving its bytes, {size:,} clients", ratios(mix[size], moved), "×"))
+        figures.append(figure(f"mixing's share of a round of {LOCAL_STEPS} steps, {size:,} clients", share, "%", "≤ 5"))
+    figures.append(figure("copy bandwidth", [bandwidth / 1e9], "GB/s"))
+    peaks = {size: _peak(size) for size in SIZES}
+    figures += [figure(f"peak memory, {size:,} clients", [peak / 2**20], "MiB") for size, peak in peaks.items()]
+    for small, large in pairwise(SIZES):
+        extra = (peaks[large] - peaks[small]) / (large - small) / (3 * one)
+        name = f"memory for a further client over its factors and two moments, {small:,} to {large:,}"
+        figures.append(figure(name, [extra], "×", "≤ 1.3", f"factors and moments are {3 * one / 2**20:.2f} MiB"))
+    return figures
+
+
+def _peak(clients: int) -> int:
+    """Return the largest resident size, in bytes, of a process that runs two rounds of so many clients."""
+    result = subprocess.run([sys.executable, "-m", "benchmarks.growth", str(clients)], capture_output=True, check=True)
+    return int(json.loads(result.stdout))
+
+
+if __name__ == "__main__":
+    records = simulate(build(int(sys.argv[1])).job)
+    next(records)
+    next(records)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

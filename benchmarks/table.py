@@ -1,0 +1,20 @@
+"""Figures as a Markdown table."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def table(figures: Iterable[Mapping[str, Any]]) -> str:
+    """Return one line for each figure: median, spread, target and whether it is met."""
+    lines = ["| figure | median | least – largest | target | |", "| --- | ---: | ---: | ---: | --- |"]
+    for figure in figures:
+        median, low, high = (_number(figure[key]) for key in ("value", "low", "high"))
+        spread = f"{low} – {high}" if figure["runs"] > 1 else "one run"
+        verdict = {True: "met", False: "**missed**", None: ""}[figure["met"]]
+        note = "; ".join(part for part in (verdict, figure["note"]) if part)
+        lines.append(f"| {figure['name']} | {median} {figure['unit']} | {spread} | {figure['target']} | {note} |")
+    return "\n".join(lines)
+
+
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"
