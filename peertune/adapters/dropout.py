@@ -27,7 +27,7 @@ def keyed_dropout(x: Tensor, p: float, rows: Rows, stream: int, *, scores: bool 
     threshold = round(p * 2**32)
     if threshold == 2**32:  # no word lies above it
         return x * 0
-    packing = rows.packed(x)
+    packing = rows.packed(x, slots=2 if scores else 1)
     words = _mix(rows.keys.to(torch.int32) + _mixed_number(stream))
     columns = _odd_words(x.shape[-1], x.device)
     middle = x.shape[1:-1]

@@ -39,14 +39,15 @@ def pack_layers(base: nn.Module, site_names: Iterable[str]) -> bool:
 
     The layers are the module list that holds the sites. A model that mixes tokens by other means than the registered
     attention would mix rows: before anything is trusted, three rows pass through the base padded, packed, and packed
-    with one of them changed. The first two must agree, and the change must not reach the other rows by a single bit.
+    with one of them changed. The first two must agree, and the change must not reach the other rows by a single bit;
+    with padding, and with rows of one length, where a model may leave its mask out.
     """
     layers = _layers(base, site_names)
     if layers is None or getattr(base, "main_input_name", None) != "input_ids":
         return False
     hooks = [layer.register_forward_pre_hook(_pack_arguments, with_kwargs=True) for layer in layers]
     hooks.append(layers[-1].register_forward_hook(_unpack_result))
-    if _keeps_rows_apart(base, layers):
+    if all(_keeps_rows_apart(base, layers, lengths) for lengths in ((5, 3, 4), (4, 4, 4))):
         return True
     log.info("rows are padded and not packed: %s mixes tokens in ways of its own", type(base).__name__)
     for hook in hooks:
@@ -55,11 +56,11 @@ def pack_layers(base: nn.Module, site_names: Iterable[str]) -> bool:
 
 
 def _layers(base: nn.Module, site_names: Iterable[str]) -> nn.ModuleList | None:
-    """Return the one outermost module list above all sites."""
+    """Return the one outermost module list above the sites; a site beside it, as a pooler, gets padded rows."""
     found = set()
     for name in site_names:
         parents = [base.get_submodule(name[:end]) for end, mark in enumerate(name) if mark == "."]
-        found.add(next((parent for parent in parents if isinstance(parent, nn.ModuleList)), None))
+        found.update([parent for parent in parents if isinstance(parent, nn.ModuleList)][:1])
     return found.pop() if len(found) == 1 else None
 
 
@@ -93,21 +94,15 @@ def _unpack_result(_: nn.Module, args: Any, result: Any) -> Any:
 
 
 @torch.no_grad()
-def _keeps_rows_apart(base: nn.Module, layers: nn.ModuleList) -> bool:
-    embedding = base.get_input_embeddings()  # type: ignore[operator]  # a method of every transformers model
-    device = embedding.weight.device
-    lengths = torch.tensor([5, 3, 4])
-    real = (torch.arange(5) < lengths[:, None]).to(device)
-    packing = Packing(
-        slots=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]),
-        tokens=torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12, 13]),
-        rows=torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1], [2, 2, 2, 2, -1, -1, -1, -1]]),
-        positions=torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 0, 0, 0]]),
-        width=5,
-    ).to(device)
-    ids = torch.arange(15, device=device).view(3, 5) * 37 % (embedding.num_embeddings - 1)
-    other = ids.clone()
-    other[1] = (other[1] + 1) % (embedding.num_embeddings - 1)
+def _keeps_rows_apart(base: nn.Module, layers: nn.ModuleList, lengths: tuple[int, int, int]) -> bool:
+    device, width = next(base.parameters()).device, max(lengths)
+    row = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))
+    position = torch.cat([torch.arange(length) for length in lengths])
+    rows, positions = torch.full((2, 8), -1), torch.zeros(2, 8, dtype=torch.int64)
+    rows.view(-1)[: len(row)], positions.view(-1)[: len(row)] = row, position  # the first two rows fill the first block
+    packing = Packing(torch.arange(len(row)), row * width + position, rows, positions, width).to(device)
+    real = torch.zeros(3, width, dtype=torch.bool, device=device)
+    real.view(-1)[packing.tokens] = True
     zeros = torch.zeros(3, dtype=torch.int64, device=device)
 
     def run(ids: Tensor, packing: Packing | None) -> Tensor:
@@ -123,6 +118,10 @@ def _keeps_rows_apart(base: nn.Module, layers: nn.ModuleList) -> bool:
     training = base.training
     base.eval()
     try:
+        words = base.get_input_embeddings().num_embeddings - 1  # type: ignore[operator]  # what transformers models have
+        ids = torch.arange(3 * width, device=device).view(3, width) * 37 % words
+        other = ids.clone()
+        other[1] = (other[1] + 1) % words
         padded, packed, changed = run(ids, None), run(ids, packing), run(other, packing)
     except Exception:  # whatever a model stumbles over that can't take blocks
         return False

@@ -22,19 +22,17 @@ class Rows:
     training: bool  # whether the adapters' own dropout is on
     streams: Mapping[nn.Module, int]  # the number that each of the base's modules draws dropout under
     packing: Packing | None = None
-    columns: dict[tuple[torch.Size, int], Tensor] = field(
-        default_factory=dict, repr=False
-    )  # what `own_columns` has made
+    columns: dict[tuple[torch.Size, int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)  # made before
 
-    def packed(self, x: Tensor) -> Packing | None:
-        """Return how `x` is packed, or None where it has one entry for each row.
+    def packed(self, x: Tensor, slots: int = 1) -> Packing | None:
+        """Return how `x` is packed, with its slots along the axis `slots`, or None where it has one entry for each row.
 
-        Raises ModelError for any other number of entries: a layer that regroups rows has no row's client or key.
+        Raises ModelError for anything else: a layer that regroups rows has no row's client or key.
         """
         if len(x) == len(self.clients):
             return None
         blocks, size = (0, 0) if self.packing is None else self.packing.rows.shape
-        if len(x) == blocks and size in x.shape[1:-1]:
+        if len(x) == blocks and x.shape[slots:-1][:1] == (size,):
             return self.packing
         raise ModelError(
             f"model: a layer got {len(x)} rows where the batch has {len(self.clients)}; layers that regroup rows "
@@ -57,7 +55,7 @@ class Rows:
         stack = len(next(iter(self.adapters.values())))
         if stack == 1:
             return None
-        key = x.shape[:-1], r
+        key = x.shape[:-1], r, x.dtype
         if key not in self.columns:
             columns = torch.arange(stack, device=x.device).repeat_interleave(r)
             self.columns[key] = (self.clients_of(x)[:, None] == columns).to(x.dtype)

@@ -124,9 +124,9 @@ def pack_rows(lengths: NDArray[np.int64]) -> Packing | None:
 
 
 def even_parts(lengths: NDArray[np.int64], tokens: int, least: int = 1) -> list[NDArray[np.int64]]:
-    """Cut rows, in their order, into parts of alike many tokens: about `tokens` each, and no fewer parts than `least`.
+    """Cut rows, in their order, into parts of alike many tokens: about `tokens` each, and `least` parts or more.
 
-    Returns row numbers.
+    Returns row numbers. Where a row is longer than such a part, a part beside it may be empty and is left out.
     """
     total = int(lengths.sum())
     parts = max(least, round(total / tokens), 1)

@@ -114,7 +114,7 @@ def test_its_probabilities_are_dropped_by_key_in_training_only() -> None:
     with bound(rows):
         dropped, _ = attention(module, query, key, eye, None, dropout=0.5)
         still, _ = attention(module.eval(), query, key, eye, None, dropout=0.5)
-    expected = keyed_dropout(plain.transpose(1, 2), 0.5, rows.keys, 8).transpose(1, 2)
+    expected = keyed_dropout(plain.transpose(1, 2), 0.5, rows, 8, scores=True).transpose(1, 2)
     torch.testing.assert_close(dropped, expected)
     assert torch.equal(still, plain)
 

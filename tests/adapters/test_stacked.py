@@ -14,15 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
-from peertune.adapters.attention import attention
+from peertune.adapters.attention import register_attention
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.rows import Rows, bound
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
-from peertune.data.batches import Encoded, training_steps
+from peertune.data.batches import Encoded, pack_rows, training_steps
 from peertune.training import Optim, adamw, row_losses, train_local
 from peertune.types import Batch, Phase, State, Tensors, kind, select, take
 
@@ -137,7 +135,13 @@ CASES = {
     "clip_image": Case(clip_image, ["q_proj", "v_proj"], "classifier", "sdpa", image=True),
     "clip_text": Case(clip_text, ["k_proj", "fc2"], "score", "sdpa"),
 }
+PACKING = ("bert", "roberta", "gpt2", "llama")
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+every_way = pytest.mark.parametrize(
+    ("case", "packed"),
+    [*((case, False) for case in CASES.values()), *((CASES[name], True) for name in PACKING)],
+    ids=[*CASES, *(f"{name} packed" for name in PACKING)],
+)
 
 
 def make_base(case: Case, dropout: float = 0.0) -> nn.Module:
@@ -155,8 +159,7 @@ def make_stack(
     case: Case, base: nn.Module, *, head: bool = False, lora_dropout: float = 0.0, base_dropout: bool = False
 ) -> tuple[StackedModel, Tensors]:
     """A stack over a copy of the base, and adapters in which no two clients agree and B is not 0."""
-    AttentionInterface.register("peertune", attention)
-    AttentionMaskInterface.register("peertune", eager_mask)
+    register_attention()
     base = deepcopy(base)
     base.set_attn_implementation("peertune")  # type: ignore[operator]
     model = attach(
@@ -198,8 +201,8 @@ def widen(name: str, x: Tensor, length: int) -> Tensor:
     return nn.functional.pad(x, (0, length - x.shape[1]), value=fill) if name in ("input_ids", "attention_mask") else x
 
 
-def make_batch(parts: list[dict[str, Tensor]], further: int = 0) -> Batch:
-    """The rows of all clients in one batch, shuffled, and padded to the longest of all and `further`."""
+def make_batch(parts: list[dict[str, Tensor]], further: int = 0, packed: bool = False) -> Batch:
+    """The rows of all clients in one batch, shuffled, and padded to the longest of all and `further`, or packed."""
     clients = torch.repeat_interleave(torch.arange(len(parts)), torch.tensor([len(part["labels"]) for part in parts]))
     order = torch.randperm(len(clients), generator=torch.Generator().manual_seed(2))
     longest = max(part["input_ids"].shape[1] for part in parts) if "input_ids" in parts[0] else 0
@@ -208,7 +211,9 @@ def make_batch(parts: list[dict[str, Tensor]], further: int = 0) -> Batch:
     }
     labels = inputs.pop("labels")
     weights = 1 / torch.bincount(clients).double()[clients[order]]
-    return Batch(inputs, labels, clients[order], weights, torch.arange(len(clients))[order] + 7_000_000_000)
+    packing = pack_rows(inputs["attention_mask"].sum(1).numpy()) if packed else None
+    assert packing is not None or not packed
+    return Batch(inputs, labels, clients[order], weights, torch.arange(len(clients))[order] + 7_000_000_000, packing)
 
 
 def make_steps(case: Case, steps: int) -> list[list[dict[str, Tensor]]]:
@@ -230,12 +235,14 @@ def train_stack(
     steps: list[list[dict[str, Tensor]]],
     phases: list[Phase],
     max_grad_norm: float,
+    packed: bool,
 ) -> tuple[Tensors, list[Tensor]]:
     optim = make_optim(max_grad_norm)
-    state, losses = State(adapters, optim.optimizer.init(adapters), 0), []
-    for parts, now in zip(steps, phases, strict=True):
-        state, loss = train_local(model, state, [[make_batch(parts)]], now, optim, 0)
-        losses.append(loss)
+    state = State(adapters, optim.optimizer.init(adapters), 0).clone()
+    losses = [
+        train_local(model, state, [[make_batch(parts, packed=packed)]], now, optim, 0)
+        for parts, now in zip(steps, phases, strict=True)
+    ]
     return state.adapters, losses
 
 
@@ -280,11 +287,14 @@ class Twin:
         return loss.detach()
 
 
-def assert_equals_peft(case: Case, *, head: bool = False, phases: list[Phase], max_grad_norm: float = 0.0) -> None:
+def assert_equals_peft(
+    case: Case, packed: bool, *, head: bool = False, phases: list[Phase], max_grad_norm: float = 0.0
+) -> None:
     base = make_base(case)
     model, adapters = make_stack(case, base, head=head)
+    assert model.packs or not packed
     steps = make_steps(case, len(phases))
-    trained, losses = train_stack(model, adapters, steps, phases, max_grad_norm)
+    trained, losses = train_stack(model, adapters, steps, phases, max_grad_norm, packed)
 
     def assert_close(ours: Tensor, theirs: Tensor) -> None:
         torch.testing.assert_close(ours, theirs, rtol=case.tolerance, atol=case.tolerance)
@@ -296,26 +306,30 @@ def assert_equals_peft(case: Case, *, head: bool = False, phases: list[Phase], m
             assert_close(loss[client], expected)
         for name, x in twin.trained.items():
             assert_close(trained[name][client], x.detach())
-        batch = make_batch([make_rows(case, 99, 3)])
+        batch = make_batch([make_rows(case, 99, 3)], packed=packed)
         own = model(take(trained, slice(client, client + 1)), batch, training=False).logits
         assert_close(own, twin.model.eval()(**batch.inputs).logits)
 
 
-@every_case
-def test_a_stack_equals_separate_peft_models_through_phases_of_both_factors_and_of_either(case: Case) -> None:
+@every_way
+def test_a_stack_equals_separate_peft_models_through_phases_of_both_factors_and_of_either(
+    case: Case, packed: bool
+) -> None:
     phases = [phase("A", "B"), phase("B"), phase("B"), phase("A"), phase("A"), phase("A", "B")]
-    assert_equals_peft(case, phases=phases)
+    assert_equals_peft(case, packed, phases=phases)
 
 
-@every_case
-def test_a_trained_head_equals_pefts_modules_to_save(case: Case) -> None:
-    assert_equals_peft(case, head=True, phases=[phase("A", "B", "head"), phase("B", "head"), phase("A", "head")])
+@every_way
+def test_a_trained_head_equals_pefts_modules_to_save(case: Case, packed: bool) -> None:
+    phases = [phase("A", "B", "head"), phase("B", "head"), phase("A", "head")]
+    assert_equals_peft(case, packed, head=True, phases=phases)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("max_grad_norm", [1e-2, 0.5])
-def test_clipping_equals_pytorchs_for_each_client(max_grad_norm: float) -> None:
+def test_clipping_equals_pytorchs_for_each_client(max_grad_norm: float, packed: bool) -> None:
     phases = [phase("A", "B", "head"), phase("B", "head"), phase("A")]
-    assert_equals_peft(CASES["bert"], head=True, phases=phases, max_grad_norm=max_grad_norm)
+    assert_equals_peft(CASES["bert"], packed, head=True, phases=phases, max_grad_norm=max_grad_norm)
 
 
 def gradients(model: StackedModel, adapters: Tensors, batch: Batch) -> Tensors:
@@ -324,16 +338,16 @@ def gradients(model: StackedModel, adapters: Tensors, batch: Batch) -> Tensors:
     return dict(zip(params, torch.autograd.grad(losses.sum(), list(params.values())), strict=True))
 
 
-@every_case
-def test_a_clients_rows_never_touch_anothers_gradient(case: Case) -> None:
+@every_way
+def test_a_clients_rows_never_touch_anothers_gradient(case: Case, packed: bool) -> None:
     model, adapters = make_stack(case, make_base(case), head=True)
     parts = make_steps(case, 1)[0]
-    mine = gradients(model, adapters, make_batch(parts))
+    mine = gradients(model, adapters, make_batch(parts, packed=packed))
     other = make_rows(case, 77, ROWS[1])
-    if not case.image:  # of the same length: another width of the batch could round differently
-        other = {name: x[:, : parts[1]["input_ids"].shape[1]] if x.dim() > 1 else x for name, x in other.items()}
-        other = {name: widen(name, x, parts[1]["input_ids"].shape[1]) for name, x in other.items()}
-    changed = gradients(model, adapters, make_batch([parts[0], other, parts[2]]))
+    if not case.image:  # of the same lengths: another width of the batch, or places in blocks, could round differently
+        mask = parts[1]["attention_mask"]
+        other |= {"attention_mask": mask, "input_ids": (parts[1]["input_ids"] % (EOS - 2) + 2).where(mask > 0, PAD)}
+    changed = gradients(model, adapters, make_batch([parts[0], other, parts[2]], packed=packed))
     for name, grad in changed.items():
         assert torch.equal(grad[[0, 2]], mine[name][[0, 2]])
         assert not torch.equal(grad[1], mine[name][1])
@@ -358,7 +372,7 @@ def encode(seed: int, rows: int, longest: int) -> Encoded:
     return Encoded({}, tokens, {"input_ids": PAD}, np.cumsum(lengths) - lengths, lengths, labels)
 
 
-def train_on_budget(case: Case, budget: int) -> State:
+def train_on_budget(case: Case, budget: int, clients_together: int, packed: bool) -> State:
     model, adapters = make_stack(case, make_base(case, dropout=0.2), head=True, lora_dropout=0.2, base_dropout=True)
     steps = training_steps(
         encode(3, 20, longest=8),
@@ -366,26 +380,37 @@ def train_on_budget(case: Case, budget: int) -> State:
         rows_per_step=4,
         local_steps=2,
         tokens=budget,
+        clients_together=clients_together,
+        packed=packed,
         seed=5,
     )
     optim = make_optim(max_grad_norm=1.0)
-    state = State(adapters, optim.optimizer.init(adapters), 0)
-    state, _ = train_local(model, state, steps(range(K), 0), phase("A", "B", "head"), optim, 0)
+    state = State(adapters, optim.optimizer.init(adapters), 0).clone()
+    train_local(model, state, steps(range(K), 0), phase("A", "B", "head"), optim, 0)
     return state
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(budget=st.integers(1, 120), name=st.sampled_from(["bert", "gpt2"]))
-def test_no_budget_of_tokens_changes_the_training_with_all_dropout_on(budget: int, name: str) -> None:
-    whole, cut = train_on_budget(CASES[name], 10_000), train_on_budget(CASES[name], budget)
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    budget=st.integers(1, 120),
+    clients_together=st.integers(1, K),
+    packed=st.booleans(),
+    name=st.sampled_from(["bert", "gpt2"]),
+)
+def test_no_budget_of_tokens_and_no_packing_changes_the_training_with_all_dropout_on(
+    budget: int, clients_together: int, packed: bool, name: str
+) -> None:
+    whole = train_on_budget(CASES[name], 10_000, K, packed=False)
+    cut = train_on_budget(CASES[name], budget, clients_together, packed)
     for part in whole.adapters:
         torch.testing.assert_close(cut.adapters[part], whole.adapters[part], rtol=1e-10, atol=1e-10)
 
 
-def test_a_client_trains_the_same_alone_as_among_others_with_all_dropout_on() -> None:
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_a_client_trains_the_same_alone_as_among_others_with_all_dropout_on(packed: bool) -> None:
     case = CASES["bert"]
     model, adapters = make_stack(case, make_base(case, dropout=0.2), lora_dropout=0.2, base_dropout=True)
-    batch = make_batch(make_steps(case, 1)[0])
+    batch = make_batch(make_steps(case, 1)[0], packed=packed)
     together = gradients(model, adapters, batch)
     for client in range(K):
         own = batch.clients == client
@@ -396,6 +421,7 @@ def test_a_client_trains_the_same_alone_as_among_others_with_all_dropout_on() ->
             clients=torch.zeros(int(own.sum()), dtype=torch.int64),
             weights=batch.weights[own],
             keys=batch.keys[own],
+            packing=None,
         )
         for name, grad in gradients(model, take(adapters, slice(client, client + 1)), alone).items():
             torch.testing.assert_close(grad[0], together[name][client], rtol=1e-12, atol=1e-12)
@@ -424,12 +450,12 @@ def test_kinds_that_are_not_trained_stay_bit_for_bit_and_keep_their_moments(kind
     base = make_base(case)
     model, adapters = make_stack(case, base, head=True)
     optim = make_optim()
-    state = State(adapters, optim.optimizer.init(adapters), 0)
+    state = State(adapters, optim.optimizer.init(adapters), 0).clone()
     frozen = {name: x.clone() for name, x in model.base.named_parameters()}
-    after, _ = train_local(model, state, [[make_batch(make_steps(case, 1)[0])]], phase(*kinds), optim, 0)
-    for name, x in after.adapters.items():
+    train_local(model, state, [[make_batch(make_steps(case, 1)[0])]], phase(*kinds), optim, 0)
+    for name, x in state.adapters.items():
         assert torch.equal(x, adapters[name]) == (kind(name) not in kinds)
-        assert after.moments[f"{name}.v"].any() == (kind(name) in kinds)
+        assert state.moments[f"{name}.v"].any() == (kind(name) in kinds)
     for name, x in model.base.named_parameters():
         assert torch.equal(x, frozen[name])
         assert x.grad is None

@@ -1,0 +1,447 @@
+"""Rows packed into blocks give what padded rows give; a base that would mix them is found out and padded."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask
+
+from peertune.adapters.attention import attention, register_attention
+from peertune.adapters.packing import pack, unpack
+from peertune.adapters.peft_format import find_sites
+from peertune.adapters.rows import Rows, bound, current_rows
+from peertune.adapters.stacked import StackedModel, attach, init_adapters
+from peertune.data.batches import pack_rows
+from peertune.training import row_losses
+from peertune.types import Batch, Tensors
+
+# PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+K, R, CLASSES, PAD, EOS, VOCAB = 3, 2, 3, 1, 29, 30
+ROWS = (4, 2, 3)  # rows of each client
+
+sizes: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "vocab_size": VOCAB,
+    "pad_token_id": PAD,
+    "bos_token_id": 0,
+    "eos_token_id": EOS,
+    "num_labels": CLASSES,
+    "max_position_embeddings": 24,
+}
+grouped: dict[str, Any] = {"num_key_value_heads": 2, "head_dim": 4}
+
+
+def bert_like(p: float) -> dict[str, Any]:
+    return {**sizes, "hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
+
+
+PACKED = (
+    *("bert", "roberta", "electra", "camembert", "albert", "distilbert", "modernbert"),
+    *("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2"),
+)
+PADDED = ("deberta_v2", "convbert", "fnet", "mpnet", "bloom")
+HEADS = ("classifier", "score", "pre_classifier")
+CONFIGS: dict[str, tuple[Callable[[float], Any], list[str]]] = {  # dropout → config, and the layers that become sites
+    "bert": (lambda p: transformers.BertConfig(**bert_like(p)), ["query", "value"]),
+    "roberta": (lambda p: transformers.RobertaConfig(**bert_like(p)), ["query", "value"]),
+    "electra": (lambda p: transformers.ElectraConfig(**bert_like(p), embedding_size=8), ["query", "value"]),
+    "camembert": (lambda p: transformers.CamembertConfig(**bert_like(p)), ["query", "value"]),
+    "albert": (lambda p: transformers.AlbertConfig(**bert_like(p), embedding_size=8), ["query", "value"]),
+    "distilbert": (
+        lambda p: transformers.DistilBertConfig(
+            **sizes, dim=16, n_layers=2, n_heads=4, hidden_dim=24, dropout=p, attention_dropout=p
+        ),
+        ["q_lin", "v_lin"],
+    ),
+    "modernbert": (
+        lambda p: transformers.ModernBertConfig(
+            **sizes,
+            attention_dropout=p,
+            mlp_dropout=p,
+            local_attention=4,
+            layer_types=["full_attention", "sliding_attention"],
+        ),
+        ["Wqkv", "Wo"],
+    ),
+    "deberta_v2": (
+        lambda p: transformers.DebertaV2Config(**bert_like(p), relative_attention=True, pos_att_type=["p2c", "c2p"]),
+        ["query_proj", "value_proj"],
+    ),
+    "convbert": (
+        lambda p: transformers.ConvBertConfig(**bert_like(p), embedding_size=8, conv_kernel_size=3),
+        ["query", "value"],
+    ),
+    "fnet": (lambda p: transformers.FNetConfig(**sizes, hidden_dropout_prob=p), ["dense"]),
+    "mpnet": (lambda p: transformers.MPNetConfig(**bert_like(p)), ["q", "v"]),
+    "gpt2": (
+        lambda p: transformers.GPT2Config(**sizes, n_inner=24, embd_pdrop=p, resid_pdrop=p, attn_pdrop=p),
+        ["c_attn", "c_fc"],
+    ),
+    "gpt_neox": (
+        lambda p: transformers.GPTNeoXConfig(**sizes, hidden_dropout=p, attention_dropout=p),
+        ["query_key_value"],
+    ),
+    "bloom": (
+        lambda p: transformers.BloomConfig(**sizes, n_layer=2, n_head=4, hidden_dropout=p, attention_dropout=p),
+        ["query_key_value"],
+    ),
+    "llama": (lambda p: transformers.LlamaConfig(**sizes, **grouped, attention_dropout=p), ["q_proj", "down_proj"]),
+    "mistral": (
+        lambda p: transformers.MistralConfig(**sizes, **grouped, attention_dropout=p, sliding_window=3),
+        ["q_proj", "v_proj"],
+    ),
+    "qwen2": (lambda p: transformers.Qwen2Config(**sizes, **grouped, attention_dropout=p), ["q_proj", "v_proj"]),
+    "qwen3": (lambda p: transformers.Qwen3Config(**sizes, **grouped, attention_dropout=p), ["q_proj", "v_proj"]),
+    "gemma2": (
+        lambda p: transformers.Gemma2Config(**sizes, **grouped, attention_dropout=p, sliding_window=3),
+        ["q_proj", "v_proj"],
+    ),
+}
+
+
+def make_base(name: str, dropout: float = 0.0) -> nn.Module:
+    """A tiny base in float64, with weights large enough for every part to matter."""
+    register_attention()
+    config = CONFIGS[name][0](dropout)
+    if name in PACKED:
+        config._attn_implementation = "peertune"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        base: nn.Module = transformers.AutoModelForSequenceClassification.from_config(config).double()
+        with torch.no_grad():
+            for parameter in base.parameters():
+                parameter.normal_(0.0, 0.3)
+    return base.eval()
+
+
+def make_stack(
+    name: str, *, dropout: float = 0.0, head: bool = False, all_linear: bool = False
+) -> tuple[StackedModel, Tensors]:
+    """A stack over a base, and adapters in which no two clients agree and B is not 0."""
+    base = make_base(name, dropout)
+    heads = [layer for layer, x in base.named_modules() if layer.startswith(HEADS) and isinstance(x, nn.Linear)]
+    model = attach(
+        base,
+        find_sites(base, "all-linear" if all_linear else CONFIGS[name][1], HEADS),
+        r=R,
+        lora_alpha=3,
+        lora_dropout=dropout,
+        head_names=heads if head else (),
+        base_dropout=True,
+    )
+    generator = torch.Generator().manual_seed(1)
+    adapters = {
+        part: x + 0.2 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        for part, x in init_adapters(model, K, seed=0).items()
+    }
+    return model, adapters
+
+
+def make_batch(lengths: list[int], packed: bool) -> Batch:
+    """Rows of these lengths, of K clients in turn."""
+    generator, count = torch.Generator().manual_seed(2), len(lengths)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(2, EOS, mask.shape, generator=generator).where(mask, PAD)
+    return Batch(
+        {"input_ids": ids, "attention_mask": mask.long()},
+        torch.arange(count) % CLASSES,
+        torch.arange(count) % K,
+        torch.ones(count, dtype=torch.float64),
+        torch.arange(count) + 7_000_000_000,
+        pack_rows(np.array(lengths)) if packed else None,
+    )
+
+
+def answers(model: StackedModel, adapters: Tensors, batch: Batch) -> Tensors:
+    """The logits of training, and the gradient of every adapter."""
+    params = {name: x.clone().requires_grad_() for name, x in adapters.items()}
+    logits = model(params, batch, training=True).logits
+    losses = row_losses(logits, batch.labels) * batch.weights
+    grads = torch.autograd.grad(losses.sum(), list(params.values()))
+    return {"logits": logits.detach(), **dict(zip(params, grads, strict=True))}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_model_packs_where_nothing_but_the_registered_attention_mixes_tokens(name: str) -> None:
+    model, _ = make_stack(name)
+    assert model.packs == (name in PACKED)
+    assert set(CONFIGS) == {*PACKED, *PADDED}
+
+
+@pytest.mark.parametrize("lengths", [[5, 3, 20, 1, 7, 2, 9, 4, 6], [6] * 9, [2] * 24], ids=["mixed", "even", "short"])
+@pytest.mark.parametrize("head", [False, True], ids=["frozen head", "trained head"])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_rows_get_the_logits_and_gradients_of_padded_ones(
+    name: str, dropout: float, head: bool, lengths: list[int]
+) -> None:
+    model, adapters = make_stack(name, dropout=dropout, head=head)
+    packed, padded = (make_batch(lengths, packed) for packed in (True, False))
+    assert packed.packing is not None
+    expected = answers(model, adapters, padded)
+    assert all(x.any() for x in expected.values())
+    for part, x in answers(model, adapters, packed).items():
+        torch.testing.assert_close(x, expected[part], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "llama"])
+def test_sites_on_every_linear_layer_pack_though_some_stand_beside_the_layers(name: str) -> None:
+    model, adapters = make_stack(name, dropout=0.2, all_linear=True)
+    assert model.packs
+    assert "bert.pooler.dense" in model.sites or name != "bert"
+    packed, padded = (answers(model, adapters, make_batch([5, 3, 20, 1, 7], packed)) for packed in (True, False))
+    for part, x in packed.items():
+        torch.testing.assert_close(x, padded[part], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PACKED)
+def test_the_precision_does_not_decide_whether_a_model_packs(name: str, dtype: torch.dtype) -> None:
+    base = make_base(name).to(dtype)
+    assert attach(base, find_sites(base, CONFIGS[name][1], HEADS), r=R, lora_alpha=3).packs
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_stands_in_a_block_beside_a_row_does_not_touch_it_by_a_bit(name: str) -> None:
+    model, adapters = make_stack(name, dropout=0.2)
+    batch = make_batch([5, 3, 20, 1, 7, 2, 9, 4, 6], packed=True)
+    ids, own = batch.inputs["input_ids"], batch.clients == 1
+    other = torch.where(own[:, None] & (ids != PAD), (ids - 1) % (EOS - 2) + 2, ids)
+    changed = answers(model, adapters, replace(batch, inputs={**batch.inputs, "input_ids": other}))
+    for part, x in answers(model, adapters, batch).items():
+        for client in range(K):
+            mine = batch.clients == client if part == "logits" else client
+            assert torch.equal(x[mine], changed[part][mine]) == (client != 1)
+
+
+def test_a_model_that_packs_still_takes_padded_rows_and_calls_of_others() -> None:
+    model, adapters = make_stack("bert")
+    inputs = make_batch([5, 3, 2], packed=False).inputs
+    fresh = make_base("bert")
+    torch.testing.assert_close(model.base(**inputs).logits, fresh(**inputs).logits, rtol=1e-12, atol=1e-12)
+    one_row = answers(model, adapters, make_batch([6], packed=True))  # one row saves no block
+    torch.testing.assert_close(one_row, answers(model, adapters, make_batch([6], packed=False)))
+
+
+# bases that would mix rows
+
+
+@pytest.mark.parametrize("name", ["deberta_v2", "convbert", "mpnet"])
+def test_a_padded_model_still_equals_pefts(name: str) -> None:
+    model, adapters = make_stack(name)
+    assert not model.packs
+    batch = make_batch([5, 3, 8, 1, 7, 2], packed=False)
+    found = answers(model, adapters, batch)
+    for client in range(K):
+        config = LoraConfig(r=R, lora_alpha=3, target_modules=list(model.sites))
+        peft = get_peft_model(make_base(name), config)
+        params = dict(peft.named_parameters())
+        own, names = batch.clients == client, {}
+        for part, x in adapters.items():
+            path, _, what = part.rpartition(".")
+            names[part] = params[f"base_model.model.{path}.lora_{what}.default.weight"]
+            names[part].data.copy_(x[client])
+        logits = peft.eval()(**{part: x[own] for part, x in batch.inputs.items()}).logits
+        grads = torch.autograd.grad(row_losses(logits, batch.labels[own]).sum(), list(names.values()))
+        torch.testing.assert_close(found["logits"][own], logits.detach(), rtol=1e-9, atol=1e-9)
+        for part, grad in zip(names, grads, strict=True):
+            torch.testing.assert_close(found[part][client], grad, rtol=1e-9, atol=1e-9)
+
+
+class Base(nn.Module):
+    """A small text model of two layers, which mix tokens as they like: `layer(x, mask) → x`."""
+
+    main_input_name = "input_ids"
+
+    def __init__(self, layer: Callable[[], nn.Module], hides_full_masks: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.words = nn.Embedding(VOCAB, 8)
+            self.layers = nn.ModuleList([layer(), layer()])
+            self.score = nn.Linear(8, CLASSES)
+        self.config = transformers.BertConfig()
+        self.config._attn_implementation = "peertune"
+        self.hides_full_masks = hides_full_masks
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        x, mask = self.words(input_ids), None
+        if not (self.hides_full_masks and attention_mask.all()):
+            mask = create_bidirectional_mask(self.config, x, attention_mask)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return SimpleNamespace(logits=self.score(x[:, 0]))
+
+
+class Attending(nn.Module):
+    """Attention over the tokens that the mask lets through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y: Tensor = self.linear(x)[:, None]
+        mixed, _ = attention(self, y, y, y, mask)
+        return x + mixed.flatten(2)
+
+
+class Deaf(Attending):
+    """Attention that ignores its mask."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return super().forward(x, None)
+
+
+class Convolving(Attending):
+    """Attention, and a convolution over neighbouring tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return super().forward(x, mask) + self.convolution(x.mT).mT
+
+
+class Averaging(Attending):
+    """Attention, and the mean of the whole row."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return super().forward(x, mask) + x.mean(1, keepdim=True)
+
+
+class Lettered(Attending):
+    """Attention, and a value for the token's place in its block."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return super().forward(x, mask) + torch.arange(x.shape[1], dtype=x.dtype)[:, None]
+
+
+class WithoutWords(Base):
+    """A text model that does not show its embeddings."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        raise NotImplementedError
+
+
+class Seeing(Base):
+    """A model whose main input is no text."""
+
+    main_input_name = "pixel_values"
+
+
+def packs(base: nn.Module) -> bool:
+    return attach(base, ["layers.0.linear", "layers.1.linear"], r=R, lora_alpha=3).packs
+
+
+def test_a_model_of_ones_own_packs_by_the_registered_attention() -> None:
+    register_attention()
+    assert packs(Base(Attending))
+
+
+@pytest.mark.parametrize(
+    "base",
+    [
+        Base(Deaf),
+        Base(Convolving),
+        Base(Averaging),
+        Base(Lettered),
+        Base(Attending, hides_full_masks=True),
+        WithoutWords(Attending),
+        Seeing(Attending),
+    ],
+    ids=[
+        "no mask",
+        "convolution",
+        "mean",
+        "place in the block",
+        "no mask for rows of one length",
+        "no words",
+        "images",
+    ],
+)
+def test_a_model_that_would_mix_rows_is_padded_and_left_as_it_was(base: Base) -> None:
+    register_attention()
+    batch = make_batch([5, 3, 2], packed=False)
+    before = base(**batch.inputs).logits
+    assert not packs(base)
+    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in base.layers)
+    assert torch.equal(base(**batch.inputs).logits, before)
+    assert base.training
+    assert current_rows() is None
+
+
+@pytest.mark.parametrize("sites", [["score"], ["layers.0.linear", "others.0"]], ids=["no list", "two lists"])
+def test_a_model_whose_sites_share_no_list_of_layers_is_padded(sites: list[str]) -> None:
+    register_attention()
+    base = Base(Attending)
+    base.others = nn.ModuleList([nn.Linear(8, 8)])
+    assert not attach(base, sites, r=R, lora_alpha=3).packs
+
+
+# moving tokens
+
+
+packings = st.lists(st.integers(1, 60), min_size=2, max_size=40).map(np.array)
+
+
+@given(packings)
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_what_is_packed_comes_back_where_it_was_and_padding_as_zeros(lengths: NDArray[np.int64]) -> None:
+    packing = pack_rows(lengths)
+    if packing is None:
+        return
+    x = torch.randn(len(lengths), int(lengths.max()), 3, generator=torch.Generator().manual_seed(0))
+    real = torch.arange(x.shape[1]) < torch.from_numpy(lengths)[:, None]
+    blocks = pack(x, packing)
+    assert blocks.shape == (*packing.rows.shape, 3)
+    assert torch.equal(unpack(blocks, packing, len(x)), x * real[..., None])
+    filled = packing.rows >= 0
+    assert torch.equal(blocks[filled], x[packing.rows[filled], packing.positions[filled]])
+    assert not blocks[~filled].any()
+
+
+def test_gradients_come_back_to_the_tokens_they_belong_to() -> None:
+    packing = pack_rows(np.array([3, 20, 40, 5]))
+    assert packing is not None
+    x = torch.randn(4, 40, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: unpack(pack(x, packing).sin(), packing, 4), x, fast_mode=True)
+
+
+def test_a_site_keeps_apart_what_the_clients_have_in_a_block_in_every_precision() -> None:
+    base = nn.Sequential(nn.Linear(4, 4).double(), nn.Linear(4, 4).float())
+    model = attach(base, ["0", "1"], r=2, lora_alpha=2)
+    generator = torch.Generator().manual_seed(0)
+    adapters = {
+        name: torch.randn(2, *x.shape[1:], generator=generator).to(x.dtype)
+        for name, x in init_adapters(model, 2, 0).items()
+    }
+    packing, clients = pack_rows(np.array([3, 20, 40, 5])), torch.tensor([0, 1, 1, 0])
+    x = torch.randn(4, 40, 4, generator=generator).double()
+    outputs = []
+    for plan in (None, packing):
+        with bound(Rows(adapters, clients, clients, False, model.streams, plan)):
+            y = x if plan is None else pack(x, plan)
+            y = base[1](base[0](y).float())
+        outputs.append(y if plan is None else unpack(y, plan, 4))
+    real = torch.arange(40) < torch.tensor([3, 20, 40, 5])[:, None]
+    torch.testing.assert_close(outputs[1][real], outputs[0][real])
