@@ -10,6 +10,7 @@ from torch import Tensor
 
 from peertune.metrics import (
     bytes_sent,
+    client_mean,
     consensus_error,
     cross_term,
     diagnostics,
@@ -17,12 +18,11 @@ from peertune.metrics import (
     neighbours,
     payload_bytes,
 )
-from peertune.types import Phase, Tensors, select
+from peertune.types import Tensors, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
 some = settings(max_examples=25, deadline=None, derandomize=True)
-KINDS = frozenset({"A", "B", "head"})
 
 
 def random_adapters(seed: int, n: int, dtype: torch.dtype = torch.float64) -> Tensors:
@@ -76,37 +76,39 @@ def test_clients_that_share_a_have_no_cross_term() -> None:
 
 def test_the_mean_drift_is_the_distance_between_the_means() -> None:
     before = random_adapters(0, 4)
-    after = {name: tensor + 2 for name, tensor in before.items()}
-    assert mean_drift(before, after, {"A"}) == pytest.approx(2 * (2 * 5 + 2 * 3) ** 0.5)
-    assert mean_drift(before, after, {"A", "head"}) == pytest.approx(2 * (2 * 5 + 2 * 3 + 3) ** 0.5)
-    assert mean_drift(before, after, ()) == 0
+    after = client_mean({name: tensor + 2 for name, tensor in before.items()})
+    for kinds, elements in (({"A"}, 2 * 5 + 2 * 3), ({"A", "head"}, 2 * 5 + 2 * 3 + 3), ((), 0)):
+        assert mean_drift(client_mean(select(before, kinds)), after) == pytest.approx(2 * elements**0.5)
 
 
 def test_permuting_clients_does_not_drift() -> None:
     before = random_adapters(0, 4)
     after = {name: tensor.flip(0) for name, tensor in before.items()}
-    assert mean_drift(before, after, KINDS) == pytest.approx(0, abs=1e-15)
+    assert mean_drift(client_mean(before), client_mean(after)) == pytest.approx(0, abs=1e-15)
 
 
 def test_float32_is_summed_in_float64() -> None:
     offset = 2.0**12
     small = torch.tensor([[-(2.0**-11)], [2.0**-11]])
     assert consensus_error({"A": offset + small}) == pytest.approx(2.0**-11, rel=1e-12)
-    assert mean_drift({"A": offset + small}, {"A": offset + 2 * small.abs()}, {"A"}) == pytest.approx(2.0**-10)
+    before, after = (client_mean({"A": offset + x}) for x in (small, 2 * small.abs()))
+    assert mean_drift(before, after) == pytest.approx(2.0**-10)
 
 
 def test_diagnostics_name_each_kind_there_is() -> None:
     before, after = random_adapters(0, 3), random_adapters(1, 3)
-    found = diagnostics(before, after, Phase(0, KINDS, frozenset({"B"})))
+    sent = client_mean(select(before, {"B"}))
+    found = diagnostics(sent, after)
     assert found == {
         "consensus_error_A": consensus_error(select(after, {"A"})),
         "consensus_error_B": consensus_error(select(after, {"B"})),
         "consensus_error_head": consensus_error(select(after, {"head"})),
         "cross_term": cross_term(after),
-        "mean_drift": mean_drift(before, after, {"B"}),
+        "mean_drift": mean_drift(sent, client_mean(after)),
     }
     frozen = select(after, {"A", "B"})
-    assert "consensus_error_head" not in diagnostics(frozen, frozen, Phase(0, KINDS, KINDS))
+    assert "consensus_error_head" not in diagnostics(client_mean(frozen), frozen)
+    assert diagnostics({}, after)["mean_drift"] == 0
 
 
 def test_bytes_are_one_clients_payload_for_each_of_its_neighbours() -> None:

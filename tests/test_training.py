@@ -60,9 +60,14 @@ def walk(seed: int, count: int) -> list[tuple[Tensors, float]]:
     ]
 
 
+def own_memory(tensors: Tensors) -> Tensors:
+    """The same values, no two clients' in one place."""
+    return State(tensors, {}, 0).clone().adapters
+
+
 def together(optimizer: Optimizer, start: Tensors, steps: list[tuple[Tensors, float]]) -> tuple[Tensors, Tensors]:
     params = {name: x.clone() for name, x in start.items()}
-    moments = optimizer.init(params)
+    moments = own_memory(optimizer.init(params))
     for grads, rate in steps:
         optimizer.update(params, grads, moments, rate)
     return params, moments
@@ -164,10 +169,11 @@ def test_moments_start_afresh_as_the_setting_says(
     ]
     for (phase, before), clear in zip(changes, cleared, strict=True):
         moments = {"q.A.m": torch.ones(2, 3), "steps.A": torch.tensor([3, 4])}
-        after = reset_moments(moments, reset, phase, before)
-        assert after.keys() == moments.keys()
-        assert all(torch.equal(x, moments[name] * (not clear)) for name, x in after.items())
-        assert all(x.dtype == moments[name].dtype for name, x in after.items())
+        expected = {name: x * (not clear) for name, x in moments.items()}
+        places = {name: x.data_ptr() for name, x in moments.items()}
+        reset_moments(moments, reset, phase, before)
+        assert all(torch.equal(x, expected[name]) and x.dtype == expected[name].dtype for name, x in moments.items())
+        assert {name: x.data_ptr() for name, x in moments.items()} == places
 
 
 def test_a_rows_loss_is_cross_entropy_over_classes() -> None:
@@ -215,22 +221,72 @@ def batches(steps: int, scale: float = 1.0) -> Iterator[list[Batch]]:
 def start_of(base: nn.Module, optimizer: Optimizer) -> tuple[Any, State]:
     model = attach(base, ["layer"], r=2, lora_alpha=2, base_dropout=True)
     adapters = init_adapters(model, CLIENTS, 0)
-    return model, State(adapters, optimizer.init(adapters), 0)
+    return model, State(adapters, optimizer.init(adapters), 0).clone()
 
 
-def test_training_leaves_the_state_it_was_given_and_the_kinds_that_do_not_train() -> None:
-    optim = Optim(adamw(), lambda step: 0.1, 1.0, "never")
+@pytest.mark.parametrize("trained", ["A", "B"])
+def test_training_steps_the_state_where_it_lies_and_no_kind_that_does_not_train(trained: str) -> None:
+    optim = Optim(adamw(weight_decay=0.1), lambda step: 0.1, 1.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
-    before = {name: x.clone() for name, x in (state.adapters | state.moments).items()}
-    phase = Phase(0, frozenset({"B"}), frozenset({"B"}))
-    after, loss = train_local(model, state, batches(3), phase, optim, first_step=0)
-    assert all(torch.equal(x, before[name]) for name, x in (state.adapters | state.moments).items())
-    assert torch.equal(after.adapters["layer.A"], before["layer.A"])
-    assert not torch.equal(after.adapters["layer.B"], before["layer.B"])
-    assert after.moments["steps.A"].tolist() == [0] * CLIENTS
-    assert after.moments["steps.B"].tolist() == [3] * CLIENTS
+    state.adapters["layer.B"].fill_(0.1)
+    everything = state.adapters | state.moments
+    before, places = State(everything, {}, 0).clone().adapters, {name: x.data_ptr() for name, x in everything.items()}
+    phase = Phase(0, frozenset({trained}), frozenset({trained}))
+    loss = train_local(model, state, batches(3), phase, optim, first_step=0)
+    changed = {name for name, x in everything.items() if not torch.equal(x, before[name])}
+    assert changed == {f"layer.{trained}", f"layer.{trained}.m", f"layer.{trained}.v", f"steps.{trained}"}
+    assert {name: x.data_ptr() for name, x in (state.adapters | state.moments).items()} == places
+    assert state.moments[f"steps.{trained}"].tolist() == [3] * CLIENTS
+    assert not any(x.requires_grad or x.grad is not None for x in everything.values())
     assert loss.shape == (CLIENTS,)
     assert math.isclose(loss.mean().item(), math.log(3), rel_tol=0.5)
+
+
+def test_only_the_kinds_that_train_reach_the_optimizer() -> None:
+    seen: list[set[str]] = []
+
+    def update(params: Tensors, grads: Tensors, moments: Tensors, rate: float) -> None:
+        seen.append({kind(name) for name in grads})
+
+    optim = Optim(Optimizer(lambda _: {}, update), lambda step: 0.1, 1.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    for kinds in ({"A"}, {"B"}, {"A", "B"}):
+        train_local(model, state, batches(2), Phase(0, frozenset(kinds), frozenset()), optim, first_step=0)
+        assert seen[-2:] == [kinds, kinds]
+
+
+def test_a_chunk_is_trained_in_the_memory_of_the_whole_stack() -> None:
+    optim = Optim(adamw(), lambda step: 0.1, 1.0, "never")
+    model, whole = start_of(Linear(), optim.optimizer)
+    phase = Phase(0, frozenset("AB"), frozenset("AB"))
+    chunked = whole.clone()
+    losses = train_local(model, whole, batches(3), phase, optim, first_step=0)
+    for clients in (slice(0, 1), slice(1, 3)):
+        parts = [[only(clients, batch) for batch in step] for step in batches(3)]
+        own = train_local(model, chunked.take(clients), parts, phase, optim, first_step=0)
+        torch.testing.assert_close(own, losses[clients], rtol=0, atol=1e-12)
+    for name, x in (chunked.adapters | chunked.moments).items():
+        torch.testing.assert_close(x, (whole.adapters | whole.moments)[name], rtol=0, atol=1e-12)
+
+
+def only(clients: slice, batch: Batch) -> Batch:
+    """These clients' rows of a batch."""
+    own = (batch.clients >= clients.start) & (batch.clients < clients.stop)
+    inputs = {name: x[own] for name, x in batch.inputs.items()}
+    places = batch.clients[own] - clients.start
+    return Batch(inputs, batch.labels[own], places, batch.weights[own], batch.keys[own])
+
+
+@pytest.mark.parametrize("optimizer", [adamw(), sgd(momentum=0.9)], ids=["adamw", "sgd"])
+def test_a_start_that_clients_share_is_never_trained_before_it_is_cloned(optimizer: Optimizer) -> None:
+    model, _ = start_of(Linear(), optimizer)
+    adapters = init_adapters(model, CLIENTS, 0)
+    shared = State(adapters, optimizer.init(adapters), 0)
+    for name, x in (shared.adapters | shared.moments).items():
+        assert x.untyped_storage().nbytes() * CLIENTS == x.numel() * x.element_size() or name.startswith("steps.")
+    optim = Optim(optimizer, lambda step: 0.1, 0.0, "never")
+    with pytest.raises(RuntimeError, match="single memory location"):
+        train_local(model, shared, batches(1), Phase(0, frozenset("B"), frozenset("B")), optim, first_step=0)
 
 
 def test_steps_are_counted_from_the_runs_start() -> None:
@@ -265,7 +321,7 @@ def test_adamw_in_float32_takes_the_steps_of_torch_from_the_first() -> None:
     optimizer, ours = adamw(), {"x.A": start.clone()}
     theirs = start.clone().requires_grad_()
     reference = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0)
-    moments = optimizer.init(ours)
+    moments = own_memory(optimizer.init(ours))
     for step in range(5):
         grad = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(step))
         optimizer.update(ours, {"x.A": grad}, moments, 1e-3)

@@ -319,7 +319,8 @@ class Convolving(Attending):
         self.convolution = nn.Conv1d(8, 8, 3, padding=1)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        return super().forward(x, mask) + self.convolution(x.mT).mT
+        mixed: Tensor = self.convolution(x.mT).mT
+        return super().forward(x, mask) + mixed
 
 
 class Averaging(Attending):

@@ -10,10 +10,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from peertune.data.batches import (
+    BLOCK,
     Encoded,
     encode_images,
     encode_text,
+    even_parts,
     micro_batches,
+    pack_rows,
     pad,
     sample,
     training_steps,
@@ -24,6 +27,7 @@ from peertune.errors import DataError
 from peertune.types import Batch
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh"]
+ALL: dict[str, Any] = {"tokens": 20, "clients_together": 9, "packed": False, "seed": 0}
 lengths_of_rows = st.lists(st.integers(1, 40), min_size=1, max_size=60).map(np.array)
 
 
@@ -66,6 +70,83 @@ def test_micro_batches_are_as_large_as_the_budget_allows(lengths: NDArray[np.int
     parts = list(micro_batches(lengths, tokens))
     for part in parts[:-1]:
         assert lengths[part].max() * (len(part) + 1) > tokens
+
+
+@given(lengths_of_rows)
+def test_packing_gives_every_token_a_slot_of_its_own_and_keeps_rows_whole(lengths: NDArray[np.int64]) -> None:
+    packing = pack_rows(lengths)
+    if packing is None:
+        return
+    blocks, size = packing.rows.shape
+    assert len(set(packing.slots.tolist())) == len(packing.slots) == lengths.sum()
+    assert packing.width == lengths.max()
+    row, position = packing.tokens // packing.width, packing.tokens % packing.width
+    every_token = [(row, position) for row, length in enumerate(lengths) for position in range(length)]
+    assert sorted(zip(row.tolist(), position.tolist(), strict=True)) == every_token
+    rows, positions = packing.rows.flatten(), packing.positions.flatten()
+    assert torch.equal(rows[packing.slots], row)
+    assert torch.equal(positions[packing.slots], position)
+    empty = torch.ones(blocks * size, dtype=torch.bool)
+    empty[packing.slots] = False
+    assert (rows[empty] == -1).all()
+    assert (positions[empty] == 0).all()
+    for number, length in enumerate(lengths):
+        (slots,) = torch.nonzero(rows == number, as_tuple=True)
+        assert slots.tolist() == list(range(int(slots[0]), int(slots[0]) + length))  # side by side, in their order
+        assert positions[slots].tolist() == list(range(length))
+        assert int(slots[0]) // size == int(slots[-1]) // size
+
+
+@given(lengths_of_rows | st.lists(st.integers(1, 3 * BLOCK), min_size=1, max_size=60).map(np.array))
+def test_blocks_are_few_and_as_long_as_the_longest_row_asks(lengths: NDArray[np.int64]) -> None:
+    longest = int(lengths.max())
+    size = max(BLOCK, (longest + 15) // 16 * 16)
+    packing = pack_rows(lengths)
+    *_, second, first = sorted([*lengths, size], reverse=True)  # the two shortest rows
+    assert (packing is None) == (len(lengths) == 1 or first + second > size)
+    if packing is None:
+        return
+    blocks = len(packing.rows)
+    assert packing.rows.shape[1] == size
+    assert blocks < len(lengths)
+    filled = sorted((packing.rows >= 0).sum(1).tolist())
+    assert filled[0] > 0
+    assert blocks == 1 or filled[0] + filled[1] > size  # no two blocks would fit into one
+    assert blocks <= 2 * -(-int(lengths.sum()) // size)
+
+
+def test_rows_of_lengths_like_sst2s_leave_next_to_no_slot_empty() -> None:
+    lengths = np.clip(np.random.default_rng(0).lognormal(2.3, 0.7, 160).astype(int) + 3, 4, 48)
+    packing = pack_rows(lengths)
+    assert packing is not None
+    assert lengths.sum() / packing.rows.numel() > 0.97
+    assert lengths.sum() / (len(lengths) * lengths.max()) < 0.4
+
+
+def test_the_same_rows_are_packed_alike_each_time() -> None:
+    lengths = np.random.default_rng(0).integers(1, 40, 50)
+    first, second = pack_rows(lengths), pack_rows(lengths.copy())
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.slots, second.slots)
+
+
+@given(lengths_of_rows, st.integers(1, 500), st.integers(1, 9))
+def test_even_parts_hold_every_row_once_in_order_and_near_the_budget(
+    lengths: NDArray[np.int64], tokens: int, least: int
+) -> None:
+    parts = even_parts(lengths, tokens, least)
+    total, longest = int(lengths.sum()), int(lengths.max())
+    wanted = max(least, round(total / tokens), 1)
+    assert np.concatenate(parts).tolist() == list(range(len(lengths)))
+    assert all(len(part) for part in parts)
+    assert len(parts) <= wanted
+    for part in parts:
+        assert lengths[part].sum() <= total / wanted + longest
+        assert lengths[part].sum() <= 1.5 * tokens + longest
+    if longest * wanted < total:  # no row is as long as a part
+        assert len(parts) == wanted
+        assert min(lengths[part].sum() for part in parts) >= total / wanted - longest
 
 
 @given(seed=st.integers(0, 5), client=st.integers(0, 9), rows=st.integers(1, 30), size=st.integers(1, 12))
@@ -152,23 +233,26 @@ def rows_and_keys(steps: list[list[Batch]], clients: list[int]) -> dict[tuple[in
     return {name: sorted(rows) for name, rows in found.items()}
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("tokens", [1, 64, 10_000])
-@given(seed=st.integers(0, 3), round=st.integers(0, 5), chunk=st.integers(1, 5))
+@given(seed=st.integers(0, 3), round=st.integers(0, 5), chunk=st.integers(1, 5), clients_together=st.integers(1, 6))
 @settings(max_examples=15, deadline=None)
 def test_what_a_client_trains_on_does_not_depend_on_who_is_asked_for_with_it(
-    tokens: int, seed: int, round: int, chunk: int
+    tokens: int, packed: bool, seed: int, round: int, chunk: int, clients_together: int
 ) -> None:
     encoded = encoded_rows(60)
     parts = np.array_split(np.random.default_rng(seed).permutation(60), [3, 10, 30, 45])
     common: dict[str, Any] = {"rows_per_step": 6, "local_steps": 3, "seed": seed}
     everyone = list(range(5))
-    together = rows_and_keys(list(training_steps(encoded, parts, tokens=10_000, **common)(everyone, round)), everyone)
+    whole: dict[str, Any] = {"tokens": 10_000, "clients_together": 5, "packed": False, **common}
+    together = rows_and_keys(list(training_steps(encoded, parts, **whole)(everyone, round)), everyone)
     assert all(len(rows) == 6 for rows in together.values())
     assert all({row for row, _, _ in rows} <= set(parts[client].tolist()) for (_, client), rows in together.items())
     assert all(count == encoded.lengths[row] for rows in together.values() for row, _, count in rows)
     keys = [key for rows in together.values() for _, key, _ in rows]
     assert len(set(keys)) == len(keys)
-    steps = training_steps(encoded, parts, tokens=tokens, **common)
+    cut: dict[str, Any] = {"tokens": tokens, "clients_together": clients_together, "packed": packed, **common}
+    steps = training_steps(encoded, parts, **cut)
     for start in range(0, 5, chunk):
         some = everyone[start : start + chunk]
         alone = rows_and_keys(list(steps(some, round)), some)
@@ -177,33 +261,63 @@ def test_what_a_client_trains_on_does_not_depend_on_who_is_asked_for_with_it(
     assert rows_and_keys(list(steps(backwards, round)), backwards) == together
 
 
+@given(seed=st.integers(0, 20), tokens=st.integers(20, 400), clients_together=st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_a_batch_holds_rows_of_few_neighbouring_clients(seed: int, tokens: int, clients_together: int) -> None:
+    encoded = encoded_rows(60, seed)
+    parts = np.array_split(np.arange(60), 6)
+    common: dict[str, Any] = {"rows_per_step": 8, "local_steps": 2, "clients_together": clients_together, "seed": seed}
+    for packed in (False, True):
+        for batches in training_steps(encoded, parts, tokens=tokens, packed=packed, **common)(range(6), 0):
+            for batch in batches:
+                spread = int(batch.clients.max() - batch.clients.min()) + 1
+                lengths = batch.inputs["attention_mask"].sum(1)
+                if packed:  # cut by tokens, and clients' rows are not of one length
+                    assert spread <= 3 * clients_together
+                    assert len(batch.clients.unique()) == spread
+                    assert lengths.sum() <= 1.5 * tokens + 20
+                    assert (batch.packing is None) == (pack_rows(lengths.numpy()) is None)
+                    assert batch.packing is None or batch.packing.width == batch.inputs["input_ids"].shape[1]
+                else:
+                    assert spread <= clients_together
+                    assert batch.packing is None
+
+
 def test_rounds_go_on_where_the_one_before_stopped() -> None:
     encoded = encoded_rows(20)
-    steps = training_steps(encoded, [np.arange(20)], rows_per_step=4, local_steps=5, tokens=99, seed=0)
+    steps = training_steps(encoded, [np.arange(20)], rows_per_step=4, local_steps=5, **ALL)
     seen = [row for step in range(2) for rows in rows_and_keys(list(steps([0], step)), [0]).values() for row in rows]
     assert sorted(row for row, _, _ in seen) == sorted([*range(20), *range(20)])
     assert len({key for _, key, _ in seen}) == 40
 
 
 def test_a_clients_shares_in_its_loss_sum_to_one() -> None:
-    steps = training_steps(encoded_rows(20), [np.arange(20)], rows_per_step=7, local_steps=1, tokens=20, seed=0)
+    steps = training_steps(encoded_rows(20), [np.arange(20)], rows_per_step=7, local_steps=1, **ALL)
     (batches,) = steps([0], 0)
     assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1)
 
 
 @given(
     st.lists(st.integers(0, 59), min_size=1, max_size=30, unique=True).map(np.array),
-    st.integers(1, 7),
+    st.booleans(),
     st.integers(1, 300),
 )
 @settings(deadline=None)
-def test_validation_shows_every_row_to_every_client_once(rows: NDArray[np.int64], clients: int, tokens: int) -> None:
+def test_validation_shows_every_row_once(rows: NDArray[np.int64], packed: bool, tokens: int) -> None:
     encoded = encoded_rows(60)
     seen = []
-    for batch, places in validation_batches(encoded, rows, clients, tokens):
+    for batch, places in validation_batches(encoded, rows, tokens, packed):
         assert batch.labels.tolist() == rows[places].tolist()
         assert batch.inputs["input_ids"][:, 0].tolist() == rows[places].tolist()
         assert batch.inputs["attention_mask"].sum(1).tolist() == encoded.lengths[rows[places]].tolist()
-        assert batch.inputs["input_ids"].numel() <= max(tokens, clients * encoded.lengths[rows[places]].max())
-        seen += list(zip(batch.clients.tolist(), places.tolist(), strict=True))
-    assert sorted(seen) == [(client, place) for client in range(clients) for place in range(len(rows))]
+        longest = encoded.lengths[rows[places]].max()
+        if packed:
+            assert encoded.lengths[rows[places]].sum() <= 1.5 * tokens + longest
+            plan = pack_rows(encoded.lengths[rows[places]])
+            assert (batch.packing is None) == (plan is None)
+        else:
+            assert batch.inputs["input_ids"].numel() <= max(tokens, longest)
+            assert batch.packing is None
+        assert not batch.clients.any()
+        seen += places.tolist()
+    assert sorted(seen) == list(range(len(rows)))

@@ -12,6 +12,7 @@ from peertune.engines import simulator
 from peertune.engines.simulator import simulate
 from peertune.metrics import payload_bytes
 from peertune.recipe import load_recipe
+from peertune.round import Job
 from peertune.topology import weights_at
 from peertune.types import RoundRecord, Tensors, kind, select
 
@@ -32,8 +33,13 @@ def made(*overrides: str) -> Run:
     return build(load_recipe("digits-demo", [*SMALL, *overrides]))
 
 
+def kept(job: Job) -> list[RoundRecord]:
+    """All records, each with a state of its own."""
+    return [replace(record, state=record.state and record.state.clone()) for record in simulate(job)]
+
+
 def run(*overrides: str) -> list[RoundRecord]:
-    return list(simulate(made(*overrides).job))
+    return kept(made(*overrides).job)
 
 
 def adapters(records: list[RoundRecord]) -> Tensors:
@@ -97,15 +103,48 @@ def test_a_round_that_is_resumed_from_gives_the_same_bits(whole: list[RoundRecor
     for done, record in enumerate(whole[:-1], start=1):
         assert record.state is not None
         assert record.state.round == done
-        rest = list(simulate(replace(job, state=record.state)))
+        rest = kept(replace(job, state=record.state))
         assert [without_time(record) for record in rest] == [without_time(record) for record in whole[done:]]
         assert all(torch.equal(x, adapters(whole)[name]) for name, x in adapters(rest).items())
+
+
+def test_there_is_one_state_which_every_round_steps_where_it_lies() -> None:
+    places = []
+    for record in simulate(made("training.clients_per_pass=2").job):
+        assert record.state is not None
+        places.append({name: x.data_ptr() for name, x in (record.state.adapters | record.state.moments).items()})
+    assert places[0] == places[1] == places[2]
+    assert len(set(places[0].values())) == len(places[0])
+
+
+@pytest.mark.parametrize("method", ["adf_lora", "decaf"])
+def test_a_job_keeps_its_start_and_can_be_simulated_again_to_the_same_bits(method: str) -> None:
+    job = made(f"algorithm={{name: {method}}}").job
+    start = job.state.clone()
+    first = kept(job)
+    for name, x in (job.state.adapters | job.state.moments).items():
+        assert torch.equal(x, (start.adapters | start.moments)[name])
+    again = kept(job)
+    assert [without_time(record) for record in again] == [without_time(record) for record in first]
+    assert all(torch.equal(x, adapters(first)[name]) for name, x in adapters(again).items())
+    middle = first[0].state
+    assert middle is not None
+    resumed = middle.clone()
+    kept(replace(job, state=middle))
+    for name, x in (middle.adapters | middle.moments).items():
+        assert torch.equal(x, (resumed.adapters | resumed.moments)[name])
+
+
+def test_the_start_of_many_clients_takes_the_memory_of_one() -> None:
+    state = made("clients=40").job.state
+    for name, x in (state.adapters | state.moments).items():
+        assert x.untyped_storage().nbytes() * 40 == x.numel() * x.element_size() or name.startswith("steps.")
 
 
 @pytest.mark.parametrize("reset", ["round", "phase"])
 def test_resuming_knows_when_moments_start_afresh(reset: str) -> None:
     job = made("algorithm.switch_every=2", f"training.reset_optimizer={reset}", "rounds=4").job
-    records = list(simulate(job))
+    records = kept(job)
     for record in records[1:3]:  # at the end of a phase, and within one
         assert record.state is not None
         *_, last = simulate(replace(job, state=record.state))
@@ -149,7 +188,7 @@ def test_the_averaged_adapter_scores_as_a_client_that_holds_it() -> None:
 @pytest.mark.parametrize("method", sorted(ALGORITHMS))
 def test_every_method_runs_and_says_what_it_sent(method: str) -> None:
     job = made(f"algorithm={{name: {method}}}", "rounds=2").job
-    records = list(simulate(job))
+    records = kept(job)
     everything = payload_bytes(job.state.adapters)
     before = job.state
     for t, record in enumerate(records):
@@ -187,7 +226,7 @@ def test_every_method_runs_and_says_what_it_sent(method: str) -> None:
 
 def test_ffa_lora_keeps_every_a_at_the_common_start_to_the_bit() -> None:
     job = made("algorithm={name: ffa_lora}").job
-    records = list(simulate(job))
+    records = kept(job)
     for name, x in select(adapters(records), {"A"}).items():
         assert torch.equal(x, job.state.adapters[name])
         assert all(torch.equal(one, x[0]) for one in x)
