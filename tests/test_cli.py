@@ -132,15 +132,16 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+@pytest.mark.parametrize("every", [3, 13])  # 13: stopped before any checkpoint was due, most likely within a round
 @pytest.mark.parametrize(
     ("how", "after"),
     [(name, random.Random(name).randrange(0, 18)) for name in ("SIGKILL", "SIGINT", "SIGTERM")],
 )
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
-    uninterrupted: Path, tmp_path: Path, how: str, after: int
+    uninterrupted: Path, tmp_path: Path, how: str, after: int, every: int
 ) -> None:
     run = tmp_path / "run"
-    process = start(tmp_path, "run", "digits-demo", *LONG, "--out", "run")
+    process = start(tmp_path, "run", "digits-demo", *LONG, f"checkpoint.every={every}", "--out", "run")
     lines = run / "rounds.jsonl"
     wait_until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= after, process)
     process.send_signal(signal.Signals[how])

@@ -21,8 +21,8 @@ from peertune.adapters.packing import pack, unpack
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.rows import Rows, bound, current_rows
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
-from peertune.data.batches import pack_rows
-from peertune.training import row_losses
+from peertune.data.batches import Encoded, pack_rows, validation_batches
+from peertune.training import evaluate, row_losses
 from peertune.types import Batch, Tensors
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
@@ -207,6 +207,20 @@ def test_sites_on_every_linear_layer_pack_though_some_stand_beside_the_layers(na
     packed, padded = (answers(model, adapters, make_batch([5, 3, 20, 1, 7], packed)) for packed in (True, False))
     for part, x in packed.items():
         torch.testing.assert_close(x, padded[part], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["modernbert", "gpt2"])
+def test_predictions_do_not_depend_on_packing(name: str) -> None:
+    model, adapters = make_stack(name, dropout=0.2)
+    lengths = np.random.default_rng(0).integers(1, 21, 40)
+    tokens = {"input_ids": torch.from_numpy(np.random.default_rng(1).integers(2, EOS, lengths.sum()))}
+    split = Encoded({}, tokens, {"input_ids": PAD}, np.cumsum(lengths) - lengths, lengths, torch.arange(40) % CLASSES)
+    rows = np.random.default_rng(2).permutation(40)[:30]
+    packed, padded = (
+        evaluate(model, adapters, validation_batches(split, rows, 150, packed), len(rows)) for packed in (True, False)
+    )
+    assert (packed == padded).all()
+    assert len(np.unique(packed)) > 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

