@@ -11,7 +11,7 @@ a site as a pair; they batch the receivers that heard the same number m of adapt
 that heard only itself keeps its pair bit for bit. Heads are always averaged.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from math import sqrt
 
 import torch
@@ -24,10 +24,12 @@ Mixer = Callable[[Tensors, Tensors, Tensor, Phase], Tensors]
 
 _PAIR = frozenset({"A", "B"})
 _ROW_NORM = 1 / sqrt(3)  # of A at the start: d_in entries of variance 1 / (3 d_in), Kaiming-uniform with a = sqrt(5)
-_CHUNK_FLOATS = 2**26  # heard factors gathered at once; bounds the memory of dense graphs
+_CHUNK_FLOATS = 2**24  # heard factors gathered at once; bounds the memory of dense graphs
 
-_Combine = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-# own A [G, r, d_in], own B [G, d_out, r], heard A [G, m, r, d_in], heard B [G, m, d_out, r], share [G, m] → A, B [G, …]
+_Group = tuple[Tensor, Tensor, Tensor]
+# receivers [G], the m > 1 adapters that each of them heard [G, m], and their weights [G, m]
+_Combine = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[_Group]], Iterator[tuple[Tensor, Tensor, Tensor]]]
+# own A [R, r, d_in], own B [R, d_out, r], heard A [H, r, d_in], heard B [H, d_out, r], groups → receivers [G], A, B
 
 
 def gossip(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Tensors:
@@ -42,15 +44,19 @@ def gossip(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Tenso
 def products(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Tensors:
     """Average the products and go back to rank r: `B_i A_i ← SVD_r(Σ_j W_ij B_j A_j)`.
 
-    No product is ever formed: with thin QRs `[w_1 B_1, …, w_m B_m] = Q_B R_B` and `[A_1; …; A_m]ᵀ = Q_A R_A`, the SVD
-    of the small core `R_B R_Aᵀ` gives `U S Vᵀ`. The sign of each singular pair makes the largest entry of its u
-    positive, so the order in which adapters were heard does not matter.
+    With the heard factors side by side, `A = [A_1; …; A_m]` and `B = [w_1 B_1, …, w_m B_m]`, the averaged product is
+    `B A`. What is decomposed is no larger than m r: the inner products of A's rows and of B's columns give the
+    eigenvectors of `(B A)ᵀ (B A)`, and one step of power iteration with a QR makes them the leading right singular
+    vectors V (`_leading`); `U S = B A V`. All of it is in float64, so that for adapters in float32 the rounding of the
+    result is the only one that shows. The sign of each singular pair makes the largest entry of its u positive, so the
+    order in which adapters were heard does not matter.
 
     The split is `B = U S / c`, `A = c Vᵀ` with c = 1/√3, the norm of A's rows at the start. A split by square roots
     would leave a direction with singular value zero dead for ever: neither of its factors gets a gradient. Here A's
     rows keep their norm whatever S is, so B always gets one. Where the averaged product's rank q is below r, as at the
     start when B = 0, the r - q last columns of B are zero, and the r - q last rows of A are c times an orthonormal
     basis of what the receiver's own A (of rank r) spans beyond the kept directions, the basis nearest to its last rows.
+    A singular value below ε · max(d_out, m r) times the largest counts as zero; ε is that of the adapters' type.
 
     Acts only in rounds that send both A and B. Source: DeCAF (arXiv 2505.21382). Not stated in the paper, as far as we
     know it: the split, the signs, and what becomes of directions without weight.
@@ -73,13 +79,19 @@ def rotated(strength: float) -> Mixer:
     """
 
     def mix(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Tensors:
-        def turn(own_A: Tensor, own_B: Tensor, A: Tensor, B: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-            # The r x r algebra is cheap, so it runs in float64: the factors' own rounding then is the only one.
-            M = B.double().mT @ own_B.double()[:, None] if phase.round % 2 else A.double() @ own_A.double()[:, None].mT
-            M = M / torch.linalg.matrix_norm(M, keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
-            identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-            Q = share[..., None, None] * _rotation(torch.lerp(identity, _rotation(M), strength)).to(A.dtype)
-            return torch.einsum("gmqr,gmqi->gri", Q, A), torch.einsum("gmqr,gmoq->gor", Q, B)
+        def turn(
+            own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
+        ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for receivers, senders, share in groups:
+                A, B = heard_A[senders], heard_B[senders]  # [G, m, r, d_in], [G, m, d_out, r]
+                # The r x r algebra is cheap, so it runs in float64: the factors' own rounding then is the only one.
+                own, other = (own_B.mT, B.mT) if phase.round % 2 else (own_A, A)
+                M = other.double() @ own[receivers, None].double().mT
+                M = M / torch.linalg.matrix_norm(M, keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
+                identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+                Q = share[..., None, None] * _rotation(torch.lerp(identity, _rotation(M), strength))
+                Q = Q.to(A.dtype)
+                yield receivers, torch.einsum("gmqr,gmqi->gri", Q, A), torch.einsum("gmqr,gmoq->gor", Q, B)
 
         return _by_pairs(own, heard, weights, phase, turn)
 
@@ -100,23 +112,18 @@ def _by_pairs(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase, combi
     mixed = _average(own, heard, weights, phase.send - _PAIR)
     if not phase.send >= _PAIR:
         return mixed
-    sites = [(name, f"{name[:-1]}B") for name in own if kind(name) == "A"]
-    mixed |= {name: own[name].clone() for site in sites for name in site}
-    floats = max((own[a].shape[1:].numel() + own[b].shape[1:].numel() for a, b in sites), default=1)
-    for receivers, senders, share in _groups(weights, floats):
-        for a, b in sites:
-            like = own[a]
-            mixed[a][receivers], mixed[b][receivers] = combine(
-                own[a][receivers], own[b][receivers], heard[a][senders], heard[b][senders], share.to(like)
-            )
+    groups = list(_groups(weights))
+    for a, b in [(name, f"{name[:-1]}B") for name in own if kind(name) == "A"]:
+        floats = own[a].shape[1:].numel() + own[b].shape[1:].numel()
+        new_A, new_B = own[a].clone(), own[b].clone()
+        for receivers, A, B in combine(own[a], own[b], heard[a], heard[b], _chunks(groups, floats, own[a].device)):
+            new_A[receivers], new_B[receivers] = A, B
+        mixed |= {a: new_A, b: new_B}
     return mixed
 
 
-def _groups(weights: Tensor, floats: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield receivers [G], the m > 1 adapters that each of them heard [G, m], and their weights [G, m].
-
-    `floats` is the size of one adapter's pair; G is cut so that m · G pairs fit in a chunk.
-    """
+def _groups(weights: Tensor) -> Iterator[_Group]:
+    """Yield a group for each number m > 1 of adapters that somebody heard."""
     entries = weights.to_sparse().coalesce()  # sorted by receiver
     held = entries.values() != 0  # a sparse matrix may store zeros
     (receiver, sender), share = entries.indices()[:, held], entries.values()[held]
@@ -125,26 +132,80 @@ def _groups(weights: Tensor, floats: int) -> Iterator[tuple[Tensor, Tensor, Tens
         if m > 1:
             group = counts[receiver] == m
             receivers, senders, shares = (x[group].view(-1, m) for x in (receiver, sender, share))
-            size = max(1, _CHUNK_FLOATS // (m * floats))
-            for start in range(0, len(receivers), size):
-                cut = slice(start, start + size)
-                yield receivers[cut, 0], senders[cut], shares[cut]
+            yield receivers[:, 0], senders, shares
 
 
-def _truncate(own_A: Tensor, own_B: Tensor, A: Tensor, B: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    r = own_A.shape[-2]
-    left = (share[..., None, None] * B).movedim(1, 2).flatten(2)  # [G, d_out, m r]
-    Q_B, R_B = torch.linalg.qr(left)
-    Q_A, R_A = torch.linalg.qr(A.flatten(1, 2).mT)  # of [G, d_in, m r]
-    u, s, vh = torch.linalg.svd(R_B @ R_A.mT, full_matrices=False)
-    U, S, Vh = Q_B @ u[..., :r], s[..., :r], vh[..., :r, :] @ Q_A.mT
-    sign = U.gather(-2, U.abs().argmax(-2, keepdim=True)).sign()  # [G, 1, r]
-    U, Vh = U * sign, Vh * sign.mT
-    noise = S[:, :1] * torch.finfo(S.dtype).eps * max(left.shape[1:])
-    kept = noise < S
-    lacking = (~kept.all(-1)).nonzero()[:, 0]
-    Vh[lacking] = _complete(Vh[lacking], kept[lacking], own_A[lacking])
-    return _ROW_NORM * Vh, U * (torch.where(kept, S, 0) / _ROW_NORM)[:, None, :]
+def _chunks(groups: Iterable[_Group], floats: int, device: torch.device) -> list[_Group]:
+    """Cut groups so that m · G pairs of this many floats fit in a chunk."""
+    return [
+        (receivers.to(device), senders.to(device), share.to(device))
+        for group in groups
+        for receivers, senders, share in zip(
+            *(x.split(max(1, _CHUNK_FLOATS // (group[1].shape[1] * floats))) for x in group), strict=True
+        )
+    ]
+
+
+def _truncate(
+    own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    dtype, (_, d_out, r) = own_A.dtype, own_B.shape
+    # All is laid out in rows: a thin matrix from the left is several times faster than its transpose from the right.
+    rows_A, basis_A = _coordinates(heard_A.double(), groups)
+    rows_B, basis_B = _coordinates(heard_B.mT.contiguous().double(), groups)
+    for receivers, senders, share in groups:
+        A = rows_A[senders].flatten(1, 2)  # [G, m r, d_in]
+        B = rows_B[senders].mul_(share[..., None, None]).flatten(1, 2)  # [G, m r, d_out]
+        m_r, d_in = A.shape[1:]
+        if m_r > d_in:  # then the product itself is smaller than what it is made of
+            A, B = torch.eye(d_in, dtype=A.dtype, device=A.device).expand(len(A), -1, -1), A.mT @ B
+        Vh = _leading(A, B, r)
+        US = Vh @ A.mT @ B  # [G, r, d_out]
+        Vh = Vh if basis_A is None else Vh @ basis_A
+        US = US if basis_B is None else US @ basis_B
+        sign = US.gather(-1, US.abs().argmax(-1, keepdim=True)).sign()  # [G, r, 1]
+        Vh, US = Vh * sign, US * sign
+        S = torch.linalg.vector_norm(US, dim=-1).cummin(-1).values  # in the noise they need not fall by themselves
+        kept = torch.finfo(dtype).eps * max(d_out, m_r) * S[:, :1] < S
+        lacking = (~kept.all(-1)).nonzero()[:, 0]
+        Vh[lacking] = _complete(Vh[lacking], kept[lacking], own_A[receivers[lacking]].double())
+        yield receivers, (_ROW_NORM * Vh).to(dtype), (torch.where(kept[..., None], US, 0) / _ROW_NORM).to(dtype).mT
+
+
+def _coordinates(rows: Tensor, groups: Sequence[_Group]) -> tuple[Tensor, Tensor | None]:
+    """Return what `rows [H, r, d]` are in an orthonormal basis `[H r, d]` of their span, where that saves work.
+
+    It does where few adapters are heard by many: a QR of them all, `d (H r)²` multiplications, then is cheaper than
+    what it saves each receiver of m of them, `(d - H r) (m r)²`.
+    """
+    H, r, d = rows.shape
+    if H**2 * d >= (d - H * r) * sum(senders.numel() * senders.shape[1] for _, senders, _ in groups):
+        return rows, None
+    Q, R = torch.linalg.qr(rows.flatten(0, 1).mT)
+    return R.mT.reshape(H, r, -1), Q.mT
+
+
+def _leading(A: Tensor, B: Tensor, r: int) -> Tensor:
+    """Return the r leading right singular vectors of `M = Bᵀ A`, as rows `[G, r, d_in]`.
+
+    A is `[G, k, d_in]` and B `[G, k, d_out]`, in float64. With the Cholesky factor C of `A Aᵀ` there is a Q with
+    orthonormal columns such that `A = C Qᵀ`, so `MᵀM = Q (Cᵀ B Bᵀ C) Qᵀ`, and the eigenvectors y of the matrix in
+    brackets `[k, k]` give `v = Q y`. Q is not needed: `MᵀM v = Aᵀ B Bᵀ C y` has v's direction. This step of power
+    iteration shrinks the errors of y that lie in weaker directions, and the QR, strongest first, takes out those in
+    stronger ones. So V is orthonormal to rounding although squares have lost the singular values below 1e-8.
+
+    Where adapters are equal, zero or dependent, `A Aᵀ` is singular up to rounding, which Cholesky does not bear; its
+    diagonal is raised a little, each entry by its own measure. Rounding is below (d_in + k²) ε at worst, and some
+    k ε in fact. Only y feels it.
+    """
+    k, d_in = A.shape[1:]
+    precision = torch.finfo(A.dtype)
+    inner_A, inner_B = A @ A.mT, B @ B.mT
+    inner_A.diagonal(dim1=1, dim2=2).mul_(1 + (d_in + 10 * k) * precision.eps).add_(precision.tiny)
+    C = torch.linalg.cholesky(inner_A)
+    y = torch.linalg.eigh(C.mT @ inner_B @ C).eigenvectors.mT[:, -r:].flip(1)  # eigenvalues rise
+    Vh: Tensor = torch.linalg.qr((y @ C.mT @ inner_B @ A).mT).Q.mT
+    return Vh
 
 
 def _complete(Vh: Tensor, kept: Tensor, A: Tensor) -> Tensor:

@@ -62,6 +62,96 @@ def test_products_are_the_truncated_svd_of_the_averaged_product(
     torch.testing.assert_close(product(products(pairs, pairs, weights, A_ROUND)), expected, rtol=1e-9, atol=1e-9)
 
 
+@st.composite
+def deficient(draw: st.DrawFn) -> tuple[Tensors, Tensor]:
+    """Pairs in float32 of which some are zero, equal, nearly equal, dependent or of another scale, and weights."""
+    n, r = draw(st.integers(2, 6)), draw(st.integers(1, 4))
+    d_in, d_out, seed = draw(st.integers(r, 60)), draw(st.integers(r, 60)), draw(seeds)
+    pairs = single(random_pairs(seed, n, r, d_in, d_out))
+    A, B = pairs["site.A"], pairs["site.B"]
+    for j in range(n):
+        what = draw(
+            st.sampled_from(["", "A = 0", "B = 0", "equal", "near", "opposite", "dependent", "low rank", "scale"])
+        )
+        match what:
+            case "A = 0":
+                A[j] = 0
+            case "B = 0":
+                B[j] = 0
+            case "equal":
+                A[j], B[j] = A[0], B[0]
+            case "near":
+                A[j], B[j] = A[0] * (1 + 1e-6 * A[j]), B[0] + 1e-4 * B[j]
+            case "opposite":
+                A[j], B[j] = A[0], -B[0]
+            case "dependent":
+                A[j] = A[0].flip(0) + A[-1]
+            case "low rank":
+                B[j, :, 1:] = 0
+            case "scale":
+                A[j], B[j] = A[j] * 1e-5, B[j] * 1e5
+    return pairs, random_weights(seed, n)
+
+
+@settings(some, max_examples=200)
+@given(deficient())
+def test_products_of_deficient_adapters_are_as_near_as_rank_r_can_be(case: tuple[Tensors, Tensor]) -> None:
+    pairs, weights = case
+    mixed = products(pairs, pairs, weights, A_ROUND)
+    A, B = double(mixed).values()
+    r = A.shape[1]
+    exact = torch.einsum("ij,jxy->ixy", weights, product(double(pairs)))
+    cut = 1e-7 * max(B.shape[1], len(weights) * r)  # what is below counts as zero
+    for got, want in zip(B @ A, exact, strict=True):
+        S = torch.linalg.svdvals(want)
+        assert torch.linalg.matrix_norm(got - want, 2) <= max(S[r] if r < len(S) else 0, 2 * cut * S[0]) + 1e-6 * S[0]
+    unit = torch.linalg.vector_norm(pairs["site.A"], dim=-1).amin(-1) > 0  # own A has rank r, so it can fill in
+    eye = torch.eye(r, dtype=torch.float64).expand(len(A), -1, -1)
+    torch.testing.assert_close(3 * (A @ A.mT)[unit], eye[unit], rtol=0, atol=1e-5)
+
+
+def single(pairs: Tensors) -> Tensors:
+    return {name: x.float() for name, x in pairs.items()}
+
+
+def double(pairs: Tensors) -> Tensors:
+    return {name: x.double() for name, x in pairs.items()}
+
+
+@some
+@given(seeds, st.sampled_from([(2, 3, 20, 40), (11, 8, 384, 200), (5, 4, 12, 30)]))
+def test_products_of_float32_adapters_show_no_rounding_but_the_last(
+    seed: int, shape: tuple[int, int, int, int]
+) -> None:
+    pairs, weights = single(random_pairs(seed, *shape)), random_weights(seed, shape[0])
+    expected = truncated(torch.einsum("ij,jxy->ixy", weights, product(double(pairs))), shape[1])
+    error = product(double(products(pairs, pairs, weights, A_ROUND))) - expected
+    assert (error.norm(dim=(1, 2)) < 3e-7 * expected.norm(dim=(1, 2))).all()
+
+
+@pytest.mark.parametrize("rank", [0, 3, 8])
+def test_products_of_equal_adapters_of_real_size_stay_what_they_are(rank: int) -> None:
+    pairs = take(single(random_pairs(rank, 1, 8, 1024, 768)), torch.zeros(11, dtype=torch.long))
+    pairs["site.A"][..., rank:, :] = 0
+    mixed = products(pairs, pairs, torch.full((11, 11), 1 / 11), A_ROUND)
+    torch.testing.assert_close(product(mixed), product(pairs), rtol=0, atol=1e-4)
+
+
+@some
+@given(seeds, st.integers(0, 3))
+def test_products_in_shared_coordinates_are_those_that_each_receiver_gets_alone(seed: int, rank: int) -> None:
+    pairs, weights = random_pairs(seed, 4, 3, 40, 50), random_weights(seed, 4)
+    pairs["site.B"][..., rank:] = 0
+    everyone, alone = (list(mixers._groups(rows)) for rows in (weights, weights[:1]))
+    assert mixers._coordinates(pairs["site.A"], everyone)[1] is not None
+    assert mixers._coordinates(pairs["site.A"], alone)[1] is None
+    together = products(pairs, pairs, weights, A_ROUND)
+    for i in range(4):
+        own = take(pairs, slice(i, i + 1))
+        for name, x in products(own, pairs, weights[i : i + 1], A_ROUND).items():
+            torch.testing.assert_close(x, together[name][i : i + 1], rtol=1e-9, atol=1e-9)
+
+
 @some
 @given(seeds)
 def test_rows_of_a_are_orthogonal_and_as_long_as_at_the_start(seed: int) -> None:
