@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -316,6 +317,25 @@ def _interruptible() -> Iterator[None]:
 
 
 @contextmanager
+def _stop_between_rounds() -> Iterator[Event]:
+    """Set an event at the first Ctrl-C or termination signal, so that the round can be finished; stop at the second."""
+    asked = Event()
+
+    def ask(*_: object) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+        print("peertune: stopping after this round; once more to go back to the last checkpoint", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def _messages() -> Iterator[None]:
     """Show what the program is doing on a terminal; elsewhere only warnings."""
     logger = logging.getLogger("peertune")
@@ -364,25 +384,27 @@ def _train(run: "Run", folder: Path) -> None:
         TimeRemainingColumn(),
     )
     try:
-        with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
+        with (
+            _stop_between_rounds() as stop,
+            Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress,
+        ):
             bar = progress.add_task("", total=job.rounds, completed=state.round)
             described = ""
             for record in simulate(job):
                 assert record.state is not None
                 tracking.append(folder, record)
                 state = record.state
-                if state.round % checkpoint.every == 0 or state.round == job.rounds:
+                stopping = stop.is_set() and state.round < job.rounds
+                if state.round % checkpoint.every == 0 or state.round == job.rounds or stopping:
                     tracking.save_checkpoint(folder, state, checkpoint.keep)
                     kept = state.round
                 described = _describe(record, described)
                 progress.update(bar, completed=state.round, description=described)
+                if stopping:
+                    raise KeyboardInterrupt
         tracking.export_all(folder, state)
     except KeyboardInterrupt:
-        if kept < state.round:
-            tracking.save_checkpoint(folder, state, checkpoint.keep)
-        print(
-            f"peertune: stopped after {state.round} rounds; go on with: peertune run --resume {folder}", file=sys.stderr
-        )
+        print(f"peertune: stopped after {kept} rounds; go on with: peertune run --resume {folder}", file=sys.stderr)
         sys.exit(130)
 
 

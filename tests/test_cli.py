@@ -153,7 +153,11 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
         assert code == -signal.SIGKILL
     else:
         assert (code, out) == (130, "")
-        said = re.fullmatch(r"peertune: stopped after (\d+) rounds; go on with: peertune run --resume run\n", err)
+        said = re.fullmatch(
+            r"peertune: stopping after this round; once more to go back to the last checkpoint\n"
+            r"peertune: stopped after (\d+) rounds; go on with: peertune run --resume run\n",
+            err,
+        )
         assert said is not None
         assert int(said[1]) in (reached, reached - 1)  # a record is written before its round counts as done
     code, _, err = finish(start(tmp_path, "run", "--resume", "run"))

@@ -72,7 +72,7 @@ def attention_mask(mask_function: Callable[..., Any], dtype: torch.dtype, **size
     row, place = packing.rows[:, None], packing.positions[:, None]
     own = row[..., :, None] == row[..., None, :]
     allowed = own & mask_function(row[..., :, None], row.new_zeros(()), place[..., :, None], place[..., None, :])
-    return torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)
+    return torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
 
 
 def register_attention() -> None:

@@ -1,0 +1,124 @@
+"""The benchmarks run, compare like with like, and what the docs quote of them is what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import decaf
+from benchmarks.gpu import save_base
+from benchmarks.measure import Figure, figure, interleaved, machine
+from benchmarks.peft_loop import PeftLoop, client_rows
+from benchmarks.setup import dropout, make
+from benchmarks.step import compare, useful_operations
+from benchmarks.table import table
+from peertune.training import train_local
+
+ROOT = Path(__file__).parents[1]
+SST2 = ROOT.parent / "shared/data/glue/sst2"
+RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
+
+# PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+needs_sst2 = pytest.mark.skipif(not SST2.is_dir(), reason="no SST-2 beside the repository")
+
+
+def test_a_figure_is_the_median_with_its_spread_and_knows_whether_its_target_is_met() -> None:
+    found = figure("speed", [3.0, 1.0, 10.0], "×", "≥ 3")
+    assert found == Figure("speed", 3.0, 1.0, 10.0, "×", 3, "≥ 3")
+    assert found.met
+    assert not figure("share", [5.1], "%", "≤ 5").met
+    assert figure("time", [1.0], "s").met is None
+
+
+def test_actions_are_timed_in_turn_and_the_warm_up_is_not_counted() -> None:
+    calls: list[tuple[str, int]] = []
+    times = interleaved({name: lambda turn, name=name: calls.append((name, turn)) for name in "ab"}, 2, warmup=1)  # type: ignore[misc]
+    assert calls == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert {name: len(found) for name, found in times.items()} == {"a": 2, "b": 2}
+
+
+def test_a_table_says_what_was_missed() -> None:
+    text = table([figure("speed", [2.5, 1.5, 2.0], "×", "≥ 3", "a note").json(), figure("time", [1234.5], "s").json()])
+    assert text.splitlines()[2:] == [
+        "| speed | 2 × | 1.5 – 2.5 | ≥ 3 | **missed**; a note |",
+        "| time | 1,234 s | one run |  |  |",
+    ]
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_docs_quote_the_figures_that_were_measured(path: Path) -> None:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    assert path.name in text
+    for figures in results["figures"].values():
+        for line in table(figures).splitlines()[2:]:
+            assert line in text
+    assert {"cpu", "cores", "threads", "torch"} <= set(results["machine"])
+
+
+def test_the_machine_is_described() -> None:
+    found = machine()
+    assert found["cpu"]
+    assert found["cores"] >= 1
+    assert found["torch"] == torch.__version__
+
+
+def test_decafs_benchmark_checks_and_beats_the_dense_svd() -> None:
+    *_, speed = decaf.run(repeats=1)
+    assert speed.value > 1
+
+
+@needs_sst2
+class TestStep:
+    """The comparison, on a tiny base."""
+
+    @pytest.fixture(autouse=True)
+    def _sst2(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SST2", str(SST2))
+
+    @pytest.fixture
+    def settings(self, tmp_path: Path) -> list[str]:
+        save_base(tmp_path, hidden_size=32, layers=2, heads=2)
+        return [
+            f"model.name={tmp_path}",
+            "model.dtype=float32",
+            "clients=3",
+            "partition={name: iid}",
+            "algorithm.name=dec_lora",
+            "training.local_steps=1",
+        ]
+
+    @pytest.mark.parametrize("on", [False, True])
+    def test_it_measures_all_three_and_the_hardware(self, settings: list[str], on: bool) -> None:
+        figures = compare(make(*settings, *dropout(on)), "here", ("≥ 0", "≥ 0"), 1)
+        assert len(figures) == (5 if on else 7)
+        assert all(found.value > 0 for found in figures)
+
+    def test_the_loop_and_peertune_train_the_same(self, settings: list[str]) -> None:
+        setup = make(*settings, "training.learning_rate=0.01", "training.max_grad_norm=0", *dropout(False))
+        job, state = setup.job, setup.job.state.clone()
+        loop = PeftLoop(setup, dtype=torch.float32, attention="eager")
+        with torch.no_grad():
+            for name, x in loop.model.named_parameters():
+                if "lora_A" in name:  # ours start alike for all clients; PEFT draws
+                    site = name.removeprefix("base_model.model.").partition(".lora_A")[0]
+                    x.copy_(state.adapters[f"{site}.A"][0])
+        for step in range(3):
+            (batches,) = job.steps(range(3), step)
+            theirs = loop.step(client_rows(batches, 3))
+            ours = train_local(job.model, state, [batches], job.algorithm.phase(0), job.optim, step)
+            torch.testing.assert_close(ours, torch.tensor(theirs).double(), rtol=1e-4, atol=1e-5)
+
+    def test_useful_operations_are_those_of_a_count_by_hand(self, settings: list[str]) -> None:
+        setup = make(*settings, *dropout(False))
+        (batches,) = setup.job.steps(range(3), 0)
+        lengths = torch.cat([batch.inputs["attention_mask"].sum(1) for batch in batches]).double()
+        tokens, rows = float(lengths.sum()), len(lengths)
+        block = 4 * 32 * 32 + 2 * 32 * 128  # weights of an attention and a feed-forward part
+        frozen = 2 * tokens * (2 * 2 * block - 3 * 32 * 32)  # two layers, both ways, but for the first block's q, k, v
+        head = 2 * 2 * rows * (32 * 32 + 32 * 2)
+        factors = 3 * 2 * tokens * 4 * 8 * (32 + 32)
+        attention = 2 * 3 * 2 * 2 * float(lengths.square().sum()) * 32
+        assert useful_operations(setup.job.model, batches) == pytest.approx(frozen + head + factors + attention)
