@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.measure import machine
 from benchmarks.table import table
 
-PARTS = ("start", "step", "growth", "decaf", "evaluation", "gpu", "protocol")
+PARTS = ("start", "step", "growth", "memory", "decaf", "evaluation", "gpu", "protocol")
 
 
 def main() -> None:
@@ -29,13 +29,14 @@ def main() -> None:
     found = machine()
     name = re.sub(r"[^a-z0-9]+", "-", f"{found.get('gpu', found['cpu'])} {found['cores']} cores".lower()).strip("-")
     path = options.out / f"{datetime.date.today()}-{name}.json"
-    results = json.loads(path.read_text()) if path.exists() else {"figures": {}}
-    results |= {"date": str(datetime.date.today()), "machine": found, "commit": _commit()}
+    results = json.loads(path.read_text()) if path.exists() else {"commits": {}, "figures": {}}
+    results |= {"date": str(datetime.date.today()), "machine": found}
     for part in options.parts or PARTS:
         print(f"{part} …", file=sys.stderr, flush=True)
         process = subprocess.run(
             [sys.executable, "-m", "benchmarks", "--here", part], stdout=subprocess.PIPE, check=True
         )
+        results["commits"][part] = _commit()
         results["figures"][part] = json.loads(process.stdout.splitlines()[-1])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -1,14 +1,7 @@
-"""Ten, a hundred and a thousand clients: time for a client's step, memory for one more client, and the cost of mixing.
+"""Ten, a hundred and a thousand clients: time for a client's step, and the cost of mixing.
 
-Rounds of one local step are timed in turn for all sizes; peak memory is that of a process of its own for each size. The
-share of mixing is that of a round of the papers' 20 local steps.
+Rounds of one local step are timed in turn for all sizes. Mixing's share is that of a round of the papers' 20 steps.
 """
-
-import json
-import resource
-import subprocess
-import sys
-from itertools import pairwise
 
 from benchmarks.measure import Figure, copy_bandwidth, figure, ratios
 from benchmarks.setup import dropout, make
@@ -35,7 +28,7 @@ def build(clients: int) -> Run:
 
 
 def run(repeats: int = 5) -> list[Figure]:
-    """Measure time, mixing and memory at each size."""
+    """Measure at each size."""
     runs = {size: build(size) for size in SIZES}
     rounds = {size: simulate(run.job) for size, run in runs.items()}
     train: dict[int, list[float]] = {size: [] for size in SIZES}
@@ -66,27 +59,4 @@ def run(repeats: int = 5) -> list[Figure]:
         figures.append(figure(f"mixing over moving its bytes, {size:,} clients", ratios(mix[size], moved), "×"))
         figures.append(figure(f"mixing's share of a round of {LOCAL_STEPS} steps, {size:,} clients", share, "%", "≤ 5"))
     figures.append(figure("copy bandwidth", [bandwidth / 1e9], "GB/s"))
-    peaks = {size: _peak(size) for size in SIZES}
-    figures += [figure(f"peak memory, {size:,} clients", [peak / 2**20], "MiB") for size, peak in peaks.items()]
-    for small, large in pairwise(SIZES):
-        extra = (peaks[large] - peaks[small]) / (large - small) / (3 * one)
-        name = f"memory for a further client over its factors and two moments, {small:,} to {large:,}"
-        figures.append(figure(name, [extra], "×", "≤ 1.3", f"factors and moments are {3 * one / 2**20:.2f} MiB"))
     return figures
-
-
-def _peak(clients: int) -> int:
-    """Return the largest resident size, in bytes, of a process of its own for so many clients.
-
-    All sizes do equally many client-steps, since what the allocator leaves unused between tensors grows with these.
-    """
-    result = subprocess.run([sys.executable, "-m", "benchmarks.growth", str(clients)], capture_output=True, check=True)
-    return int(json.loads(result.stdout))
-
-
-if __name__ == "__main__":
-    clients = int(sys.argv[1])
-    records = simulate(build(clients).job)
-    for _ in range(2 * max(SIZES) // clients):
-        next(records)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -16,5 +16,13 @@ def table(figures: Iterable[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def percentages(parts: Mapping[str, float], rest: float) -> str:
+    """Return one line for each part, the largest first, with its share of all of them and the rest."""
+    whole = sum(parts.values()) + rest
+    ordered = sorted(parts.items(), key=lambda part: -part[1])
+    lines = [f"| {name} | {100 * part / whole:.0f} % |" for name, part in [*ordered, ("everything else", rest)]]
+    return "\n".join(["| of a step | share |", "| --- | ---: |", *lines])
+
+
 def _number(x: float) -> str:
     return f"{x:,.0f}" if abs(x) >= 100 else f"{x:.3g}"

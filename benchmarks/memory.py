@@ -1,0 +1,45 @@
+"""Memory for one more client: the peak of a process of its own for ten, a hundred and a thousand of them."""
+
+import subprocess
+import sys
+from itertools import pairwise
+
+from benchmarks.growth import SIZES, build
+from benchmarks.measure import Figure, figure
+from peertune import simulate
+from peertune.metrics import payload_bytes
+
+
+def run() -> list[Figure]:
+    """Measure each size once."""
+    state = 3 * payload_bytes(build(min(SIZES)).job.state.adapters)  # factors and two moments
+    peaks = {size: _peak(size) for size in SIZES}
+    figures = [figure(f"peak memory, {size:,} clients", [peak / 2**20], "MiB") for size, peak in peaks.items()]
+    note = f"factors and moments are {state / 2**20:.2f} MiB"
+    for small, large in pairwise(SIZES):
+        extra = (peaks[large] - peaks[small]) / (large - small) / state
+        name = f"memory for a further client over its factors and two moments, {small:,} to {large:,}"
+        figures.append(figure(name, [extra], "×", "≤ 1.3", note))
+    return figures
+
+
+def _peak(clients: int) -> int:
+    """Return the largest resident size, in bytes, of a process of its own for so many clients.
+
+    All sizes do equally many client-steps, since what the allocator leaves unused between tensors grows with these.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", str(clients)]
+    return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
+
+
+def _main(clients: int) -> None:
+    records = simulate(build(clients).job)
+    for _ in range(2 * max(SIZES) // clients):
+        next(records)
+    with open("/proc/self/status", encoding="utf-8") as file:  # getrusage's peak would count the parent's too
+        (line,) = (line for line in file if line.startswith("VmHWM"))
+    print(int(line.split()[1]) * 1024)
+
+
+if __name__ == "__main__":
+    _main(int(sys.argv[1]))
