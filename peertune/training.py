@@ -152,9 +152,11 @@ def train_local(
             batch = replace(batch, clients=batch.clients - part.start).to(totals.device)
             losses = row_losses(model(params, batch, training=True).logits, batch.labels) * batch.weights
             losses.sum().backward()
-            for name, param in params.items():
-                if param.grad is not None:
-                    grads.setdefault(name, torch.zeros_like(adapters[name]))[part] += param.grad
+            received = {name: param.grad for name, param in params.items() if param.grad is not None}
+            for name, grad in received.items():
+                if name not in grads:
+                    grads[name] = torch.zeros_like(adapters[name])
+                grads[name][part] += grad
             totals[part].index_add_(0, batch.clients, losses.detach().double())
         clip(grads, optim.max_grad_norm)
         optim.optimizer.update(adapters, grads, state.moments, optim.rate(first_step + count - 1))

@@ -52,7 +52,7 @@ class Site(nn.Module):
         a = rows.adapters[f"{self.name}.A"].to(x.dtype).flatten(0, 1)  # [K r, d_in]
         b = rows.adapters[f"{self.name}.B"].to(x.dtype).mT.flatten(0, 1)  # [K r, d_out]
         z = flat @ a.T
-        y = torch.addmm(y, z if own is None else z * own, b, alpha=self.scaling)
+        y.addmm_(z if own is None else z * own, b, alpha=self.scaling)
         return y.view(*x.shape[:-1], -1)
 
 
