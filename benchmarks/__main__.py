@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.measure import machine
 from benchmarks.table import table
+from peertune.errors import PeertuneError
 
 PARTS = ("start", "step", "growth", "memory", "decaf", "evaluation", "gpu", "protocol")
 
@@ -18,13 +19,20 @@ PARTS = ("start", "step", "growth", "memory", "decaf", "evaluation", "gpu", "pro
 def main() -> None:
     """Run each part in a process of its own, or, within such a process, one part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    for part in options.parts:
+        if part not in PARTS:
+            parser.error(f"{part!r} is no part; choose from {', '.join(PARTS)}")
     if options.here:
         (part,) = options.parts
-        print(json.dumps([figure.json() for figure in import_module(f"benchmarks.{part}").run()]))
+        try:
+            print(json.dumps([figure.json() for figure in import_module(f"benchmarks.{part}").run()]))
+        except PeertuneError as error:
+            print(f"benchmarks {part}: {error}; set SST2=FOLDER to read SST-2 from a folder", file=sys.stderr)
+            sys.exit(2)
         return
     found = machine()
     name = re.sub(r"[^a-z0-9]+", "-", f"{found.get('gpu', found['cpu'])} {found['cores']} cores".lower()).strip("-")
@@ -33,9 +41,10 @@ def main() -> None:
     results |= {"date": str(datetime.date.today()), "machine": found}
     for part in options.parts or PARTS:
         print(f"{part} …", file=sys.stderr, flush=True)
-        process = subprocess.run(
-            [sys.executable, "-m", "benchmarks", "--here", part], stdout=subprocess.PIPE, check=True
-        )
+        command = [sys.executable, "-m", "benchmarks", "--here", part]
+        process = subprocess.run(command, stdout=subprocess.PIPE, check=False)
+        if process.returncode:
+            sys.exit(process.returncode)
         results["commits"][part] = _commit()
         results["figures"][part] = json.loads(process.stdout.splitlines()[-1])
         path.parent.mkdir(parents=True, exist_ok=True)
