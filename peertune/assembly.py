@@ -32,7 +32,7 @@ EVALUATION_FACTOR = 2
 """How many times more tokens go through together in evaluation, which keeps nothing for a backward pass."""
 COLUMNS = 128
 """Clients whose rows share a pass, times the rank: a vector meets the factors of all of them (see `Site`)."""
-CLIENTS_PER_PASS = 64
+CLIENTS_PER_PASS = 16
 """Clients that train at a time where the recipe leaves it open: gradients are held for these."""
 
 

@@ -70,7 +70,7 @@ class Training(_Block):
     warmup_steps: int = Field(0, ge=0)
     reset_optimizer: Literal["never", "round", "phase"] = "never"
     tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # about so many in one pass
-    clients_per_pass: int | None = Field(None, ge=1)  # clients trained at a time; null: 64
+    clients_per_pass: int | None = Field(None, ge=1)  # clients trained at a time; null: 16
 
 
 class Evaluate(_Block):
