@@ -34,7 +34,7 @@ check: .venv/developing  ## style, types and import layers
 test: .venv/developing  ## the whole test suite
 	HF_HUB_OFFLINE=1 $(BIN)/pytest
 
-bench: .venv/developing  ## measure speed (half an hour or more; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some)
+bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some)
 	SST2=$(SST2) $(BIN)/python -m benchmarks $(PARTS)
 
 clean:  ## remove .venv and caches

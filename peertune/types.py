@@ -4,7 +4,7 @@ Shape letters, the same everywhere: `K` clients in this stack, `n` clients in th
 `b` rows of a batch, `s` tokens. A tensor's name ends in its **kind**: `A`, `B` or `head` (`encoder.layer.0.query.A`).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -147,8 +147,3 @@ def select(tensors: Tensors, kinds: Collection[str]) -> Tensors:
 def take(tensors: Tensors, clients: Tensor | slice) -> Tensors:
     """Keep these clients, in this order: `[K, …]` → `[len(clients), …]`."""
     return {name: tensor[clients] for name, tensor in tensors.items()}
-
-
-def stack(parts: Sequence[Tensors]) -> Tensors:
-    """Put stacks one after the other along the clients' axis; all hold the same names. One alone is not copied."""
-    return parts[0] if len(parts) == 1 else {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -21,7 +21,7 @@ from peertune.training import (
     sgd,
     train_local,
 )
-from peertune.types import Batch, Phase, State, Tensors, kind, stack, take
+from peertune.types import Batch, Phase, State, Tensors, kind, take
 
 CLIENTS = 3
 SHAPES = {"q.A": (2, 5), "q.B": (4, 2), "v.A": (2, 5), "v.B": (4, 2), "out.weight.head": (3, 4), "out.bias.head": (3,)}
@@ -103,7 +103,9 @@ def test_clients_of_different_step_counts_share_a_stack() -> None:
     first, both = walk(1, 7), walk(2, 5)
     old, old_moments = together(optimizer, take(start, slice(0, 1)), [(take(g, slice(0, 1)), lr) for g, lr in first])
     new = take(start, slice(1, 2))
-    params, moments = stack([old, new]), stack([old_moments, optimizer.init(new)])
+    new_moments = optimizer.init(new)
+    params = {name: torch.cat([x, new[name]]) for name, x in old.items()}
+    moments = {name: torch.cat([x, new_moments[name]]) for name, x in old_moments.items()}
     for grads, rate in both:
         optimizer.update(params, take(grads, slice(0, 2)), moments, rate)
     for client, steps in enumerate(([*first, *both], both)):
