@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,15 @@ from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import Encoded, encode_images, encode_text, training_steps, validation_batches
 from peertune.data.tasks import METRICS, Task
 from peertune.models import Base, load_base, pick_device, pick_dtype
-from peertune.parts import build_algorithm, build_graph, build_partition, build_task, resolved_parts
+from peertune.parts import (
+    build_algorithm,
+    build_graph,
+    build_partition,
+    build_task,
+    describe_graph,
+    label_counts,
+    resolved_parts,
+)
 from peertune.recipe import Recipe
 from peertune.round import Job
 from peertune.training import Optim, adamw, evaluate, learning_rate, sgd
@@ -45,6 +54,22 @@ class Run:
     lora: LoraConfig  # what PEFT needs to load an adapter
     head: Mapping[str, Tensor]  # what travels with each adapter: the head, and what else the checkpoint lacks
     labels: tuple[str, ...]  # names of the classes, by number
+    held: list[list[int]]  # for each client, how many rows of each class it holds
+    validation: list[int]  # how many rows of each class validate
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What follows from the recipe: the graph's rho and T*, who holds what, numbers of parameters."""
+        adapters = self.job.state.adapters
+        return {
+            "graph": describe_graph(self.job.graph),
+            "partition": {"labels": list(self.labels) or ["rows"], "rows": self.held},
+            "validation": {"rows": sum(self.validation), "labels": self.validation if self.labels else []},
+            "parameters": {
+                "base": sum(x.numel() for x in self.job.model.base.parameters()),
+                "adapter": sum(x[0].numel() for x in adapters.values()),
+            },
+        }
 
 
 def build(recipe: Recipe) -> Run:
@@ -76,7 +101,9 @@ def build(recipe: Recipe) -> Run:
     )
     optim = build_optim(recipe)
     adapters = init_adapters(model, recipe.clients, recipe.seed)
-    state = State(adapters, optim.optimizer.init(adapters), 0)
+    signals = algorithm.agreement.init(range(recipe.clients), 0) if algorithm.agreement else {}
+    signals = {name: x.to(device) for name, x in signals.items()}
+    state = State(adapters, optim.optimizer.init(adapters), 0, signals)
     train, validation = _encode(recipe, task, base)
     tokens = (
         TOKENS_PER_PASS[device.type] if recipe.training.tokens_per_pass == "auto" else recipe.training.tokens_per_pass
@@ -110,6 +137,8 @@ def build(recipe: Recipe) -> Run:
         lora,
         base.head,
         task.classes,
+        held=label_counts(task, task.train, parts),
+        validation=label_counts(task, task.validation, [np.arange(len(task.validation))])[0],
     )
 
 
@@ -175,12 +204,12 @@ def _evaluation(
 
     def run(adapters: Tensors) -> Evaluation:
         average = {name: x.mean(0, keepdim=True) for name, x in adapters.items()}
-        scores = [
-            score(predicted, labels)
-            for part in (adapters, average)
-            for predicted in evaluate(model, part, batches(), len(rows))
+        predictions = [
+            predicted for part in (adapters, average) for predicted in evaluate(model, part, batches(), len(rows))
         ]
-        return Evaluation(task.metric, scores[:-1], scores[-1], len(rows))
+        *scores, mean = (score(predicted, labels) for predicted in predictions)
+        top = [float(np.bincount(predicted).max() / len(rows)) for predicted in predictions[:-1] if task.classes]
+        return Evaluation(task.metric, scores, mean, len(rows), top)
 
     return run
 

@@ -4,6 +4,7 @@ Pure functions. Sums are accumulated in float64, one tensor at a time, with memo
 """
 
 from math import sqrt
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,14 +26,56 @@ def cross_term(adapters: Tensors) -> float:
     `C = mean_i(B_i A_i) - B̄ Ā = mean_i((B_i - B̄)(A_i - Ā))` at each site, and the result is `sqrt(Σ_sites ‖C‖²_F)`.
     At each site `‖C‖_F ≤ Δ_A Δ_B`. TAD-LoRA (arXiv 2602.00451) and ADF-LoRA (arXiv 2511.18291) bound their error by it.
     """
-    total = 0.0
-    for name, tensor in adapters.items():
-        if kind(name) == "A":
-            A, B = _spread(tensor), _spread(adapters[f"{name[:-1]}B"])
-            # The sum over clients is part of one product, [d_out, K r] @ [K r, d_in].
-            C = B.movedim(0, 1).flatten(1) @ A.flatten(0, 1) / len(A)
-            total += float(C.square().sum())
-    return sqrt(total)
+    return sqrt(sum(_product_square(_spread(B), _spread(A)) / len(A) ** 2 for A, B in _pairs(adapters)))
+
+
+def neighbourhood_cross_terms(heard: Tensors, weights: Tensor) -> list[float]:
+    """Return the cross term that each receiver's own average leaves out, of what it hears.
+
+    `C_i = Σ_j w_ij B_j A_j - (Σ_j w_ij B_j)(Σ_j w_ij A_j)` over row i of `weights [R, H]`, in norm over all sites. 0
+    for a receiver that hears only itself, and where not both factors travel.
+    """
+    totals = [0.0] * weights.shape[0]
+    pairs = _pairs(heard)
+    receivers, places, shares = _entries(weights)
+    for i, count in enumerate(torch.bincount(receivers, minlength=len(totals)).tolist()):
+        near, receivers = places[:count], receivers[count:]
+        places, w, shares = places[count:], shares[:count].double().view(-1, 1, 1), shares[count:]
+        for A, B in pairs if count > 1 else []:
+            a, b = A[near].double(), B[near].double()
+            totals[i] += _product_square(w * (b - (w * b).sum(0)), a - (w * a).sum(0))
+    return [sqrt(total) for total in totals]
+
+
+def _pairs(adapters: Tensors) -> list[tuple[Tensor, Tensor]]:
+    """Return A and B of each site that has both."""
+    names = [name[:-1] for name in adapters if kind(name) == "A" and f"{name[:-1]}B" in adapters]
+    return [(adapters[f"{name}A"], adapters[f"{name}B"]) for name in names]
+
+
+def _product_square(B: Tensor, A: Tensor) -> float:
+    """Return `‖Σ_i B_i A_i‖²_F` for `B [m, d_out, r]` and `A [m, r, d_in]`, by the cheaper of two ways."""
+    left, right = B.movedim(0, 1).flatten(1), A.flatten(0, 1)  # the sum is one product, [d_out, m r] @ [m r, d_in]
+    if len(right) < min(len(left), right.shape[1]):
+        return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))  # tr(BᵀB A Aᵀ)
+    return float((left @ right).square().sum())
+
+
+ROUNDING = 1e-6
+"""Disagreement, over the norm of the mean, up to which clients agree: sums in float32 are no nearer."""
+
+
+class Before(NamedTuple):
+    """What is kept of a payload `[K, …]` for comparison with what mixing makes of it."""
+
+    mean: Tensors  # over the clients, each […] in float64
+    errors: dict[str, float]  # consensus error of each kind sent
+
+
+def before_mixing(payload: Tensors) -> Before:
+    """Measure what is sent, just before it is mixed."""
+    kinds = {kind(name) for name in payload}
+    return Before(client_mean(payload), {k: consensus_error(select(payload, {k})) for k in kinds})
 
 
 def client_mean(tensors: Tensors) -> Tensors:
@@ -48,16 +91,22 @@ def mean_drift(before: Tensors, after: Tensors) -> float:
     return sqrt(sum(float((after[name] - x).square().sum()) for name, x in before.items()))
 
 
-def diagnostics(before: Tensors, after: Tensors) -> dict[str, float]:
-    """Describe one mixing step: the `client_mean` of what was sent just before it, and the adapters `[K, …]` after it.
+def diagnostics(before: Before, after: Tensors) -> dict[str, float]:
+    """Describe one mixing step: what `before_mixing` measured of what was sent, and the adapters `[K, …]` after it.
 
     Returns `consensus_error_A`, `consensus_error_B`, `consensus_error_head` where there is a head, and `cross_term`,
-    all after mixing; and `mean_drift`, of the sent kinds, by mixing.
+    all after mixing; `mean_drift`, of the sent kinds, by mixing; and for each sent kind in which clients disagreed
+    `contraction_A` and so on, the squared consensus error after over that before, at most rho on average.
     """
     kinds = sorted({"A", "B"} | {kind(name) for name in after})
     errors = {f"consensus_error_{k}": consensus_error(select(after, {k})) for k in kinds}
-    drift = mean_drift(before, client_mean({name: after[name] for name in before}))
-    return errors | {"cross_term": cross_term(after), "mean_drift": drift}
+    drift = mean_drift(before.mean, client_mean({name: after[name] for name in before.mean}))
+    contraction = {
+        f"contraction_{k}": (errors[f"consensus_error_{k}"] / error) ** 2
+        for k, error in sorted(before.errors.items())
+        if error > ROUNDING * sqrt(sum(float(x.square().sum()) for x in select(before.mean, {k}).values()))
+    }
+    return errors | {"cross_term": cross_term(after), "mean_drift": drift} | contraction
 
 
 def payload_bytes(payload: Tensors) -> int:
@@ -76,9 +125,22 @@ def neighbours(weights: Tensor) -> list[int]:
 
     `weights` is dense or sparse. A row always holds the receiver itself.
     """
+    receivers, _, _ = _entries(weights)
+    return [count - 1 for count in torch.bincount(receivers, minlength=weights.shape[0]).tolist()]
+
+
+def edges(weights: Tensor) -> list[tuple[int, int]]:
+    """Return the pairs i < j of clients that take something from each other by the mixing matrix `weights [n, n]`."""
+    receivers, places, _ = _entries(weights)
+    return [(i, j) for i, j in zip(receivers.tolist(), places.tolist(), strict=True) if i < j]
+
+
+def _entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return receiver, place among the heard and weight of each non-zero entry, by receiver."""
     entries = weights.to_sparse().coalesce()
-    held = entries.indices()[0, entries.values() != 0]  # a sparse matrix may store zeros
-    return [count - 1 for count in torch.bincount(held, minlength=weights.shape[0]).tolist()]
+    held = entries.values() != 0  # a sparse matrix may store zeros
+    receivers, places = entries.indices()[:, held]
+    return receivers, places, entries.values()[held]
 
 
 def _spread(x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ They are made without a base model, so that a graph or a partition can be looked
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,57 +13,91 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peertune.algorithms.methods import ALGORITHMS
-from peertune.data.partition import PARTITIONS
-from peertune.data.tasks import TASKS, Task
+from peertune.algorithms.schedules import switching_interval
+from peertune.data.partition import PARTITIONS, counts
+from peertune.data.tasks import TASKS, Split, Task
+from peertune.errors import RecipeError
 from peertune.recipe import Part, Recipe, arguments
-from peertune.topology import GRAPHS, Graph, rho
+from peertune.topology import GRAPHS, Graph, rho, summary
 from peertune.types import Algorithm
 
 log = logging.getLogger(__name__)
 
+_TABLES: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
+    "task": (TASKS, ()),
+    "partition": (PARTITIONS, ()),
+    "graph": (GRAPHS, ("clients", "seed")),
+    "algorithm": (ALGORITHMS, ("rho", "clients", "seed")),
+}
+"""Block of a recipe → its table, and the parameters that the program supplies."""
+
 
 def build_graph(recipe: Recipe) -> Graph:
     """Make the recipe's graph."""
-    graph: Graph = _make(GRAPHS, recipe.graph, "graph", clients=recipe.clients, seed=recipe.seed)
+    graph: Graph = _make("graph", recipe.graph, clients=recipe.clients, seed=recipe.seed)
     return graph
 
 
 def build_task(recipe: Recipe) -> Task:
     """Load the recipe's data."""
     log.info("loading the task %s", recipe.task.name)
-    task: Task = _make(TASKS, recipe.task, "task")
+    task: Task = _make("task", recipe.task)
     return task
 
 
 def build_partition(recipe: Recipe, task: Task) -> list[NDArray[np.int64]]:
     """Deal the training rows to the clients; return the rows of each."""
-    divide = _make(PARTITIONS, recipe.partition, "partition")
+    divide = _make("partition", recipe.partition)
     parts: list[NDArray[np.int64]] = divide(task.train, recipe.clients, recipe.seed)
     return parts
 
 
 def build_algorithm(recipe: Recipe, graph: Graph) -> Algorithm:
     """Make the recipe's method for this graph."""
-    algorithm: Algorithm = _make(ALGORITHMS, recipe.algorithm, "algorithm", rho=partial(rho, graph))
+    given = {"rho": partial(rho, graph), "clients": recipe.clients, "seed": recipe.seed}
+    algorithm: Algorithm = _make("algorithm", recipe.algorithm, **given)
     return algorithm
+
+
+def label_counts(task: Task, split: Split, parts: Sequence[NDArray[np.int64]]) -> list[list[int]]:
+    """Return how many rows of each class each part of a split holds; of a regression, how many rows."""
+    if not task.classes:
+        return [[len(part)] for part in parts]
+    per_label: list[list[int]] = counts(split, parts, len(task.classes)).tolist()
+    return per_label
+
+
+def describe_graph(graph: Graph) -> dict[str, Any]:
+    """Return a graph's name and settings, its `GraphSummary`, and T* (None where it never mixes)."""
+    facts = summary(graph)
+    try:
+        interval: int | None = switching_interval(facts.rho)
+    except RecipeError:  # no pair met in any draw
+        interval = None
+    settings = {"name": graph.name, "activation": graph.activation, "weights": graph.weights}
+    return settings | vars(facts) | {"switching_interval": interval}
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Raise PeertuneError for names, settings and graphs that can't be; nothing is loaded."""
+    for where, (table, given) in _TABLES.items():
+        arguments(table, getattr(recipe, where), where, given)
+    build_graph(recipe)
 
 
 def resolved_parts(recipe: Recipe, algorithm: Algorithm) -> dict[str, Part]:
     """Return the parts with every default written out, and what is automatic as it came out for this algorithm."""
-
-    def complete(table: Mapping[str, Callable[..., Any]], part: Part, where: str, *given: str) -> Part:
-        return Part(name=part.name, **arguments(table, part, where, given))
-
-    return {
-        "task": complete(TASKS, recipe.task, "task"),
-        "partition": complete(PARTITIONS, recipe.partition, "partition"),
-        "graph": complete(GRAPHS, recipe.graph, "graph", "clients", "seed"),
-        "algorithm": Part(name=recipe.algorithm.name, **algorithm.settings),
+    parts = {where: getattr(recipe, where) for where in _TABLES}
+    complete = {
+        where: Part(name=part.name, **arguments(_TABLES[where][0], part, where, _TABLES[where][1]))
+        for where, part in parts.items()
     }
+    return complete | {"algorithm": Part(name=recipe.algorithm.name, **algorithm.settings)}
 
 
-def _make(table: Mapping[str, Callable[..., Any]], part: Part, where: str, **given: Any) -> Any:
+def _make(where: str, part: Part, **given: Any) -> Any:
     """Call the factory of the part's name with the recipe's settings, and what it asks for of `given`."""
-    settings = arguments(table, part, where, tuple(given))
+    table, supplied = _TABLES[where]
+    settings = arguments(table, part, where, supplied)
     asked = inspect.signature(table[part.name]).parameters
     return table[part.name](**settings, **{name: value for name, value in given.items() if name in asked})

@@ -17,6 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from peertune.errors import RecipeError, unknown
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
 
 class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -102,6 +104,7 @@ class Recipe(_Block):
     rounds: int = Field(ge=1)
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    report_to: list[Tracker] = []  # experiment trackers, where their packages are installed
     seed: int = Field(0, ge=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
@@ -163,6 +166,14 @@ def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from None
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted key: `{"graph": {"activation": 1}}` → `{"graph.activation": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """One round: local steps, exchange, mix. Every engine runs this and nothing else; only `exchange` differs."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from peertune import metrics
 from peertune.adapters.stacked import StackedModel
 from peertune.topology import Graph
-from peertune.training import Optim
+from peertune.training import Optim, Trained
 from peertune.types import Algorithm, Batch, Evaluation, Phase, RoundRecord, State, Tensors, select
 
 Exchange = Callable[[Tensors, int], tuple[Tensors, Tensor]]
@@ -42,28 +43,33 @@ class Job:
 def run_round(
     state: State,
     algorithm: Algorithm,
-    train: Callable[[State, Phase], Tensor],
+    train: Callable[[State, list[Phase]], Trained],
     exchange: Exchange,
 ) -> tuple[State, RoundRecord]:
     """Run one round for the K clients of `state`, **in place**, and say what it did.
 
-    `train(state, phase)` → loss [K] does the local steps in place. Mixing goes from site to site, so that beside the
-    stack only one site's new factors are held.
+    `train(state, phases)`, a phase for each client, does the local steps in place. Mixing goes from site to site, so
+    that beside the stack only one site's new factors are held.
     """
     started = time.perf_counter()
-    phase = algorithm.phase(state.round)
-    loss = train(state, phase)
+    phases = algorithm.phases(state.signals, state.round, state.clients)
+    phase, _ = Counter(phases).most_common(1)[0]
+    loss, grad_norm = train(state, phases)
     trained = time.perf_counter()
     payload = select(state.adapters, phase.send)
-    heard, weights = exchange(payload, state.round)
+    heard, weights = exchange(payload | state.signals, state.round)
     exchanged = time.perf_counter()
-    before = metrics.client_mean(payload)
+    before = metrics.before_mixing(payload)
+    cross_terms = metrics.neighbourhood_cross_terms({name: heard[name] for name in payload}, weights)
     measured = time.perf_counter()
     for own in _by_site(state.adapters):
         mixed = algorithm.mix(own, {name: heard[name] for name in own if name in heard}, weights, phase)
         for name, x in own.items():
             if mixed[name] is not x:
                 x.copy_(mixed[name])
+    signals = state.signals
+    if algorithm.agreement is not None:
+        signals = algorithm.agreement.step(signals, {name: heard[name] for name in signals}, weights, state.round)
     done = time.perf_counter()
     neighbours = metrics.neighbours(weights) if payload else [0] * len(loss)
     diagnostics = metrics.diagnostics(before, state.adapters)
@@ -73,9 +79,13 @@ def run_round(
         send=sorted(phase.send),
         clients=list(range(len(loss))),
         loss=loss.tolist(),
-        bytes_sent=metrics.bytes_sent(payload, neighbours),
+        grad_norm=grad_norm.tolist(),
+        bytes_sent=metrics.bytes_sent(payload | state.signals, neighbours),
         neighbours=neighbours,
+        edges=metrics.edges(weights) if payload else [],
         failed_edges=[],
+        out_of_phase=[client for client, own in enumerate(phases) if own != phase],
+        neighbourhood_cross_term=cross_terms,
         diagnostics=diagnostics,
         seconds={
             "train": trained - started,
@@ -84,7 +94,7 @@ def run_round(
             "metrics": time.perf_counter() - done + measured - exchanged,
         },
     )
-    return replace(state, round=state.round + 1), record
+    return replace(state, round=state.round + 1, signals=signals), record
 
 
 def _by_site(adapters: Tensors) -> list[Tensors]:

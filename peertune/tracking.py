@@ -2,6 +2,7 @@
 
     runs/<name>/
       recipe.yaml  resolved.yaml  environment.json     what was asked, what was run, on what
+      facts.json                                       what follows from the recipe: rho, who holds what, sizes
       adapter/                                         what all adapters share: PEFT's config, head, labels
       rounds.jsonl                                     a RoundRecord a line: the truth; all else derives from it
       checkpoints/round-000120/                        state.safetensors and meta.json, whole or not there
@@ -23,6 +24,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -78,11 +80,38 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_file(file: Path, data: bytes) -> None:
+    """Write a file, whole or not at all. Raises RunError where it can't be written."""
+    beside = file.with_name(f".{file.name}")
+    with _reported(file):
+        try:
+            beside.write_bytes(data)
+            _sync(beside)
+            os.replace(beside, file)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
 def check_free(folder: Path) -> None:
     """Raise RunError where there is something in the place of a new run directory."""
     with _reported(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder}: is there already; give another --out, or go on with --resume {folder}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from working on the same run. Raises RunError where one does already."""
+    lock = FileLock(folder / ".lock", timeout=0)
+    with _reported(folder):
+        try:
+            lock.acquire()
+        except Timeout:  # an OSError, too
+            raise RunError(f"{folder}: another process is at work on this run; wait for it, or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def create(
@@ -91,6 +120,7 @@ def create(
     recipe: str,
     resolved: str,
     environment: Mapping[str, Any],
+    facts: Mapping[str, Any],
     lora: "LoraConfig",
     head: Mapping[str, Tensor],
     labels: Sequence[str],
@@ -103,6 +133,7 @@ def create(
         (beside / "recipe.yaml").write_text(recipe, encoding="utf-8")
         (beside / "resolved.yaml").write_text(resolved, encoding="utf-8")
         (beside / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        (beside / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
         (beside / "adapter").mkdir()
         save_config(beside / "adapter", lora)
         shared = save({name: value.cpu().contiguous() for name, value in head.items()})
@@ -122,30 +153,30 @@ def append(folder: Path, record: RoundRecord) -> None:
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Read `rounds.jsonl`; the record of round t is line t. Raises RunError where it isn't there or is damaged.
+    """Read `rounds.jsonl`, a record for each round in order. Raises RunError where it isn't there.
 
-    A last line that was cut off is no record.
+    A damaged line is left out with a warning; a last line that was cut off is no record.
     """
     try:
-        lines = (folder / "rounds.jsonl").read_text().splitlines()
-    except (OSError, UnicodeDecodeError):
+        lines = (folder / "rounds.jsonl").read_text(errors="replace").splitlines()
+    except OSError:
         raise RunError(f"{folder}: no readable rounds.jsonl; give the folder of a run") from None
     found: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if record["round"] != len(found) or not record.keys() >= _FIELDS:
+            if record["round"] < len(found) or not record.keys() >= _FIELDS:
                 raise ValueError("a round or a part of it is missing")
             found.append(record)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, AttributeError):
             if number < len(lines):
-                raise RunError(f"{folder}/rounds.jsonl: line {number} is damaged; restore the file") from None
+                log.warning("%s/rounds.jsonl: line %d is damaged and left out; restore the file", folder, number)
     return found
 
 
 def save_checkpoint(folder: Path, state: State, keep: int) -> None:
     """Write a checkpoint of the state and remove all but the newest `keep`."""
-    parts = {"adapters": state.adapters, "moments": state.moments}
+    parts = {"adapters": state.adapters, "moments": state.moments, "signals": state.signals}
     data = save(
         {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
     )
@@ -175,11 +206,11 @@ def load_checkpoint(folder: Path, like: State | None = None) -> State | None:
             if sha256(data).hexdigest() != meta["sha256"]:
                 raise ValueError("its contents are not what was written")
             tensors = load(data)
-            parts: dict[str, Tensors] = {"adapters": {}, "moments": {}}
+            parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "signals": {}}
             for name, x in tensors.items():
                 part, _, rest = name.partition("/")
                 parts[part][rest] = x.clone()  # of its own, aligned memory: kernels round by alignment
-            state = State(parts["adapters"], parts["moments"], int(meta["round"]))
+            state = State(parts["adapters"], parts["moments"], int(meta["round"]), parts["signals"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             log.warning("%s is damaged and passed over (%s)", checkpoint, error)
             continue
@@ -193,7 +224,8 @@ def load_checkpoint(folder: Path, like: State | None = None) -> State | None:
 
 def _fitted(checkpoint: Path, state: State, like: State) -> State:
     """Return the state with its tensors in the order of `like`, in which norms add up to the same bits."""
-    for have, want in ((state.adapters, like.adapters), (state.moments, like.moments)):
+    parts = [(state.adapters, like.adapters), (state.moments, like.moments), (state.signals, like.signals)]
+    for have, want in parts:
         for name in sorted(have.keys() | want.keys()):
             shapes = [tuple(part[name].shape) if name in part else None for part in (have, want)]
             if shapes[0] != shapes[1]:
@@ -201,25 +233,20 @@ def _fitted(checkpoint: Path, state: State, like: State) -> State:
                     f"{checkpoint}: {name} is {shapes[0]} where the recipe makes {shapes[1]}; "
                     "resume with the run's own recipe"
                 )
-    adapters = {name: state.adapters[name] for name in like.adapters}
-    return State(adapters, {name: state.moments[name] for name in like.moments}, state.round)
+    adapters, moments, signals = ({name: have[name] for name in want} for have, want in parts)
+    return State(adapters, moments, state.round, signals)
 
 
 def rewind(folder: Path, round: int) -> None:
     """Forget the records from `round` on: they will be made again. Raises RunError where one before it is missing."""
     kept = records(folder)[:round]
-    if len(kept) < round:
+    whole = next((t for t, record in enumerate(kept) if record["round"] != t), len(kept))
+    if whole < round:
         raise RunError(
-            f"{folder}/rounds.jsonl: ends after round {len(kept)}, before the checkpoint round-{round:06d}; "
+            f"{folder}/rounds.jsonl: has no record of round {whole}, which the checkpoint round-{round:06d} follows; "
             "restore the file, or remove the checkpoint to go on from an older one"
         )
-    beside = folder / ".rounds.jsonl"
-    with _reported(folder / "rounds.jsonl"):
-        try:
-            beside.write_text("".join(json.dumps(record) + "\n" for record in kept))
-            os.replace(beside, folder / "rounds.jsonl")
-        finally:
-            beside.unlink(missing_ok=True)
+    write_file(folder / "rounds.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
 def export(run: Path, state: State, client: int | None, to: Path) -> None:

@@ -26,6 +26,13 @@ class Optimizer(NamedTuple):
     update: Callable[[Tensors, Tensors, Tensors, float], None]
 
 
+class Trained(NamedTuple):
+    """What local steps came to, each `[K]` and a mean over the steps."""
+
+    loss: Tensor
+    grad_norm: Tensor  # before clipping
+
+
 @dataclass(frozen=True)
 class Optim:
     """How the clients' factors are stepped; one for all clients."""
@@ -126,8 +133,8 @@ def train_local(
     phase: Phase,
     optim: Optim,
     first_step: int,
-) -> Tensor:
-    """Train the phase's kinds on each client's own rows, **in place**, and return each client's mean loss `[K]`.
+) -> Trained:
+    """Train the phase's kinds on each client's own rows, **in place**.
 
     `steps` yields the micro-batches of one local step after the other; their gradients add up, so how the rows are cut
     changes nothing. `first_step` is the number of the first of them, counted from the run's start. Kinds that the phase
@@ -142,6 +149,7 @@ def train_local(
     grads: Tensors = {}
     first = next(iter(adapters.values()))
     totals = torch.zeros(len(first), dtype=torch.float64, device=first.device)
+    norms = torch.zeros_like(totals)
     global_draws = _generator_state(totals.device)
     count = 0
     for count, batches in enumerate(steps, start=1):
@@ -158,7 +166,7 @@ def train_local(
                     grads[name] = torch.zeros_like(adapters[name])
                 grads[name][part] += grad
             totals[part].index_add_(0, batch.clients, losses.detach().double())
-        clip(grads, optim.max_grad_norm)
+        norms += clip(grads, optim.max_grad_norm) if grads else 0
         optim.optimizer.update(adapters, grads, state.moments, optim.rate(first_step + count - 1))
         for grad in grads.values():
             grad.zero_()
@@ -172,24 +180,24 @@ def train_local(
             f"training: a loss or an adapter is no longer finite after round {state.round}; "
             "lower training.learning_rate or training.max_grad_norm"
         )
-    return totals / max(1, count)
+    return Trained(totals / max(1, count), norms / max(1, count))
 
 
 def _generator_state(device: torch.device) -> Tensor:
     return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
-def clip(grads: Tensors, max_norm: float) -> None:
+def clip(grads: Tensors, max_norm: float) -> Tensor:
     """Scale each client's gradient, over all its tensors together, to at most `max_norm`, in place; 0 leaves it.
 
-    As `torch.nn.utils.clip_grad_norm_` does for one client.
+    As `torch.nn.utils.clip_grad_norm_` does for one client. Returns the norms before, `[K]`.
     """
-    if max_norm <= 0 or not grads:
-        return
-    squares = [grad.flatten(1).square().sum(1) for grad in grads.values()]
-    scale = (max_norm / (torch.stack(squares).sum(0).sqrt() + 1e-6)).clamp_(max=1.0)
-    for grad in grads.values():
-        grad.mul_(_over_clients(scale, grad))
+    norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0).sqrt()
+    if max_norm > 0:
+        scale = (max_norm / (norms + 1e-6)).clamp_(max=1.0)
+        for grad in grads.values():
+            grad.mul_(_over_clients(scale, grad))
+    return norms
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Shape letters, the same everywhere: `K` clients in this stack, `n` clients in th
 `b` rows of a batch, `s` tokens. A tensor's name ends in its **kind**: `A`, `B` or `head` (`encoder.layer.0.query.A`).
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,18 +24,40 @@ class Phase:
     send: frozenset[str]  # kinds on the wire; the others stay bit for bit
 
 
+class Agreement(NamedTuple):
+    """How clients agree on their phases with each other, where the number of the round does not say them.
+
+    `signals` are small tensors that travel beside the adapters in every round. `init(clients, round)` makes those of
+    clients that begin with this round, `[K, …]`; `phases(signals, round)` returns each client's phase, which must all
+    send the same; `step(own [R, …], heard [H, …], weights [R, H], round)` returns what the receivers hold after the
+    round's exchange. All three are pure.
+    """
+
+    init: Callable[[Sequence[int], int], Tensors]
+    phases: Callable[[Tensors, int], list[Phase]]
+    step: Callable[[Tensors, Tensors, Tensor, int], Tensors]
+
+
 class Algorithm(NamedTuple):
     """A method: a schedule and a mixer.
 
     `phase(round)` says what a round trains and sends. `mix(own [R, …], heard [H, …], weights [R, H], phase)` returns
     the new adapters `[R, …]` of the R receivers; `weights` is dense or sparse, and row i holds what receiver i takes
     of each heard adapter, its own among them. `settings` are the arguments that made the method, with everything
-    automatic resolved.
+    automatic resolved. With an `agreement`, phases are what the clients agree on, and `phase` is what one does that
+    has heard nothing.
     """
 
     phase: Callable[[int], Phase]
     mix: Callable[[Tensors, Tensors, Tensor, Phase], Tensors]
     settings: Mapping[str, Any]
+    agreement: Agreement | None = None
+
+    def phases(self, signals: Tensors, round: int, clients: int) -> list[Phase]:
+        """Return the phase of each of the `clients` that hold these signals."""
+        if self.agreement is None:
+            return [self.phase(round)] * clients
+        return self.agreement.phases(signals, round)
 
 
 @dataclass(frozen=True)
@@ -45,23 +67,36 @@ class State:
     adapters: Tensors  # `<module path>.A [K, r, d_in]`, `.B [K, d_out, r]`, and `<parameter path>.head [K, …]`
     moments: Tensors  # the optimiser's, each `[K, …]`
     round: int  # the next round to run
+    signals: Tensors = field(default_factory=dict)  # by which clients agree on phases, each [K, …]
+
+    @property
+    def clients(self) -> int:
+        """K."""
+        return len(next(iter(self.adapters.values())))
 
     def clone(self) -> "State":
         """Return the same state in memory of its own."""
-        adapters, moments = (
-            {name: x.clone(memory_format=torch.contiguous_format) for name, x in part.items()}
-            for part in (self.adapters, self.moments)
-        )
-        return State(adapters, moments, self.round)
+        return self._map(lambda x: x.clone(memory_format=torch.contiguous_format))
 
-    def take(self, clients: slice) -> "State":
-        """Return these clients' part of the state, in the same memory."""
-        return State(take(self.adapters, clients), take(self.moments, clients), self.round)
+    def take(self, clients: slice | Tensor) -> "State":
+        """Return these clients' part of the state: a slice in the same memory, others copied."""
+        return self._map(lambda x: x[clients])
+
+    def put(self, clients: Tensor, part: "State") -> None:
+        """Write the part of these clients back."""
+        for own, theirs in ((self.adapters, part.adapters), (self.moments, part.moments)):
+            for name, x in own.items():
+                x[clients] = theirs[name]
 
     def to(self, device: torch.device) -> "State":
         """Return the same state on another device."""
-        adapters, moments = ({name: x.to(device) for name, x in part.items()} for part in (self.adapters, self.moments))
-        return State(adapters, moments, self.round)
+        return self._map(lambda x: x.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "State":
+        adapters, moments, signals = (
+            {name: change(x) for name, x in part.items()} for part in (self.adapters, self.moments, self.signals)
+        )
+        return State(adapters, moments, self.round, signals)
 
 
 @dataclass(frozen=True)
@@ -114,6 +149,7 @@ class Evaluation:
     clients: list[float]  # [K], each client's own model
     average: float  # the adapter averaged over the clients, factor by factor
     rows: int  # rows of the validation set that were used
+    top_share: list[float]  # [K], share of the rows for which a client predicts its most frequent class; [] for values
 
 
 @dataclass(frozen=True)
@@ -121,14 +157,18 @@ class RoundRecord:
     """What one round did; a line of `rounds.jsonl`."""
 
     round: int
-    train: list[str]  # kinds trained, sorted
+    train: list[str]  # kinds trained by most clients, sorted
     send: list[str]  # kinds sent, sorted
     clients: list[int]
     loss: list[float]  # [K], mean over the round's local steps
+    grad_norm: list[float]  # [K], mean over the local steps, before clipping
     bytes_sent: list[int]  # [K]
     neighbours: list[int]  # [K], how many others each client heard
+    edges: list[tuple[int, int]]  # over which something was sent, i < j
     failed_edges: list[tuple[int, int]]
-    diagnostics: dict[str, float]  # after mixing: consensus errors, cross term, mean drift
+    out_of_phase: list[int]  # clients that trained other kinds than `train`
+    neighbourhood_cross_term: list[float]  # [K], of what each client heard, before mixing
+    diagnostics: dict[str, float]  # consensus errors and cross term after mixing, mean drift and contraction by mixing
     seconds: dict[str, float]  # by stage
     evaluation: Evaluation | None = None
     state: State | None = field(default=None, repr=False, compare=False)  # after the round; never written as JSON

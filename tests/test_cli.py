@@ -27,7 +27,7 @@ SMALL = [
     "lora.lora_dropout=0.1",
 ]
 TINY = [*SMALL, "rounds=2"]
-COMMANDS = ["compare", "data", "env", "export", "graph", "recipes", "run"]
+COMMANDS = ["compare", "data", "diagnose", "env", "export", "graph", "recipes", "report", "run", "sweep"]
 # A shell may have told its background jobs to ignore SIGINT; a job in the foreground gets it.
 PROCESS = (
     "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from peertune.cli import main; main()"
@@ -259,23 +259,85 @@ def test_env_says_what_a_bug_report_needs(peertune: Call) -> None:
 
 
 def test_compare_puts_runs_side_by_side(peertune: Call, done: Path, mine: Path) -> None:
-    _, out, _ = peertune("compare", done, mine)
-    assert [line.split()[0] for line in out.splitlines()[:3]] == ["run", "digits-demo", "mine"]
+    resolved = (mine / "resolved.yaml").read_text()
+    (mine / "resolved.yaml").write_text(resolved.replace("activation: 0.5", "activation: 0.4"))
+    code, out, err = peertune("compare", done, mine)
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in out.splitlines()[:2]] == [["activation", "mean"], ["0.5", out.split()[13]]]
+    assert "accuracy mean, min, max: the clients' own models" in out
     _, out, _ = peertune("compare", done, mine, "--json")
     first, second = json.loads(out)
-    assert first | {"run": None} == second | {"run": None}
-    _, out, _ = peertune("compare", done, mine, "--markdown")
+    assert (first["by"], second["by"]) == ({"graph.activation": 0.5}, {"graph.activation": 0.4})
+    assert first["measures"] == second["measures"]
+    _, out, _ = peertune("compare", done, mine, "--markdown", "--metric", "mean,cross_term")
     lines = out.splitlines()
+    assert lines[:2] == ["| activation | mean | cross |", "| --- | ---: | ---: |"]
     assert len(lines) == 4
-    assert len({line.count("|") for line in lines}) == 1
-    assert lines[1].startswith("| --- | ---: |")
+    _, out, _ = peertune("compare", done, mine, "--latex", "--metric", "mean")
+    assert out.startswith(r"\begin{tabular}{lr}")
+    _, out, _ = peertune("compare", done, mine, "--csv")
+    head, *rows = [line.split(",") for line in out.splitlines()]
+    assert len(rows) == 2
+    assert float(dict(zip(head, rows[1], strict=True))["cross_term.mean"]) == first["measures"]["cross_term"]["mean"]
+
+
+def test_compare_pairs_seeds_with_those_of_another_setting(peertune: Call, done: Path, mine: Path) -> None:
+    resolved = (mine / "resolved.yaml").read_text()
+    (mine / "resolved.yaml").write_text(resolved.replace("name: adf_lora", "name: dec_lora"))
+    code, out, _ = peertune("compare", done, mine, "--by", "algorithm.name", "--paired-with", "dec_lora", "--markdown")
+    assert code == 0
+    assert out.splitlines()[-4:-2] == ["", "| algorithm | seeds | mean | best | average | best average |"]
+    assert out.splitlines()[-1] == "| adf_lora | 1 | +0.000 | +0.000 | +0.000 | +0.000 |"
+    assert "difference from dec_lora, seed by seed, with its 95 % interval" in out
 
 
 def test_compare_takes_a_run_that_has_only_begun(peertune: Call, mine: Path) -> None:
     (mine / "rounds.jsonl").write_text("")
     code, out, _ = peertune("compare", mine)
     assert code == 0
-    assert out.splitlines()[1].split()[:2] == ["mine", "-"]
+    assert out.splitlines()[1].split()[:2] == ["adf_lora", "-"]
+
+
+def test_a_damaged_record_is_reported_and_the_others_compared(peertune: Call, mine: Path) -> None:
+    lines = (mine / "rounds.jsonl").read_text().splitlines()
+    (mine / "rounds.jsonl").write_text("\n".join(["{", *lines[1:]]) + "\n")
+    code, out, err = peertune("compare", mine, "--json")
+    assert code == 0
+    assert err == f"peertune: {mine}/rounds.jsonl: line 1 is damaged and left out; restore the file\n"
+    assert json.loads(out)[0]["measures"]["mean"]["mean"] > 0
+
+
+def test_diagnose_says_what_it_found(peertune: Call, done: Path) -> None:
+    code, out, err = peertune("diagnose", done)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[0] == "digits-demo"
+    assert all(re.match(r"  (good|notice|problem): ", line) for line in out.splitlines()[1:])
+    _, out, _ = peertune("diagnose", done, "--json")
+    (findings,) = json.loads(out).values()
+    assert all(finding.keys() == {"name", "severity", "title", "text", "advice"} for finding in findings)
+
+
+def test_report_writes_one_file_beside_the_runs_or_where_it_is_told(peertune: Call, mine: Path, tmp_path: Path) -> None:
+    code, out, err = peertune("report", mine)
+    assert (code, err, out) == (0, "", f"the report on 1 run is in {mine / 'report.html'}\n")
+    code, out, _ = peertune("report", mine, "--out", tmp_path / "it.html", "--json")
+    assert json.loads(out) == {"runs": ["mine"], "written": [str(tmp_path / "it.html")]}
+    assert (tmp_path / "it.html").read_bytes() == (mine / "report.html").read_bytes()
+
+
+def test_a_dry_run_says_what_a_run_would_take_and_writes_nothing(peertune: Call, tmp_path: Path) -> None:
+    code, out, err = peertune("run", "digits-demo", *TINY, "--dry-run")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["time", "memory", "sent"]
+    _, out, _ = peertune("run", "digits-demo", *TINY, "--dry-run", "--json")
+    assert json.loads(out).keys() == {"seconds", "memory_bytes", "sent_bytes", "trial"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_tells_the_trackers_that_are_asked_for(peertune: Call, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="needs the extra tensorboard")
+    assert peertune("run", "digits-demo", *TINY, "report_to=[tensorboard]", "--out", "run")[0] == 0
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
 
 
 def test_a_terminal_without_greek_letters_is_no_reason_to_fail(
@@ -377,7 +439,7 @@ BAD = {
     ),
     "an unknown key of a method": (
         ["algorithm.switch_evry=1"],
-        "algorithm.switch_evry: unknown key 'switch_evry', did you mean switch_every? (tad_lora takes switch_every)",
+        "algorithm.switch_evry: unknown key 'switch_evry', did you mean switch_every? (tad_lora takes switch_every",
     ),
     "an unknown key of a partition": (["partition.alfa=1"], "partition.alfa: unknown key 'alfa', did you mean alpha?"),
     "an unknown method": (["algorithm.name=tadlora"], "algorithm.name: unknown name 'tadlora', did you mean tad_lora?"),
@@ -457,7 +519,17 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing(
         (["graph", "digits-demo", "clients=3", "--png", "x.doc"], "x.doc: pictures are written as .png, .svg or .pdf"),
         (["data", "digits-demo", "clients=999"], "999 clients for 716 rows"),
         (["recipes", "digits"], "recipe: unknown name 'digits', did you mean digits-demo?"),
-        (["compare", "inputs"], "inputs: no readable rounds.jsonl; give the folder of a run"),
+        (["compare", "inputs"], "inputs: holds no run; give the folder of a run, or one that holds some"),
+        (["diagnose", "nowhere"], "nowhere: holds no run; give the folder of a run, or one that holds some"),
+        (["report", "inputs", "--out", "x.html"], "inputs: holds no run; give the folder of a run, or one that holds"),
+        (["compare", "inputs", "--metric", "meen"], "--metric: unknown name 'meen', did you mean mean?"),
+        (["compare", "inputs", "--csv", "--json"], "compare: give one of --json, --csv, --markdown and --latex"),
+        (["sweep", "digits-demo", "sed=0,1", "--out", "x"], "digits-demo: sed: unknown key 'sed', did you mean seed?"),
+        (["sweep", "digits-demo", "seed=", "--out", "x"], "sweep: 'seed=' gives no values; write key=a,b,c"),
+        (["sweep", "digits-demo", "seed=0,1", "--out", "x", "--shard", "3/2"], "--shard: '3/2' is no part; write i/k"),
+        (["sweep", "digits-demo", "seed=0,1", "--out", "inputs/file/x"], "inputs/file/x"),
+        (["run", "digits-demo", "report_to=[wandb]"], "report_to: wandb is not installed; pip install wandb, or take"),
+        (["run", "digits-demo", "--dry-run", "--out", "x"], "run: --dry-run goes with a RECIPE and overrides alone"),
         (["export", "inputs", "--client", "0", "--to", "x"], "inputs: holds no checkpoint; give the folder of a run"),
         (
             ["export", "inputs", "--client", "first", "--to", "x"],

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from peertune import ALGORITHMS, GRAPHS, PARTITIONS, TASKS
 from peertune.recipe import Recipe
+from peertune.sweep import split_values
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,11 +35,16 @@ def made_small(words: list[str], minilm: str, glue: Path) -> list[str]:
     """Shrink a run, and let what comes from the hub come from folders."""
     words = [word.replace("../shared/data/glue", str(glue)) for word in words]
     words = [f"model.name={minilm}" if word.startswith("model.name=") else word for word in words]
-    if words[:2] != ["peertune", "run"] or "--resume" in words:
+    if words[1] not in ("run", "sweep") or "--resume" in words:
         return words
     place = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
     hub = [f"model.name={minilm}", f"task.path={glue / 'sst2'}"] if "minilm" in words[2] else []
-    return [*words[:place], *hub, *SMALL, *words[place:]]
+    settings = [*words[3:place], *hub, *SMALL]
+    if words[1] == "sweep":  # a key stands once, and has its first value only, or its first two
+        grid = dict(setting.split("=", 1) for setting in settings)
+        two = ("algorithm.name", "seed") if words[2] == "digits-demo" else ()
+        settings = [f"{key}={','.join(split_values(text)[: 1 + (key in two)])}" for key, text in grid.items()]
+    return [*words[:3], *settings, *words[place:]]
 
 
 @pytest.fixture(scope="session")

@@ -9,12 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peertune.metrics import (
+    before_mixing,
     bytes_sent,
     client_mean,
     consensus_error,
     cross_term,
     diagnostics,
+    edges,
     mean_drift,
+    neighbourhood_cross_terms,
     neighbours,
     payload_bytes,
 )
@@ -97,18 +100,66 @@ def test_float32_is_summed_in_float64() -> None:
 
 def test_diagnostics_name_each_kind_there_is() -> None:
     before, after = random_adapters(0, 3), random_adapters(1, 3)
-    sent = client_mean(select(before, {"B"}))
+    sent = before_mixing(select(before, {"B"}))
     found = diagnostics(sent, after)
     assert found == {
         "consensus_error_A": consensus_error(select(after, {"A"})),
         "consensus_error_B": consensus_error(select(after, {"B"})),
         "consensus_error_head": consensus_error(select(after, {"head"})),
         "cross_term": cross_term(after),
-        "mean_drift": mean_drift(sent, client_mean(after)),
+        "mean_drift": mean_drift(sent.mean, client_mean(after)),
+        "contraction_B": (consensus_error(select(after, {"B"})) / consensus_error(select(before, {"B"}))) ** 2,
     }
     frozen = select(after, {"A", "B"})
-    assert "consensus_error_head" not in diagnostics(client_mean(frozen), frozen)
-    assert diagnostics({}, after)["mean_drift"] == 0
+    assert "consensus_error_head" not in diagnostics(before_mixing(frozen), frozen)
+    assert diagnostics(before_mixing({}), after)["mean_drift"] == 0
+
+
+def test_clients_that_agree_before_mixing_have_no_contraction() -> None:
+    stack = {name: tensor.expand(4, *tensor.shape[1:]) for name, tensor in random_adapters(0, 1).items()}
+    assert not [name for name in diagnostics(before_mixing(stack), stack) if name.startswith("contraction")]
+
+
+@some
+@given(adapters, st.integers(0, 2**31))
+def test_a_neighbourhoods_cross_term_is_what_its_own_average_leaves_out(stack: Tensors, seed: int) -> None:
+    clients = len(stack["q.A"])
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(clients, clients, generator=generator, dtype=torch.float64)
+    weights *= torch.rand(clients, clients, generator=generator) < 0.6
+    weights += torch.eye(clients)
+    weights /= weights.sum(1, keepdim=True)
+    for layout in (weights, weights.to_sparse()):
+        found = neighbourhood_cross_terms(stack, layout)
+        for i, row in enumerate(weights):
+            squares = 0.0
+            for site in ("q", "v"):
+                A, B = stack[f"{site}.A"], stack[f"{site}.B"]
+                w = row[:, None, None]
+                squares += float(((w * (B @ A)).sum(0) - (w * B).sum(0) @ (w * A).sum(0)).norm() ** 2)
+            assert found[i] == pytest.approx(squares**0.5, abs=1e-7)
+
+
+@pytest.mark.parametrize("d", [3, 200])
+def test_the_two_ways_to_a_products_norm_agree(d: int) -> None:
+    generator = torch.Generator().manual_seed(d)
+    A, B = (torch.randn(6, *shape, generator=generator, dtype=torch.float64) for shape in ((2, d), (d, 2)))
+    C = ((B - B.mean(0)) @ (A - A.mean(0))).mean(0)
+    assert cross_term({"q.A": A, "q.B": B}) == pytest.approx(float(C.norm()), rel=1e-9)
+
+
+def test_the_neighbourhood_of_everybody_has_the_cross_term_of_all() -> None:
+    stack = random_adapters(0, 5)
+    weights = torch.full((5, 5), 0.2, dtype=torch.float64)
+    assert neighbourhood_cross_terms(stack, weights) == pytest.approx([cross_term(stack)] * 5)
+    assert neighbourhood_cross_terms(stack, torch.eye(5)) == [0] * 5
+    assert neighbourhood_cross_terms(select(stack, {"B"}), weights) == [0] * 5
+
+
+@pytest.mark.parametrize("layout", [Tensor.clone, Tensor.to_sparse], ids=["dense", "coo"])
+def test_edges_are_the_pairs_with_weight(layout: Callable[[Tensor], Tensor]) -> None:
+    weights = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.9, 0.1], [0.5, 0.1, 0.4]])
+    assert edges(layout(weights)) == [(0, 2), (1, 2)]
 
 
 def test_bytes_are_one_clients_payload_for_each_of_its_neighbours() -> None:

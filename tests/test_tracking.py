@@ -2,6 +2,8 @@ import json
 import logging
 import resource
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +29,8 @@ def state(round: int, r: int = 2) -> State:
         "out.weight.head": torch.randn(CLIENTS, 5, 4, generator=generator).bfloat16(),
     }
     moments = {f"{name}.m": x * 1e-30 for name, x in adapters.items()} | {"steps.A": torch.tensor([round, 0, 7])}
-    return State(adapters, moments, round)
+    signals = {"probe": torch.tensor([[1.0, torch.nan]] * CLIENTS), "client": torch.arange(CLIENTS)}
+    return State(adapters, moments, round, signals)
 
 
 def record(round: int, evaluation: Evaluation | None = None) -> RoundRecord:
@@ -37,9 +40,13 @@ def record(round: int, evaluation: Evaluation | None = None) -> RoundRecord:
         send=["A", "B"],
         clients=[0, 1, 2],
         loss=[0.1, 1 / 3, 2e-9],
+        grad_norm=[1.0, 2.0, 3.0],
         bytes_sent=[8, 0, 8],
         neighbours=[1, 0, 1],
+        edges=[(0, 2)],
         failed_edges=[(0, 2)],
+        out_of_phase=[],
+        neighbourhood_cross_term=[0.5, 0.0, 0.5],
         diagnostics={"cross_term": 1e-17},
         seconds={"train": 0.5},
         evaluation=evaluation,
@@ -52,6 +59,7 @@ def create(folder: Path, **changed: Any) -> Path:
         "recipe": "# naïve\nrounds: 3\n",
         "resolved": "rounds: 3\n",
         "environment": {"torch": "2"},
+        "facts": {"graph": {"rho": 0.5}},
         "lora": LoraConfig(r=2, lora_alpha=4, target_modules=["q"]),
         "head": {"out.bias": torch.ones(5)},
         "labels": ("no", "yes"),
@@ -83,11 +91,12 @@ def everything(folder: Path) -> dict[str, bytes]:
 def assert_same_bits(ours: State | None, theirs: State) -> None:
     assert ours is not None
     assert ours.round == theirs.round
-    for part, expected in ((ours.adapters, theirs.adapters), (ours.moments, theirs.moments)):
+    parts = ((ours.adapters, theirs.adapters), (ours.moments, theirs.moments), (ours.signals, theirs.signals))
+    for part, expected in parts:
         assert part.keys() == expected.keys()
         for name, x in expected.items():
             assert part[name].dtype == x.dtype
-            assert torch.equal(part[name], x)
+            torch.testing.assert_close(part[name], x, rtol=0, atol=0, equal_nan=True)
 
 
 def damage(checkpoint: Path, how: str) -> None:
@@ -192,7 +201,7 @@ def test_a_checkpoint_of_other_shapes_is_refused(run: Path, like: State, complai
 
 
 def test_records_come_back_as_they_were(run: Path) -> None:
-    evaluated = record(1, Evaluation("accuracy", [0.5, 0.25, 1.0], 0.75, 4))
+    evaluated = record(1, Evaluation("accuracy", [0.5, 0.25, 1.0], 0.75, 4, [0.5, 0.5, 1.0]))
     tracking.append(run, record(0))
     tracking.append(run, evaluated)
     first, second = tracking.records(run)
@@ -200,7 +209,13 @@ def test_records_come_back_as_they_were(run: Path) -> None:
     assert first["failed_edges"] == [[0, 2]]
     assert first["evaluation"] is None
     assert "state" not in first
-    assert second["evaluation"] == {"metric": "accuracy", "clients": [0.5, 0.25, 1.0], "average": 0.75, "rows": 4}
+    assert second["evaluation"] == {
+        "metric": "accuracy",
+        "clients": [0.5, 0.25, 1.0],
+        "average": 0.75,
+        "rows": 4,
+        "top_share": [0.5, 0.5, 1.0],
+    }
 
 
 @pytest.mark.parametrize("cut", [1, 40, -2])
@@ -217,18 +232,26 @@ def test_a_last_line_that_was_cut_off_is_no_record(run: Path, cut: int) -> None:
 @pytest.mark.parametrize(
     "damaged", ['{"round": 1, "lo', "", "5", "null", "{}", '{"round": 7}', '{"round": 1}', "\0\0\0"]
 )
-def test_a_damaged_line_before_the_last_is_refused_by_its_number(run: Path, damaged: str) -> None:
+def test_a_damaged_line_is_left_out_with_a_warning_and_nothing_goes_on_from_it(
+    run: Path, damaged: str, caplog: pytest.LogCaptureFixture
+) -> None:
     for t in range(3):
         tracking.append(run, record(t))
     lines = (run / "rounds.jsonl").read_text().splitlines()
     (run / "rounds.jsonl").write_text("\n".join([lines[0], damaged, lines[2]]) + "\n")
-    with pytest.raises(RunError, match=r"rounds\.jsonl: line 2 is damaged; restore the file"):
-        tracking.records(run)
+    with caplog.at_level(logging.WARNING):
+        found = tracking.records(run)
+    assert [record["round"] for record in found] == [0, 2]
+    (warning,) = caplog.messages
+    assert warning.endswith("rounds.jsonl: line 2 is damaged and left out; restore the file")
+    with pytest.raises(RunError, match=r"rounds\.jsonl: has no record of round 1, which the checkpoint round-000003"):
+        tracking.rewind(run, 3)
+    tracking.rewind(run, 1)
+    assert [record["round"] for record in tracking.records(run)] == [0]
 
 
 def test_what_is_no_run_has_no_records(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (tmp_path / "rounds.jsonl").write_bytes(b"\xff\xfe\x00")
     for folder in (tmp_path, tmp_path / "nowhere", tmp_path / "file", tmp_path / ("x" * 300)):
         with pytest.raises(RunError, match=r"no readable rounds\.jsonl; give the folder of a run"):
             tracking.records(folder)
@@ -247,7 +270,7 @@ def test_rewinding_forgets_the_rounds_that_will_be_made_again(run: Path, to: int
 def test_rewinding_to_a_round_whose_records_are_lost_is_refused(run: Path) -> None:
     tracking.append(run, record(0))
     with pytest.raises(
-        RunError, match=r"rounds\.jsonl: ends after round 1, before the checkpoint round-000003; restore"
+        RunError, match=r"rounds\.jsonl: has no record of round 1, which the checkpoint round-000003 follows; restore"
     ):
         tracking.rewind(run, 3)
 
@@ -256,8 +279,34 @@ def test_a_new_run_holds_what_was_asked_and_where_it_runs(run: Path) -> None:
     assert (run / "recipe.yaml").read_text(encoding="utf-8") == "# naïve\nrounds: 3\n"
     assert (run / "resolved.yaml").read_text() == "rounds: 3\n"
     assert json.loads((run / "environment.json").read_text()) == {"torch": "2"}
+    assert json.loads((run / "facts.json").read_text()) == {"graph": {"rho": 0.5}}
     assert tracking.records(run) == []
     assert [path.name for path in run.parent.iterdir()] == ["one"]
+
+
+def test_only_one_process_at_a_time_works_on_a_run(run: Path) -> None:
+    code = f"""
+from pathlib import Path
+from peertune import tracking
+with tracking.locked(Path({str(run)!r})):
+    print("in")
+"""
+    with tracking.locked(run):
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert other.stdout == ""
+        assert other.stderr.splitlines()[-1].endswith(
+            f"{run}: another process is at work on this run; wait for it, or stop it"
+        )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "in\n"
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    tracking.write_file(file, b"before")
+    with no_room(100), pytest.raises(RunError, match=r"report\.html: can't be written \(File too large\)"):
+        tracking.write_file(file, b"x" * 1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert file.read_bytes() == b"before"
 
 
 def test_an_empty_folder_may_become_a_run_and_a_used_one_may_not(tmp_path: Path) -> None:

@@ -7,10 +7,14 @@ A factory's signature is its schema: `{name: adf_lora, switch_every: 3}` in a re
 from collections.abc import Callable
 from typing import Literal
 
+from peertune.algorithms.adaptive import adaptive
 from peertune.algorithms.mixers import gossip, products, rotated
 from peertune.algorithms.schedules import alternating, both, only_b, silent, switching_interval
 from peertune.errors import RecipeError
 from peertune.types import Algorithm
+
+FIRST_INTERVAL = 5
+"""Rounds of a phase before anything is known of the graph: ADF-LoRA's."""
 
 
 def local() -> Algorithm:
@@ -43,7 +47,7 @@ def rolora() -> Algorithm:
     return Algorithm(alternating(1, send="trained"), gossip, {})
 
 
-def adf_lora(switch_every: int = 5) -> Algorithm:
+def adf_lora(switch_every: int = FIRST_INTERVAL) -> Algorithm:
     """ADF-LoRA: B and A train in turn, each for `switch_every` rounds; both are sent and averaged in every round.
 
     Source: arXiv 2511.18291, where pairs of clients meet and take the mean of the two; here W is what the graph gives.
@@ -55,18 +59,32 @@ def adf_lora(switch_every: int = 5) -> Algorithm:
     return Algorithm(alternating(switch_every, send="both"), gossip, {"switch_every": switch_every})
 
 
-def tad_lora(switch_every: int | Literal["auto"] = "auto", rho: Callable[[], float] | None = None) -> Algorithm:
+def tad_lora(
+    switch_every: int | Literal["auto", "adaptive"] = "auto",
+    window_rounds: int = 40,
+    rho: Callable[[], float] | None = None,
+    clients: int = 1,
+    seed: int = 0,
+) -> Algorithm:
     """TAD-LoRA: ADF-LoRA with the length of a phase taken from the graph, `T* = max(1, round(3 / sqrt(1 - rho)))`.
 
-    `rho` is no setting: the program hands in a function that estimates the graph's rho, which takes seconds and is
-    called only where `switch_every` is "auto". The sparser the graph, the longer the phase.
+    With "auto" rho is the recipe's graph's. With "adaptive" the clients estimate it in windows of `window_rounds` from
+    what they hear, and agree on the length for the next window by themselves (see `adaptive`); they begin with phases
+    of 5 rounds, and `window_rounds` has no meaning otherwise. The sparser the graph, the longer the phase.
+
+    `rho`, `clients` and `seed` are no settings: the program hands them in. `rho` is a function that estimates the
+    graph's rho, which takes seconds and is called only where `switch_every` is "auto".
 
     Source: arXiv 2602.00451, whose law is `T* ~ 1 / sqrt(1 - rho)`. Not stated in the paper: the constant, for which
-    see `switching_interval`.
+    see `switching_interval`. "adaptive" is ours.
 
     Raises:
         RecipeError: `switch_every` is below 1, or "auto" without `rho`, or "auto" on a graph that never mixes.
     """
+    if switch_every == "adaptive":
+        agreement = adaptive(window_rounds, FIRST_INTERVAL, clients, seed)
+        settings = {"switch_every": switch_every, "window_rounds": window_rounds}
+        return Algorithm(alternating(FIRST_INTERVAL, send="both"), gossip, settings, agreement)
     if switch_every == "auto":
         if rho is None:
             raise RecipeError("switch_every: auto needs a graph to take it from, give a number of rounds")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peertune.round import Job, run_round
 from peertune.topology import weights_at
-from peertune.training import reset_moments, train_local
+from peertune.training import Trained, reset_moments, train_local
 from peertune.types import Phase, RoundRecord, State, Tensors
 
 DENSE_UP_TO = 64
@@ -34,17 +34,26 @@ def simulate(job: Job) -> Iterator[RoundRecord]:
     """
     clients = job.graph.clients
 
-    def train(state: State, phase: Phase) -> Tensor:
-        before = job.algorithm.phase(phase.round - 1) if phase.round else None
-        reset_moments(state.moments, job.optim.reset, phase, before)
-        losses = []
-        for start in range(0, clients, job.clients_per_pass):
-            chunk = range(start, min(start + job.clients_per_pass, clients))
-            steps = job.steps(chunk, phase.round)
-            part = state.take(slice(chunk.start, chunk.stop))
-            losses.append(train_local(job.model, part, steps, phase, job.optim, phase.round * job.local_steps))
-            _give_back_memory()
-        return torch.cat(losses)
+    def train(state: State, phases: list[Phase]) -> Trained:
+        before = job.algorithm.phases(state.signals, state.round - 1, clients) if state.round else [None] * clients
+        alike: dict[tuple[Phase, Phase | None], list[int]] = {}
+        for client, pair in enumerate(zip(phases, before, strict=True)):
+            alike.setdefault(pair, []).append(client)
+        result = Trained(*torch.zeros(2, clients, dtype=torch.float64, device=job.device))
+        for (phase, last), members in alike.items():
+            for start in range(0, len(members), job.clients_per_pass):
+                chunk = members[start : start + job.clients_per_pass]
+                neighbouring = len(chunk) == chunk[-1] - chunk[0] + 1
+                places = slice(chunk[0], chunk[-1] + 1) if neighbouring else torch.tensor(chunk, device=job.device)
+                part = state.take(places)
+                reset_moments(part.moments, job.optim.reset, phase, last)
+                steps = job.steps(chunk, phase.round)
+                trained = train_local(job.model, part, steps, phase, job.optim, phase.round * job.local_steps)
+                if isinstance(places, Tensor):
+                    state.put(places, part)
+                result.loss[places], result.grad_norm[places] = trained
+                _give_back_memory()
+        return result
 
     def exchange(payload: Tensors, round: int) -> tuple[Tensors, Tensor]:
         matrix = weights_at(job.graph, round)

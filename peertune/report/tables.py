@@ -1,8 +1,14 @@
-"""Runs as tables: what `rounds.jsonl` comes to in one row, and rows as text."""
+"""Runs as tables: what `rounds.jsonl` comes to in one row, several seeds to a mean, and rows as text."""
 
 from collections.abc import Mapping, Sequence
-from statistics import fmean, pstdev
+from math import sqrt
+from statistics import fmean, pstdev, stdev
 from typing import Any
+
+from scipy import stats
+
+from peertune.errors import RunError, unknown
+from peertune.report.runs import RunData, settings, varying
 
 Row = Mapping[str, Any]
 
@@ -20,17 +26,36 @@ COLUMNS = {
     "seconds": "s",
 }
 """Key of a summary → heading of its column."""
+MEASURES = {
+    "mean": "mean",
+    "best": "best",
+    "min": "min",
+    "max": "max",
+    "average": "average",
+    "best_average": "best average",
+    "consensus_error_A": "Δ_A",
+    "consensus_error_B": "Δ_B",
+    "cross_term": "cross",
+    "megabytes_sent": "MB",
+    "seconds": "s",
+}
+"""What runs are compared by: key of a summary → heading."""
+SCORES = ("mean", "best", "average", "best_average")
+"""Measures of which paired differences are taken."""
 LEGEND = """\
 mean, min, max: the clients' own models at the end; best: the best mean of all rounds; average: the averaged adapter;
 Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole run; s: seconds"""
+_UNCOMPARED = ("device", "model.dtype", "task.path", "task.revision", "model.revision", "training.tokens_per_pass")
+"""Keys in which runs may differ without being runs of different things."""
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one row for a run's records, as read from `rounds.jsonl`.
 
     `mean`, `min`, `max`, `std` are over the clients' own models at the last evaluation, `average` is the averaged
-    adapter's score there; `best` is the best mean of all evaluations. Consensus errors and the cross term are those
-    of the last round, traffic is a client's mean over the run, seconds are the whole run's.
+    adapter's score there; `best` is the best mean of all evaluations and `best_average` the averaged adapter's best.
+    Consensus errors and the cross term are those of the last round, traffic is a client's mean over the run, seconds
+    are the whole run's.
     """
     evaluated = [record for record in records if record["evaluation"]]
     row: dict[str, Any] = {"rounds": len(records)}
@@ -47,6 +72,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "average": final["average"],
             "best": fmean(best["evaluation"]["clients"]),
             "best_round": best["round"],
+            "best_average": max(record["evaluation"]["average"] for record in evaluated),
         }
     if records:
         row |= {
@@ -59,11 +85,171 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def compare(
+    runs: Sequence[RunData], by: Sequence[str] | None = None, paired_with: str | None = None
+) -> list[dict[str, Any]]:
+    """Put runs that differ in their seed alone together: a row for each combination of the settings `by`.
+
+    A row has `by` (key → value), `seeds`, `runs`, `metric`, and `measures`: for each of `MEASURES` its `mean` over the
+    seeds and `std` (of a sample; None for one seed). With `paired_with`, the value of one of the keys, such as a
+    method's name, a row has `paired`: for each of `SCORES` the mean `difference` from the row which has that value and
+    agrees in all keys of other blocks, seed by seed, and its 95 % interval `low` to `high` by Student's t (None for one
+    seed). Rows without such a partner have None.
+
+    Raises RunError for runs of different tasks, for a key that no run has, and where runs of one seed differ in a
+    setting that is not in `by`.
+    """
+    found = {run.name: settings(run) for run in runs}
+    unasked = [key for key in _differences(runs) if not key.startswith("task.")]
+    keys = list(by) if by is not None else unasked or ["algorithm.name"]
+    known = {key for values in found.values() for key in values}
+    if wrong := next((key for key in keys if key not in known), None):
+        raise RunError(
+            f"--by: {unknown(wrong, wrong, known).partition(': ')[2]}".replace("unknown name", "unknown key")
+        )
+    _check_comparable(runs, keys)
+    groups: dict[tuple[Any, ...], list[RunData]] = {}
+    for run in runs:
+        groups.setdefault(tuple(_hashable(found[run.name].get(key)) for key in keys), []).append(run)
+    rows = []
+    for members in groups.values():
+        _check_seeds(members)
+        members.sort(key=lambda run: int(found[run.name]["seed"]))
+        summaries = [summarise(run.records) for run in members]
+        rows.append(
+            {
+                "by": {key: found[members[0].name].get(key) for key in keys},
+                "seeds": [found[run.name]["seed"] for run in members],
+                "runs": [run.name for run in members],
+                "metric": summaries[0].get("metric"),
+                "measures": {key: _spread([summary.get(key) for summary in summaries]) for key in MEASURES},
+                "_summaries": summaries,
+            }
+        )
+    if paired_with is not None:
+        _pair(rows, keys, paired_with)
+    return [{key: value for key, value in row.items() if key != "_summaries"} for row in rows]
+
+
+def _differences(runs: Sequence[RunData]) -> list[str]:
+    return [key for key in varying(runs) if key not in _UNCOMPARED]
+
+
+def _hashable(value: Any) -> Any:
+    return repr(value) if isinstance(value, list | dict) else value
+
+
+def _check_comparable(runs: Sequence[RunData], by: Sequence[str]) -> None:
+    for key in _differences(runs):
+        if key.startswith("task.") and key not in by:
+            first = runs[0]
+            other = next(run for run in runs if settings(run).get(key) != settings(first).get(key))
+            names = " and ".join(f"{run.name} has {key}={settings(run).get(key)}" for run in (first, other))
+            raise RunError(f"these runs can't be compared: {names}; give runs of one task, or --by with {key} in it")
+
+
+def _check_seeds(members: Sequence[RunData]) -> None:
+    seeds = [run.recipe["seed"] for run in members]
+    for place, seed in enumerate(seeds):
+        if seed in seeds[:place]:
+            twins = [members[seeds.index(seed)], members[place]]
+            differ = _differences(twins)
+            hint = f"they differ in {', '.join(differ)}: put that into --by" if differ else "give each run once"
+            raise RunError(f"{twins[0].name} and {twins[1].name} have the same seed, {seed}; {hint}")
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+    there = [value for value in values if value is not None]
+    if not there or len(there) < len(values):
+        return {"mean": None, "std": None}
+    return {"mean": fmean(there), "std": stdev(there) if len(there) > 1 else None}
+
+
+def _pair(rows: Sequence[dict[str, Any]], keys: Sequence[str], reference: str) -> None:
+    """Give each row its differences from its reference, seed by seed."""
+    key = next((key for key in keys if any(str(row["by"][key]) == reference for row in rows)), None)
+    if key is None:
+        values = sorted({str(value) for row in rows for value in row["by"].values()})
+        raise RunError(f"--paired-with: no run has {reference}; choose from {', '.join(values)}")
+    block = key.partition(".")[0]
+    others = [other for other in keys if other.partition(".")[0] != block]
+    for row in rows:
+        partner = next(
+            (
+                other
+                for other in rows
+                if str(other["by"][key]) == reference and all(other["by"][k] == row["by"][k] for k in others)
+            ),
+            None,
+        )
+        row["paired"] = None if partner is None or partner is row else _paired(row, partner)
+
+
+def _paired(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
+    theirs = dict(zip(partner["seeds"], partner["_summaries"], strict=True))
+    both = [(own, theirs[seed]) for seed, own in zip(row["seeds"], row["_summaries"], strict=True) if seed in theirs]
+    found = {}
+    for key in SCORES:
+        differences = [own[key] - other[key] for own, other in both if key in own and key in other]
+        low = high = None
+        if len(differences) > 1:
+            half = stats.t.ppf(0.975, len(differences) - 1) * stdev(differences) / sqrt(len(differences))
+            low, high = fmean(differences) - half, fmean(differences) + half
+        middle = fmean(differences) if differences else None
+        found[key] = {"difference": middle, "low": low, "high": high, "seeds": len(differences)}
+    return found
+
+
+def compared(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:
+    """Lay what `compare` found out as lines of cells, the headings first."""
+    keys = list(rows[0]["by"])
+    seeds = max(len(row["seeds"]) for row in rows)
+    head = [*headings(keys), *(["seeds"] if seeds > 1 else []), *(MEASURES[key] for key in measures)]
+    lines = [head]
+    for row in rows:
+        cells = ["-" if row["by"][key] is None else str(row["by"][key]) for key in keys]
+        cells += [str(len(row["seeds"]))] if seeds > 1 else []
+        lines.append(cells + [_with_spread(key, **row["measures"][key]) for key in measures])
+    return lines
+
+
+def paired(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:
+    """Lay the paired differences out as lines of cells, the headings first; empty where no row has a partner."""
+    keys = list(rows[0]["by"])
+    chosen = [key for key in measures if key in SCORES]
+    lines = [[*headings(keys), "seeds", *(MEASURES[key] for key in chosen)]]
+    for row in rows:
+        if row.get("paired") is None:
+            continue
+        found = row["paired"]
+        cells = ["-" if row["by"][key] is None else str(row["by"][key]) for key in keys]
+        counts = str(max((found[key]["seeds"] for key in chosen), default=0))
+        lines.append([*cells, counts, *(_difference(found[key]) for key in chosen)])
+    return lines if len(lines) > 1 else []
+
+
+def headings(keys: Sequence[str]) -> list[str]:
+    """Shorten dotted keys to what tells them apart: `algorithm.name` to `algorithm`, others to their last part."""
+    short = [key.removesuffix(".name") if key.endswith(".name") else key.rpartition(".")[2] for key in keys]
+    return [name if short.count(name) == 1 else key for name, key in zip(short, keys, strict=True)]
+
+
+def _with_spread(key: str, mean: float | None, std: float | None) -> str:
+    return _cell(key, mean) if std is None else f"{_cell(key, mean)} ± {_cell(key, std)}"
+
+
+def _difference(found: Row) -> str:
+    if found["difference"] is None:
+        return "-"
+    interval = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
+    return f"{found['difference']:+.3f}{interval}"
+
+
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, float):
-        return f"{value:.0f}" if key == "seconds" else f"{value:.3g}" if value < 0.01 else f"{value:.3f}"
+        return f"{value:.0f}" if key == "seconds" else f"{value:.3g}" if 0 < value < 0.01 else f"{value:.3f}"
     return str(value)
 
 
@@ -86,3 +272,19 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     head, *body = lines
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
+
+
+def latex(lines: Sequence[Sequence[str]]) -> str:
+    """Write lines of cells as a LaTeX tabular with booktabs' rules, the first line its head."""
+    signs = {"±": r"$\pm$", "Δ_A": r"$\Delta_A$", "Δ_B": r"$\Delta_B$", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"}
+
+    def escaped(cell: str) -> str:
+        for sign, written in signs.items():
+            if sign != "_" or "$" not in cell:
+                cell = cell.replace(sign, written)
+        return cell
+
+    head, *body = (" & ".join(map(escaped, line)) + r" \\" for line in lines)
+    columns = "l" + "r" * (len(lines[0]) - 1)
+    rows = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+    return "\n".join(rows)

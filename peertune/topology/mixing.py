@@ -1,6 +1,7 @@
 """How well a graph mixes."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class GraphSummary:
     draws: int  # rounds drawn to estimate rho; 0 if it is exact
 
 
+@lru_cache(maxsize=16)  # it takes a second, and a method asks for it as well as a description of the graph
 def rho(graph: Graph, draws: int | None = None) -> float:
     """Return `λ_max(E[WᵀW] - J)` in [0, 1], the factor by which a round of mixing shrinks the squared disagreement.
 

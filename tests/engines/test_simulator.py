@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from peertune.metrics import payload_bytes
 from peertune.recipe import load_recipe
 from peertune.round import Job
 from peertune.topology import weights_at
-from peertune.types import Batch, RoundRecord, Tensors, kind, select
+from peertune.types import Agreement, Algorithm, Batch, Phase, RoundRecord, Tensors, kind, select
 
 SMALL = (
     "model.dtype=float64",
@@ -233,8 +234,10 @@ def test_every_method_runs_and_says_what_it_sent(method: str) -> None:
         assert record.bytes_sent == [size * count for count in record.neighbours]
         assert (record.round, record.train, record.send) == (t, sorted(phase.train), sorted(phase.send))
         assert record.clients == list(range(5))
-        assert record.failed_edges == []
-        assert len(record.loss) == 5
+        assert record.failed_edges == record.out_of_phase == []
+        assert record.edges == ([(i, j) for i, j in np.argwhere(dense).tolist() if i < j] if phase.send else [])
+        assert len(record.loss) == len(record.grad_norm) == len(record.neighbourhood_cross_term) == 5
+        assert min(record.grad_norm) > 0
         assert record.seconds.keys() >= {"train", "exchange", "mix", "metrics"}
         assert record.state is not None
         for name, x in record.state.adapters.items():
@@ -255,6 +258,62 @@ def test_every_method_runs_and_says_what_it_sent(method: str) -> None:
             assert [record.send for record in records] == [["B", "head"], ["A", "head"]]
         case _:
             assert sent == pytest.approx([1, 1])
+
+
+def test_the_idle_factors_disagreement_shrinks_by_the_contraction_that_is_recorded() -> None:
+    records = run("algorithm={name: adf_lora, switch_every: 2}", "rounds=5", "graph.activation=0.6")
+    for last, record in pairwise(records[1:]):
+        (idle,) = {"A", "B"} - set(record.train)
+        error = f"consensus_error_{idle}"
+        shrunk = (record.diagnostics[error] / last.diagnostics[error]) ** 2
+        assert record.diagnostics[f"contraction_{idle}"] == pytest.approx(shrunk, rel=1e-6)
+
+
+def test_evaluation_says_how_often_a_client_predicts_its_favourite_class() -> None:
+    evaluation = run("rounds=1", "training.learning_rate=1e-9")[0].evaluation
+    assert evaluation is not None
+    assert len(evaluation.top_share) == 5
+    assert all(0.2 <= share <= 1 for share in evaluation.top_share)
+
+
+ADAPTIVE = (
+    "algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}",
+    "rounds=11",
+    "training.local_steps=1",
+)
+
+
+def test_clients_that_agree_on_their_phases_are_simulated_and_resumed_to_the_same_bits() -> None:
+    job = made(*ADAPTIVE, "training.reset_optimizer=phase").job
+    records = kept(job)
+    assert {tuple(record.train) for record in records} == {("A", "head"), ("B", "head")}
+    everything = payload_bytes(job.state.adapters) + payload_bytes(job.state.signals)
+    for record in records:
+        assert record.bytes_sent == [everything * count for count in record.neighbours]
+    for middle in (records[2], records[5]):
+        assert middle.state is not None
+        *_, last = simulate(replace(job, state=middle.state))
+        assert all(torch.equal(x, adapters(records)[name]) for name, x in adapters([last]).items())
+
+
+def test_clients_that_are_out_of_phase_train_their_own_factor_and_say_so() -> None:
+    def phases(signals: Tensors, round: int) -> list[Phase]:
+        return [Phase(round, frozenset(f"{'A' if client in (1, 3) else 'B'}"), frozenset("AB")) for client in range(5)]
+
+    job = made("head=frozen", "rounds=2").job
+    apart = Agreement(lambda *_: {}, phases, lambda own, *_: own)
+    start = job.state.clone()
+    for x in select(start.adapters, {"B"}).values():
+        x.fill_(0.1)  # A has no gradient while B is 0
+    alone = replace(job, state=start, algorithm=Algorithm(job.algorithm.phase, lambda own, *_: own, {}, apart))
+    before = start.adapters
+    for per_pass in (1, 2, 5):
+        records = kept(replace(alone, clients_per_pass=per_pass))
+        for record in records:
+            assert (record.train, record.out_of_phase) == (["B"], [1, 3])
+        for name, x in adapters(records).items():
+            trained = [not torch.equal(own, start) for own, start in zip(x, before[name], strict=True)]
+            assert trained == [(client in (1, 3)) == (kind(name) == "A") for client in range(5)]
 
 
 def test_ffa_lora_keeps_every_a_at_the_common_start_to_the_bit() -> None:

@@ -1,0 +1,38 @@
+"""The command `peertune`. Heavy imports stand inside the commands, so that `--help` answers at once."""
+
+import sys
+from io import TextIOWrapper
+
+import typer
+
+from peertune.cli.facts import data, env, graph, recipes
+from peertune.cli.results import compare, diagnose, export, report
+from peertune.cli.running import run, sweep
+from peertune.errors import PeertuneError
+
+app = typer.Typer(
+    help="Fine-tune a foundation model across parties that keep their data, with no server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: peertune run digits-demo",
+)
+
+for command in (run, sweep, compare, report, diagnose, recipes, graph, data, export, env):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line and exit code 2."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without a Δ shows a ?
+    try:
+        app()
+    except MemoryError:
+        print("peertune: out of memory; lower training.tokens_per_pass or training.clients_per_pass", file=sys.stderr)
+        sys.exit(2)
+    except (PeertuneError, OSError) as error:
+        print("peertune:", " ".join(str(error).splitlines()), file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,174 @@
+"""The commands that look at what runs left: `compare`, `report`, `diagnose` and `export`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from peertune.cli.common import AsJson, messages, print_json
+from peertune.errors import RunError, unknown
+
+Runs = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Run directories, or folders that hold some.")]
+
+
+def compare(
+    runs: Runs,
+    by: Annotated[
+        str | None, typer.Option(help="Keys of the recipe that make a row, such as algorithm.name,graph.activation.")
+    ] = None,
+    measure: Annotated[
+        str | None, typer.Option("--metric", help="Columns: of mean, best, min, max, average, best_average and others.")
+    ] = None,
+    paired_with: Annotated[
+        str | None, typer.Option(help="Show differences from this value's runs, seed by seed, such as dec_lora.")
+    ] = None,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, all measures.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print LaTeX tabulars for booktabs.")] = False,
+) -> None:
+    """Put runs side by side: mean and standard deviation over seeds of scores, disagreement, traffic and time.
+
+    Rows are the settings in which the runs differ, seeds apart; --by chooses others. mean and best are of the clients'
+    own models, average and best_average of the averaged adapter. Paired differences come with 95 % intervals.
+
+    Examples:
+
+      peertune compare runs/demo
+
+      peertune compare runs/methods --by algorithm.name --paired-with dec_lora --markdown
+    """
+    from peertune.report import tables
+    from peertune.report.runs import find_runs
+
+    if sum([as_json, as_csv, as_markdown, as_latex]) > 1:
+        raise RunError("compare: give one of --json, --csv, --markdown and --latex")
+    measures = [name.strip() for name in measure.split(",")] if measure else list(tables.MEASURES)
+    if wrong := next((name for name in measures if name not in tables.MEASURES), None):
+        raise RunError(unknown("--metric", wrong, tables.MEASURES))
+    with messages():
+        rows = tables.compare(find_runs(runs), by.split(",") if by else None, paired_with)
+    if as_json:
+        print_json(rows)
+        return
+    if as_csv:
+        _print_csv(rows)
+        return
+    draw = tables.markdown if as_markdown else tables.latex if as_latex else tables.text
+    print(draw(tables.compared(rows, measures)))
+    if paired_with is not None and (lines := tables.paired(rows, measures)):
+        print(f"\ndifference from {paired_with}, seed by seed, with its 95 % interval\n\n{draw(lines)}")
+    if draw is tables.text:
+        scores = {row["metric"] for row in rows} - {None}
+        print(f"\n{''.join(f'{score} ' for score in scores) if len(scores) == 1 else ''}{tables.LEGEND}")
+
+
+def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    import csv
+    import sys
+
+    from peertune.recipe import flat
+
+    lines = [
+        {"runs": len(row["runs"]), "metric": row["metric"]}
+        | row["by"]
+        | flat(row["measures"])
+        | {f"paired.{key}": value for key, value in flat(row.get("paired") or {}).items()}
+        for row in rows
+    ]
+    writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+
+
+def report(
+    runs: Runs,
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; where not given, report.html in the first folder.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Write each figure as PNG and SVG into this folder, too; needs a Chromium.")
+    ] = None,
+    show: Annotated[bool, typer.Option("--open", help="Open the report in the browser.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML file about a run or several: curves, disagreement, graph, partition, comparison, findings.
+
+    The file holds all that it shows: no network is needed to view it.
+
+    Examples:
+
+      peertune report runs/digits-demo --open
+
+      peertune report runs/methods --out methods.html --figures figures
+    """
+    with messages():
+        from peertune import tracking
+        from peertune.report.figures import write_figures
+        from peertune.report.findings import diagnose as find
+        from peertune.report.html import page
+        from peertune.report.runs import find_runs
+
+        found = find_runs(runs)
+        file = out or runs[0] / "report.html"
+        text = page(found, {run.name: find(run.recipe, run.facts, run.records) for run in found})
+        tracking.write_file(file, text.encode())
+        written = [file, *(write_figures(found, figures) if figures is not None else [])]
+    if as_json:
+        print_json({"runs": [run.name for run in found], "written": [str(path) for path in written]})
+    else:
+        print(f"the report on {len(found)} run{'s' * (len(found) > 1)} is in {file}")
+        if figures is not None:
+            print(f"{len(written) - 1} pictures are in {figures}")
+    if show:
+        typer.launch(str(file))
+
+
+def diagnose(
+    runs: Runs,
+    as_json: AsJson = False,
+) -> None:
+    """Say in plain words what went wrong in a run, or that nothing did, with the numbers behind it.
+
+    Examples:
+
+      peertune diagnose runs/digits-demo
+    """
+    with messages():
+        from dataclasses import asdict
+
+        from peertune.report.findings import diagnose as find
+        from peertune.report.runs import find_runs
+
+        found = {run.name: find(run.recipe, run.facts, run.records) for run in find_runs(runs)}
+    if as_json:
+        print_json({name: [asdict(finding) for finding in findings] for name, findings in found.items()})
+        return
+    for number, (name, findings) in enumerate(found.items()):
+        print(("\n" if number else "") + name)
+        for finding in findings:
+            print(f"  {finding.severity}: {finding.title}. {finding.text} {finding.advice}".rstrip())
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, finished or not.")],
+    client: Annotated[str, typer.Option(help="A client's number, or: average.")],
+    to: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Write one client's adapter, or the average, as a folder that PEFT loads.
+
+    Example:
+
+      peertune export runs/digits-demo --client average --to adapter
+    """
+    if client != "average" and not client.isdecimal():
+        raise RunError(f"--client: {client!r} is no client; give a number, or average")
+    with messages():
+        from peertune import tracking
+
+        state = tracking.load_checkpoint(run)
+        if state is None:
+            raise RunError(f"{run}: holds no checkpoint; give the folder of a run that has got to its first one")
+        tracking.export(run, state, None if client == "average" else int(client), to)
+    print(f"{'the average' if client == 'average' else f'client {client}'} of {run} is in {to}")

@@ -1,0 +1,206 @@
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from peertune import draws
+from peertune.algorithms.adaptive import PROBES, REPORTERS, adaptive
+from peertune.algorithms.methods import ALGORITHMS
+from peertune.algorithms.schedules import switching_interval
+from peertune.errors import RecipeError
+from peertune.topology import GRAPHS, Graph, rho, weights_at
+from peertune.types import Tensors
+
+WINDOW = 40
+
+
+class Seen(NamedTuple):
+    """What a round looked like."""
+
+    round: int
+    trained: list[str]  # what each client trains, A or B
+    signals: Tensors  # before the round
+
+
+def weights(graph: Graph) -> Callable[[int], Tensor]:
+    return lambda t: torch.from_numpy(weights_at(graph, t).toarray())
+
+
+def rounds(
+    weights: Callable[[int], Tensor], clients: int, count: int, seed: int = 0, window: int = WINDOW
+) -> Iterator[Seen]:
+    """Play the agreement alone: no training, only what clients tell each other."""
+    agreement = adaptive(window, 5, clients, seed)
+    signals = agreement.init(range(clients), 0)
+    for t in range(count):
+        phases = agreement.phases(signals, t)
+        yield Seen(t, ["A" if "A" in phase.train else "B" for phase in phases], signals)
+        signals = agreement.step(signals, signals, weights(t), t)
+
+
+def intervals(trained: list[str]) -> list[int]:
+    """Return the lengths of the phases that are whole."""
+    ends = [t for t in range(1, len(trained)) if trained[t] != trained[t - 1]]
+    return [end - start for start, end in pairwise(ends)]
+
+
+def random_graph(number: int) -> Graph:
+    """One of many graphs, dense and sparse, static and drawn anew each round, of 4 to 24 clients."""
+    rng = draws.generator(number, "graphs of the test")
+    clients = int(rng.integers(4, 25))
+    match number % 5:
+        case 0:
+            return GRAPHS["complete"](clients=clients, seed=number, activation=float(rng.uniform(0.15, 1)))
+        case 1:
+            return GRAPHS["erdos_renyi"](clients=clients, seed=number, probability=float(rng.uniform(0.4, 0.9)))
+        case 2:
+            degree = 4 if clients > 4 else 3
+            return GRAPHS["random_regular"](clients=clients, seed=number, degree=degree, activation=0.7)
+        case 3:
+            return GRAPHS["matching"](clients=clients, seed=number, probability=float(rng.uniform(0.3, 1)))
+        case _:
+            return GRAPHS["bipartite"](clients=clients, seed=number, activation=float(rng.uniform(0.4, 1)))
+
+
+@pytest.mark.parametrize("number", range(50))
+def test_all_clients_switch_in_the_same_round_on_a_random_graph(number: int) -> None:
+    graph = random_graph(number)
+    for seen in rounds(weights(graph), graph.clients, 4 * WINDOW, seed=number):
+        assert len(set(seen.trained)) == 1, seen.round
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.6, 0.12), (0.12, 0.6)])
+def test_a_graph_whose_density_changes_half_way_changes_the_interval_for_all_at_once(
+    before: float, after: float
+) -> None:
+    early, late = (GRAPHS["complete"](clients=10, seed=3, activation=p) for p in (before, after))
+    half, window = 4 * 60, 60
+    played = list(
+        rounds(lambda t: weights(early if t < half else late)(t), clients=10, count=2 * half, seed=3, window=window)
+    )
+    assert all(len(set(seen.trained)) == 1 for seen in played)
+    trained = [seen.trained[0] for seen in played]
+    settled = [
+        np.mean(intervals(trained[start : start + 2 * window])) for start in (half - 2 * window, half + 2 * window)
+    ]
+    assert settled == [pytest.approx(switching_interval(rho(graph)), abs=1.5) for graph in (early, late)]
+    assert (settled[0] < settled[1]) == (before > after)
+
+
+@pytest.mark.parametrize("joins", [7, 40, 59, 75, 100])
+def test_clients_that_join_late_switch_with_the_others_from_their_first_exchange_on(joins: int) -> None:
+    graph = GRAPHS["complete"](clients=10, seed=joins, activation=0.3)
+    late = [8, 9]
+    agreement = adaptive(WINDOW, 5, 10, joins)
+    signals = agreement.init(range(10), 0)
+    reached: set[int] = set()
+    for t in range(5 * WINDOW):
+        if t == joins:  # a process that starts now knows the recipe and the round, and nothing else
+            fresh = agreement.init(late, t)
+            signals = {name: torch.cat([x[:8], fresh[name]]) for name, x in signals.items()}
+        matrix = weights(graph)(t)
+        if t < joins:  # nobody there: its edges are dropped at both ends
+            for client in late:
+                for other in range(10):
+                    if other != client:
+                        matrix[other, other] += matrix[other, client]
+                        matrix[client, client] += matrix[client, other]
+                        matrix[other, client] = matrix[client, other] = 0
+        trained = ["A" if "A" in phase.train else "B" for phase in agreement.phases(signals, t)]
+        together = [*range(8), *sorted(reached)]
+        assert len({trained[client] for client in together}) == 1, t
+        signals = agreement.step(signals, signals, matrix, t)
+        if t >= joins:
+            knowing = {*range(8), *reached}
+            reached |= {client for client in late if any(matrix[client, other] > 0 for other in knowing)}
+    assert reached == set(late)
+
+
+def test_a_client_that_was_cut_off_is_back_in_phase_after_the_exchange_that_reaches_it() -> None:
+    graph = GRAPHS["complete"](clients=6, seed=1)
+    alone = torch.block_diag(torch.ones(1, 1), torch.full((5, 5), 0.2)).double()
+    out, back = WINDOW // 2 - 3, WINDOW + 12  # away while the others report, and for a while after
+    trained = [
+        seen.trained
+        for seen in rounds(
+            lambda t: alone if out <= t < back else weights(graph)(t), clients=6, count=2 * WINDOW, seed=1
+        )
+    ]
+    assert all(len(set(now[1:])) == 1 for now in trained)
+    assert any(len(set(now)) == 2 for now in trained[WINDOW : back + 1]), "the client was never out of phase"
+    assert all(len(set(now)) == 1 for now in trained[back + 1 :])
+
+
+@pytest.mark.parametrize("activation", [0.05, 0.1, 0.2, 0.5, 1.0])
+def test_the_interval_comes_near_to_that_of_the_graphs_rho(activation: float) -> None:
+    graph = GRAPHS["complete"](clients=10, seed=5, activation=activation)
+    window = 120
+    trained = [seen.trained[0] for seen in rounds(weights(graph), 10, 6 * window, seed=5, window=window)]
+    found = float(np.mean(intervals(trained[window:])))
+    assert found == pytest.approx(switching_interval(rho(graph)), rel=0.35, abs=1)
+
+
+def test_b_and_a_train_equally_long_in_each_window() -> None:
+    graph = GRAPHS["complete"](clients=8, seed=2, activation=0.4)
+    trained = [seen.trained[0] for seen in rounds(weights(graph), 8, 5 * 36, seed=2, window=36)]
+    for start in range(0, len(trained), 36):
+        window = trained[start : start + 36]
+        assert window[0] == "B"
+        assert abs(window.count("A") - window.count("B")) <= 2
+
+
+def test_one_neighbourhood_at_a_time_gives_what_all_clients_together_give() -> None:
+    graph = GRAPHS["complete"](clients=9, seed=4, activation=0.3)
+    agreement = adaptive(12, 5, 9, 4)
+    together = agreement.init(range(9), 0)
+    apart = [agreement.init([client], 0) for client in range(9)]
+    for t in range(30):
+        matrix = weights(graph)(t)
+        heard = {name: torch.cat([signals[name] for signals in apart]) for name in together}
+        for client in range(9):
+            near = matrix[client].nonzero()[:, 0]
+            own = {name: x[client : client + 1] for name, x in heard.items()}
+            apart[client] = agreement.step(
+                own, {name: x[near] for name, x in heard.items()}, matrix[client : client + 1, near], t
+            )
+        together = agreement.step(together, together, matrix, t)
+        for name, x in together.items():
+            torch.testing.assert_close(torch.cat([signals[name] for signals in apart]), x, equal_nan=True)
+        assert agreement.phases(together, t + 1) == [agreement.phases(signals, t + 1)[0] for signals in apart]
+
+
+def test_sparse_weights_give_what_dense_ones_give() -> None:
+    graph = GRAPHS["complete"](clients=9, seed=4, activation=0.3)
+    dense, sparse = (
+        list(rounds(form, 9, 30, window=12))[-1].signals
+        for form in (weights(graph), lambda t: weights(graph)(t).to_sparse())
+    )
+    for name, x in dense.items():
+        torch.testing.assert_close(sparse[name], x, equal_nan=True)
+
+
+def test_what_travels_does_not_grow_with_the_number_of_clients() -> None:
+    few, many = (adaptive(WINDOW, 5, clients, 0).init([3], 0) for clients in (1_000, 100_000))
+    assert {name: x.shape for name, x in few.items()} == {name: x.shape for name, x in many.items()}
+    assert sum(x.numel() for x in many.values()) == 2 * REPORTERS * PROBES + PROBES + 2
+
+
+def test_clients_that_never_meet_keep_the_first_interval() -> None:
+    trained = [seen.trained for seen in rounds(lambda t: torch.eye(5).double(), 5, 3 * WINDOW)]
+    assert all(len(set(now)) == 1 for now in trained)
+    assert set(intervals([now[0] for now in trained])) == {5}
+
+
+def test_a_window_must_have_room_to_measure_and_to_tell() -> None:
+    with pytest.raises(RecipeError, match="window_rounds: 3 rounds are too few, give at least 4"):
+        ALGORITHMS["tad_lora"](switch_every="adaptive", window_rounds=3)
+
+
+def test_the_settings_say_what_was_chosen() -> None:
+    made = ALGORITHMS["tad_lora"](switch_every="adaptive", clients=4, seed=1)
+    assert made.settings == {"switch_every": "adaptive", "window_rounds": 40}
+    assert made.agreement is not None

@@ -1,0 +1,158 @@
+"""Tables of runs, against means and intervals worked out by hand."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peertune.errors import RunError
+from peertune.report import tables
+from peertune.report.runs import RunData
+
+
+def made(name: str, scores: list[tuple[float, float]], **settings: Any) -> RunData:
+    """A run of two clients; `scores` are their mean accuracy and that of the average at each evaluation."""
+    recipe: dict[str, Any] = {
+        "seed": settings.pop("seed", 0),
+        "task": {"name": "glue", "config": "sst2"},
+        "algorithm": {"name": "dec_lora"},
+        "graph": {"activation": 0.5},
+    }
+    for key, value in settings.items():
+        block, _, last = key.partition("__")
+        recipe[block] = recipe[block] | {last: value} if last else value
+    records = [
+        {
+            "round": t,
+            "evaluation": {"metric": "accuracy", "clients": [own - 0.1, own + 0.1], "average": average, "rows": 4},
+            "diagnostics": {"consensus_error_A": 1.0, "consensus_error_B": 2.0, "cross_term": 0.25},
+            "bytes_sent": [1_000_000, 3_000_000],
+            "seconds": {"train": 2.0},
+        }
+        for t, (own, average) in enumerate(scores)
+    ]
+    return RunData(Path(name), name, recipe, {}, {}, records)
+
+
+METHODS = [
+    made("a0", [(0.9, 0.7), (0.6, 0.8)]),
+    made("a1", [(0.5, 0.7), (0.7, 0.9)], seed=1),
+    made("a2", [(0.5, 0.7), (0.8, 0.7)], seed=2),
+    made("b0", [(0.5, 0.7), (0.65, 0.8)], algorithm__name="tad_lora", algorithm__switch_every=5),
+    made("b1", [(0.5, 0.7), (0.72, 0.9)], algorithm__name="tad_lora", algorithm__switch_every=5, seed=1),
+    made("b2", [(0.5, 0.7), (0.91, 0.7)], algorithm__name="tad_lora", algorithm__switch_every=5, seed=2),
+]
+
+
+def test_seeds_come_together_and_settings_make_rows() -> None:
+    first, second = tables.compare(METHODS)
+    assert first["by"] == {"algorithm.name": "dec_lora", "algorithm.switch_every": None}
+    assert second["by"] == {"algorithm.name": "tad_lora", "algorithm.switch_every": 5}
+    assert (first["seeds"], first["runs"], first["metric"]) == ([0, 1, 2], ["a0", "a1", "a2"], "accuracy")
+    assert first["measures"]["mean"] == {"mean": pytest.approx(0.7), "std": pytest.approx(0.1)}
+    assert first["measures"]["best"] == {"mean": pytest.approx(0.8), "std": pytest.approx(0.1)}
+    assert first["measures"]["min"]["mean"] == pytest.approx(0.6)
+    assert first["measures"]["average"]["mean"] == pytest.approx(0.8)
+    assert first["measures"]["best_average"] == {"mean": pytest.approx(0.8), "std": pytest.approx(0.1)}
+    assert first["measures"]["megabytes_sent"] == {"mean": 4.0, "std": 0.0}
+    assert first["measures"]["seconds"]["mean"] == 4.0
+
+
+def test_paired_differences_are_taken_seed_by_seed_with_students_interval() -> None:
+    first, second = tables.compare(METHODS, by=["algorithm.name"], paired_with="dec_lora")
+    assert first["paired"] is None
+    # differences .05, .02, .11: mean .06, standard deviation .0458, t(.975, 2) = 4.303
+    found = second["paired"]["mean"]
+    assert found["difference"] == pytest.approx(0.06)
+    assert found["high"] - found["difference"] == pytest.approx(4.30265 * 0.0458258 / 3**0.5, rel=1e-4)
+    assert found["difference"] - found["low"] == pytest.approx(found["high"] - found["difference"])
+    assert second["paired"]["average"] == {"difference": 0, "low": 0, "high": 0, "seeds": 3}
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    _, second = tables.compare(METHODS[1:], by=["algorithm.name"], paired_with="dec_lora")
+    assert second["paired"]["mean"]["seeds"] == 2
+    assert second["paired"]["mean"]["difference"] == pytest.approx(0.065)
+    _, second = tables.compare([METHODS[0], METHODS[3]], paired_with="dec_lora")
+    assert second["paired"]["mean"] == {"difference": pytest.approx(0.05), "low": None, "high": None, "seeds": 1}
+
+
+def test_a_partner_agrees_in_all_other_blocks() -> None:
+    sparse = [
+        made("c0", [(0.3, 0.5)], graph__activation=0.1),
+        made("d0", [(0.4, 0.5)], graph__activation=0.1, algorithm__name="tad_lora"),
+    ]
+    rows = tables.compare([*METHODS, *sparse], by=["algorithm.name", "graph.activation"], paired_with="dec_lora")
+    found = {(row["by"]["algorithm.name"], row["by"]["graph.activation"]): row["paired"] for row in rows}
+    assert found["dec_lora", 0.5] is found["dec_lora", 0.1] is None
+    assert found["tad_lora", 0.1]["mean"]["difference"] == pytest.approx(0.1)
+    assert found["tad_lora", 0.5]["mean"]["difference"] == pytest.approx(0.06)
+
+
+def test_one_seed_has_no_spread_and_a_run_without_evaluation_no_score() -> None:
+    (row,) = tables.compare([METHODS[0]])
+    assert row["by"] == {"algorithm.name": "dec_lora"}
+    assert row["measures"]["mean"] == {"mean": pytest.approx(0.6), "std": None}
+    (empty,) = tables.compare([made("begun", [])])
+    assert empty["measures"]["mean"] == {"mean": None, "std": None}
+    assert tables.compared([empty], ["mean", "seconds"])[1] == ["dec_lora", "-", "-"]
+
+
+def test_lines_say_mean_and_spread_and_intervals() -> None:
+    rows = tables.compare(METHODS, by=["algorithm.name"], paired_with="dec_lora")
+    assert tables.compared(rows, ["mean", "average"]) == [
+        ["algorithm", "seeds", "mean", "average"],
+        ["dec_lora", "3", "0.700 ± 0.100", "0.800 ± 0.100"],
+        ["tad_lora", "3", "0.760 ± 0.135", "0.800 ± 0.100"],
+    ]
+    assert tables.paired(rows, ["mean"]) == [
+        ["algorithm", "seeds", "mean"],
+        ["tad_lora", "3", "+0.060 [-0.054, +0.174]"],
+    ]
+    assert tables.compared(tables.compare([METHODS[0], METHODS[3]]), ["mean"])[0] == [
+        "algorithm",
+        "switch_every",
+        "mean",
+    ]
+
+
+def test_markdown_and_latex_hold_the_same_cells() -> None:
+    lines = [["algorithm", "mean"], ["dec_lora", "0.7 ± 0.1"]]
+    assert tables.markdown(lines) == "| algorithm | mean |\n| --- | ---: |\n| dec_lora | 0.7 ± 0.1 |"
+    assert tables.latex(lines).splitlines() == [
+        r"\begin{tabular}{lr}",
+        r"\toprule",
+        r"algorithm & mean \\",
+        r"\midrule",
+        r"dec\_lora & 0.7 $\pm$ 0.1 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runs", "by", "paired_with", "complaint"),
+    [
+        (
+            [METHODS[0], made("m", [], task__config="mnli")],
+            None,
+            None,
+            "these runs can't be compared: a0 has task.config=sst2 and m has task.config=mnli; give runs of one task",
+        ),
+        (METHODS, ["graph.activation"], None, "a0 and b0 have the same seed, 0; they differ in algorithm.name, "),
+        ([METHODS[0], made("again", [])], None, None, "a0 and again have the same seed, 0; give each run once"),
+        (METHODS, ["graph.activaton"], None, "--by: unknown key 'graph.activaton', did you mean graph.activation?"),
+        (METHODS, None, "rolora", "--paired-with: no run has rolora; choose from "),
+    ],
+)
+def test_what_can_not_be_compared_is_refused(
+    runs: list[RunData], by: list[str] | None, paired_with: str | None, complaint: str
+) -> None:
+    with pytest.raises(RunError) as caught:
+        tables.compare(runs, by, paired_with)
+    assert complaint in str(caught.value)
+
+
+def test_runs_of_two_tasks_are_compared_where_the_task_makes_rows() -> None:
+    rows = tables.compare([METHODS[0], made("m", [(0.3, 0.3)], task__config="mnli")], by=["task.config"])
+    assert [row["by"]["task.config"] for row in rows] == ["sst2", "mnli"]

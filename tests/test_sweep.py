@@ -1,0 +1,217 @@
+"""Sweeps: the grid as values, and real sweeps of real processes that are killed and go on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peertune import sweep
+from peertune.errors import PeertuneError, RecipeError, RunError
+
+SMALL = [
+    "clients=4",
+    "partition={name: iid}",
+    "graph={name: complete, activation: 0.5}",
+    "training={local_steps: 1, per_device_train_batch_size: 2}",
+    "evaluate={every: 4, rows: 4}",
+]
+
+
+def names(*words: str) -> list[str]:
+    return [member.name for member in sweep.members("digits-demo", words)]
+
+
+def test_a_grid_is_every_combination_and_its_last_key_changes_fastest() -> None:
+    assert names("algorithm.name=dec_lora,tad_lora", "rounds=2", "seed=0,1") == [
+        "algorithm.name=dec_lora,seed=0",
+        "algorithm.name=dec_lora,seed=1",
+        "algorithm.name=tad_lora,seed=0",
+        "algorithm.name=tad_lora,seed=1",
+    ]
+    last = sweep.members("digits-demo", ["algorithm.name=dec_lora,tad_lora", "rounds=2", "seed=0,1"])[-1]
+    assert (last.recipe.algorithm.name, last.recipe.rounds, last.recipe.seed) == ("tad_lora", 2, 1)
+    assert names("rounds=2") == ["rounds=2"]
+
+
+def test_commas_inside_brackets_and_quotes_separate_nothing() -> None:
+    word = "algorithm={name: dec_lora},{name: adf_lora, switch_every: 3}"
+    first, second = sweep.members("digits-demo", [word])
+    assert (first.recipe.algorithm.name, second.recipe.algorithm.settings) == ("dec_lora", {"switch_every": 3})
+    assert (first.name, second.name) == ("algorithm=-name-dec_lora", "algorithm=-name-adf_lora-switch_every-3")
+    (one,) = sweep.members("digits-demo", ["lora.target_modules=[q_proj, v_proj]"])
+    assert one.recipe.lora.target_modules == ["q_proj", "v_proj"]
+    (quoted,) = sweep.members("digits-demo", ["model.name='a,b'"])
+    assert quoted.recipe.model.name == "a,b"
+
+
+def test_names_stay_short_and_apart() -> None:
+    paths = ",".join(f"/data/{'very' * 60}/{letter}" for letter in "ab")
+    first, second = names(f"model.name={paths}")
+    assert first != second
+    assert max(len(first), len(second)) < 200
+    assert "/" not in first + second
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 5, 9])
+def test_shards_are_disjoint_and_together_the_whole(of: int) -> None:
+    whole = sweep.members("digits-demo", ["seed=0,1,2,3,4,5,6"])
+    parts = [sweep.shard(whole, f"{number}/{of}") for number in range(1, of + 1)]
+    assert sorted(member.name for part in parts for member in part) == sorted(member.name for member in whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["sed=0,1"], "digits-demo: sed: unknown key 'sed', did you mean seed?"),
+        (["graph.activation=0.1,high"], "graph.activation"),
+        (["seed="], "sweep: 'seed=' gives no values; write key=a,b,c, such as seed=0,1,2"),
+        (["seed=0,,1"], "gives no values"),
+        (["seed"], "gives no values"),
+        (["seed=0,0"], "sweep: seed=0 stands twice; give each value once"),
+        (["seed=0,1", "seed=2"], "sweep: seed stands twice; give its values in one place"),
+        (["algorithm.name=dec_lora,tadlora"], "algorithm.name: unknown name 'tadlora', did you mean tad_lora?"),
+        (["algorithm={name: dec_lora, switch_every: 3}"], "unknown key 'switch_every'"),
+        (["graph.name=ring,hypercube"], "graph hypercube: clients is 10, not a power of two"),
+    ],
+)
+def test_a_grid_that_can_not_be_is_refused_as_a_whole(words: list[str], complaint: str) -> None:
+    with pytest.raises(PeertuneError) as caught:
+        sweep.members("digits-demo", words)
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_a_part_that_is_none_is_refused(part: str) -> None:
+    with pytest.raises(RecipeError, match="is no part; write i/k with i from 1 to k"):
+        sweep.shard([], part)
+
+
+def test_a_folder_with_another_sweep_is_refused_and_one_that_grows_is_not(tmp_path: Path) -> None:
+    sweep.prepare(tmp_path, "digits-demo", sweep.members("digits-demo", ["rounds=2", "seed=0,1"]))
+    sweep.prepare(tmp_path, "digits-demo", sweep.members("digits-demo", ["rounds=2", "seed=2,3"]))
+    with pytest.raises(RunError, match="holds a sweep with rounds=2, not 3; give another --out"):
+        sweep.prepare(tmp_path, "digits-demo", sweep.members("digits-demo", ["rounds=3", "seed=0,1"]))
+    (tmp_path / "sweep.yaml").write_text("5")
+    with pytest.raises(RunError, match=r"sweep\.yaml: can't be used \(it isn't a sweep's\); give another --out"):
+        sweep.prepare(tmp_path, "digits-demo", sweep.members("digits-demo", ["rounds=2", "seed=0,1"]))
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from peertune.cli import main; main()"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "sweep", "digits-demo", *SMALL, *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) | {"seconds": None} for line in (run / "rounds.jsonl").read_text().splitlines()]
+
+
+GRID = ["algorithm.name=dec_lora,local", "seed=0,1", "rounds=12", "checkpoint.every=5"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    code, out, err = finish(start(folder, *GRID, "--out", "all", "--jobs", "2"))
+    assert (code, err) == (0, "")
+    assert out == "4 of 4 runs are finished in all\n"
+    return folder / "all"
+
+
+def test_a_sweep_leaves_a_run_directory_for_each_combination(whole: Path) -> None:
+    runs = sorted(path.name for path in whole.iterdir() if path.is_dir())
+    assert runs == [f"algorithm.name={name},seed={seed}" for name in ("dec_lora", "local") for seed in (0, 1)]
+    assert all(len(records(whole / run)) == 12 for run in runs)
+    assert all((whole / run / "adapters" / "average").is_dir() for run in runs)
+
+
+def test_a_sweep_that_is_finished_has_nothing_to_do(whole: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
+    code, out, err = finish(start(whole.parent, *GRID, "--out", "all", "--json"))
+    assert (code, err) == (0, "")
+    assert {run["status"] for run in json.loads(out)} == {"finished"}
+    assert {file: file.stat().st_mtime_ns for file in whole.rglob("*")} == before
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
+def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(whole: Path, tmp_path: Path, how: str) -> None:
+    process = start(tmp_path, *GRID, "--out", "all")
+    lines = tmp_path / "all" / "algorithm.name=dec_lora,seed=0" / "rounds.jsonl"
+    wait_until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 2, process)
+    process.send_signal(signal.Signals[how])
+    code, out, err = finish(process)
+    assert code == 130
+    assert out == "0 of 4 runs are finished in all\n"
+    assert err.splitlines() == [
+        "peertune: stopping after these rounds; once more to go back to the last checkpoints",
+        "peertune: stopped; go on with the same command",
+    ]
+    assert 2 <= len(records(lines.parent)) < 12
+    assert [path.name for path in (tmp_path / "all").iterdir() if path.is_dir()] == [lines.parent.name]
+    code, _, err = finish(start(tmp_path, *GRID, "--out", "all", "--jobs", "2"))
+    assert (code, err) == (0, "")
+    for run in (path.name for path in whole.iterdir() if path.is_dir()):
+        assert records(tmp_path / "all" / run) == records(whole / run)
+
+
+def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
+    code, out, err = finish(start(tmp_path, "rounds=1", "lora.r=2,999", "--out", "all"))
+    assert code == 2
+    assert out == "1 of 2 runs are finished in all\n"
+    (line,) = err.splitlines()
+    assert line.startswith("peertune: lora.r=999: lora.r: 999 is above the size of ")
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["lora.r=2", "sweep.yaml"]
+
+
+def test_a_run_that_was_killed_is_resumed_by_its_sweep(whole: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(whole, tmp_path / "all"))
+    run = copy / "algorithm.name=local,seed=1"
+    shutil.rmtree(run / "adapters")
+    shutil.rmtree(run / "checkpoints" / "round-000012")
+    code, _, err = finish(start(tmp_path, *GRID, "--out", "all", "--shard", "4/4"))
+    assert (code, err) == (0, "")
+    assert records(run) == records(whole / run.name)
+    assert (run / "adapters").is_dir()
+
+
+def test_a_dry_run_lists_the_runs_and_writes_nothing(whole: Path, tmp_path: Path) -> None:
+    code, out, _ = finish(start(whole.parent, *GRID, "--out", "all", "--dry-run", "--json"))
+    assert code == 0
+    rows = json.loads(out)
+    assert [row["run"] for row in rows] == [member.name for member in sweep.members("digits-demo", [*SMALL, *GRID])]
+    assert all(row["finished"] and row["seconds"] > 0 and row["memory_bytes"] > 1e7 for row in rows)
+    sent = {row["run"]: sum(map(sum, ([r["bytes_sent"] for r in records(whole / row["run"])]))) for row in rows}
+    assert {row["run"]: row["sent_bytes"] for row in rows} == sent
+    code, out, _ = finish(start(tmp_path, "rounds=1", "seed=0,1", "--out", "none", "--dry-run"))
+    assert code == 0
+    assert "2 of 2 runs are left" in out
+    assert list(tmp_path.iterdir()) == []
