@@ -175,7 +175,7 @@ def run_members(
                 member = queue.pop(0)
                 place = folder / member.name
                 words = ["--resume", place] if place.is_dir() else [recipe, *member.overrides, "--out", place]
-                messages = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
+                messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
                 command = [sys.executable, "-m", "peertune", "run", *map(str, words)]
                 process = subprocess.Popen(
                     command, env=environment, stdout=subprocess.DEVNULL, stderr=messages, start_new_session=True

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -204,7 +204,7 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
     from peertune.sweep import finished
 
     trials: dict[str, Trial] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     with _progress("runs") as progress:
         for member in progress.track(whole, description="trying"):
             key = cost_key(member.recipe)
