@@ -20,10 +20,9 @@ install: .venv/installed  ## set up .venv with the command .venv/bin/peertune
 
 demo: .venv/installed  ## ten clients on handwritten digits, three methods compared, in minutes
 	rm -rf runs/demo
-	$(BIN)/peertune run digits-demo algorithm.name=local --out runs/demo/local
-	$(BIN)/peertune run digits-demo algorithm.name=dec_lora --out runs/demo/dec_lora
-	$(BIN)/peertune run digits-demo algorithm.name=tad_lora --out runs/demo/tad_lora
-	$(BIN)/peertune compare runs/demo/local runs/demo/dec_lora runs/demo/tad_lora
+	$(BIN)/peertune sweep digits-demo algorithm.name=local,dec_lora,tad_lora --out runs/demo --jobs 2
+	$(BIN)/peertune compare runs/demo --by algorithm.name
+	$(BIN)/peertune report runs/demo
 
 check: .venv/developing  ## style, types and import layers
 	$(BIN)/ruff check .

@@ -48,7 +48,8 @@ def compare(setup: Run, label: str, targets: tuple[str, str], repeats: int, rate
     state = job.state.clone()
 
     def stacked(turn: int) -> Tensor:
-        return train_local(job.model, state, job.steps(range(clients), turn), job.algorithm.phase(0), job.optim, turn)
+        steps = job.steps(range(clients), turn)
+        return train_local(job.model, state, steps, job.algorithm.phase(0), job.optim, turn).loss
 
     loop = PeftLoop(setup, dtype=torch.float32, pad_to=PAPERS_LENGTH)
     best, how = _best_loop(setup, dtype, lambda loop: loop.step(rows[0]))

@@ -5,8 +5,9 @@ The tracking is Accelerate's; the names of what is logged are those of Hugging F
 """
 
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
@@ -46,7 +47,8 @@ def reporting(folder: Path, recipe: Recipe) -> Iterator[Callable[[RoundRecord], 
     def each(names: Sequence[str], call: Callable[[str], None]) -> None:
         for name in names:
             try:
-                call(name)
+                with redirect_stdout(sys.stderr):  # where a tracker may talk; standard output is for results
+                    call(name)
             except Exception as error:  # whatever a server, a token or a package may have against us
                 reason = " ".join(str(error).split()) or type(error).__name__
                 log.warning("report_to: %s failed and is left out from here on (%s)", name, reason)

@@ -108,7 +108,7 @@ class TestStep:
         for step in range(3):
             (batches,) = job.steps(range(3), step)
             theirs = loop.step(client_rows(batches, 3))
-            ours = train_local(job.model, state, [batches], job.algorithm.phase(0), job.optim, step)
+            ours = train_local(job.model, state, [batches], job.algorithm.phase(0), job.optim, step).loss
             torch.testing.assert_close(ours, torch.tensor(theirs).double(), rtol=1e-4, atol=1e-5)
 
     def test_useful_operations_are_those_of_a_count_by_hand(self, settings: list[str]) -> None:

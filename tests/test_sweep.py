@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -190,6 +191,17 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     (line,) = err.splitlines()
     assert line.startswith("peertune: lora.r=999: lora.r: 999 is above the size of ")
     assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["lora.r=2", "sweep.yaml"]
+
+
+def test_a_full_disk_is_one_line_for_each_run_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    words = ["sweep", "digits-demo", *SMALL, "rounds=1", "seed=0,1", "--out", "all"]
+    limited = f"ulimit -f 40; exec {shlex.quote(sys.executable)} -m peertune {shlex.join(words)}"  # blocks of 1 KiB
+    done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "0 of 2 runs are finished in all\n")
+    assert [line.partition(": can't be written (")[0] for line in done.stderr.splitlines()] == [
+        f"peertune: seed={seed}: all/seed={seed}/checkpoints/round-000001" for seed in (0, 1)
+    ]
+    assert not list((tmp_path / "all").rglob(".round*"))
 
 
 def test_a_run_that_was_killed_is_resumed_by_its_sweep(whole: Path, tmp_path: Path) -> None:

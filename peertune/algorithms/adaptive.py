@@ -26,6 +26,7 @@ of T by task and system as an open question (ADF-LoRA, arXiv 2511.18291).
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -63,6 +64,7 @@ def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> Agreeme
         signs = draws.uniforms(seed, "probe", window, of[:, None], np.arange(PROBES)) < 0.5
         return torch.from_numpy(np.where(signs, 1.0, -1.0))
 
+    @lru_cache(maxsize=4)  # the only step that looks at all clients
     def reporters(window: int) -> np.ndarray:
         return np.sort(draws.words(seed, "reporter", window, np.arange(clients)).argsort(kind="stable")[:REPORTERS])
 

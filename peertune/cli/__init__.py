@@ -7,7 +7,8 @@ import typer
 
 from peertune.cli.facts import data, env, graph, recipes
 from peertune.cli.results import compare, diagnose, export, report
-from peertune.cli.running import run, sweep
+from peertune.cli.running import run
+from peertune.cli.sweeping import sweep
 from peertune.errors import PeertuneError
 
 app = typer.Typer(

@@ -1,24 +1,28 @@
-"""The commands that train: `run` and `sweep`."""
+"""The command `run`."""
 
 import shlex
-import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peertune.cli.common import AsJson, Overrides, RecipeName, environment, messages, print_json
+from peertune.cli.common import (
+    AsJson,
+    Overrides,
+    asked_to_stop,
+    duration,
+    environment,
+    interruptible,
+    messages,
+    print_json,
+    progress_bar,
+)
 from peertune.errors import RunError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from peertune.assembly import Run
     from peertune.recipe import Recipe
-    from peertune.sweep import Member
     from peertune.types import RoundRecord
 
 
@@ -60,10 +64,10 @@ def run(
     if dry_run:
         if recipe is None or resume is not None or out is not None:
             raise RunError("run: --dry-run goes with a RECIPE and overrides alone")
-        with _interruptible(), messages():
+        with interruptible(), messages():
             _print_estimate(recipe, overrides or [], as_json)
         return
-    with _interruptible(), messages():
+    with interruptible(), messages():
         from peertune import report_to, tracking
         from peertune.assembly import build
         from peertune.recipe import load_recipe, recipe_text
@@ -100,83 +104,6 @@ def run(
     _print_summary(folder, as_json)
 
 
-def sweep(
-    recipe: RecipeName,
-    grid: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="KEY=A,B,C...", help="Keys of the recipe and the values to combine; one value: for all."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="The folder of the sweep; a run directory in it for each combination.")],
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
-    part: Annotated[
-        str | None,
-        typer.Option("--shard", metavar="I/K", help="Run only part I of K, on as many machines as you like."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs and what they would take, and write nothing.")
-    ] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run a recipe with all combinations of settings, each in a directory of its own.
-
-    What is finished is skipped and what is not goes on, so the same command continues a sweep that was stopped.
-
-    Examples:
-
-      peertune sweep digits-demo algorithm.name=dec_lora,tad_lora seed=0,1,2 --out runs/methods
-
-      peertune sweep digits-demo graph.activation=0.02,0.1 seed=0,1,2 --out runs/graphs --dry-run
-
-      peertune sweep digits-demo seed=0,1,2,3 --out runs/seeds --shard 1/2
-    """
-    from peertune import sweep as sweeps
-
-    with _interruptible():
-        whole = sweeps.members(recipe, grid)
-        mine = whole if part is None else sweeps.shard(whole, part)
-        if dry_run:
-            _print_estimates(recipe, mine, out, as_json)
-            return
-        sweeps.prepare(out, recipe, whole)
-    stand, stopped = sweeps.Progress(), False
-    with (
-        _asked_to_stop("stopping after these rounds; once more to go back to the last checkpoints") as stop,
-        _progress("rounds") as progress,
-    ):
-        bar = progress.add_task("", total=sum(member.recipe.rounds for member in mine))
-        try:
-            for stand in sweeps.run_members(recipe, mine, out, jobs, lambda: len(stop)):
-                failed = f", {len(stand.failed)} failed" if stand.failed else ""
-                description = f"{len(stand.done)} of {len(mine)} runs{failed}"
-                progress.update(bar, completed=stand.rounds, description=description)
-        except KeyboardInterrupt:
-            stopped = True
-    if as_json:
-        status = dict.fromkeys(stand.done, "finished") | dict.fromkeys(stand.failed, "failed")
-        print_json(
-            [
-                {
-                    "run": member.name,
-                    "folder": str(out / member.name),
-                    "status": status.get(member.name, "unfinished"),
-                    "error": stand.failed.get(member.name),
-                }
-                for member in mine
-            ]
-        )
-    else:
-        print(f"{len(stand.done)} of {len(mine)} runs are finished in {out}")
-    for name, why in stand.failed.items():
-        print(f"peertune: {name}: {why}", file=sys.stderr)
-    if stopped or stop:
-        print("peertune: stopped; go on with the same command", file=sys.stderr)
-        sys.exit(130)
-    if stand.failed:
-        sys.exit(2)
-
-
 def _print_estimate(recipe: str, overrides: list[str], as_json: bool) -> None:
     from dataclasses import asdict
 
@@ -189,122 +116,9 @@ def _print_estimate(recipe: str, overrides: list[str], as_json: bool) -> None:
     if as_json:
         print_json({**asdict(found), "trial": asdict(measured)})
         return
-    print(f"time    {_duration(found.seconds)}, of it {_duration(measured.start_s)} to start")
+    print(f"time    {duration(found.seconds)}, of it {duration(measured.start_s)} to start")
     print(f"memory  {found.memory_bytes / 2**20:,.0f} MiB")
     print(f"sent    {found.sent_bytes / 1e6:,.3f} MB by all clients together")
-
-
-def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json: bool) -> None:
-    """Try one run of each kind in a process of its own, and say what all would take."""
-    import json
-    import subprocess
-
-    from peertune.estimate import Trial, cost_key, estimate
-    from peertune.report.tables import text
-    from peertune.sweep import finished
-
-    trials: dict[str, Trial] = {}
-    rows: list[dict[str, Any]] = []
-    with _progress("runs") as progress:
-        for member in progress.track(whole, description="trying"):
-            key = cost_key(member.recipe)
-            if key not in trials:
-                words = ["run", recipe, *member.overrides, "--dry-run", "--json"]
-                tried = subprocess.run([sys.executable, "-m", "peertune", *words], capture_output=True, text=True)
-                if tried.returncode:
-                    raise RunError(f"{member.name}: {tried.stderr.strip().splitlines()[-1].removeprefix('peertune: ')}")
-                trials[key] = Trial(**json.loads(tried.stdout)["trial"])
-            found = estimate(member.recipe, trials[key])
-            rows.append(
-                {
-                    "run": member.name,
-                    "finished": finished(out / member.name, member.recipe),
-                    "seconds": found.seconds,
-                    "memory_bytes": found.memory_bytes,
-                    "sent_bytes": found.sent_bytes,
-                }
-            )
-    if as_json:
-        print_json(rows)
-        return
-    lines = [["run", "time", "MiB", "MB sent", ""]]
-    for row in rows:
-        there = "finished" if row["finished"] else ""
-        size, sent = f"{row['memory_bytes'] / 2**20:,.0f}", f"{row['sent_bytes'] / 1e6:,.3f}"
-        lines.append([row["run"], _duration(row["seconds"]), size, sent, there])
-    print(text(lines))
-    left = [row for row in rows if not row["finished"]]
-    print(
-        f"\n{len(left)} of {len(rows)} runs are left: {_duration(sum(row['seconds'] for row in left))} one after the "
-        f"other, {max((row['memory_bytes'] for row in left), default=0) / 2**20:,.0f} MiB each at most"
-    )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Let a termination signal stop a run as Ctrl-C does, with exit code 130."""
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("peertune: stopped before the first round; nothing was kept", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _asked_to_stop(answer: str) -> Iterator[list[int]]:
-    """Collect termination signals, Ctrl-C among them: say `answer` at the first, stop at once at the second."""
-    asked: list[int] = []
-
-    def ask(number: int, *_: object) -> None:
-        asked.append(number)
-        if len(asked) > 1:
-            raise KeyboardInterrupt
-        print(f"peertune: {answer}", file=sys.stderr)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _progress(unit: str) -> "Progress":
-    """Return a progress bar on a terminal; elsewhere one that shows nothing."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn(unit),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=30),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
 
 
 def _train(run: "Run", folder: Path) -> None:
@@ -324,8 +138,8 @@ def _train(run: "Run", folder: Path) -> None:
     state, kept = job.state, job.state.round
     try:
         with (
-            _asked_to_stop("stopping after this round; once more to go back to the last checkpoint") as stop,
-            _progress("round") as progress,
+            asked_to_stop("stopping after this round; once more to go back to the last checkpoint") as stop,
+            progress_bar("round") as progress,
             reporting(folder, run.resolved) as report,
         ):
             bar = progress.add_task("", total=job.rounds, completed=state.round)

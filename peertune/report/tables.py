@@ -1,5 +1,6 @@
 """Runs as tables: what `rounds.jsonl` comes to in one row, several seeds to a mean, and rows as text."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from math import sqrt
 from statistics import fmean, pstdev, stdev
@@ -9,6 +10,8 @@ from scipy import stats
 
 from peertune.errors import RunError, unknown
 from peertune.report.runs import RunData, settings, varying
+
+log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 
@@ -108,6 +111,9 @@ def compare(
             f"--by: {unknown(wrong, wrong, known).partition(': ')[2]}".replace("unknown name", "unknown key")
         )
     _check_comparable(runs, keys)
+    for run in runs:
+        if len(run.records) < run.recipe.get("rounds", 0):
+            log.warning("%s is not finished: it has %d of %d rounds", run.name, len(run.records), run.recipe["rounds"])
     groups: dict[tuple[Any, ...], list[RunData]] = {}
     for run in runs:
         groups.setdefault(tuple(_hashable(found[run.name].get(key)) for key in keys), []).append(run)

@@ -162,7 +162,14 @@ def train(tmp_path: Path, architecture: str, lacking: str, *, head: str, targets
     *_, last = simulate(run.job)
     assert last.state is not None
     tracking.create(
-        tmp_path / "run", recipe="", resolved="", environment={}, lora=run.lora, head=run.head, labels=run.labels
+        tmp_path / "run",
+        recipe="",
+        resolved="",
+        environment={},
+        facts={},
+        lora=run.lora,
+        head=run.head,
+        labels=run.labels,
     )
     tracking.export_all(tmp_path / "run", last.state)
     return run, last.state

@@ -240,7 +240,7 @@ def train_stack(
     optim = make_optim(max_grad_norm)
     state = State(adapters, optim.optimizer.init(adapters), 0).clone()
     losses = [
-        train_local(model, state, [[make_batch(parts, packed=packed)]], now, optim, 0)
+        train_local(model, state, [[make_batch(parts, packed=packed)]], now, optim, 0).loss
         for parts, now in zip(steps, phases, strict=True)
     ]
     return state.adapters, losses

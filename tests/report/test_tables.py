@@ -98,6 +98,11 @@ def test_one_seed_has_no_spread_and_a_run_without_evaluation_no_score() -> None:
     assert tables.compared([empty], ["mean", "seconds"])[1] == ["dec_lora", "-", "-"]
 
 
+def test_a_run_that_is_not_finished_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    tables.compare([made("half", [(0.5, 0.5)], rounds=2), made("whole", [(0.5, 0.5)], rounds=1, seed=1)], by=["seed"])
+    assert caplog.messages == ["half is not finished: it has 1 of 2 rounds"]
+
+
 def test_lines_say_mean_and_spread_and_intervals() -> None:
     rows = tables.compare(METHODS, by=["algorithm.name"], paired_with="dec_lora")
     assert tables.compared(rows, ["mean", "average"]) == [

@@ -1,0 +1,191 @@
+"""Figures of runs, each defined once for the page (`html`) and for files (`write_figures`).
+
+`OF_A_RUN` and `OF_RUNS` map names to figures: what it is called, how to read it, and the function that draws it.
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+
+from peertune.errors import RunError
+from peertune.report import comparisons, run_figures
+from peertune.report.drawing import average, loss, metric, score, theme
+from peertune.report.runs import RunData
+
+
+class Figure(NamedTuple):
+    """A figure that was drawn; title and reading are plain text, not HTML."""
+
+    name: str  # of its file
+    title: str
+    reading: str  # how to read it
+    figure: go.Figure  # where it has frames they are rounds, and the last with any edge is the one it shows
+
+
+def of_a_run(run: RunData) -> list[Figure]:
+    """Draw all figures of one run that make sense for it."""
+    return _drawn(OF_A_RUN, run, metric([run]))
+
+
+def of_runs(runs: Sequence[RunData]) -> list[Figure]:
+    """Draw all figures that compare runs and make sense for these."""
+    return _drawn(OF_RUNS, runs, metric(runs))
+
+
+def _drawn(table: Mapping[str, "_Kind"], subject: Any, name: str) -> list[Figure]:
+    def sentence(text: str) -> str:
+        told = text.replace("METRIC", name)
+        return told[:1].upper() + told[1:]
+
+    drawn = ((key, kind, kind.draw(subject)) for key, kind in table.items())
+    return [
+        Figure(key, sentence(k.title), sentence(k.reading), figure) for key, k, figure in drawn if figure is not None
+    ]
+
+
+def write_figures(runs: Sequence[RunData], folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write each figure into the folder as files for a paper, without their titles; return their paths.
+
+    Several runs' comparisons stand in the folder itself, each run's own figures in a folder of its name; those of a
+    single run stand in the folder itself.
+
+    Raises:
+        RunError: kaleido or a browser is missing or fails, or the folder can't be written.
+    """
+    try:
+        import kaleido
+        from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
+    except ImportError:
+        raise RunError("figures: kaleido is missing, which draws them; pip install 'peertune[figures]'") from None
+    specs = []
+    for beneath, drawn in _figures_by_folder(runs).items():
+        try:
+            (folder / beneath).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{folder}: can't be written ({error.strerror}); give a folder you can write to") from None
+        for name, _, _, figure in drawn:
+            figure.update_layout(template=theme(dark=False, paper="white"))
+            options = {"width": 720, "height": figure.layout.height, "scale": 3}
+            specs += [
+                {"fig": figure, "path": folder / beneath / f"{name}.{suffix}", "opts": options | {"format": suffix}}
+                for suffix in formats
+            ]
+    try:
+        # Its own browser, without the network: mathjax would come from there.
+        kaleido.write_fig_from_object_sync(specs, kopts={"mathjax": False})
+    except ChromeNotFoundError:
+        raise RunError(
+            "figures: no browser to draw them; install Chrome or Chromium, or name it in BROWSER_PATH"
+        ) from None
+    except (BrowserClosedError, BrowserFailedError, TimeoutError) as error:
+        raise RunError(f"figures: the browser failed ({type(error).__name__}); try another in BROWSER_PATH") from None
+    except OSError as error:
+        raise RunError(f"{folder}: can't be written ({error.strerror}); give a folder you can write to") from None
+    return [spec["path"] for spec in specs]
+
+
+def _figures_by_folder(runs: Sequence[RunData]) -> dict[str, list[Figure]]:
+    """Return the folder beneath the one asked for → what goes there; a run's name is no path to elsewhere."""
+    if len(runs) == 1:
+        return {"": of_a_run(runs[0])}
+    found = {"": of_runs(runs)}
+    for number, run in enumerate(runs):
+        plain = re.sub(r"[^\w.=-]+", "-", run.name).strip("-.")
+        found[plain if plain and plain not in found else f"{plain}-{number}".strip("-")] = of_a_run(run)
+    return found
+
+
+class _Kind(NamedTuple):
+    title: str  # METRIC stands for the metric's name, here and below
+    reading: str
+    draw: Callable[[Any], go.Figure | None]
+
+
+OF_A_RUN: Mapping[str, _Kind] = {
+    "score": _Kind(
+        "METRIC by round",
+        "The thick line is the mean over the clients' own models, the band and thin lines are the clients; a wide band "
+        "means that they are far from agreeing. The dotted line is the model of the averaged adapter.",
+        run_figures.score,
+    ),
+    "loss": _Kind(
+        "Train loss by round",
+        "Each client's loss on its own rows, mean over the round's local steps; the thick line is the mean over "
+        "clients.",
+        run_figures.loss,
+    ),
+    "consensus": _Kind(
+        "Disagreement by round",
+        "How far the clients' factors are from their mean (Δ_A, Δ_B), and what averaging factors leaves out of the "
+        "product (cross term, at most Δ_A · Δ_B). Lower is closer; the background says which factor trains. Mere "
+        "rounding is left out.",
+        run_figures.consensus,
+    ),
+    "clients": _Kind(
+        "METRIC of each client",
+        "One row for each client, one column for each evaluated round; a row that stays dark is a client left behind.",
+        run_figures.clients,
+    ),
+    "graph": _Kind(
+        "Who met whom",
+        "Grey lines are all edges that were ever active, orange ones those of the round shown. A client's colour is "
+        "its newest METRIC by then (before any evaluation its first; in a run without any, its commonest label).",
+        run_figures.graph,
+    ),
+    "partition": _Kind(
+        "Who holds what",
+        "Training rows of each client, stacked by label: unlike bars are unlike data. Point at a bar for its numbers.",
+        run_figures.partition,
+    ),
+    "traffic": _Kind(
+        "METRIC against traffic",
+        "What the score has cost by then, in the mean over clients: further left is cheaper.",
+        run_figures.traffic,
+    ),
+    "contraction": _Kind(
+        "Contraction against rho",
+        "What a round's mixing left of the squared disagreement about a factor: 1 is nothing gained, 0 is full "
+        "agreement. For gossip the points' mean should be at most rho, the dashed line.",
+        run_figures.contraction,
+    ),
+}
+"""Name → figure of one run."""
+
+OF_RUNS: Mapping[str, _Kind] = {
+    "scores": _Kind(
+        "METRIC by round",
+        "Mean over clients and seeds; the band is ± one standard deviation over seeds.",
+        lambda runs: comparisons.by_round(runs, score, metric(runs)),
+    ),
+    "losses": _Kind(
+        "Train loss by round",
+        "Mean over clients and seeds; the band is ± one standard deviation over seeds.",
+        lambda runs: comparisons.by_round(runs, loss, "train loss"),
+    ),
+    "score-by-activation": _Kind(
+        "Final METRIC against activation",
+        "Mean over clients and seeds at the last evaluation, bars ± one standard deviation over seeds; further left, "
+        "clients meet more rarely.",
+        lambda runs: comparisons.against(runs, "graph.activation", score, "probability of an edge to be active"),
+    ),
+    "average-by-activation": _Kind(
+        "Final METRIC of the averaged adapter against activation",
+        "Mean over seeds at the last evaluation, bars ± one standard deviation over seeds.",
+        lambda runs: comparisons.against(runs, "graph.activation", average, "probability of an edge to be active"),
+    ),
+    "score-by-interval": _Kind(
+        "Final METRIC against the switching interval",
+        "Mean over clients and seeds at the last evaluation, bars ± one standard deviation over seeds; methods that "
+        "don't switch are left out.",
+        lambda runs: comparisons.against(runs, "algorithm.switch_every", score, "rounds between switches (T)"),
+    ),
+    "average-by-interval": _Kind(
+        "Final METRIC of the averaged adapter against the switching interval",
+        "Mean over seeds at the last evaluation, bars ± one standard deviation over seeds.",
+        lambda runs: comparisons.against(runs, "algorithm.switch_every", average, "rounds between switches (T)"),
+    ),
+}
+"""Name → figure that compares runs."""

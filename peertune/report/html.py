@@ -1,0 +1,187 @@
+"""One HTML file about a run or several, which needs nothing beside itself and no network.
+
+Text from runs is escaped, and what is embedded as JSON holds no `<`. Should something slip through all the same, the
+page's content security policy lets no script run but its own two, known by their hashes, and loads nothing from
+elsewhere.
+"""
+
+import json
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any
+
+import yaml
+from plotly.io import to_json
+from plotly.offline import get_plotlyjs
+
+from peertune.errors import RunError
+from peertune.report.drawing import theme
+from peertune.report.figures import Figure, of_a_run, of_runs
+from peertune.report.findings import Finding
+from peertune.report.runs import RunData, settings
+from peertune.report.tables import compare, compared, summarise
+
+MARKS = {"problem": "✕ Problem", "notice": "! Notice", "good": "✓ Good"}
+"""Severity → how it is marked, the gravest first; never by colour alone."""
+
+
+def page(runs: Sequence[RunData], findings: Mapping[str, Sequence[Finding]]) -> str:
+    """Return the page of a run, or of several and what compares them; `findings` are by the run's name."""
+    sections = [_run(run, findings.get(run.name, ())) for run in runs]
+    if len(runs) == 1:
+        title, body = runs[0].name, f"<h1>{escape(runs[0].name)}</h1>{sections[0]}"
+    else:
+        title, body = f"{len(runs)} runs", _comparison(runs, findings) + _choice(runs, sections)
+    script = _file("page.js")
+    plotly = get_plotlyjs()
+    return Template(_file("page.html")).substitute(
+        title=f"{escape(title)} · peertune",
+        body=body,
+        themes=_json({"dark": theme(dark=True), "light": theme(dark=False)}),
+        plotly=plotly,
+        script=script,
+        hashes=" ".join(_hash(text) for text in (plotly, script)),
+    )
+
+
+def _file(name: str) -> str:
+    return files("peertune.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{b64encode(sha256(script.encode()).digest()).decode()}'"
+
+
+def _json(value: Any) -> str:
+    """Write JSON that no HTML parser finds a tag or a comment in."""
+    return json.dumps(value).replace("<", "\\u003c")
+
+
+def _comparison(runs: Sequence[RunData], findings: Mapping[str, Sequence[Finding]]) -> str:
+    problems = [
+        (run.name, finding) for run in runs for finding in findings.get(run.name, ()) if finding.severity == "problem"
+    ]
+    try:
+        together = _table(runs) + _grid(of_runs(runs), "all runs")
+    except RunError as error:  # each can be looked at all the same
+        together = f'<p class="soft">{escape(str(error))}</p>'
+    return f"<h1>{len(runs)} runs</h1>{_listed('Problems', problems)}<h2>Side by side</h2>{together}"
+
+
+def _choice(runs: Sequence[RunData], sections: Sequence[str]) -> str:
+    options = "".join(f'<option value="run-{number}">{escape(run.name)}</option>' for number, run in enumerate(runs))
+    parts = "".join(
+        f'<section class="run" id="run-{number}" aria-label="{escape(run.name)}"{" hidden" if number else ""}>'
+        f"{section}</section>"
+        for number, (run, section) in enumerate(zip(runs, sections, strict=True))
+    )
+    return f'<h2>Run by run</h2><p class="choice"><label>Run <select id="choice">{options}</select></label></p>{parts}'
+
+
+def _run(run: RunData, findings: Sequence[Finding]) -> str:
+    found = [(None, finding) for finding in sorted(findings, key=lambda finding: list(MARKS).index(finding.severity))]
+    recipe = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True)
+    environment = json.dumps(run.environment, indent=2, ensure_ascii=False)
+    none_yet = "" if run.records else '<p class="soft">No round is finished yet.</p>'
+    return (
+        f"{_facts(run)}{none_yet}{_listed('Findings', found)}<h2>Figures</h2>{_grid(of_a_run(run), run.name)}"
+        f"<h2>How it was made</h2><p class='soft'>{escape(str(run.folder))}</p>"
+        f"<details><summary>Recipe, as resolved</summary><pre>{escape(recipe)}</pre></details>"
+        f"<details><summary>Environment</summary><pre>{escape(environment)}</pre></details>"
+    )
+
+
+def _facts(run: RunData) -> str:
+    """Return the run in a few words and numbers."""
+    values, row = settings(run), summarise(run.records)
+    graph = run.facts.get("graph", {})
+    metric = str(row.get("metric", "")).replace("_", " ")
+    facts = {
+        "method": values.get("algorithm.name"),
+        "base": values.get("model.name"),
+        "task": values.get("task.name"),
+        "clients": values.get("clients"),
+        "graph": f"{values.get('graph.name')}, p = {values.get('graph.activation')}",
+        "rho": _rounded(graph.get("rho")),
+        "T*": graph.get("switching_interval"),
+        "rounds": f"{len(run.records)} of {values.get('rounds')}",
+        f"final {metric}": f"{row['mean']:.3f} ({row['min']:.3f} – {row['max']:.3f})" if metric else None,
+        "averaged adapter": _rounded(row.get("average")),
+        "sent by a client": f"{row['megabytes_sent']:.3g} MB" if run.records else None,
+        "time": f"{row['seconds']:.0f} s" if run.records else None,
+    }
+    return _described({key: value for key, value in facts.items() if value is not None})
+
+
+def _described(facts: Mapping[str, Any]) -> str:
+    pairs = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
+    return f'<dl class="facts">{pairs}</dl>'
+
+
+def _rounded(value: float | None) -> str | None:
+    return None if value is None else f"{value:.3f}"
+
+
+def _listed(heading: str, findings: Sequence[tuple[str | None, Finding]]) -> str:
+    items = "".join(_finding(run, finding) for run, finding in findings)
+    return f'<h2>{heading}</h2><ul class="findings">{items}</ul>' if items else ""
+
+
+def _finding(run: str | None, finding: Finding) -> str:
+    title = f"{run}: {finding.title}" if run else finding.title
+    advice = f'<p class="soft">{escape(finding.advice)}</p>' if finding.advice else ""
+    return (
+        f'<li class="{finding.severity}"><b class="mark">{MARKS[finding.severity]}</b> '
+        f"<b>{escape(title)}</b><p>{escape(finding.text)}</p>{advice}</li>"
+    )
+
+
+def _table(runs: Sequence[RunData]) -> str:
+    """Return a row for each setting, as `peertune compare` tells it."""
+    measures = ("mean", "min", "best", "average", "megabytes_sent", "seconds")
+    head, *rows = compared(compare(runs), measures)
+    heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join(
+        f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
+        for row in rows
+    )
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="All settings"><table>'
+        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
+        '<p class="soft">Mean ± standard deviation over seeds. mean, min: the clients\' own models at the end; '
+        "best: the best mean of all rounds; average: the averaged adapter; MB: sent by a client in the whole run; "
+        "s: seconds</p>"
+    )
+
+
+def _grid(figures: Sequence[Figure], owner: str) -> str:
+    if not figures:
+        return '<p class="soft">Nothing to draw yet.</p>'
+    return f'<div class="figures">{"".join(_figure(figure, owner) for figure in figures)}</div>'
+
+
+def _figure(drawn: Figure, owner: str) -> str:
+    alt = f"{drawn.title}, {owner}. {drawn.reading}"
+    data = to_json(drawn.figure, validate=False).replace("<", "\\u003c")
+    return (
+        f'<figure data-name="{drawn.name}"><h3>{escape(drawn.title)}</h3>'
+        f'<div class="plot" role="img" aria-label="{escape(alt)}" style="height: {drawn.figure.layout.height}px"></div>'
+        f"{_slider(drawn.figure)}<figcaption>{escape(drawn.reading)}</figcaption>"
+        f'<script type="application/json" class="data">{data}</script></figure>'
+    )
+
+
+def _slider(figure: Any) -> str:
+    """Return a control for a figure with frames: a native one, which keys move and screen readers tell."""
+    steps = [frame.name for frame in figure.frames]
+    if len(steps) < 2:
+        return ""
+    shown = figure.layout.meta
+    return (
+        f'<label class="steps">Round <input type="range" min="0" max="{len(steps) - 1}" value="{steps.index(shown)}" '
+        f'autocomplete="off" aria-valuetext="round {shown}"><output>round {shown}</output></label>'
+    )

@@ -1,0 +1,111 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peertune.report.runs import RunData
+
+MakeRun = Callable[..., RunData]
+
+
+def make(
+    name: str = "a run",
+    *,
+    rounds: int = 24,
+    clients: int = 6,
+    every: int = 5,
+    method: str = "tad_lora",
+    switch_every: int | None = 4,
+    activation: float = 0.3,
+    seed: int = 0,
+    metric: str = "accuracy",
+    labels: tuple[str, ...] = ("no", "yes", "perhaps"),
+) -> RunData:
+    """Make a run up, in all that `facts.json` and `rounds.jsonl` hold; `every=0` is one without evaluations."""
+    draw = np.random.default_rng([seed, clients, len(method), round(activation * 100)])
+    pairs = np.array([(i, j) for i in range(clients) for j in range(i + 1, clients)], dtype=int).reshape(-1, 2)
+    regression = metric == "pearson"
+    records: list[dict[str, Any]] = []
+    for t in range(rounds):
+        trained = ["A", "B"] if switch_every is None else ["A"] if t // switch_every % 2 else ["B"]
+        active = pairs[draw.random(len(pairs)) < activation] if method != "local" else pairs[:0]
+        degree = np.bincount(active.ravel(), minlength=clients)
+        learnt = 1 - np.exp(-(t + 1) / 10)
+        scores = np.clip(0.4 + 0.45 * learnt + draw.normal(0, 0.05, clients), 0, 1)
+        due = every and (t % every == 1 or t == rounds - 1)
+        sends = method != "local"
+        records.append(
+            {
+                "round": t,
+                "train": [*trained, "head"],
+                "send": ["A", "B", "head"] if sends else [],
+                "clients": list(range(clients)),
+                "loss": (1.2 - learnt + draw.random(clients) * 0.3).tolist(),
+                "grad_norm": draw.random(clients).tolist(),
+                "bytes_sent": (degree * 17_684).tolist(),
+                "neighbours": degree.tolist(),
+                "edges": active.tolist(),
+                "failed_edges": [],
+                "out_of_phase": [],
+                "neighbourhood_cross_term": draw.random(clients).tolist(),
+                "diagnostics": {
+                    "consensus_error_A": 1e-8 if t < 4 else 0.5 * learnt,
+                    "consensus_error_B": 0.9 * learnt,
+                    "cross_term": 1e-9 if t < 4 else 0.05 * learnt,
+                    "mean_drift": 1e-8,
+                    **({f"contraction_{kind}": float(draw.uniform(0.3, 0.9)) for kind in "AB"} if sends else {}),
+                },
+                "seconds": {"train": 0.3, "exchange": 0.01, "mix": 0.01, "metrics": 0.01},
+                "evaluation": {
+                    "metric": metric,
+                    "clients": scores.tolist(),
+                    "average": float(scores.mean() + 0.05),
+                    "rows": 180,
+                    "top_share": [] if regression else [0.5] * clients,
+                }
+                if due
+                else None,
+            }
+        )
+    algorithm = {"name": method} | ({} if switch_every is None else {"switch_every": switch_every})
+    shares = draw.integers(5, 200, (clients, 1 if regression else len(labels)))
+    rho = 1 - activation
+    return RunData(
+        folder=Path("/runs") / "made",
+        name=name,
+        recipe={
+            "model": {"name": "digits-vit"},
+            "task": {"name": "digits"},
+            "clients": clients,
+            "graph": {"name": "complete", "activation": activation},
+            "algorithm": algorithm,
+            "rounds": rounds,
+            "seed": seed,
+        },
+        facts={
+            "graph": {
+                "name": "complete",
+                "clients": clients,
+                "edges": float(len(pairs)),
+                "mean_neighbours": activation * (clients - 1),
+                "isolated_share": 0.1,
+                "rho": rho,
+                "spectral_gap": 1 - rho,
+                "draws": 1000,
+                "switching_interval": 5,
+            },
+            "partition": {"labels": ["rows"] if regression else list(labels), "rows": shares.tolist()},
+            "validation": {"rows": 180, "labels": [] if regression else [90, 60, 30]},
+            "parameters": {"base": 1000, "adapter": 100},
+        },
+        environment={"peertune": "0.1.0", "python": "3.11"},
+        records=records,
+    )
+
+
+@pytest.fixture
+def make_run() -> MakeRun:
+    """What makes runs up, `make`."""
+    return make

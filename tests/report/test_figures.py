@@ -1,0 +1,236 @@
+"""Figures of runs that were made up: what is drawn, what is left out, and that text and sizes do no harm."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from peertune.errors import RunError
+from peertune.report.comparisons import by_round
+from peertune.report.drawing import METHODS, score
+from peertune.report.figures import OF_A_RUN, of_a_run, of_runs, write_figures
+
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+def drawn(run: Any) -> dict[str, Any]:
+    return {figure.name: figure.figure for figure in of_a_run(run)}
+
+
+def compared(runs: Any) -> dict[str, Any]:
+    return {figure.name: figure.figure for figure in of_runs(runs)}
+
+
+def trace(figure: Any, name: str) -> Any:
+    return next(trace for trace in figure.data if trace.name == name)
+
+
+def test_a_whole_run_has_every_figure_each_with_a_title_and_how_to_read_it(make_run: Any) -> None:
+    found = of_a_run(make_run())
+    assert [figure.name for figure in found] == list(OF_A_RUN)
+    for figure in found:
+        assert len(figure.title) > 5
+        assert figure.reading.endswith(".")
+        assert "METRIC" not in figure.title + figure.reading
+        assert figure.title[0].isupper()
+
+
+def test_scores_are_the_records_own(make_run: Any) -> None:
+    run = make_run()
+    evaluated = [record for record in run.records if record["evaluation"]]
+    figure = drawn(run)["score"]
+    mean = trace(figure, "mean of clients")
+    assert list(mean.x) == [record["round"] for record in evaluated]
+    assert list(mean.y) == pytest.approx([np.mean(record["evaluation"]["clients"]) for record in evaluated])
+    assert list(trace(figure, "averaged adapter").y) == [record["evaluation"]["average"] for record in evaluated]
+    lines = trace(figure, "each client")
+    third = lines.y[lines.customdata == 3]
+    assert third[:-1] == pytest.approx([record["evaluation"]["clients"][3] for record in evaluated])
+    assert np.isnan(third[-1])
+    assert trace(figure, "always the commonest class").y[0] == 0.5
+
+
+def test_phases_are_shaded_where_factors_train_in_turn_and_only_there(make_run: Any) -> None:
+    shapes = drawn(make_run(rounds=10, switch_every=4))["consensus"].layout.shapes
+    assert sorted((shape.x0, shape.x1, shape.name) for shape in shapes) == [
+        (-0.5, 3.5, "B trains"),
+        (3.5, 7.5, "A trains"),
+        (7.5, 9.5, "B trains"),
+    ]
+    assert sorted(shape.name for shape in shapes if shape.showlegend) == ["A trains", "B trains"]
+    assert not drawn(make_run(switch_every=None))["consensus"].layout.shapes
+
+
+def test_rounding_takes_up_no_room_on_the_logarithmic_axis(make_run: Any) -> None:
+    low, high = drawn(make_run())["consensus"].layout.yaxis.range
+    assert -3 < low < high < 1
+
+
+def test_the_graphs_frames_show_the_edges_of_their_round(make_run: Any) -> None:
+    run = make_run(rounds=8)
+    figure = drawn(run)["graph"]
+    assert [frame.name for frame in figure.frames] == [str(t) for t in range(8)]
+    for frame, record in zip(figure.frames, run.records, strict=True):
+        assert len(frame.data[0].x) == 3 * len(record["edges"])
+        assert len(frame.data[1].marker.color) == 6
+    assert figure.layout.meta in {str(record["round"]) for record in run.records if record["edges"]}
+    assert len(trace(figure, f"active in round {figure.layout.meta}").x) == 3 * len(
+        run.records[int(figure.layout.meta)]["edges"]
+    )
+    assert "rho 0.7" in figure.layout.xaxis.title.text
+    assert "T* 5" in figure.layout.xaxis.title.text
+
+
+def test_contraction_tells_idle_factors_from_trained_ones(make_run: Any) -> None:
+    run = make_run(rounds=8)
+    figure = drawn(run)["contraction"]
+    idle = [record["diagnostics"]["contraction_A"] for record in run.records if "A" not in record["train"]]
+    assert list(trace(figure, f"A idle, mean {np.mean(idle):.3f}").y) == idle
+    assert list(trace(figure, "rho = 0.700").y) == [0.7, 0.7]
+
+
+def test_traffic_is_cumulative_over_all_rounds(make_run: Any) -> None:
+    run = make_run()
+    total = sum(np.mean(record["bytes_sent"]) for record in run.records) / 1e6
+    assert trace(drawn(run)["traffic"], "mean of clients").x[-1] == pytest.approx(total)
+
+
+@pytest.mark.parametrize(
+    ("changed", "missing"),
+    [
+        ({"rounds": 0}, set(OF_A_RUN) - {"partition"}),
+        ({"every": 0}, {"score", "clients", "traffic"}),
+        ({"method": "local", "switch_every": None}, {"graph", "traffic", "contraction"}),
+        ({"metric": "pearson"}, set()),
+        ({"clients": 1}, {"clients", "graph", "traffic"}),
+    ],
+)
+def test_what_makes_no_sense_is_left_out(make_run: Any, changed: dict[str, Any], missing: set[str]) -> None:
+    assert set(OF_A_RUN) - set(drawn(make_run(**changed))) == missing
+
+
+def test_a_run_that_diverged_can_be_drawn(make_run: Any) -> None:
+    run = make_run()
+    for record in run.records[10:]:
+        record["loss"] = [float("nan")] * 3 + [float("inf")] * 3
+        record["diagnostics"] = dict.fromkeys(record["diagnostics"], float("nan"))
+        if record["evaluation"]:
+            record["evaluation"]["clients"][2] = float("nan")
+    assert set(drawn(run)) == set(OF_A_RUN)
+    assert max(trace(drawn(run)["loss"], "mean of clients").x) == 9
+
+
+def test_text_of_a_run_is_no_html_in_a_figure(make_run: Any) -> None:
+    run = make_run(HOSTILE, metric=HOSTILE, labels=(HOSTILE, "b", "c"))
+    runs = [run, make_run("other", method=HOSTILE, switch_every=None)]
+    for figure in (*of_a_run(run), *of_runs(runs)):
+        assert "<img" not in figure.figure.to_json()
+        assert "<script" not in figure.figure.to_json()
+
+
+def test_a_thousand_clients_stay_a_file_that_opens(make_run: Any) -> None:
+    run = make_run(rounds=150, clients=1000, every=1, activation=0.002)
+    found = drawn(run)
+    sizes = {name: len(figure.to_json()) for name, figure in found.items()}
+    assert set(found) == set(OF_A_RUN)
+    assert sum(sizes.values()) < 3_000_000, sizes
+    assert len(found["graph"].frames) == 60
+    assert "each client" not in [trace.name for trace in found["score"].data]
+
+
+def sweep(make_run: Any) -> list[Any]:
+    methods = {"tad_lora": 4, "dec_lora": None}
+    return [
+        make_run(f"{method}-{p}-{seed}", method=method, switch_every=every, activation=p, seed=seed)
+        for method, every in methods.items()
+        for p in (0.1, 0.5)
+        for seed in (0, 1)
+    ]
+
+
+def test_comparisons_are_means_and_deviations_over_seeds(make_run: Any) -> None:
+    runs = sweep(make_run)
+    found = compared(runs)
+    assert list(found) == ["scores", "losses", "score-by-activation", "average-by-activation"]
+    line = trace(found["scores"], "dec_lora, activation=0.5")
+    last: Any = [score(run.records[-1]) for run in runs if run.name.startswith("dec_lora-0.5")]
+    assert line.y[-1] == pytest.approx(np.mean(last))
+    assert line.customdata[-1] == pytest.approx(np.std(last, ddof=1))
+    curve = trace(found["score-by-activation"], "dec_lora")
+    assert list(curve.x) == [0.1, 0.5]
+    assert curve.y[1] == pytest.approx(np.mean(last))
+    assert curve.error_y.array[1] == pytest.approx(np.std(last, ddof=1))
+
+
+def test_a_method_has_one_colour_everywhere(make_run: Any) -> None:
+    runs = sweep(make_run)
+    for figure in (compared(runs)["scores"], compared(runs)["score-by-activation"], drawn(runs[0])["score"]):
+        for each in figure.data:
+            for method in ("tad_lora", "dec_lora"):
+                if (each.name or "").startswith(method):
+                    assert each.line.color == METHODS[method]
+    assert trace(drawn(runs[0])["score"], "mean of clients").line.color == METHODS["tad_lora"]
+
+
+def test_an_interval_that_follows_from_the_graph_does_not_cut_its_curve(make_run: Any) -> None:
+    runs = [make_run(f"{p}", activation=p, switch_every=every) for p, every in ((0.02, 9), (0.1, 5), (0.5, 3))]
+    (curve,) = compared(runs)["score-by-activation"].data
+    assert list(curve.x) == [0.02, 0.1, 0.5]
+    assert compared(runs)["score-by-activation"].layout.xaxis.type == "log"
+
+
+def test_intervals_that_were_chosen_are_curves_of_their_own(make_run: Any) -> None:
+    runs = [make_run(f"{p}-{t}", activation=p, switch_every=t) for p in (0.1, 0.5) for t in (2, 8)]
+    found = compared(runs)
+    assert sorted(curve.name for curve in found["score-by-activation"].data) == ["switch_every=2", "switch_every=8"]
+    assert sorted(curve.name for curve in found["score-by-interval"].data) == ["activation=0.1", "activation=0.5"]
+    assert list(found["average-by-interval"].data[0].x) == [2, 8]
+
+
+def test_runs_of_different_lengths_are_compared_where_both_are(make_run: Any) -> None:
+    runs = [make_run("a", rounds=9), make_run("b", rounds=9, seed=1)]
+    del runs[0].records[4:]
+    figure: Any = by_round(runs, lambda record: record["loss"][0], "loss")
+    assert list(figure.data[-1].x) == [0, 1, 2, 3]
+
+
+def test_runs_without_evaluations_are_compared_by_their_losses(make_run: Any) -> None:
+    assert list(compared([make_run("a", every=0), make_run("b", every=0, activation=0.7)])) == ["losses"]
+    assert not compared([make_run("a", rounds=0), make_run("b", rounds=0, activation=0.7)])
+
+
+browser = pytest.mark.skipif(
+    not any(map(shutil.which, ("chromium", "google-chrome", "chromium-browser")))
+    or not importlib.util.find_spec("kaleido"),
+    reason="no Chromium or Chrome, or no kaleido, to draw files with",
+)
+
+
+@browser
+def test_figures_are_written_as_files_below_the_folder(make_run: Any, tmp_path: Path) -> None:
+    runs = [make_run(name, rounds=3, every=0, method="local", seed=seed) for seed, name in enumerate(("../../a", ".."))]
+    files = write_figures(runs, tmp_path / "figures", formats=["png", "svg"])
+    assert len(files) == 2 * (len(of_runs(runs)) + sum(len(of_a_run(run)) for run in runs))
+    assert set(files) == {file for file in tmp_path.rglob("*") if file.is_file()}
+    for file in files:
+        start = file.read_bytes()[:8]
+        assert start == b"\x89PNG\r\n\x1a\n" if file.suffix == ".png" else start.startswith(b"<svg")
+        assert file.stat().st_size > 3000
+
+
+def test_without_a_browser_one_line_says_what_is_missing(make_run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "no-browser"))
+    pytest.importorskip("kaleido")
+    with pytest.raises(RunError, match="install Chrome or Chromium"):
+        write_figures([make_run(rounds=2)], tmp_path)
+
+
+def test_without_kaleido_one_line_says_what_to_install(make_run: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    with pytest.raises(RunError, match=r"pip install 'peertune\[figures\]'"):
+        write_figures([make_run(rounds=2)], tmp_path)
+    assert not list(tmp_path.iterdir())
