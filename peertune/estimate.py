@@ -79,7 +79,8 @@ def trial(recipe: Recipe) -> Trial:
 def estimate(recipe: Recipe, measured: Trial) -> Estimate:
     """Say what a run takes that has the same base, task, batches and clients as the one that was tried.
 
-    Traffic is exact, up to edges that fail; memory and time are of this machine.
+    Traffic is exact, up to edges that fail; memory and time are of this machine, and leave out mixing and what is
+    measured of it, which is little but for `decaf` and for dense graphs of hundreds of clients.
     """
     graph = build_graph(recipe)
     algorithm = build_algorithm(recipe, graph)

@@ -35,16 +35,23 @@ def neighbourhood_cross_terms(heard: Tensors, weights: Tensor) -> list[float]:
     `C_i = Σ_j w_ij B_j A_j - (Σ_j w_ij B_j)(Σ_j w_ij A_j)` over row i of `weights [R, H]`, in norm over all sites. 0
     for a receiver that hears only itself, and where not both factors travel.
     """
-    totals = [0.0] * weights.shape[0]
     pairs = _pairs(heard)
     receivers, places, shares = _entries(weights)
-    for i, count in enumerate(torch.bincount(receivers, minlength=len(totals)).tolist()):
-        near, receivers = places[:count], receivers[count:]
-        places, w, shares = places[count:], shares[:count].double().view(-1, 1, 1), shares[count:]
-        for A, B in pairs if count > 1 else []:
-            a, b = A[near].double(), B[near].double()
-            totals[i] += _product_square(w * (b - (w * b).sum(0)), a - (w * a).sum(0))
-    return [sqrt(total) for total in totals]
+    counts = torch.bincount(receivers, minlength=weights.shape[0]).tolist()
+    known: dict[tuple[float, ...], float] = {}  # on a complete graph all hear the same
+    found = []
+    for near, w in zip(places.split(counts), shares.double().split(counts), strict=True):
+        key = (*near.tolist(), *w.tolist())
+        if key not in known:
+            known[key] = sqrt(sum(_weighted(A[near], B[near], w.view(-1, 1, 1)) for A, B in pairs if len(near) > 1))
+        found.append(known[key])
+    return found
+
+
+def _weighted(A: Tensor, B: Tensor, w: Tensor) -> float:
+    """Return the squared cross term of a weighted average of `A [m, r, d_in]` and `B [m, d_out, r]`."""
+    a, b = A.double(), B.double()
+    return _product_square(w * (b - (w * b).sum(0)), a - (w * a).sum(0))
 
 
 def _pairs(adapters: Tensors) -> list[tuple[Tensor, Tensor]]:
@@ -96,7 +103,7 @@ def diagnostics(before: Before, after: Tensors) -> dict[str, float]:
 
     Returns `consensus_error_A`, `consensus_error_B`, `consensus_error_head` where there is a head, and `cross_term`,
     all after mixing; `mean_drift`, of the sent kinds, by mixing; and for each sent kind in which clients disagreed
-    `contraction_A` and so on, the squared consensus error after over that before, at most rho on average.
+    `contraction_A` and so on, the squared consensus error after over that before: by gossip at most rho on average.
     """
     kinds = sorted({"A", "B"} | {kind(name) for name in after})
     errors = {f"consensus_error_{k}": consensus_error(select(after, {k})) for k in kinds}

@@ -83,6 +83,7 @@ def check_parts(recipe: Recipe) -> None:
     for where, (table, given) in _TABLES.items():
         arguments(table, getattr(recipe, where), where, given)
     build_graph(recipe)
+    _make("algorithm", recipe.algorithm, rho=lambda: 0.0, clients=recipe.clients, seed=recipe.seed)
 
 
 def resolved_parts(recipe: Recipe, algorithm: Algorithm) -> dict[str, Part]:

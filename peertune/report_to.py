@@ -39,9 +39,6 @@ def reporting(folder: Path, recipe: Recipe) -> Iterator[Callable[[RoundRecord], 
     if not recipe.report_to:
         yield lambda record: None
         return
-    from accelerate.state import PartialState
-
-    PartialState()  # Accelerate's trackers ask it which process they are in
     open_trackers: dict[str, Any] = {}
 
     def each(names: Sequence[str], call: Callable[[str], None]) -> None:
@@ -97,8 +94,10 @@ def values(record: RoundRecord) -> dict[str, float]:
 
 
 def _tracker(name: str, folder: Path) -> Any:
+    from accelerate.state import PartialState
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
+    PartialState()  # Accelerate's trackers ask it which process they are in
     made: Mapping[str, Callable[[], Any]] = {
         "tensorboard": lambda: TensorBoardTracker("tensorboard", logging_dir=folder),
         "wandb": lambda: WandBTracker(PROJECT, name=folder.name, dir=str(folder)),

@@ -45,11 +45,13 @@ def run_round(
     algorithm: Algorithm,
     train: Callable[[State, list[Phase]], Trained],
     exchange: Exchange,
+    thorough: bool = True,
 ) -> tuple[State, RoundRecord]:
     """Run one round for the K clients of `state`, **in place**, and say what it did.
 
     `train(state, phases)`, a phase for each client, does the local steps in place. Mixing goes from site to site, so
-    that beside the stack only one site's new factors are held.
+    that beside the stack only one site's new factors are held. The neighbourhoods' cross terms are measured in
+    `thorough` rounds only: on a dense graph of many clients they cost more than mixing.
     """
     started = time.perf_counter()
     phases = algorithm.phases(state.signals, state.round, state.clients)
@@ -60,7 +62,9 @@ def run_round(
     heard, weights = exchange(payload | state.signals, state.round)
     exchanged = time.perf_counter()
     before = metrics.before_mixing(payload)
-    cross_terms = metrics.neighbourhood_cross_terms({name: heard[name] for name in payload}, weights)
+    cross_terms = None
+    if thorough:
+        cross_terms = metrics.neighbourhood_cross_terms({name: heard[name] for name in payload}, weights)
     measured = time.perf_counter()
     for own in _by_site(state.adapters):
         mixed = algorithm.mix(own, {name: heard[name] for name in own if name in heard}, weights, phase)

@@ -19,13 +19,14 @@ from typing import IO
 
 import yaml
 
-from peertune import tracking
-from peertune.errors import RecipeError, RunError
+from peertune.errors import RecipeError
 from peertune.parts import check_parts
 from peertune.recipe import Recipe, flat, load_recipe
 
 LONGEST_NAME = 160
 """Characters of a run directory's name, beyond which it is cut and marked by a digest; file systems take 255 bytes."""
+COMMAND = (sys.executable, "-P", "-m", "peertune")
+"""The command line as a process; -P: modules of the folder that one is in don't count."""
 POLL_S = 0.2
 """How often running processes are looked at."""
 
@@ -62,9 +63,9 @@ def members(recipe: str | Path, words: Sequence[str]) -> list[Member]:
         loaded = load_recipe(recipe, chosen)
         check_parts(loaded)
         found.append(Member(_name([chosen[i] for i in several or range(len(axes))]), chosen, loaded))
-    names = [member.name for member in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise RecipeError(f"sweep: {twice} stands twice; give each value once")
+    for place, member in enumerate(found):
+        if any(member.recipe == other.recipe for other in found[:place]):
+            raise RecipeError(f"sweep: {member.name} stands twice; give each value once")
     return found
 
 
@@ -87,8 +88,8 @@ def split_values(text: str) -> list[str]:
 
 def _name(settings: Sequence[str]) -> str:
     """Return a folder's name for these settings, of letters that every shell and file system takes."""
-    plain = ",".join(re.sub(r"[^\w.+=-]+", "-", setting).strip("-") for setting in settings) or "run"
-    if len(plain) <= LONGEST_NAME:
+    plain = ",".join(re.sub(r"[^\w.+=-]+", "-", setting).strip("-") for setting in settings)
+    if len(plain) <= LONGEST_NAME and "/" not in "".join(settings):  # two paths may come to one name
         return plain
     return f"{plain[:LONGEST_NAME]}-{sha256(','.join(settings).encode()).hexdigest()[:8]}"
 
@@ -102,30 +103,17 @@ def shard(whole: Sequence[Member], part: str) -> list[Member]:
     return list(whole[number - 1 :: of])
 
 
-def prepare(folder: Path, recipe: str | Path, whole: Sequence[Member]) -> None:
-    """Make the sweep's folder, or see that it holds no other sweep. Raises RunError where it does.
-
-    What all runs have in common is kept in `sweep.yaml`; a sweep may grow by further values of its keys.
-    """
-    settings = [flat(member.recipe.model_dump(mode="json")) for member in whole]
-    common = {
-        key: value for key, value in settings[0].items() if all(other.get(key, ...) == value for other in settings)
-    }
-    text = yaml.safe_dump({"recipe": str(recipe), "common": common}, sort_keys=False)
-    file = folder / "sweep.yaml"
+def conflict(folder: Path, recipe: Recipe) -> str | None:
+    """Return in which setting a run directory holds another run than this, in words; None where it doesn't."""
     try:
-        before = yaml.safe_load(file.read_text()) if file.exists() else None
-        folder.mkdir(parents=True, exist_ok=True)
-        if before is None:
-            tracking.write_file(file, text.encode())
-            return
-        held = dict(before["common"])
-    except (OSError, yaml.YAMLError, TypeError, ValueError, KeyError) as error:
-        reason = getattr(error, "strerror", None) or "it isn't a sweep's"
-        raise RunError(f"{file}: can't be used ({reason}); give another --out") from None
-    for key in sorted(common.keys() & held.keys()):
-        if common[key] != held[key]:
-            raise RunError(f"{folder}: holds a sweep with {key}={held[key]}, not {common[key]}; give another --out")
+        held = flat(yaml.safe_load((folder / "resolved.yaml").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return f"{folder}: is in the way and is no run; give another --out" if folder.exists() else None
+    for key, value in flat(recipe.model_dump(mode="json")).items():
+        automatic = value is None or value == "auto"  # the run has what it came to
+        if key in held and held[key] != value and not automatic:
+            return f"{folder}: holds a run with {key}={held[key]}, not {value}; give another --out"
+    return None
 
 
 def rounds_done(folder: Path) -> int:
@@ -137,8 +125,9 @@ def rounds_done(folder: Path) -> int:
 
 
 def finished(folder: Path, recipe: Recipe) -> bool:
-    """Return whether a run has all its rounds and has written its adapters."""
-    return rounds_done(folder) >= recipe.rounds and (folder / "adapters").is_dir()
+    """Return whether this run has all its rounds and has written its adapters."""
+    whole = rounds_done(folder) >= recipe.rounds and (folder / "adapters").is_dir()
+    return whole and conflict(folder, recipe) is None
 
 
 @dataclass
@@ -164,7 +153,8 @@ def run_members(
     settled = sum(member.recipe.rounds for member in whole if member not in left)
     progress = Progress(done=[member.name for member in whole if member not in left], rounds=settled)
     yield progress
-    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     environment = threads | os.environ
     at_work: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
     told = 0
@@ -174,9 +164,12 @@ def run_members(
             while queue and len(at_work) < jobs and not stopping():
                 member = queue.pop(0)
                 place = folder / member.name
+                if other := conflict(place, member.recipe):
+                    progress.failed[member.name] = other
+                    continue
                 words = ["--resume", place] if place.is_dir() else [recipe, *member.overrides, "--out", place]
                 messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
-                command = [sys.executable, "-m", "peertune", "run", *map(str, words)]
+                command = [*COMMAND, "run", *map(str, words)]
                 process = subprocess.Popen(
                     command, env=environment, stdout=subprocess.DEVNULL, stderr=messages, start_new_session=True
                 )

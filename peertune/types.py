@@ -167,7 +167,7 @@ class RoundRecord:
     edges: list[tuple[int, int]]  # over which something was sent, i < j
     failed_edges: list[tuple[int, int]]
     out_of_phase: list[int]  # clients that trained other kinds than `train`
-    neighbourhood_cross_term: list[float]  # [K], of what each client heard, before mixing
+    neighbourhood_cross_term: list[float] | None  # [K], of what each heard, before mixing; only in evaluated rounds
     diagnostics: dict[str, float]  # consensus errors and cross term after mixing, mean drift and contraction by mixing
     seconds: dict[str, float]  # by stage
     evaluation: Evaluation | None = None

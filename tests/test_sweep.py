@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from peertune import sweep
-from peertune.errors import PeertuneError, RecipeError, RunError
+from peertune.errors import PeertuneError, RecipeError
 
 SMALL = [
     "clients=4",
@@ -53,6 +53,10 @@ def test_commas_inside_brackets_and_quotes_separate_nothing() -> None:
     assert quoted.recipe.model.name == "a,b"
 
 
+def test_paths_that_would_come_to_one_name_stay_apart() -> None:
+    assert len(set(names("model.name=a/b,a-b"))) == 2
+
+
 def test_names_stay_short_and_apart() -> None:
     paths = ",".join(f"/data/{'very' * 60}/{letter}" for letter in "ab")
     first, second = names(f"model.name={paths}")
@@ -77,6 +81,8 @@ def test_shards_are_disjoint_and_together_the_whole(of: int) -> None:
         (["seed=0,,1"], "gives no values"),
         (["seed"], "gives no values"),
         (["seed=0,0"], "sweep: seed=0 stands twice; give each value once"),
+        (["training.learning_rate=1e-3,0.001"], "sweep: training.learning_rate=0.001 stands twice"),
+        (["algorithm.switch_every=0,1"], "switch_every: 0 rounds is too short, give at least 1"),
         (["seed=0,1", "seed=2"], "sweep: seed stands twice; give its values in one place"),
         (["algorithm.name=dec_lora,tadlora"], "algorithm.name: unknown name 'tadlora', did you mean tad_lora?"),
         (["algorithm={name: dec_lora, switch_every: 3}"], "unknown key 'switch_every'"),
@@ -95,14 +101,28 @@ def test_a_part_that_is_none_is_refused(part: str) -> None:
         sweep.shard([], part)
 
 
-def test_a_folder_with_another_sweep_is_refused_and_one_that_grows_is_not(tmp_path: Path) -> None:
-    sweep.prepare(tmp_path, "digits-demo", sweep.members("digits-demo", ["rounds=2", "seed=0,1"]))
-    sweep.prepare(tmp_path, "digits-demo", sweep.members("digits-demo", ["rounds=2", "seed=2,3"]))
-    with pytest.raises(RunError, match="holds a sweep with rounds=2, not 3; give another --out"):
-        sweep.prepare(tmp_path, "digits-demo", sweep.members("digits-demo", ["rounds=3", "seed=0,1"]))
-    (tmp_path / "sweep.yaml").write_text("5")
-    with pytest.raises(RunError, match=r"sweep\.yaml: can't be used \(it isn't a sweep's\); give another --out"):
-        sweep.prepare(tmp_path, "digits-demo", sweep.members("digits-demo", ["rounds=2", "seed=0,1"]))
+def test_what_settings_come_to_is_no_conflict_and_other_settings_are(whole: Path) -> None:
+    run = whole / "algorithm.name=local,seed=1"
+    same, other, automatic = (
+        sweep.members(
+            "digits-demo", [*SMALL, "algorithm.name=local", "seed=1", "rounds=12", "checkpoint.every=5", *more]
+        )
+        for more in ((), ("lora.r=2",), ("training.tokens_per_pass=auto",))
+    )
+    assert sweep.conflict(run, same[0].recipe) is None
+    assert sweep.conflict(run, automatic[0].recipe) is None
+    assert sweep.conflict(run.parent / "nothing", other[0].recipe) is None
+    assert sweep.conflict(run, other[0].recipe) == f"{run}: holds a run with lora.r=4, not 2; give another --out"
+    assert sweep.conflict(whole, same[0].recipe) == f"{whole}: is in the way and is no run; give another --out"
+
+
+def test_a_sweep_takes_no_other_run_for_its_own(whole: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
+    words = [word.replace("dec_lora,local", "dec_lora,decaf") for word in GRID]
+    code, out, err = finish(start(whole.parent, *words, "training.local_steps=2", "--out", "all", "--shard", "1/4"))
+    assert (code, out) == (2, "0 of 1 runs are finished in all\n")
+    assert "holds a run with training.local_steps=1, not 2; give another --out" in err
+    assert {file: file.stat().st_mtime_ns for file in whole.rglob("*")} == before
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -190,7 +210,7 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     assert out == "1 of 2 runs are finished in all\n"
     (line,) = err.splitlines()
     assert line.startswith("peertune: lora.r=999: lora.r: 999 is above the size of ")
-    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == ["lora.r=2", "sweep.yaml"]
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["lora.r=2"]
 
 
 def test_a_full_disk_is_one_line_for_each_run_and_leaves_nothing_half_written(tmp_path: Path) -> None:

@@ -21,6 +21,9 @@ on flooding, so the exchange that brings the missing ones puts it back into phas
 on; one that joins late is in phase after its first exchange with one that knows. Windows should thus be long enough: a
 flood takes a small multiple of 1 / (1 - rho) rounds.
 
+What a window sees is one course of the graph. It shrinks disagreement more than rho, a mean over all courses, lets
+expect, and the more so the fewer the clients: with ten, T comes out near T*; below five it comes out too short.
+
 What a client does and sends does not grow with the number of clients beyond 64. Our own; the papers leave the choice
 of T by task and system as an open question (ADF-LoRA, arXiv 2511.18291).
 """

@@ -103,7 +103,8 @@ def asked_to_stop(answer: str) -> Iterator[list[int]]:
             raise KeyboardInterrupt
         print(f"peertune: {answer}", file=sys.stderr)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
     finally:

@@ -48,7 +48,7 @@ def compare(
     if wrong := next((name for name in measures if name not in tables.MEASURES), None):
         raise RunError(unknown("--metric", wrong, tables.MEASURES))
     with messages():
-        rows = tables.compare(find_runs(runs), by.split(",") if by else None, paired_with)
+        rows = tables.compare(find_runs(runs), [key.strip() for key in by.split(",")] if by else None, paired_with)
     if as_json:
         print_json(rows)
         return

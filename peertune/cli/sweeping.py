@@ -53,7 +53,6 @@ def sweep(
         if dry_run:
             _print_estimates(recipe, mine, out, as_json)
             return
-        sweeps.prepare(out, recipe, whole)
     stand, stopped = sweeps.Progress(), False
     with (
         asked_to_stop("stopping after these rounds; once more to go back to the last checkpoints") as stop,
@@ -84,7 +83,7 @@ def sweep(
         print(f"{len(stand.done)} of {len(mine)} runs are finished in {out}")
     for name, why in stand.failed.items():
         print(f"peertune: {name}: {why}", file=sys.stderr)
-    if stopped or stop:
+    if (stopped or stop) and len(stand.done) < len(mine):
         print("peertune: stopped; go on with the same command", file=sys.stderr)
         sys.exit(130)
     if stand.failed:
@@ -98,7 +97,7 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
 
     from peertune.estimate import Trial, cost_key, estimate
     from peertune.report.tables import text
-    from peertune.sweep import finished
+    from peertune.sweep import COMMAND, finished
 
     trials: dict[str, Trial] = {}
     rows: list[dict[str, Any]] = []
@@ -107,9 +106,10 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
             key = cost_key(member.recipe)
             if key not in trials:
                 words = ["run", recipe, *member.overrides, "--dry-run", "--json"]
-                tried = subprocess.run([sys.executable, "-m", "peertune", *words], capture_output=True, text=True)
+                tried = subprocess.run([*COMMAND, *words], capture_output=True, text=True)
                 if tried.returncode:
-                    raise RunError(f"{member.name}: {tried.stderr.strip().splitlines()[-1].removeprefix('peertune: ')}")
+                    said = tried.stderr.strip().splitlines() or [f"ended with exit code {tried.returncode}"]
+                    raise RunError(f"{member.name}: {said[-1].removeprefix('peertune: ')}")
                 trials[key] = Trial(**json.loads(tried.stdout)["trial"])
             found = estimate(member.recipe, trials[key])
             rows.append(

@@ -66,8 +66,9 @@ def simulate(job: Job) -> Iterator[RoundRecord]:
 
     state = job.state.clone()
     while state.round < job.rounds:
-        state, record = run_round(state, job.algorithm, train, exchange)
-        if state.round % job.evaluate_every == 0 or state.round == job.rounds:
+        due = (state.round + 1) % job.evaluate_every == 0 or state.round + 1 == job.rounds
+        state, record = run_round(state, job.algorithm, train, exchange, thorough=due)
+        if due:
             start = time.perf_counter()
             evaluation = job.evaluate(state.adapters)
             seconds = record.seconds | {"evaluate": time.perf_counter() - start}

@@ -1,6 +1,7 @@
 """Runs as they lie on disk, for all that looks at them: only what their directories hold, no data set and no model."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import yaml
 from peertune import tracking
 from peertune.errors import RunError
 from peertune.recipe import flat
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class RunData:
 def find_runs(folders: Sequence[Path]) -> list[RunData]:
     """Read the runs in these folders, each a run or one that holds runs at any depth, sorted within each.
 
-    Raises RunError for a folder without runs and for a run that can't be read.
+    One of several that can't be read is left out with a warning. Raises RunError for a folder without runs, and where
+    none can be read.
     """
     found: dict[Path, None] = {}  # in order, each once
     for folder in folders:
@@ -36,8 +40,17 @@ def find_runs(folders: Sequence[Path]) -> list[RunData]:
         if not inside:
             raise RunError(f"{folder}: holds no run; give the folder of a run, or one that holds some")
         found |= dict.fromkeys(inside)
-    names = _names(list(found))
-    return [_read(folder, name) for folder, name in zip(found, names, strict=True)]
+    read: list[RunData] = []
+    for folder, name in zip(found, _names(list(found)), strict=True):
+        try:
+            read.append(_read(folder, name))
+        except RunError as error:
+            if len(found) == 1:
+                raise
+            log.warning("%s (left out)", error)
+    if not read:
+        raise RunError(f"{folders[0]}: none of its runs can be read; restore one")
+    return read
 
 
 def _inside(folder: Path) -> list[Path]:

@@ -15,20 +15,6 @@ log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 
-COLUMNS = {
-    "run": "run",
-    "mean": "mean",
-    "min": "min",
-    "max": "max",
-    "best": "best",
-    "average": "average",
-    "consensus_error_A": "Δ_A",
-    "consensus_error_B": "Δ_B",
-    "cross_term": "cross",
-    "megabytes_sent": "MB",
-    "seconds": "s",
-}
-"""Key of a summary → heading of its column."""
 MEASURES = {
     "mean": "mean",
     "best": "best",
@@ -43,11 +29,17 @@ MEASURES = {
     "seconds": "s",
 }
 """What runs are compared by: key of a summary → heading."""
+COLUMNS = {"run": "run", **MEASURES}
+"""The same with the run's name in front."""
 SCORES = ("mean", "best", "average", "best_average")
 """Measures of which paired differences are taken."""
 LEGEND = """\
-mean, min, max: the clients' own models at the end; best: the best mean of all rounds; average: the averaged adapter;
-Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole run; s: seconds"""
+mean, min, max: the clients' own models at the end; best: the best mean of all rounds; average: the averaged adapter at
+the end, best average: at its best; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a
+client in the whole run; s: seconds"""
+_INTERVAL = "algorithm.switch_every"
+_AUTOMATIC = ("device", "model.dtype", "training.tokens_per_pass", _INTERVAL)
+"""Keys in which runs of one recipe may differ, by machine or seed."""
 _UNCOMPARED = ("device", "model.dtype", "task.path", "task.revision", "model.revision", "training.tokens_per_pass")
 """Keys in which runs may differ without being runs of different things."""
 
@@ -103,8 +95,7 @@ def compare(
     setting that is not in `by`.
     """
     found = {run.name: settings(run) for run in runs}
-    unasked = [key for key in _differences(runs) if not key.startswith("task.")]
-    keys = list(by) if by is not None else unasked or ["algorithm.name"]
+    keys = list(by) if by is not None else _default_keys(runs)
     known = {key for values in found.values() for key in values}
     if wrong := next((key for key in keys if key not in known), None):
         raise RunError(
@@ -119,7 +110,7 @@ def compare(
         groups.setdefault(tuple(_hashable(found[run.name].get(key)) for key in keys), []).append(run)
     rows = []
     for members in groups.values():
-        _check_seeds(members)
+        _check_members(members, keys)
         members.sort(key=lambda run: int(found[run.name]["seed"]))
         summaries = [summarise(run.records) for run in members]
         rows.append(
@@ -141,6 +132,17 @@ def _differences(runs: Sequence[RunData]) -> list[str]:
     return [key for key in varying(runs) if key not in _UNCOMPARED]
 
 
+def _default_keys(runs: Sequence[RunData]) -> list[str]:
+    """Return the settings in which the runs differ, but for the task's.
+
+    The interval is none of them where it follows from the others: T* may differ from seed to seed.
+    """
+    keys = [key for key in _differences(runs) if not key.startswith("task.")] or ["algorithm.name"]
+    rest = [key for key in keys if key != _INTERVAL] or ["algorithm.name"]
+    told = [tuple(_hashable(settings(run).get(key)) for key in (*rest, "seed")) for run in runs]
+    return rest if len(set(told)) == len(told) else keys
+
+
 def _hashable(value: Any) -> Any:
     return repr(value) if isinstance(value, list | dict) else value
 
@@ -154,14 +156,19 @@ def _check_comparable(runs: Sequence[RunData], by: Sequence[str]) -> None:
             raise RunError(f"these runs can't be compared: {names}; give runs of one task, or --by with {key} in it")
 
 
-def _check_seeds(members: Sequence[RunData]) -> None:
+def _check_members(members: Sequence[RunData], by: Sequence[str]) -> None:
+    """Refuse runs of one seed in one row, and say where a row holds more than seeds of the same."""
     seeds = [run.recipe["seed"] for run in members]
     for place, seed in enumerate(seeds):
         if seed in seeds[:place]:
             twins = [members[seeds.index(seed)], members[place]]
-            differ = _differences(twins)
+            differ = varying(twins)
             hint = f"they differ in {', '.join(differ)}: put that into --by" if differ else "give each run once"
             raise RunError(f"{twins[0].name} and {twins[1].name} have the same seed, {seed}; {hint}")
+    pooled = [key for key in varying(members) if key not in (*by, *_AUTOMATIC)]
+    if pooled:
+        names = f"{members[0].name} and {len(members) - 1} more"
+        log.warning("%s make one row, though they differ in %s; put that into --by", names, ", ".join(pooled))
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
@@ -178,17 +185,21 @@ def _pair(rows: Sequence[dict[str, Any]], keys: Sequence[str], reference: str) -
         values = sorted({str(value) for row in rows for value in row["by"].values()})
         raise RunError(f"--paired-with: no run has {reference}; choose from {', '.join(values)}")
     block = key.partition(".")[0]
-    others = [other for other in keys if other.partition(".")[0] != block]
+
+    def agree(row: Row, other: Row) -> bool:
+        """Whether the two agree in all other keys; a setting of the same block may be one that one of them lacks."""
+        pairs = ((k, row["by"][k], other["by"][k]) for k in keys if k != key)
+        return all(a == b or (k.partition(".")[0] == block and None in (a, b)) for k, a, b in pairs)
+
+    references = [row for row in rows if str(row["by"][key]) == reference]
     for row in rows:
-        partner = next(
-            (
-                other
-                for other in rows
-                if str(other["by"][key]) == reference and all(other["by"][k] == row["by"][k] for k in others)
-            ),
-            None,
-        )
-        row["paired"] = None if partner is None or partner is row else _paired(row, partner)
+        partners = [other for other in references if agree(row, other)]
+        if len(partners) > 1:
+            raise RunError(
+                f"--paired-with: {reference} stands in {len(partners)} rows that {row['by']} could be paired with; "
+                "compare fewer runs, or choose --by"
+            )
+        row["paired"] = _paired(row, partners[0]) if partners and partners[0] is not row else None
 
 
 def _paired(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
@@ -223,6 +234,8 @@ def paired(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:
     """Lay the paired differences out as lines of cells, the headings first; empty where no row has a partner."""
     keys = list(rows[0]["by"])
     chosen = [key for key in measures if key in SCORES]
+    if not chosen:
+        return []
     lines = [[*headings(keys), "seeds", *(MEASURES[key] for key in chosen)]]
     for row in rows:
         if row.get("paired") is None:
@@ -241,7 +254,9 @@ def headings(keys: Sequence[str]) -> list[str]:
 
 
 def _with_spread(key: str, mean: float | None, std: float | None) -> str:
-    return _cell(key, mean) if std is None else f"{_cell(key, mean)} ± {_cell(key, std)}"
+    if mean is None or std is None:
+        return _cell(key, mean)
+    return f"{_cell(key, mean)} ± {std:{_form(key, mean)}}"
 
 
 def _difference(found: Row) -> str:
@@ -254,9 +269,11 @@ def _difference(found: Row) -> str:
 def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
-    if isinstance(value, float):
-        return f"{value:.0f}" if key == "seconds" else f"{value:.3g}" if 0 < value < 0.01 else f"{value:.3f}"
-    return str(value)
+    return f"{value:{_form(key, value)}}" if isinstance(value, float) else str(value)
+
+
+def _form(key: str, value: float) -> str:
+    return ".0f" if key == "seconds" else ".3g" if 0 < value < 0.01 else ".3f"
 
 
 def cells(rows: Sequence[Row], columns: Mapping[str, str]) -> list[list[str]]:
@@ -275,22 +292,16 @@ def text(lines: Sequence[Sequence[str]]) -> str:
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:
     """Write lines of cells as a Markdown table, the first line its head."""
-    head, *body = lines
+    head, *body = ([cell.replace("|", r"\|") for cell in line] for line in lines)
     rule = ["---", *["---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *body))
 
 
 def latex(lines: Sequence[Sequence[str]]) -> str:
     """Write lines of cells as a LaTeX tabular with booktabs' rules, the first line its head."""
-    signs = {"±": r"$\pm$", "Δ_A": r"$\Delta_A$", "Δ_B": r"$\Delta_B$", "_": r"\_", "%": r"\%", "&": r"\&", "#": r"\#"}
-
-    def escaped(cell: str) -> str:
-        for sign, written in signs.items():
-            if sign != "_" or "$" not in cell:
-                cell = cell.replace(sign, written)
-        return cell
-
-    head, *body = (" & ".join(map(escaped, line)) + r" \\" for line in lines)
+    signs = {"±": r"$\pm$", "Δ": r"$\Delta$", "\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
+    table = str.maketrans(signs | {sign: rf"\{sign}" for sign in "_%&#${}"})
+    head, *body = (" & ".join(cell.translate(table) for cell in line) + r" \\" for line in lines)
     columns = "l" + "r" * (len(lines[0]) - 1)
     rows = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
     return "\n".join(rows)

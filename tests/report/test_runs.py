@@ -77,6 +77,17 @@ def test_a_damaged_line_is_reported_and_the_rest_used(tmp_path: Path, caplog: py
     assert "line 1 is damaged and left out" in caplog.text
 
 
+def test_one_of_several_that_cannot_be_read_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "good")
+    (write(tmp_path / "bad") / "facts.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert [run.name for run in find_runs([tmp_path])] == ["good"]
+    assert "bad: its resolved.yaml, facts.json or environment.json is missing or damaged" in caplog.text
+    (tmp_path / "good" / "facts.json").unlink()
+    with pytest.raises(RunError, match="none of its runs can be read; restore one"):
+        find_runs([tmp_path])
+
+
 def test_no_run_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(RunError, match="holds no run; give the folder of a run, or one that holds some"):

@@ -46,8 +46,8 @@ METHODS = [
 
 def test_seeds_come_together_and_settings_make_rows() -> None:
     first, second = tables.compare(METHODS)
-    assert first["by"] == {"algorithm.name": "dec_lora", "algorithm.switch_every": None}
-    assert second["by"] == {"algorithm.name": "tad_lora", "algorithm.switch_every": 5}
+    assert first["by"] == {"algorithm.name": "dec_lora"}
+    assert second["by"] == {"algorithm.name": "tad_lora"}
     assert (first["seeds"], first["runs"], first["metric"]) == ([0, 1, 2], ["a0", "a1", "a2"], "accuracy")
     assert first["measures"]["mean"] == {"mean": pytest.approx(0.7), "std": pytest.approx(0.1)}
     assert first["measures"]["best"] == {"mean": pytest.approx(0.8), "std": pytest.approx(0.1)}
@@ -114,11 +114,8 @@ def test_lines_say_mean_and_spread_and_intervals() -> None:
         ["algorithm", "seeds", "mean"],
         ["tad_lora", "3", "+0.060 [-0.054, +0.174]"],
     ]
-    assert tables.compared(tables.compare([METHODS[0], METHODS[3]]), ["mean"])[0] == [
-        "algorithm",
-        "switch_every",
-        "mean",
-    ]
+    rows = tables.compare([METHODS[0], METHODS[3]], by=["algorithm.name", "algorithm.switch_every"])
+    assert tables.compared(rows, ["mean"])[0] == ["algorithm", "switch_every", "mean"]
 
 
 def test_markdown_and_latex_hold_the_same_cells() -> None:
@@ -161,3 +158,37 @@ def test_what_can_not_be_compared_is_refused(
 def test_runs_of_two_tasks_are_compared_where_the_task_makes_rows() -> None:
     rows = tables.compare([METHODS[0], made("m", [(0.3, 0.3)], task__config="mnli")], by=["task.config"])
     assert [row["by"]["task.config"] for row in rows] == ["sst2", "mnli"]
+
+
+def test_a_partner_agrees_in_the_other_settings_of_its_block() -> None:
+    grid = [
+        made(f"{rate}-{steps}", [(rate + steps, 0.5)], training={"learning_rate": rate, "local_steps": steps})
+        for rate in (0.1, 0.2)
+        for steps in (0.3, 0.6)
+    ]
+    rows = tables.compare(grid, paired_with="0.1")
+    found = {tuple(row["by"].values()): row["paired"] for row in rows}
+    assert found[0.1, 0.3] is found[0.1, 0.6] is None
+    assert found[0.2, 0.3]["mean"]["difference"] == found[0.2, 0.6]["mean"]["difference"] == pytest.approx(0.1)
+
+
+def test_a_reference_that_is_several_rows_is_refused() -> None:
+    adf = [made(f"t{t}", [(0.5, 0.5)], algorithm={"name": "adf_lora", "switch_every": t}) for t in (3, 5)]
+    with pytest.raises(RunError, match="--paired-with: adf_lora stands in 2 rows that"):
+        tables.compare([METHODS[0], *adf], paired_with="adf_lora")
+
+
+def test_a_row_that_holds_more_than_seeds_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    tables.compare([METHODS[0], made("x", [(0.5, 0.5)], seed=1, graph__activation=0.1)], by=["algorithm.name"])
+    assert caplog.messages == ["a0 and 1 more make one row, though they differ in graph.activation; put that into --by"]
+
+
+def test_an_interval_that_follows_from_the_rest_tears_no_seeds_apart() -> None:
+    auto = [made(f"s{t}", [(0.5, 0.5)], algorithm={"name": "tad_lora", "switch_every": t}, seed=t) for t in (5, 6)]
+    (row,) = tables.compare(auto)
+    assert (row["by"], row["seeds"]) == ({"algorithm.name": "tad_lora"}, [5, 6])
+    alike = made("t7", [(0.5, 0.5)], algorithm={"name": "tad_lora", "switch_every": 7}, seed=5)
+    assert [row["by"] for row in tables.compare([auto[0], alike])] == [
+        {"algorithm.switch_every": 5},
+        {"algorithm.switch_every": 7},
+    ]
