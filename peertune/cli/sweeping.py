@@ -53,6 +53,10 @@ def sweep(
         if dry_run:
             _print_estimates(recipe, mine, out, as_json)
             return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{out}: can't be written ({error.strerror}); give another --out") from None
     stand, stopped = sweeps.Progress(), False
     with (
         asked_to_stop("stopping after these rounds; once more to go back to the last checkpoints") as stop,
