@@ -134,7 +134,6 @@ def finished(folder: Path, recipe: Recipe) -> bool:
 class Progress:
     """Where a sweep stands; what `run_members` yields, changed in place."""
 
-    running: dict[str, int] = field(default_factory=dict)  # name → rounds done
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # name → why, one line
     rounds: int = 0  # finished in all runs together
@@ -148,17 +147,17 @@ def run_members(
     `stopping()` counts how often the user has asked to stop: at the first time no run begins any more and those
     at work finish their round and keep it; at the second they stop at once. A run that fails stops no other.
     """
-    left = [member for member in whole if not finished(folder / member.name, member.recipe)]
-    before = {member.name: rounds_done(folder / member.name) for member in left}
-    settled = sum(member.recipe.rounds for member in whole if member not in left)
-    progress = Progress(done=[member.name for member in whole if member not in left], rounds=settled)
+    done = {member.name: finished(folder / member.name, member.recipe) for member in whole}
+    queue = [member for member in whole if not done[member.name]]
+    before = {member.name: rounds_done(folder / member.name) for member in queue}
+    settled = sum(member.recipe.rounds for member in whole if done[member.name])
+    progress = Progress(done=[name for name, is_done in done.items() if is_done], rounds=settled)
     yield progress
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
     environment = threads | os.environ
     at_work: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
     told = 0
-    queue = list(left)
     try:
         while at_work or (queue and not stopping()):
             while queue and len(at_work) < jobs and not stopping():
@@ -186,13 +185,13 @@ def run_members(
                 if process.returncode == 0:
                     progress.done.append(name)
                 elif not told:
-                    progress.failed[name] = _last_line(messages) or f"ended with exit code {process.returncode}"
+                    messages.seek(0)
+                    progress.failed[name] = why_it_failed(messages.read(), process.returncode)
                 messages.close()
-            progress.running = {name: before[name] for name in at_work}
             progress.rounds = settled + sum(before.values())
             yield progress
             if at_work:
-                _wait([process for process, _ in at_work.values()])
+                _wait([process for process, _ in at_work.values()], stopping, told)
     finally:
         for process, messages in at_work.values():
             process.terminate()
@@ -200,14 +199,14 @@ def run_members(
             messages.close()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Return when a process has ended, or after a moment in which to draw progress."""
+def _wait(processes: Sequence[subprocess.Popen[bytes]], stopping: Callable[[], int], told: int) -> None:
+    """Return when a process has ended, the user asks once more to stop, or it is time to draw progress."""
     until = time.monotonic() + POLL_S
-    while time.monotonic() < until and all(process.poll() is None for process in processes):
+    while time.monotonic() < until and stopping() == told and all(process.poll() is None for process in processes):
         time.sleep(0.01)
 
 
-def _last_line(messages: IO[bytes]) -> str:
-    messages.seek(0)
-    lines = [line for line in messages.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("peertune: ") if lines else ""
+def why_it_failed(messages: bytes, code: int) -> str:
+    """Return the last line that a process said, or its exit code where it said nothing."""
+    lines = [line for line in messages.decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("peertune: ") if lines else f"ended with exit code {code}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import PROCESS, finish, start, wait_until
 
 from peertune.cli import app, main
 from peertune.recipe import recipe_names
@@ -28,11 +29,6 @@ SMALL = [
 ]
 TINY = [*SMALL, "rounds=2"]
 COMMANDS = ["compare", "data", "diagnose", "env", "export", "graph", "recipes", "report", "run", "sweep"]
-# A shell may have told its background jobs to ignore SIGINT; a job in the foreground gets it.
-PROCESS = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from peertune.cli import main; main()"
-)
-
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -52,30 +48,6 @@ def peertune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return code or 0, out, err
 
     return call
-
-
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROCESS, *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def rounds(run: Path) -> list[dict[str, Any]]:

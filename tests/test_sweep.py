@@ -1,17 +1,15 @@
 """Sweeps: the grid as values, and real sweeps of real processes that are killed and go on."""
 
 import json
-import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 
 from peertune import sweep
@@ -105,7 +103,7 @@ def test_what_settings_come_to_is_no_conflict_and_other_settings_are(whole: Path
     run = whole / "algorithm.name=local,seed=1"
     same, other, automatic = (
         sweep.members(
-            "digits-demo", [*SMALL, "algorithm.name=local", "seed=1", "rounds=12", "checkpoint.every=5", *more]
+            "digits-demo", [*SMALL, "algorithm.name=local", "seed=1", "rounds=40", "checkpoint.every=5", *more]
         )
         for more in ((), ("lora.r=2",), ("training.tokens_per_pass=auto",))
     )
@@ -126,37 +124,18 @@ def test_a_sweep_takes_no_other_run_for_its_own(whole: Path) -> None:
 
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    code = (
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from peertune.cli import main; main()"
-    )
-    return subprocess.Popen(
-        [sys.executable, "-c", code, "sweep", "digits-demo", *SMALL, *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return processes.start(folder, "sweep", "digits-demo", *SMALL, *words)
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=200)
-    return process.returncode, out, err
-
-
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    return processes.finish(process, timeout_s=200)
 
 
 def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) | {"seconds": None} for line in (run / "rounds.jsonl").read_text().splitlines()]
 
 
-GRID = ["algorithm.name=dec_lora,local", "seed=0,1", "rounds=12", "checkpoint.every=5"]
+GRID = ["algorithm.name=dec_lora,local", "seed=0,1", "rounds=40", "checkpoint.every=5"]
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +150,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sweep_leaves_a_run_directory_for_each_combination(whole: Path) -> None:
     runs = sorted(path.name for path in whole.iterdir() if path.is_dir())
     assert runs == [f"algorithm.name={name},seed={seed}" for name in ("dec_lora", "local") for seed in (0, 1)]
-    assert all(len(records(whole / run)) == 12 for run in runs)
+    assert all(len(records(whole / run)) == 40 for run in runs)
     assert all((whole / run / "adapters" / "average").is_dir() for run in runs)
 
 
@@ -187,7 +166,7 @@ def test_a_sweep_that_is_finished_has_nothing_to_do(whole: Path) -> None:
 def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(whole: Path, tmp_path: Path, how: str) -> None:
     process = start(tmp_path, *GRID, "--out", "all")
     lines = tmp_path / "all" / "algorithm.name=dec_lora,seed=0" / "rounds.jsonl"
-    wait_until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 2, process)
+    processes.wait_until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 2, process)
     process.send_signal(signal.Signals[how])
     code, out, err = finish(process)
     assert code == 130
@@ -196,7 +175,7 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(whole: Path, tmp_path:
         "peertune: stopping after these rounds; once more to go back to the last checkpoints",
         "peertune: stopped; go on with the same command",
     ]
-    assert 2 <= len(records(lines.parent)) < 12
+    assert 2 <= len(records(lines.parent)) < 40
     assert [path.name for path in (tmp_path / "all").iterdir() if path.is_dir()] == [lines.parent.name]
     code, _, err = finish(start(tmp_path, *GRID, "--out", "all", "--jobs", "2"))
     assert (code, err) == (0, "")
@@ -228,7 +207,7 @@ def test_a_run_that_was_killed_is_resumed_by_its_sweep(whole: Path, tmp_path: Pa
     copy = Path(shutil.copytree(whole, tmp_path / "all"))
     run = copy / "algorithm.name=local,seed=1"
     shutil.rmtree(run / "adapters")
-    shutil.rmtree(run / "checkpoints" / "round-000012")
+    shutil.rmtree(run / "checkpoints" / "round-000040")
     code, _, err = finish(start(tmp_path, *GRID, "--out", "all", "--shard", "4/4"))
     assert (code, err) == (0, "")
     assert records(run) == records(whole / run.name)

@@ -101,7 +101,7 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
 
     from peertune.estimate import Trial, cost_key, estimate
     from peertune.report.tables import text
-    from peertune.sweep import COMMAND, finished
+    from peertune.sweep import COMMAND, finished, why_it_failed
 
     trials: dict[str, Trial] = {}
     rows: list[dict[str, Any]] = []
@@ -110,10 +110,9 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
             key = cost_key(member.recipe)
             if key not in trials:
                 words = ["run", recipe, *member.overrides, "--dry-run", "--json"]
-                tried = subprocess.run([*COMMAND, *words], capture_output=True, text=True)
+                tried = subprocess.run([*COMMAND, *words], capture_output=True)
                 if tried.returncode:
-                    said = tried.stderr.strip().splitlines() or [f"ended with exit code {tried.returncode}"]
-                    raise RunError(f"{member.name}: {said[-1].removeprefix('peertune: ')}")
+                    raise RunError(f"{member.name}: {why_it_failed(tried.stderr, tried.returncode)}")
                 trials[key] = Trial(**json.loads(tried.stdout)["trial"])
             found = estimate(member.recipe, trials[key])
             rows.append(

@@ -38,9 +38,9 @@ mean, min, max: the clients' own models at the end; best: the best mean of all r
 the end, best average: at its best; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a
 client in the whole run; s: seconds"""
 _INTERVAL = "algorithm.switch_every"
-_AUTOMATIC = ("device", "model.dtype", "training.tokens_per_pass", _INTERVAL)
-"""Keys in which runs of one recipe may differ, by machine or seed."""
-_UNCOMPARED = ("device", "model.dtype", "task.path", "task.revision", "model.revision", "training.tokens_per_pass")
+_AUTOMATIC = ("device", "model.dtype", "training.tokens_per_pass")
+"""Keys in which runs of one recipe may differ, by machine."""
+_UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 """Keys in which runs may differ without being runs of different things."""
 
 
@@ -165,7 +165,7 @@ def _check_members(members: Sequence[RunData], by: Sequence[str]) -> None:
             differ = varying(twins)
             hint = f"they differ in {', '.join(differ)}: put that into --by" if differ else "give each run once"
             raise RunError(f"{twins[0].name} and {twins[1].name} have the same seed, {seed}; {hint}")
-    pooled = [key for key in varying(members) if key not in (*by, *_AUTOMATIC)]
+    pooled = [key for key in varying(members) if key not in (*by, *_AUTOMATIC, _INTERVAL)]
     if pooled:
         names = f"{members[0].name} and {len(members) - 1} more"
         log.warning("%s make one row, though they differ in %s; put that into --by", names, ", ".join(pooled))
@@ -224,9 +224,8 @@ def compared(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:
     head = [*headings(keys), *(["seeds"] if seeds > 1 else []), *(MEASURES[key] for key in measures)]
     lines = [head]
     for row in rows:
-        cells = ["-" if row["by"][key] is None else str(row["by"][key]) for key in keys]
-        cells += [str(len(row["seeds"]))] if seeds > 1 else []
-        lines.append(cells + [_with_spread(key, **row["measures"][key]) for key in measures])
+        count = [str(len(row["seeds"]))] if seeds > 1 else []
+        lines.append(_settings(row) + count + [_with_spread(key, **row["measures"][key]) for key in measures])
     return lines
 
 
@@ -241,10 +240,13 @@ def paired(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:
         if row.get("paired") is None:
             continue
         found = row["paired"]
-        cells = ["-" if row["by"][key] is None else str(row["by"][key]) for key in keys]
-        counts = str(max((found[key]["seeds"] for key in chosen), default=0))
-        lines.append([*cells, counts, *(_difference(found[key]) for key in chosen)])
+        counts = str(max(found[key]["seeds"] for key in chosen))
+        lines.append([*_settings(row), counts, *(_difference(found[key]) for key in chosen)])
     return lines if len(lines) > 1 else []
+
+
+def _settings(row: Row) -> list[str]:
+    return ["-" if value is None else str(value) for value in row["by"].values()]
 
 
 def headings(keys: Sequence[str]) -> list[str]:
