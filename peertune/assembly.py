@@ -1,9 +1,11 @@
 """From a recipe to a job that an engine runs."""
 
+import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from peertune.data.tasks import METRICS, Task
 from peertune.models import Base, load_base, pick_device, pick_dtype
 from peertune.parts import (
     build_algorithm,
+    build_faults,
     build_graph,
     build_partition,
     build_task,
@@ -72,11 +75,20 @@ class Run:
         }
 
 
-def build(recipe: Recipe) -> Run:
-    """Make everything that a run needs, in the order in which mistakes are cheapest to find."""
+def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Run:
+    """Make everything that a run needs, in the order in which mistakes are cheapest to find.
+
+    For a `peer` that is the client of this number and no other. With `own_data` all rows of the task are its own, and
+    not dealt out by the recipe's partition.
+    """
     task = build_task(recipe)
-    parts = build_partition(recipe, task)
     graph = build_graph(recipe)
+    faults = build_faults(recipe)
+    clients = range(recipe.clients) if peer is None else [peer]
+    if own_data:
+        parts = [np.arange(len(task.train) if client == peer else 0) for client in range(recipe.clients)]
+    else:
+        parts = build_partition(recipe, task)
     algorithm = build_algorithm(recipe, graph)
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.model.dtype, device)
@@ -100,15 +112,15 @@ def build(recipe: Recipe) -> Run:
         base_dropout=recipe.model.dropout,
     )
     optim = build_optim(recipe)
-    adapters = init_adapters(model, recipe.clients, recipe.seed)
-    signals = algorithm.agreement.init(range(recipe.clients), 0) if algorithm.agreement else {}
+    adapters = init_adapters(model, len(clients), recipe.seed)
+    signals = algorithm.agreement.init(clients, 0) if algorithm.agreement else {}
     signals = {name: x.to(device) for name, x in signals.items()}
     state = State(adapters, optim.optimizer.init(adapters), 0, signals)
     train, validation = _encode(recipe, task, base)
     tokens = (
         TOKENS_PER_PASS[device.type] if recipe.training.tokens_per_pass == "auto" else recipe.training.tokens_per_pass
     )
-    clients_per_pass = min(recipe.clients, recipe.training.clients_per_pass or CLIENTS_PER_PASS)
+    clients_per_pass = min(len(clients), recipe.training.clients_per_pass or CLIENTS_PER_PASS)
     job = Job(
         model=model,
         graph=graph,
@@ -124,22 +136,51 @@ def build(recipe: Recipe) -> Run:
             packed=model.packs,
             seed=recipe.seed,
         ),
-        evaluate=_evaluation(recipe, task, validation, model, EVALUATION_FACTOR * tokens),
+        evaluate=_evaluation(recipe, task, validation, model, EVALUATION_FACTOR * tokens, average=peer is None),
         state=state,
+        clients=clients,
         rounds=recipe.rounds,
         local_steps=recipe.training.local_steps,
         evaluate_every=recipe.evaluate.every,
         clients_per_pass=clients_per_pass,
+        faults=faults,
     )
+    if peer is not None and "every" not in recipe.checkpoint.model_fields_set:
+        recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})})
     return Run(
         job,
         _resolve(recipe, algorithm, base.revision, dtype, device, tokens, clients_per_pass),
         lora,
         base.head,
         task.classes,
-        held=label_counts(task, task.train, parts),
+        held=label_counts(task, task.train, [parts[client] for client in clients]),
         validation=label_counts(task, task.validation, [np.arange(len(task.validation))])[0],
     )
+
+
+def agreed(run: Run) -> dict[str, str]:
+    """Return what must be the same at all peers of a run: name → value, or digest of what is long.
+
+    The base's weights count as they are in bfloat16, so that peers may hold them in different precision.
+    """
+    recipe, job = run.resolved, run.job
+    base = sha256()
+    for name, x in sorted(job.model.base.state_dict().items()):
+        base.update(f"{name} {list(x.shape)}".encode())
+        rounded = x.to(torch.bfloat16) if x.is_floating_point() else x
+        base.update(rounded.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data if x.numel() else b"")
+    adapters = {name: [*x.shape[1:], str(x.dtype)] for name, x in job.state.adapters.items()}
+    return {
+        "adapters": sha256(json.dumps(adapters, sort_keys=True).encode()).hexdigest()[:16],
+        "algorithm": json.dumps(recipe.algorithm.model_dump(), sort_keys=True),
+        "base": base.hexdigest()[:16],
+        "clients": str(recipe.clients),
+        "graph": json.dumps(recipe.graph.model_dump(), sort_keys=True),
+        "labels": json.dumps(run.labels)[:200],
+        "lora": json.dumps(recipe.lora.model_dump(exclude={"lora_dropout"}), sort_keys=True),
+        "rounds": str(recipe.rounds),
+        "seed": str(recipe.seed),
+    }
 
 
 def build_optim(recipe: Recipe) -> Optim:
@@ -193,7 +234,7 @@ def _encode(recipe: Recipe, task: Task, base: Base) -> tuple[Encoded, Encoded]:
 
 
 def _evaluation(
-    recipe: Recipe, task: Task, encoded: Encoded, model: StackedModel, tokens: int
+    recipe: Recipe, task: Task, encoded: Encoded, model: StackedModel, tokens: int, *, average: bool
 ) -> Callable[[Tensors], Evaluation]:
     rows = np.arange(len(encoded))
     if recipe.evaluate.rows is not None and recipe.evaluate.rows < len(rows):
@@ -203,12 +244,13 @@ def _evaluation(
     batches = cache(lambda: validation_batches(encoded, rows, tokens, model.packs))  # the same for everybody
 
     def run(adapters: Tensors) -> Evaluation:
-        average = {name: x.mean(0, keepdim=True) for name, x in adapters.items()}
-        predictions = [
-            predicted for part in (adapters, average) for predicted in evaluate(model, part, batches(), len(rows))
-        ]
-        *scores, mean = (score(predicted, labels) for predicted in predictions)
-        top = [float(np.bincount(predicted).max() / len(rows)) for predicted in predictions[:-1] if task.classes]
+        predictions = evaluate(model, adapters, batches(), len(rows))
+        scores = [score(predicted, labels) for predicted in predictions]
+        top = [float(np.bincount(predicted).max() / len(rows)) for predicted in predictions if task.classes]
+        mean = None
+        if average:
+            averaged = {name: x.mean(0, keepdim=True) for name, x in adapters.items()}
+            mean = score(evaluate(model, averaged, batches(), len(rows))[0], labels)
         return Evaluation(task.metric, scores, mean, len(rows), top)
 
     return run

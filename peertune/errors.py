@@ -5,7 +5,9 @@ PeertuneError
 ├── GraphError     a graph that can't be made or can't connect its clients
 ├── DataError      a task's data or a partition of it
 ├── ModelError     a base model, its sites or an adapter
-└── RunError       a run directory, a checkpoint or an export
+├── RunError       a run directory, a checkpoint, an export or another file
+├── IdentityError  a name, a key, a certificate or a roster
+└── WireError      what another peer sent
 
 Each message is one line: where it is, what is wrong, what would be right. The command line prints it and exits with 2.
 """
@@ -35,7 +37,15 @@ class ModelError(PeertuneError):
 
 
 class RunError(PeertuneError):
-    """A run directory, a checkpoint or an export can't be read or written."""
+    """A run directory, a checkpoint, an export or another file can't be read or written."""
+
+
+class IdentityError(PeertuneError):
+    """A name, a key, a certificate or a roster is missing, wrong or not to be trusted."""
+
+
+class WireError(PeertuneError):
+    """What another peer sent is not what both ends expect; it costs the edge, not the run."""
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

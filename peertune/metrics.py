@@ -3,6 +3,7 @@
 Pure functions. Sums are accumulated in float64, one tensor at a time, with memory that grows as K and never as K².
 """
 
+from collections.abc import Sequence
 from math import sqrt
 from typing import NamedTuple
 
@@ -136,10 +137,14 @@ def neighbours(weights: Tensor) -> list[int]:
     return [count - 1 for count in torch.bincount(receivers, minlength=weights.shape[0]).tolist()]
 
 
-def edges(weights: Tensor) -> list[tuple[int, int]]:
-    """Return the pairs i < j of clients that take something from each other by the mixing matrix `weights [n, n]`."""
-    receivers, places, _ = _entries(weights)
-    return [(i, j) for i, j in zip(receivers.tolist(), places.tolist(), strict=True) if i < j]
+def edges(weights: Tensor, receivers: Sequence[int], heard: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the pairs i < j of clients that take something from each other by `weights [R, H]`, sorted.
+
+    `receivers [R]` and `heard [H]` are the clients' numbers.
+    """
+    rows, places, _ = _entries(weights)
+    pairs = ((receivers[i], heard[j]) for i, j in zip(rows.tolist(), places.tolist(), strict=True))
+    return sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
 
 
 def _entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

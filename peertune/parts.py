@@ -18,7 +18,7 @@ from peertune.data.partition import PARTITIONS, counts
 from peertune.data.tasks import TASKS, Split, Task
 from peertune.errors import RecipeError
 from peertune.recipe import Part, Recipe, arguments
-from peertune.topology import GRAPHS, Graph, rho, summary
+from peertune.topology import GRAPHS, Fault, Graph, clients_down, rho, summary
 from peertune.types import Algorithm
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,28 @@ def build_algorithm(recipe: Recipe, graph: Graph) -> Algorithm:
     return algorithm
 
 
+def build_faults(recipe: Recipe) -> list[Fault]:
+    """Make the recipe's plan of faults. Raises RecipeError for one that names no client or can't be."""
+    faults = []
+    for number, planned in enumerate(recipe.faults):
+        where = f"faults[{number}]"
+        named = [*(planned.edge or []), *(client for client in (planned.down, planned.slow) if client is not None)]
+        if sum(value is not None for value in (planned.edge, planned.down, planned.slow)) != 1:
+            raise RecipeError(f"{where}: give one of edge: [i, j], down: i and slow: i")
+        if planned.rounds[0] > planned.rounds[1]:
+            raise RecipeError(f"{where}.rounds: {planned.rounds}, the first round comes first")
+        if not all(0 <= client < recipe.clients for client in named) or len(set(named)) < len(named):
+            raise RecipeError(f"{where}: clients {named}; give different ones from 0 to {recipe.clients - 1}")
+        edge = (planned.edge[0], planned.edge[1]) if planned.edge else None
+        first, last = planned.rounds
+        faults.append(Fault(first, last, edge, planned.down, planned.slow, planned.delay_s))
+    starts = {fault.first for fault in faults if fault.down is not None and fault.first < recipe.rounds}
+    for t in sorted(starts):  # the only rounds in which the number of those that are down can reach its height
+        if len(clients_down(faults, t)) == recipe.clients:
+            raise RecipeError(f"faults: all clients are down in round {t}; leave one up")
+    return faults
+
+
 def label_counts(task: Task, split: Split, parts: Sequence[NDArray[np.int64]]) -> list[list[int]]:
     """Return how many rows of each class each part of a split holds; of a regression, how many rows."""
     if not task.classes:
@@ -83,6 +105,7 @@ def check_parts(recipe: Recipe) -> None:
     for where, (table, given) in _TABLES.items():
         arguments(table, getattr(recipe, where), where, given)
     build_graph(recipe)
+    build_faults(recipe)
     _make("algorithm", recipe.algorithm, rho=lambda: 0.0, clients=recipe.clients, seed=recipe.seed)
 
 

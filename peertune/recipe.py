@@ -85,8 +85,29 @@ class Evaluate(_Block):
 class Checkpoint(_Block):
     """How often the state is kept, for `--resume`."""
 
-    every: int = Field(10, ge=1)  # rounds; the last round always
+    every: int = Field(10, ge=1)  # rounds; the last round always; where a peer's recipe leaves it open, 1
     keep: int = Field(2, ge=1)  # newest checkpoints that stay on disk
+
+
+class PlannedFault(_Block):
+    """Something that goes wrong in the rounds from the first to the last, both included; one of `edge`, `down`, `slow`.
+
+    An edge over which nothing comes, a client that is down and comes back with what it had, a client that takes
+    `delay_s` longer. In a simulation a slow client changes nothing.
+    """
+
+    rounds: list[Annotated[int, Field(ge=0)]] = Field(min_length=2, max_length=2)
+    edge: list[int] | None = Field(None, min_length=2, max_length=2)
+    down: int | None = None
+    slow: int | None = None
+    delay_s: float = Field(0.0, ge=0)
+
+
+class Network(_Block):
+    """How peers on a network wait for each other; a simulation has no use for it."""
+
+    patience_s: float = Field(300.0, gt=0)  # how long a round waits for a neighbour before it does without
+    when_alone: Literal["train", "wait"] = "train"  # what a peer does that reaches nobody
 
 
 class Recipe(_Block):
@@ -104,6 +125,8 @@ class Recipe(_Block):
     rounds: int = Field(ge=1)
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
+    network: Network = Network()
+    faults: list[PlannedFault] = []  # to study what failures do; real peers follow the same plan
     report_to: list[Tracker] = []  # experiment trackers, where their packages are installed
     seed: int = Field(0, ge=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")

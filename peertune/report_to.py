@@ -88,8 +88,9 @@ def values(record: RoundRecord) -> dict[str, float]:
             f"eval/{metric}": fmean(record.evaluation.clients),
             f"eval/{metric}_min": min(record.evaluation.clients),
             f"eval/{metric}_max": max(record.evaluation.clients),
-            f"eval/{metric}_average": record.evaluation.average,  # of the averaged adapter
         }
+        if record.evaluation.average is not None:
+            found[f"eval/{metric}_average"] = record.evaluation.average  # of the averaged adapter
     return found
 
 

@@ -16,20 +16,20 @@ import json
 import logging
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from peertune import files
 from peertune.errors import RunError
+from peertune.files import reported, write_file, written_folder
 from peertune.types import RoundRecord, State, Tensors
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and most commands only read
@@ -40,78 +40,16 @@ log = logging.getLogger(__name__)
 _FIELDS = {field.name for field in fields(RoundRecord)} - {"state"}
 
 
-@contextmanager
-def _reported(path: Path) -> Iterator[None]:
-    """Turn what the file system has against writing `path` into one line for the user."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise RunError(f"{path}: can't be written ({reason}); give one you can write to, with room") from error
-
-
-@contextmanager
-def _written(folder: Path) -> Iterator[Path]:
-    """Yield a folder to write into, which takes the place of `folder` when all is written, and vanishes otherwise."""
-    with _reported(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            os.umask(umask := os.umask(0o077))
-            beside.chmod(0o777 & ~umask)  # mkdtemp's own is for its owner alone
-            yield beside
-            for path in (*beside.rglob("*"), beside):
-                _sync(path)
-            if folder.exists():
-                folder.rename(beside.with_name(f"{beside.name}-old"))
-            beside.rename(folder)
-            _sync(folder.parent)
-        finally:
-            for left in (beside, beside.with_name(f"{beside.name}-old")):
-                shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what is written, so that a power cut leaves whole files or none."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_file(file: Path, data: bytes) -> None:
-    """Write a file, whole or not at all. Raises RunError where it can't be written."""
-    beside = file.with_name(f".{file.name}")
-    with _reported(file):
-        try:
-            beside.write_bytes(data)
-            _sync(beside)
-            os.replace(beside, file)
-        finally:
-            beside.unlink(missing_ok=True)
-
-
 def check_free(folder: Path) -> None:
     """Raise RunError where there is something in the place of a new run directory."""
-    with _reported(folder):
+    with reported(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder}: is there already; give another --out, or go on with --resume {folder}")
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> AbstractContextManager[None]:
     """Keep other processes from working on the same run. Raises RunError where one does already."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    with _reported(folder):
-        try:
-            lock.acquire()
-        except Timeout:  # an OSError, too
-            raise RunError(f"{folder}: another process is at work on this run; wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    return files.locked(folder, "run")
 
 
 def create(
@@ -129,7 +67,7 @@ def create(
     from peertune.adapters.peft_format import save_config
 
     check_free(folder)
-    with _written(folder) as beside:
+    with written_folder(folder) as beside:
         (beside / "recipe.yaml").write_text(recipe, encoding="utf-8")
         (beside / "resolved.yaml").write_text(resolved, encoding="utf-8")
         (beside / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
@@ -146,7 +84,7 @@ def append(folder: Path, record: RoundRecord) -> None:
     """Add a record to `rounds.jsonl`."""
     values = asdict(replace(record, state=None))
     del values["state"]
-    with _reported(folder / "rounds.jsonl"), (folder / "rounds.jsonl").open("a") as file:
+    with reported(folder / "rounds.jsonl"), (folder / "rounds.jsonl").open("a") as file:
         file.write(json.dumps(values) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -180,7 +118,7 @@ def save_checkpoint(folder: Path, state: State, keep: int) -> None:
     data = save(
         {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
     )
-    with _written(folder / "checkpoints" / f"round-{state.round:06d}") as beside:
+    with written_folder(folder / "checkpoints" / f"round-{state.round:06d}") as beside:
         (beside / "state.safetensors").write_bytes(data)
         (beside / "meta.json").write_text(json.dumps({"round": state.round, "sha256": sha256(data).hexdigest()}) + "\n")
     unfinished = (folder / "checkpoints").glob(".round-*")  # of a process that was killed
@@ -238,10 +176,13 @@ def _fitted(checkpoint: Path, state: State, like: State) -> State:
 
 
 def rewind(folder: Path, round: int) -> None:
-    """Forget the records from `round` on: they will be made again. Raises RunError where one before it is missing."""
-    kept = records(folder)[:round]
+    """Forget the records from `round` on: they will be made again. Raises RunError where one before it is missing.
+
+    A peer may have missed rounds: its records have gaps.
+    """
+    kept = [record for record in records(folder) if record["round"] < round]
     whole = next((t for t, record in enumerate(kept) if record["round"] != t), len(kept))
-    if whole < round:
+    if whole < round and peer(folder) is None:
         raise RunError(
             f"{folder}/rounds.jsonl: has no record of round {whole}, which the checkpoint round-{round:06d} follows; "
             "restore the file, or remove the checkpoint to go on from an older one"
@@ -254,25 +195,48 @@ def export(run: Path, state: State, client: int | None, to: Path) -> None:
 
     Raises RunError for a client that isn't there or a folder that is there already.
     """
-    clients = len(next(iter(state.adapters.values())))
-    if client is not None and not 0 <= client < clients:
-        raise RunError(f"client {client}: the run has clients 0 to {clients - 1}")
-    with _reported(to):
+    clients = _clients(run, state)
+    if client is not None and client not in clients:
+        raise RunError(f"client {client}: {_who(run, clients)}")
+    if client is None and len(clients) < 2 and peer(run) is not None:
+        raise RunError(f"average: {_who(run, clients)}; give --client {clients[0]}")
+    with reported(to):
         if to.exists():
             raise RunError(f"{to}: is there already; give another folder")
     write = _adapter_writer(run)
-    with _written(to) as beside:
-        write(beside, _adapter(state, client))
+    with written_folder(to) as beside:
+        write(beside, _adapter(state, None if client is None else clients.index(client)))
 
 
 def export_all(run: Path, state: State) -> None:
-    """Write `adapters/`: every client's and the average."""
-    clients = len(next(iter(state.adapters.values())))
+    """Write `adapters/`: every client's and the average; of a peer its own."""
     write = _adapter_writer(run)
-    with _written(run / "adapters") as beside:
-        for client in range(clients):
-            write(beside / f"client-{client:03d}", _adapter(state, client))
-        write(beside / "average", _adapter(state, None))
+    with written_folder(run / "adapters") as beside:
+        for place, client in enumerate(_clients(run, state)):
+            write(beside / f"client-{client:03d}", _adapter(state, place))
+        if peer(run) is None:
+            write(beside / "average", _adapter(state, None))
+
+
+def peer(run: Path) -> dict[str, Any] | None:
+    """Return which client of which federation a peer's run is of; None for a simulation."""
+    try:
+        found = json.loads((run / "facts.json").read_text()).get("peer")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _clients(run: Path, state: State) -> Sequence[int]:
+    """Return the numbers of the clients whose adapters the state holds."""
+    own = peer(run)
+    return range(state.clients) if own is None else [int(own["client"])]
+
+
+def _who(run: Path, clients: Sequence[int]) -> str:
+    if peer(run) is None:
+        return f"the run has clients 0 to {clients[-1]}"
+    return f"the run is of client {clients[0]} alone"
 
 
 def _adapter_writer(run: Path) -> Callable[[Path, Tensors], None]:
@@ -295,5 +259,5 @@ def _adapter_writer(run: Path) -> Callable[[Path, Tensors], None]:
     return write
 
 
-def _adapter(state: State, client: int | None) -> Tensors:
-    return {name: x.mean(0) if client is None else x[client] for name, x in state.adapters.items()}
+def _adapter(state: State, place: int | None) -> Tensors:
+    return {name: x.mean(0) if place is None else x[place] for name, x in state.adapters.items()}

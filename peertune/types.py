@@ -84,7 +84,8 @@ class State:
 
     def put(self, clients: Tensor, part: "State") -> None:
         """Write the part of these clients back."""
-        for own, theirs in ((self.adapters, part.adapters), (self.moments, part.moments)):
+        parts = ((self.adapters, part.adapters), (self.moments, part.moments), (self.signals, part.signals))
+        for own, theirs in parts:
             for name, x in own.items():
                 x[clients] = theirs[name]
 
@@ -147,7 +148,7 @@ class Evaluation:
 
     metric: str
     clients: list[float]  # [K], each client's own model
-    average: float  # the adapter averaged over the clients, factor by factor
+    average: float | None  # the adapter averaged over the clients, factor by factor; None where nobody holds them all
     rows: int  # rows of the validation set that were used
     top_share: list[float]  # [K], share of the rows for which a client predicts its most frequent class; [] for values
 
@@ -165,10 +166,11 @@ class RoundRecord:
     bytes_sent: list[int]  # [K]
     neighbours: list[int]  # [K], how many others each client heard
     edges: list[tuple[int, int]]  # over which something was sent, i < j
-    failed_edges: list[tuple[int, int]]
+    failed_edges: list[tuple[int, int]]  # active by the graph, over which nothing came
     out_of_phase: list[int]  # clients that trained other kinds than `train`
     neighbourhood_cross_term: list[float] | None  # [K], of what each heard, before mixing; only in evaluated rounds
-    diagnostics: dict[str, float]  # consensus errors and cross term after mixing, mean drift and contraction by mixing
+    # Consensus errors and cross term after mixing, mean drift and contraction by mixing; {} where only one is known.
+    diagnostics: dict[str, float]
     seconds: dict[str, float]  # by stage
     evaluation: Evaluation | None = None
     state: State | None = field(default=None, repr=False, compare=False)  # after the round; never written as JSON

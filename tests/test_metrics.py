@@ -159,7 +159,8 @@ def test_the_neighbourhood_of_everybody_has_the_cross_term_of_all() -> None:
 @pytest.mark.parametrize("layout", [Tensor.clone, Tensor.to_sparse], ids=["dense", "coo"])
 def test_edges_are_the_pairs_with_weight(layout: Callable[[Tensor], Tensor]) -> None:
     weights = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.9, 0.1], [0.5, 0.1, 0.4]])
-    assert edges(layout(weights)) == [(0, 2), (1, 2)]
+    assert edges(layout(weights), [0, 1, 2], [0, 1, 2]) == [(0, 2), (1, 2)]
+    assert edges(layout(weights[:1]), [4], [4, 5, 1]) == [(1, 4)]
 
 
 def test_bytes_are_one_clients_payload_for_each_of_its_neighbours() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from peertune import tracking
 from peertune.errors import RunError
+from peertune.files import write_file
 from peertune.types import Evaluation, RoundRecord, State
 
 CLIENTS = 3
@@ -302,9 +303,9 @@ with tracking.locked(Path({str(run)!r})):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     file = tmp_path / "report.html"
-    tracking.write_file(file, b"before")
+    write_file(file, b"before")
     with no_room(100), pytest.raises(RunError, match=r"report\.html: can't be written \(File too large\)"):
-        tracking.write_file(file, b"x" * 1000)
+        write_file(file, b"x" * 1000)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert file.read_bytes() == b"before"
 

@@ -5,7 +5,9 @@ from io import TextIOWrapper
 
 import typer
 
+from peertune.cli import checking, peering  # noqa: F401  # they add their commands to `peer`
 from peertune.cli.facts import data, env, graph, recipes
+from peertune.cli.federation import ca_app, peer_app, roster
 from peertune.cli.results import compare, diagnose, export, report
 from peertune.cli.running import run
 from peertune.cli.sweeping import sweep
@@ -21,8 +23,10 @@ app = typer.Typer(
     epilog="Start with: peertune run digits-demo",
 )
 
-for command in (run, sweep, compare, report, diagnose, recipes, graph, data, export, env):
+for command in (run, sweep, compare, report, diagnose, recipes, graph, data, export, env, roster):
     app.command()(command)
+app.add_typer(ca_app, name="ca")
+app.add_typer(peer_app, name="peer")
 
 
 def main() -> None:

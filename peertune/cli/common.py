@@ -4,7 +4,7 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -93,8 +93,8 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def asked_to_stop(answer: str) -> Iterator[list[int]]:
-    """Collect termination signals, Ctrl-C among them: say `answer` at the first, stop at once at the second."""
+def asked_to_stop(answer: str, then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
+    """Collect termination signals, Ctrl-C among them: say `answer` at the first and do `then`; at the second, stop."""
     asked: list[int] = []
 
     def ask(number: int, *_: object) -> None:
@@ -102,6 +102,7 @@ def asked_to_stop(answer: str) -> Iterator[list[int]]:
         if len(asked) > 1:
             raise KeyboardInterrupt
         print(f"peertune: {answer}", file=sys.stderr)
+        then()
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.signal(number, ask) for number in numbers}

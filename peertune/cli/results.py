@@ -104,7 +104,7 @@ def report(
       peertune report runs/methods --out methods.html --figures figures
     """
     with messages():
-        from peertune import tracking
+        from peertune.files import write_file
         from peertune.report.figures import write_figures
         from peertune.report.findings import diagnose as find
         from peertune.report.html import page
@@ -113,7 +113,7 @@ def report(
         found = find_runs(runs)
         file = out or runs[0] / "report.html"
         text = page(found, {run.name: find(run.recipe, run.facts, run.records) for run in found})
-        tracking.write_file(file, text.encode())
+        write_file(file, text.encode())
         written = [file, *(write_figures(found, figures) if figures is not None else [])]
     if as_json:
         print_json({"runs": [run.name for run in found], "written": [str(path) for path in written]})

@@ -21,8 +21,11 @@ from peertune.cli.common import (
 from peertune.errors import RunError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
     from peertune.assembly import Run
     from peertune.recipe import Recipe
+    from peertune.round import Job
     from peertune.types import RoundRecord
 
 
@@ -70,7 +73,8 @@ def run(
     with interruptible(), messages():
         from peertune import report_to, tracking
         from peertune.assembly import build
-        from peertune.recipe import load_recipe, recipe_text
+        from peertune.engines.simulator import simulate
+        from peertune.recipe import load_recipe
 
         if resume is not None:
             folder = resume
@@ -80,7 +84,7 @@ def run(
             if recipe is not None and "=" in recipe:  # no recipe, its first override
                 overrides, recipe = [recipe, *(overrides or [])], None
             run = build(load_recipe(recipe or own, overrides or []))
-            _check_same(run.resolved, folder)
+            check_same(run.resolved, folder)
         else:
             assert recipe is not None
             folder = out or _free(Path("runs") / Path(recipe).stem)
@@ -88,20 +92,10 @@ def run(
             loaded = load_recipe(recipe, overrides or [])
             report_to.check(loaded.report_to)
             run = build(loaded)
-            asked = " ".join(shlex.join([recipe, *(overrides or [])]).split())  # on one line, whatever was typed
-            tracking.create(
-                folder,
-                recipe=f"# asked for: peertune run {asked}\n{recipe_text(recipe)}",
-                resolved=_as_yaml(run.resolved),
-                environment=environment(),
-                facts=run.facts,
-                lora=run.lora,
-                head=run.head,
-                labels=run.labels,
-            )
+            begin(run, folder, "run", recipe, overrides or [])
         with tracking.locked(folder):
-            _train(run, folder)
-    _print_summary(folder, as_json)
+            train(run, folder, simulate, f"peertune run --resume {folder}")
+    print_summary(folder, as_json)
 
 
 def _print_estimate(recipe: str, overrides: list[str], as_json: bool) -> None:
@@ -121,12 +115,38 @@ def _print_estimate(recipe: str, overrides: list[str], as_json: bool) -> None:
     print(f"sent    {found.sent_bytes / 1e6:,.3f} MB by all clients together")
 
 
-def _train(run: "Run", folder: Path) -> None:
-    """Simulate what is left of a run, keep its records and checkpoints, and write the adapters at the end."""
+def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[str], **facts: object) -> None:
+    """Make the run directory."""
+    from peertune import tracking
+    from peertune.recipe import recipe_text
+
+    asked = " ".join(shlex.join([recipe, *overrides]).split())  # on one line, whatever was typed
+    tracking.create(
+        folder,
+        recipe=f"# asked for: peertune {command} {asked}\n{recipe_text(recipe)}",
+        resolved=_as_yaml(run.resolved),
+        environment=environment(),
+        facts=run.facts | facts,
+        lora=run.lora,
+        head=run.head,
+        labels=run.labels,
+    )
+
+
+def train(
+    run: "Run",
+    folder: Path,
+    engine: "Callable[[Job], Iterator[RoundRecord]]",
+    resume: str,
+    hurry: "Callable[[], None]" = lambda: None,
+) -> None:
+    """Do what is left of a run, keep its records and checkpoints, and write the adapters at the end.
+
+    When asked to stop, `hurry` the engine, finish the round, and say how to `resume`.
+    """
     from dataclasses import replace
 
     from peertune import tracking
-    from peertune.engines.simulator import simulate
     from peertune.report_to import reporting
 
     job, checkpoint = run.job, run.resolved.checkpoint
@@ -138,19 +158,19 @@ def _train(run: "Run", folder: Path) -> None:
     state, kept = job.state, job.state.round
     try:
         with (
-            asked_to_stop("stopping after this round; once more to go back to the last checkpoint") as stop,
+            asked_to_stop("stopping after this round; once more to go back to the last checkpoint", hurry) as stop,
             progress_bar("round") as progress,
             reporting(folder, run.resolved) as report,
         ):
             bar = progress.add_task("", total=job.rounds, completed=state.round)
             described = ""
-            for record in simulate(job):
+            for record in engine(job):
                 assert record.state is not None
                 tracking.append(folder, record)
                 report(record)
                 state = record.state
                 stopping = len(stop) > 0 and state.round < job.rounds
-                if state.round % checkpoint.every == 0 or state.round == job.rounds or stopping:
+                if state.round >= min(kept - kept % checkpoint.every + checkpoint.every, job.rounds) or stopping:
                     tracking.save_checkpoint(folder, state, checkpoint.keep)
                     kept = state.round
                 described = _describe(record, described)
@@ -159,7 +179,7 @@ def _train(run: "Run", folder: Path) -> None:
                     raise KeyboardInterrupt
         tracking.export_all(folder, state)
     except KeyboardInterrupt:
-        print(f"peertune: stopped after {kept} rounds; go on with: peertune run --resume {folder}", file=sys.stderr)
+        print(f"peertune: stopped after {kept} rounds; go on with: {resume}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -181,7 +201,7 @@ def _free(folder: Path) -> Path:
     return free
 
 
-def _check_same(resolved: "Recipe", folder: Path) -> None:
+def check_same(resolved: "Recipe", folder: Path) -> None:
     """Refuse to resume a run with another recipe than its own."""
     from peertune.recipe import load_recipe
 
@@ -199,7 +219,8 @@ def _as_yaml(recipe: "Recipe") -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
-def _print_summary(folder: Path, as_json: bool) -> None:
+def print_summary(folder: Path, as_json: bool) -> None:
+    """Print one row for the run."""
     from peertune import tracking
     from peertune.report.tables import COLUMNS, cells, summarise, text
 

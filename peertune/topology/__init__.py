@@ -2,9 +2,10 @@
 
 `GRAPHS` makes a `Graph`: the edges that are possible in each round. `active_edges` decides which of them are active,
 each by a draw of its own. `weights_at` turns them into the round's mixing matrix `W [n, n]`, symmetric and doubly
-stochastic. `rho` says how fast mixing shrinks disagreement.
+stochastic. `rho` says how fast mixing shrinks disagreement. `Fault` is what is planned to go wrong.
 """
 
+from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges
 from peertune.topology.graphs import GRAPHS
 from peertune.topology.mixing import GraphSummary, rho, rho_draws, summary
 from peertune.topology.weights import WEIGHTS, Graph, active_edges, drop_edges, mixing_weights, weights_at
@@ -12,10 +13,14 @@ from peertune.topology.weights import WEIGHTS, Graph, active_edges, drop_edges, 
 __all__ = [
     "GRAPHS",
     "WEIGHTS",
+    "Fault",
     "Graph",
     "GraphSummary",
     "active_edges",
+    "clients_down",
+    "delay_s",
     "drop_edges",
+    "failed_edges",
     "mixing_weights",
     "rho",
     "rho_draws",

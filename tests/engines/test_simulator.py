@@ -13,6 +13,7 @@ from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import Run, build
 from peertune.engines import simulator
 from peertune.engines.simulator import simulate
+from peertune.errors import RecipeError
 from peertune.metrics import payload_bytes
 from peertune.recipe import load_recipe
 from peertune.round import Job
@@ -206,7 +207,7 @@ def test_it_evaluates_on_the_rows_that_are_asked_for() -> None:
     assert subset is not None
     assert everything is not None
     assert (subset.rows, everything.rows, subset.metric) == (10, 180, "accuracy")
-    assert all(round(score * 10) == pytest.approx(score * 10) for score in (*subset.clients, subset.average))
+    assert all(round(score * 10) == pytest.approx(score * 10) for score in subset.clients)
     assert len(subset.clients) == 5
 
 
@@ -356,3 +357,38 @@ def test_sparse_mixing_is_dense_mixing(sparse_at: Callable[[int], None], method:
     for ours, theirs in zip(sparse, dense, strict=True):
         assert (ours.neighbours, ours.bytes_sent) == (theirs.neighbours, theirs.bytes_sent)
         assert ours.diagnostics == pytest.approx(theirs.diagnostics, abs=1e-9)
+
+
+def test_a_client_that_is_down_keeps_what_it_has_and_the_others_go_on_without_it() -> None:
+    faults = "faults=[{down: 2, rounds: [1, 1]}, {edge: [0, 1], rounds: [0, 2]}]"
+    records = run(faults, "graph.activation=1.0", "evaluate.every=1")
+    states = [record.state for record in records]
+    for name, x in states[0].adapters.items():  # type: ignore[union-attr]
+        assert torch.equal(x[2], states[1].adapters[name][2])  # type: ignore[union-attr]
+        assert not torch.equal(x[3], states[1].adapters[name][3]) or kind(name) == "A"  # type: ignore[union-attr]
+    assert [record.clients for record in records] == [[0, 1, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4]]
+    assert [record.failed_edges for record in records] == [[(0, 1)], [(0, 1), (0, 2), (1, 2), (2, 3), (2, 4)], [(0, 1)]]
+    assert all(set(record.failed_edges).isdisjoint(record.edges) for record in records)
+    assert all(record.diagnostics["mean_drift"] < 1e-14 for record in records)
+    assert [len(record.evaluation.clients) for record in records if record.evaluation] == [5, 4, 5]
+
+
+def test_a_slow_client_and_faults_that_come_later_change_nothing(whole: list[RoundRecord]) -> None:
+    slow = run("faults=[{slow: 1, rounds: [0, 2], delay_s: 9.0}, {down: 0, rounds: [3, 9]}]")
+    assert [without_time(record) for record in slow] == [without_time(record) for record in whole]
+
+
+@pytest.mark.parametrize(
+    ("fault", "what"),
+    [
+        ("{rounds: [0, 1]}", r"faults\[0\]: give one of edge"),
+        ("{down: 1, slow: 2, rounds: [0, 1]}", r"faults\[0\]: give one of edge"),
+        ("{down: 1, rounds: [3, 1]}", r"faults\[0\].rounds: \[3, 1\], the first round comes first"),
+        ("{down: 5, rounds: [0, 1]}", r"faults\[0\]: clients \[5\]; give different ones from 0 to 4"),
+        ("{edge: [1, 1], rounds: [0, 1]}", r"faults\[0\]: clients \[1, 1\]; give different ones from 0 to 4"),
+        (", ".join(f"{{down: {k}, rounds: [0, 2]}}" for k in range(5)), "faults: all clients are down in round 0"),
+    ],
+)
+def test_faults_that_cannot_be_are_refused(fault: str, what: str) -> None:
+    with pytest.raises(RecipeError, match=what):
+        made(f"faults=[{fault}]")

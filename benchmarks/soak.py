@@ -1,0 +1,108 @@
+"""Eight peers over hundreds of rounds while some are killed and stopped: what memory and descriptors do meanwhile."""
+
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from benchmarks.measure import Figure, figure
+from benchmarks.wire import PEERS, federation
+from peertune import tracking
+
+ROUNDS = 300
+KILLED = range(PEERS // 2, PEERS)  # the others are only stopped, so that their memory can be followed
+RECIPE = (
+    "rounds={rounds}",
+    f"clients={PEERS}",
+    "graph={{name: complete, activation: 0.4}}",
+    "network.patience_s=5",
+    "evaluate={{every: 50, rows: 20}}",
+    "training={{learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 4}}",
+)
+
+
+def run(rounds: int = ROUNDS, seed: int = 0) -> list[Figure]:
+    """Run until all have finished; a fault strikes about every ten rounds."""
+    draw = random.Random(seed)
+    kills = stops = 0
+    memory: dict[int, list[float]] = {client: [] for client in range(PEERS) if client not in KILLED}
+    opened: dict[int, list[float]] = {client: [] for client in memory}
+    with tempfile.TemporaryDirectory() as folder:
+        federation(Path(folder))
+        running = {client: _start(Path(folder), client, rounds) for client in range(PEERS)}
+        try:
+            due = 10
+            while any(process.poll() is None for process in running.values()):
+                time.sleep(0.5)
+                done = max((_rounds(Path(folder), client) for client in running), default=0)
+                for client in memory:
+                    if running[client].poll() is None and done > 20:
+                        memory[client].append(_memory_mb(running[client].pid))
+                        opened[client].append(_descriptors(running[client].pid))
+                for client in KILLED:
+                    if running[client].poll() not in (None, 0):
+                        running[client] = _start(Path(folder), client, rounds)
+                if done >= due and done < rounds - 20:
+                    due = done + 10
+                    victim = draw.randrange(PEERS)
+                    if victim in KILLED and running[victim].poll() is None:
+                        running[victim].send_signal(signal.SIGKILL)
+                        kills += 1
+                    elif running[victim].poll() is None:
+                        running[victim].send_signal(signal.SIGSTOP)
+                        time.sleep(draw.uniform(0, 8))  # some for longer than the patience
+                        running[victim].send_signal(signal.SIGCONT)
+                        stops += 1
+            ended = [process.returncode for process in running.values()]
+            lost = [_lost(Path(folder), client) for client in running]
+        finally:
+            for process in running.values():
+                process.kill()
+    assert ended == [0] * PEERS, ended
+    return [
+        figure("rounds of eight peers, all finished", [rounds], "rounds", note=f"{kills} kills, {stops} stops"),
+        figure("edges lost", [100 * x for x in lost], "%"),
+        figure("growth of memory, last third over first", [_growth(x) for x in memory.values()], "%", target="≤ 5"),
+        figure("growth of open descriptors, likewise", [_growth(x) for x in opened.values()], "%", target="≤ 5"),
+    ]
+
+
+def _start(folder: Path, client: int, rounds: int) -> "subprocess.Popen[bytes]":
+    out = folder / "runs" / f"{client}"
+    words = ["peer", "start", "--dir", str(folder / f"{client}"), "--roster", str(folder / "roster.yaml")]
+    if (out / "resolved.yaml").exists():
+        words += ["--resume", str(out)]
+    else:
+        words += ["--recipe", "digits-demo", "--out", str(out), *(part.format(rounds=rounds) for part in RECIPE)]
+    with (folder / f"{client}.log").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "peertune", *words], stdout=log, stderr=log)
+
+
+def _rounds(folder: Path, client: int) -> int:
+    file = folder / "runs" / f"{client}" / "rounds.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def _lost(folder: Path, client: int) -> float:
+    """Return the share of a peer's edges that failed."""
+    records = tracking.records(folder / "runs" / f"{client}")
+    failed, counted = (sum(len(record[key]) for record in records) for key in ("failed_edges", "edges"))
+    return failed / max(1, failed + counted)
+
+
+def _memory_mb(process: int) -> float:
+    return float(Path(f"/proc/{process}/statm").read_text().split()[1]) * 4096 / 1e6
+
+
+def _descriptors(process: int) -> float:
+    return float(len(list(Path(f"/proc/{process}/fd").iterdir())))
+
+
+def _growth(values: list[float]) -> float:
+    """Return by how many per cent the last third's median is above the first's."""
+    third = max(1, len(values) // 3)
+    return 100 * (median(values[-third:]) / median(values[:third]) - 1)

@@ -1,0 +1,180 @@
+"""The commands `peer status` and `peer doctor`: how a peer stands, and what stands in its way."""
+
+import sys
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peertune.cli.common import AsJson, Overrides, duration, interruptible, messages, print_json
+from peertune.cli.federation import peer_app
+from peertune.cli.peering import Data, Folder, Insecure, Listen, RecipeOption, RosterFile, build_own, where_to_listen
+from peertune.errors import PeertuneError, RunError
+
+if TYPE_CHECKING:
+    from peertune.assembly import Run
+    from peertune.net.doctor import Check
+    from peertune.net.membership import Membership
+
+SILENT_S = 15.0  # after which a peer that runs should have written again
+
+
+@peer_app.command()
+def status(
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN_DIR]", help="The run directory; the newest in runs/ if not given.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a peer is doing, and what it knows of its neighbours.
+
+    Example:
+
+      peertune peer status runs/x
+    """
+    from peertune.net.standing import read
+
+    folder = run or _newest()
+    found = read(folder)
+    if as_json:
+        print_json({"run": str(folder), **found})
+        return
+    until = datetime.fromtimestamp(found["valid_until"], UTC)
+    print(f"run          {folder}")
+    print(f"peer         {found['name']}, client {found['client']} of {found['federation']}, roster {found['roster']}")
+    print(f"certificate  until {until:%Y-%m-%d}")
+    reached = found["rounds" if found["doing"] == "finished" else "round"]
+    print(f"round        {reached} of {found['rounds']}, {_doing(found)}")
+    print(_table(found["neighbours"]))
+
+
+def _newest() -> Path:
+    found = sorted(Path("runs").glob("*/status.json"), key=lambda file: file.stat().st_mtime)
+    if not found:
+        raise RunError("peer status: no peer has run in runs/ here; give its RUN_DIR")
+    return found[-1].parent
+
+
+def _doing(found: dict[str, Any]) -> str:
+    """Say what a peer does, or that it is no more."""
+    ago = duration(found["age_s"])
+    if found["doing"] in ("finished", "stopped"):
+        return f"{found['doing']} {ago} ago"
+    if not found["running"]:
+        return f"NOT RUNNING: it ended without a word, {ago} ago it was {found['doing']}"
+    said = f"{found['doing']}, step {found['step']} of {found['local_steps']}"
+    if found["train"]:
+        said += f"; trains {', '.join(found['train'])}, sends {', '.join(found['send']) or 'nothing'}"
+    return said if found["age_s"] < SILENT_S else f"{said}; SILENT for {ago}: it hangs, or its disk is full"
+
+
+def _table(neighbours: list[dict[str, Any]]) -> str:
+    """Return a row for each neighbour."""
+    rows = [("client", "name", "round", "step", "seen", "reached", "up", "down", "sent", "received", "problem")]
+    now = time.time()
+    for known in neighbours:
+        seen = "never" if known["seen_at"] is None else f"{duration(max(0.0, now - known['seen_at']))} ago"
+        heard = ("", "") if known["round"] is None else (known["round"], known["step"])
+        sizes = [f"{known[key] / 1e6:,.1f} MB" for key in ("bytes_sent", "bytes_received")]
+        reached = "yes" if known["reached"] else "no"
+        rows.append(
+            (known["client"], known["name"] or "", *heard, seen, reached, known["up"], known["down"], *sizes,
+             known["problem"])
+        )  # fmt: skip
+    widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(f"{value!s:<{width}}" for value, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+@peer_app.command()
+def doctor(
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
+    roster: RosterFile = Path("roster.yaml"),
+    data: Data = None,
+    folder: Folder = Path("peer"),
+    resume: Annotated[Path | None, typer.Option(help="Compare the run in this directory.")] = None,
+    listen: Listen = None,
+    insecure_loopback: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check what a peer needs: who it is, whether neighbours are reached and reach it, whether all run the same.
+
+    Nothing is changed. Exit code 0 where no check failed, else 1.
+
+    Examples:
+
+      peertune peer doctor --roster roster.yaml
+
+      peertune peer doctor --recipe r.yaml --data ./mine --roster roster.yaml
+    """
+    if recipe is not None and resume is not None:
+        raise RunError("peer doctor: give one of --recipe and --resume")
+    if recipe is None and resume is None and (overrides or data is not None):
+        raise RunError("peer doctor: overrides and --data go with --recipe or --resume")
+    if resume is not None and not (resume / "resolved.yaml").is_file():
+        raise RunError(f"{resume}: is no run, it holds no resolved.yaml; give the folder of one")
+    with interruptible(), messages():
+        from peertune.net.doctor import Check, check_disk, check_identity, check_memory, check_network
+
+        checks, membership = check_identity(folder, roster)
+        checks += check_memory()
+        run: Run | None = None
+        if membership is None:
+            checks.append(Check("network", "warning", "not looked at: say who this peer is first"))
+        elif recipe is not None or resume is not None:
+            run, built = _build(recipe, resume, overrides or [], data, membership)
+            checks.append(built)
+        checks.append(check_disk(resume or Path(), 0 if run is None else _checkpoint_bytes(run)))
+        if membership is not None:
+            identity, members = membership.current()
+            checks += check_network(
+                membership,
+                {} if run is None else _agreed(run),
+                where_to_listen(members.members[identity.client].address, listen, insecure_loopback),
+                insecure=insecure_loopback,
+            )
+    failed = sum(check.level == "failed" for check in checks)
+    warnings = sum(check.level == "warning" for check in checks)
+    if as_json:
+        print_json({"failed": failed, "warnings": warnings, "checks": [asdict(check) for check in checks]})
+    else:
+        width = max(len(_about(check)) for check in checks)
+        for check in checks:
+            print(f"{check.level:<7}  {_about(check):<{width}}  {check.finding}")
+        print(f"{len(checks)} checks: {failed} failed, {warnings} with a warning")
+    sys.exit(1 if failed else 0)
+
+
+def _about(check: "Check") -> str:
+    return check.what if check.member is None else f"{check.member}: {check.what}"
+
+
+def _build(
+    recipe: str | None, resume: Path | None, overrides: list[str], data: Path | None, membership: "Membership"
+) -> "tuple[Run | None, Check]":
+    """Make what the recipe says, as `peer start` does, and say how that went."""
+    from peertune.net.doctor import Check
+
+    source = recipe if resume is None else resume / "resolved.yaml"
+    assert source is not None
+    try:
+        run = build_own(source, overrides, data, membership)
+    except PeertuneError as error:
+        return None, Check("recipe", "failed", str(error))
+    return run, Check("recipe", "ok", f"{source}: loads, with {sum(run.held[0]):,} rows of this peer's")
+
+
+def _agreed(run: "Run") -> dict[str, str]:
+    from peertune.assembly import agreed
+
+    return agreed(run)
+
+
+def _checkpoint_bytes(run: "Run") -> int:
+    state = run.job.state
+    return sum(x.nbytes for part in (state.adapters, state.moments, state.signals) for x in part.values())

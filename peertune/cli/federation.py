@@ -1,0 +1,255 @@
+"""The commands that say who is who in a federation: `ca …`, `peer request` and `roster`."""
+
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from peertune.cli.common import AsJson, print_json
+from peertune.errors import IdentityError
+
+if TYPE_CHECKING:
+    from peertune.net.authority import Authority
+    from peertune.net.certificates import Request
+    from peertune.net.roster import Member
+
+ca_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="""Decide who is a member of a federation: on one machine, which need not be on a network.
+
+    Example:
+
+      peertune ca init --federation hospitals
+    """,
+)
+peer_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="""Take part in a federation, as one of its peers.
+
+    Example:
+
+      peertune peer request --name hospital-3 --address hospital-3.example.org:50051
+    """,
+)
+
+Authorities = Annotated[Path, typer.Option("--dir", help="The CA's folder.")]
+
+
+@ca_app.command()
+def init(
+    federation: Annotated[str, typer.Option(help="The federation's name: lower-case letters, digits, hyphens.")],
+    folder: Authorities = Path("ca"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a federation's CA: the key that approves its members. It stays in this folder; keep a copy of it safe.
+
+    Example:
+
+      peertune ca init --federation hospitals
+    """
+    from peertune.net.authority import create_authority
+    from peertune.net.certificates import fingerprint, public_key
+
+    made = create_authority(folder, federation)
+    until = made.certificate.not_valid_after_utc
+    printed = fingerprint(public_key(made.certificate))
+    if as_json:
+        print_json({"federation": federation, "fingerprint": printed, "valid_until": until.isoformat()})
+        return
+    print(f"federation   {federation}")
+    print(f"CA           {folder}, until {until:%Y-%m-%d}; keep {folder / 'key.pem'} off networks")
+    print(f"fingerprint  {printed}")
+
+
+@ca_app.command()
+def approve(
+    request: Annotated[Path, typer.Argument(metavar="REQUEST", help="The signing request that a peer sent.")],
+    folder: Authorities = Path("ca"),
+    days: Annotated[int, typer.Option(help="How long the certificate is valid.")] = 90,
+    out: Annotated[
+        Path | None, typer.Option(help="The certificate's file; NAME.certificate.pem beside the request if not given.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask; the fingerprint was compared before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make the sender of a request a member, or renew its certificate. Compare the fingerprint by telephone first.
+
+    Older certificates of the same name stay valid until they expire or are revoked.
+
+    Example:
+
+      peertune ca approve hospital-3.request.pem --days 30
+    """
+    from peertune.files import write_file
+    from peertune.net import authority as ca
+    from peertune.net.certificates import bundle, fingerprint, read_request
+    from peertune.net.identity import read_file
+
+    asked = read_request(read_file(request), request)
+    printed = fingerprint(asked.key)
+    file = out or request.with_name(f"{asked.name}.certificate.pem")
+    with ca.opened(folder) as before:
+        after, certificate = ca.approve(before, asked, days)
+        where = sys.stderr if as_json else sys.stdout
+        print(f"name         {asked.name}", file=where)
+        print(f"address      {asked.address or 'none: it can only dial out'}", file=where)
+        print(f"fingerprint  {printed}", file=where)
+        print(f"this         {_what_approval_does(before, asked)}", file=where, flush=True)
+        if not yes:
+            _confirm(f"make it a member of {before.federation} for {days} days, is the fingerprint the sender's?")
+        ca.keep(folder, after)
+        write_file(file, bundle(certificate, after.certificate))
+    member = after.by_name(asked.name)
+    assert member is not None
+    until = certificate.not_valid_after_utc
+    if as_json:
+        made = {"fingerprint": printed, "valid_until": until.isoformat(), "certificate": str(file)}
+        print_json({"client": member.client, "name": asked.name, "address": asked.address, **made})
+        return
+    print(f"certificate  {file}, until {until:%Y-%m-%d}: send it back, then issue a roster with peertune roster")
+
+
+def _what_approval_does(authority: "Authority", request: "Request") -> str:
+    """Say in a line what approving a request changes."""
+    from peertune.net.certificates import fingerprint
+
+    member = authority.by_name(request.name)
+    if member is None:
+        return f"adds a new member, client {len(authority.members)}"
+    who = f"{member.name}, client {member.client}"
+    if not member.certificates:
+        return f"puts back {who}, who was revoked, WITH ANOTHER KEY"
+    moved = "" if member.address == request.address else f"; its ADDRESS CHANGES from {member.address or 'none'}"
+    if fingerprint(request.key) in member.fingerprints:
+        return f"renews {who}, with the same key{moved}"
+    return f"renews {who}, WITH A NEW KEY, which replaces {member.fingerprints[-1]}{moved}"
+
+
+def _confirm(question: str) -> None:
+    if not sys.stdin.isatty():
+        raise IdentityError("ca approve: there is no terminal to ask on; compare the fingerprint, then give --yes")
+    if not typer.confirm(question, err=True):
+        raise IdentityError("ca approve: not approved; nothing was written")
+
+
+@ca_app.command()
+def revoke(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The member's name.")],
+    folder: Authorities = Path("ca"),
+) -> None:
+    """Take a member's certificates away: peers refuse it once they have the next roster.
+
+    Its client number stays its own. Approving a request of that name with another key puts it back.
+
+    Example:
+
+      peertune ca revoke hospital-3
+    """
+    from peertune.net import authority as ca
+
+    with ca.opened(folder) as before:
+        ca.keep(folder, ca.revoke(before, name))
+    print(f"revoked {name}; make it known: issue a roster with peertune roster, and hand it to the peers")
+
+
+@ca_app.command("list")
+def list_members(folder: Authorities = Path("ca"), as_json: AsJson = False) -> None:
+    """List the members, with the fingerprints of their keys and how long they are valid.
+
+    Example:
+
+      peertune ca list
+    """
+    from peertune.net import authority as ca
+
+    with ca.opened(folder) as authority:
+        pass
+    if as_json:
+        members = [_facts(member) for member in authority.members]
+        print_json({"federation": authority.federation, "serial": authority.serial, "members": members})
+        return
+    print(f"{authority.federation}, roster {authority.serial}" if authority.serial else authority.federation)
+    _print_members(authority.members)
+
+
+def _facts(member: "Member") -> dict[str, Any]:
+    until = max((certificate.not_valid_after_utc for certificate in member.certificates), default=None)
+    return {
+        "client": member.client,
+        "name": member.name,
+        "address": member.address,
+        "fingerprints": list(member.fingerprints),
+        "valid_until": until and until.isoformat(),
+    }
+
+
+def _print_members(members: "tuple[Member, ...]") -> None:
+    now = datetime.now(UTC)
+    for facts in map(_facts, members):
+        date = facts["valid_until"]
+        until = f"{'until' if datetime.fromisoformat(date) > now else 'EXPIRED'} {date[:10]}" if date else "revoked"
+        print(f"{facts['client']:4}  {facts['name']}  {facts['address'] or 'dials out'}  {until}")
+        for printed in facts["fingerprints"]:
+            print(f"      {printed}")
+
+
+def roster(
+    folder: Authorities = Path("ca"),
+    out: Annotated[Path, typer.Option(help="The roster's file.")] = Path("roster.yaml"),
+    as_json: AsJson = False,
+) -> None:
+    """Issue the roster: all members with their certificates, signed by the CA. Hand it to every peer.
+
+    The one with the highest serial counts. Issue another after each approval and revocation.
+
+    Example:
+
+      peertune roster --out roster.yaml
+    """
+    from peertune.files import write_file
+    from peertune.net import authority as ca
+
+    with ca.opened(folder) as before:
+        after, data = ca.issue_roster(before)
+        ca.keep(folder, after)  # first: no two rosters may have one serial
+        write_file(out, data)
+    if as_json:
+        members = [_facts(member) for member in after.members]
+        print_json({"roster": str(out), "federation": after.federation, "serial": after.serial, "members": members})
+        return
+    print(f"{out}: roster {after.serial} of {after.federation}")
+    _print_members(after.members)
+
+
+@peer_app.command("request")
+def request_certificate(
+    name: Annotated[str, typer.Option(help="The peer's name: lower-case letters, digits, hyphens.")],
+    address: Annotated[
+        str | None, typer.Option(help="host:port at which others reach it; leave out if it can only dial out.")
+    ] = None,
+    folder: Annotated[Path, typer.Option("--dir", help="The peer's folder.")] = Path("peer"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a key, which never leaves the folder, and a request to send to the CA. Asked again, it renews.
+
+    The old key stays in use until the new certificate is in the roster.
+
+    Example:
+
+      peertune peer request --name hospital-3 --address hospital-3.example.org:50051
+    """
+    from peertune.net.identity import request
+
+    asked = request(folder, name, address)
+    if as_json:
+        facts = {"fingerprint": asked.fingerprint, "request": str(asked.file), "renews": asked.renews}
+        print_json({"name": name, "address": address, **facts})
+        return
+    print(f"name         {name}")
+    print(f"address      {address or 'none: it can only dial out'}")
+    print(f"fingerprint  {asked.fingerprint}")
+    print(f"request      {asked.file}: send it to the CA, and put the certificate that comes back in {folder}")

@@ -1,0 +1,156 @@
+"""The command `peer start`: one party's part of a recipe, over the network."""
+
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from peertune.cli.common import AsJson, Overrides, interruptible, messages
+from peertune.cli.federation import peer_app
+from peertune.cli.running import begin, check_same, print_summary, train
+from peertune.errors import RecipeError, RunError
+
+if TYPE_CHECKING:
+    from peertune.assembly import Run
+    from peertune.net.membership import Membership
+    from peertune.recipe import Recipe
+
+Folder = Annotated[Path, typer.Option("--dir", help="The peer's folder, with its key and its certificate.")]
+RosterFile = Annotated[
+    Path, typer.Option("--roster", help="The roster; a newer one that a neighbour has takes its place.")
+]
+RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe's path, or the name of a shipped one.")]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="This party's own rows, as the task reads them; where not given, the recipe deals them out."),
+]
+Listen = Annotated[
+    str | None, typer.Option(help="host:port to answer at; where not given, the roster's port on all addresses.")
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure-loopback", help="No TLS, for trials on one machine; refused on other addresses.")
+]
+
+
+@peer_app.command()
+def start(
+    overrides: Overrides = None,
+    recipe: RecipeOption = None,
+    roster: RosterFile = Path("roster.yaml"),
+    data: Data = None,
+    folder: Folder = Path("peer"),
+    out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
+    listen: Listen = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Serve Prometheus metrics at this port, on 127.0.0.1 only.")
+    ] = None,
+    insecure_loopback: Insecure = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train on this party's own rows, and swap adapters with the neighbours that the recipe's graph gives it.
+
+    The peers need not be started together, and none leads. One that was stopped or cut off goes on with --resume from
+    where the others are. SIGTERM and Ctrl-C finish the round and keep it.
+
+    Examples:
+
+      peertune peer start --recipe r.yaml --data ./mine --roster roster.yaml --out runs/x
+
+      peertune peer start --resume runs/x --data ./mine --roster roster.yaml
+    """
+    if (resume is None) == (out is None):
+        raise RunError("peer start: give --out for a new run, or --resume for one that was begun")
+    if (recipe is None) == (resume is None):
+        raise RunError("peer start: give --recipe with --out; a resumed run has its own recipe")
+    with interruptible(), messages():
+        from peertune import tracking
+        from peertune.assembly import agreed
+        from peertune.engines.peer import neighbours, run_peer
+        from peertune.net.membership import Membership
+        from peertune.net.prometheus import served
+        from peertune.net.standing import kept, standing
+        from peertune.net.swap import Swapper
+
+        membership = Membership(folder, roster)
+        identity, members = membership.current()
+        member = members.by_name(identity.name)
+        assert member is not None
+        place = out or resume
+        assert place is not None
+        if out is not None:
+            tracking.check_free(out)
+            assert recipe is not None
+        elif not (place / "resolved.yaml").is_file():
+            raise RunError(f"{place}: is no run, it holds no resolved.yaml; give the folder of one")
+        run = build_own(recipe or place / "resolved.yaml", overrides or [], data, membership)
+        who = {"client": identity.client, "name": identity.name, "federation": members.federation}
+        if out is not None and recipe is not None:
+            begin(run, out, "peer start --recipe", recipe, overrides or [], peer=who)
+        else:
+            check_same(run.resolved, place)
+            if (was := tracking.peer(place)) != who:
+                raise RunError(f"{place}: is a run of {was or 'a simulation'}, not of {who}; give this peer's own")
+        with tracking.locked(place), ExitStack() as watched:
+            network = run.resolved.network
+            swapper = Swapper(
+                membership,
+                agreed(run),
+                patience_s=network.patience_s,
+                faults=run.job.faults,
+                insecure=insecure_loopback,
+            )
+            job = run.job
+            current = partial(
+                standing, swapper, rounds=job.rounds, local_steps=job.local_steps, neighbours=neighbours(job)
+            )
+            watched.enter_context(kept(place, current))
+            if metrics_port is not None:
+                watched.enter_context(served(metrics_port, current))
+            if (address := where_to_listen(member.address, listen, insecure_loopback)) is not None:
+                swapper.start(address)
+            try:
+                go_on = f"peertune peer start --resume {place} and the options of before"
+                train(run, place, lambda job: run_peer(job, swapper, network.when_alone), go_on, swapper.hurry)
+            finally:
+                swapper.stop()
+    print_summary(place, as_json)
+
+
+def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membership: "Membership") -> "Run":
+    """Make this party's part of a recipe. Raises PeertuneError where it can't be run."""
+    from peertune import report_to
+    from peertune.assembly import build
+    from peertune.recipe import load_recipe
+
+    identity, roster = membership.current()
+    loaded = load_recipe(recipe, overrides)
+    if len(roster.members) > loaded.clients:
+        raise RecipeError(
+            f"clients: {loaded.clients}, but the roster has {len(roster.members)} members; give as many or more"
+        )
+    if data is not None:
+        loaded = _with_data(loaded, data)
+    report_to.check(loaded.report_to)
+    return build(loaded, identity.client, own_data=data is not None)
+
+
+def _with_data(recipe: "Recipe", data: Path) -> "Recipe":
+    """Return the recipe with this party's rows in the place of the task's."""
+    import inspect
+
+    from peertune.data.tasks import TASKS
+
+    task = TASKS.get(recipe.task.name)
+    if task is not None and "path" not in inspect.signature(task).parameters:
+        raise RecipeError(f"--data: the task {recipe.task.name} is built in and reads no files; leave --data out")
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"path": str(data)})})
+
+
+def where_to_listen(address: str | None, listen: str | None, insecure: bool) -> str | None:
+    """Return where to answer those who call this address: on all of this machine's, or loopback; None: nowhere."""
+    if listen is not None or address is None:
+        return listen
+    return address if insecure else f"[::]:{address.rpartition(':')[2]}"

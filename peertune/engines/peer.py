@@ -1,0 +1,134 @@
+"""One client as a process of its own, which swaps with its neighbours over the network."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import numpy as np
+import torch
+
+from peertune.net.swap import Swapper
+from peertune.round import Heard, Job, run_round
+from peertune.topology import active_edges, clients_down, delay_s, drop_edges, failed_edges, weights_at
+from peertune.types import Batch, RoundRecord, Tensors
+
+log = logging.getLogger(__name__)
+
+
+def run_peer(job: Job, swapper: Swapper, when_alone: Literal["train", "wait"] = "train") -> Iterator[RoundRecord]:
+    """Run the rounds that are left of a peer's job and yield a record after each, as `simulate` does.
+
+    There is no coordinator. A round ends when each of its edges has counted or failed. A peer that finds that others
+    went on without it goes on from where they are, with the adapter that it has: after such a jump `record.state.round`
+    is more than one beyond `record.round`. One that reaches nobody trains alone, or waits.
+    """
+    (me,) = job.clients
+    job = replace(job, steps=_counted(job, swapper))
+    state = replace(job.state.clone(), round=_caught_up(job, swapper, job.state.round))
+    while state.round < job.rounds:
+        if me in clients_down(job.faults, state.round):
+            state = replace(state, round=state.round + 1)
+            continue
+        if when_alone == "wait":
+            _wait_for_company(job, swapper)
+        (phase,) = job.algorithm.phases(state.signals, state.round, 1)
+        swapper.enter(state.round, phase)
+        state, record = run_round(job, state, job.clients, _Exchange(job, swapper))
+        if swapper.passed_by(record.round):
+            state = replace(state, round=_caught_up(job, swapper, state.round))
+        yield replace(record, state=state)
+
+
+class _Exchange:
+    """Swap with the round's neighbours, and take from each what the mixing matrix says."""
+
+    def __init__(self, job: Job, swapper: Swapper) -> None:
+        self.job, self.swapper = job, swapper
+        agreement = job.algorithm.agreement
+        start = agreement.init(job.clients, 0) if agreement else {}
+        self.unknown = [name for name, x in start.items() if x.isnan().any()]  # where NaN has a meaning
+
+    def __call__(self, payload: Tensors, t: int) -> Heard:
+        graph, (me,) = self.job.graph, self.job.clients
+        if (delay := delay_s(self.job.faults, me, t)) > 0:
+            self.swapper.pause(delay)
+        near = _partners(active_edges(graph, t), me)
+        came = self.swapper.swap(t, payload, near, self.unknown) if payload else {}
+        failed = [(min(me, other), max(me, other)) for other in near if other not in came] if payload else []
+        row = drop_edges(weights_at(graph, t), np.array(failed, dtype=np.int64).reshape(-1, 2))[[me]].toarray()
+        heard = sorted([me, *came]) if payload else [me, *near]
+        tensors = {
+            name: torch.cat([x if client == me else came[client][name].to(x.device) for client in heard])
+            for name, x in payload.items()
+        }
+        return Heard(tensors, torch.from_numpy(row[:, heard]).to(self.job.device), heard, failed)
+
+
+def _partners(edges: np.ndarray, me: int) -> list[int]:
+    """Return the other ends of this peer's edges, sorted."""
+    mine = edges[(edges == me).any(axis=1)]
+    return sorted(int(i + j - me) for i, j in mine.tolist())
+
+
+def _expected(job: Job, t: int) -> list[int]:
+    """Return those whom this peer has to meet in round t, if nothing goes wrong but what is planned."""
+    (me,) = job.clients
+    if not job.algorithm.phase(t).send:
+        return []
+    active = active_edges(job.graph, t)
+    lost = failed_edges(job.faults, active, t)
+    return [other for other in _partners(active, me) if (min(me, other), max(me, other)) not in lost]
+
+
+def neighbours(job: Job) -> list[int]:
+    """Return all that this peer may ever swap with."""
+    graph, (me,) = job.graph, job.clients
+    if graph.period is None:
+        return [other for other in range(graph.clients) if other != me]
+    return sorted({other for t in range(graph.period) for other in _partners(graph.edges_at(t), me)})
+
+
+def _caught_up(job: Job, swapper: Swapper, round: int) -> int:
+    """Return the round to go on with: this one, or that of the others if they went on without this peer.
+
+    A neighbour went on without it if the two had an edge in a round that the neighbour has behind it; the last of those
+    rounds doesn't tell, since its payload is still at hand there. Where several answer, the second furthest is
+    believed, so that no single one can drive the others through their rounds.
+    """
+    there = swapper.ask_rounds(neighbours(job))
+    missed = [
+        other
+        for other, theirs in there.items()
+        if any(other in _expected(job, t) for t in range(round, min(theirs - 1, job.rounds)))
+    ]
+    if not missed:
+        return round
+    rounds = sorted(there.values())
+    target = min(rounds[-2] if len(rounds) > 1 else rounds[-1], job.rounds)
+    if target <= round:
+        return round
+    log.warning("behind: going on from round %d, where the others are, instead of %d", target, round)
+    return target
+
+
+def _wait_for_company(job: Job, swapper: Swapper) -> None:
+    """Wait until a neighbour can be reached."""
+    everyone = neighbours(job)
+    said = False
+    while everyone and not swapper.hurried and not swapper.ask_rounds(everyone):
+        if not said:
+            log.warning("nobody can be reached: waiting, as network.when_alone says")
+            said = True
+        swapper.pause(1.0)
+
+
+def _counted(job: Job, swapper: Swapper) -> Callable[[Sequence[int], int], Iterator[list[Batch]]]:
+    """Tell the neighbours that wait how many local steps are done."""
+
+    def steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
+        for batches in job.steps(clients, round):
+            yield batches
+            swapper.stepped()
+
+    return steps

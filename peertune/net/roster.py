@@ -1,0 +1,236 @@
+"""The roster: the members of a federation with their certificates, signed by its CA.
+
+    federation: hospitals
+    serial: 4                            # one more than the last one's: the newest counts
+    issued: '2026-01-27T10:00:00+00:00'
+    peers:
+    - client: 0                          # 0, 1, 2 …, in order of approval, for ever
+      name: hospital-1
+      address: hospital-1.example.org:50051   # null: it can only dial out
+      fingerprints:                      # of its keys, to compare by telephone
+      - 0f5c 9b1e …
+      certificates:                      # none: it was revoked, or they have expired
+      - |
+        -----BEGIN CERTIFICATE-----
+        …
+    signature: MEUCIQ…                   # over all bytes above, checked before they are parsed
+
+The certificates in the roster, not the CA, are what peers trust: who isn't in it is nobody.
+"""
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from typing import Any
+
+import yaml
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from peertune.errors import IdentityError
+from peertune.net.certificates import (
+    check_address,
+    check_issued,
+    check_name,
+    federation_of,
+    fingerprint,
+    holds_at,
+    pem,
+    public_key,
+)
+
+MAX_ROSTER_BYTES = 4 * 2**20
+
+_HEADER = "# The members of a peertune federation, signed by its CA. Any change makes it invalid.\n"
+_MARK = b"signature: "
+_ASK = "ask the CA for one made with peertune roster"
+_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A seat in the federation."""
+
+    client: int  # its number, for ever
+    name: str
+    address: str | None  # host:port; None: it can only dial out
+    certificates: tuple[x509.Certificate, ...]  # in order of issue; none: revoked, or all have expired
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """The fingerprints of its keys, each once."""
+        return tuple(dict.fromkeys(fingerprint(public_key(certificate)) for certificate in self.certificates))
+
+    def valid(self, now: datetime | None = None) -> tuple[x509.Certificate, ...]:
+        """Return the certificates in their validity."""
+        now = now or datetime.now(UTC)
+        return tuple(certificate for certificate in self.certificates if holds_at(certificate, now))
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The members of a federation, as its CA signed them."""
+
+    federation: str
+    serial: int  # grows with every roster the CA issues
+    members: tuple[Member, ...]  # client k is at place k
+    ca: x509.Certificate = field(repr=False)  # whose signature it bears
+    raw: bytes = field(repr=False)  # as read, to pass on
+
+    def by_name(self, name: str) -> Member | None:
+        """Return the member of that name, or None."""
+        return next((member for member in self.members if member.name == name), None)
+
+    def by_client(self, client: int) -> Member | None:
+        """Return the member with that number, or None."""
+        return self.members[client] if 0 <= client < len(self.members) else None
+
+    def by_certificate(self, certificate: x509.Certificate, now: datetime | None = None) -> Member | None:
+        """Return the member with that very certificate, if it is in its validity, or None."""
+        if not holds_at(certificate, now or datetime.now(UTC)):
+            return None
+        return self._holders.get(certificate.fingerprint(hashes.SHA256()))
+
+    @cached_property
+    def _holders(self) -> dict[bytes, Member]:
+        return {
+            certificate.fingerprint(hashes.SHA256()): member
+            for member in self.members
+            for certificate in member.certificates
+        }
+
+
+def sign_roster(
+    key: ec.EllipticCurvePrivateKey,
+    ca: x509.Certificate,
+    serial: int,
+    members: tuple[Member, ...],
+    now: datetime | None = None,
+) -> bytes:
+    """Return a roster as peers read it, with the certificates that haven't expired.
+
+    Raises IdentityError where it would be too large.
+    """
+    now = now or datetime.now(UTC)
+    kept = [
+        Member(m.client, m.name, m.address, tuple(c for c in m.certificates if c.not_valid_after_utc >= now))
+        for m in members
+    ]
+    content = {
+        "federation": federation_of(ca),
+        "serial": serial,
+        "issued": now.isoformat(timespec="seconds"),
+        "peers": [entry(member) for member in kept],
+    }
+    signed = (_HEADER + dump(content)).encode()
+    data = signed + _MARK + base64.b64encode(key.sign(signed, ec.ECDSA(hashes.SHA256()))) + b"\n"
+    if len(data) > MAX_ROSTER_BYTES:
+        raise IdentityError(f"roster: {len(members)} members take more than {MAX_ROSTER_BYTES // 2**20} MiB; use fewer")
+    return data
+
+
+def load_roster(data: bytes, ca: x509.Certificate) -> Roster:
+    """Read a roster. Raises IdentityError for one that this CA didn't sign as it stands, or that contradicts itself."""
+    if len(data) > MAX_ROSTER_BYTES:
+        raise IdentityError(f"roster: is larger than {MAX_ROSTER_BYTES // 2**20} MiB; {_ASK}")
+    lines = data.replace(b"\r\n", b"\n")  # a roster may come by mail
+    signed, mark, signature = lines.rpartition(b"\n" + _MARK)
+    signed += b"\n"
+    key = public_key(ca)
+    if not mark:
+        raise IdentityError(f"roster: isn't signed; {_ASK}")
+    try:
+        key.verify(base64.b64decode(signature.strip(), validate=True), signed, ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, binascii.Error):
+        raise IdentityError(
+            f"roster: isn't as the CA of {federation_of(ca)} signed it: altered, or of another CA; {_ASK}"
+        ) from None
+    try:  # what follows would be a mistake of the CA
+        content = checked(
+            yaml.load(signed, _Loader), {"federation": (str,), "serial": (int,), "issued": (str,), "peers": (list,)}
+        )
+        if content["federation"] != federation_of(ca) or content["serial"] < 1:
+            raise IdentityError("federation or serial is not the CA's")
+        members = tuple(from_entry(value, client, ca) for client, value in enumerate(content["peers"]))
+        check_distinct(members)
+    except (yaml.YAMLError, IdentityError) as error:
+        reason = "it is no YAML" if isinstance(error, yaml.YAMLError) else error
+        raise IdentityError(f"roster: is signed but can't be used: {reason}; {_ASK}") from None
+    return Roster(content["federation"], content["serial"], members, ca, data)
+
+
+# ---- members as YAML, in rosters and in the CA's own folder
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes certificates line by line."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump(content: Mapping[str, Any]) -> str:
+    """Return YAML."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def entry(member: Member) -> dict[str, Any]:
+    """Return a member as YAML has it."""
+    return {
+        "client": member.client,
+        "name": member.name,
+        "address": member.address,
+        "fingerprints": list(member.fingerprints),
+        "certificates": [pem(certificate).decode() for certificate in member.certificates],
+    }
+
+
+def from_entry(value: object, client: int, ca: x509.Certificate) -> Member:
+    """Read a member, who must have this number. Raises IdentityError for what `entry` would not have made."""
+    kinds: dict[str, tuple[type, ...]] = {"client": (int,), "name": (str,), "address": (str, type(None))}
+    found = checked(value, kinds | {"fingerprints": (list,), "certificates": (list,)})
+    name = check_name(found["name"])
+    try:
+        certificates = tuple(x509.load_pem_x509_certificate(text.encode()) for text in found["certificates"])
+    except (ValueError, AttributeError):
+        raise IdentityError(f"{name}: a certificate can't be read") from None
+    member = Member(found["client"], name, found["address"], certificates)
+    if member.address is not None:
+        check_address(member.address)
+    if any(check_issued(certificate, ca) != name for certificate in certificates):
+        raise IdentityError(f"{name}: a certificate is another member's")
+    if member.client != client or found["fingerprints"] != list(member.fingerprints):
+        raise IdentityError(f"{name}: its client number or its fingerprints are wrong")
+    return member
+
+
+def checked(value: object, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    """Return a mapping with exactly these keys and types. Raises IdentityError for anything else."""
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
+        raise IdentityError(f"there must be exactly {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        if type(value[key]) not in kind:
+            raise IdentityError(f"{key} must be {' or '.join(each.__name__ for each in kind)}")
+    return value
+
+
+def check_distinct(members: tuple[Member, ...]) -> None:
+    """Raise IdentityError where two members share a name or an address."""
+    for what, values in (
+        ("name", [member.name for member in members]),
+        ("address", [member.address for member in members if member.address is not None]),
+    ):
+        if twice := next((value for value in values if values.count(value) > 1), None):
+            raise IdentityError(f"two members share the {what} {twice}")

@@ -1,0 +1,807 @@
+"""Swapping adapters with neighbours: one call for each active edge and round, after which both ends know if it counts.
+
+A swap is decided in one place. The caller sends its payload and, once it holds the other's, says so; then the called
+peer alone decides, and its verdict settles the edge for both. What is decided stays decided, and a payload stays at
+hand for another round, so every step can be repeated: a call that breaks is made again, a caller that missed the
+verdict asks for it, and a peer that was killed in the middle of a round makes the same round again with those that have
+counted it. docs/wire.md has the protocol.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import grpc
+
+from peertune.errors import PeertuneError, WireError
+from peertune.net import tls  # before grpc, whose settings it makes
+from peertune.net.codec import Assembler, Layout, chunks, decode, encode, layout
+from peertune.net.framing import Part, data_of, kind, pack, unpack
+from peertune.net.identity import Identity
+from peertune.net.membership import Membership
+from peertune.net.peer_pb2 import Chunk, Hello, Verdict, Wait
+from peertune.net.roster import MAX_ROSTER_BYTES, Member
+from peertune.topology import Fault, clients_down
+from peertune.types import Phase, Tensors
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+METHOD = "/peertune.v1.Peer/Swap"
+MESSAGE_BYTES = MAX_ROSTER_BYTES + 2**16  # the longest is a roster
+STREAMS = 2  # of one client at a time: each end may call
+KEPT_ROUNDS = 64  # whose outcomes are remembered
+FIRST_CALL_S = 1.0  # how long the higher number leaves the first call to the lower
+PROBE_S = 2.0  # how long a round waits for a neighbour that could not be reached in the one before
+STALL_S = 30.0  # after which a call in which nothing moves is given up
+RETRY_S = 0.2
+SETTLE_S = 5.0  # how long a peer that is told to hurry asks for a verdict that it may not go without
+STILL_HERE_S = 0.5  # between signs of life to a caller that waits
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.so_reuseport", 0),
+]
+
+
+@dataclass
+class Neighbour:
+    """What this peer knows of another."""
+
+    round: int | None = None  # where it was when last heard
+    step: int = 0  # local steps done there
+    seen_at: float | None = None  # seconds since the epoch
+    reached: bool = False  # whether the last attempt came through
+    given_up: bool = False  # whether an edge was lost because it did not answer, since it was last heard
+    problem: str = ""  # what was wrong with the last attempt that failed
+    up: int = 0  # edges that counted
+    down: int = 0  # edges that did not
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    clock_offset_s: float | None = None  # by how much its clock is ahead of this one
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where this peer is."""
+
+    doing: str  # starting, training, swapping, waiting or mixing
+    round: int
+    step: int  # local steps done
+    phase: Phase | None  # what the round trains and sends; None where nobody has said
+
+
+@dataclass(frozen=True)
+class Knock:
+    """What came of trying to get through to another peer; it did."""
+
+    clock_offset_s: float | None  # by how much its clock is ahead of this one
+    roster_serial: int
+    takes_part: bool  # whether it runs something
+    differs: list[tuple[str, str, str]]  # what must be the same and is not: name, here, there
+    back: str | None  # why it did not get through to this peer; "" where it did, None where it wasn't asked
+
+
+@dataclass
+class _Meeting:
+    """An edge in one round, at this end."""
+
+    verdict: "Verdict.Outcome | None" = None  # COUNTED or PASSED, once; None while it is open
+    tensors: Tensors | None = None
+    pledged: bool = False  # the other end may have counted it: only its verdict can tell
+    streams: int = 0  # through which payloads may be travelling now
+    final: bool = False  # tried, and not to be tried again
+    missed: bool = False  # the other end went on without this one
+    calls: list[Any] = field(default_factory=list)  # to be cancelled once it is settled
+
+
+@dataclass(frozen=True)
+class _Offer:
+    data: bytes
+    layout: Layout
+
+
+class _UnusableError(PeertuneError):
+    """The other end and this one can't swap, and trying again won't help."""
+
+
+class Swapper:
+    """One peer's end of all its edges: a server that answers, and the calls it makes itself.
+
+    `agreed` is what must be the same at all peers. `patience_s` is how long a round waits for a neighbour. A planned
+    fault cuts the wire itself: a dropped edge in the middle of its payload, a peer that is down for whoever calls.
+    """
+
+    def __init__(
+        self,
+        membership: Membership,
+        agreed: Mapping[str, str],
+        *,
+        patience_s: float,
+        faults: Sequence[Fault] = (),
+        insecure: bool = False,
+    ) -> None:
+        self.membership = membership
+        self.me = membership.current()[0].client
+        self.neighbours: dict[int, Neighbour] = {}
+        self._agreed, self._patience_s, self._faults, self._insecure = dict(agreed), patience_s, faults, insecure
+        self._changed = threading.Condition()  # guards all that follows
+        self._round, self._step = 0, 0
+        self._offers: dict[int, _Offer] = {}
+        self._meetings: dict[tuple[int, int], _Meeting] = {}
+        self._channels: dict[int, tuple[Any, Any]] = {}
+        self._serving: dict[int, int] = {}  # streams by client
+        self._deadlines: dict[Any, float] = {}  # of calls that wait for the other end
+        self._unheard: set[tuple[int, int]] = set()  # verdicts of ours that the caller may not have
+        self._hurried = self._stopped = self._echo_only = False
+        self._hurried_at = 0.0
+        self._doing = "starting"
+        self._phase: Phase | None = None
+        self._calling_back: set[int] = set()
+        self._server: Any = None
+
+    # ---- what the engine calls
+
+    def start(self, address: str, *, echo_only: bool = False) -> int:
+        """Answer calls at `address` (host:port, port 0 for any) and return the port. Raises PeertuneError.
+
+        `echo_only`: answer only who tries whether it gets through; to all others nobody is here.
+        """
+        self._echo_only = echo_only
+        members = len(self.membership.current()[1].members)
+        workers = 4 + (STREAMS + 1) * members
+        self._server = grpc.server(
+            ThreadPoolExecutor(workers, thread_name_prefix="swap"), options=OPTIONS, maximum_concurrent_rpcs=workers
+        )
+        handler = grpc.stream_stream_rpc_method_handler(
+            self._answer, request_deserializer=unpack, response_serializer=pack
+        )
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler("peertune.v1.Peer", {"Swap": handler}),)
+        )
+        try:
+            if self._insecure:
+                tls.check_loopback(address)
+                port = self._server.add_insecure_port(address)
+            else:
+                port = self._server.add_secure_port(address, tls.server_credentials(self.membership.current))
+        except RuntimeError:
+            raise PeertuneError(
+                f"{address}: can't be listened at; give an address of this machine and a free port"
+            ) from None
+        self._server.start()
+        threading.Thread(target=self._watch, name="swap-watch", daemon=True).start()
+        return int(port)
+
+    def enter(self, round: int, phase: Phase | None = None) -> None:
+        """Say that this peer works on `round` now, and what the round trains and sends."""
+        with self._changed:
+            self._round, self._step, self._doing, self._phase = round, 0, "training", phase
+            self._changed.notify_all()
+
+    def stepped(self) -> None:
+        """Say that another local step is done."""
+        self._step += 1
+
+    def swap(
+        self, round: int, payload: Tensors, neighbours: Sequence[int], nan_in: Collection[str] = ()
+    ) -> dict[int, Tensors]:
+        """Swap `payload [1, …]` with these clients and return what came, `[1, …]` each, of those whose edge counts.
+
+        Waits for a neighbour at most `patience_s`, and for one that could not be reached before, PROBE_S.
+        """
+        offer = _Offer(encode(payload), layout(payload, nan_in))
+        deadline = time.monotonic() + self._patience_s
+        with self._changed:
+            self._round, self._doing = round, "swapping"
+            self._offers = {t: kept for t, kept in self._offers.items() if t >= round - 1} | {round: offer}
+            self._meetings = {key: kept for key, kept in self._meetings.items() if key[0] > round - KEPT_ROUNDS}
+            meetings = {client: self._meetings.setdefault((round, client), _Meeting()) for client in neighbours}
+            self._changed.notify_all()
+        threads = [
+            threading.Thread(target=self._meet, args=(round, client, meeting, deadline), daemon=True)
+            for client, meeting in meetings.items()
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        heard = {}
+        with self._changed:
+            for client, meeting in meetings.items():
+                known = self._known(client)
+                if meeting.verdict == Verdict.COUNTED:
+                    assert meeting.tensors is not None
+                    heard[client], meeting.tensors = meeting.tensors, None
+                    known.up += 1
+                else:
+                    known.down += 1
+            self._doing = "mixing"
+        return heard
+
+    def passed_by(self, round: int) -> bool:
+        """Whether a neighbour has said that it went on from this round without this peer."""
+        with self._changed:
+            return any(meeting.missed for (t, _), meeting in self._meetings.items() if t == round)
+
+    def ask_rounds(self, clients: Sequence[int], wait_s: float = PROBE_S) -> dict[int, int]:
+        """Ask these clients where they are; return the rounds of those that answer."""
+        found: dict[int, int] = {}
+
+        def ask(client: int) -> None:
+            try:
+                found[client] = self._call(client, 0, _Meeting(), time.monotonic() + wait_s, Hello.PING)
+            except (grpc.RpcError, PeertuneError) as error:
+                self._failed(client, error)
+
+        threads = [threading.Thread(target=ask, args=(client,), daemon=True) for client in clients]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return dict(found)
+
+    def progress(self) -> Progress:
+        """Return where this peer is."""
+        with self._changed:
+            doing = self._doing
+            if doing == "swapping":
+                open_now = [m for (t, _), m in self._meetings.items() if t == self._round and m.verdict is None]
+                doing = "waiting" if open_now and not any(meeting.streams for meeting in open_now) else doing
+            return Progress(doing, self._round, self._step, self._phase)
+
+    def knock(self, client: int, wait_s: float = PROBE_S, *, call_back: bool = False) -> Knock:
+        """Try whether this peer gets through to another and, with `call_back`, the other to this one.
+
+        Nothing else changes at either end. Runs are compared where both ends have one. Raises PeertuneError where it
+        does not get through.
+        """
+        identity, roster = self.membership.current()
+        member = roster.by_client(client)
+        theirs, back, offset = None, None, None
+        try:
+            with self._dial(identity, member, (("grpc.use_local_subchannel_pool", 1),)) as channel:  # dials anew
+                hello = self._hello(0, Hello.CALL_BACK if call_back else Hello.ECHO)
+                for chunk in _swap_on(channel)(iter([Chunk(hello=hello)]), timeout=wait_s, metadata=self._claim()):
+                    if kind(chunk) == "hello":
+                        theirs, offset = chunk.hello, _clock_offset_s(chunk.hello)
+                    elif kind(chunk) == "verdict":
+                        through = chunk.verdict.outcome == Verdict.HAVE
+                        back = "" if through else _line(chunk.verdict.reason) or "it does not say why"
+        except grpc.RpcError as error:
+            raise PeertuneError(_line(error.details() or str(error.code()))) from None
+        if theirs is None:
+            raise WireError(f"client {client}: does not begin with a greeting")
+        differs = self._differences(theirs)
+        if not (theirs.agreed and self._agreed):
+            differs = [found for found in differs if found[0] in ("protocol", "federation")]
+        return Knock(offset, theirs.roster_serial, bool(theirs.agreed), differs, back)
+
+    @property
+    def hurried(self) -> bool:
+        """Whether this peer has been told to wait for nobody."""
+        return self._hurried
+
+    def pause(self, seconds: float) -> None:
+        """Wait so long, or until told to hurry."""
+        with self._changed:
+            self._doing = "waiting"
+            self._changed.wait_for(lambda: self._hurried, timeout=seconds)
+
+    def hurry(self) -> None:
+        """Wait for nobody any more, in this swap and all that follow."""
+        with self._changed:
+            self._hurried, self._hurried_at = True, time.monotonic()
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Answer no more calls, once those that still need a verdict of ours have it, or patience is over."""
+        deadline = time.monotonic() + self._patience_s
+        with self._changed:
+            while self._unheard and not self._hurried and (left := deadline - time.monotonic()) > 0:
+                self._changed.wait(min(left, 1.0))
+            self._stopped = True
+            self._changed.notify_all()
+        if self._server is not None:
+            self._server.stop(1.0).wait()
+        for channel, _ in self._channels.values():
+            channel.close()
+
+    # ---- one edge, from this end
+
+    def _meet(self, round: int, client: int, meeting: _Meeting, deadline: float) -> None:
+        """See to it that the meeting is settled."""
+        with self._changed:
+            given_up = self._known(client).given_up
+        member = self.membership.current()[1].by_client(client)
+        if given_up:
+            deadline = min(deadline, time.monotonic() + PROBE_S)
+        elif self.me > client:
+            self._await(meeting, min(deadline, time.monotonic() + FIRST_CALL_S))
+        tries = 0
+        while not self._over(meeting, deadline):
+            if member is None or member.address is None or meeting.streams:
+                self._await(meeting, min(deadline, time.monotonic() + RETRY_S))
+                continue
+            tries += 1
+            try:
+                purpose = Hello.SETTLE if meeting.pledged else Hello.SWAP
+                self._call(client, round, meeting, deadline + (self._patience_s if meeting.pledged else 0), purpose)
+            except (WireError, _UnusableError) as error:
+                self._failed(client, error)
+                meeting.final = True
+            except grpc.RpcError as error:
+                if error.code() == grpc.StatusCode.FAILED_PRECONDITION:  # as planned: the other end doesn't count it
+                    meeting.final, meeting.pledged = True, False
+                self._failed(client, error)
+            pause = min(2.0, RETRY_S * 2**tries)
+            until = time.monotonic() + pause
+            self._await(meeting, until if meeting.pledged else min(until, deadline))
+        with self._changed:
+            if meeting.verdict is None:
+                if meeting.pledged:
+                    log.warning("round %d: whether client %d counts it stays unknown; here it does not", round, client)
+                self._settle(meeting, Verdict.PASSED)
+                if not meeting.final and not self._hurried:
+                    self._known(client).given_up = True
+                    if not given_up:
+                        why = self._known(client).problem or "it was not ready in time"
+                        log.warning("round %d: goes on without client %d: %s", round, client, why)
+
+    def _over(self, meeting: _Meeting, deadline: float) -> bool:
+        if meeting.pledged:  # what the other end decided must be known, if it can be
+            deadline = self._hurried_at + SETTLE_S if self._hurried else deadline + self._patience_s
+        elif self._hurried:
+            return True
+        return meeting.verdict is not None or meeting.final or time.monotonic() >= deadline
+
+    def _await(self, meeting: _Meeting, until: float) -> None:
+        with self._changed:
+            while meeting.verdict is None and (left := until - time.monotonic()) > 0:
+                if self._hurried and not meeting.pledged:
+                    return
+                self._changed.wait(left)
+
+    def _settle(self, meeting: _Meeting, verdict: "Verdict.Outcome") -> "Verdict.Outcome":
+        """Decide, unless it is decided; return what is. The lock is held."""
+        if meeting.verdict is None:
+            meeting.verdict = verdict
+            for call in meeting.calls:
+                call.cancel()
+            self._changed.notify_all()
+        return meeting.verdict
+
+    def _call(self, client: int, round: int, meeting: _Meeting, deadline: float, purpose: "Hello.Purpose") -> int:
+        """Call the client once, and return the round it is in. Raises RpcError, WireError or _UnusableError."""
+        queue: SimpleQueue[Chunk | bytes | None] = SimpleQueue()
+        call = self._stub(client)(
+            _requests(queue),
+            timeout=max(0.1, deadline - time.monotonic()),
+            metadata=self._claim(),
+            wait_for_ready=False,
+        )
+        with self._changed:
+            if purpose != Hello.PING:
+                meeting.calls.append(call)
+            offer = self._offers.get(round)
+        queue.put(Chunk(hello=self._hello(round, purpose)))
+        there, assembler, attached = 0, None, False
+        try:
+            for chunk in call:
+                match kind(chunk):
+                    case "hello":
+                        there = chunk.hello.round
+                        self._check_hello(client, chunk.hello)
+                        self._saw(client, there)
+                        if chunk.hello.roster_serial < self.membership.current()[1].serial:
+                            queue.put(Chunk(roster=self.membership.current()[1].raw))
+                    case "wait":
+                        self._saw(client, chunk.wait.round, chunk.wait.step)
+                    case "roster":
+                        self._adopt(client, chunk.roster)
+                    case "total":
+                        if offer is None or assembler is not None or purpose != Hello.SWAP:
+                            raise WireError(f"client {client}: sends a payload that nobody asked for")
+                        assembler = Assembler(chunk.total, offer.layout)
+                        with self._changed:
+                            meeting.streams += 1
+                            attached = True
+                        queue.put(offer.data)
+                    case "data":
+                        if assembler is None or offer is None:
+                            raise WireError(f"client {client}: sends data before its size")
+                        assembler.add(data_of(chunk))
+                        if not assembler.left_bytes:
+                            received = assembler.data()
+                            tensors = decode(received, offer.layout)
+                            self._count_bytes(client, len(offer.data), len(received))
+                            with self._changed:
+                                if meeting.verdict is not None:
+                                    return there
+                                meeting.tensors, meeting.pledged = tensors, True
+                            queue.put(Chunk(verdict=Verdict(outcome=Verdict.HAVE)))
+                    case "verdict":
+                        with self._changed:
+                            meeting.calls.remove(call)  # settling cancels all others
+                        self._verdict(client, round, meeting, chunk.verdict)
+                        there = max(there, chunk.verdict.round)
+                        queue.put(None)  # by which the other end knows that it arrived
+                    case _:
+                        raise WireError(f"client {client}: sends a part that is not known")
+            return there
+        except WireError as error:
+            queue.put(Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200])))
+            raise
+        finally:
+            queue.put(None)
+            with self._changed:
+                if attached:
+                    meeting.streams -= 1
+                if call in meeting.calls:
+                    meeting.calls.remove(call)
+                self._changed.notify_all()
+            if not call.done():
+                call.cancel()
+
+    def _verdict(self, client: int, round: int, meeting: _Meeting, verdict: Verdict) -> None:
+        """Take the called peer's verdict."""
+        with self._changed:
+            if verdict.outcome == Verdict.COUNTED:
+                if not meeting.pledged:
+                    raise WireError(f"client {client}: counts an edge of which this end has nothing")
+                self._settle(meeting, Verdict.COUNTED)
+            elif verdict.outcome == Verdict.PASSED:
+                meeting.final, meeting.pledged = True, False
+                meeting.missed = self._settle(meeting, Verdict.PASSED) == Verdict.PASSED
+                self._saw(client, verdict.round)
+            elif verdict.outcome == Verdict.REFUSED:
+                meeting.pledged = False
+                raise _UnusableError(f"client {client}: refuses ({_line(verdict.reason)})")
+            else:  # it has forgotten: what was pledged is void, and the swap is made again
+                meeting.pledged = False
+
+    # ---- one call, at the end that is called
+
+    def _answer(self, requests: Iterator[Part], context: Any) -> Iterator[Part]:
+        member = self._identify(context)
+        client = member.client
+        try:
+            with self._admitted(client, context):
+                yield from self._converse(client, requests, context)
+        except WireError as error:
+            log.warning("client %d (%s): %s", client, member.name, error)
+            self._known(client).problem = str(error)
+            yield Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200], round=self._round))
+        except _UnusableError as error:
+            self._failed(client, error)
+            yield Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200], round=self._round))
+
+    def _converse(self, client: int, requests: Iterator[Part], context: Any) -> Iterator[Part]:
+        first = self._read(requests, context)
+        if first is None or kind(first) != "hello":
+            raise WireError("does not begin with a greeting")
+        hello = first.hello
+        tries = hello.purpose in (Hello.CALL_BACK, Hello.ECHO)
+        if self._echo_only and not tries:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "takes no part now")
+        yield Chunk(hello=self._hello(self._round, hello.purpose))
+        if tries:
+            if hello.purpose == Hello.CALL_BACK:
+                yield Chunk(verdict=self._call_back(client))
+            return
+        self._check_hello(client, hello)
+        if hello.purpose != Hello.PING or hello.round:
+            self._saw(client, hello.round)
+        serial = self.membership.current()[1].serial
+        if hello.roster_serial < serial:
+            yield Chunk(roster=self.membership.current()[1].raw)
+        if hello.purpose == Hello.PING:
+            return
+        t = hello.round
+        if self.me in clients_down(self._faults, t):
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"down in round {t}, as planned")
+        if hello.purpose == Hello.SETTLE:
+            yield Chunk(verdict=Verdict(outcome=self._recall(t, client), round=self._round))
+            self._has_heard(t, client)
+            return
+        meeting, offer = yield from self._reach(t, client, context)
+        if meeting is None or offer is None:
+            yield Chunk(verdict=Verdict(outcome=Verdict.PASSED, round=self._round))
+            return
+        with self._changed:
+            meeting.streams += 1
+        try:
+            outcome = yield from self._exchange(t, client, meeting, offer, requests, context)
+        finally:
+            with self._changed:
+                meeting.streams -= 1
+                self._changed.notify_all()
+        with self._changed:
+            self._unheard.add((t, client))
+        yield Chunk(verdict=Verdict(outcome=outcome, round=self._round))
+        with suppress(grpc.RpcError):  # the stream breaks where the caller is lost before it has the verdict
+            for _ in requests:
+                raise WireError("goes on after the verdict")
+            self._has_heard(t, client)
+
+    def _call_back(self, client: int) -> Verdict:
+        """Try whether this peer gets through to the caller at its address in the roster, once at a time."""
+        with self._changed:
+            if client in self._calling_back:
+                return Verdict(outcome=Verdict.REFUSED, reason="is calling back already")
+            self._calling_back.add(client)
+        try:
+            self.knock(client)
+            return Verdict(outcome=Verdict.HAVE)
+        except PeertuneError as error:
+            return Verdict(outcome=Verdict.REFUSED, reason=_line(str(error)))
+        finally:
+            with self._changed:
+                self._calling_back.discard(client)
+
+    def _reach(self, t: int, client: int, context: Any) -> Generator[Part, None, tuple[_Meeting | None, _Offer | None]]:
+        """Wait until this peer has its payload of round t; return the meeting and the offer, None where it is over."""
+        while True:
+            with self._changed:
+                meeting, offer = self._meetings.get((t, client)), self._offers.get(t)
+                if meeting is not None and offer is not None and meeting.verdict != Verdict.PASSED:
+                    return meeting, offer
+                if t < self._round or (meeting is not None and meeting.verdict is not None) or self._stopped:
+                    return None, None
+                if t == self._round and offer is not None:
+                    raise WireError(f"calls for round {t}, in which there is no edge")
+                if not context.is_active():
+                    return None, None
+                self._changed.wait(STILL_HERE_S)
+            yield Chunk(wait=Wait(round=self._round, step=self._step))
+
+    def _exchange(
+        self, t: int, client: int, meeting: _Meeting, offer: _Offer, requests: Iterator[Part], context: Any
+    ) -> "Generator[Part, None, Verdict.Outcome]":
+        """Send this end's payload while the other's comes, and return the verdict."""
+        cut = any(
+            fault.edge is not None and fault.at(t) and sorted(fault.edge) == sorted((self.me, client))
+            for fault in self._faults
+        )
+        yield Chunk(total=len(offer.data))
+        own, assembler = chunks(offer.data), None
+        while True:
+            part = next(own, None)
+            if part is not None:
+                yield part
+            chunk = self._read(requests, context)
+            if chunk is None:
+                raise WireError("hangs up before the end of its payload")
+            match kind(chunk):
+                case "roster":
+                    self._adopt(client, chunk.roster)
+                case "total" if assembler is None:
+                    assembler = Assembler(chunk.total, offer.layout)
+                case "data" if assembler is not None:
+                    if cut:
+                        with self._changed:
+                            meeting.final = True
+                            self._settle(meeting, Verdict.PASSED)
+                        context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"edge cut in round {t}, as planned")
+                    assembler.add(data_of(chunk))
+                case "verdict" if assembler is not None and chunk.verdict.outcome == Verdict.HAVE:
+                    break
+                case "verdict":
+                    raise WireError(f"refuses what it was sent ({_line(chunk.verdict.reason)})")
+                case _:
+                    raise WireError("sends its parts in another order than total, data, verdict")
+        for part in own:  # the caller has it all: only a longer header can be left, and there is none
+            yield part
+        received = assembler.data()
+        tensors = decode(received, offer.layout)
+        self._count_bytes(client, len(offer.data), len(received))
+        with self._changed:
+            if meeting.verdict is None:
+                meeting.tensors = tensors
+            return self._settle(meeting, Verdict.COUNTED)
+
+    def _has_heard(self, t: int, client: int) -> None:
+        """Note that the caller has this end's verdict."""
+        with self._changed:
+            self._unheard.discard((t, client))
+            self._changed.notify_all()
+
+    def _recall(self, t: int, client: int) -> "Verdict.Outcome":
+        """Return the verdict on an earlier meeting."""
+        with self._changed:
+            meeting = self._meetings.get((t, client))
+            if meeting is not None and meeting.verdict is not None:
+                return meeting.verdict
+            return Verdict.PASSED if t < self._round else Verdict.UNKNOWN
+
+    def _read(self, requests: Iterator[Part], context: Any) -> Any:
+        """Return the next of the caller's chunks, None at the end; a caller that stalls is cut off."""
+        with self._changed:
+            self._deadlines[context] = time.monotonic() + min(STALL_S, self._patience_s)
+        try:
+            return next(requests, None)
+        except grpc.RpcError:
+            return None
+        finally:
+            with self._changed:
+                self._deadlines.pop(context, None)
+
+    def _watch(self) -> None:
+        """Cut off callers that stall."""
+        while True:
+            with self._changed:
+                if self._stopped:
+                    return
+                self._changed.wait_for(lambda: self._stopped, timeout=1.0)
+                late = [context for context, deadline in self._deadlines.items() if time.monotonic() > deadline]
+            for context in late:
+                context.cancel()
+
+    @contextmanager
+    def _admitted(self, client: int, context: Any) -> Iterator[None]:
+        """Hold one of the client's few streams."""
+        with self._changed:
+            if self._serving.get(client, 0) >= STREAMS + 1:  # one more, for a question
+                full = True
+            else:
+                full = False
+                self._serving[client] = self._serving.get(client, 0) + 1
+        if full:
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at a time")
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._serving[client] -= 1
+
+    def _identify(self, context: Any) -> Member:
+        """Return who calls, by its certificate."""
+        roster = self.membership.current()[1]
+        if self._insecure:
+            claimed = dict(context.invocation_metadata()).get("peertune-client", "")
+            member = roster.by_client(int(claimed)) if claimed.isdecimal() and len(claimed) < 8 else None
+        else:
+            member = tls.caller(context, roster)
+        if member is None or member.client == self.me:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "not in the roster")
+        assert member is not None
+        return member
+
+    def _claim(self) -> list[tuple[str, str]]:
+        return [("peertune-client", str(self.me))] if self._insecure else []
+
+    # ---- greetings
+
+    def _hello(self, round: int, purpose: "Hello.Purpose") -> Hello:
+        roster = self.membership.current()[1]
+        return Hello(
+            protocol=PROTOCOL,
+            federation=roster.federation,
+            agreed=self._agreed,
+            round=round,
+            roster_serial=roster.serial,
+            purpose=purpose,
+            clock=time.time(),
+        )
+
+    def _check_hello(self, client: int, hello: Hello) -> None:
+        """Raise _UnusableError where the other end differs in what must be the same, and name it."""
+        self._known(client).clock_offset_s = _clock_offset_s(hello)
+        for name, here, there in self._differences(hello):
+            raise _UnusableError(f"{name} differs: {here} at client {self.me}, {there} at client {client}")
+
+    def _differences(self, hello: Hello) -> list[tuple[str, str, str]]:
+        """Return what must be the same and is not: name, here, there."""
+        own = {"protocol": str(PROTOCOL), "federation": self.membership.current()[1].federation} | self._agreed
+        theirs = {"protocol": str(hello.protocol), "federation": hello.federation} | dict(hello.agreed)
+        names = sorted(own.keys() | theirs.keys(), key=lambda name: (name not in ("protocol", "federation"), name))
+        return [
+            (_line(name), _line(own.get(name, "nothing")), _line(theirs.get(name, "nothing")))
+            for name in names
+            if own.get(name) != theirs.get(name)
+        ]
+
+    def _adopt(self, client: int, raw: bytes) -> None:
+        """Take a newer roster, if the CA signed it."""
+        try:
+            if self.membership.adopt(raw):
+                log.warning("took roster %d from client %d", self.membership.current()[1].serial, client)
+        except PeertuneError as error:
+            raise WireError(f"sends a roster that can't be used ({error})") from None
+
+    # ---- what is known of the others
+
+    def _known(self, client: int) -> Neighbour:
+        return self.neighbours.setdefault(client, Neighbour())
+
+    def _saw(self, client: int, round: int, step: int = 0) -> None:
+        known = self._known(client)
+        if known.given_up:
+            log.warning("client %d is back, in round %d", client, round)
+        known.round, known.step, known.seen_at = round, step, time.time()
+        known.reached, known.given_up, known.problem = True, False, ""
+
+    def _failed(self, client: int, error: Exception) -> None:
+        known = self._known(client)
+        details = error.details() if isinstance(error, grpc.RpcError) else None
+        problem = _line(details or str(error))
+        if isinstance(error, grpc.RpcError) and error.code() in (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            grpc.StatusCode.CANCELLED,
+        ):
+            known.problem = problem
+            return
+        if known.reached or known.problem != problem:
+            log.info("client %d: %s", client, problem)
+        if isinstance(error, _UnusableError) and known.problem != problem:
+            log.warning("%s", error)
+        known.reached, known.problem = False, problem
+
+    def _count_bytes(self, client: int, sent: int, received: int) -> None:
+        known = self._known(client)
+        with self._changed:
+            known.bytes_sent += sent
+            known.bytes_received += received
+
+    # ---- channels
+
+    def _stub(self, client: int) -> Any:
+        """Return how to call the client, over a channel that is made anew when certificates change."""
+        identity, roster = self.membership.current()
+        member = roster.by_client(client)
+        key = (identity, member)
+        with self._changed:
+            channel, made_with = self._channels.get(client, (None, None))
+            if channel is None or made_with != key:
+                new = self._dial(identity, member)
+                if channel is not None:
+                    channel.close()
+                channel = new
+                self._channels[client] = channel, key
+        return _swap_on(channel)
+
+    def _dial(self, identity: Identity, member: Member | None, options: Sequence[tuple[str, Any]] = ()) -> Any:
+        if member is None or member.address is None:
+            raise _UnusableError(f"{'it' if member is None else member.name}: has no address in the roster")
+        if self._insecure:
+            return grpc.insecure_channel(tls.check_loopback(member.address), [*OPTIONS, *options])
+        return tls.secure_channel(identity, member, [*OPTIONS, *options])
+
+
+def _swap_on(channel: Any) -> Any:
+    return channel.stream_stream(METHOD, request_serializer=pack, response_deserializer=unpack)
+
+
+def _clock_offset_s(hello: Hello) -> float | None:
+    """Return by how much the other end's clock is ahead of this one's."""
+    return hello.clock - time.time() if 0 < hello.clock < 1e11 else None  # a time of these thousand years
+
+
+def _requests(queue: "SimpleQueue[Chunk | bytes | None]") -> Iterator[Part]:
+    """Turn what is put in the queue into a call's requests; bytes are a payload."""
+    while (item := queue.get()) is not None:
+        if isinstance(item, bytes):
+            yield Chunk(total=len(item))
+            yield from chunks(item)
+        else:
+            yield item
+
+
+def _line(text: str) -> str:
+    """Return what another end says as one short printable line."""
+    return "".join(c if c.isprintable() else " " for c in text)[:200]

@@ -1,0 +1,43 @@
+"""What is planned to go wrong: edges that fail, clients that are down, clients that are slow.
+
+The simulator and real peers follow the same plan, so that what a fault does to a method can be studied in either, and
+so that the two can be held against each other when things fail.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from peertune.topology.weights import Edges
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that goes wrong in the rounds from `first` to `last`, both included."""
+
+    first: int
+    last: int
+    edge: tuple[int, int] | None = None  # these two can't exchange
+    down: int | None = None  # this client neither trains nor exchanges, and goes on with what it had before
+    slow: int | None = None  # this client takes `delay_s` longer for a round, which changes no result
+    delay_s: float = 0.0
+
+    def at(self, t: int) -> bool:
+        """Whether it goes wrong in round t."""
+        return self.first <= t <= self.last
+
+
+def clients_down(faults: Sequence[Fault], t: int) -> set[int]:
+    """Return the clients that are down in round t."""
+    return {fault.down for fault in faults if fault.down is not None and fault.at(t)}
+
+
+def failed_edges(faults: Sequence[Fault], active: Edges, t: int) -> list[tuple[int, int]]:
+    """Return those of the round's `active [E, 2]` edges that fail: dropped, or with an end that is down; i < j."""
+    down = clients_down(faults, t)
+    dropped = {tuple(sorted(fault.edge)) for fault in faults if fault.edge is not None and fault.at(t)}
+    return [(i, j) for i, j in active.tolist() if i in down or j in down or (i, j) in dropped]
+
+
+def delay_s(faults: Sequence[Fault], client: int, t: int) -> float:
+    """Return by how many seconds round t takes the client longer."""
+    return sum(fault.delay_s for fault in faults if fault.slow == client and fault.at(t))

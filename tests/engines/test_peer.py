@@ -1,0 +1,103 @@
+"""The simulator and real peers: one recipe, the same adapters, with and without faults."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from federation import Federation, Played, found, play
+
+from peertune.algorithms.methods import ALGORITHMS
+from peertune.assembly import build
+from peertune.engines.simulator import simulate
+from peertune.recipe import load_recipe
+from peertune.types import RoundRecord
+
+SMALL = (
+    "lora={r: 3, lora_alpha: 6, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}",
+    "partition={name: iid}",
+    "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 3}",
+    "evaluate={every: 3, rows: 10}",
+    "network.patience_s=60",
+)
+
+
+def recipe(peers: int, dtype: str, *more: str) -> list[str]:
+    graph = f"graph={{name: complete, activation: {0.6 if peers < 8 else 0.3}}}"
+    return [*SMALL, f"clients={peers}", f"model.dtype={dtype}", graph, "rounds=5", *more]
+
+
+def simulated(overrides: list[str]) -> list[RoundRecord]:
+    return list(simulate(build(load_recipe("digits-demo", overrides)).job))
+
+
+def assert_same(overrides: list[str], played: list[Played], tolerance: float) -> list[RoundRecord]:
+    """Hold the peers against the simulator, whose records are returned."""
+    records = simulated(overrides)
+    state = records[-1].state
+    assert state is not None
+    for name, x in state.adapters.items():
+        for client, peer in enumerate(played):
+            torch.testing.assert_close(peer.adapters[name][0], x[client], rtol=0, atol=tolerance)
+    for client, peer in enumerate(played):
+        ours = [record for record in records if client in record.clients]
+        assert [record["round"] for record in peer.records] == [record.round for record in ours]
+        for mine, record in zip(peer.records, ours, strict=True):
+            near = [list(edge) for edge in record.edges if client in edge]
+            lost = [list(edge) for edge in record.failed_edges if client in edge]
+            assert (mine["edges"], mine["failed_edges"]) == (near, lost)
+    return records
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    return found(tmp_path_factory.mktemp("four"), 4)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+def test_four_peers_end_with_the_simulators_adapters_for_every_method(
+    four: Federation, dtype: str, tolerance: float
+) -> None:
+    recipes = {method: recipe(4, dtype, f"algorithm={{name: {method}}}") for method in ALGORITHMS}
+    recipes["adaptive"] = recipe(4, dtype, "algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}")
+    for method, played in play(four, recipes).items():
+        assert_same(recipes[method], played, tolerance)
+
+
+def test_eight_peers_end_with_the_simulators_adapters(tmp_path: Path) -> None:
+    methods = ("tad_lora", "decaf")
+    recipes = {method: recipe(8, "float64", f"algorithm={{name: {method}}}") for method in methods}
+    for method, played in play(found(tmp_path, 8), recipes).items():
+        assert_same(recipes[method], played, 1e-12)
+
+
+FAULTS = {
+    "edge": ["{edge: [0, 1], rounds: [1, 3]}", "{edge: [2, 3], rounds: [0, 0]}"],
+    "down": ["{down: 2, rounds: [1, 2]}", "{down: 0, rounds: [3, 3]}"],
+    "slow": ["{slow: 3, rounds: [0, 4], delay_s: 0.3}"],
+}
+
+
+def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federation) -> None:
+    recipes = {
+        f"{fault} {method}": recipe(
+            4, "float64", f"algorithm={{name: {method}}}", "graph.activation=1.0", f"faults=[{', '.join(planned)}]"
+        )
+        for fault, planned in FAULTS.items()
+        for method in ("tad_lora", "decaf")
+    }
+    results = play(four, recipes)
+    for name, played in results.items():
+        drift = [record.diagnostics["mean_drift"] for record in assert_same(recipes[name], played, 1e-12)]
+        assert max(drift) < 1e-13 or "decaf" in name  # products are averaged, not factors
+        lost = sorted(
+            {(record["round"], *edge) for peer in played for record in peer.records for edge in record["failed_edges"]}
+        )
+        fired = {
+            "edge": [(0, 2, 3), (1, 0, 1), (2, 0, 1), (3, 0, 1)],
+            "down": [(1, 0, 2), (1, 1, 2), (1, 2, 3), (2, 0, 2), (2, 1, 2), (2, 2, 3), (3, 0, 1), (3, 0, 2), (3, 0, 3)],
+            "slow": [],
+        }
+        assert lost == fired[name.split()[0]]
+    assert (results["edge decaf"][0].known[1]["down"], results["edge decaf"][1].known[0]["down"]) == (3, 3)
+    waited = [record["seconds"]["exchange"] for record in results["slow decaf"][0].records]
+    assert min(waited) > 0.2  # for the slow one, which nobody goes on without

@@ -1,0 +1,167 @@
+"""A federation on this machine: a CA, folders of peers, a roster, and the peers as real processes."""
+
+import json
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import parties
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peertune.files import write_file
+
+
+def free_ports(count: int) -> list[int]:
+    """Return ports that nobody listens at, all different."""
+    with ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Where its parts are; peer k is client k, in `folder/peer-k`."""
+
+    parties: parties.Federation
+    ports: list[int]
+
+    @property
+    def folder(self) -> Path:
+        return self.parties.folder
+
+    @property
+    def roster(self) -> Path:
+        return self.folder / "roster.yaml"
+
+    def peer(self, client: int) -> Path:
+        return self.folder / f"peer-{client}"
+
+    def address(self, client: int) -> str:
+        return f"127.0.0.1:{self.ports[client]}"
+
+    def issue(self) -> bytes:
+        """Issue a roster, and put it where the peers look."""
+        data = self.parties.roster().raw
+        write_file(self.roster, data)
+        return data
+
+
+def found(
+    folder: Path,
+    peers: int,
+    silent: Sequence[int] = (),
+    through: Mapping[int, int] | None = None,
+    now: datetime | None = None,
+) -> Federation:
+    """Make a federation of so many peers, at the time `now`.
+
+    The `silent` ones have no address and can only dial out; others are reached `through` another port than their own.
+    """
+    made = Federation(parties.Federation(folder, name="trial", now=now), free_ports(peers))
+    for client in range(peers):
+        port = (through or {}).get(client, made.ports[client])
+        made.parties.join(f"peer-{client}", None if client in silent else f"127.0.0.1:{port}", now=now)
+    made.issue()
+    return made
+
+
+@dataclass(frozen=True)
+class Played:
+    """What became of one peer's run."""
+
+    adapters: dict[str, Tensor]  # [1, …]
+    records: list[dict[str, Any]]
+    known: dict[int, dict[str, Any]]  # what it knows of its neighbours at the end
+
+
+def forking() -> Any:
+    """Return what makes processes, forked from one that is warm."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where it finds `warm`
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["warm"])
+    return forks
+
+
+def play(made: Federation, recipes: Mapping[str, Sequence[str]], **options: Any) -> dict[str, list[Played]]:
+    """Run each recipe with one process for each peer, all at once, one recipe after the other; return what came of it.
+
+    A recipe is overrides of `digits-demo`. The processes are forked from one that has imported what they need.
+    """
+    forks = forking()
+    out = made.folder / "played"
+    peers = range(len(made.ports))
+    together = forks.Barrier(len(peers), timeout=120)  # no peer may meet another that runs another recipe
+    processes = [forks.Process(target=_play, args=(made, client, recipes, out, together, options)) for client in peers]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(280)
+            assert process.exitcode == 0, (out / "errors").read_text() if (out / "errors").exists() else process
+    finally:
+        for process in processes:
+            process.kill()
+    return {name: [_read(out / name / f"{client}") for client in peers] for name in recipes}
+
+
+def _play(
+    made: Federation,
+    client: int,
+    recipes: Mapping[str, Sequence[str]],
+    out: Path,
+    together: Any,
+    options: Mapping[str, Any],
+) -> None:
+    import torch
+
+    from peertune.assembly import agreed, build
+    from peertune.engines.peer import run_peer
+    from peertune.net.membership import Membership
+    from peertune.net.swap import Swapper
+    from peertune.recipe import load_recipe
+
+    torch.set_num_threads(1)
+    try:
+        for name, overrides in recipes.items():
+            run = build(load_recipe("digits-demo", overrides), client)
+            swapper = Swapper(
+                Membership(made.peer(client), made.roster),
+                agreed(run),
+                patience_s=run.resolved.network.patience_s,
+                faults=run.job.faults,
+                **options,
+            )
+            swapper.start(made.address(client))
+            records, state = [], run.job.state
+            for record in run_peer(run.job, swapper):
+                assert record.state is not None
+                state = record.state
+                records.append({k: v for k, v in asdict(replace(record, state=None)).items() if k != "state"})
+            swapper.stop()
+            together.wait()
+            (out / name).mkdir(parents=True, exist_ok=True)
+            known = {other: asdict(value) for other, value in swapper.neighbours.items()}
+            (out / name / f"{client}.json").write_text(json.dumps({"records": records, "known": known}))
+            save_file({k: x.contiguous() for k, x in state.adapters.items()}, out / name / f"{client}.safetensors")
+    except BaseException:
+        together.abort()
+        out.mkdir(exist_ok=True)
+        with (out / "errors").open("a") as file:
+            file.write(f"peer {client}\n{traceback.format_exc()}\n")
+        raise
+
+
+def _read(file: Path) -> Played:
+    found = json.loads(file.with_suffix(".json").read_text())
+    known = {int(client): value for client, value in found["known"].items()}
+    return Played(load_file(file.with_suffix(".safetensors")), found["records"], known)

@@ -1,0 +1,263 @@
+"""Peers as real processes that are killed, stopped, filled up and cut off: the others go on, and they come back."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation import Federation, forking, found
+
+from peertune import tracking
+
+RECIPE = (
+    "digits-demo",
+    "evaluate={every: 1000, rows: 10}",
+    "lora={r: 2, lora_alpha: 4, target_modules: [q_proj]}",
+    "training={learning_rate: 5e-3, local_steps: 1, per_device_train_batch_size: 2}",
+    "partition={name: iid}",
+    "algorithm={name: adf_lora}",
+    "graph={name: complete, activation: 0.5}",
+)
+
+
+class Peers:
+    """The peers of a federation, each a process that the command line runs; forked, so that none imports anew."""
+
+    def __init__(self, made: Federation, *overrides: str) -> None:
+        self.made, self.overrides = made, [*RECIPE[1:], f"clients={len(made.ports)}", *overrides]
+        self.running: dict[int, Any] = {}
+        self._forks = forking()
+
+    def run(self, client: int) -> Path:
+        return self.made.folder / f"disk-{client}" / "run"
+
+    def start(self, *clients: int) -> None:
+        """Start these, or go on with what they left."""
+        for client in clients:
+            run = self.run(client)
+            words = ["peer", "start", "--dir", str(self.made.peer(client)), "--roster", str(self.made.roster)]
+            if (run / "resolved.yaml").exists():
+                words += ["--resume", str(run)]
+            else:
+                words += ["--recipe", RECIPE[0], "--out", str(run), *self.overrides]
+            process = self._forks.Process(target=_command, args=(words, self.made.folder / f"log-{client}"))
+            process.start()
+            self.running[client] = process
+
+    def signal(self, client: int, number: int) -> None:
+        os.kill(self.running[client].pid, number)
+
+    def kill(self, *clients: int) -> None:
+        for client in clients:
+            self.signal(client, signal.SIGKILL)
+        for client in clients:
+            self.running[client].join(30)
+            assert self.running[client].exitcode == -signal.SIGKILL
+
+    def end(self, *clients: int, timeout_s: float = 120.0) -> None:
+        """Wait until these have finished, as they should."""
+        for client in clients:
+            self.running[client].join(timeout_s)
+            assert self.running[client].exitcode == 0, self.log(client)
+
+    def log(self, client: int) -> str:
+        return (self.made.folder / f"log-{client}").read_text()
+
+    def records(self, client: int) -> list[dict[str, Any]]:
+        return tracking.records(self.run(client)) if (self.run(client) / "rounds.jsonl").exists() else []
+
+    def rounds(self, client: int) -> int:
+        """The round after the last one recorded."""
+        return max((record["round"] + 1 for record in self.records(client)), default=0)
+
+    def beyond(self, round: int, *clients: int) -> bool:
+        """Whether all of these have recorded a round after this one."""
+        return all(self.rounds(client) > round for client in clients)
+
+    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 90.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not happened():
+            assert time.monotonic() < deadline, "\n".join(self.log(client) for client in self.running)
+            time.sleep(0.02)
+
+
+def _command(words: list[str], log: Path) -> None:
+    """Be the command line, in this process."""
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["peertune", *words]
+    from peertune.cli import main
+
+    main()
+
+
+@contextmanager
+def peers(made: Federation, *overrides: str) -> Iterator[Peers]:
+    group = Peers(made, *overrides)
+    try:
+        yield group
+    finally:
+        for process in group.running.values():
+            process.kill()
+            process.join()
+
+
+def assert_whole(group: Peers, client: int, rounds: int) -> None:
+    """The run is finished, none of its lines is damaged, and its newest checkpoint is the end."""
+    run = group.run(client)
+    lines = (run / "rounds.jsonl").read_text().splitlines()
+    numbers = [json.loads(line)["round"] for line in lines]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] == rounds - 1
+    state = tracking.load_checkpoint(run)
+    assert state is not None
+    assert state.round == rounds
+    assert (run / "adapters" / f"client-{client:03d}" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.timeout(600)
+def test_fifty_kills_at_random_moments_stop_nobody_and_damage_nothing(tmp_path: Path) -> None:
+    rounds, kills = 400, 50
+    draw = random.Random(0)
+    with peers(found(tmp_path, 4), f"rounds={rounds}", "network.patience_s=20") as group:
+        group.start(*range(4))
+        group.wait_until(lambda: all(group.rounds(client) > 2 for client in range(4)))
+        resumed = []
+        for _ in range(kills):
+            victim = draw.randrange(4)
+            before = group.rounds(victim)
+            time.sleep(draw.uniform(0, 0.3))  # a random moment of its round, of mixing, of writing
+            group.kill(victim)
+            state = tracking.load_checkpoint(group.run(victim))
+            assert state is not None
+            assert state.round >= group.rounds(victim) - 1 >= before - 1  # at most the round in progress is lost
+            resumed.append(state.round)
+            group.start(victim)
+            group.wait_until(partial(group.beyond, state.round, victim))  # it is back
+        assert len(resumed) == kills
+        assert max(resumed) < rounds, "the last kill came after the end"
+        group.end(*range(4))
+        for client in range(4):
+            assert_whole(group, client, rounds)
+            assert "Traceback" not in group.log(client)
+        met = [len(record["edges"]) for client in range(4) for record in group.records(client)]
+        lost = [len(record["failed_edges"]) for client in range(4) for record in group.records(client)]
+        assert sum(lost) < 0.2 * sum(met)  # a round that was cut off is made again with those that counted it
+
+
+def test_a_peer_that_is_stopped_for_longer_than_the_patience_rejoins_where_the_others_are(tmp_path: Path) -> None:
+    rounds = 150
+    with peers(found(tmp_path, 4), f"rounds={rounds}", "network.patience_s=2", "graph.activation=1.0") as group:
+        group.start(*range(4))
+        group.wait_until(lambda: group.rounds(3) > 2)
+        group.signal(3, signal.SIGSTOP)
+        stopped = group.rounds(3)
+
+        def without() -> list[int]:
+            return [r["round"] for r in group.records(0) if [0, 3] in r["failed_edges"]]
+
+        group.wait_until(lambda: len(without()) >= 3)
+        group.signal(3, signal.SIGCONT)
+        group.wait_until(lambda: any(r["round"] > max(without()) and [0, 3] in r["edges"] for r in group.records(0)))
+        group.end(*range(4))
+        for client in range(4):
+            assert_whole(group, client, rounds)
+        numbers = [record["round"] for record in group.records(3)]
+        missing = set(range(rounds)) - set(numbers)
+        assert missing, stopped  # it went on from where the others were
+        assert "behind: going on from round" in group.log(3)
+        assert "goes on without client 3" in group.log(0)
+
+
+def test_peers_that_are_all_restarted_at_once_go_on(tmp_path: Path) -> None:
+    rounds = 60
+    with peers(found(tmp_path, 4), f"rounds={rounds}", "network.patience_s=30") as group:
+        group.start(*range(4))
+        for at in (5, 20, 40):
+            group.wait_until(partial(group.beyond, at, *range(4)))
+            group.kill(*range(4))
+            group.start(*range(4))
+        group.end(*range(4))
+        for client in range(4):
+            assert_whole(group, client, rounds)
+
+
+def test_sigterm_finishes_the_round_and_resuming_goes_on(tmp_path: Path) -> None:
+    rounds = 40
+    with peers(found(tmp_path, 2), f"rounds={rounds}", "graph.activation=1.0") as group:
+        group.start(0, 1)
+        group.wait_until(lambda: group.rounds(1) > 2)
+        group.signal(1, signal.SIGTERM)
+        group.running[1].join(60)
+        assert group.running[1].exitcode == 130
+        state = tracking.load_checkpoint(group.run(1))
+        assert state is not None
+        assert state.round == group.rounds(1)
+        group.start(1)
+        group.end(0, 1)
+        for client in (0, 1):
+            assert_whole(group, client, rounds)
+
+
+def test_late_peers_go_on_with_the_others(tmp_path: Path) -> None:
+    rounds = 80
+    with peers(found(tmp_path, 3), f"rounds={rounds}", "network.patience_s=2", "graph.activation=1.0") as group:
+        group.start(0, 1)
+        group.wait_until(lambda: group.rounds(0) > 20)
+        group.start(2)
+        group.end(*range(3))
+        first = group.records(2)[0]
+        assert first["round"] > 15
+        assert any([0, 2] in record["edges"] for record in group.records(0))
+        for client in range(3):
+            assert_whole(group, client, rounds)
+
+
+def test_a_full_disk_stops_one_peer_in_a_line_and_nobody_else(tmp_path: Path) -> None:
+    rounds = 30
+    made = found(tmp_path, 3)
+    small = made.folder / "disk-1"
+    small.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small file system")
+    try:
+        with peers(made, f"rounds={rounds}", "network.patience_s=3") as group:
+            group.start(*range(3))
+            group.wait_until(lambda: group.rounds(1) > 1)
+            _fill(small / "filler")
+            group.running[1].join(60)
+            assert group.running[1].exitcode == 2, group.log(1)
+            assert "can't be written (No space left on device)" in group.log(1)
+            assert "Traceback" not in group.log(1)
+            (small / "filler").unlink()
+            group.start(1)
+            group.end(0, 1, 2)
+            for client in range(3):
+                assert_whole(group, client, rounds)
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def _fill(file: Path) -> None:
+    """Write until there is no room."""
+    with file.open("wb", buffering=0) as out:
+        try:
+            while True:
+                out.write(b"x" * 4096)
+        except OSError:
+            return

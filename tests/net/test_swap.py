@@ -1,0 +1,394 @@
+"""Swaps between real servers over real TLS: what counts, what doesn't, and that both ends agree on it."""
+
+import peertune.net  # noqa: F401  # first: gRPC reads its settings when it is imported
+
+# isort: split
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from federation import Federation, found, free_ports
+
+from peertune.net import tls
+from peertune.net.codec import encode
+from peertune.net.membership import Membership
+from peertune.net.peer_pb2 import Chunk, Hello, Verdict
+from peertune.net.swap import METHOD, Swapper
+from peertune.types import Tensors
+
+AGREED = {"rounds": "10", "seed": "0"}
+
+
+def payload(client: int, round: int = 0, size: int = 50) -> Tensors:
+    generator = torch.Generator().manual_seed(100 * round + client)
+    return {"q.A": torch.randn(1, 3, size, generator=generator), "q.B": torch.randn(1, size, 3, generator=generator)}
+
+
+def same(a: Tensors, b: Tensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextmanager
+def peers(made: Federation, clients: Sequence[int], **options: Any) -> Iterator[dict[int, Swapper]]:
+    with ExitStack() as stack:
+        swappers = {}
+        for client in clients:
+            settings: dict[str, Any] = {"agreed": AGREED, "patience_s": 20.0} | options
+            swapper = Swapper(Membership(made.peer(client), made.roster), **settings)
+            stack.callback(swapper.stop)
+            stack.callback(swapper.hurry)
+            swapper.start(made.address(client))
+            swappers[client] = swapper
+        yield swappers
+
+
+def all_swap(swappers: dict[int, Swapper], round: int = 0, size: int = 50) -> dict[int, dict[int, Tensors]]:
+    """Have everybody swap with everybody in a round, at the same time."""
+    with ThreadPoolExecutor(len(swappers)) as pool:
+        going = {
+            client: pool.submit(
+                swapper.swap, round, payload(client, round, size), [other for other in swappers if other != client]
+            )
+            for client, swapper in swappers.items()
+        }
+        return {client: one.result(60) for client, one in going.items()}
+
+
+def assert_all_heard(
+    swappers: dict[int, Swapper], heard: dict[int, dict[int, Tensors]], round: int, size: int = 50
+) -> None:
+    for client, came in heard.items():
+        assert came.keys() == swappers.keys() - {client}
+        assert all(same(x, payload(other, round, size)) for other, x in came.items())
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    return found(tmp_path_factory.mktemp("three"), 3)
+
+
+def test_everybody_hears_everybody(three: Federation) -> None:
+    with peers(three, range(3)) as swappers:
+        for t in range(3):
+            assert_all_heard(swappers, all_swap(swappers, t), t)
+        assert swappers[0].neighbours[1].bytes_received == 3 * len(encode(payload(1)))
+
+
+def test_a_payload_of_many_chunks_arrives(three: Federation) -> None:
+    with peers(three, range(2)) as swappers:
+        assert_all_heard(swappers, all_swap(swappers, 0, 300_000), 0, 300_000)
+
+
+def test_a_peer_that_can_only_dial_out_takes_part(tmp_path: Path) -> None:
+    made = found(tmp_path, 3, silent=[0, 2])
+    with peers(made, [1]) as listening:
+        silent = {
+            client: Swapper(Membership(made.peer(client), made.roster), AGREED, patience_s=10.0) for client in (0, 2)
+        }
+        heard = {}
+        with ThreadPoolExecutor(3) as pool:
+            one = pool.submit(listening[1].swap, 0, payload(1), [0, 2])
+            for client, swapper in silent.items():
+                heard[client] = pool.submit(swapper.swap, 0, payload(client), [1])
+            assert one.result(30).keys() == {0, 2}
+            assert all(came.result(30).keys() == {1} for came in heard.values())
+
+
+def test_a_clock_an_hour_wrong_does_not_matter(tmp_path: Path) -> None:
+    made = found(tmp_path, 2, now=datetime.now(UTC) + timedelta(hours=1))
+    with peers(made, range(2)) as swappers:
+        assert_all_heard(swappers, all_swap(swappers), 0)
+
+
+def test_a_mismatch_costs_the_edge_at_once_and_names_the_field_at_both_ends(
+    three: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    with peers(three, [0]) as one, peers(three, [1], agreed=AGREED | {"seed": "7"}) as other:
+        begin = time.monotonic()
+        assert all_swap(one | other) == {0: {}, 1: {}}
+        assert time.monotonic() - begin < 15
+        assert "seed differs: 0 at client 0, 7 at client 1" in one[0].neighbours[1].problem
+        assert "seed differs: 7 at client 1, 0 at client 0" in other[1].neighbours[0].problem
+
+
+def test_a_neighbour_that_is_not_there_costs_the_patience_once(three: Federation) -> None:
+    with peers(three, [0], patience_s=3.0) as swappers:
+        taken = []
+        for t in range(2):
+            begin = time.monotonic()
+            assert swappers[0].swap(t, payload(0, t), [1]) == {}
+            taken.append(time.monotonic() - begin)
+        assert taken[0] >= 3.0 > taken[1]
+        assert swappers[0].neighbours[1].down == 2
+
+
+def test_a_neighbour_that_comes_late_is_waited_for(three: Federation) -> None:
+    with peers(three, range(2)) as swappers, ThreadPoolExecutor() as pool:
+        early = pool.submit(swappers[1].swap, 5, payload(1, 5), [0])
+        reached = threading.Event()
+
+        def waits() -> bool:
+            return swappers[0].neighbours.get(1) is not None and swappers[0].neighbours[1].round == 5
+
+        deadline = time.monotonic() + 20
+        while not waits():
+            assert time.monotonic() < deadline
+            reached.wait(0.01)
+        assert not early.done()
+        assert same(swappers[0].swap(5, payload(0, 5), [1])[1], payload(1, 5))
+        assert same(early.result(20)[0], payload(0, 5))
+
+
+def test_a_round_can_be_made_again_with_those_that_counted_it(three: Federation) -> None:
+    with peers(three, range(2)) as swappers:
+        assert_all_heard(swappers, all_swap(swappers), 0)
+        swappers[0].enter(1)
+        swappers[1].stop()
+        with peers(three, [1]) as again:  # killed before it kept the round
+            assert same(again[1].swap(0, payload(1), [0])[0], payload(0))
+            assert not swappers[0].passed_by(0)
+
+
+def test_a_round_that_the_other_end_gave_up_is_passed_at_both(three: Federation) -> None:
+    with peers(three, range(2), patience_s=4.0) as swappers:
+        assert swappers[0].swap(3, payload(0, 3), [1]) == {}
+        swappers[0].enter(7)
+        assert swappers[1].swap(3, payload(1, 3), [0]) == {}
+        assert swappers[1].passed_by(3)
+        assert swappers[1].ask_rounds([0]) == {0: 7}
+
+
+# ---- wires that break
+
+
+class Proxy:
+    """Passes bytes on between those who call its port and another port, and cuts connections off in the middle."""
+
+    def __init__(self, port: int, to: int, cut_after_bytes: Sequence[int]) -> None:
+        self.cuts = 0
+        self._to, self._left = to, list(cut_after_bytes)
+        self._listener = socket.create_server(("127.0.0.1", port))
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                one, _ = self._listener.accept()
+            except OSError:
+                return
+            other = socket.create_connection(("127.0.0.1", self._to))
+            budget = [self._left.pop(0) if self._left else 1 << 60]
+            for source, sink in ((one, other), (other, one)):
+                threading.Thread(target=self._pass, args=(source, sink, budget, (one, other)), daemon=True).start()
+
+    def _pass(
+        self, source: socket.socket, sink: socket.socket, budget: list[int], both: Sequence[socket.socket]
+    ) -> None:
+        try:
+            while data := source.recv(65536):
+                sink.sendall(data[: max(0, budget[0])])
+                budget[0] -= len(data)
+                if budget[0] <= 0:
+                    self.cuts += 1
+                    break
+        except OSError:
+            pass
+        for end in both:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        source.close()
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+def test_connections_cut_in_mid_payload_are_made_again_and_both_ends_agree(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    made = found(tmp_path, 2, through={1: port}, silent=[0])  # all goes by the proxy
+    draw = random.Random(0)
+    size = 100_000  # 2.4 MB each way
+    cuts = [draw.randrange(5_000, 4_800_000) for _ in range(12)]
+    proxy = Proxy(port, made.ports[1], cuts)
+    caller = Swapper(Membership(made.peer(0), made.roster), AGREED, patience_s=40.0)
+    with peers(made, [1], patience_s=40.0) as swappers:
+        both = {0: caller, 1: swappers[1]}
+        for t in range(8):
+            assert_all_heard(both, all_swap(both, t, size), t, size)
+    assert proxy.cuts >= 8
+    proxy.close()
+
+
+# ---- members that do not keep to the protocol
+
+
+def call(made: Federation, who: int, whom: int, requests: Iterator[Chunk], timeout_s: float = 10.0) -> list[Chunk]:
+    """Call a peer as another member, with these requests; return the answers."""
+    identity, roster = Membership(made.peer(who), made.roster).current()
+    member = roster.by_client(whom)
+    assert member is not None
+    with tls.secure_channel(identity, member) as channel:
+        stub = channel.stream_stream(
+            METHOD, request_serializer=Chunk.SerializeToString, response_deserializer=Chunk.FromString
+        )
+        return list(stub(requests, timeout=timeout_s))
+
+
+def hello(round: int, purpose: int = Hello.SWAP, **other: Any) -> Chunk:
+    fields = {"protocol": 1, "federation": "trial", "agreed": AGREED, "round": round, "roster_serial": 99} | other
+    return Chunk(hello=Hello(purpose=purpose, **fields))  # type: ignore[arg-type]
+
+
+def outcomes(answers: list[Chunk]) -> list[int]:
+    return [chunk.verdict.outcome for chunk in answers if chunk.WhichOneof("part") == "verdict"]
+
+
+def offering(swapper: Swapper, round: int, neighbours: Sequence[int], pool: ThreadPoolExecutor) -> Any:
+    """Have a peer wait for these neighbours in a round; return once it does."""
+    going = pool.submit(swapper.swap, round, payload(swapper.me, round), neighbours)
+    while (round, neighbours[0]) not in swapper._meetings:
+        pass
+    return going
+
+
+def test_a_stale_round_is_passed_and_a_future_one_waits_and_changes_nothing(three: Federation) -> None:
+    with peers(three, [0], patience_s=5.0) as swappers:
+        swappers[0].enter(5)
+        assert outcomes(call(three, 2, 0, iter([hello(3)]))) == [Verdict.PASSED]
+        assert outcomes(call(three, 2, 0, iter([hello(4, Hello.SETTLE)]))) == [Verdict.PASSED]
+        with pytest.raises(grpc.RpcError) as error:
+            call(three, 2, 0, iter([hello(10**12)]), timeout_s=2.0)
+        assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert (swappers[0]._round, swappers[0]._meetings) == (5, {})
+
+
+def test_a_duplicate_gets_the_same_payload_and_verdict_and_changes_nothing(three: Federation) -> None:
+    with peers(three, [0, 2]) as swappers:
+        heard = all_swap(swappers)
+        data = encode(payload(2, 8))  # not what it sent before
+        for _ in range(3):
+            verdict = Chunk(verdict=Verdict(outcome=Verdict.HAVE))
+            answers = call(three, 2, 0, iter([hello(0), Chunk(total=len(data)), Chunk(data=data), verdict]))
+            assert outcomes(answers) == [Verdict.COUNTED]
+            assert b"".join(chunk.data for chunk in answers) == encode(payload(0))
+        assert same(heard[0][2], payload(2))
+        assert swappers[0]._meetings[0, 2].tensors is None
+
+
+HAVE = Chunk(verdict=Verdict(outcome=Verdict.HAVE))
+GOOD = encode(payload(2))
+NAN = encode({name: x * torch.nan for name, x in payload(2).items()})
+GARBAGE: dict[str, Callable[[], list[Chunk]]] = {
+    "nothing": list,
+    "no greeting": lambda: [Chunk(data=b"x")],
+    "no part": lambda: [Chunk()],
+    "another protocol": lambda: [hello(0, protocol=9)],
+    "another federation": lambda: [hello(0, federation="evil")],
+    "a forged line": lambda: [hello(0, agreed={"a\nb": "c\nd"})],
+    "many fields": lambda: [hello(0, agreed={str(k): "x" for k in range(50_000)})],
+    "huge total": lambda: [hello(0), Chunk(total=2**63)],
+    "no total": lambda: [hello(0), Chunk(data=GOOD)],
+    "two totals": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(total=len(GOOD))],
+    "empty chunk": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=b"")],
+    "too much": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=GOOD + b"x")],
+    "too little": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=GOOD[:-1]), HAVE],
+    "not a number": lambda: [hello(0), Chunk(total=len(NAN)), Chunk(data=NAN), HAVE],
+    "noise": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=random.Random(0).randbytes(len(GOOD))), HAVE],
+    "a forged roster": lambda: [hello(0), Chunk(roster=b"federation: trial\n")],
+    "another verdict": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=GOOD), Chunk(verdict=Verdict(outcome=9))],  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("what", GARBAGE)
+def test_garbage_of_a_member_is_dropped_and_costs_nobody_else_anything(three: Federation, what: str) -> None:
+    with peers(three, [0, 1]) as swappers, ThreadPoolExecutor() as pool:
+        going = offering(swappers[0], 0, [2, 1], pool)
+        code, answers = grpc.StatusCode.OK, []
+        try:
+            answers = call(three, 2, 0, iter(GARBAGE[what]()), timeout_s=5.0)
+        except grpc.RpcError as error:
+            code = error.code()
+        assert code != grpc.StatusCode.UNKNOWN  # nothing of ours was raised
+        assert set(outcomes(answers)) <= {Verdict.REFUSED}
+        begin = time.monotonic()
+        assert same(swappers[1].swap(0, payload(1), [0])[0], payload(0))
+        assert time.monotonic() - begin < 5
+        assert not going.done() or 2 not in going.result()
+        swappers[0].hurry()
+        assert going.result(10).keys() == {1}
+        assert "\n" not in swappers[0].neighbours[2].problem if 2 in swappers[0].neighbours else True
+
+
+def test_a_member_that_says_nothing_is_cut_off_and_holds_few_streams(
+    three: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peertune.net.swap.STALL_S", 1.0)
+    with peers(three, [0, 1]) as swappers:
+        identity, roster = Membership(three.peer(2), three.roster).current()
+        member = roster.by_client(0)
+        assert member is not None
+        silent = threading.Event()
+
+        def nothing() -> Iterator[Chunk]:
+            silent.wait(20)
+            yield from ()
+
+        with tls.secure_channel(identity, member) as channel:
+            stub = channel.stream_stream(
+                METHOD, request_serializer=Chunk.SerializeToString, response_deserializer=Chunk.FromString
+            )
+            codes = []
+            calls = [stub(nothing(), timeout=15.0) for _ in range(20)]
+            assert_all_heard(swappers, all_swap(swappers), 0)  # the others go on meanwhile
+            for one in calls:
+                with pytest.raises(grpc.RpcError) as error:
+                    list(one)
+                codes.append(error.value.code())
+            silent.set()
+        assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) >= 15
+        assert grpc.StatusCode.CANCELLED in codes
+
+
+# ---- rosters that change
+
+
+def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(tmp_path: Path) -> None:
+    made = found(tmp_path, 3)
+    for client in (1, 2):  # each has a file of its own
+        (made.peer(client) / "roster.yaml").write_bytes(made.roster.read_bytes())
+    with ExitStack() as stack:
+        swappers = {}
+        for client in range(3):
+            file = made.roster if client == 0 else made.peer(client) / "roster.yaml"
+            swappers[client] = Swapper(Membership(made.peer(client), file), AGREED, patience_s=3.0)
+            stack.callback(swappers[client].stop)
+            stack.callback(swappers[client].hurry)
+            swappers[client].start(made.address(client))
+        assert_all_heard(swappers, all_swap(swappers), 0)
+        made.parties.revoke("peer-2")
+        made.issue()  # peer 0 alone has it
+        heard = all_swap(swappers, 1)
+        assert heard[0].keys() == {1}
+        assert swappers[1].membership.current()[1].serial == 2  # from peer 0
+        assert all_swap(swappers, 2)[1].keys() == {0}
+        assert made.peer(1).joinpath("roster.yaml").read_bytes() == made.roster.read_bytes()
+
+
+def test_without_tls_only_loopback_is_listened_at(three: Federation) -> None:
+    from peertune.errors import PeertuneError
+
+    swapper = Swapper(Membership(three.peer(0), three.roster), AGREED, patience_s=1.0, insecure=True)
+    with pytest.raises(PeertuneError, match="not of this machine alone"):
+        swapper.start("0.0.0.0:50051")
+    with peers(three, range(2), insecure=True) as swappers:
+        assert_all_heard(swappers, all_swap(swappers), 0)

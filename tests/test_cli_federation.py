@@ -1,0 +1,187 @@
+import json
+import pty
+import stat
+import sys
+from collections.abc import Callable
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from cryptography import x509
+
+from peertune.cli import app, main
+from peertune.net.identity import load_ca, load_identity
+from peertune.net.roster import load_roster
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def peertune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Run the command in this process, in an empty folder; return its exit code, output and messages."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", StringIO())  # no terminal
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peertune", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        code = caught.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, out, err
+
+    return call
+
+
+@pytest.fixture
+def ca(peertune: Call) -> Call:
+    """The same, in a folder with a CA and a request of hospital-1."""
+    assert peertune("ca", "init", "--federation", "hospitals")[0] == 0
+    assert peertune("peer", "request", "--name", "hospital-1", "--address", "host-1:50051")[0] == 0
+    return peertune
+
+
+REQUEST = "peer/hospital-1.request.pem"
+
+
+def members(peertune: Call) -> list[dict[str, object]]:
+    code, out, _ = peertune("ca", "list", "--json")
+    assert code == 0
+    found = json.loads(out)["members"]
+    assert isinstance(found, list)
+    return found
+
+
+def test_from_nothing_to_a_peer_who_is_someone(ca: Call, tmp_path: Path) -> None:
+    code, out, err = ca("ca", "approve", REQUEST, "--yes", "--days", "30")
+    assert (code, err) == (0, "")
+    assert "adds a new member, client 0" in out
+    assert "send it back, then issue a roster with peertune roster" in out
+    code, out, err = ca("roster")
+    assert (code, err) == (0, "")
+    assert out.startswith("roster.yaml: roster 1 of hospitals\n   0  hospital-1  host-1:50051  until ")
+    roster = load_roster(Path("roster.yaml").read_bytes(), load_ca(tmp_path / "peer"))
+    identity = load_identity(tmp_path / "peer", roster)
+    assert (identity.name, identity.client) == ("hospital-1", 0)
+    certificate = x509.load_pem_x509_certificate(identity.certificate)
+    assert (certificate.not_valid_after_utc - certificate.not_valid_before_utc).days == 31
+    assert not [path for path in tmp_path.rglob(".*") if path.name != ".lock"]
+
+
+def test_both_ends_see_one_fingerprint(peertune: Call) -> None:
+    peertune("ca", "init", "--federation", "hospitals")
+    asked = json.loads(peertune("peer", "request", "--name", "a", "--json")[1])
+    assert asked["address"] is None
+    assert f"fingerprint  {asked['fingerprint']}\n" in peertune("ca", "approve", asked["request"])[1]
+    approved = json.loads(peertune("ca", "approve", asked["request"], "--yes", "--json")[1])
+    assert approved["fingerprint"] == asked["fingerprint"]
+    assert members(peertune)[0]["fingerprints"] == [asked["fingerprint"]]
+    issued = json.loads(peertune("roster", "--json")[1])
+    assert (issued["serial"], issued["members"]) == (1, members(peertune))
+
+
+def test_renewing_calls_out_what_changes_and_re_issues_nobody_else_s(ca: Call) -> None:
+    ca("ca", "approve", REQUEST, "--yes")
+    ca("peer", "request", "--name", "hospital-2", "--dir", "two")
+    ca("ca", "approve", "two/hospital-2.request.pem", "--yes", "--out", "two.pem")
+    assert Path("two.pem").exists()
+    ca("roster")
+    before = yaml.safe_load(Path("roster.yaml").read_text())["peers"]
+
+    assert "renews hospital-1, client 0, with the same key\n" in ca("ca", "approve", REQUEST, "--yes")[1]
+    first = json.loads(ca("peer", "request", "--name", "hospital-1", "--address", "host-9:1", "--json")[1])
+    assert first["renews"]
+    out = ca("ca", "approve", REQUEST, "--yes")[1]
+    assert (
+        f"WITH A NEW KEY, which replaces {before[0]['fingerprints'][0]}; its ADDRESS CHANGES from host-1:50051" in out
+    )
+    ca("roster")
+    after = yaml.safe_load(Path("roster.yaml").read_text())["peers"]
+    assert after[1] == before[1]
+    assert (after[0]["client"], len(after[0]["certificates"]), len(after[0]["fingerprints"])) == (0, 3, 2)
+
+
+def test_who_is_revoked_is_out_of_the_next_roster_and_comes_back_with_another_key_only(ca: Call) -> None:
+    ca("ca", "approve", REQUEST, "--yes")
+    code, out, _ = ca("ca", "revoke", "hospital-1")
+    assert code == 0
+    assert "revoked hospital-1; make it known" in out
+    assert "0  hospital-1  dials out  revoked" in ca("ca", "list")[1]
+    ca("roster")
+    assert yaml.safe_load(Path("roster.yaml").read_text())["peers"][0]["certificates"] == []
+    assert ca("ca", "approve", REQUEST, "--yes")[0] == 2
+    ca("peer", "request", "--name", "hospital-1")
+    assert "puts back hospital-1, client 0, who was revoked" in ca("ca", "approve", REQUEST, "--yes")[1]
+    assert [member["client"] for member in members(ca)] == [0]
+
+
+@pytest.mark.parametrize(("answer", "code"), [("y", 0), ("n", 2), ("", 2)])
+def test_on_a_terminal_approval_is_asked_for(ca: Call, monkeypatch: pytest.MonkeyPatch, answer: str, code: int) -> None:
+    keyboard, terminal = pty.openpty()
+    with open(terminal) as stdin, open(keyboard, "wb", buffering=0) as typing:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        typing.write(f"{answer}\n".encode())
+        found, _, err = ca("ca", "approve", REQUEST)
+    assert found == code
+    assert "is the fingerprint the sender's?" in err
+    assert ("not approved; nothing was written" in err) == (code == 2)
+    assert len(members(ca)) == (code == 0)
+    assert Path("peer/hospital-1.certificate.pem").exists() == (code == 0)
+
+
+def test_without_a_terminal_nothing_is_approved_unasked(ca: Call) -> None:
+    code, _, err = ca("ca", "approve", REQUEST)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "there is no terminal to ask on; compare the fingerprint, then give --yes" in err
+    assert members(ca) == []
+
+
+MISTAKES = {
+    "init twice": (["ca", "init", "--federation", "x"], "ca: is there already; give another --dir"),
+    "federation": (["ca", "init", "--federation", "A B", "--dir", "c"], "federation 'A B': give lower-case"),
+    "no CA": (["ca", "list", "--dir", "none"], "none: no CA; make one with peertune ca init"),
+    "no CA for a roster": (["roster", "--dir", "none"], "none: no CA"),
+    "no such request": (["ca", "approve", "none.pem", "--yes"], "none.pem: can't be read (No such file"),
+    "no request": (["ca", "approve", "ca/certificate.pem", "--yes"], "ca/certificate.pem: is no signing request"),
+    "days": (["ca", "approve", REQUEST, "--yes", "--days", "0"], "days 0: give 1 to 366"),
+    "no room": (["ca", "approve", REQUEST, "--yes", "--out", "none/c.pem"], "none/c.pem: can't be written"),
+    "no member": (["ca", "revoke", "hospital-1"], "member: unknown name 'hospital-1'"),
+    "name": (["peer", "request", "--name", "Hospital"], "name 'Hospital': give lower-case letters"),
+    "address": (["peer", "request", "--name", "a", "--address", "host"], "address 'host': give host:port"),
+    "another's folder": (["peer", "request", "--name", "a"], "peer: is hospital-1's; give a another --dir"),
+    "a file's place": (["peer", "request", "--name", "a", "--dir", REQUEST], f"{REQUEST}: can't be written"),
+    "no place for a roster": (["roster", "--out", "none/roster.yaml"], "none/roster.yaml: can't be written"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_2(ca: Call, tmp_path: Path, mistake: str) -> None:
+    words, said = MISTAKES[mistake]
+    code, _, err = ca(*words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"peertune: {said}")
+    assert len(list(tmp_path.rglob("*key*.pem"))) == 2, "a mistake makes no key"
+
+
+def test_a_ca_key_that_others_may_read_is_refused(ca: Call) -> None:
+    assert stat.S_IMODE(Path("ca/key.pem").stat().st_mode) == 0o600
+    Path("ca/key.pem").chmod(0o644)
+    assert ca("roster")[2] == "peertune: ca/key.pem: others may read this key; run chmod 600 ca/key.pem\n"
+    assert not Path("roster.yaml").exists()
+
+
+@pytest.mark.parametrize("group", ["ca", "peer", "roster"])
+def test_help_shows_examples_and_says_what_each_option_does(peertune: Call, group: str) -> None:
+    command = typer.main.get_command(app).commands[group]  # type: ignore[attr-defined]
+    ways = [[group, name] for name in getattr(command, "commands", {})] or [[group]]
+    for words in ([group], *ways):
+        code, out, _ = peertune(*words, "--help")
+        assert code == 0
+        assert "Example" in out
+    for words in ways:
+        found = command.commands[words[1]] if len(words) > 1 else command
+        assert all(param.help for param in found.params)
