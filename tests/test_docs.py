@@ -11,13 +11,20 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel
+from typer.testing import CliRunner
 
 from peertune import ALGORITHMS, GRAPHS, PARTITIONS, TASKS
+from peertune.cli import app
 from peertune.recipe import Recipe
 from peertune.sweep import split_values
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "examples").glob("*/*.md")),
+]
 SMALL = ["training.local_steps=1", "training.per_device_train_batch_size=2", "rounds=2", "evaluate.rows=8"]
 
 
@@ -25,9 +32,9 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Return the commands of a page's `sh` blocks, one line each, without comments."""
-    lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+def commands(page: Path, language: str = "sh") -> list[list[str]]:
+    """Return the commands of a page's blocks in this language, one line each, without comments."""
+    lines = [line for block in blocks(page, language) for line in block.replace("\\\n", " ").splitlines()]
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
@@ -64,6 +71,9 @@ def test_every_command_of_the_page_runs(page: Path, tmp_path: Path, minilm: str,
     bin_folder = str(Path(sys.executable).parent)
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
     for words in commands(page):
+        if words[0].startswith("examples/"):  # test_examples.py runs it
+            assert os.access(ROOT / words[0], os.X_OK), f"{page.name}: {words[0]}"
+            continue
         if words[0] in ("make", "git"):
             # The targets would install and test again what runs this test: see that they are there.
             targets = [word for word in words[1:] if not word.startswith("-")]
@@ -74,6 +84,16 @@ def test_every_command_of_the_page_runs(page: Path, tmp_path: Path, minilm: str,
         small = made_small(words, minilm, glue_path)
         done = subprocess.run(small, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{page.name}: {shlex.join(words)}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("page", pages_with("sh elsewhere"), ids=lambda page: page.name)
+def test_every_command_for_several_machines_is_one(page: Path) -> None:
+    """What takes several machines, a telephone or days can't be run here: its words must be those of a command."""
+    for words in commands(page, "sh elsewhere"):
+        if words[0] != "peertune":
+            continue
+        asked = CliRunner().invoke(app, [*words[1:], "--help"])  # an option that is not there is an error all the same
+        assert asked.exit_code == 0, f"{page.name}: {shlex.join(words)}\n{asked.output}"
 
 
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)

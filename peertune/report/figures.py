@@ -132,7 +132,8 @@ OF_A_RUN: Mapping[str, _Kind] = {
     "graph": _Kind(
         "Who met whom",
         "Grey lines are all edges that were ever active, orange ones those of the round shown. A client's colour is "
-        "its newest METRIC by then (before any evaluation its first; in a run without any, its commonest label).",
+        "its newest METRIC by then (before any evaluation its first; in a run without any, its commonest label); where "
+        "not all peers' records are here, those that are stand out.",
         run_figures.graph,
     ),
     "partition": _Kind(

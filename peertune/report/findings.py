@@ -6,6 +6,7 @@ ADF-LoRA (arXiv 2511.18291) names: clients average the trained factor while they
 sent. `oscillation` is an effect, whatever the cause: the loss jumps where the trained factor changes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,6 +42,7 @@ SPIKE_CLIENTS = 1 / 3  # of the clients at once: a meeting throws back one or tw
 SPIKE_ROUNDS = 2  # one such round is an accident
 RISEN = 1.1  # of a mean loss over that of the first round, and of a client's over what guessing costs
 RISEN_SHARE = 0.25  # of client-rounds after the start that cost more than guessing; at a fit rate there are none
+LOST_EDGES = 0.05  # of the edges that peers had; a restart of one of eight costs fewer
 NORM_GROWTH = 30.0  # over the first round's norms; as the other factor grows, they may become some times as long
 NO_GOSSIP = {"decaf", "fedrot_lora"}  # they turn the factors while they mix, so rho does not bound their contraction
 
@@ -74,10 +76,21 @@ class Facts:
         """The graph's."""
         return float(self.facts["graph"]["rho"])
 
-    @cached_property
+    @property
     def clients(self) -> int:
         """How many there are."""
-        return 1 + max((client for record in self.records for client in record["clients"]), default=-1)
+        return int(self.recipe["clients"])
+
+    @cached_property
+    def numbers(self) -> list[int]:
+        """The K clients whose records these are: all, or peers of whom the directories were read."""
+        return sorted({client for record in self.records for client in record["clients"]})
+
+    @cached_property
+    def held(self) -> dict[int, Sequence[int]]:
+        """How many rows of each class each client holds, where that is known."""
+        owners = [peer["client"] for peer in self.facts.get("peers", [])] or range(self.clients)
+        return dict(zip(owners, self.facts["partition"]["rows"], strict=False))
 
     @cached_property
     def exchanges(self) -> bool:
@@ -112,15 +125,15 @@ class Facts:
         return np.equal(self.table("neighbours"), 0)
 
     @property
-    def evaluations(self) -> list[Mapping[str, Any]]:
-        """The evaluations, in order."""
-        return [record["evaluation"] for record in self.records if record["evaluation"]]
+    def evaluated(self) -> list[Mapping[str, Any]]:
+        """The records with an evaluation, in order."""
+        return [record for record in self.records if record["evaluation"]]
 
     def table(self, key: str) -> Floats:
         """Lay a list over the clients out as `[R, K]`, NaN for clients that weren't there."""
-        values = np.full((len(self.records), self.clients), np.nan)
+        values = np.full((len(self.records), len(self.numbers)), np.nan)
         for row, record in zip(values, self.records, strict=True):
-            row[record["clients"]] = record[key]
+            row[np.searchsorted(self.numbers, record["clients"])] = record[key]
         return values
 
 
@@ -196,7 +209,7 @@ def phase_mismatch(seen: Facts) -> Finding | None:
 def no_contraction(seen: Facts) -> Finding | None:
     """Clients that no chain of meetings joins, or mixing that took away next to nothing in the whole run."""
     rounds = len(seen.records)
-    if not seen.exchanges or rounds < LEAST_ROUNDS:
+    if not seen.exchanges or rounds < LEAST_ROUNDS or len(seen.numbers) < seen.clients:
         return None
     edges = np.array([edge for record in seen.records for edge in record["edges"]], dtype=int).reshape(-1, 2)
     joined = coo_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(seen.clients, seen.clients))
@@ -204,8 +217,10 @@ def no_contraction(seen: Facts) -> Finding | None:
     alone = f"Clients were alone in {seen.alone.mean():.0%} of all client-rounds"
     rarely = [k for k in range(seen.clients) if (~seen.alone[:, k]).sum() <= rounds * (1 - seen.alone.mean()) / 2]
     alone += f", {_clients(rarely)} most of all." if 0 < len(rarely) <= seen.clients / 2 else "."
-    last, first = (_disagreement(seen.records[part]) for part in (slice(-(rounds // 4), None), slice(rounds // 2)))
-    trend = f"Their disagreement went from {first:.3g} (first half) to {last:.3g} (last quarter)."
+    trend = ""
+    if all(record["diagnostics"] for record in seen.records):
+        last, first = (_disagreement(seen.records[part]) for part in (slice(-(rounds // 4), None), slice(rounds // 2)))
+        trend = f" Their disagreement went from {first:.3g} (first half) to {last:.3g} (last quarter)."
     if count > 1:
         members = [np.flatnonzero(group == number).tolist() for number in range(count)]
         never = sorted(member for part in members if len(part) == 1 for member in part)
@@ -227,7 +242,7 @@ def no_contraction(seen: Facts) -> Finding | None:
         "no_contraction",
         "problem",
         title,
-        f"{what} {alone} {trend}",
+        f"{what} {alone}{trend}",
         "Raise graph.activation, choose a denser graph.name, add the missing edges, or run more rounds.",
     )
 
@@ -253,6 +268,26 @@ def worse_than_rho(seen: Facts) -> Finding | None:
         f"A round left {mean:.3f} ± {error:.1g} of the squared disagreement on average, at most {seen.rho:.3f} is "
         f"predicted (rho). {failed} edges failed and {used} were used, {used / len(seen.records):.3g} a round.",
         "Look for failing links; set graph.activation to what the links really give, so that T* follows.",
+    )
+
+
+def lost_edges(seen: Facts) -> Finding | None:
+    """Edges between peers over which nothing came: links, firewalls or processes that fail."""
+    failed = [tuple(edge) for record in seen.records for edge in record["failed_edges"]]
+    had = len(failed) + sum(len(record["edges"]) for record in seen.records)
+    if "peers" not in seen.facts or len(failed) <= LOST_EDGES * had:
+        return None
+    often = Counter(client for edge in failed for client in edge if len(seen.numbers) > 1 or client not in seen.numbers)
+    least = max(often.values()) / 2
+    worst = sorted(client for client, times in often.items() if times >= least)
+    return Finding(
+        "lost_edges",
+        "notice",
+        "Swaps fail",
+        f"Over {len(failed)} of {had} edges nothing came ({len(failed) / had:.0%}), most often with {_clients(worst)}. "
+        "The mean of the adapters does not suffer, since an edge fails at both ends; mixing does.",
+        "Look at what those peers' logs say, and whether they can be reached. Raise network.patience_s where they are "
+        "slow, or restart within it.",
     )
 
 
@@ -301,14 +336,14 @@ def out_of_phase(seen: Facts) -> Finding | None:
 def one_class(seen: Facts) -> Finding | None:
     """Clients whose model answers with one class."""
     labels = np.array(seen.facts["validation"]["labels"], dtype=float)
-    if not seen.evaluations or not seen.evaluations[-1]["top_share"] or labels.sum() == 0:
+    if not seen.evaluated or not seen.evaluated[-1]["evaluation"]["top_share"] or labels.sum() == 0:
         return None
-    expected, held = labels.max() / labels.sum(), seen.facts["partition"]
-    shares = seen.evaluations[-1]["top_share"]
-    stuck = [k for k, share in enumerate(shares) if share >= ONE_CLASS and share - expected >= LEAST_SKEW]
+    expected, names = labels.max() / labels.sum(), seen.facts["partition"]["labels"]
+    shares = dict(zip(seen.evaluated[-1]["clients"], seen.evaluated[-1]["evaluation"]["top_share"], strict=False))
+    stuck = [k for k, share in shares.items() if share >= ONE_CLASS and share - expected >= LEAST_SKEW]
     if not stuck:
         return None
-    own = [(max(rows) / max(1, sum(rows)), held["labels"][int(np.argmax(rows))]) for rows in held["rows"]]
+    own = {k: (max(rows) / max(1, sum(rows)), names[int(np.argmax(rows))]) for k, rows in seen.held.items()}
     named = ", ".join(f"{own[k][0]:.0%} {own[k][1]} for client {k}" for k in stuck[:3])
     skewed = float(np.mean([own[k][0] for k in stuck])) >= max(0.5, expected + LEAST_SKEW)
     return Finding(
@@ -332,7 +367,7 @@ def learning_rate(seen: Facts) -> Finding | None:
     if rounds < LEAST_ROUNDS:
         return None
     classes = int(np.count_nonzero(seen.facts["validation"]["labels"]))
-    clueless = np.full(seen.clients, log(classes)) if classes > 1 else loss[0]
+    clueless = np.full(len(seen.numbers), log(classes)) if classes > 1 else loss[0]
     running = np.array([_median(loss[max(0, t - SPIKE_WINDOW) : t]) for t in range(WARM_UP, rounds)])
     spikes = (loss[WARM_UP:] > SPIKE * running) & (loss[WARM_UP:] > clueless)
     together = np.flatnonzero(spikes.mean(axis=1) >= SPIKE_CLIENTS)
@@ -366,13 +401,13 @@ def learning_rate(seen: Facts) -> Finding | None:
 
 
 def _median(values: Floats) -> Floats:
-    """Return each client's median over the rounds it was there in, infinite where it never was."""
-    return np.array([np.median(own[~np.isnan(own)]) if not np.isnan(own).all() else np.inf for own in values.T])
+    """Return each client's median over the rounds it was there in, NaN where it never was."""
+    return np.array([np.median(own[~np.isnan(own)]) if not np.isnan(own).all() else np.nan for own in values.T])
 
 
 def too_short(seen: Facts) -> Finding | None:
     """Say what can't be judged."""
-    rounds, evaluations = len(seen.records), len(seen.evaluations)
+    rounds, evaluations = len(seen.records), len(seen.evaluated)
     if rounds >= LEAST_ROUNDS and evaluations:
         return None
     return Finding(
@@ -401,13 +436,13 @@ def no_exchange(seen: Facts) -> Finding | None:
 
 def healthy(seen: Facts) -> Finding:
     """Give the key numbers of a run in which nothing is wrong."""
-    final = seen.evaluations[-1]
+    final = seen.evaluated[-1]["evaluation"]
     scores = np.array(final["clients"])
     text = (
         f"The loss went from {seen.mean_loss[0]:.3g} to {seen.mean_loss[-1]:.3g}; the clients' {final['metric']} is "
-        f"{scores.mean():.3f} on average, from {scores.min():.3f} to {scores.max():.3f}, the averaged adapter's "
-        f"{final['average']:.3f}."
+        f"{scores.mean():.3f} on average, from {scores.min():.3f} to {scores.max():.3f}"
     )
+    text += "." if final["average"] is None else f", the averaged adapter's {final['average']:.3f}."
     if len(seen.contraction) and seen.method not in NO_GOSSIP:
         text += f" A round leaves {seen.contraction.mean():.3f} of the squared disagreement; rho is {seen.rho:.3f}."
     return Finding("healthy", "good", "Nothing is wrong", text, "")
@@ -427,6 +462,7 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
     out_of_phase,
     one_class,
     learning_rate,
+    lost_edges,
     interval,
     too_short,
     no_exchange,

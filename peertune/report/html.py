@@ -19,7 +19,7 @@ from plotly.io import to_json
 from plotly.offline import get_plotlyjs
 
 from peertune.errors import RunError
-from peertune.report.drawing import theme
+from peertune.report.drawing import metric, theme
 from peertune.report.figures import Figure, of_a_run, of_runs
 from peertune.report.findings import Finding
 from peertune.report.runs import RunData, settings
@@ -88,7 +88,8 @@ def _run(run: RunData, findings: Sequence[Finding]) -> str:
     environment = json.dumps(run.environment, indent=2, ensure_ascii=False)
     none_yet = "" if run.records else '<p class="soft">No round is finished yet.</p>'
     return (
-        f"{_facts(run)}{none_yet}{_listed('Findings', found)}<h2>Figures</h2>{_grid(of_a_run(run), run.name)}"
+        f"{_facts(run)}{none_yet}{_listed('Findings', found)}{_peers(run)}"
+        f"<h2>Figures</h2>{_grid(of_a_run(run), run.name)}"
         f"<h2>How it was made</h2><p class='soft'>{escape(str(run.folder))}</p>"
         f"<details><summary>Recipe, as resolved</summary><pre>{escape(recipe)}</pre></details>"
         f"<details><summary>Environment</summary><pre>{escape(environment)}</pre></details>"
@@ -98,18 +99,22 @@ def _run(run: RunData, findings: Sequence[Finding]) -> str:
 def _facts(run: RunData) -> str:
     """Return the run in a few words and numbers."""
     values, row = settings(run), summarise(run.records)
-    graph = run.facts.get("graph", {})
-    metric = str(row.get("metric", "")).replace("_", " ")
+    graph, peers = run.facts.get("graph", {}), run.facts.get("peers", [])
+    measured = str(row.get("metric", "")).replace("_", " ")
+    spread = f" ({row['min']:.3f} – {row['max']:.3f})" if measured and len(peers) != 1 else ""
     facts = {
         "method": values.get("algorithm.name"),
         "base": values.get("model.name"),
         "task": values.get("task.name"),
         "clients": values.get("clients"),
+        "federation": peers[0]["federation"] if peers else None,
+        "peer": f"{peers[0]['name']}, client {peers[0]['client']}" if len(peers) == 1 else None,
+        "peers": f"{len(peers)} of {values.get('clients')} put together" if len(peers) > 1 else None,
         "graph": f"{values.get('graph.name')}, p = {values.get('graph.activation')}",
         "rho": _rounded(graph.get("rho")),
         "T*": graph.get("switching_interval"),
         "rounds": f"{len(run.records)} of {values.get('rounds')}",
-        f"final {metric}": f"{row['mean']:.3f} ({row['min']:.3f} – {row['max']:.3f})" if metric else None,
+        f"final {measured}": f"{row['mean']:.3f}{spread}" if measured else None,
         "averaged adapter": _rounded(row.get("average")),
         "sent by a client": f"{row['megabytes_sent']:.3g} MB" if run.records else None,
         "time": f"{row['seconds']:.0f} s" if run.records else None,
@@ -140,21 +145,48 @@ def _finding(run: str | None, finding: Finding) -> str:
     )
 
 
+def _peers(run: RunData) -> str:
+    """Return a row for each peer of several: which rounds it took part in, and what came of its edges."""
+    peers = run.facts.get("peers", [])
+    if len(peers) < 2:
+        return ""
+    lines = [["peer", "client", "rounds", "missed", "edges", "failed", "MB", metric([run])]]
+    last = run.records[-1]["round"] + 1 if run.records else 0
+    for peer in peers:
+        client = peer["client"]
+        own = [(record, record["clients"].index(client)) for record in run.records if client in record["clients"]]
+        edges, failed = (sum(client in edge for r, _ in own for edge in r[key]) for key in ("edges", "failed_edges"))
+        sent = sum(record["bytes_sent"][place] for record, place in own) / 1e6
+        scores = [record["evaluation"]["clients"][place] for record, place in own if record["evaluation"]]
+        counts = [client, len(own), last - len(own), edges, failed]
+        lines.append([peer["name"], *map(str, counts), f"{sent:.3f}", f"{scores[-1]:.3f}" if scores else "-"])
+    return f"<h2>Peers</h2>{_rows(lines, 'Peers')}" + (
+        '<p class="soft">missed: rounds in which it was down, and after which it went on from where the others were; '
+        "failed: edges over which nothing came, of all that the graph gave it</p>"
+    )
+
+
 def _table(runs: Sequence[RunData]) -> str:
     """Return a row for each setting, as `peertune compare` tells it."""
     measures = ("mean", "min", "best", "average", "megabytes_sent", "seconds")
-    head, *rows = compared(compare(runs), measures)
+    return _rows(compared(compare(runs), measures), "All settings") + (
+        '<p class="soft">Mean ± standard deviation over seeds. mean, min: the clients\' own models at the end; '
+        "best: the best mean of all rounds; average: the averaged adapter; MB: sent by a client in the whole run; "
+        "s: seconds</p>"
+    )
+
+
+def _rows(lines: Sequence[Sequence[str]], label: str) -> str:
+    """Return lines of cells as a table, the headings first."""
+    head, *rows = lines
     heads = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
     body = "".join(
         f'<tr><th scope="row">{escape(row[0])}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in row[1:])}</tr>'
         for row in rows
     )
     return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="All settings"><table>'
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}"><table>'
         f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-        '<p class="soft">Mean ± standard deviation over seeds. mean, min: the clients\' own models at the end; '
-        "best: the best mean of all rounds; average: the averaged adapter; MB: sent by a client in the whole run; "
-        "s: seconds</p>"
     )
 
 

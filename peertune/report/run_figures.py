@@ -1,7 +1,7 @@
 """The figures of one run; each is a function of the run that returns None where there is nothing to show."""
 
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from math import isfinite, log10
 from statistics import fmean
 from typing import Any
@@ -50,7 +50,8 @@ def score(run: RunData) -> go.Figure | None:
     averages = {record["round"]: record["evaluation"]["average"] for record in evaluated(run)}
     average = [averages[at] for at in rounds.tolist()]
     drawn = _spread(rounds, clients, values, drawing.colour(run))
-    drawn.append(line(rounds, average, "averaged adapter", drawing.colour(run), "round %{x}: %{y:.3f}", 2))
+    if None not in average:
+        drawn.append(line(rounds, average, "averaged adapter", drawing.colour(run), "round %{x}: %{y:.3f}", 2))
     labels = run.facts.get("validation", {}).get("labels") or [0]
     if metric([run]) == "accuracy" and sum(labels):
         constant = max(labels) / sum(labels)
@@ -75,7 +76,8 @@ def loss(run: RunData) -> go.Figure | None:
 
 def _spread(rounds: Array, clients: Array, values: Array, colour: str) -> list[go.Scatter]:
     """Draw the mean over clients and all of them around it: as lines, or as a band where they are too many."""
-    mean = line(rounds, np.nanmean(values, axis=1), "mean of clients", colour, "round %{x}: %{y:.3f}", line_width=3.5)
+    name = "mean of clients" if len(clients) > 1 else f"client {clients[0]}"
+    mean = line(rounds, np.nanmean(values, axis=1), name, colour, "round %{x}: %{y:.3f}", line_width=3.5)
     if len(clients) == 1:
         return [mean]
     if len(clients) > MOST_LINES:
@@ -168,6 +170,7 @@ def partition(run: RunData) -> go.Figure | None:
     rows = np.array(held.get("rows", []), dtype=np.int32)
     if not rows.size:
         return None
+    owners = np.array([peer["client"] for peer in run.facts.get("peers", [])] or range(len(rows)), dtype=np.int32)
     labels = [plain(label) for label in held["labels"]]
     if len(labels) > MOST_LABELS:
         common = np.sort(np.argsort(-rows.sum(0), kind="stable")[: MOST_LABELS - 1])
@@ -179,7 +182,7 @@ def partition(run: RunData) -> go.Figure | None:
         scale = [*sample_colorscale(SCALE, np.linspace(0, 1, min(len(labels), MOST_LABELS - 1)).tolist()), GREY]
     bars = [
         go.Bar(
-            x=np.arange(len(rows), dtype=np.int32),
+            x=owners,
             y=rows[:, at],
             name=label,
             marker={"color": scale[at], "line": {"width": 0}},
@@ -190,7 +193,7 @@ def partition(run: RunData) -> go.Figure | None:
     look: dict[str, Any] = {
         "barmode": "stack",
         "bargap": 0.15 if len(rows) <= MOST_LINES else 0,
-        "xaxis": whole(len(rows)),
+        "xaxis": whole(owners.max()) if len(owners) > 1 else {"tickvals": owners},
     }
     return chart(*bars, x="client", y="rows", showlegend=len(labels) <= MOST_NAMED, **look)
 
@@ -207,6 +210,7 @@ def traffic(run: RunData) -> go.Figure | None:
     drawn = [
         line(megabytes[due], [value(record) for record in records], name, drawing.colour(run), hover, number, **given)
         for name, value, number in (("mean of clients", drawing.score, 0), ("averaged adapter", drawing.average, 2))
+        if None not in map(value, records)
     ]
     return chart(*drawn, x="megabytes sent by a client", y=metric([run]), xaxis_rangemode="tozero")
 
@@ -247,7 +251,8 @@ def graph(run: RunData) -> go.Figure | None:
     seen = np.unique(np.concatenate([*edges.values(), np.empty((0, 2), dtype=int)]), axis=0)
     if not len(seen):
         return None
-    count = 1 + max(client for record in run.records for client in record["clients"])
+    highest = max(int(seen.max()), *(client for record in run.records for client in record["clients"]))
+    count = max(int(run.recipe.get("clients", 0)), 1 + highest)
     steps = [run.records[at]["round"] for at in thin(len(run.records), MOST_STEPS)]
     shown = next((step for step in reversed(steps) if len(edges[step])), steps[-1])
     angles = 2 * np.pi * np.arange(count) / count
@@ -263,7 +268,8 @@ def graph(run: RunData) -> go.Figure | None:
     most = MOST_ACTIVE // len(steps)
     few = count <= MOST_LINES
     marker: dict[str, Any] = {"size": 16 if few else 6, "color": colours[shown], "line": {"width": 1 if few else 0}}
-    if evaluated(run):
+    scored = isinstance(colours[shown][0], float)
+    if scored:
         limits = {"cmin": min(map(min, colours.values())), "cmax": max(map(max, colours.values()))}
         below = {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom"}
         marker |= {"colorscale": SCALE, "showscale": True, "colorbar": _bar(run) | below} | limits
@@ -273,7 +279,7 @@ def graph(run: RunData) -> go.Figure | None:
         customdata=list(range(count)),
         mode="markers",
         marker=marker,
-        hovertemplate="client %{customdata}" + (": %{marker.color:.3f}" if evaluated(run) else "") + "<extra></extra>",
+        hovertemplate="client %{customdata}" + (": %{marker.color:.3f}" if scored else "") + "<extra></extra>",
         showlegend=False,
     )
     names = go.Scatter(
@@ -317,14 +323,24 @@ def _graph_facts(run: RunData, seen: int) -> str:
 
 
 def _node_colours(run: RunData, steps: Sequence[int], count: int) -> dict[int, list[Any]]:
-    """Return round → each client's newest score, or the colour of its commonest label in a run without evaluations."""
+    """Return round → each client's newest score, or the colour of its commonest label in a run without evaluations.
+
+    Where only some peers' parts of a run were read, theirs stand out from the others.
+    """
     rounds, clients, values = scores_by_client(run, len(run.records))
+    own = {client for record in run.records for client in record["clients"]}
+    if len(own) < count and "peers" in run.facts:
+        colours = [PALETTE[0] if client in own else GREY for client in range(count)]
+        return dict.fromkeys(steps, colours)
     if not len(rounds):
         rows = np.array(run.facts.get("partition", {}).get("rows", []))
         labels = rows.argmax(1) if len(rows) == count else np.zeros(count, dtype=int)
         colours = [PALETTE[label % len(PALETTE)] for label in labels.tolist()]
         return dict.fromkeys(steps, colours)
     found = {}
+    values = values.copy()
+    for before, now in pairwise(values):
+        now[np.isnan(now)] = before[np.isnan(now)]  # a client that missed the round is as good as it was
     for step in steps:
         newest = values[max(0, int(np.searchsorted(rounds, step, side="right")) - 1)]
         scores = np.full(count, np.nanmin(values), dtype=float)

@@ -1,10 +1,17 @@
-"""Runs as they lie on disk, for all that looks at them: only what their directories hold, no data set and no model."""
+"""Runs as they lie on disk, for all that looks at them: only what their directories hold, no data set and no model.
+
+A peer's directory holds its own part of a run. Where those of several peers of one federation and recipe are read
+together, they are put together and look like a simulation's, but for what no peer can know: how far they disagree, and
+how good the average of them is.
+"""
 
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import yaml
@@ -15,6 +22,11 @@ from peertune.recipe import flat
 
 log = logging.getLogger(__name__)
 
+_OWN = ("checkpoint", "device", "model", "network", "report_to", "task.path", "task.revision")
+_OWN_PASSES = ("training.tokens_per_pass", "training.clients_per_pass")
+"""Blocks and keys that the peers of one run may each choose for themselves, without becoming another run. That they
+train on one base and one graph they have seen to themselves."""
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -23,7 +35,7 @@ class RunData:
     folder: Path
     name: str  # short, and unique among the runs that were read together
     recipe: dict[str, Any]  # resolved.yaml
-    facts: dict[str, Any]  # facts.json
+    facts: dict[str, Any]  # facts.json; of peers with `peers`: client, name and federation of each
     environment: dict[str, Any]  # environment.json
     records: list[dict[str, Any]]  # lines of rounds.jsonl, those that are damaged left out
 
@@ -31,8 +43,8 @@ class RunData:
 def find_runs(folders: Sequence[Path]) -> list[RunData]:
     """Read the runs in these folders, each a run or one that holds runs at any depth, sorted within each.
 
-    One of several that can't be read is left out with a warning. Raises RunError for a folder without runs, and where
-    none can be read.
+    Peers' parts of one run are put together, in the place of the first. One of several that can't be read is left out
+    with a warning. Raises RunError for a folder without runs, and where none can be read.
     """
     found: dict[Path, None] = {}  # in order, each once
     for folder in folders:
@@ -50,7 +62,7 @@ def find_runs(folders: Sequence[Path]) -> list[RunData]:
             log.warning("%s (left out)", error)
     if not read:
         raise RunError(f"{folders[0]}: none of its runs can be read; restore one")
-    return read
+    return _put_together(read)
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -81,7 +93,129 @@ def _read(folder: Path, name: str) -> RunData:
         raise RunError(
             f"{folder}: its resolved.yaml, facts.json or environment.json is missing or damaged; restore it"
         ) from None
+    peer = facts.get("peer")
+    if isinstance(peer, dict) and peer.keys() >= {"client", "name", "federation"}:
+        facts["peers"] = [peer]
     return RunData(folder, name, recipe, facts, environment, tracking.records(folder))
+
+
+# ---- peers, each with its own part of a run
+
+
+def _put_together(runs: Sequence[RunData]) -> list[RunData]:
+    """Put the peers' parts of each run together, and name the runs."""
+    found: list[RunData] = []
+    for parts in _of_one_run(runs):
+        folder = parts[0].folder
+        beside = [run for run in runs if run.folder.parent == folder.parent]
+        if len(parts) > 1 and len(beside) == len(parts) and all(part in beside for part in parts):
+            folder = folder.parent
+        found.append(_joined(parts, folder) if len(parts) > 1 else parts[0])
+    if len(found) == 1 < len(runs):
+        return [replace(found[0], name=found[0].facts["peers"][0]["federation"])]
+    return [replace(run, name=name) for run, name in zip(found, _names([run.folder for run in found]), strict=True)]
+
+
+def _of_one_run(runs: Sequence[RunData]) -> list[list[RunData]]:
+    """Return the parts of each run by client. Where a client has several alike, those beside each other are one run."""
+    alike: dict[str, list[RunData]] = {}
+    for run in runs:
+        alike.setdefault(_what_is_common(run), []).append(run)
+    found: list[list[RunData]] = []
+    for parts in alike.values():
+        groups = [parts]
+        if _twice(parts):
+            folders = dict.fromkeys(part.folder.parent for part in parts)
+            groups = [[part for part in parts if part.folder.parent == folder] for folder in folders]
+        for group in groups:
+            if _twice(group):
+                log.warning("%s and others are several runs of one client; they are not put together", group[0].name)
+                found += [[part] for part in group]
+            else:
+                found.append(sorted(group, key=lambda part: [peer["client"] for peer in part.facts.get("peers", [])]))
+    places = {run.folder: place for place, run in enumerate(runs)}
+    return sorted(found, key=lambda group: min(places[part.folder] for part in group))
+
+
+def _twice(parts: Sequence[RunData]) -> bool:
+    clients = [part.facts["peers"][0]["client"] for part in parts if part.facts.get("peers")]
+    return len(set(clients)) < len(clients)
+
+
+def _what_is_common(run: RunData) -> str:
+    """Return what the parts of a run have in common; of what is no peer's, its place."""
+    if not run.facts.get("peers"):
+        return str(run.folder)
+    common = {
+        key: value
+        for key, value in settings(run).items()
+        if key not in (*_OWN, *_OWN_PASSES) and key.partition(".")[0] not in _OWN
+    }
+    labels = run.facts.get("partition", {}).get("labels")
+    return json.dumps([run.facts["peers"][0]["federation"], labels, common], sort_keys=True)
+
+
+def _joined(parts: Sequence[RunData], folder: Path) -> RunData:
+    """Put the parts of a run together."""
+    first, peers = parts[0], [part.facts["peers"][0] for part in parts]
+    rounds = sorted({record["round"] for part in parts for record in part.records})
+    by_round = [{record["round"]: record for record in part.records} for part in parts]
+    validation = [part.facts.get("validation") for part in parts]
+    environments = [part.environment for part in parts]
+    facts = {key: value for key, value in first.facts.items() if key != "peer"} | {"peers": peers}
+    if "partition" in facts:
+        rows = [row for part in parts for row in part.facts["partition"]["rows"]]
+        facts["partition"] = facts["partition"] | {"rows": rows}
+    if any(other != validation[0] for other in validation):  # each has its own
+        labels = [sum(counts) for counts in zip(*(own["labels"] for own in validation if own), strict=True)]
+        facts["validation"] = {"rows": sum(own["rows"] for own in validation if own), "labels": labels}
+    return RunData(
+        folder,
+        first.name,
+        first.recipe,
+        facts,
+        first.environment
+        if all(other == environments[0] for other in environments)
+        else {peer["name"]: environment for peer, environment in zip(peers, environments, strict=True)},
+        [_round([own[t] for own in by_round if t in own]) for t in rounds],
+    )
+
+
+def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Put one round's records of several clients together; seconds are their mean, as they run side by side."""
+
+    def chained(key: str) -> list[Any]:
+        return [value for record in records for value in record[key]]
+
+    def union(key: str) -> list[list[int]]:
+        return [list(edge) for edge in sorted({tuple(edge) for edge in chained(key)})]
+
+    train, _ = Counter(tuple(record["train"]) for record in records).most_common(1)[0]
+    evaluated = [record["evaluation"] for record in records]
+    evaluation = None
+    if None not in evaluated:
+        evaluation = evaluated[0] | {
+            "clients": [score for one in evaluated for score in one["clients"]],
+            "average": None,
+            "rows": min(one["rows"] for one in evaluated),
+            "top_share": [share for one in evaluated for share in one["top_share"]],
+        }
+    stages = dict.fromkeys(stage for record in records for stage in record["seconds"])
+    return {
+        "round": records[0]["round"],
+        "train": list(train),
+        "send": records[0]["send"],
+        **{key: chained(key) for key in ("clients", "loss", "grad_norm", "bytes_sent", "neighbours")},
+        "edges": union("edges"),
+        "failed_edges": union("failed_edges"),
+        "out_of_phase": [who for record in records if tuple(record["train"]) != train for who in record["clients"]],
+        "neighbourhood_cross_term": None
+        if any(record["neighbourhood_cross_term"] is None for record in records)
+        else chained("neighbourhood_cross_term"),
+        "diagnostics": {},
+        "seconds": {stage: fmean(record["seconds"].get(stage, 0.0) for record in records) for stage in stages},
+        "evaluation": evaluation,
+    }
 
 
 def settings(run: RunData) -> dict[str, Any]:

@@ -64,18 +64,17 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "min": min(scores),
             "max": max(scores),
             "std": pstdev(scores),
-            "average": final["average"],
             "best": fmean(best["evaluation"]["clients"]),
             "best_round": best["round"],
-            "best_average": max(record["evaluation"]["average"] for record in evaluated),
         }
+        averages = [record["evaluation"]["average"] for record in evaluated]
+        if None not in averages:  # a peer knows its own adapter alone
+            row |= {"average": averages[-1], "best_average": max(averages)}
     if records:
-        row |= {
-            key: records[-1]["diagnostics"][key] for key in ("consensus_error_A", "consensus_error_B", "cross_term")
-        }
-        row["megabytes_sent"] = (
-            fmean(sum(per_client) for per_client in zip(*(r["bytes_sent"] for r in records), strict=True)) / 1e6
-        )
+        last = records[-1]["diagnostics"]
+        row |= {key: last[key] for key in ("consensus_error_A", "consensus_error_B", "cross_term") if key in last}
+        clients = {client for record in records for client in record["clients"]}
+        row["megabytes_sent"] = sum(sum(record["bytes_sent"]) for record in records) / max(1, len(clients)) / 1e6
         row["seconds"] = sum(sum(record["seconds"].values()) for record in records)
     return row
 
@@ -103,8 +102,9 @@ def compare(
         )
     _check_comparable(runs, keys)
     for run in runs:
-        if len(run.records) < run.recipe.get("rounds", 0):
-            log.warning("%s is not finished: it has %d of %d rounds", run.name, len(run.records), run.recipe["rounds"])
+        done = run.records[-1]["round"] + 1 if run.records else 0  # a peer may have missed some before
+        if done < run.recipe.get("rounds", 0):
+            log.warning("%s is not finished: it has %d of %d rounds", run.name, done, run.recipe["rounds"])
     groups: dict[tuple[Any, ...], list[RunData]] = {}
     for run in runs:
         groups.setdefault(tuple(_hashable(found[run.name].get(key)) for key in keys), []).append(run)

@@ -24,6 +24,7 @@ def made(name: str, scores: list[tuple[float, float]], **settings: Any) -> RunDa
     records = [
         {
             "round": t,
+            "clients": [0, 1],
             "evaluation": {"metric": "accuracy", "clients": [own - 0.1, own + 0.1], "average": average, "rows": 4},
             "diagnostics": {"consensus_error_A": 1.0, "consensus_error_B": 2.0, "cross_term": 0.25},
             "bytes_sent": [1_000_000, 3_000_000],
