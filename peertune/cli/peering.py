@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -101,8 +101,13 @@ def start(
                 patience_s=network.patience_s,
                 faults=run.job.faults,
                 insecure=insecure_loopback,
+                seats=run.job.graph.clients,
             )
             job = run.job
+
+            def rounds_kept() -> list[dict[str, Any]]:
+                return tracking.records(place)
+
             current = partial(
                 standing, swapper, rounds=job.rounds, local_steps=job.local_steps, neighbours=neighbours(job)
             )
@@ -113,7 +118,8 @@ def start(
                 swapper.start(address)
             try:
                 go_on = f"peertune peer start --resume {place} and the options of before"
-                train(run, place, lambda job: run_peer(job, swapper, network.when_alone), go_on, swapper.hurry)
+                engine = partial(run_peer, swapper=swapper, when_alone=network.when_alone, records=rounds_kept)
+                train(run, place, engine, go_on, swapper.hurry)
             finally:
                 swapper.stop()
     print_summary(place, as_json)

@@ -150,13 +150,15 @@ def text(
     revision: str | None = None,
     validation: str = "validation",
     metric: str = "accuracy",
+    classes: list[str] | None = None,
 ) -> Task:
     """Classify or score any sentences or pairs of sentences.
 
     `inputs` names one or two columns of text, `label` the column to learn, `validation` the split to validate on; the
     data are in the folder `path` or are the hub's `id` (with its `config`, at `revision`). Labels are numbers from 0,
-    or names, which are numbered in sorted order unless the hub's data set numbers them itself. With the metric
-    `pearson` or `spearman` they are the targets of a regression.
+    or names, which are numbered in sorted order unless the hub's data set numbers them itself, or `classes` does: give
+    it where parties train on rows of their own, of which one may lack a class. With the metric `pearson` or `spearman`
+    labels are the targets of a regression.
 
     Raises DataError where the arguments, a file, a column or a label is wrong.
     """
@@ -165,8 +167,13 @@ def text(
     if not 1 <= len(inputs) <= 2:
         raise DataError(f"task text: inputs names {len(inputs)} columns, give one or two")
     name = f"text/{id or Path(path or '').name}"
-    read, classes = _open(f"task {name}", path, id or "", config, revision, label)
-    return _task(name, tuple(inputs), label, classes, metric, read, (validation,))
+    if classes is not None and (len(classes) < 2 or len(set(classes)) < len(classes) or metric in _REGRESSION):
+        raise DataError(
+            f"task {name}: classes is {classes}; give two or more different names, and none for a regression"
+        )
+    read, known = _open(f"task {name}", path, id or "", config, revision, label)
+    named = known if classes is None else tuple(classes)
+    return _task(name, tuple(inputs), label, named, metric, read, (validation,))
 
 
 def digits() -> Task:

@@ -1,9 +1,9 @@
 """One client as a process of its own, which swaps with its neighbours over the network."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,14 +16,23 @@ from peertune.types import Batch, RoundRecord, Tensors
 log = logging.getLogger(__name__)
 
 
-def run_peer(job: Job, swapper: Swapper, when_alone: Literal["train", "wait"] = "train") -> Iterator[RoundRecord]:
+def run_peer(
+    job: Job,
+    swapper: Swapper,
+    when_alone: Literal["train", "wait"] = "train",
+    records: Callable[[], Sequence[Mapping[str, Any]]] = list,
+) -> Iterator[RoundRecord]:
     """Run the rounds that are left of a peer's job and yield a record after each, as `simulate` does.
 
     There is no coordinator. A round ends when each of its edges has counted or failed. A peer that finds that others
     went on without it goes on from where they are, with the adapter that it has: after such a jump `record.state.round`
-    is more than one beyond `record.round`. One that reaches nobody trains alone, or waits.
+    is more than one beyond `record.round`. One that reaches nobody trains alone, or waits. `records` returns those of
+    the rounds before, as JSON has them: from a peer that was restarted, others may still need the verdicts.
     """
     (me,) = job.clients
+    for before in records():
+        counted, failed = ([i + j - me for i, j in before[key]] for key in ("edges", "failed_edges"))
+        swapper.remember(before["round"], counted, failed)
     job = replace(job, steps=_counted(job, swapper))
     state = replace(job.state.clone(), round=_caught_up(job, swapper, job.state.round))
     while state.round < job.rounds:

@@ -46,7 +46,10 @@ class Membership:
             if found.serial <= self._current[1].serial:
                 return False
             self._take(found)
-            write_file(self._file, raw)
+            try:
+                write_file(self._file, raw)
+            except PeertuneError as error:
+                log.warning("%s; roster %d is in use until this peer ends", error, found.serial)
             self._seen = self._stamp()
             return True
 

@@ -61,12 +61,14 @@ class Hello(_message.Message):
     def __init__(self, protocol: _Optional[int] = ..., federation: _Optional[str] = ..., agreed: _Optional[_Mapping[str, str]] = ..., round: _Optional[int] = ..., roster_serial: _Optional[int] = ..., purpose: _Optional[_Union[Hello.Purpose, str]] = ..., clock: _Optional[float] = ...) -> None: ...
 
 class Wait(_message.Message):
-    __slots__ = ("round", "step")
+    __slots__ = ("round", "step", "left_ms")
     ROUND_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    LEFT_MS_FIELD_NUMBER: _ClassVar[int]
     round: int
     step: int
-    def __init__(self, round: _Optional[int] = ..., step: _Optional[int] = ...) -> None: ...
+    left_ms: int
+    def __init__(self, round: _Optional[int] = ..., step: _Optional[int] = ..., left_ms: _Optional[int] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("outcome", "reason", "round")

@@ -38,6 +38,7 @@ MESSAGE_BYTES = MAX_ROSTER_BYTES + 2**16  # the longest is a roster
 STREAMS = 2  # of one client at a time: each end may call
 KEPT_ROUNDS = 64  # whose outcomes are remembered
 FIRST_CALL_S = 1.0  # how long the higher number leaves the first call to the lower
+MARGIN_S = 2.0  # how much longer to wait for one that waits than it does itself
 PROBE_S = 2.0  # how long a round waits for a neighbour that could not be reached in the one before
 STALL_S = 30.0  # after which a call in which nothing moves is given up
 RETRY_S = 0.2
@@ -107,6 +108,8 @@ class _Meeting:
     streams: int = 0  # through which payloads may be travelling now
     final: bool = False  # tried, and not to be tried again
     missed: bool = False  # the other end went on without this one
+    until: float = 0.0  # when this end gives up, on the monotonic clock
+    latest: float = 0.0  # to which that may be put off
     calls: list[Any] = field(default_factory=list)  # to be cancelled once it is settled
 
 
@@ -125,6 +128,7 @@ class Swapper:
 
     `agreed` is what must be the same at all peers. `patience_s` is how long a round waits for a neighbour. A planned
     fault cuts the wire itself: a dropped edge in the middle of its payload, a peer that is down for whoever calls.
+    There is room for the calls of `seats` members, or as many as the roster has, if those are more.
     """
 
     def __init__(
@@ -135,8 +139,10 @@ class Swapper:
         patience_s: float,
         faults: Sequence[Fault] = (),
         insecure: bool = False,
+        seats: int = 0,
     ) -> None:
         self.membership = membership
+        self._seats = max(seats, len(membership.current()[1].members))
         self.me = membership.current()[0].client
         self.neighbours: dict[int, Neighbour] = {}
         self._agreed, self._patience_s, self._faults, self._insecure = dict(agreed), patience_s, faults, insecure
@@ -163,8 +169,7 @@ class Swapper:
         `echo_only`: answer only who tries whether it gets through; to all others nobody is here.
         """
         self._echo_only = echo_only
-        members = len(self.membership.current()[1].members)
-        workers = 4 + (STREAMS + 1) * members
+        workers = 4 + (STREAMS + 1) * self._seats
         self._server = grpc.server(
             ThreadPoolExecutor(workers, thread_name_prefix="swap"), options=OPTIONS, maximum_concurrent_rpcs=workers
         )
@@ -203,18 +208,21 @@ class Swapper:
     ) -> dict[int, Tensors]:
         """Swap `payload [1, …]` with these clients and return what came, `[1, …]` each, of those whose edge counts.
 
-        Waits for a neighbour at most `patience_s`, and for one that could not be reached before, PROBE_S.
+        Waits for a neighbour at most `patience_s`; for one that is itself waiting for somebody, a little longer than
+        it will; for one that could not be reached before, PROBE_S; for one that can't be reached at all, not.
         """
         offer = _Offer(encode(payload), layout(payload, nan_in))
-        deadline = time.monotonic() + self._patience_s
+        now = time.monotonic()
         with self._changed:
             self._round, self._doing = round, "swapping"
             self._offers = {t: kept for t, kept in self._offers.items() if t >= round - 1} | {round: offer}
             self._meetings = {key: kept for key, kept in self._meetings.items() if key[0] > round - KEPT_ROUNDS}
             meetings = {client: self._meetings.setdefault((round, client), _Meeting()) for client in neighbours}
+            for meeting in meetings.values():
+                meeting.until, meeting.latest = now + self._patience_s, now + 2 * self._patience_s
             self._changed.notify_all()
         threads = [
-            threading.Thread(target=self._meet, args=(round, client, meeting, deadline), daemon=True)
+            threading.Thread(target=self._meet, args=(round, client, meeting), daemon=True)
             for client, meeting in meetings.items()
         ]
         for thread in threads:
@@ -233,6 +241,13 @@ class Swapper:
                     known.down += 1
             self._doing = "mixing"
         return heard
+
+    def remember(self, round: int, counted: Collection[int], failed: Collection[int]) -> None:
+        """Take up what became of an earlier round's edges, so that those who missed a verdict can still have it."""
+        with self._changed:
+            for client in (*counted, *failed):
+                verdict = Verdict.COUNTED if client in counted else Verdict.PASSED
+                self._meetings[round, client] = _Meeting(verdict)
 
     def passed_by(self, round: int) -> bool:
         """Whether a neighbour has said that it went on from this round without this peer."""
@@ -307,6 +322,10 @@ class Swapper:
         """Wait for nobody any more, in this swap and all that follow."""
         with self._changed:
             self._hurried, self._hurried_at = True, time.monotonic()
+            for meeting in self._meetings.values():
+                if meeting.verdict is None and not meeting.pledged:
+                    for call in meeting.calls:
+                        call.cancel()
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -324,24 +343,28 @@ class Swapper:
 
     # ---- one edge, from this end
 
-    def _meet(self, round: int, client: int, meeting: _Meeting, deadline: float) -> None:
+    def _meet(self, round: int, client: int, meeting: _Meeting) -> None:
         """See to it that the meeting is settled."""
         with self._changed:
             given_up = self._known(client).given_up
-        member = self.membership.current()[1].by_client(client)
-        if given_up:
-            deadline = min(deadline, time.monotonic() + PROBE_S)
+        roster = self.membership.current()[1]
+        member, own = roster.by_client(client), roster.by_client(self.me)
+        dials = member is not None and member.address is not None
+        if member is None or not member.certificates or not (dials or (own is not None and own.address is not None)):
+            meeting.final = True  # an empty seat, or two that can only dial out
+        elif given_up:
+            meeting.until = meeting.latest = min(meeting.until, time.monotonic() + PROBE_S)
         elif self.me > client:
-            self._await(meeting, min(deadline, time.monotonic() + FIRST_CALL_S))
+            self._await(meeting, min(meeting.until, time.monotonic() + FIRST_CALL_S))
         tries = 0
-        while not self._over(meeting, deadline):
-            if member is None or member.address is None or meeting.streams:
-                self._await(meeting, min(deadline, time.monotonic() + RETRY_S))
+        while not self._over(meeting):
+            if not dials or meeting.streams:
+                self._await(meeting, min(meeting.until, time.monotonic() + RETRY_S))
                 continue
             tries += 1
             try:
                 purpose = Hello.SETTLE if meeting.pledged else Hello.SWAP
-                self._call(client, round, meeting, deadline + (self._patience_s if meeting.pledged else 0), purpose)
+                self._call(client, round, meeting, self._last(meeting), purpose)
             except (WireError, _UnusableError) as error:
                 self._failed(client, error)
                 meeting.final = True
@@ -351,7 +374,7 @@ class Swapper:
                 self._failed(client, error)
             pause = min(2.0, RETRY_S * 2**tries)
             until = time.monotonic() + pause
-            self._await(meeting, until if meeting.pledged else min(until, deadline))
+            self._await(meeting, until if meeting.pledged else min(until, meeting.until))
         with self._changed:
             if meeting.verdict is None:
                 if meeting.pledged:
@@ -363,12 +386,14 @@ class Swapper:
                         why = self._known(client).problem or "it was not ready in time"
                         log.warning("round %d: goes on without client %d: %s", round, client, why)
 
-    def _over(self, meeting: _Meeting, deadline: float) -> bool:
+    def _over(self, meeting: _Meeting) -> bool:
+        return meeting.verdict is not None or meeting.final or time.monotonic() >= self._last(meeting)
+
+    def _last(self, meeting: _Meeting) -> float:
+        """Return when this end gives up, on the monotonic clock."""
         if meeting.pledged:  # what the other end decided must be known, if it can be
-            deadline = self._hurried_at + SETTLE_S if self._hurried else deadline + self._patience_s
-        elif self._hurried:
-            return True
-        return meeting.verdict is not None or meeting.final or time.monotonic() >= deadline
+            return self._hurried_at + SETTLE_S if self._hurried else meeting.latest + self._patience_s
+        return self._hurried_at if self._hurried else meeting.until
 
     def _await(self, meeting: _Meeting, until: float) -> None:
         with self._changed:
@@ -398,6 +423,8 @@ class Swapper:
         with self._changed:
             if purpose != Hello.PING:
                 meeting.calls.append(call)
+            if self._hurried and not meeting.pledged:
+                call.cancel()
             offer = self._offers.get(round)
         queue.put(Chunk(hello=self._hello(round, purpose)))
         there, assembler, attached = 0, None, False
@@ -412,6 +439,9 @@ class Swapper:
                             queue.put(Chunk(roster=self.membership.current()[1].raw))
                     case "wait":
                         self._saw(client, chunk.wait.round, chunk.wait.step)
+                        if chunk.wait.left_ms:  # it must not be given up for waiting as long as this end would
+                            longer = time.monotonic() + chunk.wait.left_ms / 1000 + MARGIN_S
+                            meeting.until = min(max(meeting.until, longer), meeting.latest)
                     case "roster":
                         self._adopt(client, chunk.roster)
                     case "total":
@@ -568,7 +598,10 @@ class Swapper:
                 if not context.is_active():
                     return None, None
                 self._changed.wait(STILL_HERE_S)
-            yield Chunk(wait=Wait(round=self._round, step=self._step))
+                still = [m for (at, _), m in self._meetings.items() if at == self._round and m.verdict is None]
+                left_s = max((one.until - time.monotonic() for one in still), default=0.0)
+                wait = Wait(round=self._round, step=self._step, left_ms=int(1000 * max(0.0, left_s)))
+            yield Chunk(wait=wait)
 
     def _exchange(
         self, t: int, client: int, meeting: _Meeting, offer: _Offer, requests: Iterator[Part], context: Any
@@ -585,6 +618,8 @@ class Swapper:
             if part is not None:
                 yield part
             chunk = self._read(requests, context)
+            if chunk is None and meeting.verdict is not None:
+                return meeting.verdict  # by another call
             if chunk is None:
                 raise WireError("hangs up before the end of its payload")
             match kind(chunk):

@@ -168,6 +168,40 @@ def test_a_round_that_the_other_end_gave_up_is_passed_at_both(three: Federation)
         assert swappers[1].ask_rounds([0]) == {0: 7}
 
 
+def test_a_neighbour_that_waits_for_a_dead_one_is_not_given_up(three: Federation) -> None:
+    with peers(three, range(2), patience_s=4.0) as swappers, ThreadPoolExecutor() as pool:
+        ahead = pool.submit(swappers[0].swap, 1, payload(0, 1), [1])
+        assert swappers[1].swap(0, payload(1), [2]) == {}  # takes all its patience, and so would take the other's
+        assert same(swappers[1].swap(1, payload(1, 1), [0])[0], payload(0, 1))
+        assert same(ahead.result(20)[1], payload(1, 1))
+
+
+def test_a_seat_that_is_empty_or_can_only_dial_as_this_peer_costs_no_time(tmp_path: Path) -> None:
+    made = found(tmp_path, 3, silent=[0, 1])
+    made.parties.revoke("peer-2")
+    made.issue()
+    swapper = Swapper(Membership(made.peer(0), made.roster), AGREED, patience_s=60.0)
+    begin = time.monotonic()
+    assert swapper.swap(0, payload(0), [1, 2, 7]) == {}
+    assert time.monotonic() - begin < 5
+    swapper.stop()
+
+
+def test_a_peer_that_is_told_to_hurry_waits_for_nobody(three: Federation) -> None:
+    with peers(three, range(2), patience_s=60.0) as swappers, ThreadPoolExecutor() as pool:
+        going = offering(swappers[0], 0, [1], pool)
+        swappers[0].hurry()
+        assert going.result(10) == {}
+
+
+def test_a_restarted_peer_still_has_its_verdicts(three: Federation) -> None:
+    with peers(three, [0]) as swappers:
+        swappers[0].enter(5)
+        swappers[0].remember(4, counted=[2], failed=[1])
+        assert outcomes(call(three, 2, 0, iter([hello(4, Hello.SETTLE)]))) == [Verdict.COUNTED]
+        assert outcomes(call(three, 1, 0, iter([hello(4, Hello.SETTLE)]))) == [Verdict.PASSED]
+
+
 # ---- wires that break
 
 
