@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,17 @@ SMALL = [
     "lora.lora_dropout=0.1",
 ]
 TINY = [*SMALL, "rounds=2"]
-COMMANDS = ["compare", "data", "diagnose", "env", "export", "graph", "recipes", "report", "run", "sweep"]
+COMMANDS = ["compare", "data", "diagnose", "env", "export", "graph", "recipes", "report", "roster", "run", "sweep"]
+COMMANDS += [
+    "ca approve",
+    "ca init",
+    "ca list",
+    "ca revoke",
+    "peer doctor",
+    "peer request",
+    "peer start",
+    "peer status",
+]
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -333,15 +343,24 @@ def test_an_exported_adapter_is_the_runs_own(peertune: Call, done: Path, tmp_pat
             assert contents(tmp_path / "to" / client / file) == contents(done / "adapters" / name / file)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_names_every_argument_and_option_and_says_what_each_does(peertune: Call, command: str) -> None:
+def commands() -> Iterator[tuple[str, Any]]:
+    """Yield all commands with their names, those of a group by both words."""
     import typer
 
-    assert sorted(typer.main.get_command(app).commands) == COMMANDS  # type: ignore[attr-defined]
-    code, out, _ = peertune(command, "--help")
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        yield from [(f"{name} {word}", one) for word, one in inner.items()] if inner else [(name, command)]
+
+
+def test_the_commands_are_these() -> None:
+    assert sorted(name for name, _ in commands()) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_argument_and_option_and_says_what_each_does(peertune: Call, command: str) -> None:
+    code, out, _ = peertune(*command.split(), "--help")
     assert code == 0
-    params = typer.main.get_command(app).commands[command].params  # type: ignore[attr-defined]
-    for param in params:
+    for param in dict(commands())[command].params:
         if param.param_type_name == "option":
             assert all(option in out for option in param.opts)
         assert param.help

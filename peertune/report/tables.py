@@ -102,7 +102,9 @@ def compare(
         )
     _check_comparable(runs, keys)
     for run in runs:
-        done = run.records[-1]["round"] + 1 if run.records else 0  # a peer may have missed some before
+        done = len(run.records)
+        if run.records and run.facts.get("peers"):  # which may have missed some
+            done = run.records[-1]["round"] + 1
         if done < run.recipe.get("rounds", 0):
             log.warning("%s is not finished: it has %d of %d rounds", run.name, done, run.recipe["rounds"])
     groups: dict[tuple[Any, ...], list[RunData]] = {}
