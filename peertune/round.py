@@ -110,7 +110,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
         bytes_sent=metrics.bytes_sent(payload | signals, neighbours),
         neighbours=neighbours,
         edges=metrics.edges(weights, clients, senders) if payload else [],
-        failed_edges=failed,
+        failed_edges=failed if payload else [],
         out_of_phase=[client for client, own in zip(clients, phases, strict=True) if own != phase],
         neighbourhood_cross_term=cross_terms,
         diagnostics=diagnostics,

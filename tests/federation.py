@@ -62,15 +62,18 @@ def found(
     silent: Sequence[int] = (),
     through: Mapping[int, int] | None = None,
     now: datetime | None = None,
+    hosts: Sequence[str] = (),
 ) -> Federation:
     """Make a federation of so many peers, at the time `now`.
 
-    The `silent` ones have no address and can only dial out; others are reached `through` another port than their own.
+    The `silent` ones have no address and can only dial out; others are reached `through` another port than their own,
+    and at the `hosts` where they are given.
     """
     made = Federation(parties.Federation(folder, name="trial", now=now), free_ports(peers))
     for client in range(peers):
         port = (through or {}).get(client, made.ports[client])
-        made.parties.join(f"peer-{client}", None if client in silent else f"127.0.0.1:{port}", now=now)
+        host = hosts[client] if hosts else "127.0.0.1"
+        made.parties.join(f"peer-{client}", None if client in silent else f"{host}:{port}", now=now)
     made.issue()
     return made
 

@@ -63,9 +63,8 @@ def test_four_peers_end_with_the_simulators_adapters_for_every_method(
         assert_same(recipes[method], played, tolerance)
 
 
-def test_eight_peers_end_with_the_simulators_adapters(tmp_path: Path) -> None:
-    methods = ("tad_lora", "decaf")
-    recipes = {method: recipe(8, "float64", f"algorithm={{name: {method}}}") for method in methods}
+def test_eight_peers_end_with_the_simulators_adapters_for_every_method(tmp_path: Path) -> None:
+    recipes = {method: recipe(8, "float64", f"algorithm={{name: {method}}}") for method in ALGORITHMS}
     for method, played in play(found(tmp_path, 8), recipes).items():
         assert_same(recipes[method], played, 1e-12)
 
@@ -75,6 +74,7 @@ FAULTS = {
     "down": ["{down: 2, rounds: [1, 2]}", "{down: 0, rounds: [3, 3]}"],
     "slow": ["{slow: 3, rounds: [0, 4], delay_s: 0.3}"],
 }
+FAULTS["all"] = [*FAULTS["edge"], *FAULTS["down"], "{slow: 1, rounds: [4, 4], delay_s: 0.1}"]
 
 
 def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federation) -> None:
@@ -83,12 +83,13 @@ def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federati
             4, "float64", f"algorithm={{name: {method}}}", "graph.activation=1.0", f"faults=[{', '.join(planned)}]"
         )
         for fault, planned in FAULTS.items()
-        for method in ("tad_lora", "decaf")
+        for method in (ALGORITHMS if fault == "all" else ["decaf"])
     }
     results = play(four, recipes)
     for name, played in results.items():
+        fault, method = name.split()
         drift = [record.diagnostics["mean_drift"] for record in assert_same(recipes[name], played, 1e-12)]
-        assert max(drift) < 1e-13 or "decaf" in name  # products are averaged, not factors
+        assert max(drift) < 1e-13 or method in ("decaf", "fedrot_lora")  # which do not average factors as they are
         lost = sorted(
             {(record["round"], *edge) for peer in played for record in peer.records for edge in record["failed_edges"]}
         )
@@ -97,7 +98,8 @@ def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federati
             "down": [(1, 0, 2), (1, 1, 2), (1, 2, 3), (2, 0, 2), (2, 1, 2), (2, 2, 3), (3, 0, 1), (3, 0, 2), (3, 0, 3)],
             "slow": [],
         }
-        assert lost == fired[name.split()[0]]
+        fired["all"] = sorted({*fired["edge"], *fired["down"]})
+        assert lost == (fired[fault] if method != "local" else [])
     assert (results["edge decaf"][0].known[1]["down"], results["edge decaf"][1].known[0]["down"]) == (3, 3)
     waited = [record["seconds"]["exchange"] for record in results["slow decaf"][0].records]
     assert min(waited) > 0.2  # for the slow one, which nobody goes on without

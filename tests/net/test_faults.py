@@ -1,5 +1,6 @@
 """Peers as real processes that are killed, stopped, filled up and cut off: the others go on, and they come back."""
 
+import ctypes
 import json
 import os
 import random
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,8 @@ RECIPE = (
 class Peers:
     """The peers of a federation, each a process that the command line runs; forked, so that none imports anew."""
 
-    def __init__(self, made: Federation, *overrides: str) -> None:
+    def __init__(self, made: Federation, *overrides: str, networks: Sequence[str] = ()) -> None:
+        self.networks = networks
         self.made, self.overrides = made, [*RECIPE[1:], f"clients={len(made.ports)}", *overrides]
         self.running: dict[int, Any] = {}
         self._forks = forking()
@@ -49,7 +51,8 @@ class Peers:
                 words += ["--resume", str(run)]
             else:
                 words += ["--recipe", RECIPE[0], "--out", str(run), *self.overrides]
-            process = self._forks.Process(target=_command, args=(words, self.made.folder / f"log-{client}"))
+            network = self.networks[client] if self.networks else None
+            process = self._forks.Process(target=_command, args=(words, self.made.folder / f"log-{client}", network))
             process.start()
             self.running[client] = process
 
@@ -90,10 +93,13 @@ class Peers:
             time.sleep(0.02)
 
 
-def _command(words: list[str], log: Path) -> None:
-    """Be the command line, in this process."""
+def _command(words: list[str], log: Path, network: str | None) -> None:
+    """Be the command line, in this process, within a namespace of the network."""
     import torch
 
+    if network is not None:
+        with open(f"/run/netns/{network}") as space:
+            assert ctypes.CDLL(None).setns(space.fileno(), 0x40000000) == 0  # CLONE_NEWNET
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with log.open("a") as file:
@@ -106,8 +112,8 @@ def _command(words: list[str], log: Path) -> None:
 
 
 @contextmanager
-def peers(made: Federation, *overrides: str) -> Iterator[Peers]:
-    group = Peers(made, *overrides)
+def peers(made: Federation, *overrides: str, networks: Sequence[str] = ()) -> Iterator[Peers]:
+    group = Peers(made, *overrides, networks=networks)
     try:
         yield group
     finally:
@@ -261,3 +267,61 @@ def _fill(file: Path) -> None:
                 out.write(b"x" * 4096)
         except OSError:
             return
+
+
+@contextmanager
+def two_networks(count: int) -> Iterator[list[str]]:
+    """Make namespaces on two bridges, half of them on each, with a link `pt-link` between; yield their names."""
+    names = [f"pt-{os.getpid()}-{number}" for number in range(count)]
+
+    def ip(*words: str) -> None:
+        subprocess.run(["ip", *words], check=True, capture_output=True)
+
+    try:
+        try:
+            ip("link", "add", "pt-link", "type", "veth", "peer", "name", "pt-knil")
+            for bridge, end in (("pt-0", "pt-link"), ("pt-1", "pt-knil")):
+                ip("link", "add", bridge, "type", "bridge")
+                ip("link", "set", bridge, "up")
+                ip("link", "set", end, "master", bridge, "up")
+            for number, name in enumerate(names):
+                ip("netns", "add", name)
+                ip("link", "add", f"pt-v{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
+                ip("link", "set", f"pt-v{number}", "master", f"pt-{2 * number // count}", "up")
+                ip("-n", name, "addr", "add", f"10.77.0.{number + 1}/24", "dev", "eth0")
+                ip("-n", name, "link", "set", "eth0", "up")
+                ip("-n", name, "link", "set", "lo", "up")
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("this machine lets nobody make networks")
+        yield names
+    finally:
+        for words in [["netns", "del", name] for name in names] + [
+            ["link", "del", x] for x in ("pt-link", "pt-0", "pt-1")
+        ]:
+            subprocess.run(["ip", *words], check=False, capture_output=True)
+
+
+def test_a_network_that_falls_in_two_goes_on_in_both_halves_and_heals(tmp_path: Path) -> None:
+    rounds = 120
+    with two_networks(4) as networks:
+        made = found(tmp_path, 4, hosts=[f"10.77.0.{number + 1}" for number in range(4)])
+        settings = (f"rounds={rounds}", "network.patience_s=3", "graph.activation=1.0")
+        with peers(made, *settings, networks=networks) as group:
+
+            def across(key: str) -> list[int]:
+                """The rounds in which peer 0's edges to the other half are all under this key."""
+                return [r["round"] for r in group.records(0) if all([0, other] in r[key] for other in (2, 3))]
+
+            group.start(*range(4))
+            group.wait_until(lambda: len(across("edges")) > 3)
+            subprocess.run(["ip", "link", "set", "pt-link", "down"], check=True)
+            group.wait_until(lambda: len(across("failed_edges")) > 3)
+            apart = across("failed_edges")
+            assert all([0, 1] in r["edges"] for r in group.records(0) if r["round"] in apart)
+            assert any([2, 3] in r["edges"] and [0, 2] in r["failed_edges"] for r in group.records(2))
+            subprocess.run(["ip", "link", "set", "pt-link", "up"], check=True)
+            group.wait_until(lambda: max(across("edges")) > max(apart))
+            group.end(*range(4))
+            for client in range(4):
+                assert_whole(group, client, rounds)
+                assert "Traceback" not in group.log(client)
