@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,10 +54,9 @@ def write_file(file: Path, data: bytes, *, private: bool = False, lasting: bool 
 
     Not `lasting`, a power cut may take it: for what is written every second. Raises RunError where it can't be written.
     """
-    beside = file.with_name(f".{file.name}")
+    beside = file.with_name(f".{file.name}-{os.getpid()}-{threading.get_ident()}")
     with reported(file):
         try:
-            beside.unlink(missing_ok=True)  # of a process that was killed, with a mode of its own
             descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if private else 0o666)
             with open(descriptor, "wb") as stream:
                 stream.write(data)

@@ -106,7 +106,7 @@ class PlannedFault(_Block):
 class Network(_Block):
     """How peers on a network wait for each other; a simulation has no use for it."""
 
-    patience_s: float = Field(300.0, gt=0)  # how long a round waits for a neighbour before it does without
+    patience_s: float = Field(300.0, gt=0, le=86_400)  # how long a round waits for a neighbour before it does without
     when_alone: Literal["train", "wait"] = "train"  # what a peer does that reaches nobody
 
 

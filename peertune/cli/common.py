@@ -101,8 +101,8 @@ def asked_to_stop(answer: str, then: Callable[[], None] = lambda: None) -> Itera
         asked.append(number)
         if len(asked) > 1:
             raise KeyboardInterrupt
-        print(f"peertune: {answer}", file=sys.stderr)
         then()
+        print(f"peertune: {answer}", file=sys.stderr)
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.signal(number, ask) for number in numbers}

@@ -120,8 +120,15 @@ def start(
                 go_on = f"peertune peer start --resume {place} and the options of before"
                 engine = partial(run_peer, swapper=swapper, when_alone=network.when_alone, records=rounds_kept)
                 train(run, place, engine, go_on, swapper.hurry)
+            except BaseException:
+                swapper.hurry()
+                raise
             finally:
-                swapper.stop()
+                try:
+                    swapper.stop()
+                except KeyboardInterrupt:  # the run is whole: only others may still wait for a verdict
+                    swapper.hurry()
+                    swapper.stop()
     print_summary(place, as_json)
 
 
@@ -157,6 +164,10 @@ def _with_data(recipe: "Recipe", data: Path) -> "Recipe":
 
 def where_to_listen(address: str | None, listen: str | None, insecure: bool) -> str | None:
     """Return where to answer those who call this address: on all of this machine's, or loopback; None: nowhere."""
-    if listen is not None or address is None:
-        return listen
+    from peertune.net.certificates import check_address
+
+    if listen is not None:
+        return check_address(listen)
+    if address is None:
+        return None
     return address if insecure else f"[::]:{address.rpartition(':')[2]}"

@@ -102,21 +102,15 @@ def _caught_up(job: Job, swapper: Swapper, round: int) -> int:
     """Return the round to go on with: this one, or that of the others if they went on without this peer.
 
     A neighbour went on without it if the two had an edge in a round that the neighbour has behind it; the last of those
-    rounds doesn't tell, since its payload is still at hand there. Where several answer, the second furthest is
+    rounds doesn't tell, since its payload is still at hand there. Where several are ahead, the second furthest is
     believed, so that no single one can drive the others through their rounds.
     """
     there = swapper.ask_rounds(neighbours(job))
-    missed = [
-        other
-        for other, theirs in there.items()
-        if any(other in _expected(job, t) for t in range(round, min(theirs - 1, job.rounds)))
-    ]
-    if not missed:
+    ahead = sorted(theirs for theirs in there.values() if theirs > round)
+    last = min(ahead[-1] - 1, job.rounds) if ahead else round
+    if not any(there.get(other, 0) > t + 1 for t in range(round, last) for other in _expected(job, t)):
         return round
-    rounds = sorted(there.values())
-    target = min(rounds[-2] if len(rounds) > 1 else rounds[-1], job.rounds)
-    if target <= round:
-        return round
+    target = min(ahead[-2] if len(ahead) > 1 else ahead[-1], job.rounds)
     log.warning("behind: going on from round %d, where the others are, instead of %d", target, round)
     return target
 

@@ -1,5 +1,7 @@
 """Chunks as gRPC messages. One that holds data is packed and read here, as protobuf would, but without its copies."""
 
+from google.protobuf.message import DecodeError
+
 from peertune.net.peer_pb2 import Chunk
 
 Part = Chunk | memoryview
@@ -16,7 +18,7 @@ def pack(part: Part) -> bytes:
 
 
 def unpack(message: bytes) -> Part:
-    """Return what a message says. Raises google.protobuf.message.DecodeError where it is none."""
+    """Return what a message says; one that can't be read is a Chunk without any part."""
     if message.startswith(_DATA):
         length, at = 0, 1
         for shift in range(0, 35, 7):
@@ -29,7 +31,10 @@ def unpack(message: bytes) -> Part:
                 if at + length == len(message):
                     return memoryview(message)[at:]
                 break  # something follows: protobuf knows what to make of it
-    return Chunk.FromString(message)
+    try:
+        return Chunk.FromString(message)
+    except DecodeError:
+        return Chunk()
 
 
 def kind(part: Part) -> str | None:

@@ -12,6 +12,9 @@ from peertune.net.roster import MAX_ROSTER_BYTES, Roster, load_roster
 
 log = logging.getLogger(__name__)
 
+SERIAL = "roster.serial"
+"""In the peer's folder: the highest serial of a roster that it has used."""
+
 LOOK_EVERY_S = 60.0  # at certificates, which expire though no file changes
 
 
@@ -25,8 +28,12 @@ class Membership:
         self._folder, self._file = folder, roster
         self._lock = threading.Lock()
         self._seen = self._stamp()
+        self._problem = ""
         found = self._read()
+        if found.serial < (had := self._had()):
+            raise IdentityError(f"{roster}: is roster {found.serial}, and this peer has had {had}; get a newer one")
         self._current = (load_identity(folder, found), found)
+        self._keep(found.serial)
 
     def current(self) -> tuple[Identity, Roster]:
         """Return who this peer is, and the roster."""
@@ -35,14 +42,20 @@ class Membership:
                 self._seen = stamp
                 try:
                     self._take(self._read())
+                    self._problem = ""
                 except PeertuneError as error:
-                    log.warning("%s; going on with roster %d", error, self._current[1].serial)
+                    if str(error) != self._problem:
+                        log.warning("%s; going on with roster %d", error, self._current[1].serial)
+                    self._problem = str(error)
             return self._current
 
     def adopt(self, raw: bytes) -> bool:
         """Take up a roster that another peer sent, if it is newer. Raises IdentityError for one the CA didn't sign."""
+        identity, roster = self.current()
+        if raw == roster.raw:
+            return False
+        found = load_roster(raw, identity.ca)  # not under the lock, since it may take long
         with self._lock:
-            found = load_roster(raw, self._current[0].ca)
             if found.serial <= self._current[1].serial:
                 return False
             self._take(found)
@@ -60,6 +73,21 @@ class Membership:
         if identity.client != self._current[0].client:
             raise IdentityError(f"{self._file}: makes this peer client {identity.client}; start it anew")
         self._current = identity, found
+        self._keep(found.serial)
+
+    def _had(self) -> int:
+        """Return the highest serial that this peer has ever used: an older roster may hold who was revoked since."""
+        try:
+            return int((self._folder / SERIAL).read_text())
+        except (OSError, ValueError):
+            return 0
+
+    def _keep(self, serial: int) -> None:
+        if serial > self._had():
+            try:
+                write_file(self._folder / SERIAL, f"{serial}\n".encode())
+            except PeertuneError as error:
+                log.warning("%s: an older roster will not be told from this one", error)
 
     def _read(self) -> Roster:
         try:
@@ -70,5 +98,11 @@ class Membership:
         return load_roster(data, load_ca(self._folder))
 
     def _stamp(self) -> tuple[int, ...]:
-        times = [path.stat().st_mtime_ns if path.exists() else 0 for path in (self._file, self._folder)]
-        return (*times, int(time.monotonic() / LOOK_EVERY_S))
+        return (*map(_changed_at, (self._file, self._folder)), int(time.monotonic() / LOOK_EVERY_S))
+
+
+def _changed_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -35,14 +35,16 @@ log = logging.getLogger(__name__)
 PROTOCOL = 1
 METHOD = "/peertune.v1.Peer/Swap"
 MESSAGE_BYTES = MAX_ROSTER_BYTES + 2**16  # the longest is a roster
-STREAMS = 2  # of one client at a time: each end may call
+STREAMS = 3  # of one client at a time: each end may call, and ask something beside
+HELLO_FIELDS = 64  # that must agree, at most
 KEPT_ROUNDS = 64  # whose outcomes are remembered
 FIRST_CALL_S = 1.0  # how long the higher number leaves the first call to the lower
 MARGIN_S = 2.0  # how much longer to wait for one that waits than it does itself
 PROBE_S = 2.0  # how long a round waits for a neighbour that could not be reached in the one before
-STALL_S = 30.0  # after which a call in which nothing moves is given up
+STALL_S = 30.0  # after which a caller that says nothing is cut off
+LINGER_S = 10.0  # how long a peer that is done answers those who may have missed its last verdicts
 RETRY_S = 0.2
-SETTLE_S = 5.0  # how long a peer that is told to hurry asks for a verdict that it may not go without
+SETTLE_S = 5.0  # how much longer a peer asks for a verdict that it should not go on without
 STILL_HERE_S = 0.5  # between signs of life to a caller that waits
 
 OPTIONS = [
@@ -119,6 +121,10 @@ class _Offer:
     layout: Layout
 
 
+class _GoneError(Exception):
+    """The caller hung up."""
+
+
 class _UnusableError(PeertuneError):
     """The other end and this one can't swap, and trying again won't help."""
 
@@ -154,7 +160,9 @@ class Swapper:
         self._serving: dict[int, int] = {}  # streams by client
         self._deadlines: dict[Any, float] = {}  # of calls that wait for the other end
         self._unheard: set[tuple[int, int]] = set()  # verdicts of ours that the caller may not have
-        self._hurried = self._stopped = self._echo_only = False
+        self._waiting: dict[tuple[int, int], int] = {}  # calls that wait for this end to be ready
+        self._complained: dict[int, int] = {}  # client → the round in which what it sent was last complained of
+        self._hurried = self._stopped = self._open = self._watching = self._echo_only = False
         self._hurried_at = 0.0
         self._doing = "starting"
         self._phase: Phase | None = None
@@ -166,10 +174,11 @@ class Swapper:
     def start(self, address: str, *, echo_only: bool = False) -> int:
         """Answer calls at `address` (host:port, port 0 for any) and return the port. Raises PeertuneError.
 
-        `echo_only`: answer only who tries whether it gets through; to all others nobody is here.
+        Until the first round is entered, or with `echo_only`, it answers only those who try whether they get through;
+        to all others nobody is here.
         """
         self._echo_only = echo_only
-        workers = 4 + (STREAMS + 1) * self._seats
+        workers = 4 + STREAMS * self._seats
         self._server = grpc.server(
             ThreadPoolExecutor(workers, thread_name_prefix="swap"), options=OPTIONS, maximum_concurrent_rpcs=workers
         )
@@ -190,13 +199,14 @@ class Swapper:
                 f"{address}: can't be listened at; give an address of this machine and a free port"
             ) from None
         self._server.start()
-        threading.Thread(target=self._watch, name="swap-watch", daemon=True).start()
+        self._keep_watch()
         return int(port)
 
     def enter(self, round: int, phase: Phase | None = None) -> None:
         """Say that this peer works on `round` now, and what the round trains and sends."""
         with self._changed:
             self._round, self._step, self._doing, self._phase = round, 0, "training", phase
+            self._open = True
             self._changed.notify_all()
 
     def stepped(self) -> None:
@@ -211,10 +221,12 @@ class Swapper:
         Waits for a neighbour at most `patience_s`; for one that is itself waiting for somebody, a little longer than
         it will; for one that could not be reached before, PROBE_S; for one that can't be reached at all, not.
         """
+        self._keep_watch()
         offer = _Offer(encode(payload), layout(payload, nan_in))
         now = time.monotonic()
         with self._changed:
-            self._round, self._doing = round, "swapping"
+            self._round, self._doing, self._open = round, "swapping", True
+            self._unheard = {(t, client) for t, client in self._unheard if t >= round - 1}
             self._offers = {t: kept for t, kept in self._offers.items() if t >= round - 1} | {round: offer}
             self._meetings = {key: kept for key, kept in self._meetings.items() if key[0] > round - KEPT_ROUNDS}
             meetings = {client: self._meetings.setdefault((round, client), _Meeting()) for client in neighbours}
@@ -238,6 +250,7 @@ class Swapper:
                     heard[client], meeting.tensors = meeting.tensors, None
                     known.up += 1
                 else:
+                    meeting.tensors = None
                     known.down += 1
             self._doing = "mixing"
         return heard
@@ -329,8 +342,8 @@ class Swapper:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Answer no more calls, once those that still need a verdict of ours have it, or patience is over."""
-        deadline = time.monotonic() + self._patience_s
+        """Answer no more calls, once those that still need a verdict of ours have it, or LINGER_S are over."""
+        deadline = time.monotonic() + min(LINGER_S, self._patience_s)
         with self._changed:
             while self._unheard and not self._hurried and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(min(left, 1.0))
@@ -350,41 +363,56 @@ class Swapper:
         roster = self.membership.current()[1]
         member, own = roster.by_client(client), roster.by_client(self.me)
         dials = member is not None and member.address is not None
-        if member is None or not member.certificates or not (dials or (own is not None and own.address is not None)):
-            meeting.final = True  # an empty seat, or two that can only dial out
+        if member is None or not member.valid() or not (dials or (own is not None and own.address is not None)):
+            meeting.final = True  # an empty seat, one whose certificates have ended, or two that can only dial out
         elif given_up:
             meeting.until = meeting.latest = min(meeting.until, time.monotonic() + PROBE_S)
         elif self.me > client:
             self._await(meeting, min(meeting.until, time.monotonic() + FIRST_CALL_S))
+        if (round, client) in self._waiting:  # its call has waited for this end, and goes on now
+            self._await(meeting, min(meeting.until, time.monotonic() + RETRY_S))
         tries = 0
-        while not self._over(meeting):
-            if not dials or meeting.streams:
-                self._await(meeting, min(meeting.until, time.monotonic() + RETRY_S))
-                continue
-            tries += 1
-            try:
-                purpose = Hello.SETTLE if meeting.pledged else Hello.SWAP
-                self._call(client, round, meeting, self._last(meeting), purpose)
-            except (WireError, _UnusableError) as error:
-                self._failed(client, error)
-                meeting.final = True
-            except grpc.RpcError as error:
-                if error.code() == grpc.StatusCode.FAILED_PRECONDITION:  # as planned: the other end doesn't count it
-                    meeting.final, meeting.pledged = True, False
-                self._failed(client, error)
-            pause = min(2.0, RETRY_S * 2**tries)
-            until = time.monotonic() + pause
-            self._await(meeting, until if meeting.pledged else min(until, meeting.until))
+        try:
+            while not self._over(meeting):
+                if not dials or meeting.streams:
+                    self._await(meeting, min(meeting.until, time.monotonic() + RETRY_S))
+                    continue
+                tries += 1
+                self._try(round, client, meeting)
+                until = time.monotonic() + min(2.0, RETRY_S * 2**tries)
+                self._await(meeting, until if meeting.pledged else min(until, meeting.until))
+        finally:
+            self._give_up(round, client, meeting, given_up)
+
+    def _try(self, round: int, client: int, meeting: _Meeting) -> None:
+        """Call once, and keep what goes wrong."""
+        try:
+            purpose = Hello.SETTLE if meeting.pledged else Hello.SWAP
+            self._call(client, round, meeting, self._last(meeting), purpose)
+        except PeertuneError as error:  # WireError and _UnusableError among them
+            self._failed(client, error)
+            meeting.final = True
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.FAILED_PRECONDITION:  # as planned: the other end doesn't count it
+                meeting.final, meeting.pledged = True, False
+            self._failed(client, error)
+        except Exception as error:  # whatever it is, it costs this edge and not the thread's silent end
+            log.error("client %d: %s: %s", client, type(error).__name__, _line(str(error)))
+            meeting.final = True
+
+    def _give_up(self, round: int, client: int, meeting: _Meeting, given_up: bool) -> None:
+        """Settle what is still open: without the other."""
         with self._changed:
-            if meeting.verdict is None:
-                if meeting.pledged:
-                    log.warning("round %d: whether client %d counts it stays unknown; here it does not", round, client)
-                self._settle(meeting, Verdict.PASSED)
-                if not meeting.final and not self._hurried:
-                    self._known(client).given_up = True
-                    if not given_up:
-                        why = self._known(client).problem or "it was not ready in time"
-                        log.warning("round %d: goes on without client %d: %s", round, client, why)
+            if meeting.verdict is not None:
+                return
+            if meeting.pledged:
+                log.warning("round %d: whether client %d counts it stays unknown; here it does not", round, client)
+            self._settle(meeting, Verdict.PASSED)
+            if not meeting.final and not self._hurried:
+                self._known(client).given_up = True
+                if not given_up:
+                    why = self._known(client).problem or "it was not ready in time"
+                    log.warning("round %d: goes on without client %d: %s", round, client, why)
 
     def _over(self, meeting: _Meeting) -> bool:
         return meeting.verdict is not None or meeting.final or time.monotonic() >= self._last(meeting)
@@ -392,7 +420,7 @@ class Swapper:
     def _last(self, meeting: _Meeting) -> float:
         """Return when this end gives up, on the monotonic clock."""
         if meeting.pledged:  # what the other end decided must be known, if it can be
-            return self._hurried_at + SETTLE_S if self._hurried else meeting.latest + self._patience_s
+            return (self._hurried_at if self._hurried else meeting.latest) + SETTLE_S
         return self._hurried_at if self._hurried else meeting.until
 
     def _await(self, meeting: _Meeting, until: float) -> None:
@@ -441,7 +469,7 @@ class Swapper:
                         self._saw(client, chunk.wait.round, chunk.wait.step)
                         if chunk.wait.left_ms:  # it must not be given up for waiting as long as this end would
                             longer = time.monotonic() + chunk.wait.left_ms / 1000 + MARGIN_S
-                            meeting.until = min(max(meeting.until, longer), meeting.latest)
+                            meeting.until = min(max(meeting.until, longer), max(meeting.until, meeting.latest))
                     case "roster":
                         self._adopt(client, chunk.roster)
                     case "total":
@@ -467,7 +495,8 @@ class Swapper:
                             queue.put(Chunk(verdict=Verdict(outcome=Verdict.HAVE)))
                     case "verdict":
                         with self._changed:
-                            meeting.calls.remove(call)  # settling cancels all others
+                            if call in meeting.calls:  # settling cancels all others
+                                meeting.calls.remove(call)
                         self._verdict(client, round, meeting, chunk.verdict)
                         there = max(there, chunk.verdict.round)
                         queue.put(None)  # by which the other end knows that it arrived
@@ -513,8 +542,12 @@ class Swapper:
         try:
             with self._admitted(client, context):
                 yield from self._converse(client, requests, context)
+        except _GoneError:
+            log.debug("client %d (%s) hung up", client, member.name)
         except WireError as error:
-            log.warning("client %d (%s): %s", client, member.name, error)
+            if self._complained.get(client) != self._round:  # once a round: nobody shall fill the disk
+                log.warning("client %d (%s): %s", client, member.name, error)
+            self._complained[client] = self._round
             self._known(client).problem = str(error)
             yield Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200], round=self._round))
         except _UnusableError as error:
@@ -527,7 +560,7 @@ class Swapper:
             raise WireError("does not begin with a greeting")
         hello = first.hello
         tries = hello.purpose in (Hello.CALL_BACK, Hello.ECHO)
-        if self._echo_only and not tries:
+        if (self._echo_only or not self._open) and not tries:
             context.abort(grpc.StatusCode.UNAVAILABLE, "takes no part now")
         yield Chunk(hello=self._hello(self._round, hello.purpose))
         if tries:
@@ -535,8 +568,10 @@ class Swapper:
                 yield Chunk(verdict=self._call_back(client))
             return
         self._check_hello(client, hello)
-        if hello.purpose != Hello.PING or hello.round:
+        if hello.purpose != Hello.PING:
             self._saw(client, hello.round)
+            with self._changed:  # who is further has gone on, with our verdicts or without
+                self._unheard = {(t, other) for t, other in self._unheard if other != client or t >= hello.round}
         serial = self.membership.current()[1].serial
         if hello.roster_serial < serial:
             yield Chunk(roster=self.membership.current()[1].raw)
@@ -553,21 +588,16 @@ class Swapper:
         if meeting is None or offer is None:
             yield Chunk(verdict=Verdict(outcome=Verdict.PASSED, round=self._round))
             return
-        with self._changed:
-            meeting.streams += 1
         try:
             outcome = yield from self._exchange(t, client, meeting, offer, requests, context)
         finally:
             with self._changed:
                 meeting.streams -= 1
                 self._changed.notify_all()
-        with self._changed:
-            self._unheard.add((t, client))
         yield Chunk(verdict=Verdict(outcome=outcome, round=self._round))
-        with suppress(grpc.RpcError):  # the stream breaks where the caller is lost before it has the verdict
-            for _ in requests:
-                raise WireError("goes on after the verdict")
-            self._has_heard(t, client)
+        if self._read(requests, context) is not None:
+            raise WireError("goes on after the verdict")
+        self._has_heard(t, client)
 
     def _call_back(self, client: int) -> Verdict:
         """Try whether this peer gets through to the caller at its address in the roster, once at a time."""
@@ -586,22 +616,31 @@ class Swapper:
 
     def _reach(self, t: int, client: int, context: Any) -> Generator[Part, None, tuple[_Meeting | None, _Offer | None]]:
         """Wait until this peer has its payload of round t; return the meeting and the offer, None where it is over."""
-        while True:
+        with self._changed:
+            self._waiting[t, client] = self._waiting.get((t, client), 0) + 1
+        try:
+            while True:
+                with self._changed:
+                    meeting, offer = self._meetings.get((t, client)), self._offers.get(t)
+                    if meeting is not None and offer is not None and meeting.verdict != Verdict.PASSED:
+                        meeting.streams += 1
+                        return meeting, offer
+                    if t < self._round or (meeting is not None and meeting.verdict is not None) or self._stopped:
+                        return None, None
+                    if t == self._round and offer is not None:
+                        raise WireError(f"calls for round {t}, in which there is no edge")
+                    if not context.is_active():
+                        raise _GoneError
+                    self._changed.wait(STILL_HERE_S)
+                    still = [m for (at, _), m in self._meetings.items() if at == self._round and m.verdict is None]
+                    left_s = max((one.until - time.monotonic() for one in still), default=0.0)
+                    wait = Wait(round=self._round, step=self._step, left_ms=int(1000 * max(0.0, left_s)))
+                yield Chunk(wait=wait)
+        finally:
             with self._changed:
-                meeting, offer = self._meetings.get((t, client)), self._offers.get(t)
-                if meeting is not None and offer is not None and meeting.verdict != Verdict.PASSED:
-                    return meeting, offer
-                if t < self._round or (meeting is not None and meeting.verdict is not None) or self._stopped:
-                    return None, None
-                if t == self._round and offer is not None:
-                    raise WireError(f"calls for round {t}, in which there is no edge")
-                if not context.is_active():
-                    return None, None
-                self._changed.wait(STILL_HERE_S)
-                still = [m for (at, _), m in self._meetings.items() if at == self._round and m.verdict is None]
-                left_s = max((one.until - time.monotonic() for one in still), default=0.0)
-                wait = Wait(round=self._round, step=self._step, left_ms=int(1000 * max(0.0, left_s)))
-            yield Chunk(wait=wait)
+                self._waiting[t, client] -= 1
+                if not self._waiting[t, client]:
+                    del self._waiting[t, client]
 
     def _exchange(
         self, t: int, client: int, meeting: _Meeting, offer: _Offer, requests: Iterator[Part], context: Any
@@ -618,8 +657,6 @@ class Swapper:
             if part is not None:
                 yield part
             chunk = self._read(requests, context)
-            if chunk is None and meeting.verdict is not None:
-                return meeting.verdict  # by another call
             if chunk is None:
                 raise WireError("hangs up before the end of its payload")
             match kind(chunk):
@@ -640,14 +677,15 @@ class Swapper:
                     raise WireError(f"refuses what it was sent ({_line(chunk.verdict.reason)})")
                 case _:
                     raise WireError("sends its parts in another order than total, data, verdict")
-        for part in own:  # the caller has it all: only a longer header can be left, and there is none
-            yield part
+        if next(own, None) is not None:
+            raise WireError("says that it has what it was not sent")
         received = assembler.data()
         tensors = decode(received, offer.layout)
         self._count_bytes(client, len(offer.data), len(received))
         with self._changed:
             if meeting.verdict is None:
                 meeting.tensors = tensors
+                self._unheard.add((t, client))
             return self._settle(meeting, Verdict.COUNTED)
 
     def _has_heard(self, t: int, client: int) -> None:
@@ -657,41 +695,55 @@ class Swapper:
             self._changed.notify_all()
 
     def _recall(self, t: int, client: int) -> "Verdict.Outcome":
-        """Return the verdict on an earlier meeting."""
+        """Return the verdict on a meeting, once what came for it has been looked at."""
         with self._changed:
             meeting = self._meetings.get((t, client))
-            if meeting is not None and meeting.verdict is not None:
-                return meeting.verdict
+            if meeting is not None:
+                self._changed.wait_for(lambda: meeting.verdict is not None or not meeting.streams, timeout=STALL_S)
+                if meeting.verdict is not None:
+                    return meeting.verdict
             return Verdict.PASSED if t < self._round else Verdict.UNKNOWN
 
     def _read(self, requests: Iterator[Part], context: Any) -> Any:
-        """Return the next of the caller's chunks, None at the end; a caller that stalls is cut off."""
+        """Return the next of the caller's chunks, None at the end; a caller that stalls is cut off.
+
+        Raises _GoneError where it is gone.
+        """
         with self._changed:
             self._deadlines[context] = time.monotonic() + min(STALL_S, self._patience_s)
         try:
             return next(requests, None)
         except grpc.RpcError:
-            return None
+            raise _GoneError from None
         finally:
             with self._changed:
                 self._deadlines.pop(context, None)
 
+    def _keep_watch(self) -> None:
+        with self._changed:
+            if not self._watching:
+                self._watching = True
+                threading.Thread(target=self._watch, name="swap-watch", daemon=True).start()
+
     def _watch(self) -> None:
-        """Cut off callers that stall."""
+        """Cut off callers that stall, and calls of this end that have lasted too long."""
         while True:
             with self._changed:
-                if self._stopped:
+                if self._changed.wait_for(lambda: self._stopped, timeout=1.0):
                     return
-                self._changed.wait_for(lambda: self._stopped, timeout=1.0)
-                late = [context for context, deadline in self._deadlines.items() if time.monotonic() > deadline]
-            for context in late:
-                context.cancel()
+                now = time.monotonic()
+                late = [context for context, deadline in self._deadlines.items() if now > deadline]
+                for meeting in self._meetings.values():
+                    if meeting.verdict is None and now > self._last(meeting):
+                        late += meeting.calls
+            for call in late:
+                call.cancel()
 
     @contextmanager
     def _admitted(self, client: int, context: Any) -> Iterator[None]:
         """Hold one of the client's few streams."""
         with self._changed:
-            if self._serving.get(client, 0) >= STREAMS + 1:  # one more, for a question
+            if self._serving.get(client, 0) >= STREAMS:
                 full = True
             else:
                 full = False
@@ -736,6 +788,8 @@ class Swapper:
 
     def _check_hello(self, client: int, hello: Hello) -> None:
         """Raise _UnusableError where the other end differs in what must be the same, and name it."""
+        if len(hello.agreed) > HELLO_FIELDS:
+            raise WireError(f"names {len(hello.agreed)} fields that must agree, where {HELLO_FIELDS} are enough")
         self._known(client).clock_offset_s = _clock_offset_s(hello)
         for name, here, there in self._differences(hello):
             raise _UnusableError(f"{name} differs: {here} at client {self.me}, {there} at client {client}")
@@ -766,10 +820,12 @@ class Swapper:
 
     def _saw(self, client: int, round: int, step: int = 0) -> None:
         known = self._known(client)
-        if known.given_up:
+        if known.given_up and round >= self._round - 1:
             log.warning("client %d is back, in round %d", client, round)
         known.round, known.step, known.seen_at = round, step, time.time()
-        known.reached, known.given_up, known.problem = True, False, ""
+        known.reached, known.problem = True, ""
+        if round >= self._round - 1:  # one that lags behind is not waited for, until it is where the others are
+            known.given_up = False
 
     def _failed(self, client: int, error: Exception) -> None:
         known = self._known(client)
@@ -839,4 +895,4 @@ def _requests(queue: "SimpleQueue[Chunk | bytes | None]") -> Iterator[Part]:
 
 def _line(text: str) -> str:
     """Return what another end says as one short printable line."""
-    return "".join(c if c.isprintable() else " " for c in text)[:200]
+    return "".join(c if c.isprintable() else " " for c in text[:200])

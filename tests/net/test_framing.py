@@ -1,3 +1,4 @@
+from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -39,12 +40,8 @@ def test_any_message_is_read_as_protobuf_reads_it(tail: bytes) -> None:
     for message in (b"\x22" + tail, tail):
         try:
             expected = Chunk.FromString(message)
-        except Exception as error:  # whatever protobuf raises
-            try:
-                unpack(message)
-            except type(error):
-                continue
-            raise AssertionError(message) from error
+        except DecodeError:
+            expected = Chunk()
         part = unpack(message)
         assert kind(part) == expected.WhichOneof("part")
         if kind(part) == "data":

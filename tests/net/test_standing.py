@@ -111,6 +111,7 @@ def test_it_tells_whether_the_peer_swaps_or_waits(swappers: list[Swapper]) -> No
 @pytest.mark.parametrize("clock", [float("nan"), float("inf"), 1e300, -1.0, 0.0])
 def test_a_clock_that_is_none_is_not_repeated(three: Federation, swappers: list[Swapper], clock: float) -> None:
     identity, roster = swappers[1].membership.current()
+    swappers[0].enter(0)
     hello = Hello(protocol=PROTOCOL, federation="trial", agreed=AGREED, purpose=Hello.PING, clock=clock)
     with secure_channel(identity, roster.members[0]) as channel:
         call = channel.stream_stream(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 import torch
 from federation import Federation, found, free_ports
 
+from peertune.errors import IdentityError
 from peertune.net import tls
 from peertune.net.codec import encode
 from peertune.net.membership import Membership
@@ -134,6 +136,7 @@ def test_a_neighbour_that_is_not_there_costs_the_patience_once(three: Federation
 
 def test_a_neighbour_that_comes_late_is_waited_for(three: Federation) -> None:
     with peers(three, range(2)) as swappers, ThreadPoolExecutor() as pool:
+        swappers[0].enter(4)
         early = pool.submit(swappers[1].swap, 5, payload(1, 5), [0])
         reached = threading.Event()
 
@@ -426,3 +429,56 @@ def test_without_tls_only_loopback_is_listened_at(three: Federation) -> None:
         swapper.start("0.0.0.0:50051")
     with peers(three, range(2), insecure=True) as swappers:
         assert_all_heard(swappers, all_swap(swappers), 0)
+
+
+def test_the_wait_for_verdicts_ends_when_all_have_them(three: Federation) -> None:
+    with peers(three, range(3)) as swappers:
+        for t in range(5):
+            all_swap(swappers, t)
+        begin = time.monotonic()
+        for swapper in swappers.values():
+            assert not swapper._unheard
+            swapper.stop()
+        assert time.monotonic() - begin < 8
+
+
+def test_what_a_failed_edge_brought_is_not_kept(three: Federation) -> None:
+    with peers(three, [0], patience_s=1.0) as swappers, ThreadPoolExecutor() as pool:
+        for t in range(3):
+            going = offering(swappers[0], t, [2], pool)
+            data = encode(payload(2, t))
+            parts = [
+                hello(t),
+                Chunk(total=len(data)),
+                Chunk(data=data),
+                Chunk(verdict=Verdict(outcome=Verdict.REFUSED)),
+            ]
+            assert outcomes(call(three, 2, 0, iter(parts))) == [Verdict.REFUSED]
+            assert going.result(20) == {}
+        assert all(meeting.tensors is None for meeting in swappers[0]._meetings.values())
+
+
+def test_a_certificate_that_ends_costs_the_edge_and_no_traceback(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    made = found(tmp_path, 2)
+    ended = made.parties.approve("peer-1", 1, datetime.now(UTC) - timedelta(days=3))
+    with peers(made, [0], patience_s=30.0) as swappers:
+        identity, roster = swappers[0].membership.current()
+        members = (roster.members[0], replace(roster.members[1], certificates=(ended,)))
+        swappers[0].membership._current = identity, replace(roster, members=members)  # as it will be in three months
+        begin = time.monotonic()
+        assert swappers[0].swap(0, payload(0), [1]) == {}
+        assert time.monotonic() - begin < 10
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_older_roster_is_refused_at_the_next_start(tmp_path: Path) -> None:
+    made = found(tmp_path, 2)
+    old = made.roster.read_bytes()
+    made.parties.revoke("peer-1")
+    made.issue()
+    Membership(made.peer(0), made.roster)
+    made.roster.write_bytes(old)
+    with pytest.raises(IdentityError, match="is roster 1, and this peer has had 2; get a newer one"):
+        Membership(made.peer(0), made.roster)
