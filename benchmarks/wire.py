@@ -24,7 +24,8 @@ from peertune.net.certificates import bundle, read_request
 from peertune.net.codec import CHUNK_BYTES, encode
 from peertune.net.identity import request
 from peertune.net.membership import Membership
-from peertune.net.swap import OPTIONS, Swapper
+from peertune.net.node import OPTIONS
+from peertune.net.swap import Swapper
 from peertune.types import Tensors
 
 PEERS = 8

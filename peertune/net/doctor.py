@@ -19,8 +19,9 @@ from peertune.errors import IdentityError, PeertuneError
 from peertune.net.certificates import federation_of, read_key
 from peertune.net.identity import key_files, load_ca, read_private
 from peertune.net.membership import Membership
+from peertune.net.node import Knock
 from peertune.net.roster import Member
-from peertune.net.swap import Knock, Swapper
+from peertune.net.swap import Swapper
 
 RENEW_DAYS = 14
 CLOCK_S = 300.0

@@ -39,7 +39,7 @@ Standing = Callable[[], dict[str, Any]]
 
 def standing(swapper: "Swapper", *, rounds: int, local_steps: int, neighbours: Sequence[int]) -> dict[str, Any]:
     """Return how a peer stands, and each of its `neighbours`, heard or not."""
-    from peertune.net.swap import Neighbour
+    from peertune.net.node import Neighbour
 
     identity, roster = swapper.membership.current()
     progress = swapper.progress()

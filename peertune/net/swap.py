@@ -23,60 +23,23 @@ from peertune.errors import PeertuneError, WireError
 from peertune.net import tls  # before grpc, whose settings it makes
 from peertune.net.codec import Assembler, Layout, chunks, decode, encode, layout
 from peertune.net.framing import Part, data_of, kind, pack, unpack
-from peertune.net.identity import Identity
 from peertune.net.membership import Membership
+from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Node, UnusableError, line
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict, Wait
-from peertune.net.roster import MAX_ROSTER_BYTES, Member
 from peertune.topology import Fault, clients_down
 from peertune.types import Phase, Tensors
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = 1
-METHOD = "/peertune.v1.Peer/Swap"
-MESSAGE_BYTES = MAX_ROSTER_BYTES + 2**16  # the longest is a roster
 STREAMS = 3  # of one client at a time: each end may call, and ask something beside
-HELLO_FIELDS = 64  # that must agree, at most
 KEPT_ROUNDS = 64  # whose outcomes are remembered
 FIRST_CALL_S = 1.0  # how long the higher number leaves the first call to the lower
 MARGIN_S = 2.0  # how much longer to wait for one that waits than it does itself
-PROBE_S = 2.0  # how long a round waits for a neighbour that could not be reached in the one before
 STALL_S = 30.0  # after which a caller that says nothing is cut off
 LINGER_S = 10.0  # how long a peer that is done answers those who may have missed its last verdicts
 RETRY_S = 0.2
 SETTLE_S = 5.0  # how much longer a peer asks for a verdict that it should not go on without
 STILL_HERE_S = 0.5  # between signs of life to a caller that waits
-
-OPTIONS = [
-    ("grpc.max_receive_message_length", MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MESSAGE_BYTES),
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.initial_reconnect_backoff_ms", 200),
-    ("grpc.min_reconnect_backoff_ms", 500),
-    ("grpc.max_reconnect_backoff_ms", 2_000),
-    ("grpc.enable_http_proxy", 0),
-    ("grpc.so_reuseport", 0),
-]
-
-
-@dataclass
-class Neighbour:
-    """What this peer knows of another."""
-
-    round: int | None = None  # where it was when last heard
-    step: int = 0  # local steps done there
-    seen_at: float | None = None  # seconds since the epoch
-    reached: bool = False  # whether the last attempt came through
-    given_up: bool = False  # whether an edge was lost because it did not answer, since it was last heard
-    problem: str = ""  # what was wrong with the last attempt that failed
-    up: int = 0  # edges that counted
-    down: int = 0  # edges that did not
-    bytes_sent: int = 0
-    bytes_received: int = 0
-    clock_offset_s: float | None = None  # by how much its clock is ahead of this one
 
 
 @dataclass(frozen=True)
@@ -87,17 +50,6 @@ class Progress:
     round: int
     step: int  # local steps done
     phase: Phase | None  # what the round trains and sends; None where nobody has said
-
-
-@dataclass(frozen=True)
-class Knock:
-    """What came of trying to get through to another peer; it did."""
-
-    clock_offset_s: float | None  # by how much its clock is ahead of this one
-    roster_serial: int
-    takes_part: bool  # whether it runs something
-    differs: list[tuple[str, str, str]]  # what must be the same and is not: name, here, there
-    back: str | None  # why it did not get through to this peer; "" where it did, None where it wasn't asked
 
 
 @dataclass
@@ -125,11 +77,7 @@ class _GoneError(Exception):
     """The caller hung up."""
 
 
-class _UnusableError(PeertuneError):
-    """The other end and this one can't swap, and trying again won't help."""
-
-
-class Swapper:
+class Swapper(Node):
     """One peer's end of all its edges: a server that answers, and the calls it makes itself.
 
     `agreed` is what must be the same at all peers. `patience_s` is how long a round waits for a neighbour. A planned
@@ -147,16 +95,12 @@ class Swapper:
         insecure: bool = False,
         seats: int = 0,
     ) -> None:
-        self.membership = membership
+        super().__init__(membership, agreed, insecure=insecure)
         self._seats = max(seats, len(membership.current()[1].members))
-        self.me = membership.current()[0].client
-        self.neighbours: dict[int, Neighbour] = {}
-        self._agreed, self._patience_s, self._faults, self._insecure = dict(agreed), patience_s, faults, insecure
-        self._changed = threading.Condition()  # guards all that follows
-        self._round, self._step = 0, 0
+        self._patience_s, self._faults = patience_s, faults
+        self._step = 0
         self._offers: dict[int, _Offer] = {}
         self._meetings: dict[tuple[int, int], _Meeting] = {}
-        self._channels: dict[int, tuple[Any, Any]] = {}
         self._serving: dict[int, int] = {}  # streams by client
         self._deadlines: dict[Any, float] = {}  # of calls that wait for the other end
         self._unheard: set[tuple[int, int]] = set()  # verdicts of ours that the caller may not have
@@ -166,7 +110,6 @@ class Swapper:
         self._hurried_at = 0.0
         self._doing = "starting"
         self._phase: Phase | None = None
-        self._calling_back: set[int] = set()
         self._server: Any = None
 
     # ---- what the engine calls
@@ -185,9 +128,7 @@ class Swapper:
         handler = grpc.stream_stream_rpc_method_handler(
             self._answer, request_deserializer=unpack, response_serializer=pack
         )
-        self._server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("peertune.v1.Peer", {"Swap": handler}),)
-        )
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Swap": handler}),))
         try:
             if self._insecure:
                 tls.check_loopback(address)
@@ -293,33 +234,6 @@ class Swapper:
                 doing = "waiting" if open_now and not any(meeting.streams for meeting in open_now) else doing
             return Progress(doing, self._round, self._step, self._phase)
 
-    def knock(self, client: int, wait_s: float = PROBE_S, *, call_back: bool = False) -> Knock:
-        """Try whether this peer gets through to another and, with `call_back`, the other to this one.
-
-        Nothing else changes at either end. Runs are compared where both ends have one. Raises PeertuneError where it
-        does not get through.
-        """
-        identity, roster = self.membership.current()
-        member = roster.by_client(client)
-        theirs, back, offset = None, None, None
-        try:
-            with self._dial(identity, member, (("grpc.use_local_subchannel_pool", 1),)) as channel:  # dials anew
-                hello = self._hello(0, Hello.CALL_BACK if call_back else Hello.ECHO)
-                for chunk in _swap_on(channel)(iter([Chunk(hello=hello)]), timeout=wait_s, metadata=self._claim()):
-                    if kind(chunk) == "hello":
-                        theirs, offset = chunk.hello, _clock_offset_s(chunk.hello)
-                    elif kind(chunk) == "verdict":
-                        through = chunk.verdict.outcome == Verdict.HAVE
-                        back = "" if through else _line(chunk.verdict.reason) or "it does not say why"
-        except grpc.RpcError as error:
-            raise PeertuneError(_line(error.details() or str(error.code()))) from None
-        if theirs is None:
-            raise WireError(f"client {client}: does not begin with a greeting")
-        differs = self._differences(theirs)
-        if not (theirs.agreed and self._agreed):
-            differs = [found for found in differs if found[0] in ("protocol", "federation")]
-        return Knock(offset, theirs.roster_serial, bool(theirs.agreed), differs, back)
-
     @property
     def hurried(self) -> bool:
         """Whether this peer has been told to wait for nobody."""
@@ -389,7 +303,7 @@ class Swapper:
         try:
             purpose = Hello.SETTLE if meeting.pledged else Hello.SWAP
             self._call(client, round, meeting, self._last(meeting), purpose)
-        except PeertuneError as error:  # WireError and _UnusableError among them
+        except PeertuneError as error:  # WireError and UnusableError among them
             self._failed(client, error)
             meeting.final = True
         except grpc.RpcError as error:
@@ -397,7 +311,7 @@ class Swapper:
                 meeting.final, meeting.pledged = True, False
             self._failed(client, error)
         except Exception as error:  # whatever it is, it costs this edge and not the thread's silent end
-            log.error("client %d: %s: %s", client, type(error).__name__, _line(str(error)))
+            log.error("client %d: %s: %s", client, type(error).__name__, line(str(error)))
             meeting.final = True
 
     def _give_up(self, round: int, client: int, meeting: _Meeting, given_up: bool) -> None:
@@ -440,7 +354,7 @@ class Swapper:
         return meeting.verdict
 
     def _call(self, client: int, round: int, meeting: _Meeting, deadline: float, purpose: "Hello.Purpose") -> int:
-        """Call the client once, and return the round it is in. Raises RpcError, WireError or _UnusableError."""
+        """Call the client once, and return the round it is in. Raises RpcError, WireError or UnusableError."""
         queue: SimpleQueue[Chunk | bytes | None] = SimpleQueue()
         call = self._stub(client)(
             _requests(queue),
@@ -530,7 +444,7 @@ class Swapper:
                 self._saw(client, verdict.round)
             elif verdict.outcome == Verdict.REFUSED:
                 meeting.pledged = False
-                raise _UnusableError(f"client {client}: refuses ({_line(verdict.reason)})")
+                raise UnusableError(f"client {client}: refuses ({line(verdict.reason)})")
             else:  # it has forgotten: what was pledged is void, and the swap is made again
                 meeting.pledged = False
 
@@ -550,7 +464,7 @@ class Swapper:
             self._complained[client] = self._round
             self._known(client).problem = str(error)
             yield Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200], round=self._round))
-        except _UnusableError as error:
+        except UnusableError as error:
             self._failed(client, error)
             yield Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200], round=self._round))
 
@@ -598,21 +512,6 @@ class Swapper:
         if self._read(requests, context) is not None:
             raise WireError("goes on after the verdict")
         self._has_heard(t, client)
-
-    def _call_back(self, client: int) -> Verdict:
-        """Try whether this peer gets through to the caller at its address in the roster, once at a time."""
-        with self._changed:
-            if client in self._calling_back:
-                return Verdict(outcome=Verdict.REFUSED, reason="is calling back already")
-            self._calling_back.add(client)
-        try:
-            self.knock(client)
-            return Verdict(outcome=Verdict.HAVE)
-        except PeertuneError as error:
-            return Verdict(outcome=Verdict.REFUSED, reason=_line(str(error)))
-        finally:
-            with self._changed:
-                self._calling_back.discard(client)
 
     def _reach(self, t: int, client: int, context: Any) -> Generator[Part, None, tuple[_Meeting | None, _Offer | None]]:
         """Wait until this peer has its payload of round t; return the meeting and the offer, None where it is over."""
@@ -674,7 +573,7 @@ class Swapper:
                 case "verdict" if assembler is not None and chunk.verdict.outcome == Verdict.HAVE:
                     break
                 case "verdict":
-                    raise WireError(f"refuses what it was sent ({_line(chunk.verdict.reason)})")
+                    raise WireError(f"refuses what it was sent ({line(chunk.verdict.reason)})")
                 case _:
                     raise WireError("sends its parts in another order than total, data, verdict")
         if next(own, None) is not None:
@@ -756,132 +655,6 @@ class Swapper:
             with self._changed:
                 self._serving[client] -= 1
 
-    def _identify(self, context: Any) -> Member:
-        """Return who calls, by its certificate."""
-        roster = self.membership.current()[1]
-        if self._insecure:
-            claimed = dict(context.invocation_metadata()).get("peertune-client", "")
-            member = roster.by_client(int(claimed)) if claimed.isdecimal() and len(claimed) < 8 else None
-        else:
-            member = tls.caller(context, roster)
-        if member is None or member.client == self.me:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "not in the roster")
-        assert member is not None
-        return member
-
-    def _claim(self) -> list[tuple[str, str]]:
-        return [("peertune-client", str(self.me))] if self._insecure else []
-
-    # ---- greetings
-
-    def _hello(self, round: int, purpose: "Hello.Purpose") -> Hello:
-        roster = self.membership.current()[1]
-        return Hello(
-            protocol=PROTOCOL,
-            federation=roster.federation,
-            agreed=self._agreed,
-            round=round,
-            roster_serial=roster.serial,
-            purpose=purpose,
-            clock=time.time(),
-        )
-
-    def _check_hello(self, client: int, hello: Hello) -> None:
-        """Raise _UnusableError where the other end differs in what must be the same, and name it."""
-        if len(hello.agreed) > HELLO_FIELDS:
-            raise WireError(f"names {len(hello.agreed)} fields that must agree, where {HELLO_FIELDS} are enough")
-        self._known(client).clock_offset_s = _clock_offset_s(hello)
-        for name, here, there in self._differences(hello):
-            raise _UnusableError(f"{name} differs: {here} at client {self.me}, {there} at client {client}")
-
-    def _differences(self, hello: Hello) -> list[tuple[str, str, str]]:
-        """Return what must be the same and is not: name, here, there."""
-        own = {"protocol": str(PROTOCOL), "federation": self.membership.current()[1].federation} | self._agreed
-        theirs = {"protocol": str(hello.protocol), "federation": hello.federation} | dict(hello.agreed)
-        names = sorted(own.keys() | theirs.keys(), key=lambda name: (name not in ("protocol", "federation"), name))
-        return [
-            (_line(name), _line(own.get(name, "nothing")), _line(theirs.get(name, "nothing")))
-            for name in names
-            if own.get(name) != theirs.get(name)
-        ]
-
-    def _adopt(self, client: int, raw: bytes) -> None:
-        """Take a newer roster, if the CA signed it."""
-        try:
-            if self.membership.adopt(raw):
-                log.warning("took roster %d from client %d", self.membership.current()[1].serial, client)
-        except PeertuneError as error:
-            raise WireError(f"sends a roster that can't be used ({error})") from None
-
-    # ---- what is known of the others
-
-    def _known(self, client: int) -> Neighbour:
-        return self.neighbours.setdefault(client, Neighbour())
-
-    def _saw(self, client: int, round: int, step: int = 0) -> None:
-        known = self._known(client)
-        if known.given_up and round >= self._round - 1:
-            log.warning("client %d is back, in round %d", client, round)
-        known.round, known.step, known.seen_at = round, step, time.time()
-        known.reached, known.problem = True, ""
-        if round >= self._round - 1:  # one that lags behind is not waited for, until it is where the others are
-            known.given_up = False
-
-    def _failed(self, client: int, error: Exception) -> None:
-        known = self._known(client)
-        details = error.details() if isinstance(error, grpc.RpcError) else None
-        problem = _line(details or str(error))
-        if isinstance(error, grpc.RpcError) and error.code() in (
-            grpc.StatusCode.FAILED_PRECONDITION,
-            grpc.StatusCode.CANCELLED,
-        ):
-            known.problem = problem
-            return
-        if known.reached or known.problem != problem:
-            log.info("client %d: %s", client, problem)
-        if isinstance(error, _UnusableError) and known.problem != problem:
-            log.warning("%s", error)
-        known.reached, known.problem = False, problem
-
-    def _count_bytes(self, client: int, sent: int, received: int) -> None:
-        known = self._known(client)
-        with self._changed:
-            known.bytes_sent += sent
-            known.bytes_received += received
-
-    # ---- channels
-
-    def _stub(self, client: int) -> Any:
-        """Return how to call the client, over a channel that is made anew when certificates change."""
-        identity, roster = self.membership.current()
-        member = roster.by_client(client)
-        key = (identity, member)
-        with self._changed:
-            channel, made_with = self._channels.get(client, (None, None))
-            if channel is None or made_with != key:
-                new = self._dial(identity, member)
-                if channel is not None:
-                    channel.close()
-                channel = new
-                self._channels[client] = channel, key
-        return _swap_on(channel)
-
-    def _dial(self, identity: Identity, member: Member | None, options: Sequence[tuple[str, Any]] = ()) -> Any:
-        if member is None or member.address is None:
-            raise _UnusableError(f"{'it' if member is None else member.name}: has no address in the roster")
-        if self._insecure:
-            return grpc.insecure_channel(tls.check_loopback(member.address), [*OPTIONS, *options])
-        return tls.secure_channel(identity, member, [*OPTIONS, *options])
-
-
-def _swap_on(channel: Any) -> Any:
-    return channel.stream_stream(METHOD, request_serializer=pack, response_deserializer=unpack)
-
-
-def _clock_offset_s(hello: Hello) -> float | None:
-    """Return by how much the other end's clock is ahead of this one's."""
-    return hello.clock - time.time() if 0 < hello.clock < 1e11 else None  # a time of these thousand years
-
 
 def _requests(queue: "SimpleQueue[Chunk | bytes | None]") -> Iterator[Part]:
     """Turn what is put in the queue into a call's requests; bytes are a payload."""
@@ -891,8 +664,3 @@ def _requests(queue: "SimpleQueue[Chunk | bytes | None]") -> Iterator[Part]:
             yield from chunks(item)
         else:
             yield item
-
-
-def _line(text: str) -> str:
-    """Return what another end says as one short printable line."""
-    return "".join(c if c.isprintable() else " " for c in text[:200])

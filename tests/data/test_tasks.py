@@ -285,3 +285,17 @@ def test_a_data_set_of_the_hub_brings_its_own_numbering(monkeypatch: pytest.Monk
         DataError, match=r"^task text/some/data: split: unknown name 'validation', choose from test, train"
     ):
         text(["text"], "label", id="some/data")
+
+
+def test_classes_that_are_named_need_not_all_be_in_a_partys_rows(tmp_path: Path) -> None:
+    task = read(folder(tmp_path, ["ham", "ham"], ["spam"]), classes=["eggs", "ham", "spam"])
+    assert task.classes == ("eggs", "ham", "spam")
+    assert (task.train.labels.tolist(), task.validation.labels.tolist()) == ([1, 1], [2])
+    with pytest.raises(DataError, match="did you mean spam"):
+        read(folder(tmp_path, ["spma"], ["spam"]), classes=["eggs", "ham", "spam"])
+
+
+@pytest.mark.parametrize("classes", [["ham"], ["ham", "ham"], []])
+def test_classes_that_cannot_be_are_refused(classes: list[str], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="give two or more different names"):
+        read(folder(tmp_path, ["ham", "spam"]), classes=classes)

@@ -19,8 +19,9 @@ from federation import Federation, found, free_ports
 from peertune.errors import PeertuneError
 from peertune.net.doctor import Check, check_disk, check_identity, check_memory, check_network
 from peertune.net.membership import Membership
+from peertune.net.node import METHOD, PROTOCOL, Knock
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict
-from peertune.net.swap import METHOD, PROTOCOL, Knock, Swapper
+from peertune.net.swap import Swapper
 from peertune.net.tls import server_credentials
 
 AGREED = {"rounds": "5", "seed": "0"}

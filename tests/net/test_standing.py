@@ -18,10 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from peertune.errors import RunError
 from peertune.files import locked
 from peertune.net.membership import Membership
+from peertune.net.node import METHOD, PROTOCOL
 from peertune.net.peer_pb2 import Chunk, Hello
 from peertune.net.prometheus import served
 from peertune.net.standing import kept, read, standing
-from peertune.net.swap import METHOD, PROTOCOL, Swapper
+from peertune.net.swap import Swapper
 from peertune.net.tls import secure_channel
 from peertune.types import Phase
 

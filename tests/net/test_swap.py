@@ -24,8 +24,9 @@ from peertune.errors import IdentityError
 from peertune.net import tls
 from peertune.net.codec import encode
 from peertune.net.membership import Membership
+from peertune.net.node import METHOD
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict
-from peertune.net.swap import METHOD, Swapper
+from peertune.net.swap import Swapper
 from peertune.types import Tensors
 
 AGREED = {"rounds": "10", "seed": "0"}

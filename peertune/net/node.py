@@ -1,0 +1,258 @@
+"""A peer among others: how it greets them and calls them, and what it knows of them. Of rounds it knows its own."""
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+
+from peertune.errors import PeertuneError, WireError
+from peertune.net import tls  # before grpc, whose settings it makes
+from peertune.net.framing import kind, pack, unpack
+from peertune.net.identity import Identity
+from peertune.net.membership import Membership
+from peertune.net.peer_pb2 import Chunk, Hello, Verdict
+from peertune.net.roster import MAX_ROSTER_BYTES, Member
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = 1
+SERVICE = "peertune.v1.Peer"
+METHOD = f"/{SERVICE}/Swap"
+MESSAGE_BYTES = MAX_ROSTER_BYTES + 2**16  # the longest is a roster
+HELLO_FIELDS = 64  # that must agree, at most
+PROBE_S = 2.0  # how long a round waits for a neighbour that could not be reached in the one before
+
+OPTIONS = [
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.so_reuseport", 0),
+]
+
+
+@dataclass
+class Neighbour:
+    """What this peer knows of another."""
+
+    round: int | None = None  # where it was when last heard
+    step: int = 0  # local steps done there
+    seen_at: float | None = None  # seconds since the epoch
+    reached: bool = False  # whether the last attempt came through
+    given_up: bool = False  # whether an edge was lost because it did not answer, since it was last heard
+    problem: str = ""  # what was wrong with the last attempt that failed
+    up: int = 0  # edges that counted
+    down: int = 0  # edges that did not
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    clock_offset_s: float | None = None  # by how much its clock is ahead of this one
+
+
+@dataclass(frozen=True)
+class Knock:
+    """What came of trying to get through to another peer; it did."""
+
+    clock_offset_s: float | None  # by how much its clock is ahead of this one
+    roster_serial: int
+    takes_part: bool  # whether it runs something
+    differs: list[tuple[str, str, str]]  # what must be the same and is not: name, here, there
+    back: str | None  # why it did not get through to this peer; "" where it did, None where it wasn't asked
+
+
+class UnusableError(PeertuneError):
+    """The other end and this one can't swap, and trying again won't help."""
+
+
+class Node:
+    """What a peer is to others, whatever they swap.
+
+    `agreed` is what must be the same at all peers. Without TLS (`insecure`) only this machine is called.
+    """
+
+    def __init__(self, membership: Membership, agreed: Mapping[str, str], *, insecure: bool = False) -> None:
+        self.membership = membership
+        self.me = membership.current()[0].client
+        self.neighbours: dict[int, Neighbour] = {}
+        self._agreed, self._insecure = dict(agreed), insecure
+        self._changed = threading.Condition()  # guards all that follows
+        self._round = 0
+        self._channels: dict[int, tuple[Any, Any]] = {}
+        self._calling_back: set[int] = set()
+
+    def knock(self, client: int, wait_s: float = PROBE_S, *, call_back: bool = False) -> Knock:
+        """Try whether this peer gets through to another and, with `call_back`, the other to this one.
+
+        Nothing else changes at either end. Runs are compared where both ends have one. Raises PeertuneError where it
+        does not get through.
+        """
+        identity, roster = self.membership.current()
+        member = roster.by_client(client)
+        theirs, back, offset = None, None, None
+        try:
+            with self._dial(identity, member, (("grpc.use_local_subchannel_pool", 1),)) as channel:  # dials anew
+                hello = self._hello(0, Hello.CALL_BACK if call_back else Hello.ECHO)
+                for chunk in swap_on(channel)(iter([Chunk(hello=hello)]), timeout=wait_s, metadata=self._claim()):
+                    if kind(chunk) == "hello":
+                        theirs, offset = chunk.hello, _clock_offset_s(chunk.hello)
+                    elif kind(chunk) == "verdict":
+                        through = chunk.verdict.outcome == Verdict.HAVE
+                        back = "" if through else line(chunk.verdict.reason) or "it does not say why"
+        except grpc.RpcError as error:
+            raise PeertuneError(line(error.details() or str(error.code()))) from None
+        if theirs is None:
+            raise WireError(f"client {client}: does not begin with a greeting")
+        differs = self._differences(theirs)
+        if not (theirs.agreed and self._agreed):
+            differs = [found for found in differs if found[0] in ("protocol", "federation")]
+        return Knock(offset, theirs.roster_serial, bool(theirs.agreed), differs, back)
+
+    def _call_back(self, client: int) -> Verdict:
+        """Try whether this peer gets through to the caller at its address in the roster, once at a time."""
+        with self._changed:
+            if client in self._calling_back:
+                return Verdict(outcome=Verdict.REFUSED, reason="is calling back already")
+            self._calling_back.add(client)
+        try:
+            self.knock(client)
+            return Verdict(outcome=Verdict.HAVE)
+        except PeertuneError as error:
+            return Verdict(outcome=Verdict.REFUSED, reason=line(str(error)))
+        finally:
+            with self._changed:
+                self._calling_back.discard(client)
+
+    def _identify(self, context: Any) -> Member:
+        """Return who calls, by its certificate."""
+        roster = self.membership.current()[1]
+        if self._insecure:
+            claimed = dict(context.invocation_metadata()).get("peertune-client", "")
+            member = roster.by_client(int(claimed)) if claimed.isdecimal() and len(claimed) < 8 else None
+        else:
+            member = tls.caller(context, roster)
+        if member is None or member.client == self.me:
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, "not in the roster")
+        assert member is not None
+        return member
+
+    def _claim(self) -> list[tuple[str, str]]:
+        return [("peertune-client", str(self.me))] if self._insecure else []
+
+    def _hello(self, round: int, purpose: "Hello.Purpose") -> Hello:
+        roster = self.membership.current()[1]
+        return Hello(
+            protocol=PROTOCOL,
+            federation=roster.federation,
+            agreed=self._agreed,
+            round=round,
+            roster_serial=roster.serial,
+            purpose=purpose,
+            clock=time.time(),
+        )
+
+    def _check_hello(self, client: int, hello: Hello) -> None:
+        """Raise UnusableError where the other end differs in what must be the same, and name it."""
+        if len(hello.agreed) > HELLO_FIELDS:
+            raise WireError(f"names {len(hello.agreed)} fields that must agree, where {HELLO_FIELDS} are enough")
+        self._known(client).clock_offset_s = _clock_offset_s(hello)
+        for name, here, there in self._differences(hello):
+            raise UnusableError(f"{name} differs: {here} at client {self.me}, {there} at client {client}")
+
+    def _differences(self, hello: Hello) -> list[tuple[str, str, str]]:
+        """Return what must be the same and is not: name, here, there."""
+        own = {"protocol": str(PROTOCOL), "federation": self.membership.current()[1].federation} | self._agreed
+        theirs = {"protocol": str(hello.protocol), "federation": hello.federation} | dict(hello.agreed)
+        names = sorted(own.keys() | theirs.keys(), key=lambda name: (name not in ("protocol", "federation"), name))
+        return [
+            (line(name), line(own.get(name, "nothing")), line(theirs.get(name, "nothing")))
+            for name in names
+            if own.get(name) != theirs.get(name)
+        ]
+
+    def _adopt(self, client: int, raw: bytes) -> None:
+        """Take a newer roster, if the CA signed it."""
+        try:
+            if self.membership.adopt(raw):
+                log.warning("took roster %d from client %d", self.membership.current()[1].serial, client)
+        except PeertuneError as error:
+            raise WireError(f"sends a roster that can't be used ({error})") from None
+
+    def _known(self, client: int) -> Neighbour:
+        return self.neighbours.setdefault(client, Neighbour())
+
+    def _saw(self, client: int, round: int, step: int = 0) -> None:
+        known = self._known(client)
+        if known.given_up and round >= self._round - 1:
+            log.warning("client %d is back, in round %d", client, round)
+        known.round, known.step, known.seen_at = round, step, time.time()
+        known.reached, known.problem = True, ""
+        if round >= self._round - 1:  # one that lags behind is not waited for, until it is where the others are
+            known.given_up = False
+
+    def _failed(self, client: int, error: Exception) -> None:
+        known = self._known(client)
+        details = error.details() if isinstance(error, grpc.RpcError) else None
+        problem = line(details or str(error))
+        if isinstance(error, grpc.RpcError) and error.code() in (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            grpc.StatusCode.CANCELLED,
+        ):
+            known.problem = problem
+            return
+        if known.reached or known.problem != problem:
+            log.info("client %d: %s", client, problem)
+        if isinstance(error, UnusableError) and known.problem != problem:
+            log.warning("%s", error)
+        known.reached, known.problem = False, problem
+
+    def _count_bytes(self, client: int, sent: int, received: int) -> None:
+        known = self._known(client)
+        with self._changed:
+            known.bytes_sent += sent
+            known.bytes_received += received
+
+    def _stub(self, client: int) -> Any:
+        """Return how to call the client, over a channel that is made anew when certificates change."""
+        identity, roster = self.membership.current()
+        member = roster.by_client(client)
+        key = (identity, member)
+        with self._changed:
+            channel, made_with = self._channels.get(client, (None, None))
+            if channel is None or made_with != key:
+                new = self._dial(identity, member)
+                if channel is not None:
+                    channel.close()
+                channel = new
+                self._channels[client] = channel, key
+        return swap_on(channel)
+
+    def _dial(self, identity: Identity, member: Member | None, options: Sequence[tuple[str, Any]] = ()) -> Any:
+        if member is None or member.address is None:
+            raise UnusableError(f"{'it' if member is None else member.name}: has no address in the roster")
+        if self._insecure:
+            return grpc.insecure_channel(tls.check_loopback(member.address), [*OPTIONS, *options])
+        return tls.secure_channel(identity, member, [*OPTIONS, *options])
+
+
+def swap_on(channel: Any) -> Any:
+    """Return the one method that peers have, on this channel."""
+    return channel.stream_stream(METHOD, request_serializer=pack, response_deserializer=unpack)
+
+
+def _clock_offset_s(hello: Hello) -> float | None:
+    """Return by how much the other end's clock is ahead of this one's."""
+    return hello.clock - time.time() if 0 < hello.clock < 1e11 else None  # a time of these thousand years
+
+
+def line(text: str) -> str:
+    """Return what another end says as one short printable line."""
+    return "".join(c if c.isprintable() else " " for c in text[:200])
