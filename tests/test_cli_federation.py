@@ -185,3 +185,31 @@ def test_help_shows_examples_and_says_what_each_option_does(peertune: Call, grou
     for words in ways:
         found = command.commands[words[1]] if len(words) > 1 else command
         assert all(param.help for param in found.params)
+
+
+def test_a_certificate_is_renewed_for_the_key_that_is_there_and_needs_nothing_of_the_member(
+    ca: Call, tmp_path: Path
+) -> None:
+    ca("ca", "approve", REQUEST, "--yes", "--days", "5")
+    (before,) = members(ca)
+    code, out, _ = ca("ca", "renew", "hospital-1", "--days", "60")
+    assert code == 0
+    assert out.startswith("renewed hospital-1 until ")
+    (after,) = members(ca)
+    assert after["fingerprints"] == before["fingerprints"]
+    assert str(after["valid_until"]) > str(before["valid_until"])
+    ca("roster")
+    roster = load_roster((tmp_path / "roster.yaml").read_bytes(), load_ca(tmp_path / "peer"))
+    identity = load_identity(tmp_path / "peer", roster)
+    assert x509.load_pem_x509_certificate(identity.certificate).not_valid_after_utc.isoformat() == after["valid_until"]
+
+
+def test_who_is_no_member_or_revoked_is_not_renewed(ca: Call) -> None:
+    ca("ca", "approve", REQUEST, "--yes")
+    code, _, err = ca("ca", "renew", "hospital-7")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "did you mean hospital-1" in err
+    ca("ca", "revoke", "hospital-1")
+    code, _, err = ca("ca", "renew", "hospital-1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "hospital-1: is revoked already" in err

@@ -137,6 +137,29 @@ def _confirm(question: str) -> None:
 
 
 @ca_app.command()
+def renew(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The member's name.")],
+    folder: Authorities = Path("ca"),
+    days: Annotated[int, typer.Option(help="How long the new certificate is valid.")] = 90,
+) -> None:
+    """Renew a member's certificate for the key that it has. It takes it up with the next roster, while it runs.
+
+    For a new key the member makes a new request, which `ca approve` takes.
+
+    Example:
+
+      peertune ca renew hospital-3
+    """
+    from peertune.net import authority as ca
+
+    with ca.opened(folder) as before:
+        after, certificate = ca.renew(before, name, days)
+        ca.keep(folder, after)
+    until = certificate.not_valid_after_utc
+    print(f"renewed {name} until {until:%Y-%m-%d}: issue a roster with peertune roster, and hand it to any peer")
+
+
+@ca_app.command()
 def revoke(
     name: Annotated[str, typer.Argument(metavar="NAME", help="The member's name.")],
     folder: Authorities = Path("ca"),

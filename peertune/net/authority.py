@@ -130,19 +130,36 @@ def approve(
     return replace(authority, members=members), certificate
 
 
+def renew(
+    authority: Authority, name: str, days: int, now: datetime | None = None
+) -> tuple[Authority, x509.Certificate]:
+    """Return the CA with a further certificate for a member's newest key, and that certificate.
+
+    The member takes it up with the next roster and need do nothing. Raises IdentityError for who isn't a member, or was
+    revoked.
+    """
+    member = _present(authority, name)
+    return approve(authority, Request(name, member.address, public_key(member.certificates[-1])), days, now)
+
+
 def revoke(authority: Authority, name: str) -> Authority:
     """Return the CA with none of a member's certificates; it keeps its number, and its keys never get in again.
 
     Raises IdentityError for who isn't a member, or was revoked before.
     """
+    member = _present(authority, name)
+    gone = replace(member, address=None, certificates=())
+    members = tuple(gone if other is member else other for other in authority.members)
+    return replace(authority, members=members, revoked=(*authority.revoked, *member.fingerprints))
+
+
+def _present(authority: Authority, name: str) -> Member:
     member = authority.by_name(name)
     if member is None:
         raise IdentityError(unknown("member", name, (member.name for member in authority.members)))
     if not member.certificates:
         raise IdentityError(f"{name}: is revoked already; issue a roster to make it known")
-    gone = replace(member, address=None, certificates=())
-    members = tuple(gone if other is member else other for other in authority.members)
-    return replace(authority, members=members, revoked=(*authority.revoked, *member.fingerprints))
+    return member
 
 
 def issue_roster(authority: Authority, now: datetime | None = None) -> tuple[Authority, bytes]:
