@@ -3,6 +3,9 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tensors this small, threads wait more than they work
 
+import sys
+from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -15,3 +18,27 @@ def glue_path() -> Path:
     if not path.is_dir():
         pytest.skip(f"no GLUE data in {path}")
     return path
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def peertune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
+    """Run the command in this process, in an empty folder without a terminal; return exit code, output and messages."""
+    from peertune.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", StringIO())
+
+    def call(*words: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["peertune", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main()
+        out, err = capsys.readouterr()
+        code = caught.value.code
+        assert code is None or isinstance(code, int)
+        return code or 0, out, err
+
+    return call

@@ -33,6 +33,7 @@ COMMANDS += [
     "ca approve",
     "ca init",
     "ca list",
+    "ca renew",
     "ca revoke",
     "peer doctor",
     "peer request",
@@ -40,24 +41,6 @@ COMMANDS += [
     "peer status",
 ]
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def peertune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    """Run the command in this process, in an empty folder; return its exit code, output and messages."""
-    monkeypatch.chdir(tmp_path)
-
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peertune", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        code = caught.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, out, err
-
-    return call
 
 
 def rounds(run: Path) -> list[dict[str, Any]]:

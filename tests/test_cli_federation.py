@@ -3,7 +3,6 @@ import pty
 import stat
 import sys
 from collections.abc import Callable
-from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -11,30 +10,11 @@ import typer
 import yaml
 from cryptography import x509
 
-from peertune.cli import app, main
+from peertune.cli import app
 from peertune.net.identity import load_ca, load_identity
 from peertune.net.roster import load_roster
 
 Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def peertune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    """Run the command in this process, in an empty folder; return its exit code, output and messages."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", StringIO())  # no terminal
-
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peertune", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        code = caught.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, out, err
-
-    return call
 
 
 @pytest.fixture

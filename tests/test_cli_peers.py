@@ -1,10 +1,8 @@
 """`peer status`, `peer doctor` and metrics, with peers as real processes."""
 
 import json
-import sys
 import urllib.request
 from collections.abc import Callable, Iterator
-from io import StringIO
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -12,8 +10,6 @@ from typing import Any
 import pytest
 from federation import Federation, found, free_ports
 from processes import finish, start, wait_until
-
-from peertune.cli import main
 
 Call = Callable[..., tuple[int, str, str]]
 SMALL = [
@@ -28,25 +24,6 @@ SMALL = [
     "model.dtype=float32",
     "network.patience_s=100",
 ]
-
-
-@pytest.fixture
-def peertune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    """Run the command in this process, in an empty folder; return its exit code, output and messages."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "stdin", StringIO())
-
-    def call(*words: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["peertune", *map(str, words)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main()
-        out, err = capsys.readouterr()
-        code = caught.value.code
-        assert code is None or isinstance(code, int)
-        return code or 0, out, err
-
-    return call
 
 
 @pytest.fixture
