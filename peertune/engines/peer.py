@@ -33,6 +33,7 @@ def run_peer(
     for before in records():
         counted, failed = ([i + j - me for i, j in before[key]] for key in ("edges", "failed_edges"))
         swapper.remember(before["round"], counted, failed)
+    swapper.enter(job.state.round)  # from here on it answers
     job = replace(job, steps=_counted(job, swapper))
     state = replace(job.state.clone(), round=_caught_up(job, swapper, job.state.round))
     while state.round < job.rounds:

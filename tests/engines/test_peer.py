@@ -1,5 +1,6 @@
 """The simulator and real peers: one recipe, the same adapters, with and without faults."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ from federation import Federation, Played, found, play
 
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import build
+from peertune.engines.peer import _caught_up
 from peertune.engines.simulator import simulate
+from peertune.net.membership import Membership
+from peertune.net.swap import Swapper
 from peertune.recipe import load_recipe
 from peertune.types import RoundRecord
 
@@ -103,3 +107,30 @@ def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federati
     assert (results["edge decaf"][0].known[1]["down"], results["edge decaf"][1].known[0]["down"]) == (3, 3)
     waited = [record["seconds"]["exchange"] for record in results["slow decaf"][0].records]
     assert min(waited) > 0.2  # for the slow one, which nobody goes on without
+
+
+@pytest.mark.parametrize(
+    ("there", "goes_on_with"),
+    [
+        ([50, 40, 5], 40),  # the second furthest: no single one can drive it on
+        ([50, 5, 0], 50),  # laggards are no witnesses against it
+        ([7, 6, 5], 6),
+        ([6, 6, 6], 5),  # their payloads of round 5 are still at hand
+        ([5, 4, 0], 5),
+        ([10**15, 5, 5], 100),  # at worst to the end of its own run
+    ],
+)
+def test_a_peer_that_fell_behind_goes_on_where_the_others_are(
+    four: Federation, there: list[int], goes_on_with: int
+) -> None:
+    job = build(load_recipe("digits-demo", recipe(4, "float32", "graph.activation=1.0", "rounds=100")), 0).job
+    with ExitStack() as stack:
+        swappers = []
+        for client in range(4):
+            swapper = Swapper(Membership(four.peer(client), four.roster), {}, patience_s=5.0)
+            stack.callback(swapper.stop)
+            swapper.start(four.address(client))
+            swappers.append(swapper)
+        for swapper, at in zip(swappers[1:], there, strict=True):
+            swapper.enter(at)
+        assert _caught_up(job, swappers[0], 5) == goes_on_with

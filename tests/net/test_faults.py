@@ -73,7 +73,8 @@ class Peers:
             assert self.running[client].exitcode == 0, self.log(client)
 
     def log(self, client: int) -> str:
-        return (self.made.folder / f"log-{client}").read_text()
+        file = self.made.folder / f"log-{client}"
+        return file.read_text() if file.exists() else ""
 
     def records(self, client: int) -> list[dict[str, Any]]:
         return tracking.records(self.run(client)) if (self.run(client) / "rounds.jsonl").exists() else []
@@ -236,6 +237,19 @@ def test_late_peers_go_on_with_the_others(tmp_path: Path) -> None:
         assert any([0, 2] in record["edges"] for record in group.records(0))
         for client in range(3):
             assert_whole(group, client, rounds)
+
+
+def test_a_peer_that_shall_not_be_alone_waits_for_company(tmp_path: Path) -> None:
+    rounds = 5
+    with peers(found(tmp_path, 2), f"rounds={rounds}", "network.when_alone=wait", "graph.activation=1.0") as group:
+        group.start(0)
+        group.wait_until(lambda: "nobody can be reached: waiting" in group.log(0))
+        assert group.records(0) == []
+        group.start(1)
+        group.end(0, 1)
+        for client in (0, 1):
+            assert_whole(group, client, rounds)
+            assert all(record["edges"] == [[0, 1]] for record in group.records(client))
 
 
 def test_a_full_disk_stops_one_peer_in_a_line_and_nobody_else(tmp_path: Path) -> None:
