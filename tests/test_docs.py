@@ -45,7 +45,8 @@ def made_small(words: list[str], minilm: str, glue: Path) -> list[str]:
     if words[1] not in ("run", "sweep") or "--resume" in words:
         return words
     place = next((n for n, word in enumerate(words) if word.startswith("--")), len(words))
-    hub = [f"model.name={minilm}", f"task.path={glue / 'sst2'}"] if "minilm" in words[2] else []
+    config = next((word.partition("=")[2] for word in words if word.startswith("task.config=")), "sst2")
+    hub = [f"model.name={minilm}", f"task.path={glue / config}"] if "minilm" in words[2] else []
     settings = [*words[3:place], *hub, *SMALL]
     if words[1] == "sweep":  # a key stands once, with its first value only; the methods with two where they are quick
         grid = dict(setting.split("=", 1) for setting in settings)
@@ -66,6 +67,7 @@ def pages_with(language: str) -> list[Path]:
     return [page for page in PAGES if blocks(page, language)]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", pages_with("sh"), ids=lambda page: page.name)
 def test_every_command_of_the_page_runs(page: Path, tmp_path: Path, minilm: str, glue_path: Path) -> None:
     bin_folder = str(Path(sys.executable).parent)
