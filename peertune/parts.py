@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.algorithms.schedules import switching_interval
 from peertune.data.partition import PARTITIONS, counts
-from peertune.data.tasks import TASKS, Split, Task
+from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
 from peertune.recipe import Part, Recipe, arguments
 from peertune.topology import GRAPHS, Fault, Graph, clients_down, rho, summary
-from peertune.types import Algorithm
+from peertune.types import Algorithm, Split, Task
 
 log = logging.getLogger(__name__)
 

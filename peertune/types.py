@@ -6,13 +6,47 @@ Shape letters, the same everywhere: `K` clients in this stack, `n` clients in th
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Tensors = dict[str, Tensor]
 """Name → tensor `[K, …]`. The leading axis is always clients."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """N rows of a task."""
+
+    columns: Mapping[
+        str, Sequence[Any] | NDArray[Any]
+    ]  # all that the source has, each of length N; images [N, C, H, W]
+    labels: NDArray[Any]  # [N], class numbers (int64) or targets of a regression (float64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to learn, from what, and in which of four forms.
+
+    `classify`: a head over the base says the class, or the value. `complete`: a language model goes on from a prompt.
+    `choose`: a language model says which class's word is likeliest after the prompt. `match`: of all classes' names,
+    in `templates`, one is nearest to the image.
+    """
+
+    name: str
+    inputs: tuple[str, ...]  # the columns a model reads: one or two of text, or ("pixel_values",)
+    classes: tuple[str, ...]  # names by class number; empty for a regression
+    train: Split
+    validation: Split
+    metric: str  # a key of METRICS
+    form: Literal["classify", "complete", "choose", "match"] = "classify"
+    words: tuple[str, ...] = ()  # to choose from, one for each class
+    templates: tuple[str, ...] = ()  # to match an image against: `{}` stands for the name of a class
 
 
 @dataclass(frozen=True)

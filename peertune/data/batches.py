@@ -18,9 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peertune import draws
-from peertune.data.tasks import Split
 from peertune.errors import DataError
-from peertune.types import Batch, Packing
+from peertune.types import Batch, Packing, Split
 
 
 @dataclass(frozen=True)

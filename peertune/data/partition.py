@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune.data.tasks import Split
 from peertune.draws import generator
 from peertune.errors import DataError, unknown
+from peertune.types import Split
 
 Rows = NDArray[np.int64]
 Partition = Callable[[Split, int, int], list[Rows]]

@@ -1,99 +1,21 @@
-"""Tasks: what is learnt, from which rows, and how good the answers are.
+"""Tasks: what is learnt, and from which rows.
 
-A task comes from the Hugging Face hub, from a local folder or, for `digits`, from scikit-learn itself. A folder holds
-one file for each split, named after it: `train.parquet`, `validation.csv`, `train.jsonl` (or `.json`) with one object a
-line. Files are read straight into memory: nothing is cached, and no script of a data set ever runs.
-
-`TASKS` names the factories; a factory's signature is its schema in a recipe. `METRICS` names the measures.
+A task comes from the Hugging Face hub, from a local folder or, for `digits`, from scikit-learn itself (see `sources`).
+`TASKS` names the factories; a factory's signature is its schema in a recipe.
 """
 
-import csv
-import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from peertune.data.scores import METRICS, OF_VALUES
+from peertune.data.sources import Columns, Reader, open_source
 from peertune.errors import DataError, unknown
-
-_Columns = dict[str, list[Any]]
-_Reader = Callable[[Sequence[str]], _Columns]  # the first of these splits that is there → its columns
-
-
-@dataclass(frozen=True)
-class Split:
-    """N rows of a task."""
-
-    columns: Mapping[
-        str, Sequence[Any] | NDArray[Any]
-    ]  # all that the source has, each of length N; images [N, C, H, W]
-    labels: NDArray[Any]  # [N], class numbers (int64) or targets of a regression (float64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-@dataclass(frozen=True)
-class Task:
-    """What to learn, and from what."""
-
-    name: str
-    inputs: tuple[str, ...]  # the columns a model reads: one or two of text, or ("pixel_values",)
-    classes: tuple[str, ...]  # names by class number; empty for a regression
-    train: Split
-    validation: Split
-    metric: str  # a key of METRICS
-
-
-def accuracy(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return the share of right answers; both `[N]` class numbers."""
-    return float(np.mean(predictions == labels))
-
-
-def f1(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return the harmonic mean of precision and recall of class 1, 0 where it is never right; both `[N]` of 0 and 1."""
-    hits = np.sum((predictions == 1) & (labels == 1))
-    return float(2 * hits / max(np.sum(predictions == 1) + np.sum(labels == 1), 1))
-
-
-def matthews_correlation(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return Matthews' correlation of two `[N]` class numbers, any number of classes; 0 where either is constant."""
-    from sklearn.metrics import matthews_corrcoef
-
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    return float(matthews_corrcoef(labels, predictions))
-
-
-def pearson(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return the linear correlation of two `[N]`; 0 where either is constant or not finite."""
-    pair = np.stack([predictions, labels]).astype(np.float64)  # [2, N]
-    # A constant is told by its range: rounding can leave it with a variance just above 0, and any correlation at all.
-    if not np.isfinite(pair).all() or (pair.min(axis=1) == pair.max(axis=1)).any():
-        return 0.0
-    return float(np.asarray(np.corrcoef(pair))[0, 1])
-
-
-def spearman(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return the correlation of the ranks of two `[N]`, ties sharing theirs; 0 as for `pearson`."""
-    from scipy.stats import rankdata
-
-    return pearson(rankdata(predictions), rankdata(labels))
-
-
-METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews_correlation": matthews_correlation,
-    "pearson": pearson,
-    "spearman": spearman,
-}
-_REGRESSION = {"pearson", "spearman"}
+from peertune.types import Split, Task
 
 
 class _Glue(NamedTuple):
@@ -135,9 +57,9 @@ def glue(config: str, path: str | None = None, revision: str | None = None, metr
     known = _GLUE[config]
     where = f"task glue/{config}"
     metric = metric or known.metric
-    if (metric in _REGRESSION) != (known.metric in _REGRESSION):
+    if (metric in OF_VALUES) != (known.metric in OF_VALUES):
         raise DataError(f"{where}: metric {metric} does not suit its labels, leave it out for {known.metric}")
-    read, _ = _open(where, path, "nyu-mll/glue", config, revision, "label")
+    read, _ = open_source(where, path, "nyu-mll/glue", config, revision, "label")
     return _task(f"glue/{config}", known.inputs, "label", known.classes, metric, read, known.validation)
 
 
@@ -167,11 +89,11 @@ def text(
     if not 1 <= len(inputs) <= 2:
         raise DataError(f"task text: inputs names {len(inputs)} columns, give one or two")
     name = f"text/{id or Path(path or '').name}"
-    if classes is not None and (len(classes) < 2 or len(set(classes)) < len(classes) or metric in _REGRESSION):
+    if classes is not None and (len(classes) < 2 or len(set(classes)) < len(classes) or metric in OF_VALUES):
         raise DataError(
             f"task {name}: classes is {classes}; give two or more different names, and none for a regression"
         )
-    read, known = _open(f"task {name}", path, id or "", config, revision, label)
+    read, known = open_source(f"task {name}", path, id or "", config, revision, label)
     named = known if classes is None else tuple(classes)
     return _task(name, tuple(inputs), label, named, metric, read, (validation,))
 
@@ -217,7 +139,7 @@ def _task(
     label: str,
     classes: tuple[str, ...] | None,
     metric: str,
-    read: _Reader,
+    read: Reader,
     validation: tuple[str, ...],
 ) -> Task:
     """Check both splits and number their labels. `classes`, where known, is by number; otherwise train tells."""
@@ -228,7 +150,7 @@ def _task(
     for split, columns in splits.items():
         _check(f"{where}: {split}", columns, inputs, label)
     labels: list[NDArray[Any]]
-    if metric in _REGRESSION:
+    if metric in OF_VALUES:
         classes = ()
         labels = [_targets(f"{where}: {split}", columns[label]) for split, columns in splits.items()]
     else:
@@ -244,7 +166,7 @@ def _task(
     return Task(name, inputs, classes, train, held_out, metric)
 
 
-def _check(where: str, columns: _Columns, inputs: tuple[str, ...], label: str) -> None:
+def _check(where: str, columns: Columns, inputs: tuple[str, ...], label: str) -> None:
     if not any(columns.values()):
         raise DataError(f"{where}: no rows, give at least one")
     for column in (*inputs, label):
@@ -301,111 +223,3 @@ def _targets(where: str, labels: list[Any]) -> NDArray[np.float64]:
         if not finite:
             raise DataError(f"{where}: row {row}: label is {label!r}, a regression's must be a finite number")
     return np.array(labels).astype(np.float64)
-
-
-def _open(
-    where: str, path: str | None, hub_id: str, config: str | None, revision: str | None, label: str
-) -> tuple[_Reader, tuple[str, ...] | None]:
-    """Return what reads a split, from the folder or else from the hub, and the hub's own names of the classes."""
-    if path is not None:
-        return partial(_from_folder, where, Path(path).expanduser(), label), None
-    splits = _load_from_hub(where, hub_id, config, revision)
-    names = next((getattr(split.features.get(label), "names", None) for split in splits.values()), None)
-    return partial(_from_hub, where, splits), None if names is None else tuple(names)
-
-
-def _load_from_hub(where: str, hub_id: str, config: str | None, revision: str | None) -> dict[str, Any]:
-    import datasets
-    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity_error()
-    disable_progress_bars()
-    try:
-        return dict(datasets.load_dataset(hub_id, config, revision=revision))
-    except ConnectionError:
-        reason = "not in the local cache and the hub can't be reached; give task.path=FOLDER"
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = f"the hub's {hub_id} can't be loaded ({_first_line(error)})"
-    raise DataError(f"{where}: {reason}")
-
-
-def _from_hub(where: str, splits: dict[str, Any], names: Sequence[str]) -> _Columns:
-    for name in names:
-        if name in splits:
-            columns: _Columns = splits[name].to_dict()
-            return columns
-    raise DataError(unknown(f"{where}: split", names[0], splits))
-
-
-def _from_folder(where: str, folder: Path, label: str, names: Sequence[str]) -> _Columns:
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.is_file() else "is not there"
-        raise DataError(f"{where}: {folder} {what}, give the folder that holds train.parquet, .csv or .jsonl")
-    files = [folder / (name + suffix) for name in names for suffix in _FORMATS]
-    for file in files:
-        if file.is_file():
-            try:
-                columns = _FORMATS[file.suffix](file)
-            except (OSError, ValueError, csv.Error) as error:
-                raise DataError(f"{where}: {file} can't be read ({_first_line(error)})") from error
-            # A CSV file has only text, so labels that all read as numbers are numbers.
-            if file.suffix == ".csv" and label in columns:
-                columns[label] = _parse_numbers(columns[label])
-            return columns
-    raise DataError(f"{where}: {folder} holds none of {', '.join(file.name for file in files)}")
-
-
-def _read_parquet(file: Path) -> _Columns:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(file) as parquet:
-        columns: _Columns = parquet.read().to_pydict()
-    return columns
-
-
-def _read_csv(file: Path) -> _Columns:
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, strict=True)
-        header = next(reader, [])
-        rows = []
-        for row in reader:
-            if row and len(row) != len(header):
-                raise ValueError(f"line {reader.line_num} has {len(row)} fields and the header {len(header)}")
-            if row:
-                rows.append(row)
-    return {name: [row[column] for row in rows] for column, name in enumerate(header)}
-
-
-def _read_json_lines(file: Path) -> _Columns:
-    with file.open(encoding="utf-8") as lines:
-        rows = []
-        for number, line in enumerate(lines, 1):
-            row = json.loads(line) if line.strip() else {}
-            if not isinstance(row, dict):
-                raise ValueError(f"line {number} is not a JSON object")
-            if row:
-                rows.append(row)
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-_FORMATS: dict[str, Callable[[Path], _Columns]] = {
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".jsonl": _read_json_lines,
-    ".json": _read_json_lines,
-}
-
-
-def _parse_numbers(values: list[str]) -> list[Any]:
-    for parse in (int, float):
-        try:
-            return [parse(value) for value in values]
-        except ValueError:
-            pass
-    return values
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

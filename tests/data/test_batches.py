@@ -22,9 +22,8 @@ from peertune.data.batches import (
     training_steps,
     validation_batches,
 )
-from peertune.data.tasks import Split
 from peertune.errors import DataError
-from peertune.types import Batch
+from peertune.types import Batch, Split
 
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *"abcdefgh"]
 ALL: dict[str, Any] = {"tokens": 20, "clients_together": 9, "packed": False, "seed": 0}

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from peertune.data.partition import PARTITIONS, Partition, counts
-from peertune.data.tasks import Split
 from peertune.errors import DataError
+from peertune.types import Split
 
 # The lists of the TAD-LoRA paper, for 10 clients.
 BINARY = 3 * [[0.9, 0.1]] + 3 * [[0.1, 0.9]] + 4 * [[0.5, 0.5]]

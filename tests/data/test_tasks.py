@@ -9,8 +9,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from peertune.data.tasks import METRICS, TASKS, Task, glue, public_digits, text
+from peertune.data.scores import METRICS
+from peertune.data.tasks import TASKS, glue, public_digits, text
 from peertune.errors import DataError
+from peertune.types import Task
 
 # The columns on the hub, and the names of the classes by number.
 GLUE = {
