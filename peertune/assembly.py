@@ -2,23 +2,25 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import LoraConfig, TaskType
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from peertune import draws
 from peertune.adapters.peft_format import find_sites
-from peertune.adapters.stacked import StackedModel, attach, init_adapters
-from peertune.data.batches import Encoded, encode_images, encode_text, training_steps, validation_batches
-from peertune.data.tasks import METRICS, Task
+from peertune.adapters.stacked import attach, init_adapters
+from peertune.data.batches import Encoded, encode_images, encode_text, training_steps
+from peertune.data.completions import encode_completions, encode_words
+from peertune.errors import DataError, RecipeError
+from peertune.evaluation import build_evaluation
 from peertune.models import Base, load_base, pick_device, pick_dtype
 from peertune.parts import (
     build_algorithm,
@@ -32,14 +34,16 @@ from peertune.parts import (
 )
 from peertune.recipe import Recipe
 from peertune.round import Job
-from peertune.training import Optim, adamw, evaluate, learning_rate, sgd
-from peertune.types import Algorithm, Evaluation, State, Tensors
+from peertune.training import Optim, adamw, learning_rate, sgd
+from peertune.types import Algorithm, Split, State, Task
 
 log = logging.getLogger(__name__)
 
 TOKENS_PER_PASS = {"cpu": 1536, "cuda": 65536}
 """Tokens that go through the base together where the recipe leaves it open: enough to fill the device, few enough to
 fit."""
+LANGUAGE_TOKENS_PER_PASS = {"cpu": 1536, "cuda": 8192}
+"""The same for language models, which are larger, and have logits for each token of a completion."""
 EVALUATION_FACTOR = 2
 """How many times more tokens go through together in evaluation, which keeps nothing for a backward pass."""
 COLUMNS = 128
@@ -56,20 +60,24 @@ class Run:
     resolved: Recipe  # every default and everything automatic written out
     lora: LoraConfig  # what PEFT needs to load an adapter
     head: Mapping[str, Tensor]  # what travels with each adapter: the head, and what else the checkpoint lacks
+    asked: Mapping[str, Any]  # what the task asks of the base: its form, metric, words and templates
     labels: tuple[str, ...]  # names of the classes, by number
     held: list[list[int]]  # for each client, how many rows of each class it holds
     validation: list[int]  # how many rows of each class validate
+    long: Mapping[str, int]  # for each split, how many rows were longer than `max_length`
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What follows from the recipe: the graph's rho and T*, who holds what, numbers of parameters."""
         adapters = self.job.state.adapters
         return {
+            "task": dict(self.asked),
             "graph": describe_graph(self.job.graph),
             "partition": {"labels": list(self.labels) or ["rows"], "rows": self.held},
             "validation": {"rows": sum(self.validation), "labels": self.validation if self.labels else []},
+            "long_rows": dict(self.long),
             "parameters": {
-                "base": sum(x.numel() for x in self.job.model.base.parameters()),
+                "base": self.job.model.base.num_parameters(),  # type: ignore[operator]  # knows of 4 bits, too
                 "adapter": sum(x[0].numel() for x in adapters.values()),
             },
         }
@@ -90,6 +98,9 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
     else:
         parts = build_partition(recipe, task)
     algorithm = build_algorithm(recipe, graph)
+    language = task.form in ("complete", "choose")
+    if language and recipe.head == "trained":
+        raise RecipeError("head: a language model has no head to train; use head=frozen")
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.model.dtype, device)
     base = load_base(
@@ -100,26 +111,43 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
         dtype=dtype,
         device=device,
         seed=recipe.seed,
+        language=language,
+        quantization=recipe.model.quantization,
     )
     lora = _lora_config(recipe, base)
     model = attach(
         base.model,
-        find_sites(base.model, recipe.lora.target_modules, base.head_roots),
+        find_sites(
+            base.model, recipe.lora.target_modules, (base.output_name,) if base.output_name else base.head_roots
+        ),
         r=recipe.lora.r,
         lora_alpha=recipe.lora.lora_alpha,
         lora_dropout=recipe.lora.lora_dropout,
         head_names=_head_layers(base) if recipe.head == "trained" else (),
         base_dropout=recipe.model.dropout,
+        output_name=base.output_name,
+        checkpointing=recipe.training.gradient_checkpointing,
     )
     optim = build_optim(recipe)
     adapters = init_adapters(model, len(clients), recipe.seed)
     signals = algorithm.agreement.init(clients, 0) if algorithm.agreement else {}
     signals = {name: x.to(device) for name, x in signals.items()}
     state = State(adapters, optim.optimizer.init(adapters), 0, signals)
-    train, validation = _encode(recipe, task, base)
-    tokens = (
-        TOKENS_PER_PASS[device.type] if recipe.training.tokens_per_pass == "auto" else recipe.training.tokens_per_pass
-    )
+    max_length = _max_length(recipe, base)
+    train, validation = _encode(recipe, task, base, max_length)
+    long = {"train": len(train.long), "validation": len(validation.long)}
+    parts = [_without_long(recipe, train, part) for part in parts]
+    held_out = _without_long(recipe, validation, np.arange(len(validation)))
+    if empty := [client for client in clients if not len(parts[client])]:
+        raise DataError(
+            f"training.long_rows: client {empty[0]} has no row of up to {max_length} tokens; "
+            "raise training.max_length, or use training.long_rows=cut"
+        )
+    if not len(held_out):
+        raise DataError("training.long_rows: no row to validate on is short enough; raise training.max_length")
+    together = max(1, COLUMNS // recipe.lora.r)
+    passes = LANGUAGE_TOKENS_PER_PASS if language else TOKENS_PER_PASS
+    tokens = passes[device.type] if recipe.training.tokens_per_pass == "auto" else recipe.training.tokens_per_pass
     clients_per_pass = min(len(clients), recipe.training.clients_per_pass or CLIENTS_PER_PASS)
     job = Job(
         model=model,
@@ -132,11 +160,22 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
             rows_per_step=recipe.training.per_device_train_batch_size,
             local_steps=recipe.training.local_steps,
             tokens=tokens,
-            clients_together=max(1, COLUMNS // recipe.lora.r),
+            clients_together=together,
             packed=model.packs,
             seed=recipe.seed,
         ),
-        evaluate=_evaluation(recipe, task, validation, model, EVALUATION_FACTOR * tokens, average=peer is None),
+        evaluate=build_evaluation(
+            recipe,
+            task,
+            base,
+            model,
+            validation,
+            held_out,
+            max_length=max_length,
+            tokens=EVALUATION_FACTOR * tokens,
+            together=together,
+            average=peer is None,
+        ),
         state=state,
         clients=clients,
         rounds=recipe.rounds,
@@ -152,9 +191,11 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
         _resolve(recipe, algorithm, base.revision, dtype, device, tokens, clients_per_pass),
         lora,
         base.head,
+        {"form": task.form, "metric": task.metric, "words": task.words, "templates": task.templates},
         task.classes,
         held=label_counts(task, task.train, [parts[client] for client in clients]),
-        validation=label_counts(task, task.validation, [np.arange(len(task.validation))])[0],
+        validation=label_counts(task, task.validation, [held_out])[0],
+        long=long,
     )
 
 
@@ -170,16 +211,22 @@ def agreed(run: Run) -> dict[str, str]:
         rounded = x.to(torch.bfloat16) if x.is_floating_point() else x
         base.update(rounded.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data if x.numel() else b"")
     adapters = {name: [*x.shape[1:], str(x.dtype)] for name, x in job.state.adapters.items()}
+
+    def short(value: Any) -> str:
+        text = json.dumps(value)
+        return text if len(text) <= 200 else f"{text[:150]}… {sha256(text.encode()).hexdigest()[:16]}"
+
     return {
         "adapters": sha256(json.dumps(adapters, sort_keys=True).encode()).hexdigest()[:16],
         "algorithm": json.dumps(recipe.algorithm.model_dump(), sort_keys=True),
         "base": base.hexdigest()[:16],
         "clients": str(recipe.clients),
         "graph": json.dumps(recipe.graph.model_dump(), sort_keys=True),
-        "labels": json.dumps(run.labels)[:200],
+        "labels": short(run.labels),
         "lora": json.dumps(recipe.lora.model_dump(exclude={"lora_dropout"}), sort_keys=True),
         "rounds": str(recipe.rounds),
         "seed": str(recipe.seed),
+        "task": short([run.asked[part] for part in ("form", "words", "templates")]),
     }
 
 
@@ -215,45 +262,52 @@ def _lora_config(recipe: Recipe, base: Base) -> LoraConfig:
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in base.model.modules()),
         base_model_name_or_path=recipe.model.name,
         revision=recipe.model.revision or base.revision,
-        task_type=TaskType.SEQ_CLS if base.tokenizer is not None else None,
+        task_type=TaskType.CAUSAL_LM if base.output_name else TaskType.SEQ_CLS if base.tokenizer is not None else None,
         inference_mode=True,
     )
 
 
-def _encode(recipe: Recipe, task: Task, base: Base) -> tuple[Encoded, Encoded]:
-    splits = (task.train, task.validation)
-    if base.tokenizer is None:
-        first, second = (encode_images(split, base.tokens_per_image) for split in splits)
-    else:
+def _encode(recipe: Recipe, task: Task, base: Base, max_length: int) -> tuple[Encoded, Encoded]:
+    """Encode both splits, and say how many rows are too long."""
+
+    def encode(split: Split) -> Encoded:
+        match task.form:
+            case "complete":
+                return encode_completions(base.tokenizer, split, task.inputs, max_length)
+            case "choose":
+                return encode_words(base.tokenizer, split, task.words, max_length)
+        if base.tokenizer is None:
+            return encode_images(split, base.tokens_per_image)
+        return encode_text(base.tokenizer, split, task.inputs, max_length)
+
+    if base.tokenizer is not None:
         log.info("tokenising %s rows", f"{len(task.train) + len(task.validation):,}")
-        positions = getattr(base.model.config, "max_position_embeddings", None) or recipe.training.max_length
-        # RoBERTa has two positions more than it can use; its tokenizer knows how many it can.
-        max_length = min(recipe.training.max_length, positions, base.tokenizer.model_max_length)
-        first, second = (encode_text(base.tokenizer, split, task.inputs, max_length) for split in splits)
-    return first, second
+    train, validation = encode(task.train), encode(task.validation)
+    for name, encoded in (("train", train), ("validation", validation)):
+        if len(encoded.long):
+            done = "cut" if recipe.training.long_rows == "cut" else "left out"
+            log.warning(
+                "%s of %s rows of %s have more than %d tokens and are %s (training.max_length, training.long_rows)",
+                f"{len(encoded.long):,}",
+                f"{len(encoded):,}",
+                name,
+                max_length,
+                done,
+            )
+    return train, validation
 
 
-def _evaluation(
-    recipe: Recipe, task: Task, encoded: Encoded, model: StackedModel, tokens: int, *, average: bool
-) -> Callable[[Tensors], Evaluation]:
-    rows = np.arange(len(encoded))
-    if recipe.evaluate.rows is not None and recipe.evaluate.rows < len(rows):
-        rows = np.sort(draws.generator(recipe.seed, "evaluate").permutation(rows)[: recipe.evaluate.rows])
-    labels = np.asarray(task.validation.labels)[rows]
-    score = METRICS[task.metric]
-    batches = cache(lambda: validation_batches(encoded, rows, tokens, model.packs))  # the same for everybody
+def _max_length(recipe: Recipe, base: Base) -> int:
+    """Return how many tokens a row may have: by the recipe, and by what the base can take."""
+    if base.tokenizer is None:
+        return recipe.training.max_length
+    positions = getattr(base.model.config, "max_position_embeddings", None) or recipe.training.max_length
+    # RoBERTa has two positions more than it can use; its tokenizer knows how many it can.
+    return int(min(recipe.training.max_length, positions, base.tokenizer.model_max_length))
 
-    def run(adapters: Tensors) -> Evaluation:
-        predictions = evaluate(model, adapters, batches(), len(rows))
-        scores = [score(predicted, labels) for predicted in predictions]
-        top = [float(np.bincount(predicted).max() / len(rows)) for predicted in predictions if task.classes]
-        mean = None
-        if average:
-            averaged = {name: x.mean(0, keepdim=True) for name, x in adapters.items()}
-            mean = score(evaluate(model, averaged, batches(), len(rows))[0], labels)
-        return Evaluation(task.metric, scores, mean, len(rows), top)
 
-    return run
+def _without_long(recipe: Recipe, encoded: Encoded, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    return rows if recipe.training.long_rows == "cut" else np.setdiff1d(rows, encoded.long)
 
 
 def _resolve(

@@ -1,5 +1,6 @@
 """Base models: loading a checkpoint, seeding what it lacks, and the small built-in one. The home of `transformers`."""
 
+import importlib.util
 import logging
 import os
 import tempfile
@@ -25,12 +26,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Base:
-    """A base model with a head for the task, and what must be known of it."""
+    """A base model, with a head where the task needs one, and what must be known of it."""
 
     model: nn.Module
     tokenizer: Any  # None for images
     head_roots: tuple[str, ...]  # the modules of the classification head, and what else the checkpoint lacks
     head: Mapping[str, Tensor]  # all that these hold, by name: what must travel with an adapter
+    output_name: str | None  # the layer that a language model's logits come from
+    stop: tuple[int, ...]  # the tokens at which a language model ends
     tokens_per_image: int  # 0 for text
     revision: str | None  # the hub's commit that was loaded; None for a folder
 
@@ -73,23 +76,32 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
+    language: bool = False,
+    quantization: str | None = None,
 ) -> Base:
     """Load a checkpoint by hub id, folder or built-in name, with a head of `classes` outputs (1 for a regression).
+
+    Where a `language` model is asked for, it has its own output layer, and is one that looks at what came before alone.
+    With the `quantization` nf4 its linear layers are held in 4 bits (QLoRA, arXiv 2305.14314), with `dtype` to compute
+    in.
 
     Only safetensors are read and no code of the checkpoint's is run. What the checkpoint lacks (a head of this size, a
     pooler) is drawn from the seed: weights normal with the model's `initializer_range`, biases zero.
 
-    Raises ModelError where the model isn't there, is damaged, or lacks more than a head and a pooler.
+    Raises ModelError where the model isn't there, is damaged, or lacks more than a head and a pooler, where it is no
+    causal language model but should be, and where it can't be quantised here.
     """
+    quantized = {} if quantization is None else _quantized(dtype, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register_attention()
     source = str(MODELS[name]()) if name in MODELS else name
-    auto = transformers.AutoModelForImageClassification if image else transformers.AutoModelForSequenceClassification
+    auto, purpose = _AUTO["language" if language else "image" if image else "text"]
+    labels = {} if language else {"num_labels": classes}
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     log.info("loading %s", name)
     try:
-        config = AutoConfig.from_pretrained(source, num_labels=classes, **common)
+        config = AutoConfig.from_pretrained(source, **labels, **common)
         tokenizer = None if image else AutoTokenizer.from_pretrained(source, **common)
         with torch.random.fork_rng(devices=[]):  # from_pretrained initialises what it will overwrite
             model, report = auto.from_pretrained(
@@ -100,29 +112,82 @@ def load_base(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
+                **quantized,
                 **common,
             )
     except Exception as error:  # on a damaged file, parsers raise whatever they stumble over
-        raise ModelError(_reason(name, error)) from error
+        raise ModelError(_reason(name, error, purpose)) from error
     if tokenizer is not None:
         _check_tokenizer(name, tokenizer)
         model.config.pad_token_id = tokenizer.pad_token_id
-    head_roots = _head_roots(model)
+    head_roots = () if language else _head_roots(model)
     lacking = {key if isinstance(key, str) else key[0] for key in (*report["missing_keys"], *report["mismatched_keys"])}
     beyond = [key for key in lacking if not key.startswith(tuple(f"{root}." for root in head_roots))]
-    odd = [key for key in beyond if "pooler" not in key]
+    odd = [key for key in beyond if "pooler" not in key or language]
     if odd:
         raise ModelError(
             f"model.name: {name}: its weights don't fit {type(model).__name__}: {len(odd)} are missing or of "
             f"another size, such as {min(odd)}; give a checkpoint of this architecture"
         )
     _seed_parameters(model, lacking, seed)
-    model.to(device)
+    if quantization is None:
+        model.to(device)
+    output_name, stop = _prepare_language_model(name, model, tokenizer) if language else (None, ())
     head_roots = (*head_roots, *sorted({key.rpartition(".")[0] for key in beyond}))
     commit = getattr(model.config, "_commit_hash", None)
     inside = tuple(f"{root}." for root in head_roots)
     head = {name: value for name, value in model.state_dict().items() if name.startswith(inside)}
-    return Base(model, tokenizer, head_roots, head, _tokens_per_image(model.config) if image else 0, commit)
+    per_image = _tokens_per_image(model.config) if image else 0
+    return Base(model, tokenizer, head_roots, head, output_name, stop, per_image, commit)
+
+
+_AUTO: dict[str, tuple[Any, str]] = {
+    "text": (transformers.AutoModelForSequenceClassification, "classification"),
+    "image": (transformers.AutoModelForImageClassification, "classification"),
+    "language": (transformers.AutoModelForCausalLM, "causal language modelling"),
+}
+"""What a base is for → how `transformers` loads it, and how we call that."""
+
+
+def _quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """Return what makes `from_pretrained` hold a base in 4 bits. Raises ModelError where that can't be."""
+    if device.type != "cuda":
+        raise ModelError(f"model.quantization: nf4 needs a CUDA device and this one is {device}; leave it out")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("model.quantization: nf4 needs bitsandbytes; pip install 'peertune[quantized]'")
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _prepare_language_model(name: str, model: Any, tokenizer: Any) -> tuple[str, tuple[int, ...]]:
+    """Return the name of the output layer, and the tokens that end a text; what is generated is the recipe's to say."""
+    output = model.get_output_embeddings()
+    output_name = next(
+        (name for name, module in model.named_modules() if module is output and output is not None), None
+    )
+    if output_name is None or not _looks_back_only(model):
+        raise ModelError(
+            f"model.name: {name}: {type(model).__name__} is no causal language model: it looks at the tokens to come; "
+            "give one such as Llama, Qwen, Gemma, Mistral or GPT-2"
+        )
+    ends = model.generation_config.eos_token_id
+    stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+    model.generation_config = transformers.GenerationConfig()
+    model.config.use_cache = False  # of no use but in generation, which asks for it
+    return output_name, tuple(sorted(stop))
+
+
+@torch.no_grad()
+def _looks_back_only(model: Any) -> bool:
+    """Whether another last token leaves what the model says before it as it is."""
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
+    first, second = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.equal(first, second)
 
 
 def _check_tokenizer(name: str, tokenizer: Any) -> None:
@@ -163,7 +228,7 @@ def _tokens_per_image(config: Any) -> int:
         return 256  # no patches to count: a guess that only sets how many rows share a pass
 
 
-def _reason(name: str, error: Exception) -> str:
+def _reason(name: str, error: Exception, purpose: str) -> str:
     if isinstance(error, SafetensorError):
         return f"model.name: {name}: its safetensors file is damaged ({_line(error)}); fetch it again"
     if isinstance(error, OSError) and Path(name).is_dir():
@@ -173,7 +238,7 @@ def _reason(name: str, error: Exception) -> str:
             f"model.name: {name} is no folder, is not in the local cache and can't be had from the hub; "
             "check the name, the network and HF_HUB_OFFLINE, or give model.name=FOLDER"
         )
-    return f"model.name: {name} can't be loaded ({_line(error)}); give a transformers checkpoint for classification"
+    return f"model.name: {name} can't be loaded ({_line(error)}); give a transformers checkpoint for {purpose}"
 
 
 def _line(error: Exception) -> str:

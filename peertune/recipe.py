@@ -42,6 +42,7 @@ class Model(_Block):
     name: str  # hub id, folder or built-in name
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 where the hardware has it
+    quantization: Literal["nf4"] | None = None  # 4-bit NormalFloat with double quantisation, as in QLoRA; CUDA only
     dropout: bool = True  # whether the base's own dropout is on in training
 
 
@@ -60,7 +61,8 @@ class Training(_Block):
     learning_rate: float = Field(1e-3, gt=0)
     local_steps: int = Field(10, ge=1)  # per round
     per_device_train_batch_size: int = Field(32, ge=1)  # rows of one client in one step
-    max_length: int = Field(128, ge=2)  # tokens; longer rows are cut
+    max_length: int = Field(128, ge=2)  # tokens
+    long_rows: Literal["cut", "drop"] = "cut"  # what is done with rows of more; either way they are counted
     optim: Literal["adamw", "sgd"] = "adamw"
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -73,6 +75,7 @@ class Training(_Block):
     reset_optimizer: Literal["never", "round", "phase"] = "never"
     tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # about so many in one pass
     clients_per_pass: int | None = Field(None, ge=1)  # clients trained at a time; null: 16
+    gradient_checkpointing: bool = False  # layers keep their inputs alone and compute twice
 
 
 class Evaluate(_Block):
@@ -80,6 +83,9 @@ class Evaluate(_Block):
 
     every: int = Field(10, ge=1)  # rounds; the last round always
     rows: int | None = Field(None, ge=1)  # a seeded subset of the validation set; null: all of it
+    max_new_tokens: int = Field(256, ge=1)  # where the metric generates
+    temperature: float = Field(0.0, ge=0)  # 0: always the likeliest token
+    top_p: float = Field(1.0, gt=0, le=1)
 
 
 class Checkpoint(_Block):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peertune.adapters.stacked import StackedModel
 from peertune.errors import ModelError
-from peertune.types import Batch, Phase, State, Tensors, kind, select, take
+from peertune.types import Batch, Phase, State, Tensors, kind, select
 
 
 class Optimizer(NamedTuple):
@@ -118,12 +118,37 @@ def learning_rate(
     return rate
 
 
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return each row's loss `[b]`: cross-entropy over classes, or squared error from targets that are no classes."""
+def row_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """Return each row's loss `[b]`: cross-entropy over classes, or squared error from targets that are no classes.
+
+    Of a language model it is the sum over the row's labels of their cross-entropy.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if labels.is_floating_point():
-        return (logits.squeeze(-1) - labels) ** 2
-    return nn.functional.cross_entropy(logits, labels, reduction="none")
+    if batch.labels.is_floating_point():
+        return (logits.squeeze(-1) - batch.labels) ** 2
+    losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    return losses if batch.places is None else _row_sums(losses, batch)
+
+
+def _row_sums(values: Tensor, batch: Batch) -> Tensor:
+    """Sum `[T]`, a value for each label of a language model, by row, `[b]`."""
+    assert batch.places is not None, "a language model's batch says where its labels are predicted"
+    width = batch.inputs["input_ids"].shape[1]
+    return values.new_zeros(len(batch.clients)).index_add(0, batch.places // width, values)
+
+
+Read = Callable[[Tensor, Batch], Tensor]
+"""What is read from logits in evaluation: `(logits, batch) → [b]`."""
+
+
+def predictions(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the likeliest class of each row, or the value of a regression."""
+    return logits.squeeze(-1).double() if batch.labels.is_floating_point() else logits.argmax(-1)
+
+
+def hits(logits: Tensor, batch: Batch) -> Tensor:
+    """Return for each row how many of its labels a language model holds for the likeliest token."""
+    return _row_sums((logits.argmax(-1) == batch.labels).double(), batch)
 
 
 def train_local(
@@ -158,7 +183,7 @@ def train_local(
             part = slice(int(batch.clients.min()), int(batch.clients.max()) + 1)
             params = {name: x[part].detach().requires_grad_(name in trained) for name, x in adapters.items()}
             batch = replace(batch, clients=batch.clients - part.start).to(totals.device)
-            losses = row_losses(model(params, batch, training=True).logits, batch.labels) * batch.weights
+            losses = row_losses(model(params, batch, training=True), batch) * batch.weights
             losses.sum().backward()
             received = {name: param.grad for name, param in params.items() if param.grad is not None}
             for name, grad in received.items():
@@ -202,26 +227,25 @@ def clip(grads: Tensors, max_norm: float) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: StackedModel, adapters: Tensors, batches: Sequence[tuple[Batch, NDArray[np.int64]]], rows: int
+    model: StackedModel,
+    singles: Sequence[Tensors],
+    batches: Iterable[tuple[Batch, NDArray[np.int64]]],
+    rows: int,
+    read: Read = predictions,
 ) -> NDArray[Any]:
-    """Return every client's predictions on one set of rows, `[K, rows]`: class numbers, or values of a regression.
+    """Return what is read of each single adapter's logits on one set of rows, `[len(singles), rows]`.
 
-    Each batch comes with the numbers of its rows, `[b]`. One client after the other takes them: its rows fill the
-    device, and nothing need be computed for another's factors.
+    `singles` are adapters `[1, …]`. Each batch comes with the numbers of its rows, `[b]`, and one adapter after the
+    other takes it: its rows fill the device, and nothing need be computed for another's factors.
     """
-    first = next(iter(adapters.values()))
-    predictions: list[NDArray[Any]] = []
-    for client in range(len(first)):
-        own = take(adapters, slice(client, client + 1))
-        values: Tensor | None = None
-        for batch, numbers in batches:
-            logits = model(own, batch.to(first.device), training=False).logits
-            found = logits.squeeze(-1).double() if batch.labels.is_floating_point() else logits.argmax(-1)
-            values = found.new_zeros(rows) if values is None else values
-            values[torch.from_numpy(numbers).to(values.device)] = found
-        assert values is not None, "a validation set has rows"
-        predictions.append(values.cpu().numpy())
-    return np.stack(predictions)
+    values: Tensor | None = None
+    for batch, numbers in batches:
+        batch = batch.to(next(iter(singles[0].values())).device)
+        found = torch.stack([read(model(single, batch, training=False), batch) for single in singles])
+        values = found.new_zeros(len(singles), rows) if values is None else values
+        values[:, torch.from_numpy(numbers).to(values.device)] = found
+    assert values is not None, "a validation set has rows"
+    return values.cpu().numpy()
 
 
 def reset_moments(

@@ -5,7 +5,7 @@ Shape letters, the same everywhere: `K` clients in this stack, `n` clients in th
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -160,20 +160,31 @@ class Batch:
     """Rows of several clients that go through the base together; `b` rows, padded to the longest."""
 
     inputs: Mapping[str, Tensor]  # the model's keyword arguments, each [b, …]
-    labels: Tensor  # [b], class numbers (int64) or targets of a regression (float)
+    # [b], class numbers (int64) or targets of a regression (float); of a language model [T], the tokens to predict
+    labels: Tensor
     clients: Tensor  # [b] int64, which adapter of the stack each row belongs to
-    weights: Tensor  # [b] float64, the row's share in its client's mean loss
+    weights: Tensor  # [b] float64, what a row's loss, a sum over its labels, counts in its client's mean
     keys: Tensor  # [b] int64, what each row's dropout masks are drawn from
     packing: Packing | None = None  # how the base's layers may pack the rows; None where they don't
+    shared: Tensor | None = None  # [b] int64, what masks are drawn from that all rows of a client's step share
+    # [T] int64, where a language model predicts each of the labels from: row · s + position, ascending
+    places: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on another device."""
-        labels, clients, weights, keys = (
-            value.to(device, non_blocking=True) for value in (self.labels, self.clients, self.weights, self.keys)
-        )
-        inputs = {name: value.to(device, non_blocking=True) for name, value in self.inputs.items()}
-        packing = None if self.packing is None else self.packing.to(device)
-        return Batch(inputs, labels, clients, weights, keys, packing)
+
+        def move(value: Any) -> Any:
+            match value:
+                case None:
+                    return None
+                case Packing():
+                    return value.to(device)
+                case Mapping():
+                    return {name: move(part) for name, part in value.items()}
+                case _:
+                    return value.to(device, non_blocking=True)
+
+        return Batch(*(move(getattr(self, field.name)) for field in fields(self)))
 
 
 @dataclass(frozen=True)

@@ -423,7 +423,7 @@ def test_a_stack_over_minilm_gives_the_logits_of_peft_models(minilm: Path) -> No
     inputs = dict(AutoTokenizer.from_pretrained(minilm)(texts, padding=True, return_tensors="pt"))
     clients = torch.tensor([0, 1, 0, 1])
     with torch.no_grad():
-        ours = model(adapters, Batch(inputs, clients, clients, clients.float(), clients), training=False).logits
+        ours = model(adapters, Batch(inputs, clients, clients, clients.float(), clients), training=False)
         for client in range(2):
             base = AutoModelForSequenceClassification.from_pretrained(
                 minilm, num_labels=2, dtype=torch.float32, attn_implementation="eager"

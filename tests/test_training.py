@@ -179,21 +179,26 @@ def test_moments_start_afresh_as_the_setting_says(
         assert {name: x.data_ptr() for name, x in moments.items()} == places
 
 
+def rows_of(labels: Tensor) -> Batch:
+    zeros = torch.zeros(len(labels), dtype=torch.int64)
+    return Batch({}, labels, zeros, zeros.double(), zeros)
+
+
 def test_a_rows_loss_is_cross_entropy_over_classes() -> None:
     logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
     expected = torch.stack([-row.log_softmax(0)[label] for row, label in zip(logits, labels, strict=True)])
-    torch.testing.assert_close(row_losses(logits, labels), expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(row_losses(logits, rows_of(labels)), expected, rtol=0, atol=1e-14)
 
 
 def test_a_rows_loss_is_the_squared_error_where_labels_are_no_classes() -> None:
     logits, labels = torch.tensor([[1.0], [2.0]]), torch.tensor([0.5, 4.0])
-    assert row_losses(logits, labels).tolist() == [0.25, 4.0]
+    assert row_losses(logits, rows_of(labels)).tolist() == [0.25, 4.0]
 
 
 def test_losses_of_a_half_precision_base_are_computed_in_float32() -> None:
     logits = torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16)
-    assert row_losses(logits, torch.tensor([0])).dtype == torch.float32
-    assert row_losses(logits[:, :1], torch.tensor([0.5])).dtype == torch.float32
+    assert row_losses(logits, rows_of(torch.tensor([0]))).dtype == torch.float32
+    assert row_losses(logits[:, :1], rows_of(torch.tensor([0.5]))).dtype == torch.float32
 
 
 class Linear(nn.Module):

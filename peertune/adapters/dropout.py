@@ -73,6 +73,13 @@ def _odd_words(size: int, device: torch.device) -> Tensor:
     return _mix(_indices(size, device)) | 1
 
 
+def keyed_uniforms(keys: Tensor, number: int, size: int) -> Tensor:
+    """Return `size` uniform numbers in (0, 1) for each of `keys [b]` and this number, `[b, size]` in float64."""
+    words = _mix(keys.to(torch.int32) + _mixed_number(number))
+    words = _mix(words[:, None] + _indices(size, keys.device))
+    return (words.double() + (2**31 + 0.5)) * 2.0**-32
+
+
 class KeyedDropout(nn.Module):
     """Stands in for an `nn.Dropout` of the base; does nothing outside training."""
 

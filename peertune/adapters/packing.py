@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peertune.adapters.checkpointing import module_lists
 from peertune.adapters.rows import Rows, bound, current_rows
 from peertune.types import Packing
 
@@ -37,12 +38,14 @@ def _move(x: Tensor, source: Tensor, target: Tensor, shape: Iterable[int]) -> Te
 def pack_layers(base: nn.Module, site_names: Iterable[str]) -> bool:
     """Make the layers of a text model pack the rows of batches that bring a packing, and say whether they now do.
 
-    The layers are the module list that holds the sites. A model that mixes tokens by other means than the registered
+    The layers are the one module list that holds sites; a site beside it, as a pooler, gets padded rows. A
+    model that mixes tokens by other means than the registered
     attention would mix rows: before anything is trusted, three rows pass through the base padded, packed, and packed
     with one of them changed. The first two must agree, and the change must not reach the other rows by a single bit;
     with padding, and with rows of one length, where a model may leave its mask out.
     """
-    layers = _layers(base, site_names)
+    lists = module_lists(base, site_names)
+    layers = lists[0] if len(lists) == 1 else None
     if layers is None or getattr(base, "main_input_name", None) != "input_ids":
         return False
     hooks = [layer.register_forward_pre_hook(_pack_arguments, with_kwargs=True) for layer in layers]
@@ -53,15 +56,6 @@ def pack_layers(base: nn.Module, site_names: Iterable[str]) -> bool:
     for hook in hooks:
         hook.remove()
     return False
-
-
-def _layers(base: nn.Module, site_names: Iterable[str]) -> nn.ModuleList | None:
-    """Return the one outermost module list above the sites; a site beside it, as a pooler, gets padded rows."""
-    found = set()
-    for name in site_names:
-        parents = [base.get_submodule(name[:end]) for end, mark in enumerate(name) if mark == "."]
-        found.update([parent for parent in parents if isinstance(parent, nn.ModuleList)][:1])
-    return found.pop() if len(found) == 1 else None
 
 
 def _pack_arguments(_: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -22,6 +22,8 @@ class Rows:
     training: bool  # whether the adapters' own dropout is on
     streams: Mapping[nn.Module, int]  # the number that each of the base's modules draws dropout under
     packing: Packing | None = None
+    shared: Tensor | None = None  # [b] int64, what masks are drawn from that all rows of a client's step share
+    places: Tensor | None = None  # [T] int64, row · s + position of the tokens after which a language model predicts
     columns: dict[tuple[torch.Size, int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)  # made before
 
     def packed(self, x: Tensor, slots: int = 1) -> Packing | None:

@@ -8,15 +8,15 @@ Where the classification head is trained, a `Head` gives each row its client's w
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peertune import draws
+from peertune.adapters.checkpointing import checkpoint_layers
 from peertune.adapters.dropout import KeyedDropout, keyed_dropout
 from peertune.adapters.packing import pack_layers
 from peertune.adapters.rows import Rows, bound, current_rows
@@ -78,6 +78,15 @@ class Head(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
 
+Forward = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+"""`forward(base, inputs)` returns the base's logits, `[b, classes]` or `[1, T, vocabulary]`."""
+
+
+def _logits(base: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    logits: Tensor = base(**inputs).logits
+    return logits
+
+
 @dataclass(frozen=True)
 class StackedModel:
     """A frozen base with a stack of adapters on its sites; made by `attach`."""
@@ -89,12 +98,27 @@ class StackedModel:
     base_dropout: bool  # whether the base's own dropout is on in training
     packs: bool  # whether the base's layers take packed rows
     streams: Mapping[nn.Module, int]
+    forward: Forward
 
-    def __call__(self, adapters: Tensors, batch: Batch, *, training: bool) -> Any:
-        """Run the base on a batch, each row with its own client's adapter, and return what the base returns."""
+    def __call__(self, adapters: Tensors, batch: Batch, *, training: bool) -> Tensor:
+        """Run the base on a batch, each row with its own client's adapter.
+
+        Returns logits, `[b, classes]`, or of a language model `[T, vocabulary]`, one line for each label.
+        """
         self.base.train(training and self.base_dropout)
-        with bound(Rows(adapters, batch.clients, batch.keys, training, self.streams, batch.packing)):
-            return self.base(**batch.inputs)
+        rows = Rows(
+            adapters,
+            batch.clients,
+            batch.keys,
+            training,
+            self.streams,
+            batch.packing,
+            shared=batch.shared,
+            places=batch.places,
+        )
+        with bound(rows):
+            logits = self.forward(self.base, batch.inputs)
+        return logits if batch.places is None else logits.squeeze(0)
 
 
 def attach(
@@ -106,11 +130,16 @@ def attach(
     lora_dropout: float = 0.0,
     head_names: Iterable[str] = (),
     base_dropout: bool = False,
+    output_name: str | None = None,
+    checkpointing: bool = False,
+    forward: Forward = _logits,
 ) -> StackedModel:
     """Put sites in the place of the named layers of `base`, which is changed and frozen.
 
     The update is scaled by `lora_alpha / r`, as in PEFT. `head_names` are the linear layers of a head that each client
-    trains for itself. The base's dropout modules are replaced by keyed ones.
+    trains for itself. The base's dropout modules are replaced by keyed ones. `output_name` is the layer from which a
+    language model's logits come: it is spared the tokens of which none is wanted. With `checkpointing` the layers keep
+    nothing but what goes in, and compute again in the backward pass. `forward` says how to get logits from the base.
 
     Raises ModelError for what a stack can't carry exactly: layers other than linear ones, `r` above a layer's size,
     batch normalisation (rows of different clients would share statistics) and routed experts (rows lose their order).
@@ -156,7 +185,19 @@ def attach(
     for name, module in (sites | heads | dropouts).items():
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, module)
-    return StackedModel(base, sites, heads, r, base_dropout, packs, streams)
+    if output_name is not None:
+        base.get_submodule(output_name).register_forward_pre_hook(_wanted)
+    if checkpointing:
+        checkpoint_layers(base, site_names)
+    return StackedModel(base, sites, heads, r, base_dropout, packs, streams, forward)
+
+
+def _wanted(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    """Keep of hidden states `[b, s, d]` those after which a label is to be predicted, `[1, T, d]`."""
+    rows = current_rows()
+    if rows is None or rows.places is None:
+        return None
+    return (args[0].flatten(0, 1)[rows.places][None],)
 
 
 def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:

@@ -9,7 +9,7 @@ which rows a client trains on.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,9 @@ from peertune import draws
 from peertune.errors import DataError
 from peertune.types import Batch, Packing, Split
 
+UNLABELLED = -100
+"""In the place of a token that a language model need not predict, as in `transformers`."""
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -31,14 +34,30 @@ class Encoded:
     padding: Mapping[str, int]  # what each token feature is padded with
     starts: NDArray[np.int64]  # [N], where each row's tokens start
     lengths: NDArray[np.int64]  # [N], tokens of each row, as the base counts them
-    labels: Tensor  # [N], int64 or float32
+    labels: Tensor  # [N] int64 or float32; of a language model [total], the tokens themselves or UNLABELLED
+    long: Sequence[int] = ()  # the rows that were longer than they may be, and were cut
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.lengths)
+
+    @property
+    def token_labels(self) -> bool:
+        """Whether labels are a language model's, tokens to predict."""
+        return len(self.labels) != len(self)
+
+    @cached_property
+    def targets(self) -> NDArray[np.int64]:
+        """How many labels each row's loss is the sum over, `[N]`."""
+        if not self.token_labels:
+            return np.ones(len(self), dtype=np.int64)
+        labelled = np.cumsum(self.labels.numpy() != UNLABELLED)
+        ends = self.starts + self.lengths - 1
+        counts: NDArray[np.int64] = np.diff(labelled[ends], prepend=0)
+        return counts
 
 
 def encode_text(tokenizer: Any, split: Split, inputs: Sequence[str], max_length: int) -> Encoded:
-    """Tokenise a split once; `inputs` are one or two text columns, rows are cut at `max_length` tokens.
+    """Tokenise a split once; `inputs` are one or two text columns, rows are cut at `max_length` tokens, and told.
 
     Raises DataError for a row without tokens, or where `max_length` has no room for text beside the special tokens.
     """
@@ -55,7 +74,11 @@ def encode_text(tokenizer: Any, split: Split, inputs: Sequence[str], max_length:
         name: torch.from_numpy(np.concatenate([np.asarray(row) for row in rows])) for name, rows in encoding.items()
     }
     padding = {name: tokenizer.pad_token_id if name == "input_ids" else 0 for name in tokens}
-    return Encoded({}, tokens, padding, np.cumsum(lengths) - lengths, lengths, _labels(split))
+    full = np.flatnonzero(lengths == max_length).tolist()
+    if full:
+        whole = tokenizer(*([text[row] for row in full] for text in texts), verbose=False)["input_ids"]
+        full = [row for row, ids in zip(full, whole, strict=True) if len(ids) > max_length]
+    return Encoded({}, tokens, padding, np.cumsum(lengths) - lengths, lengths, _labels(split), full)
 
 
 def encode_images(split: Split, tokens: int) -> Encoded:
@@ -68,6 +91,35 @@ def encode_images(split: Split, tokens: int) -> Encoded:
 def _labels(split: Split) -> Tensor:
     labels = torch.from_numpy(np.asarray(split.labels))
     return labels.float() if labels.is_floating_point() else labels.long()
+
+
+def make_batch(
+    encoded: Encoded,
+    rows: NDArray[np.int64],
+    *,
+    clients: Tensor,
+    weights: Tensor,
+    keys: Tensor,
+    shared: Tensor,
+    packed: bool,
+) -> Batch:
+    """Put these rows in a batch; `clients`, `weights`, `keys` and `shared` are `[b]`, as `Batch` has them.
+
+    A language model predicts each labelled token from the place before it.
+    """
+    inputs, places = pad(encoded, rows), None
+    if not encoded.token_labels:
+        labels = encoded.labels[rows]
+    else:
+        lengths = encoded.lengths[rows]
+        row = np.repeat(np.arange(len(rows)), lengths)
+        position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        tokens = encoded.labels[encoded.starts[rows][row] + position]
+        wanted = tokens != UNLABELLED
+        labels = tokens[wanted]
+        places = torch.from_numpy(row * int(lengths.max()) + position - 1)[wanted]
+    packing = pack_rows(encoded.lengths[rows]) if packed else None
+    return Batch(inputs, labels, clients, weights, keys, packing, shared, places)
 
 
 def pad(encoded: Encoded, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -187,6 +239,9 @@ def training_steps(
             places = np.repeat(np.arange(len(clients)), rows_per_step)
             positions = np.tile(np.arange(rows_per_step), len(clients))
             keys = draws.words(seed, "dropout", np.repeat(clients, rows_per_step), step, positions).view(np.int64)
+            shared = np.repeat(draws.words(seed, "shared dropout", clients, step).view(np.int64), rows_per_step)
+            targets = encoded.targets[rows].reshape(len(clients), rows_per_step)  # a client's loss is the mean over its
+            weights = np.repeat(1 / targets.sum(axis=1), rows_per_step)
             lengths, least = encoded.lengths[rows], -(-len(clients) // clients_together)
             if packed:
                 chosen = even_parts(lengths, tokens, least)
@@ -194,13 +249,14 @@ def training_steps(
                 groups = np.array_split(np.arange(len(rows)), least)
                 chosen = [group[part] for group in groups for part in micro_batches(lengths[group], tokens)]
             yield [
-                Batch(
-                    pad(encoded, rows[part]),
-                    encoded.labels[rows[part]],
-                    torch.from_numpy(places[part]),
-                    torch.full((len(part),), 1 / rows_per_step, dtype=torch.float64),
-                    torch.from_numpy(keys[part]),
-                    pack_rows(lengths[part]) if packed else None,
+                make_batch(
+                    encoded,
+                    rows[part],
+                    clients=torch.from_numpy(places[part]),
+                    weights=torch.from_numpy(weights[part]),
+                    keys=torch.from_numpy(keys[part]),
+                    shared=torch.from_numpy(shared[part]),
+                    packed=packed,
                 )
                 for part in chosen
             ]
@@ -210,20 +266,14 @@ def training_steps(
 
 def validation_batches(
     encoded: Encoded, rows: NDArray[np.int64], tokens: int, packed: bool
-) -> list[tuple[Batch, NDArray[np.int64]]]:
-    """Return every row once, as one client's, with each row's place in `rows`, in batches of about `tokens` tokens."""
+) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
+    """Yield every row once, as one client's, with each row's place in `rows`, in batches of about `tokens` tokens."""
     lengths = encoded.lengths[rows]
-    return [
-        (
-            Batch(
-                pad(encoded, rows[part]),
-                encoded.labels[rows[part]],
-                torch.zeros(len(part), dtype=torch.int64),
-                torch.zeros(len(part), dtype=torch.float64),
-                torch.zeros(len(part), dtype=torch.int64),
-                pack_rows(lengths[part]) if packed else None,
+    for part in even_parts(lengths, tokens) if packed else micro_batches(lengths, tokens):
+        zeros = torch.zeros(len(part), dtype=torch.int64)
+        yield (
+            make_batch(
+                encoded, rows[part], clients=zeros, weights=zeros.double(), keys=zeros, shared=zeros, packed=packed
             ),
             part,
         )
-        for part in (even_parts(lengths, tokens) if packed else micro_batches(lengths, tokens))
-    ]

@@ -1,5 +1,6 @@
 """Scores: how good predictions are. `METRICS` names them."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -43,11 +44,43 @@ def spearman(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
     return pearson(rankdata(predictions), rankdata(labels))
 
 
+def perplexity(losses: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the exponential of the mean loss of a token: both `[N]`, the sum over a row and how many tokens it has."""
+    return float(np.exp(losses.sum() / labels.sum()))
+
+
+def token_accuracy(hits: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the share of tokens predicted: both `[N]`, how many in a row, and of how many."""
+    return float(hits.sum() / labels.sum())
+
+
+_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def same_text(generated: str, reference: str) -> bool:
+    """Whether two texts are the same but for space at their ends."""
+    return generated.strip() == reference.strip()
+
+
+def same_number(generated: str, reference: str) -> bool:
+    """Whether the last numbers of two texts are equal; commas within a number count for nothing."""
+    last = [_NUMBER.findall(text)[-1:] for text in (generated, reference)]
+    return all(last) and float(last[0][0].replace(",", "")) == float(last[1][0].replace(",", ""))
+
+
 METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
     "accuracy": accuracy,
     "f1": f1,
     "matthews_correlation": matthews_correlation,
     "pearson": pearson,
     "spearman": spearman,
+    "perplexity": perplexity,
+    "token_accuracy": token_accuracy,
+    "exact_match": accuracy,  # of judgements, 1 for right, which should all be 1
+    "last_number": accuracy,
 }
 OF_VALUES = {"pearson", "spearman"}
+OF_LANGUAGE = {"perplexity", "token_accuracy", "exact_match", "last_number"}
+LOWER_IS_BETTER = {"perplexity"}
+JUDGES: dict[str, Callable[[str, str], bool]] = {"exact_match": same_text, "last_number": same_number}
+"""Metrics that generate: `(generated, reference) → whether it is right`."""

@@ -23,7 +23,7 @@ from peertune.adapters.rows import Rows, bound, current_rows
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import Encoded, pack_rows, validation_batches
 from peertune.training import evaluate, row_losses
-from peertune.types import Batch, Tensors
+from peertune.types import Batch, Tensors, take
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -170,8 +170,8 @@ def make_batch(lengths: list[int], packed: bool) -> Batch:
 def answers(model: StackedModel, adapters: Tensors, batch: Batch) -> Tensors:
     """The logits of training, and the gradient of every adapter."""
     params = {name: x.clone().requires_grad_() for name, x in adapters.items()}
-    logits = model(params, batch, training=True).logits
-    losses = row_losses(logits, batch.labels) * batch.weights
+    logits = model(params, batch, training=True)
+    losses = row_losses(logits, batch) * batch.weights
     grads = torch.autograd.grad(losses.sum(), list(params.values()))
     return {"logits": logits.detach(), **dict(zip(params, grads, strict=True))}
 
@@ -216,8 +216,9 @@ def test_predictions_do_not_depend_on_packing(name: str) -> None:
     tokens = {"input_ids": torch.from_numpy(np.random.default_rng(1).integers(2, EOS, lengths.sum()))}
     split = Encoded({}, tokens, {"input_ids": PAD}, np.cumsum(lengths) - lengths, lengths, torch.arange(40) % CLASSES)
     rows = np.random.default_rng(2).permutation(40)[:30]
+    singles = [take(adapters, slice(client, client + 1)) for client in range(len(next(iter(adapters.values()))))]
     packed, padded = (
-        evaluate(model, adapters, validation_batches(split, rows, 150, packed), len(rows)) for packed in (True, False)
+        evaluate(model, singles, validation_batches(split, rows, 150, packed), len(rows)) for packed in (True, False)
     )
     assert (packed == padded).all()
     assert len(np.unique(packed)) > 1
@@ -271,7 +272,9 @@ def test_a_padded_model_still_equals_pefts(name: str) -> None:
             names[part] = params[f"base_model.model.{path}.lora_{what}.default.weight"]
             names[part].data.copy_(x[client])
         logits = peft.eval()(**{part: x[own] for part, x in batch.inputs.items()}).logits
-        grads = torch.autograd.grad(row_losses(logits, batch.labels[own]).sum(), list(names.values()))
+        grads = torch.autograd.grad(
+            row_losses(logits, replace(batch, labels=batch.labels[own])).sum(), list(names.values())
+        )
         torch.testing.assert_close(found["logits"][own], logits.detach(), rtol=1e-9, atol=1e-9)
         for part, grad in zip(names, grads, strict=True):
             torch.testing.assert_close(found[part][client], grad, rtol=1e-9, atol=1e-9)

@@ -307,7 +307,7 @@ def assert_equals_peft(
         for name, x in twin.trained.items():
             assert_close(trained[name][client], x.detach())
         batch = make_batch([make_rows(case, 99, 3)], packed=packed)
-        own = model(take(trained, slice(client, client + 1)), batch, training=False).logits
+        own = model(take(trained, slice(client, client + 1)), batch, training=False)
         assert_close(own, twin.model.eval()(**batch.inputs).logits)
 
 
@@ -334,7 +334,7 @@ def test_clipping_equals_pytorchs_for_each_client(max_grad_norm: float, packed: 
 
 def gradients(model: StackedModel, adapters: Tensors, batch: Batch) -> Tensors:
     params = {name: x.clone().requires_grad_() for name, x in adapters.items()}
-    losses = row_losses(model(params, batch, training=True).logits, batch.labels) * batch.weights
+    losses = row_losses(model(params, batch, training=True), batch) * batch.weights
     return dict(zip(params, torch.autograd.grad(losses.sum(), list(params.values())), strict=True))
 
 
@@ -432,15 +432,15 @@ def test_every_dropout_of_base_and_adapter_is_on_in_training_and_off_otherwise()
     batch = make_batch(make_steps(case, 1)[0])
     base = make_base(case, dropout=0.2)
     plain, adapters = make_stack(case, base)
-    still = plain(adapters, batch, training=True).logits
+    still = plain(adapters, batch, training=True)
     for lora_dropout, base_dropout in ((0.2, False), (0.0, True)):
         model, _ = make_stack(case, base, lora_dropout=lora_dropout, base_dropout=base_dropout)
-        assert torch.equal(model(adapters, batch, training=False).logits, still)
-        dropped = model(adapters, batch, training=True).logits
+        assert torch.equal(model(adapters, batch, training=False), still)
+        dropped = model(adapters, batch, training=True)
         assert not torch.isclose(dropped, still).any()
-        again = model(adapters, batch, training=True).logits
+        again = model(adapters, batch, training=True)
         assert torch.equal(again, dropped)
-        other = model(adapters, replace(batch, keys=batch.keys + 1), training=True).logits
+        other = model(adapters, replace(batch, keys=batch.keys + 1), training=True)
         assert not torch.isclose(other, dropped).any()
 
 
@@ -479,7 +479,7 @@ def test_all_clients_start_from_the_bases_own_answers(case: Case) -> None:
     assert all(not x.any() for x in select(start, {"B"}).values())
     batch = make_batch(make_steps(case, 1)[0])
     torch.testing.assert_close(
-        model(start, batch, training=False).logits,
+        model(start, batch, training=False),
         base(**batch.inputs).logits,
         rtol=case.tolerance,
         atol=case.tolerance,

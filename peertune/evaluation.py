@@ -1,0 +1,130 @@
+"""Evaluation: how good the clients' own models are, by the metric of the task."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peertune import draws
+from peertune.adapters.stacked import StackedModel
+from peertune.data.batches import Encoded, validation_batches
+from peertune.data.completions import encode_choices, encode_prompts
+from peertune.data.scores import JUDGES, METRICS
+from peertune.errors import RecipeError
+from peertune.generation import Decoding, generate
+from peertune.models import Base
+from peertune.recipe import Recipe
+from peertune.training import Read, evaluate, hits, predictions, row_losses
+from peertune.types import Evaluation, Split, Task, Tensors, take
+
+
+def build_evaluation(
+    recipe: Recipe,
+    task: Task,
+    base: Base,
+    model: StackedModel,
+    encoded: Encoded,
+    rows: NDArray[np.int64],
+    *,
+    max_length: int,
+    tokens: int,
+    together: int,
+    average: bool,
+) -> Callable[[Tensors], Evaluation]:
+    """Return what evaluates a stack `[K, …]`, and the average of its clients where it is asked for.
+
+    `encoded` is the validation split, of which `rows` may be used. About `tokens` tokens go through the base at a time,
+    in generation of up to `together` adapters; rows have `max_length` tokens at most.
+
+    Raises RecipeError where the metric can't be had of this task or this base.
+    """
+    if recipe.evaluate.rows is not None and recipe.evaluate.rows < len(rows):
+        rows = np.sort(rows[draws.generator(recipe.seed, "evaluate").permutation(len(rows))[: recipe.evaluate.rows]])
+    labels = np.asarray(task.validation.labels)[rows]
+    if task.metric in JUDGES:
+        predict = _judged(recipe, task, base, model, rows, max_length, tokens, together)
+        labels = np.ones(len(rows))
+    elif task.form == "choose":
+        predict = _chosen(task, base, model, rows, max_length, tokens)
+    else:
+        readers = {"perplexity": row_losses, "token_accuracy": hits}
+        predict = _read(model, encoded, rows, tokens, readers.get(task.metric, predictions))
+        labels = encoded.targets[rows] if task.form == "complete" else labels
+    score = METRICS[task.metric]
+
+    def run(adapters: Tensors) -> Evaluation:
+        clients = len(next(iter(adapters.values())))
+        singles = [take(adapters, slice(client, client + 1)) for client in range(clients)]
+        if average:
+            singles.append({name: x.mean(0, keepdim=True) for name, x in adapters.items()})
+        predicted = predict(singles)
+        scores = [score(own, labels) for own in predicted]
+        top = [float(np.bincount(own).max() / len(rows)) for own in predicted[:clients] if task.classes]
+        return Evaluation(task.metric, scores[:clients], scores[clients] if average else None, len(rows), top)
+
+    return run
+
+
+Predict = Callable[[list[Tensors]], NDArray[Any]]
+"""`predict(singles)` returns what the metric compares with the labels, `[len(singles), rows]`."""
+
+
+def _read(model: StackedModel, encoded: Encoded, rows: NDArray[np.int64], tokens: int, read: Read) -> Predict:
+    """Return what reads each row's logits."""
+
+    def predict(singles: list[Tensors]) -> NDArray[Any]:
+        return evaluate(model, singles, validation_batches(encoded, rows, tokens, model.packs), len(rows), read)
+
+    return predict
+
+
+def _chosen(
+    task: Task, base: Base, model: StackedModel, rows: NDArray[np.int64], max_length: int, tokens: int
+) -> Predict:
+    """Return what finds the likeliest word after each row's prompt."""
+    split = Split({"prompt": [task.validation.columns["prompt"][row] for row in rows]}, rows)
+    choices = encode_choices(base.tokenizer, split, task.words, max_length)
+    losses = _read(model, choices, np.arange(len(choices)), tokens, row_losses)
+    return lambda singles: losses(singles).reshape(len(singles), len(rows), -1).argmin(-1)
+
+
+def _judged(
+    recipe: Recipe,
+    task: Task,
+    base: Base,
+    model: StackedModel,
+    rows: NDArray[np.int64],
+    max_length: int,
+    tokens: int,
+    together: int,
+) -> Predict:
+    """Return what says of each row whether the text that is generated is right."""
+    settings = recipe.evaluate
+    if task.inputs == ("text",):
+        raise RecipeError(f"task.metric: {task.metric} needs prompts to go on from, and the rows are plain text")
+    positions = getattr(base.model.config, "max_position_embeddings", None)
+    room = max_length if positions is None else min(max_length, positions - settings.max_new_tokens)
+    if room < 1:
+        raise RecipeError(
+            f"evaluate.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt: "
+            f"the base takes {positions} tokens"
+        )
+    split = Split({name: [task.validation.columns[name][row] for row in rows] for name in task.inputs}, rows)
+    prompts, right = encode_prompts(base.tokenizer, split, task.inputs, room)
+    decoding = Decoding(
+        settings.max_new_tokens,
+        settings.temperature,
+        settings.top_p,
+        base.stop,
+        base.tokenizer.pad_token_id,
+        recipe.seed,
+    )
+    judge = JUDGES[task.metric]
+
+    def predict(singles: list[Tensors]) -> NDArray[Any]:
+        made = generate(model, singles, prompts, decoding, together=together, tokens=tokens)
+        said = [base.tokenizer.batch_decode(texts, skip_special_tokens=True) for texts in made]
+        return np.array([[judge(*pair) for pair in zip(texts, right, strict=True)] for texts in said])
+
+    return predict
