@@ -7,14 +7,15 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import PIL.Image
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from peertune import draws
 from peertune.adapters.attention import register_attention
@@ -23,13 +24,16 @@ from peertune.errors import ModelError
 
 log = logging.getLogger(__name__)
 
+Purpose = Literal["text", "image", "language", "match"]
+"""What a base is for: to classify text or images, to go on from a text, or to match images with texts."""
+
 
 @dataclass(frozen=True)
 class Base:
     """A base model, with a head where the task needs one, and what must be known of it."""
 
     model: nn.Module
-    tokenizer: Any  # None for images
+    tokenizer: Any  # None where there are images alone
     head_roots: tuple[str, ...]  # the modules of the classification head, and what else the checkpoint lacks
     head: Mapping[str, Tensor]  # all that these hold, by name: what must travel with an adapter
     output_name: str | None  # the layer that a language model's logits come from
@@ -71,38 +75,40 @@ def load_base(
     name: str,
     *,
     revision: str | None,
+    purpose: Purpose,
     classes: int,
-    image: bool,
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
-    language: bool = False,
     quantization: str | None = None,
 ) -> Base:
     """Load a checkpoint by hub id, folder or built-in name, with a head of `classes` outputs (1 for a regression).
 
-    Where a `language` model is asked for, it has its own output layer, and is one that looks at what came before alone.
-    With the `quantization` nf4 its linear layers are held in 4 bits (QLoRA, arXiv 2305.14314), with `dtype` to compute
-    in.
+    A `language` model has its own output layer in the place of a head, and looks at what came before alone; a CLIP, to
+    `match` images with texts, has none. With the `quantization` nf4 linear layers are held in 4 bits (QLoRA, arXiv
+    2305.14314), with `dtype` to compute in.
 
     Only safetensors are read and no code of the checkpoint's is run. What the checkpoint lacks (a head of this size, a
     pooler) is drawn from the seed: weights normal with the model's `initializer_range`, biases zero.
 
-    Raises ModelError where the model isn't there, is damaged, or lacks more than a head and a pooler, where it is no
-    causal language model but should be, and where it can't be quantised here.
+    Raises ModelError where the model isn't there, is damaged, or lacks more than a head and a pooler, where it can't
+    serve the purpose, and where it can't be quantised here.
     """
     quantized = {} if quantization is None else _quantized(dtype, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register_attention()
     source = str(MODELS[name]()) if name in MODELS else name
-    auto, purpose = _AUTO["language" if language else "image" if image else "text"]
-    labels = {} if language else {"num_labels": classes}
+    auto, described = _AUTO[purpose]
+    headless = purpose in ("language", "match")
+    labels = {} if headless else {"num_labels": classes}
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     log.info("loading %s", name)
     try:
         config = AutoConfig.from_pretrained(source, **labels, **common)
-        tokenizer = None if image else AutoTokenizer.from_pretrained(source, **common)
+        if purpose == "match":
+            _check_clip(name, config)
+        tokenizer = None if purpose == "image" else AutoTokenizer.from_pretrained(source, **common)
         with torch.random.fork_rng(devices=[]):  # from_pretrained initialises what it will overwrite
             model, report = auto.from_pretrained(
                 source,
@@ -115,15 +121,17 @@ def load_base(
                 **quantized,
                 **common,
             )
+    except ModelError:
+        raise
     except Exception as error:  # on a damaged file, parsers raise whatever they stumble over
-        raise ModelError(_reason(name, error, purpose)) from error
+        raise ModelError(_reason(name, error, described)) from error
     if tokenizer is not None:
         _check_tokenizer(name, tokenizer)
         model.config.pad_token_id = tokenizer.pad_token_id
-    head_roots = () if language else _head_roots(model)
+    head_roots = () if headless else _head_roots(model)
     lacking = {key if isinstance(key, str) else key[0] for key in (*report["missing_keys"], *report["mismatched_keys"])}
     beyond = [key for key in lacking if not key.startswith(tuple(f"{root}." for root in head_roots))]
-    odd = [key for key in beyond if "pooler" not in key or language]
+    odd = [key for key in beyond if "pooler" not in key or headless]
     if odd:
         raise ModelError(
             f"model.name: {name}: its weights don't fit {type(model).__name__}: {len(odd)} are missing or of "
@@ -132,21 +140,60 @@ def load_base(
     _seed_parameters(model, lacking, seed)
     if quantization is None:
         model.to(device)
-    output_name, stop = _prepare_language_model(name, model, tokenizer) if language else (None, ())
+    output_name, stop = _prepare_language_model(name, model, tokenizer) if purpose == "language" else (None, ())
     head_roots = (*head_roots, *sorted({key.rpartition(".")[0] for key in beyond}))
     commit = getattr(model.config, "_commit_hash", None)
     inside = tuple(f"{root}." for root in head_roots)
     head = {name: value for name, value in model.state_dict().items() if name.startswith(inside)}
-    per_image = _tokens_per_image(model.config) if image else 0
+    per_image = _tokens_per_image(model.config) if purpose in ("image", "match") else 0
     return Base(model, tokenizer, head_roots, head, output_name, stop, per_image, commit)
 
 
-_AUTO: dict[str, tuple[Any, str]] = {
+def load_processor(name: str, *, revision: str | None, config: Any) -> Callable[[PIL.Image.Image], Tensor]:
+    """Load what turns an image into the `pixel_values [C, H, W]` that the base of this config takes.
+
+    Raises ModelError where a checkpoint says nothing of images, or makes of them what its own base does not take.
+    """
+    source = str(MODELS[name]()) if name in MODELS else name
+    vision = getattr(config, "vision_config", config)
+    side = getattr(vision, "image_size", None)
+
+    def process(image: PIL.Image.Image) -> Tensor:
+        pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
+        return pixels
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
+        made = tuple(process(PIL.Image.new("RGB", (48, 32))).shape)
+    except Exception as error:
+        raise ModelError(
+            f"model.name: {name}: what prepares images for it can't be loaded ({_line(error)}); "
+            "put its preprocessor_config.json beside the weights"
+        ) from error
+    taken = (getattr(vision, "num_channels", 3), side, side)
+    if isinstance(side, int) and made != taken:
+        raise ModelError(
+            f"model.name: {name}: its preprocessor_config.json makes images of {made} (channels, height, width) and "
+            f"the model takes {taken}; give one that fits"
+        )
+    return process
+
+
+_AUTO: dict[Purpose, tuple[Any, str]] = {
     "text": (transformers.AutoModelForSequenceClassification, "classification"),
     "image": (transformers.AutoModelForImageClassification, "classification"),
     "language": (transformers.AutoModelForCausalLM, "causal language modelling"),
+    "match": (transformers.AutoModel, "matching images with texts"),
 }
 """What a base is for → how `transformers` loads it, and how we call that."""
+
+
+def _check_clip(name: str, config: Any) -> None:
+    if not isinstance(config, transformers.CLIPConfig):
+        raise ModelError(
+            f"model.name: {name} is of the kind {config.model_type}, and a task with templates needs a CLIP, such as "
+            "openai/clip-vit-base-patch16; give one, or leave out task.templates"
+        )
 
 
 def _quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -178,7 +225,6 @@ def _prepare_language_model(name: str, model: Any, tokenizer: Any) -> tuple[str,
     ends = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config = transformers.GenerationConfig()
-    model.config.use_cache = False  # of no use but in generation, which asks for it
     return output_name, tuple(sorted(stop))
 
 

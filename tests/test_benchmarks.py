@@ -20,7 +20,6 @@ SST2 = ROOT.parent / "shared/data/glue/sst2"
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 needs_sst2 = pytest.mark.skipif(not SST2.is_dir(), reason="no SST-2 beside the repository")
 
 

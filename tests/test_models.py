@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.errors import ModelError
-from peertune.models import Base, digits_vit, load_base, pick_device, pick_dtype
+from peertune.models import Base, Purpose, digits_vit, load_base, pick_device, pick_dtype
 from peertune.training import Optim, sgd, train_local
 from peertune.types import Batch, Phase, State
 
@@ -34,7 +34,10 @@ words: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "max_posit
 
 
 def load(name: str | Path, *, classes: int = 2, image: bool = False, seed: int = 0) -> Base:
-    return load_base(str(name), revision=None, classes=classes, image=image, dtype=torch.float32, device=CPU, seed=seed)
+    purpose: Purpose = "image" if image else "text"
+    return load_base(
+        str(name), revision=None, purpose=purpose, classes=classes, dtype=torch.float32, device=CPU, seed=seed
+    )
 
 
 def refusal(name: str | Path, **given: Any) -> str:
@@ -408,7 +411,6 @@ def minilm() -> Path:
     return Path(spec.submodule_search_locations[0]) / "model"
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_a_stack_over_minilm_gives_the_logits_of_peft_models(minilm: Path) -> None:
     loaded = load(minilm, classes=2)
     assert loaded.head_roots == ("classifier",)

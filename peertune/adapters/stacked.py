@@ -132,14 +132,15 @@ def attach(
     base_dropout: bool = False,
     output_name: str | None = None,
     checkpointing: bool = False,
-    forward: Forward = _logits,
+    forward: Forward | None = None,
 ) -> StackedModel:
     """Put sites in the place of the named layers of `base`, which is changed and frozen.
 
     The update is scaled by `lora_alpha / r`, as in PEFT. `head_names` are the linear layers of a head that each client
     trains for itself. The base's dropout modules are replaced by keyed ones. `output_name` is the layer from which a
     language model's logits come: it is spared the tokens of which none is wanted. With `checkpointing` the layers keep
-    nothing but what goes in, and compute again in the backward pass. `forward` says how to get logits from the base.
+    nothing but what goes in, and compute again in the backward pass. `forward` says how to get logits from a base
+    that does not return them itself; rows of such a base are not packed.
 
     Raises ModelError for what a stack can't carry exactly: layers other than linear ones, `r` above a layer's size,
     batch normalisation (rows of different clients would share statistics) and routed experts (rows lose their order).
@@ -156,8 +157,10 @@ def attach(
                 "choose a dense model"
             )
     base.requires_grad_(False)
+    if hasattr(base, "config"):
+        base.config.use_cache = False  # type: ignore[union-attr]  # keys and values serve generation alone, which asks for them
     site_names = list(site_names)
-    packs = pack_layers(base, site_names)
+    packs = forward is None and pack_layers(base, site_names)
     modules = dict(base.named_modules())
     streams = {module: number for number, module in enumerate(modules.values())}
     sites: dict[str, Site] = {}
@@ -189,7 +192,7 @@ def attach(
         base.get_submodule(output_name).register_forward_pre_hook(_wanted)
     if checkpointing:
         checkpoint_layers(base, site_names)
-    return StackedModel(base, sites, heads, r, base_dropout, packs, streams, forward)
+    return StackedModel(base, sites, heads, r, base_dropout, packs, streams, forward or _logits)
 
 
 def _wanted(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

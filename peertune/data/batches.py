@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peertune import draws
+from peertune.data.images import Images, Pixels
 from peertune.errors import DataError
 from peertune.types import Batch, Packing, Split
 
@@ -29,7 +30,7 @@ UNLABELLED = -100
 class Encoded:
     """A split as the model takes it: N rows of whole arrays, or of token sequences laid end to end."""
 
-    arrays: Mapping[str, Tensor]  # [N, …], the same size for every row (images)
+    arrays: Mapping[str, Tensor | Pixels]  # [N, …], the same size for every row (images)
     tokens: Mapping[str, Tensor]  # [total], the rows of each feature end to end
     padding: Mapping[str, int]  # what each token feature is padded with
     starts: NDArray[np.int64]  # [N], where each row's tokens start
@@ -81,10 +82,20 @@ def encode_text(tokenizer: Any, split: Split, inputs: Sequence[str], max_length:
     return Encoded({}, tokens, padding, np.cumsum(lengths) - lengths, lengths, _labels(split), full)
 
 
-def encode_images(split: Split, tokens: int) -> Encoded:
-    """Take a split of `pixel_values [N, C, H, W]` as it is; every image is `tokens` tokens long to the base."""
-    pixels = torch.from_numpy(np.asarray(split.columns["pixel_values"], dtype=np.float32))
-    zeros = np.zeros(len(pixels), dtype=np.int64)
+def encode_images(split: Split, tokens: int, process: Callable[[Any], Tensor] | None = None) -> Encoded:
+    """Take a split of images; every one is `tokens` tokens long to the base.
+
+    `pixel_values` are `[N, C, H, W]`, and taken as they are, or `Images`, which `process` turns into `[C, H, W]` one by
+    one when they are wanted.
+    """
+    images = split.columns["pixel_values"]
+    pixels: Tensor | Pixels
+    if isinstance(images, Images):
+        assert process is not None, "images are processed as their base wants them"
+        pixels = Pixels(images, process)
+    else:
+        pixels = torch.from_numpy(np.asarray(images, dtype=np.float32))
+    zeros = np.zeros(len(split), dtype=np.int64)
     return Encoded({"pixel_values": pixels}, {}, {}, zeros, zeros + tokens, _labels(split))
 
 

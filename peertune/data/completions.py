@@ -56,13 +56,17 @@ def encode_prompts(
 ) -> tuple[list[NDArray[np.int64]], list[str]]:
     """Return the tokens of each row's prompt, its last `max_length` at most, and the completion that is right."""
     texts = list(_texts(tokenizer, split, inputs))
+    if tuple(inputs) == ("messages",):
+        right = [messages[-1]["content"] for messages in split.columns["messages"]]
+    else:
+        right = [text.completion for text in texts]
     prompts = []
     for text in texts:
         ids = tokenizer(text.prompt, add_special_tokens=text.special)["input_ids"]
         if not len(ids):
             raise DataError("task: a prompt without tokens; to generate, give each row a prompt")
         prompts.append(_cut(np.asarray(ids, dtype=np.int64), len(ids), max_length, tokenizer)[0])
-    return prompts, [text.completion for text in texts]
+    return prompts, right
 
 
 def _texts(tokenizer: Any, split: Split, inputs: Sequence[str]) -> Iterable[_Text]:

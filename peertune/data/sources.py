@@ -24,12 +24,13 @@ def open_source(
     """Return what reads a split, from the folder or else from the hub, and the hub's own names of the classes."""
     if path is not None:
         return partial(_from_folder, where, Path(path).expanduser(), label), None
-    splits = _load_from_hub(where, hub_id, config, revision)
+    splits = load_from_hub(where, hub_id, config, revision)
     names = next((getattr(split.features.get(label), "names", None) for split in splits.values()), None)
     return partial(_from_hub, where, splits), None if names is None else tuple(names)
 
 
-def _load_from_hub(where: str, hub_id: str, config: str | None, revision: str | None) -> dict[str, Any]:
+def load_from_hub(where: str, hub_id: str, config: str | None, revision: str | None) -> dict[str, Any]:
+    """Return the splits of a data set of the hub, by name. Raises DataError where it can't be had."""
     import datasets
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -43,6 +44,21 @@ def _load_from_hub(where: str, hub_id: str, config: str | None, revision: str | 
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = f"the hub's {hub_id} can't be loaded ({first_line(error)})"
     raise DataError(f"{where}: {reason}")
+
+
+def image_columns(where: str, split: Any, image: str) -> tuple[Columns, Sequence[Any]]:
+    """Return the plain columns of a hub's split, and its images as `bytes` and `path`, read when they are asked for.
+
+    Raises DataError where the column `image` is none of images.
+    """
+    import datasets
+
+    if image not in split.features:
+        raise DataError(unknown(f"{where}: column", image, split.features))
+    if not isinstance(split.features[image], datasets.Image):
+        raise DataError(f"{where}: column {image} holds no images, say in image which does")
+    plain = [name for name, kind in split.features.items() if isinstance(kind, datasets.Value | datasets.ClassLabel)]
+    return {name: split[name][:] for name in plain}, split.cast_column(image, datasets.Image(decode=False))[image]
 
 
 def _from_hub(where: str, splits: dict[str, Any], names: Sequence[str]) -> Columns:

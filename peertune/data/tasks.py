@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from peertune.data.images import images
 from peertune.data.labels import number_labels
 from peertune.data.language import instructions, label_words
 from peertune.data.scores import OF_VALUES
@@ -108,8 +109,8 @@ def digits() -> Task:
 
     rows = _digits(5, 9)
     parts = train_test_split(np.arange(len(rows)), test_size=0.2, stratify=rows.labels, random_state=0)
-    images = np.asarray(rows.columns["pixel_values"])
-    train, validation = (Split({"pixel_values": images[part]}, rows.labels[part]) for part in map(np.sort, parts))
+    pixels = np.asarray(rows.columns["pixel_values"])
+    train, validation = (Split({"pixel_values": pixels[part]}, rows.labels[part]) for part in map(np.sort, parts))
     return Task("digits", ("pixel_values",), tuple("56789"), train, validation, "accuracy")
 
 
@@ -124,6 +125,7 @@ def public_digits() -> Split:
 TASKS: dict[str, Callable[..., Task]] = {
     "digits": digits,
     "glue": glue,
+    "images": images,
     "instructions": instructions,
     "label_words": label_words,
     "text": text,
@@ -133,9 +135,9 @@ TASKS: dict[str, Callable[..., Task]] = {
 def _digits(first: int, last: int) -> Split:
     from sklearn.datasets import load_digits
 
-    images, labels = load_digits(return_X_y=True)  # [N, 64] of 0 … 16, [N]
+    levels, labels = load_digits(return_X_y=True)  # [N, 64] of 0 … 16, [N]
     kept = (labels >= first) & (labels <= last)
-    pixels = (images[kept] / 8 - 1).astype(np.float32).reshape(-1, 1, 8, 8)
+    pixels = (levels[kept] / 8 - 1).astype(np.float32).reshape(-1, 1, 8, 8)
     return Split({"pixel_values": pixels}, (labels[kept] - first).astype(np.int64))
 
 

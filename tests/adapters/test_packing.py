@@ -26,8 +26,6 @@ from peertune.training import evaluate, row_losses
 from peertune.types import Batch, Tensors, take
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 K, R, CLASSES, PAD, EOS, VOCAB = 3, 2, 3, 1, 29, 30
 ROWS = (4, 2, 3)  # rows of each client
 

@@ -24,8 +24,6 @@ from peertune.recipe import check_recipe
 from peertune.types import Batch, State
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 WORDS = ["[PAD]", "[UNK]", "good", "fine", "bad", "poor", "film", "plot"]
 sizes: dict[str, Any] = {
     "hidden_size": 16,
@@ -229,7 +227,7 @@ def test_peft_reads_every_adapter_with_its_head_and_gives_the_stacks_logits(
     for client, adapter in enumerate(["client-000", "client-001", "average"]):
         own = {name: x[client : client + 1] if client < 2 else x.mean(0, True) for name, x in state.adapters.items()}
         with torch.no_grad():
-            answers[adapter] = run.job.model(own, batch, training=False).logits
+            answers[adapter] = run.job.model(own, batch, training=False)
             theirs = read(tmp_path, architecture, adapter)(**rows).logits
         torch.testing.assert_close(theirs, answers[adapter], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(answers["client-000"], answers["client-001"], rtol=1e-3)

@@ -25,8 +25,6 @@ from peertune.training import Optim, adamw, row_losses, train_local
 from peertune.types import Batch, Phase, State, Tensors, kind, select, take
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
 K, R, ALPHA, CLASSES = 3, 2, 3, 3
 ROWS = (4, 2, 3)  # rows of each client
 PAD, EOS, VOCAB = 1, 29, 30

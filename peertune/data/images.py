@@ -1,0 +1,256 @@
+"""Tasks of images, from a folder or from the hub, and how images become what a base takes.
+
+Images stay as they are stored until a batch asks for them: all that is held of one is where it lies. When a task is
+loaded each is opened as far as its header, so that what is no image is told before anything is trained.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from peertune import draws
+from peertune.data.labels import number_labels
+from peertune.data.scores import OF_VALUES
+from peertune.data.sources import Columns, first_line, image_columns, load_from_hub
+from peertune.errors import DataError, unknown
+from peertune.types import Split, Task
+
+log = logging.getLogger(__name__)
+
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""What images may be stored as; Pillow would run a program on some others (EPS)."""
+KEPT_BYTES = 2**30
+"""How much of what images become is kept for the next time, of each split."""
+
+
+def images(
+    path: str | None = None,
+    id: str | None = None,
+    config: str | None = None,
+    revision: str | None = None,
+    image: str = "image",
+    label: str = "label",
+    train: str = "train",
+    validation: str = "validation",
+    shots: int | None = None,
+    classes: list[str] | dict[int | str, str] | None = None,
+    templates: list[str] | None = None,
+    metric: str = "accuracy",
+    *,
+    seed: int,
+) -> Task:
+    """Tell classes of images apart, by a head over the base, or with `templates` by the names of the classes.
+
+    The folder `path` holds one folder for each split, `train` and `validation`, with one for each class, and images of
+    any format and size in these. Or they are in the columns `image` and `label` of the hub's `id` (with its `config`,
+    at `revision`).
+
+    `classes` names the classes: a list by number, or by what the data call them, such as `{1: pink primrose}`. Give it
+    where parties train on rows of their own, of which one may lack a class, and where the data have numbers for names.
+    `templates` are sentences such as `a photo of a {}, a type of flower`, for a base that holds images against texts
+    (CLIP): `{}` stands for the name, with spaces for `_`. `shots` keeps so many training rows of each class, drawn from
+    `seed`, and all of a class that has fewer, as few-shot learning commonly counts.
+
+    Raises DataError where the arguments, a folder, a column, a label or an image is wrong.
+    """
+    if (path is None) == (id is None):
+        raise DataError("task images: give either path (a folder) or id (a data set of the hub)")
+    name = f"images/{id or Path(path or '').name}"
+    where = f"task {name}"
+    if metric in OF_VALUES and not (classes is None and templates is None and shots is None):
+        raise DataError(f"{where}: metric {metric} is of values; leave out classes, templates and shots")
+    if shots is not None and shots < 1:
+        raise DataError(f"{where}: shots is {shots}, give at least 1")
+    for template in templates or ():
+        if "{}" not in template:
+            raise DataError(f"{where}: template {template!r} has no {{}} where the name of a class goes")
+    if templates == []:
+        raise DataError(f"{where}: templates is empty; give one or more, such as 'a photo of a {{}}'")
+    if path is not None:
+        label = "label"
+        source = _open_folder(where, Path(path).expanduser(), (train, validation))
+    else:
+        source = _open_hub(where, load_from_hub(where, id or "", config, revision), (train, validation), image, label)
+    named = list(classes.values()) if isinstance(classes, dict) else classes
+    if named is not None and (len(named) < 2 or len(set(named)) < len(named)):
+        raise DataError(f"{where}: classes is {named}; give two or more different names")
+    if isinstance(classes, dict):
+        for split, columns in source.columns.items():
+            if label in columns:  # else told below, with all else that may be wrong with a column
+                columns[label] = _renamed(f"{where}: {split}", columns[label], source.classes, classes)
+    known = tuple(named or source.classes or ()) or None
+    names, splits = number_labels(where, source.columns, (), label, known, metric)
+    if named is None and templates and all(name.isdecimal() for name in names):
+        raise DataError(f"{where}: the classes have numbers for names, which no text matches; name them in classes")
+    kept = [np.arange(len(split)) for split in splits]
+    if shots is not None:
+        kept[0] = _few(where, splits[0].labels, names, shots, seed)
+    made = []
+    for split, rows, labelled in zip(source.images, kept, splits, strict=True):
+        pixels = Images(f"{where}: {split}", source.images[split], rows)
+        pixels.check()
+        columns = {column: [values[row] for row in rows.tolist()] for column, values in labelled.columns.items()}
+        made.append(Split(columns | {"pixel_values": pixels}, labelled.labels[rows]))
+    return Task(
+        name,
+        ("pixel_values",),
+        names,
+        train=made[0],
+        validation=made[1],
+        metric=metric,
+        form="classify" if templates is None else "match",
+        templates=tuple(templates or ()),
+    )
+
+
+def prompts(task: Task) -> list[str]:
+    """Return what an image is held against: each class's name in every template, class by class."""
+    return [template.replace("{}", name.replace("_", " ")) for name in task.classes for template in task.templates]
+
+
+@dataclass(frozen=True)
+class Images(Sequence[Any]):
+    """N images that are decoded when asked for: `images[row]` is upright and in RGB.
+
+    Raises DataError, in one line that names the image, for one that can't be decoded.
+    """
+
+    where: str  # the task and the split
+    sources: Sequence[Any]  # of each a path, or the hub's `bytes` and `path`
+    rows: NDArray[np.int64]  # [N], which of the sources
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, row: Any) -> Any:
+        with self._opened(row) as image:
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+
+    def check(self) -> None:
+        """Open each as far as its header."""
+        for row in range(len(self)):
+            with self._opened(row):
+                pass
+
+    @contextmanager
+    def _opened(self, row: int) -> Iterator[PIL.Image.Image]:
+        number = int(self.rows[row])
+        source = self.sources[number]
+        if not isinstance(source, Path):
+            source = BytesIO(source["bytes"]) if source and source["bytes"] else source and source["path"]
+        named = source if isinstance(source, Path) else f"row {number}"
+        if source is None:
+            raise DataError(f"{self.where}: {named} has no image, leave it out")
+        try:
+            with PIL.Image.open(source, formats=FORMATS) as image:
+                if image.mode == "F" or image.mode.startswith("I"):  # would be cut off at 255
+                    raise ValueError(f"its pixels are of mode {image.mode}; save it with 8 bits a channel")
+                yield image
+        except PIL.UnidentifiedImageError:
+            raise DataError(
+                f"{self.where}: {named} is no image; take it away, or save it as JPEG, PNG, WebP, GIF, TIFF or BMP"
+            ) from None
+        except Exception as error:  # on a damaged file, parsers raise whatever they stumble over
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise DataError(f"{self.where}: {named} can't be read ({reason})") from error
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What images become for a base: `pixels[rows]` is `[b, C, H, W]`, computed then and there.
+
+    Of the images that come first as much as `KEPT_BYTES` is kept. Others never take their place: all come round alike
+    often, and what went would soon be wanted again.
+    """
+
+    images: Images
+    process: Callable[[Any], Tensor]  # image → [C, H, W]
+    kept: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __getitem__(self, rows: NDArray[np.int64]) -> Tensor:
+        with ThreadPoolExecutor() as pool:  # decoding runs beside Python
+            return torch.stack(list(pool.map(self._one, rows.tolist())))
+
+    def _one(self, row: int) -> Tensor:
+        if row in self.kept:
+            return self.kept[row]
+        pixels = self.process(self.images[row])
+        if pixels.nbytes * (len(self.kept) + 1) <= KEPT_BYTES:
+            self.kept[row] = pixels
+        return pixels
+
+
+class _Source(NamedTuple):
+    """Where a task comes from, by split."""
+
+    columns: dict[str, Columns]  # all but the images
+    images: dict[str, Sequence[Any]]  # of each a path, or the hub's `bytes` and `path`
+    classes: list[str] | None  # their names by number, where the source has them
+
+
+def _open_folder(where: str, folder: Path, splits: Sequence[str]) -> _Source:
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.is_file() else "is not there"
+        raise DataError(f"{where}: {folder} {what}, give the folder that holds a folder for each split")
+    images: dict[str, Sequence[Any]] = {}
+    for split in splits:
+        if not (folder / split).is_dir():
+            raise DataError(unknown(f"{where}: {folder}: split", split, _folders(folder)))
+        names = _folders(folder / split)
+        if not names:
+            raise DataError(f"{where}: {folder / split} holds no folders; put each class's images in one of its name")
+        files = [sorted((folder / split / name).iterdir()) for name in names]
+        images[split] = [file for inner in files for file in inner if not file.name.startswith(".")]
+    columns: dict[str, Columns] = {
+        split: {"label": [file.parent.name for file in files]} for split, files in images.items()
+    }
+    classes = _folders(folder / splits[0])
+    return _Source(columns, images, sorted(classes, key=int) if all(map(str.isdecimal, classes)) else classes)
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(inner.name for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith("."))
+
+
+def _open_hub(where: str, found: Mapping[str, Any], splits: Sequence[str], image: str, label: str) -> _Source:
+    columns, images = {}, {}
+    for split in splits:
+        if split not in found:
+            raise DataError(unknown(f"{where}: split", split, found))
+        columns[split], images[split] = image_columns(f"{where}: {split}", found[split], image)
+    return _Source(columns, images, getattr(found[splits[0]].features.get(label), "names", None))
+
+
+def _renamed(where: str, labels: list[Any], known: Sequence[str] | None, names: Mapping[int | str, str]) -> list[str]:
+    """Return the name that `names` gives to each label, by what the data call it."""
+    new = {str(called): name for called, name in names.items()}
+    called = [
+        known[label] if known is not None and isinstance(label, int) and 0 <= label < len(known) else str(label)
+        for label in labels
+    ]
+    for row, label in enumerate(called):
+        if label not in new:
+            raise DataError(unknown(f"{where}: row {row}: label", label, new))
+    return [new[label] for label in called]
+
+
+def _few(where: str, labels: NDArray[Any], names: Sequence[str], shots: int, seed: int) -> NDArray[np.int64]:
+    """Return `shots` rows of each class, drawn from the seed and the class, and all of a class that has fewer."""
+    by_class = [np.flatnonzero(labels == number) for number in range(len(names))]
+    scarce = sum(len(rows) < shots for rows in by_class)
+    if scarce:
+        log.info("%s: %d of %d classes have fewer rows than %d shots", where, scarce, len(names), shots)
+    drawn = [draws.generator(seed, "shots", number).permutation(rows)[:shots] for number, rows in enumerate(by_class)]
+    return np.sort(np.concatenate(drawn))

@@ -1,0 +1,115 @@
+from typing import Any
+
+import numpy as np
+import pytest
+from speaking import CHAT, make_tokenizer
+
+from peertune.data.batches import UNLABELLED, Encoded
+from peertune.data.completions import encode_choices, encode_completions, encode_prompts, encode_words
+from peertune.errors import DataError
+from peertune.types import Split
+
+TURNS = [
+    {"role": "system", "content": "be brief"},
+    {"role": "user", "content": "hello"},
+    {"role": "assistant", "content": "yes"},
+]
+
+
+def split_of(**columns: list[Any]) -> Split:
+    return Split(columns, np.zeros(len(next(iter(columns.values()))), dtype=np.int64))
+
+
+def read(encoded: Encoded, row: int) -> tuple[str, str]:
+    """What a row says, and which part of it is to be predicted."""
+    own = slice(int(encoded.starts[row]), int(encoded.starts[row] + encoded.lengths[row]))
+    ids, labels = encoded.tokens["input_ids"][own], encoded.labels[own]
+    wanted = labels != UNLABELLED
+    assert (labels[wanted] == ids[wanted]).all()
+    assert encoded.targets[row] == int(wanted.sum())
+    tokenizer = make_tokenizer()
+    return tokenizer.decode(ids), tokenizer.decode(ids[wanted])
+
+
+def test_the_completion_and_the_end_are_learnt() -> None:
+    split = split_of(prompt=["2+2=", ""], completion=[" 4", "five"])
+    encoded = encode_completions(make_tokenizer(), split, ("prompt", "completion"), 64)
+    assert read(encoded, 0) == ("2+2= 4</s>", " 4</s>")
+    assert read(encoded, 1) == ("five</s>", "ive</s>")  # nothing comes before the first token of all
+    assert list(encoded.long) == []
+
+
+def test_of_plain_text_all_is_learnt() -> None:
+    encoded = encode_completions(make_tokenizer(), split_of(text=["abc"]), ("text",), 64)
+    assert read(encoded, 0) == ("abc</s>", "bc</s>")
+
+
+def test_of_a_conversation_the_last_message_is_learnt() -> None:
+    encoded = encode_completions(make_tokenizer(CHAT), split_of(messages=[TURNS]), ("messages",), 64)
+    whole = "<s>[system] be brief\n[user] hello\n[assistant] yes</s>\n"
+    assert read(encoded, 0) == (whole, "yes</s>\n")
+    prompts, right = encode_prompts(make_tokenizer(CHAT), split_of(messages=[TURNS]), ("messages",), 64)
+    assert make_tokenizer().decode(prompts[0]) == "<s>[system] be brief\n[user] hello\n[assistant] "
+    assert right == ["yes"]
+
+
+def test_a_word_of_a_class_is_learnt_without_an_end() -> None:
+    split = Split({"prompt": ["is it?", "or?"]}, np.array([1, 0]))
+    encoded = encode_words(make_tokenizer(), split, [" no", " yes"], 64)
+    assert [read(encoded, row) for row in (0, 1)] == [("is it? yes", " yes"), ("or? no", " no")]
+    choices = encode_choices(make_tokenizer(), split, [" no", " yes"], 64)
+    assert [read(choices, row)[0] for row in range(4)] == ["is it? no", "is it? yes", "or? no", "or? yes"]
+
+
+@pytest.mark.parametrize(
+    ("length", "whole", "learnt"),
+    [
+        (13, "abcdefgh wxy</s>", " wxy</s>"),
+        (12, "bcdefgh wxy</s>", " wxy</s>"),
+        (7, "gh wxy</s>", " wxy</s>"),
+        (6, "h wxy</s>", " wxy</s>"),
+        (5, "h wxy", " wxy"),
+        (3, "h w", " w"),
+    ],
+)
+def test_a_long_row_loses_the_beginning_of_its_prompt_then_the_end(length: int, whole: str, learnt: str) -> None:
+    split = split_of(prompt=["abcdefgh", "x"], completion=[" wxy", "y"])
+    encoded = encode_completions(make_tokenizer(), split, ("prompt", "completion"), length)
+    assert read(encoded, 0) == (whole, learnt)
+    assert list(encoded.long) == [0] * (length < 13)
+
+
+def test_the_token_that_begins_every_text_stays() -> None:
+    encoded = encode_completions(make_tokenizer(CHAT), split_of(messages=[TURNS]), ("messages",), 12)
+    assert read(encoded, 0) == ("<s>tant] yes</s>\n", "yes</s>\n")
+
+
+@pytest.mark.parametrize(
+    ("chat", "messages", "said"),
+    [
+        (None, TURNS, "messages need a tokenizer with a chat template, and the base's has none"),
+        ("{{ raise_exception('roles must alternate') }}", TURNS, "row 0: the chat template refuses it (roles must"),
+        ("{{ messages | length }} {{ messages[-1].content }}", TURNS, "row 0: the chat template writes a conversation"),
+    ],
+)
+def test_what_is_wrong_with_a_chat_template_is_said(chat: str | None, messages: list[Any], said: str) -> None:
+    with pytest.raises(DataError) as error:
+        encode_completions(make_tokenizer(chat), split_of(messages=[messages]), ("messages",), 64)
+    assert said in str(error.value)
+
+
+def test_a_completion_without_tokens_is_refused() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": []})
+    from tokenizers import normalizers
+
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip(left=False, right=True)
+    split = Split({"prompt": ["is it?"]}, np.array([1]))
+    with pytest.raises(DataError, match="row 0: '  ' has no tokens; give a completion that has some"):
+        encode_words(tokenizer, split, [" no", "  "], 64)
+
+
+def test_a_prompt_without_tokens_can_not_be_gone_on_from() -> None:
+    split = split_of(prompt=[""], completion=["five"])
+    with pytest.raises(DataError, match="a prompt without tokens; to generate, give each row a prompt"):
+        encode_prompts(make_tokenizer(), split, ("prompt", "completion"), 64)

@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peertune.data.language import instructions, label_words
+from peertune.errors import DataError
+
+Rows = list[dict[str, Any]]
+PAIRS: Rows = [{"prompt": "one", "completion": " two"}, {"prompt": "", "completion": " three"}]
+TURNS = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+
+
+def folder(tmp_path: Path, rows: Rows, validation: Rows | None = None) -> str:
+    for name, own in (("train", rows), ("validation", rows if validation is None else validation)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs"),
+    [
+        (PAIRS, ("prompt", "completion")),
+        ([{"messages": TURNS}], ("messages",)),
+        ([{"text": "one two"}, {"text": "three", "label": 1}], ("text",)),
+        ([{"messages": TURNS, "text": "x", "prompt": "y", "completion": "z"}], ("messages",)),
+    ],
+)
+def test_the_form_of_the_rows_is_told_by_their_columns(tmp_path: Path, rows: Rows, inputs: tuple[str, ...]) -> None:
+    task = instructions(folder(tmp_path, rows))
+    assert (task.form, task.inputs, task.classes) == ("complete", inputs, ())
+    assert len(task.train) == len(task.validation) == len(rows)
+    assert [task.train.columns[name][0] for name in inputs] == [rows[0][name] for name in inputs]
+
+
+def test_columns_are_put_in_words(tmp_path: Path) -> None:
+    path = folder(tmp_path, [{"question": "1+1 {x}", "answer": 2}])
+    task = instructions(path, prompt="Q: {question}\n{", completion=" {answer}")
+    assert dict(task.train.columns) == {"prompt": ["Q: 1+1 {x}\n{"], "completion": [" 2"]}
+    chat = instructions(path, prompt="{question}", completion="{answer}", chat=True)
+    said = [{"role": "user", "content": "1+1 {x}"}, {"role": "assistant", "content": "2"}]
+    assert dict(chat.train.columns) == {"messages": [said]}
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 1], [False, True, True], ["no", "yes", "yes"]])
+def test_labels_get_their_words(tmp_path: Path, labels: list[Any]) -> None:
+    rows = [{"a": f"{number}", "verdict": label} for number, label in enumerate(labels)]
+    task = label_words("{a}?", "verdict", [" No", " Yes"], folder(tmp_path, rows), metric="f1")
+    assert (task.form, task.words, len(task.classes)) == ("choose", (" No", " Yes"), 2)
+    assert task.train.labels.tolist() == [0, 1, 1]
+    assert task.train.columns["prompt"] == ["0?", "1?", "2?"]
+
+
+def conversation(*roles: str, content: str = "x") -> Rows:
+    return [{"messages": [{"role": role, "content": content} for role in roles]}]
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "said"),
+    [
+        (PAIRS, {"metric": "accuracy"}, "metric: unknown name 'accuracy', did you mean token_accuracy?"),
+        (PAIRS, {"prompt": "{prompt}"}, "give both prompt and completion, or neither"),
+        (PAIRS, {"prompt": "{promt}", "completion": "x"}, "train: '{promt}': column: unknown name 'promt'"),
+        ([{"a": 1}], {}, "train: has no messages, no prompt and completion, no text, but a; say what is learnt"),
+        ([], {}, "train: has no messages"),
+        ([{"text": "x"}], {"chat": True}, "chat is for prompts and completions, and the columns are text"),
+        ([{"text": "x"}, {"text": " "}], {}, "train: row 1: text is empty, leave the row out"),
+        ([{"text": None}], {}, "train: row 0: text is None, it must be text"),
+        ([{"prompt": "x", "completion": ""}], {}, "train: row 0: completion is empty, leave the row out"),
+        (conversation("user"), {}, "row 0: its last message must be the assistant's, after one of another role"),
+        (conversation("assistant"), {}, "row 0: its last message must be the assistant's"),
+        (conversation("user", "assistant", content=" "), {}, "row 0: the assistant's message is empty"),
+        ([{"messages": ["hello", "you"]}], {}, "row 0: 'hello' is no message, give its role and content"),
+        ([{"messages": None}], {}, "row 0: its last message"),
+    ],
+)
+def test_what_is_wrong_with_instructions_is_said(
+    tmp_path: Path, rows: Rows, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(DataError) as error:
+        instructions(folder(tmp_path, rows), **settings)
+    assert said in str(error.value)
+    assert str(error.value).startswith("task instructions/")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"words": ["yes"]}, "words is ['yes']; give two or more"),
+        ({"words": ["yes", "yes"]}, "give two or more different ones"),
+        ({"words": ["yes", " "]}, "none of them empty"),
+        ({"words": ["a", "b", "c"]}, "there are 2 classes (0, 1) and 3 words"),
+        ({"label": "lable"}, "train: column: unknown name 'lable', did you mean label?"),
+        ({"prompt": "{b}"}, "'{b}': column: unknown name 'b'"),
+        ({"metric": "pearson"}, "metric pearson is not for classes"),
+        ({"metric": "perplexity"}, "metric perplexity is not for classes"),
+        ({"metric": "f2"}, "metric: unknown name 'f2'"),
+        ({"path": None}, "give either path (a folder) or id"),
+    ],
+)
+def test_what_is_wrong_with_label_words_is_said(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
+    rows = [{"a": "x", "label": 0}, {"a": "y", "label": 1}]
+    fine = {"prompt": "{a}", "label": "label", "words": ["no", "yes"], "path": folder(tmp_path, rows)}
+    assert label_words(**fine).words == ("no", "yes")  # type: ignore[arg-type]
+    with pytest.raises(DataError) as error:
+        label_words(**fine | settings)  # type: ignore[arg-type]
+    assert said in str(error.value)
