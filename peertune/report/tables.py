@@ -8,6 +8,7 @@ from typing import Any
 
 from scipy import stats
 
+from peertune.data.scores import LOWER_IS_BETTER
 from peertune.errors import RunError, unknown
 from peertune.report.runs import RunData, settings, varying
 
@@ -57,7 +58,8 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if evaluated:
         final = evaluated[-1]["evaluation"]
         scores = final["clients"]
-        best = max(evaluated, key=lambda record: fmean(record["evaluation"]["clients"]))
+        choose = min if final["metric"] in LOWER_IS_BETTER else max
+        best = choose(evaluated, key=lambda record: fmean(record["evaluation"]["clients"]))
         row |= {
             "metric": final["metric"],
             "mean": fmean(scores),
@@ -69,7 +71,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         }
         averages = [record["evaluation"]["average"] for record in evaluated]
         if None not in averages:  # a peer knows its own adapter alone
-            row |= {"average": averages[-1], "best_average": max(averages)}
+            row |= {"average": averages[-1], "best_average": choose(averages)}
     if records:
         last = records[-1]["diagnostics"]
         row |= {key: last[key] for key in ("consensus_error_A", "consensus_error_B", "cross_term") if key in last}

@@ -190,3 +190,11 @@ def test_an_interval_that_follows_from_the_rest_tears_no_seeds_apart() -> None:
     assert (row["by"], row["seeds"]) == ({"algorithm.name": "tad_lora"}, [5, 6])
     alike = made("t7", [(0.5, 0.5)], algorithm={"name": "tad_lora", "switch_every": 7}, seed=5)
     assert [row["by"] for row in tables.compare([auto[0], alike])] == [{"algorithm.switch_every": t} for t in (5, 7)]
+
+
+def test_of_perplexity_the_lowest_is_the_best() -> None:
+    run = made("a", [(9.0, 8.0), (4.0, 5.0), (6.0, 7.0)])
+    for record in run.records:
+        record["evaluation"]["metric"] = "perplexity"
+    row = tables.summarise(run.records)
+    assert (row["mean"], row["best"], row["best_round"], row["best_average"]) == (6.0, 4.0, 1, 5.0)
