@@ -9,6 +9,7 @@ All three train both factors of every site on the same rows, with the same dropo
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -92,7 +93,7 @@ def _best_loop(setup: Run, dtype: torch.dtype, step: Callable[[PeftLoop], object
         for in_float32 in (True, False):
             loop = PeftLoop(setup, dtype=dtype, attention=attention, adapters_in_float32=in_float32)
             step(loop)
-            taken = min(seconds(lambda loop=loop: step(loop)) for _ in range(2))  # type: ignore[misc]  # bound at once
+            taken = min(seconds(partial(step, loop)) for _ in range(2))
             precision = "float32" if in_float32 else str(dtype).removeprefix("torch.")
             tried.append((taken, loop, f"{attention} attention, adapters in {precision}"))
     _, loop, how = min(tried, key=lambda found: found[0])

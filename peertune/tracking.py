@@ -16,8 +16,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -78,6 +78,14 @@ def create(
         (beside / "adapter" / "head.safetensors").write_bytes(shared)
         (beside / "adapter" / "labels.json").write_text(json.dumps(list(labels)) + "\n", encoding="utf-8")
         (beside / "rounds.jsonl").touch()
+
+
+def resolved(folder: Path) -> Path:
+    """Return the file of what was run. Raises RunError where the folder is none of a run."""
+    file = folder / "resolved.yaml"
+    if not file.is_file():
+        raise RunError(f"{folder}: is no run, it holds no resolved.yaml; give the folder of one")
+    return file
 
 
 def append(folder: Path, record: RoundRecord) -> None:
@@ -190,10 +198,12 @@ def rewind(folder: Path, round: int) -> None:
     write_file(folder / "rounds.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def export(run: Path, state: State, client: int | None, to: Path) -> None:
-    """Write one client's adapter, or the average of all where `client` is None, in PEFT's format.
+@contextmanager
+def exported(run: Path, state: State, client: int | None, to: Path) -> Iterator[Path]:
+    """Yield a folder with one client's adapter, or the average of all where `client` is None, in PEFT's format.
 
-    Raises RunError for a client that isn't there or a folder that is there already.
+    It takes the place of `to` when all is done that is to be done with it, and vanishes otherwise. Raises RunError for
+    a client that isn't there or a folder that is there already.
     """
     clients = _clients(run, state)
     if client is not None and client not in clients:
@@ -206,6 +216,7 @@ def export(run: Path, state: State, client: int | None, to: Path) -> None:
     write = _adapter_writer(run)
     with written_folder(to) as beside:
         write(beside, _adapter(state, None if client is None else clients.index(client)))
+        yield beside
 
 
 def export_all(run: Path, state: State) -> None:
@@ -225,6 +236,17 @@ def peer(run: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, AttributeError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def purpose(run: Path) -> str:
+    """Return what the run's models are for, in the hub's words. Raises RunError where the run does not say it."""
+    try:
+        form = json.loads((run / "facts.json").read_text()).get("task", {}).get("form")
+        task = json.loads((run / "adapter" / "adapter_config.json").read_text())["task_type"]
+        known = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation", None: "image-classification"}
+        return "zero-shot-image-classification" if form == "match" else known[task]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(f"{run}: its facts.json or adapter is missing or damaged; restore it") from None
 
 
 def _clients(run: Path, state: State) -> Sequence[int]:

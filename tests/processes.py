@@ -29,9 +29,12 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int,
     return process.returncode, out, err
 
 
-def wait_until(happened: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_until(
+    happened: Callable[[], bool], process: subprocess.Popen[str] | None = None, said: Callable[[], str] = str
+) -> None:
+    """Wait for what has to happen while the process runs, if there is one; fail with what was `said` until then."""
     deadline = time.monotonic() + 120
     while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, said()
+        time.sleep(0.01)

@@ -116,18 +116,18 @@ def doctor(
         raise RunError("peer doctor: give one of --recipe and --resume")
     if recipe is None and resume is None and (overrides or data is not None):
         raise RunError("peer doctor: overrides and --data go with --recipe or --resume")
-    if resume is not None and not (resume / "resolved.yaml").is_file():
-        raise RunError(f"{resume}: is no run, it holds no resolved.yaml; give the folder of one")
     with interruptible(), messages():
+        from peertune import tracking
         from peertune.net.doctor import Check, check_disk, check_identity, check_memory, check_network
 
+        source = recipe if resume is None else tracking.resolved(resume)
         checks, membership = check_identity(folder, roster)
         checks += check_memory()
         run: Run | None = None
         if membership is None:
             checks.append(Check("network", "warning", "not looked at: say who this peer is first"))
-        elif recipe is not None or resume is not None:
-            run, built = _build(recipe, resume, overrides or [], data, membership)
+        elif source is not None:
+            run, built = _build(source, overrides or [], data, membership)
             checks.append(built)
         checks.append(check_disk(resume or Path(), 0 if run is None else _checkpoint_bytes(run)))
         if membership is not None:
@@ -155,13 +155,11 @@ def _about(check: "Check") -> str:
 
 
 def _build(
-    recipe: str | None, resume: Path | None, overrides: list[str], data: Path | None, membership: "Membership"
+    source: str | Path, overrides: list[str], data: Path | None, membership: "Membership"
 ) -> "tuple[Run | None, Check]":
     """Make what the recipe says, as `peer start` does, and say how that went."""
     from peertune.net.doctor import Check
 
-    source = recipe if resume is None else resume / "resolved.yaml"
-    assert source is not None
     try:
         run = build_own(source, overrides, data, membership)
     except PeertuneError as error:

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -82,10 +82,8 @@ def start(
         assert place is not None
         if out is not None:
             tracking.check_free(out)
-            assert recipe is not None
-        elif not (place / "resolved.yaml").is_file():
-            raise RunError(f"{place}: is no run, it holds no resolved.yaml; give the folder of one")
-        run = build_own(recipe or place / "resolved.yaml", overrides or [], data, membership)
+        source = tracking.resolved(place) if recipe is None else recipe
+        run = build_own(source, overrides or [], data, membership)
         who = {"client": identity.client, "name": identity.name, "federation": members.federation}
         if out is not None and recipe is not None:
             begin(run, out, "peer start --recipe", recipe, overrides or [], peer=who)
@@ -104,10 +102,6 @@ def start(
                 seats=run.job.graph.clients,
             )
             job = run.job
-
-            def rounds_kept() -> list[dict[str, Any]]:
-                return tracking.records(place)
-
             current = partial(
                 standing, swapper, rounds=job.rounds, local_steps=job.local_steps, neighbours=neighbours(job)
             )
@@ -118,7 +112,8 @@ def start(
                 swapper.start(address)
             try:
                 go_on = f"peertune peer start --resume {place} and the options of before"
-                engine = partial(run_peer, swapper=swapper, when_alone=network.when_alone, records=rounds_kept)
+                kept_rounds = partial(tracking.records, place)
+                engine = partial(run_peer, swapper=swapper, when_alone=network.when_alone, records=kept_rounds)
                 train(run, place, engine, go_on, swapper.hurry)
             except BaseException:
                 swapper.hurry()
@@ -159,7 +154,8 @@ def _with_data(recipe: "Recipe", data: Path) -> "Recipe":
     task = TASKS.get(recipe.task.name)
     if task is not None and "path" not in inspect.signature(task).parameters:
         raise RecipeError(f"--data: the task {recipe.task.name} is built in and reads no files; leave --data out")
-    return recipe.model_copy(update={"task": recipe.task.model_copy(update={"path": str(data)})})
+    own = {"path": str(data)} | ({"id": None} if "id" in recipe.task.settings else {})
+    return recipe.model_copy(update={"task": recipe.task.model_copy(update=own)})
 
 
 def where_to_listen(address: str | None, listen: str | None, insecure: bool) -> str | None:

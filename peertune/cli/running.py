@@ -78,9 +78,7 @@ def run(
 
         if resume is not None:
             folder = resume
-            own = folder / "resolved.yaml"
-            if not own.is_file():
-                raise RunError(f"{folder}: is no run, it holds no resolved.yaml; give the folder of one")
+            own = tracking.resolved(folder)
             if recipe is not None and "=" in recipe:  # no recipe, its first override
                 overrides, recipe = [recipe, *(overrides or [])], None
             run = build(load_recipe(recipe or own, overrides or []))
@@ -205,8 +203,8 @@ def check_same(resolved: "Recipe", folder: Path) -> None:
     """Refuse to resume a run with another recipe than its own."""
     from peertune.recipe import load_recipe
 
-    before = load_recipe(folder / "resolved.yaml").model_dump()
-    for block, value in resolved.model_dump().items():
+    before = load_recipe(folder / "resolved.yaml").model_dump(mode="json")
+    for block, value in resolved.model_dump(mode="json").items():
         if value != before[block]:
             raise RunError(
                 f"{folder}: was run with {block}: {before[block]}, not {value}; resume without a recipe, or start anew"

@@ -36,6 +36,7 @@ def run_peer(
     swapper.enter(job.state.round)  # from here on it answers
     job = replace(job, steps=_counted(job, swapper))
     state = replace(job.state.clone(), round=_caught_up(job, swapper, job.state.round))
+    exchange = _Exchange(job, swapper)
     while state.round < job.rounds:
         if me in clients_down(job.faults, state.round):
             state = replace(state, round=state.round + 1)
@@ -44,7 +45,7 @@ def run_peer(
             _wait_for_company(job, swapper)
         (phase,) = job.algorithm.phases(state.signals, state.round, 1)
         swapper.enter(state.round, phase)
-        state, record = run_round(job, state, job.clients, _Exchange(job, swapper))
+        state, record = run_round(job, state, job.clients, exchange)
         if swapper.passed_by(record.round):
             state = replace(state, round=_caught_up(job, swapper, state.round))
         yield replace(record, state=state)
@@ -63,11 +64,13 @@ class _Exchange:
         graph, (me,) = self.job.graph, self.job.clients
         if (delay := delay_s(self.job.faults, me, t)) > 0:
             self.swapper.pause(delay)
+        if not payload:
+            return Heard({}, torch.ones(1, 1, dtype=torch.float64, device=self.job.device), [me], [])
         near = _partners(active_edges(graph, t), me)
-        came = self.swapper.swap(t, payload, near, self.unknown) if payload else {}
-        failed = [(min(me, other), max(me, other)) for other in near if other not in came] if payload else []
-        row = drop_edges(weights_at(graph, t), np.array(failed, dtype=np.int64).reshape(-1, 2))[[me]].toarray()
-        heard = sorted([me, *came]) if payload else [me, *near]
+        came = self.swapper.swap(t, payload, near, self.unknown)
+        failed = [(min(me, other), max(me, other)) for other in near if other not in came]
+        row = drop_edges(weights_at(graph, t), failed)[[me]].toarray()
+        heard = sorted([me, *came])
         tensors = {
             name: torch.cat([x if client == me else came[client][name].to(x.device) for client in heard])
             for name, x in payload.items()
@@ -117,10 +120,10 @@ def _caught_up(job: Job, swapper: Swapper, round: int) -> int:
 
 
 def _wait_for_company(job: Job, swapper: Swapper) -> None:
-    """Wait until a neighbour can be reached."""
+    """Wait until a neighbour can be reached; nobody is asked while one is known to be."""
     everyone = neighbours(job)
     said = False
-    while everyone and not swapper.hurried and not swapper.ask_rounds(everyone):
+    while everyone and not swapper.hurried and not swapper.in_touch(everyone) and not swapper.ask_rounds(everyone):
         if not said:
             log.warning("nobody can be reached: waiting, as network.when_alone says")
             said = True

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-import numpy as np
 import torch
 
 from peertune.round import Heard, Job, run_round
@@ -42,7 +41,7 @@ def _exchange(job: Job, clients: Sequence[int], payload: Tensors, t: int) -> Hea
     matrix, failed = weights_at(job.graph, t), []
     if job.faults:
         failed = failed_edges(job.faults, active_edges(job.graph, t), t)
-        matrix = drop_edges(matrix, np.array(failed, dtype=np.int64).reshape(-1, 2))[clients][:, clients]
+        matrix = drop_edges(matrix, failed)[clients][:, clients]
     if len(clients) <= DENSE_UP_TO:
         weights = torch.from_numpy(matrix.toarray())
     else:

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,11 @@ class Node:
         if not (theirs.agreed and self._agreed):
             differs = [found for found in differs if found[0] in ("protocol", "federation")]
         return Knock(offset, theirs.roster_serial, bool(theirs.agreed), differs, back)
+
+    def in_touch(self, clients: Iterable[int]) -> bool:
+        """Whether one of these was reached at the last attempt, and lost no edge by not answering since."""
+        known = dict(self.neighbours)
+        return any(known[client].reached and not known[client].given_up for client in clients if client in known)
 
     def _call_back(self, client: int) -> Verdict:
         """Try whether this peer gets through to the caller at its address in the roster, once at a time."""

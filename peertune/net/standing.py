@@ -5,7 +5,7 @@
     round, rounds, step, local_steps                where it is, and of how many
     train, send                                     the kinds that the round trains and sends
     written_at                                      when all this held
-    neighbours                                      for each: client, name, and what `swap.Neighbour` says of it
+    neighbours                                      for each: client, name, and what `node.Neighbour` says of it
 
 A running peer keeps it in `status.json` in its run directory. Times are seconds since the epoch.
 """

@@ -10,7 +10,8 @@ counted it. docs/wire.md has the protocol.
 import logging
 import threading
 import time
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -101,7 +102,7 @@ class Swapper(Node):
         self._step = 0
         self._offers: dict[int, _Offer] = {}
         self._meetings: dict[tuple[int, int], _Meeting] = {}
-        self._serving: dict[int, int] = {}  # streams by client
+        self._serving: Counter[int] = Counter()  # streams by client
         self._deadlines: dict[Any, float] = {}  # of calls that wait for the other end
         self._unheard: set[tuple[int, int]] = set()  # verdicts of ours that the caller may not have
         self._waiting: dict[tuple[int, int], int] = {}  # calls that wait for this end to be ready
@@ -174,14 +175,7 @@ class Swapper(Node):
             for meeting in meetings.values():
                 meeting.until, meeting.latest = now + self._patience_s, now + 2 * self._patience_s
             self._changed.notify_all()
-        threads = [
-            threading.Thread(target=self._meet, args=(round, client, meeting), daemon=True)
-            for client, meeting in meetings.items()
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        _at_once(lambda client: self._meet(round, client, meetings[client]), meetings)
         heard = {}
         with self._changed:
             for client, meeting in meetings.items():
@@ -218,11 +212,7 @@ class Swapper(Node):
             except (grpc.RpcError, PeertuneError) as error:
                 self._failed(client, error)
 
-        threads = [threading.Thread(target=ask, args=(client,), daemon=True) for client in clients]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        _at_once(ask, clients)
         return dict(found)
 
     def progress(self) -> Progress:
@@ -642,18 +632,23 @@ class Swapper(Node):
     def _admitted(self, client: int, context: Any) -> Iterator[None]:
         """Hold one of the client's few streams."""
         with self._changed:
-            if self._serving.get(client, 0) >= STREAMS:
-                full = True
-            else:
-                full = False
-                self._serving[client] = self._serving.get(client, 0) + 1
-        if full:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at a time")
+            if self._serving[client] >= STREAMS:
+                context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many calls at a time")
+            self._serving[client] += 1
         try:
             yield
         finally:
             with self._changed:
                 self._serving[client] -= 1
+
+
+def _at_once(action: Callable[[int], object], clients: Iterable[int]) -> None:
+    """Do something for all clients at the same time, and wait until it is done for each."""
+    threads = [threading.Thread(target=action, args=(client,), daemon=True) for client in clients]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def _requests(queue: "SimpleQueue[Chunk | bytes | None]") -> Iterator[Part]:

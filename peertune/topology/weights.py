@@ -3,7 +3,7 @@
 Edges are int64 arrays `[E, 2]` with i < j, sorted, each once. Clients count from 0, rounds (`t`) from 0.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -115,11 +115,11 @@ def mixing_weights(clients: int, edges: Edges) -> csr_array:
     return _matrix(clients, 1, edges, metropolis(clients, edges))
 
 
-def drop_edges(weights: csr_array, failed: Edges) -> csr_array:
-    """Return `W [n, n]` without the `failed [F, 2]` edges, whose weight goes back to the diagonal at both ends.
+def drop_edges(weights: csr_array, failed: Edges | Sequence[tuple[int, int]]) -> csr_array:
+    """Return `W [n, n]` without the `failed` edges, whose weight goes back to the diagonal at both ends.
 
-    That keeps W symmetric and doubly stochastic, so failures never move the clients' mean. Edges that W doesn't have
-    change nothing.
+    That keeps W symmetric and doubly stochastic, so failures never move the clients' mean. Pairs may come in any order;
+    those that are no edges of W change nothing.
     """
     clients = weights.shape[0]
     mask = _adjacency(clients, as_edges(clients, failed))

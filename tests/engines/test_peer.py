@@ -1,6 +1,7 @@
 """The simulator and real peers: one recipe, the same adapters, with and without faults."""
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from federation import Federation, Played, found, play
 
 from peertune.algorithms.methods import ALGORITHMS
-from peertune.assembly import build
+from peertune.assembly import agreed, build
 from peertune.engines.peer import _caught_up
 from peertune.engines.simulator import simulate
 from peertune.net.membership import Membership
@@ -107,6 +108,19 @@ def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federati
     assert (results["edge decaf"][0].known[1]["down"], results["edge decaf"][1].known[0]["down"]) == (3, 3)
     waited = [record["seconds"]["exchange"] for record in results["slow decaf"][0].records]
     assert min(waited) > 0.2  # for the slow one, which nobody goes on without
+
+
+def test_peers_with_other_classes_are_told_apart_however_many_there_are() -> None:
+    run = build(load_recipe("digits-demo", recipe(4, "float32")), 0)
+
+    def labels(*names: str) -> str:
+        return agreed(replace(run, labels=names))["labels"]
+
+    many = [f"class {number}" for number in range(100)]
+    assert labels("no", "yes") == '["no", "yes"]'
+    assert labels(*many) == labels(*many) != labels(*many[:-1], "another")
+    assert labels(*many).startswith('["class 0", "class 1", ')
+    assert len(labels(*many)) < 200  # messages show it whole
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from federation import Federation, forking, found
+from processes import wait_until
 
 from peertune import tracking
 
@@ -88,15 +89,16 @@ class Peers:
         found = (self.run(client) / "checkpoints").glob("round-*")
         return max((int(path.name.removeprefix("round-")) for path in found), default=0)
 
+    def back(self, client: int, round: int) -> bool:
+        """Whether it has kept a checkpoint after this round, where it went on."""
+        return self.kept(client) > round
+
     def beyond(self, round: int, *clients: int) -> bool:
         """Whether all of these have recorded a round after this one."""
         return all(self.rounds(client) > round for client in clients)
 
-    def wait_until(self, happened: Callable[[], bool], timeout_s: float = 90.0) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not happened():
-            assert time.monotonic() < deadline, "\n".join(self.log(client) for client in self.running)
-            time.sleep(0.02)
+    def wait_until(self, happened: Callable[[], bool]) -> None:
+        wait_until(happened, said=lambda: "\n".join(self.log(client) for client in self.running))
 
 
 def _command(words: list[str], log: Path, network: str | None) -> None:
@@ -159,7 +161,7 @@ def test_fifty_kills_at_random_moments_stop_nobody_and_damage_nothing(tmp_path: 
             assert state.round >= max(before, group.rounds(victim) - 1)  # at most the round in progress is lost
             resumed.append(state.round)
             group.start(victim)
-            group.wait_until(lambda: group.kept(victim) > state.round)  # noqa: B023  # it is back; called at once
+            group.wait_until(partial(group.back, victim, state.round))
         assert len(resumed) == kills
         assert max(resumed) < rounds, "the last kill came after the end"
         group.end(*range(4))

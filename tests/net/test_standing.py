@@ -4,7 +4,7 @@ import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from federation import Federation, found
+from processes import wait_until
 from prometheus_client.parser import text_string_to_metric_families
 
 from peertune.errors import RunError
@@ -46,13 +47,6 @@ def swappers(three: Federation) -> Iterator[list[Swapper]]:
             swapper.start(three.address(client))
             made.append(swapper)
         yield made
-
-
-def eventually(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not happened():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def swapped(swappers: list[Swapper], round: int) -> None:
@@ -102,8 +96,8 @@ def test_it_tells_whether_the_peer_swaps_or_waits(swappers: list[Swapper]) -> No
     swapper.enter(0)
     end = threading.Thread(target=swapper.swap, args=(0, {"w.A": torch.ones(1, 2, 2)}, [2]), daemon=True)
     end.start()
-    eventually(lambda: of(swapper)["doing"] == "waiting")
-    eventually(lambda: of(swapper)["neighbours"][1]["problem"] != "")
+    wait_until(lambda: of(swapper)["doing"] == "waiting")
+    wait_until(lambda: of(swapper)["neighbours"][1]["problem"] != "")
     swapper.hurry()
     end.join(30)
     assert of(swapper)["doing"] == "mixing"
@@ -133,7 +127,7 @@ def test_the_file_is_written_anew_while_the_peer_runs_and_says_how_it_ended(
         first = read(tmp_path)
         assert (first["running"], first["doing"]) == (True, "starting")
         swappers[0].enter(2)
-        eventually(lambda: read(tmp_path)["round"] == 2)
+        wait_until(lambda: read(tmp_path)["round"] == 2)
         assert read(tmp_path)["age_s"] < 60
     last = read(tmp_path)
     assert (last["running"], last["doing"], last["round"]) == (False, "finished", 2)
@@ -159,7 +153,7 @@ def test_a_disk_that_fails_later_does_not_end_the_run(
     run.mkdir()
     with caplog.at_level(logging.WARNING), kept(run, partial(of, swappers[0])):
         run.rename(tmp_path / "elsewhere")
-        eventually(lambda: len(caplog.messages) > 0)
+        wait_until(lambda: len(caplog.messages) > 0)
     assert caplog.messages[0].startswith(f"{run}/status.json: can't be written")
 
 

@@ -19,6 +19,7 @@ import grpc
 import pytest
 import torch
 from federation import Federation, found, free_ports
+from processes import wait_until
 
 from peertune.errors import IdentityError
 from peertune.net import tls
@@ -135,19 +136,21 @@ def test_a_neighbour_that_is_not_there_costs_the_patience_once(three: Federation
         assert swappers[0].neighbours[1].down == 2
 
 
+def test_a_peer_is_in_touch_with_whom_it_has_reached_until_an_edge_is_lost(three: Federation) -> None:
+    with peers(three, range(2), patience_s=2.0) as swappers:
+        swappers[1].enter(0)
+        assert not swappers[0].in_touch([1, 2])
+        assert swappers[0].ask_rounds([1, 2]) == {1: 0}
+        assert (swappers[0].in_touch([1, 2]), swappers[0].in_touch([2])) == (True, False)
+        assert swappers[0].swap(0, payload(0), [1]) == {}  # the other never comes to swap
+        assert not swappers[0].in_touch([1, 2])
+
+
 def test_a_neighbour_that_comes_late_is_waited_for(three: Federation) -> None:
     with peers(three, range(2)) as swappers, ThreadPoolExecutor() as pool:
         swappers[0].enter(4)
         early = pool.submit(swappers[1].swap, 5, payload(1, 5), [0])
-        reached = threading.Event()
-
-        def waits() -> bool:
-            return swappers[0].neighbours.get(1) is not None and swappers[0].neighbours[1].round == 5
-
-        deadline = time.monotonic() + 20
-        while not waits():
-            assert time.monotonic() < deadline
-            reached.wait(0.01)
+        wait_until(lambda: 1 in swappers[0].neighbours and swappers[0].neighbours[1].round == 5)
         assert not early.done()
         assert same(swappers[0].swap(5, payload(0, 5), [1])[1], payload(1, 5))
         assert same(early.result(20)[0], payload(0, 5))
@@ -294,8 +297,7 @@ def outcomes(answers: list[Chunk]) -> list[int]:
 def offering(swapper: Swapper, round: int, neighbours: Sequence[int], pool: ThreadPoolExecutor) -> Any:
     """Have a peer wait for these neighbours in a round; return once it does."""
     going = pool.submit(swapper.swap, round, payload(swapper.me, round), neighbours)
-    while (round, neighbours[0]) not in swapper._meetings:
-        pass
+    wait_until(lambda: (round, neighbours[0]) in swapper._meetings)
     return going
 
 
