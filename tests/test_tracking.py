@@ -89,6 +89,11 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def export(run: Path, state: State, client: int | None, to: Path) -> None:
+    with tracking.exported(run, state, client, to):
+        pass
+
+
 def assert_same_bits(ours: State | None, theirs: State) -> None:
     assert ours is not None
     assert ours.round == theirs.round
@@ -375,7 +380,7 @@ def test_a_disk_that_fills_up_while_adapters_are_written_leaves_those_before(run
         tracking.export_all(run, state(2))
     assert everything(run) == before
     with no_room(200), pytest.raises(RunError, match=r"mine: can't be written"):
-        tracking.export(run, state(2), 0, run / "mine")
+        export(run, state(2), 0, run / "mine")
     assert everything(run) == before
 
 
@@ -398,21 +403,21 @@ def test_all_adapters_are_written_in_pefts_format(run: Path) -> None:
 def test_exporting_one_client_gives_what_the_run_wrote(run: Path, tmp_path: Path) -> None:
     tracking.export_all(run, state(1))
     for client, name in ((2, "client-002"), (None, "average")):
-        tracking.export(run, state(1), client, tmp_path / "to" / name)
+        export(run, state(1), client, tmp_path / "to" / name)
         assert everything(tmp_path / "to" / name) == everything(run / "adapters" / name)
 
 
 def test_a_client_that_is_not_there_and_a_folder_that_is_are_refused(run: Path, tmp_path: Path) -> None:
     for client in (3, -1):
         with pytest.raises(RunError, match=f"client {client}: the run has clients 0 to 2"):
-            tracking.export(run, state(1), client, tmp_path / "to")
+            export(run, state(1), client, tmp_path / "to")
     for name in ("folder", "file"):
         (tmp_path / "folder").mkdir(exist_ok=True)
         (tmp_path / "file").write_text("mine")
         with pytest.raises(RunError, match=f"{name}: is there already; give another folder"):
-            tracking.export(run, state(1), 0, tmp_path / name)
+            export(run, state(1), 0, tmp_path / name)
     with pytest.raises(RunError, match="can't be written"):
-        tracking.export(run, state(1), 0, tmp_path / "file" / "to")
+        export(run, state(1), 0, tmp_path / "file" / "to")
     assert (tmp_path / "file").read_text() == "mine"
     assert not (tmp_path / "to").exists()
 
@@ -422,5 +427,5 @@ def test_a_run_without_what_its_adapters_share_cannot_export(run: Path, tmp_path
     target = run / "adapter" / lost
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     with pytest.raises(RunError, match=r"one/adapter: is missing or damaged; give the folder of a run"):
-        tracking.export(run, state(1), 0, tmp_path / "to")
+        export(run, state(1), 0, tmp_path / "to")
     assert not (tmp_path / "to").exists()

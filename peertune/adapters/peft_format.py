@@ -2,10 +2,12 @@
 
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -13,6 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from peertune.errors import ModelError
 from peertune.types import Tensors, kind
+
+LOADERS = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "text-generation": "AutoModelForCausalLM",
+    "image-classification": "AutoModelForImageClassification",
+    "zero-shot-image-classification": "AutoModelForZeroShotImageClassification",
+}
+"""What a model is for, in the hub's words → the class of `transformers` that loads its base."""
 
 
 def find_sites(base: nn.Module, target_modules: str | Sequence[str], head_roots: Sequence[str]) -> list[str]:
@@ -47,6 +57,8 @@ def save_config(folder: Path, lora: LoraConfig) -> None:
     config = json.loads(file.read_text())
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
+    if float(config["lora_alpha"]).is_integer():  # where readers declare a whole number, as PEFT itself does
+        config["lora_alpha"] = int(config["lora_alpha"])
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
@@ -63,12 +75,34 @@ def save_adapter(
     `head` holds the head's parameters by name, and what else the base's checkpoint lacks: what was drawn from the seed
     and frozen must travel with the adapter, or a reader would draw another, and PEFT reads a head whole or not at all.
     A trained head takes precedence over it.
+
+    In the place of a regular expression or `all-linear` the layers stand one by one: not every program that serves
+    adapters knows PEFT's rules, and none has to guess which layers there were.
     """
     tensors = {f"base_model.model.{name}": value for name, value in head.items()}
     names = {"A": "lora_A.weight", "B": "lora_B.weight"}
     for name, value in adapter.items():
         path, what = name.rpartition(".")[0], kind(name)
         tensors[f"base_model.model.{path}" + (f".{names[what]}" if what in names else "")] = value
+    if isinstance(lora.target_modules, str):
+        lora = copy(lora)
+        lora.target_modules = [name.removesuffix(".A") for name in adapter if kind(name) == "A"]
     save_config(folder, lora)
     data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     (folder / "adapter_model.safetensors").write_bytes(data)
+
+
+def merge_adapter(base: nn.Module, folder: Path) -> nn.Module:
+    """Return the base with the adapter in `folder` added to its weights, and with the head that travels with it.
+
+    The sum is rounded to the base's own precision. The base is used up. Raises ModelError where a weight comes out that
+    is not finite.
+    """
+    with warnings.catch_warnings():  # PEFT asks every model for what transformers will drop
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = PeftModel.from_pretrained(base, str(folder))
+    try:
+        merged: nn.Module = model.merge_and_unload(safe_merge=True)  # else a weight that is tied would change twice
+    except ValueError as error:
+        raise ModelError(f"--merge: the adapter holds numbers that are not finite ({error}); take another") from None
+    return merged

@@ -155,20 +155,48 @@ def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, finished or not.")],
     client: Annotated[str, typer.Option(help="A client's number, or: average.")],
     to: Annotated[Path, typer.Option(help="The folder to write.")],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model, the adapter added to its base, not the adapter.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Put it on the Hugging Face hub as well, under this name.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: for you alone to see.")] = False,
 ) -> None:
-    """Write one client's adapter, or the average, as a folder that PEFT loads.
+    """Write one client's adapter, or the average, as a folder that PEFT loads, or merged into its base.
 
-    Example:
+    A README.md in the folder says how it was trained, how good it is and how to load it.
+
+    Examples:
 
       peertune export runs/digits-demo --client average --to adapter
+
+      peertune export runs/digits-demo --client average --merge --to model
+
+      peertune export runs/digits-demo --client average --to adapter --push me/digits --private
     """
     if client != "average" and not client.isdecimal():
         raise RunError(f"--client: {client!r} is no client; give a number, or average")
+    if private and push is None:
+        raise RunError("--private: goes with --push")
+    number = None if client == "average" else int(client)
     with messages():
-        from peertune import tracking
+        from peertune import publish, tracking
+        from peertune.report.card import card
+        from peertune.report.runs import find_runs
 
+        if push is not None:
+            publish.check_push(push)
         state = tracking.load_checkpoint(run)
         if state is None:
             raise RunError(f"{run}: holds no checkpoint; give the folder of a run that has got to its first one")
-        tracking.export(run, state, None if client == "average" else int(client), to)
-    print(f"{'the average' if client == 'average' else f'client {client}'} of {run} is in {to}")
+        (data,) = find_runs([tracking.resolved(run).parent])
+        with tracking.exported(run, state, number, to) as folder:
+            precision = publish.merge(run, folder) if merge else None
+            readme = card(data, push or to.name, number, state.round, precision)
+            (folder / "README.md").write_text(readme, encoding="utf-8")
+            address = None if push is None else publish.push(folder, push, private=private)
+    what = "the average" if number is None else f"client {number}"
+    print(f"{what} of {run}{f', merged into its base in {precision},' if merge else ''} is in {to}")
+    if address is not None:
+        print(f"and at {address}")

@@ -1,0 +1,175 @@
+"""A model card: what an exported adapter or model is, for those who were not there, from the run directory alone."""
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from peertune import tracking
+from peertune.adapters.peft_format import LOADERS
+from peertune.errors import RunError
+from peertune.models import MODELS
+from peertune.report.runs import RunData
+from peertune.report.tables import summarise
+
+_DATA = {"glue": "nyu-mll/glue"}  # task → where its data are on the hub, if the recipe does not say
+_ONE_BY_ONE = 50  # clients whose rows are told one by one
+
+
+def card(run: RunData, name: str, client: int | None, round: int, merged: str | None) -> str:
+    """Return the README.md of one client's adapter, or of the average where `client` is None, with the hub's metadata.
+
+    `name` says where it is to be found, `round` how many rounds its checkpoint has made, `merged` in which precision it
+    was added to the base, where it was. Of a path on this machine only the last part is told. Raises RunError where the
+    run does not say what its adapters are for.
+    """
+    try:
+        lora = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
+    except (OSError, ValueError):
+        raise RunError(f"{run.folder}/adapter: is missing or damaged; give the folder of a run") from None
+    recipe, purpose = run.recipe, tracking.purpose(run.folder)
+    evaluated = [record for record in run.records if record["round"] < round and record["evaluation"]]
+    row, score = summarise(evaluated), _score(evaluated[-1], client) if evaluated else None
+    task = "/".join([recipe["task"]["name"], *filter(None, [recipe["task"].get("config")])])
+    data = None if recipe["task"].get("path") else recipe["task"].get("id") or _DATA.get(recipe["task"]["name"])
+    results = None
+    if score is not None and evaluated[-1]["round"] == round - 1:
+        results = [EvalResult(purpose, data or task, task, row["metric"], score)]
+    about = ModelCardData(
+        base_model=recipe["model"]["name"] if _on_the_hub(recipe["model"]) else None,
+        library_name="transformers" if merged else "peft",
+        pipeline_tag=purpose,
+        datasets=data,
+        metrics=[row["metric"]] if evaluated else None,
+        tags=["peertune", "lora", "federated-learning", recipe["algorithm"]["name"]],
+        model_name=name,
+        eval_results=results,
+    )
+    whose = "the average of all clients" if client is None else f"client {client}"
+    text = Template(files("peertune.report").joinpath("card.md").read_text(encoding="utf-8")).substitute(
+        _training(run, lora, round),
+        name=name,
+        what=f"A model with the LoRA adapter of {whose} merged in, in {merged}"
+        if merged
+        else f"The LoRA adapter of {whose}",
+        results=_results(row, score, evaluated, round),
+        code=_code(run, purpose, name, merged),
+    )
+    return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
+
+
+def _training(run: RunData, lora: Mapping[str, Any], round: int) -> dict[str, str]:
+    """Say how it was trained, by the names that the template has."""
+    recipe, facts, training = run.recipe, run.facts, run.recipe["training"]
+    graph, targets = facts["graph"], lora["target_modules"]
+    how = "exact" if graph["draws"] == 0 else f"estimated from {graph['draws']:,} draws"
+    among = f"{recipe['clients']} parties, each on its own rows and with no server between them"
+    if not facts.get("peer"):
+        among = f"{recipe['clients']} clients in a simulation on one machine"
+    return {
+        "among": among,
+        "base": _base(recipe["model"]),
+        "adapter": f"rank {lora['r']}, `lora_alpha` {lora['lora_alpha']:g}, in "
+        + (f"`{targets}`" if isinstance(targets, str) else ", ".join(f"`{target}`" for target in sorted(targets)))
+        + f"; {facts['parameters']['adapter']:,} parameters, head {recipe['head']}",
+        "task": _settings(recipe["task"]),
+        "method": _settings(recipe["algorithm"]),
+        "graph": f"{_settings(recipe['graph'])}; rho {graph['rho']:.4f} ({how}), T\\* {graph['switching_interval']}",
+        "clients": str(recipe["clients"]),
+        "rows": _rows([sum(held) for held in facts["partition"]["rows"]]),
+        "rounds": f"{round} of {recipe['rounds']}, each of {training['local_steps']} local steps with "
+        f"{training['per_device_train_batch_size']} rows; {training['optim']} at {training['learning_rate']:g}",
+        "seed": str(recipe["seed"]),
+    }
+
+
+def _on_the_hub(model: Mapping[str, Any]) -> bool:
+    """Whether others find the base by its name: what came from the hub has a commit."""
+    return model["name"] not in MODELS and model["revision"] is not None and not Path(model["name"]).is_dir()
+
+
+def _base(model: Mapping[str, Any]) -> str:
+    if model["name"] in MODELS:
+        return f"`{model['name']}`, which peertune makes"
+    if not _on_the_hub(model):
+        return f"`{Path(model['name']).name}`, a folder"
+    return f"[{model['name']}](https://huggingface.co/{model['name']}) at `{model['revision']}`"
+
+
+def _settings(part: Mapping[str, Any]) -> str:
+    """Return a named part's name and settings: `ring`, activation 0.1."""
+    told = [f"`{part['name']}`"]
+    for key, value in part.items():
+        if key == "path" and value:
+            value = Path(value).name
+        if key != "name" and value is not None:
+            text = json.dumps(value, ensure_ascii=False)
+            told.append(f"{key} {text}" if isinstance(value, int | float) else f"{key} `{text[:200]}`")
+    return ", ".join(told)
+
+
+def _rows(held: Sequence[int]) -> str:
+    if len(held) == 1:
+        return f"{held[0]:,} at this client"
+    if len(held) > _ONE_BY_ONE:
+        return f"{sum(held):,} in all, a client has {min(held):,} to {max(held):,}, the median {median(held):,.0f}"
+    return f"{sum(held):,} in all; of the clients in order {', '.join(f'{rows:,}' for rows in held)}"
+
+
+def _score(record: Mapping[str, Any], client: int | None) -> float | None:
+    """Return the score of what was exported; None where the record has none."""
+    evaluation = record["evaluation"]
+    if client is None:
+        score: float | None = evaluation["average"]
+        return score
+    scores = dict(zip(record["clients"], evaluation["clients"], strict=True))
+    return scores.get(client)
+
+
+def _results(row: Mapping[str, Any], score: float | None, evaluated: Sequence[Mapping[str, Any]], round: int) -> str:
+    if not evaluated:
+        return "None of its rounds was evaluated."
+    last, evaluation = evaluated[-1]["round"], evaluated[-1]["evaluation"]
+    count = len(evaluation["clients"])
+    lines = [f"{row['metric']} on {evaluation['rows']:,} validation rows, after {last + 1} rounds:", ""]
+    if score is not None:
+        lines.append(f"- **this one: {score:.3f}**" + ("" if last == round - 1 else ", some rounds before"))
+    if count > 1:
+        lines.append(
+            f"- the clients' own models: {row['mean']:.3f} ± {row['std']:.3f} (mean and standard deviation over "
+            f"{count} clients), from {row['min']:.3f} to {row['max']:.3f}"
+        )
+    if "average" in row:
+        lines.append(f"- the averaged adapter: {row['average']:.3f}")
+    return "\n".join(lines)
+
+
+def _code(run: RunData, purpose: str, name: str, merged: str | None) -> str:
+    """Return the Python that loads what was exported."""
+    model, loader = run.recipe["model"], LOADERS[purpose]
+    tokenizer = f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})" if merged and "text" in purpose else ""
+    imports = [f"from transformers import {loader}{', AutoTokenizer' * bool(tokenizer)}"]
+    if merged:
+        return "\n".join([*imports, "", f"model = {loader}.from_pretrained({json.dumps(name)})", tokenizer]).rstrip()
+    where = [json.dumps(model["name"] if _on_the_hub(model) else Path(model["name"]).name)]
+    if model["name"] in MODELS:
+        imports.append("from peertune.models import MODELS")
+        where = [f"MODELS[{where[0]}]()"]
+    if _on_the_hub(model):
+        where.append(f"revision={json.dumps(model['revision'])}")
+    if purpose in ("text-classification", "image-classification"):
+        where.append(f"num_labels={len(run.facts['partition']['labels'])}, ignore_mismatched_sizes=True")
+    return "\n".join(
+        [
+            "from peft import PeftModel",
+            *imports,
+            "",
+            f"base = {loader}.from_pretrained({', '.join(where)})",
+            f"model = PeftModel.from_pretrained(base, {json.dumps(name)})",
+        ]
+    )
