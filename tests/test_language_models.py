@@ -2,14 +2,17 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, get_peft_model
 from speaking import make_model, make_tokenizer
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from peertune.adapters.attention import register_attention
@@ -18,6 +21,7 @@ from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import UNLABELLED, Encoded, training_steps, validation_batches
 from peertune.data.completions import encode_completions, encode_prompts
 from peertune.generation import Decoding, generate, sampler
+from peertune.models import _quantized
 from peertune.training import Optim, adamw, evaluate, hits, row_losses, train_local
 from peertune.types import Batch, Phase, Split, State, Tensors, take
 
@@ -77,16 +81,20 @@ class Twin:
             parameter.data.copy_(adapters[x][client])
 
     def loss(self, encoded: Encoded, rows: np.ndarray[Any, Any]) -> Tensor:
-        """The mean over all labelled tokens of these rows, as transformers' models make it in float32."""
-        cut = [slice(s, s + n) for s, n in zip(encoded.starts[rows], encoded.lengths[rows], strict=True)]
-        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
-        ids = pad([encoded.tokens["input_ids"][own] for own in cut])
-        labels = pad([encoded.labels[own] for own in cut], padding_value=UNLABELLED)
-        mask = pad([torch.ones(own.stop - own.start) for own in cut])
-        found = self.model(input_ids=ids, attention_mask=mask, labels=labels)
-        loss = nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
-        torch.testing.assert_close(loss.float(), found.loss.float())
-        return loss
+        return twin_loss(self.model, encoded, rows)
+
+
+def twin_loss(model: Any, encoded: Encoded, rows: np.ndarray[Any, Any]) -> Tensor:
+    """The mean over all labelled tokens of these rows, as transformers' models make it in float32."""
+    cut = [slice(s, s + n) for s, n in zip(encoded.starts[rows], encoded.lengths[rows], strict=True)]
+    pad = partial(nn.utils.rnn.pad_sequence, batch_first=True)
+    ids = pad([encoded.tokens["input_ids"][own] for own in cut])
+    labels = pad([encoded.labels[own] for own in cut], padding_value=UNLABELLED)
+    mask = pad([torch.ones(own.stop - own.start) for own in cut])
+    found = model(input_ids=ids, attention_mask=mask, labels=labels)
+    loss = nn.functional.cross_entropy(found.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    torch.testing.assert_close(loss.float(), found.loss.float())
+    return loss
 
 
 def drawn(encoded: Encoded, step: int, client: int) -> np.ndarray[Any, Any]:
@@ -268,3 +276,41 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(top_p: float) ->
         shares = torch.bincount(drawn, minlength=5) / count
         error = (expected * (1 - expected) / count).sqrt()
         assert ((shares - expected).abs() <= 4 * error).all()
+
+
+def test_a_stack_over_a_base_in_4_bits_equals_separate_peft_models(tmp_path: Path) -> None:
+    """By the configuration that a CUDA device gets; bitsandbytes computes the same on a CPU, if slowly."""
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=258, hidden_size=128, intermediate_size=128, num_hidden_layers=2)
+    ).save_pretrained(tmp_path)
+    register_attention()
+    config = _quantized(torch.float32, torch.device("cuda"))["quantization_config"]
+
+    def load(attention: str) -> Any:
+        base = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=config, device_map="cpu", dtype=torch.float32, attn_implementation=attention
+        )
+        for module in base.modules():
+            if isinstance(module, Linear4bit):
+                module.support_avx512bf16_for_cpu = False  # which packs weights so that nothing can be trained
+        return base
+
+    base = load("peertune")
+    assert base.num_parameters() > 1.5 * sum(x.numel() for x in base.parameters())  # two weights in a byte
+    sites = find_sites(base, ["q_proj", "v_proj"], ("lm_head",))
+    model = attach(base, sites, r=R, lora_alpha=ALPHA, output_name="lm_head")
+    draw = torch.Generator().manual_seed(1)
+    start = init_adapters(model, K, 0)
+    adapters = {x: torch.randn(v.shape, generator=draw) * 0.2 for x, v in start.items()}
+    encoded = make_rows()
+    found = gradients(model, adapters, make_steps(encoded, 1, packed=True)[0])
+    for client in range(K):
+        peft = get_peft_model(load("eager"), LoraConfig(r=R, lora_alpha=ALPHA, target_modules=["q_proj", "v_proj"]))
+        named = dict(peft.named_parameters())
+        own = {x: named[f"base_model.model.{x[:-2]}.lora_{x[-1]}.default.weight"] for x in adapters}
+        for x, parameter in own.items():
+            parameter.data.copy_(adapters[x][client])
+        twin_loss(peft, encoded, drawn(encoded, 0, client)).backward()
+        for x, parameter in own.items():
+            assert parameter.grad is not None
+            torch.testing.assert_close(found[x][client], parameter.grad, rtol=1e-3, atol=1e-5)

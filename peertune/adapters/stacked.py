@@ -52,8 +52,8 @@ class Site(nn.Module):
         a = rows.adapters[f"{self.name}.A"].to(x.dtype).flatten(0, 1)  # [K r, d_in]
         b = rows.adapters[f"{self.name}.B"].to(x.dtype).mT.flatten(0, 1)  # [K r, d_out]
         z = flat @ a.T
-        y.addmm_(z if own is None else z * own, b, alpha=self.scaling)
-        return y.view(*x.shape[:-1], -1)
+        add = y.addmm_ if type(self.layer) in (nn.Linear, Conv1D) else y.addmm  # others may keep what they returned
+        return add(z if own is None else z * own, b, alpha=self.scaling).view(*x.shape[:-1], -1)
 
 
 class Head(nn.Module):

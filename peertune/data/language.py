@@ -8,7 +8,7 @@ import numpy as np
 
 from peertune.data.labels import number_labels
 from peertune.data.scores import OF_LANGUAGE, OF_VALUES
-from peertune.data.sources import Columns, open_source
+from peertune.data.sources import Columns, Reader, open_source
 from peertune.errors import DataError, unknown
 from peertune.types import Split, Task
 
@@ -88,7 +88,7 @@ def label_words(
 
     The data and errors are as for `instructions`.
     """
-    where, read = _open("label_words", path, id, config, revision)
+    where, read = _open("label_words", path, id, config, revision, label)
     if len(words) < 2 or len(set(words)) < len(words) or not all(word.strip() for word in words):
         raise DataError(f"{where}: words is {words}; give two or more different ones, none of them empty")
     if metric in OF_VALUES or metric in OF_LANGUAGE:
@@ -108,11 +108,14 @@ def label_words(
     return Task(where.removeprefix("task "), ("prompt",), classes, splits[0], splits[1], metric, "choose", tuple(words))
 
 
-def _open(name: str, path: str | None, id: str | None, config: str | None, revision: str | None) -> Any:
+def _open(
+    name: str, path: str | None, id: str | None, config: str | None, revision: str | None, label: str = ""
+) -> tuple[str, Reader]:
+    """Return how errors name the task, and what reads its splits."""
     if (path is None) == (id is None):
         raise DataError(f"task {name}: give either path (a folder) or id (a data set of the hub)")
     where = f"task {name}/{id or str(path).rstrip('/').rpartition('/')[2]}"
-    return where, open_source(where, path, id or "", config, revision, "label")[0]
+    return where, open_source(where, path, id or "", config, revision, label)[0]
 
 
 def _fill(where: str, template: str, columns: Columns) -> list[str]:

@@ -104,5 +104,5 @@ def test_what_is_wrong_with_label_words_is_said(tmp_path: Path, settings: dict[s
     fine = {"prompt": "{a}", "label": "label", "words": ["no", "yes"], "path": folder(tmp_path, rows)}
     assert label_words(**fine).words == ("no", "yes")  # type: ignore[arg-type]
     with pytest.raises(DataError) as error:
-        label_words(**fine | settings)  # type: ignore[arg-type]
+        label_words(**fine | settings)
     assert said in str(error.value)
