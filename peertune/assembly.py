@@ -15,13 +15,15 @@ from peft import LoraConfig, TaskType
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from peertune.adapters.matching import match_names
 from peertune.adapters.peft_format import find_sites
-from peertune.adapters.stacked import attach, init_adapters
+from peertune.adapters.stacked import Forward, attach, init_adapters
 from peertune.data.batches import Encoded, encode_images, encode_text, training_steps
 from peertune.data.completions import encode_completions, encode_words
+from peertune.data.images import Images, prompts
 from peertune.errors import DataError, RecipeError
 from peertune.evaluation import build_evaluation
-from peertune.models import Base, load_base, pick_device, pick_dtype
+from peertune.models import Base, Purpose, load_base, load_processor, pick_device, pick_dtype
 from peertune.parts import (
     build_algorithm,
     build_faults,
@@ -98,23 +100,22 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
     else:
         parts = build_partition(recipe, task)
     algorithm = build_algorithm(recipe, graph)
-    language = task.form in ("complete", "choose")
-    if language and recipe.head == "trained":
-        raise RecipeError("head: a language model has no head to train; use head=frozen")
+    purpose = _purpose(task)
+    if recipe.head == "trained" and purpose in _HEADLESS:
+        raise RecipeError(f"head: {_HEADLESS[purpose]} has no head to train; use head=frozen")
     device = pick_device(recipe.device)
     dtype = pick_dtype(recipe.model.dtype, device)
     base = load_base(
         recipe.model.name,
         revision=recipe.model.revision,
+        purpose=purpose,
         classes=max(1, len(task.classes)),
-        image=task.inputs == ("pixel_values",),
         dtype=dtype,
         device=device,
         seed=recipe.seed,
-        language=language,
         quantization=recipe.model.quantization,
     )
-    lora = _lora_config(recipe, base)
+    lora = _lora_config(recipe, base, purpose)
     model = attach(
         base.model,
         find_sites(
@@ -127,6 +128,7 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
         base_dropout=recipe.model.dropout,
         output_name=base.output_name,
         checkpointing=recipe.training.gradient_checkpointing,
+        forward=_matching(task, base) if purpose == "match" else None,
     )
     optim = build_optim(recipe)
     adapters = init_adapters(model, len(clients), recipe.seed)
@@ -146,7 +148,7 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
     if not len(held_out):
         raise DataError("training.long_rows: no row to validate on is short enough; raise training.max_length")
     together = max(1, COLUMNS // recipe.lora.r)
-    passes = LANGUAGE_TOKENS_PER_PASS if language else TOKENS_PER_PASS
+    passes = LANGUAGE_TOKENS_PER_PASS if purpose == "language" else TOKENS_PER_PASS
     tokens = passes[device.type] if recipe.training.tokens_per_pass == "auto" else recipe.training.tokens_per_pass
     clients_per_pass = min(len(clients), recipe.training.clients_per_pass or CLIENTS_PER_PASS)
     job = Job(
@@ -251,7 +253,33 @@ def _head_layers(base: Base) -> list[str]:
     ]
 
 
-def _lora_config(recipe: Recipe, base: Base) -> LoraConfig:
+_HEADLESS = {"language": "a language model", "match": "a task with templates"}
+
+
+def _purpose(task: Task) -> Purpose:
+    """Return what the task needs a base for."""
+    match task.form:
+        case "match":
+            return "match"
+        case "complete" | "choose":
+            return "language"
+        case _:
+            return "image" if task.inputs == ("pixel_values",) else "text"
+
+
+def _matching(task: Task, base: Base) -> Forward:
+    """Return what matches images with the names of the classes. Raises DataError where these are too long."""
+    tokens = base.tokenizer(prompts(task), padding=True, return_tensors="pt")
+    config: Any = base.model.config
+    longest, most = tokens["input_ids"].shape[1], config.text_config.max_position_embeddings
+    if longest > most:
+        raise DataError(
+            f"task.templates: {longest} tokens with the longest name, and the base takes {most}; shorten them"
+        )
+    return match_names(tokens["input_ids"], tokens["attention_mask"], len(task.templates))
+
+
+def _lora_config(recipe: Recipe, base: Base, purpose: Purpose) -> LoraConfig:
     """Say in PEFT's words what the adapters are; heads and what else the checkpoint lacks travel with them."""
     return LoraConfig(
         r=recipe.lora.r,
@@ -262,13 +290,16 @@ def _lora_config(recipe: Recipe, base: Base) -> LoraConfig:
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in base.model.modules()),
         base_model_name_or_path=recipe.model.name,
         revision=recipe.model.revision or base.revision,
-        task_type=TaskType.CAUSAL_LM if base.output_name else TaskType.SEQ_CLS if base.tokenizer is not None else None,
+        task_type={"language": TaskType.CAUSAL_LM, "text": TaskType.SEQ_CLS}.get(purpose),
         inference_mode=True,
     )
 
 
 def _encode(recipe: Recipe, task: Task, base: Base, max_length: int) -> tuple[Encoded, Encoded]:
     """Encode both splits, and say how many rows are too long."""
+    images, process = task.inputs == ("pixel_values",), None
+    if isinstance(task.train.columns.get("pixel_values"), Images):
+        process = load_processor(recipe.model.name, revision=recipe.model.revision, config=base.model.config)
 
     def encode(split: Split) -> Encoded:
         match task.form:
@@ -276,11 +307,11 @@ def _encode(recipe: Recipe, task: Task, base: Base, max_length: int) -> tuple[En
                 return encode_completions(base.tokenizer, split, task.inputs, max_length)
             case "choose":
                 return encode_words(base.tokenizer, split, task.words, max_length)
-        if base.tokenizer is None:
-            return encode_images(split, base.tokens_per_image)
+        if images:
+            return encode_images(split, base.tokens_per_image, process)
         return encode_text(base.tokenizer, split, task.inputs, max_length)
 
-    if base.tokenizer is not None:
+    if not images:
         log.info("tokenising %s rows", f"{len(task.train) + len(task.validation):,}")
     train, validation = encode(task.train), encode(task.validation)
     for name, encoded in (("train", train), ("validation", validation)):

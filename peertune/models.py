@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import PIL.Image
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -149,8 +148,8 @@ def load_base(
     return Base(model, tokenizer, head_roots, head, output_name, stop, per_image, commit)
 
 
-def load_processor(name: str, *, revision: str | None, config: Any) -> Callable[[PIL.Image.Image], Tensor]:
-    """Load what turns an image into the `pixel_values [C, H, W]` that the base of this config takes.
+def load_processor(name: str, *, revision: str | None, config: Any) -> Callable[[Any], Tensor]:
+    """Load what turns an RGB image into the `pixel_values [C, H, W]` that the base of this config takes.
 
     Raises ModelError where a checkpoint says nothing of images, or makes of them what its own base does not take.
     """
@@ -158,13 +157,13 @@ def load_processor(name: str, *, revision: str | None, config: Any) -> Callable[
     vision = getattr(config, "vision_config", config)
     side = getattr(vision, "image_size", None)
 
-    def process(image: PIL.Image.Image) -> Tensor:
+    def process(image: Any) -> Tensor:
         pixels: Tensor = processor(images=image, return_tensors="pt")["pixel_values"][0]
         return pixels
 
     try:
         processor = AutoImageProcessor.from_pretrained(source, revision=revision or "main", trust_remote_code=False)
-        made = tuple(process(PIL.Image.new("RGB", (48, 32))).shape)
+        made = tuple(process(np.zeros((48, 32, 3), dtype=np.uint8)).shape)
     except Exception as error:
         raise ModelError(
             f"model.name: {name}: what prepares images for it can't be loaded ({_line(error)}); "

@@ -24,7 +24,7 @@ from peertune.types import Algorithm, Split, Task
 log = logging.getLogger(__name__)
 
 _TABLES: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
-    "task": (TASKS, ()),
+    "task": (TASKS, ("seed",)),
     "partition": (PARTITIONS, ()),
     "graph": (GRAPHS, ("clients", "seed")),
     "algorithm": (ALGORITHMS, ("rho", "clients", "seed")),
@@ -41,7 +41,7 @@ def build_graph(recipe: Recipe) -> Graph:
 def build_task(recipe: Recipe) -> Task:
     """Load the recipe's data."""
     log.info("loading the task %s", recipe.task.name)
-    task: Task = _make("task", recipe.task)
+    task: Task = _make("task", recipe.task, seed=recipe.seed)
     return task
 
 

@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -5,6 +6,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from seeing import COLOURS, save_clip, save_images
+from speaking import CHAT
+from speaking import save as save_language_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
@@ -14,6 +18,7 @@ from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
 from peertune.recipe import check_recipe, load_recipe, recipe_names, recipe_text
 
+MESSAGES = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "yes"}]
 WORDS = ["good", "bad", "film", "plot", "dull", "bright", "slow", "quick"]
 
 
@@ -46,7 +51,7 @@ def test_a_shipped_recipe_is_short_and_opens_with_what_it_is_and_how_to_run_it(n
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folders of tiny random models, and of GLUE's tasks with a few rows."""
+    """Folders of tiny random models, of GLUE's tasks with a few rows, and of images."""
     folder = tmp_path_factory.mktemp("small")
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     vocabulary = {word: number for number, word in enumerate([*special, *WORDS])}
@@ -75,6 +80,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ):
             model.save_pretrained(folder / family)
             tokenizer.save_pretrained(folder / family)
+    save_language_model(folder / "llama", "llama", CHAT)
+    for form, extra in (
+        ("instructions", {"messages": MESSAGES, "answer": "yes"}),
+        ("label_words", {"passage": "it is"}),
+    ):
+        (folder / form).mkdir()
+        for split, count in (("train", 40), ("validation", 12)):
+            made = [{"question": "is it", "answer": bool(number % 2)} | extra for number in range(count)]
+            (folder / form / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    save_clip(folder / "clip")
+    save_images(folder / "images", dict.fromkeys(COLOURS, 12))
     for config, task in _GLUE.items():
         (folder / config).mkdir()
         for split, rows in (("train", 240), (task.validation[0], 12)):
@@ -90,7 +106,15 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_shipped_recipe_builds_and_runs_two_rounds(name: str, small: Path) -> None:
     recipe = load_recipe(name)
     overrides = ["rounds=2", "evaluate.rows=8", "training.local_steps=1", "training.per_device_train_batch_size=2"]
-    if recipe.task.name != "digits":
+    if recipe.task.name == "images":
+        overrides += [f"model.name={small / 'clip'}", "task.id=null", f"task.path={small / 'images'}"]
+        overrides.append("task.train=train")
+    elif recipe.task.name in ("instructions", "label_words"):
+        rows = small / recipe.task.name
+        overrides += [f"model.name={small / 'llama'}", "model.quantization=null", "task.id=null", f"task.path={rows}"]
+        overrides += ["task.config=null", "task.validation=validation", "evaluate.max_new_tokens=4"]
+        overrides += ["training.max_length=64"]
+    elif recipe.task.name != "digits":
         family = "roberta" if "roberta" in recipe.model.name else "bert"
         overrides += [f"model.name={small / family}", f"task.path={small / str(recipe.task.settings['config'])}"]
     run = build(load_recipe(name, overrides))

@@ -73,8 +73,8 @@ def current_rows() -> Rows | None:
 
 
 @contextmanager
-def bound(rows: Rows) -> Iterator[None]:
-    """Bind the rows to all sites for the length of a `with` block."""
+def bound(rows: Rows | None) -> Iterator[None]:
+    """Bind the rows, or none, to all sites for the length of a `with` block."""
     token = _current.set(rows)
     try:
         yield

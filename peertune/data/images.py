@@ -78,6 +78,8 @@ def images(
             raise DataError(f"{where}: template {template!r} has no {{}} where the name of a class goes")
     if templates == []:
         raise DataError(f"{where}: templates is empty; give one or more, such as 'a photo of a {{}}'")
+    if train == validation:
+        raise DataError(f"{where}: train and validation are both {train}; hold some rows out, in a split of their own")
     if path is not None:
         label = "label"
         source = _open_folder(where, Path(path).expanduser(), (train, validation))
