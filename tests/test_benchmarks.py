@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import decaf
+from benchmarks import decaf, language
 from benchmarks.gpu import save_base
 from benchmarks.measure import Figure, figure, interleaved, machine
 from benchmarks.peft_loop import PeftLoop, client_rows
@@ -19,7 +19,6 @@ ROOT = Path(__file__).parents[1]
 SST2 = ROOT.parent / "shared/data/glue/sst2"
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 
-# PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
 needs_sst2 = pytest.mark.skipif(not SST2.is_dir(), reason="no SST-2 beside the repository")
 
 
@@ -67,6 +66,14 @@ def test_the_machine_is_described() -> None:
 def test_decafs_benchmark_checks_and_beats_the_dense_svd() -> None:
     *_, speed = decaf.run(repeats=1)
     assert speed.value > 1
+
+
+def test_the_benchmark_of_language_models_checks_and_measures(tmp_path: Path) -> None:
+    language.save_base(tmp_path, hidden_size=32, intermediate_size=48, num_hidden_layers=2, heads=(4, 2))
+    setup = language.make(tmp_path, 32, "model.dtype=float32", "training.gradient_checkpointing=true")
+    loop, ours, speed = language.compare(setup, "tiny", 1)
+    assert min(loop.value, ours.value, speed.value) > 0
+    assert ours.note == "320 tokens a step"
 
 
 @needs_sst2
