@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def glue_path() -> Path:
     """The folder with one folder of Parquet files for each GLUE task."""
     path = Path(__file__).parents[2] / "shared" / "data" / "glue"

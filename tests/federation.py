@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,22 @@ from torch import Tensor
 
 from peertune.files import write_file
 
+_PORTS = range(16_000, 32_000)  # below those that systems give to callers, who could take one before it is listened at
+_places = cycle(range(os.getpid() * 97 % len(_PORTS), len(_PORTS)))
+
 
 def free_ports(count: int) -> list[int]:
-    """Return ports that nobody listens at, all different."""
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
+    """Return ports on end that nobody listens at: each call goes on after the last, and each process elsewhere."""
+    while True:
+        ports = [_PORTS[next(_places)] for _ in range(count)]
+        with ExitStack() as held:
+            try:
+                for port in ports:
+                    held.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        if ports[-1] == ports[0] + count - 1:
+            return ports
 
 
 @dataclass(frozen=True)
@@ -136,7 +145,7 @@ def _play(
     torch.set_num_threads(1)
     try:
         for name, overrides in recipes.items():
-            run = build(load_recipe("digits-demo", overrides), client)
+            run = build(load_recipe("digits-demo", overrides), [client])
             swapper = Swapper(
                 Membership(made.peer(client), made.roster),
                 agreed(run),

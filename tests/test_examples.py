@@ -3,30 +3,16 @@
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from federation import free_ports
 
 from peertune.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def free_port(count: int) -> int:
-    """Return the first of so many ports on end that nobody listens at."""
-    for first in range(52_000, 60_000, count):
-        with ExitStack() as held:
-            try:
-                for port in range(first, first + count):
-                    held.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return first
-    raise AssertionError("no free ports")
 
 
 @pytest.mark.timeout(900)  # nine processes, each of which takes 8 s of a CPU to import what it needs
@@ -35,7 +21,7 @@ def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [EXAMPLES / "eight-hospitals" / "play.sh", folder, "training.local_steps=1", "network.patience_s=5"],
-        env=os.environ | {"PATH": path, "ROUNDS": str(rounds), "PORT": str(free_port(8))},
+        env=os.environ | {"PATH": path, "ROUNDS": str(rounds), "PORT": str(free_ports(8)[0])},
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -10,11 +10,12 @@ import torch
 import yaml
 from conftest import Call
 from peft import PeftModel
-from speaking import CHAT, make_tokenizer, save
+from speaking import CHAT, make_model, make_tokenizer, save
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
 from peertune.assembly import build
+from peertune.engines.simulator import simulate
 from peertune.recipe import check_recipe
 
 COLOURS = {"sky": "blue", "sun": "red", "leaf": "green", "snow": "white"}
@@ -188,18 +189,39 @@ def test_what_can_not_be_is_refused(folder: Path, changes: dict[str, Any], said:
     assert said in refusal(recipe_of(folder, **changes))
 
 
-def test_plain_text_can_not_be_gone_on_from(folder: Path, tmp_path: Path) -> None:
-    for name in ("train", "validation"):
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "the sky is blue"}\n' * 4)
-    task = {"path": str(tmp_path), "metric": "exact_match"}
-    assert "exact_match needs prompts to go on from, and the rows are plain text" in refusal(
-        recipe_of(folder, task=task)
-    )
+def test_weights_that_are_not_finite_are_told(folder: Path, tmp_path: Path) -> None:
+    model = make_model("llama", torch.float32)
+    model.model.norm.weight.data[0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    make_tokenizer().save_pretrained(tmp_path / "broken")
+    message = refusal(recipe_of(folder, model={"name": str(tmp_path / "broken")}))
+    assert "what it computes is not finite, its weights are damaged; fetch it again" in message
+
+
+def test_a_token_that_the_base_does_not_know_does_not_pad_and_is_refused_in_rows(folder: Path, tmp_path: Path) -> None:
+    save(tmp_path / "wide")
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    tokenizer.save_pretrained(tmp_path / "wide")
+    found = build(check_recipe(recipe_of(folder, model={"name": str(tmp_path / "wide")}), "test"))
+    assert next(simulate(found.job)).loss
+    tokenizer.add_tokens(["blue"])
+    tokenizer.save_pretrained(tmp_path / "wide")
+    message = refusal(recipe_of(folder, model={"name": str(tmp_path / "wide")}))
+    assert "its tokenizer makes tokens that it has no embedding for, such as 'blue'; give" in message
+
+
+def test_a_templates_own_end_ends_what_is_generated(peertune: Call, folder: Path, tmp_path: Path) -> None:
+    save(tmp_path / "chatty")
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}<s>\n{% endfor %}")  # it ends in no end of text
+    tokenizer.save_pretrained(tmp_path / "chatty")
+    task = {"metric": "exact_match", "chat": True, "prompt": "{prompt}", "completion": "{completion}"}
+    records, _ = run(peertune, recipe_of(folder, task=task, model={"name": str(tmp_path / "chatty")}), tmp_path / "run")
+    assert min(records[-1]["evaluation"]["clients"]) == 1
 
 
 def test_a_job_is_the_same_whichever_way_its_rows_travel(folder: Path) -> None:
     """Chunks of clients, micro-batches, checkpointing: the same losses and adapters."""
-    from peertune.engines.simulator import simulate
 
     def end(**training: Any) -> Any:
         recipe = recipe_of(folder, rounds=1, training=training, model={"dtype": "float64"})

@@ -236,7 +236,7 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_last(bert: Path, spec
     save_tokenizer(bert, **special)
     base = load(bert)
     assert base.tokenizer.pad_token in special.values()
-    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id  # type: ignore[union-attr]
+    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id
 
 
 def test_loading_and_attaching_leave_the_global_generator_alone(bert: Path) -> None:

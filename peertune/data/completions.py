@@ -4,7 +4,7 @@ A row is a pair of both, a conversation whose last message is the completion, or
 Prompt and completion are tokenised as one text; the completion's tokens are labelled, and the loss is on them alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,13 @@ from numpy.typing import NDArray
 from peertune.data.batches import UNLABELLED, Encoded
 from peertune.errors import DataError
 from peertune.types import Split
+
+Tokens = NDArray[np.int64]
+
+TOGETHER = 1000
+"""Texts that are tokenised at a time: what a tokenizer says of each takes much more memory than its tokens."""
+_A_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+"""Put before a chat template that writes the date, so that rows are the same on every day and at every peer."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +37,8 @@ class _Text:
 def encode_completions(tokenizer: Any, split: Split, inputs: Sequence[str], max_length: int) -> Encoded:
     """Tokenise prompts and completions once, and label the completions' tokens.
 
-    Prompt and completion are tokenised as one text. A row longer than `max_length` tokens loses the beginning of its
-    prompt (but for the token that begins every text), then the end of its completion; `Encoded.long` tells which.
+    A row longer than `max_length` tokens loses the beginning of its prompt (but for the token that begins every text),
+    then the end of its completion; `Encoded.long` tells which.
 
     Raises DataError for a completion without tokens, and where the tokenizer lacks a chat template, or an end of text.
     """
@@ -40,36 +47,49 @@ def encode_completions(tokenizer: Any, split: Split, inputs: Sequence[str], max_
 
 def encode_words(tokenizer: Any, split: Split, words: Sequence[str], max_length: int) -> Encoded:
     """Tokenise each row's prompt with the word of its class, which is what a model is to say."""
-    prompts = split.columns["prompt"]
-    texts = (_Text(prompt, words[label], False, True) for prompt, label in zip(prompts, split.labels, strict=True))
-    return _encode(tokenizer, texts, max_length)
+    rows = zip(split.columns["prompt"], split.labels, strict=True)
+    return _encode(tokenizer, [_Text(prompt, words[label], False, True) for prompt, label in rows], max_length)
 
 
 def encode_choices(tokenizer: Any, split: Split, words: Sequence[str], max_length: int) -> Encoded:
-    """Tokenise each row's prompt with every word in turn, `N · len(words)` rows."""
-    texts = (_Text(prompt, word, False, True) for prompt in split.columns["prompt"] for word in words)
-    return _encode(tokenizer, texts, max_length)
+    """Tokenise each row's prompt with every word in turn, `N · len(words)` rows.
+
+    All words of a row are said after the same prompt: it is cut as the longest asks for, and labels begin where the
+    words first differ.
+    """
+    texts = [_Text(prompt, word, False, True) for prompt in split.columns["prompt"] for word in words]
+    return _encode(tokenizer, texts, max_length, alike=len(words))
 
 
 def encode_prompts(
     tokenizer: Any, split: Split, inputs: Sequence[str], max_length: int
-) -> tuple[list[NDArray[np.int64]], list[str]]:
-    """Return the tokens of each row's prompt, its last `max_length` at most, and the completion that is right."""
-    texts = list(_texts(tokenizer, split, inputs))
-    if tuple(inputs) == ("messages",):
-        right = [messages[-1]["content"] for messages in split.columns["messages"]]
-    else:
-        right = [text.completion for text in texts]
-    prompts = []
-    for text in texts:
-        ids = tokenizer(text.prompt, add_special_tokens=text.special)["input_ids"]
-        if not len(ids):
-            raise DataError("task: a prompt without tokens; to generate, give each row a prompt")
-        prompts.append(_cut(np.asarray(ids, dtype=np.int64), len(ids), max_length, tokenizer)[0])
-    return prompts, right
+) -> tuple[list[Tokens], list[int]]:
+    """Return the tokens of each row's prompt, its last `max_length` at most, and which rows were cut."""
+    prompts, long = [], []
+    texts = _texts(tokenizer, split, inputs)
+    for row, (tokens, spans) in enumerate(_tokenise(tokenizer, texts, [text.prompt for text in texts])):
+        words = np.flatnonzero(spans[:, 0] < spans[:, 1])
+        if not len(words):
+            raise DataError(f"task: row {row}: a prompt without tokens; to generate, give each row a prompt")
+        tokens = tokens[: words[-1] + 1]  # a model goes on from words, not from what a tokenizer ends texts with
+        if len(tokens) > max_length:
+            long.append(row)
+        prompts.append(_cut(tokens, len(tokens), len(tokens) - max_length, tokenizer)[0])
+    return prompts, long
 
 
-def _texts(tokenizer: Any, split: Split, inputs: Sequence[str]) -> Iterable[_Text]:
+def completions(tokenizer: Any, encoded: Encoded, rows: Sequence[int]) -> tuple[list[str], set[int]]:
+    """Return what each row's labels say, and the tokens that end them: the last special one of each row."""
+    special, said, ends = set(tokenizer.all_special_ids), [], set()
+    for row in rows:
+        labels = encoded.labels[int(encoded.starts[row]) :][: int(encoded.lengths[row])]
+        tokens = labels[labels != UNLABELLED].tolist()
+        said.append(tokenizer.decode(tokens, skip_special_tokens=True))
+        ends.update([token for token in tokens if token in special][-1:])
+    return said, ends
+
+
+def _texts(tokenizer: Any, split: Split, inputs: Sequence[str]) -> list[_Text]:
     match tuple(inputs):
         case ("messages",):
             return [_spoken(tokenizer, row, messages) for row, messages in enumerate(split.columns["messages"])]
@@ -82,18 +102,22 @@ def _texts(tokenizer: Any, split: Split, inputs: Sequence[str]) -> Iterable[_Tex
 
 def _spoken(tokenizer: Any, row: int, messages: Sequence[Mapping[str, str]]) -> _Text:
     """Put a conversation in the words of the tokenizer's chat template."""
-    if not tokenizer.chat_template:
+    template = tokenizer.chat_template
+    if not template:
         raise DataError(
             "task: messages need a tokenizer with a chat template, and the base's has none; "
             "use a chat model, or columns prompt and completion"
         )
     try:
-        prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        template = tokenizer.get_chat_template()  # the default, where there are several
+        if "strftime_now" in template:
+            template = _A_DAY + template
+        said = {"tokenize": False, "chat_template": template}
+        prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **said)
+        whole = tokenizer.apply_chat_template(messages, **said)
     except Exception as error:  # a template raises whatever it likes, for roles in an order that it does not know
-        raise DataError(
-            f"task: row {row}: the chat template refuses it ({' '.join(str(error).split())[:120]})"
-        ) from error
+        reason = " ".join(str(error).split())[:120]
+        raise DataError(f"task: row {row}: the chat template refuses it ({reason})") from error
     if not whole.startswith(prompt):
         raise DataError(
             f"task: row {row}: the chat template writes a conversation's beginning otherwise once it is answered; "
@@ -102,36 +126,50 @@ def _spoken(tokenizer: Any, row: int, messages: Sequence[Mapping[str, str]]) -> 
     return _Text(prompt, whole[len(prompt) :], False, False)
 
 
-def _encode(tokenizer: Any, texts: Iterable[_Text], max_length: int) -> Encoded:
+def _tokenise(tokenizer: Any, texts: Sequence[_Text], words: Sequence[str]) -> Iterator[tuple[Tokens, Tokens]]:
+    """Yield the tokens of each text's `words`, and where in these each token begins and ends, `[s, 2]`."""
     if not tokenizer.is_fast:
-        raise DataError("task: the base's tokenizer is a slow one, which can't tell where a completion begins")
-    ids: list[NDArray[np.int64]] = []
-    labels: list[NDArray[np.int64]] = []
-    long = []
-    for row, text in enumerate(texts):
+        raise DataError(
+            "task: the base's tokenizer is a slow one, which can't tell where a completion begins; "
+            "use a base with a tokenizer.json"
+        )
+    for start in range(0, len(words), TOGETHER):
         encoding = tokenizer(
-            text.prompt + text.completion,
-            add_special_tokens=text.special,
+            list(words[start : start + TOGETHER]),
+            add_special_tokens=texts[start].special,  # the same for all texts of a task
             return_offsets_mapping=True,
             return_attention_mask=False,
             verbose=False,
         )
-        own = np.asarray(encoding["input_ids"], dtype=np.int64)
-        ends = np.asarray([end for _, end in encoding["offset_mapping"]], dtype=np.int64)
-        said = np.flatnonzero(ends > len(text.prompt))
+        for tokens, spans in zip(encoding["input_ids"], encoding["offset_mapping"], strict=True):
+            yield np.asarray(tokens, dtype=np.int64), np.asarray(spans, dtype=np.int64).reshape(-1, 2)
+
+
+def _encode(tokenizer: Any, texts: Sequence[_Text], max_length: int, alike: int = 1) -> Encoded:
+    """Tokenise texts of which each `alike` have one prompt."""
+    rows: list[tuple[Tokens, int]] = []
+    whole = [text.prompt + text.completion for text in texts]
+    for row, (text, (tokens, spans)) in enumerate(zip(texts, _tokenise(tokenizer, texts, whole), strict=True)):
+        said = np.flatnonzero(spans[:, 1] > len(text.prompt))
         if not len(said):
             raise DataError(f"task: row {row}: {text.completion!r:.60} has no tokens; give a completion that has some")
-        begin = int(said[0])
-        if text.ends and tokenizer.eos_token_id is not None and own[-1] != tokenizer.eos_token_id:
-            own = np.append(own, tokenizer.eos_token_id)
         if not text.ends:  # a token that the tokenizer puts after every text is no part of a word
-            own = own[: int(said[-1]) + 1]
-        own, begin, cut = *_cut(own, begin, max_length, tokenizer), len(own) > max_length
-        if cut:
+            tokens = tokens[: said[-1] + 1]
+        elif tokenizer.eos_token_id is not None and tokens[-1] != tokenizer.eos_token_id:
+            tokens = np.append(tokens, tokenizer.eos_token_id)
+        rows.append((tokens, int(said[0])))
+    ids, labels, long = [], [], []
+    for row, (tokens, begin) in enumerate(rows):
+        same = rows[row - row % alike :][:alike]
+        surplus = max(len(other) for other, _ in same) - max_length
+        if surplus > 0:
             long.append(row)
+        own, begin = _cut(tokens, min(begin for _, begin in same), surplus, tokenizer)
+        own = own[:max_length]
         mask = np.arange(len(own)) >= max(begin, 1)  # nothing comes before the first token to predict it from
         if not mask.any():
-            raise DataError(f"task: row {row}: {text.completion!r:.60} is one token with none before it; give a prompt")
+            completion = texts[row].completion
+            raise DataError(f"task: row {row}: {completion!r:.60} is one token with none before it; give a prompt")
         ids.append(own)
         labels.append(np.where(mask, own, UNLABELLED))
     lengths = np.array([len(own) for own in ids], dtype=np.int64)
@@ -146,12 +184,11 @@ def _encode(tokenizer: Any, texts: Iterable[_Text], max_length: int) -> Encoded:
     )
 
 
-def _cut(ids: NDArray[np.int64], begin: int, max_length: int, tokenizer: Any) -> tuple[NDArray[np.int64], int]:
-    """Shorten a row of which the first `begin` tokens are the prompt; return it, and where the completion begins."""
-    surplus = len(ids) - max_length
-    if surplus <= 0:
-        return ids, begin
-    first = int(begin > 0 and ids[0] == tokenizer.bos_token_id)
-    gone = min(surplus, max(0, begin - max(first, 1)))
-    kept = np.concatenate([ids[:first], ids[first + gone :]])
-    return kept[:max_length], begin - gone
+def _cut(tokens: Tokens, begin: int, surplus: int, tokenizer: Any) -> tuple[Tokens, int]:
+    """Take `surplus` tokens, or as many as there are, from a prompt of the first `begin`; return what is left of both.
+
+    The token that begins every text stays, and one of the prompt.
+    """
+    first = int(begin > 0 and tokens[0] == tokenizer.bos_token_id)
+    gone = max(0, min(surplus, begin - max(first, 1)))
+    return np.concatenate([tokens[:first], tokens[first + gone :]]), begin - gone

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from peertune.data.labels import number_labels
-from peertune.data.scores import OF_LANGUAGE, OF_VALUES
+from peertune.data.scores import JUDGES, OF_LANGUAGE, OF_VALUES
 from peertune.data.sources import Columns, Reader, open_source
 from peertune.errors import DataError, unknown
 from peertune.types import Split, Task
 
-_FIELD = re.compile(r"\{(\w+)\}")
+_FIELD = re.compile(r"\{([^{}\n]+)\}")
 
 
 def instructions(
@@ -45,14 +45,14 @@ def instructions(
         raise DataError(unknown(f"{where}: metric", metric, OF_LANGUAGE))
     if (prompt is None) != (completion is None):
         raise DataError(f"{where}: give both prompt and completion, or neither for the columns of these names")
-    inputs: tuple[str, ...] = ()
-    splits = []
+    forms, splits = [], []
     for name in (train, validation):
-        columns, place = read((name,)), f"{where}: {name}"
+        source, place = read((name,)), f"{where}: {name}"
+        columns = source
         if prompt is not None and completion is not None:
-            columns = {"prompt": _fill(place, prompt, columns), "completion": _fill(place, completion, columns)}
-        inputs = next((form for form in _FORMS if all(name in columns for name in form)), ())
-        if not inputs:
+            columns = {"prompt": _fill(place, prompt, source), "completion": _fill(place, completion, source)}
+        inputs = next((form for form in _FORMS if all(name in columns for name in form)), None)
+        if inputs is None:
             raise DataError(
                 f"{place}: has no messages, no prompt and completion, no text, but {', '.join(columns)}; "
                 'say what is learnt, such as prompt="{question}" and completion="{answer}"'
@@ -61,9 +61,21 @@ def instructions(
         if chat and inputs != ("prompt", "completion"):
             raise DataError(f"{where}: chat is for prompts and completions, and the columns are {', '.join(inputs)}")
         if chat:
-            rows = {"messages": [_conversation(*pair) for pair in zip(*rows.values(), strict=True)]}
-        splits.append(Split(rows, np.zeros(len(next(iter(rows.values()))), dtype=np.int64)))
-    return Task(where.removeprefix("task "), tuple(splits[0].columns), (), splits[0], splits[1], metric, "complete")
+            inputs, rows = (
+                ("messages",),
+                {"messages": [_conversation(*pair) for pair in zip(*rows.values(), strict=True)]},
+            )
+        if inputs == ("text",) and metric in JUDGES:
+            raise DataError(f"{where}: metric {metric} needs prompts to go on from, and the rows are plain text")
+        size = len(next(iter(rows.values())))
+        forms.append(inputs)
+        splits.append(Split(source | rows, np.zeros(size)))  # no classes, to deal rows by, as a regression has none
+    if forms[0] != forms[1]:
+        raise DataError(
+            f"{where}: {train} has the columns {', '.join(forms[0])}, and {validation} {', '.join(forms[1])}; "
+            "give both in one form"
+        )
+    return Task(where.removeprefix("task "), forms[0], (), splits[0], splits[1], metric, "complete")
 
 
 def label_words(
@@ -77,12 +89,14 @@ def label_words(
     train: str = "train",
     validation: str = "validation",
     metric: str = "accuracy",
+    classes: list[str] | None = None,
 ) -> Task:
     r"""Classify by a causal language model: the class whose word is the likeliest to follow the prompt.
 
     `prompt` puts the columns in words, such as `"{passage}\nQuestion: {question}?\\nAnswer:"`; `words` holds what
-    stands for each class, by number or in sorted order of the labels' names, such as `[" no", " yes"]`. In training the
-    word of the right class is the completion. A word's likelihood is the product over its tokens, and is not divided by
+    stands for each class, by number, such as `[" no", " yes"]`; labels that are names are numbered in sorted order, or
+    by `classes`, where parties train on rows of their own, of which one may lack a class. In training the word of the
+    right class is the completion. A word's likelihood is the product over its tokens, and is not divided by
     their number: choose words of alike many tokens. DeCAF (arXiv 2505.21382) scores WiC and BoolQ by F1; its prompts
     are not known to us.
 
@@ -98,14 +112,15 @@ def label_words(
         columns = read((name,))
         if label not in columns:
             raise DataError(unknown(f"{where}: {name}: column", label, columns))
-        found[name] = {"prompt": _fill(f"{where}: {name}", prompt, columns), "label": columns[label]}
-    if any(isinstance(value, bool) for columns in found.values() for value in columns["label"]):
-        for columns in found.values():
-            columns["label"] = [int(value) if isinstance(value, bool) else value for value in columns["label"]]
-    classes, splits = number_labels(where, found, ("prompt",), "label", None, metric)
-    if len(classes) != len(words):
-        raise DataError(f"{where}: there are {len(classes)} classes ({', '.join(classes[:5])}) and {len(words)} words")
-    return Task(where.removeprefix("task "), ("prompt",), classes, splits[0], splits[1], metric, "choose", tuple(words))
+        numbers = [int(value) if isinstance(value, bool) else value for value in columns[label]]
+        found[name] = columns | {"prompt": _fill(f"{where}: {name}", prompt, columns), label: numbers}
+    known = None if classes is None else tuple(classes)
+    if known is None and all(isinstance(value, int) for value in found[train][label]):
+        known = tuple(str(number) for number in range(len(words)))
+    names, splits = number_labels(where, found, ("prompt",), label, known, metric)
+    if len(names) != len(words):
+        raise DataError(f"{where}: there are {len(names)} classes ({', '.join(names[:5])}) and {len(words)} words")
+    return Task(where.removeprefix("task "), ("prompt",), names, splits[0], splits[1], metric, "choose", tuple(words))
 
 
 def _open(
@@ -120,11 +135,17 @@ def _open(
 
 def _fill(where: str, template: str, columns: Columns) -> list[str]:
     """Put each row's values in the place of a template's `{column}`s; other braces stay."""
-    for name in _FIELD.findall(template):
+    names = [name for name in _FIELD.findall(template) if name in columns or name.isidentifier()]
+    if not names:
+        raise DataError(f"{where}: {template!r} takes nothing from the rows; put a column's name in braces")
+    for name in names:
         if name not in columns:
             raise DataError(unknown(f"{where}: {template!r}: column", name, columns))
-    size = len(next(iter(columns.values()), []))
-    return [_FIELD.sub(lambda field, row=row: str(columns[field[1]][row]), template) for row in range(size)]  # type: ignore[misc]
+        for row, value in enumerate(columns[name]):
+            if value is None or value != value:
+                raise DataError(f"{where}: row {row}: {name} is missing, leave out rows without one")
+    rows = [dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True)]
+    return [_FIELD.sub(lambda field, row=row: str(row.get(field[1], field[0])), template) for row in rows]  # type: ignore[misc]
 
 
 def _conversation(prompt: str, completion: str) -> list[dict[str, str]]:
@@ -144,7 +165,7 @@ def _plain(where: str, columns: Columns) -> dict[str, list[Any]]:
 
 
 def _messages(where: str, columns: Columns) -> dict[str, list[Any]]:
-    conversations = [list(messages) if messages is not None else [] for messages in columns["messages"]]
+    conversations = [list(messages) if isinstance(messages, list | tuple) else [] for messages in columns["messages"]]
     if not conversations:
         raise DataError(f"{where}: no rows, give at least one")
     for row, messages in enumerate(conversations):

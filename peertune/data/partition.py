@@ -4,7 +4,7 @@ A partition maps `(split, clients, seed)` to one array of row numbers for each c
 common, and never empty. `PARTITIONS` names the factories; a factory's signature is its schema in a recipe. The same
 seed gives the same partition, whatever else a run draws.
 
-Those that go by class refuse the labels of a regression.
+Those that go by class refuse the labels of a regression, and rows without any.
 """
 
 from collections.abc import Callable, Sequence
@@ -197,7 +197,7 @@ PARTITIONS: dict[str, Callable[..., Partition]] = {
 
 
 def counts(split: Split, parts: Sequence[Rows], classes: int) -> Rows:
-    """Count each client's rows of each class: `[clients, classes]`; DataError for the labels of a regression."""
+    """Count each client's rows of each class: `[clients, classes]`; DataError for rows without classes."""
     _check_classes("counts", split)
     return np.stack([np.bincount(split.labels[rows], minlength=classes) for rows in parts])
 
@@ -210,8 +210,7 @@ def _check_size(partition: str, split: Split, clients: int) -> None:
 def _check_classes(partition: str, split: Split) -> None:
     if split.labels.dtype.kind != "i":
         raise DataError(
-            f"partition {partition}: it goes by class and the labels are a regression's, "
-            "choose iid, quantity_skew or column"
+            f"partition {partition}: it goes by class and the rows have none, choose iid, quantity_skew or column"
         )
 
 

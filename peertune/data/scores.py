@@ -54,7 +54,7 @@ def token_accuracy(hits: NDArray[Any], labels: NDArray[Any]) -> float:
     return float(hits.sum() / labels.sum())
 
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
 def same_text(generated: str, reference: str) -> bool:
@@ -63,7 +63,7 @@ def same_text(generated: str, reference: str) -> bool:
 
 
 def same_number(generated: str, reference: str) -> bool:
-    """Whether the last numbers of two texts are equal; commas within a number count for nothing."""
+    """Whether the last numbers of two texts are equal; commas that set off thousands count for nothing."""
     last = [_NUMBER.findall(text)[-1:] for text in (generated, reference)]
     return all(last) and float(last[0][0].replace(",", "")) == float(last[1][0].replace(",", ""))
 

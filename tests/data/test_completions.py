@@ -3,9 +3,10 @@ from typing import Any
 import numpy as np
 import pytest
 from speaking import CHAT, make_tokenizer
+from tokenizers import normalizers, processors
 
 from peertune.data.batches import UNLABELLED, Encoded
-from peertune.data.completions import encode_choices, encode_completions, encode_prompts, encode_words
+from peertune.data.completions import completions, encode_choices, encode_completions, encode_prompts, encode_words
 from peertune.errors import DataError
 from peertune.types import Split
 
@@ -48,9 +49,63 @@ def test_of_a_conversation_the_last_message_is_learnt() -> None:
     encoded = encode_completions(make_tokenizer(CHAT), split_of(messages=[TURNS]), ("messages",), 64)
     whole = "<s>[system] be brief\n[user] hello\n[assistant] yes</s>\n"
     assert read(encoded, 0) == (whole, "yes</s>\n")
-    prompts, right = encode_prompts(make_tokenizer(CHAT), split_of(messages=[TURNS]), ("messages",), 64)
+    prompts, long = encode_prompts(make_tokenizer(CHAT), split_of(messages=[TURNS]), ("messages",), 64)
     assert make_tokenizer().decode(prompts[0]) == "<s>[system] be brief\n[user] hello\n[assistant] "
-    assert right == ["yes"]
+    assert long == []
+    assert completions(make_tokenizer(), encoded, [0]) == (["yes\n"], {1})
+
+
+def test_what_a_template_adds_to_an_answer_is_right_and_its_own_end_ends_it() -> None:
+    tokenizer = make_tokenizer(
+        "{% for m in messages %}<|{{ m.role }}|>{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}<|end|>"
+        "\n{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>", "<|assistant|>"]})
+    encoded = encode_completions(tokenizer, split_of(messages=[TURNS]), ("messages",), 64)
+    said, ends = completions(tokenizer, encoded, [0])
+    assert said[0].strip() == "<think></think>yes"
+    assert tokenizer.convert_ids_to_tokens(list(ends)) == ["<|end|>"]
+
+
+def test_a_template_that_writes_the_date_writes_the_same_on_every_day() -> None:
+    tokenizer = make_tokenizer("{{ strftime_now('%d %b %Y') }} {% for m in messages %}{{ m.content }} {% endfor %}")
+    encoded = encode_completions(tokenizer, split_of(messages=[TURNS]), ("messages",), 64)
+    assert read(encoded, 0) == ("26 Jul 2024 be brief hello yes ", "yes ")
+
+
+@pytest.mark.parametrize("words", [["是", "昰"], ["😀", "😁"]])
+def test_characters_of_several_tokens_stay_whole(words: list[str]) -> None:
+    split = Split({"prompt": ["x"]}, np.array([1]))
+    choices = encode_choices(make_tokenizer(), split, words, 64)
+    assert [read(choices, row)[0] for row in (0, 1)] == [f"x{word}" for word in words]
+    pairs = split_of(prompt=["x"], completion=words[1:])
+    assert read(encode_completions(make_tokenizer(), pairs, ("prompt", "completion"), 64), 0)[1] == f"{words[1]}</s>"
+
+
+def test_what_a_tokenizer_ends_texts_with_ends_completions_and_no_prompts() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    split = split_of(prompt=["ab"], completion=["c"])
+    assert read(encode_completions(tokenizer, split, ("prompt", "completion"), 64), 0) == ("<s>abc</s>", "c</s>")
+    assert (
+        encode_prompts(tokenizer, split, ("prompt", "completion"), 64)[0][0].tolist() == tokenizer("ab").input_ids[:-1]
+    )
+    words = encode_choices(tokenizer, Split({"prompt": ["ab"]}, np.array([0])), ["c", "d"], 64)
+    assert read(words, 0) == ("<s>abc", "c")
+
+
+def test_words_are_said_after_the_same_prompt() -> None:
+    split = Split({"prompt": ["abcdefgh"]}, np.array([0]))
+    choices = encode_choices(make_tokenizer(), split, [" no", " probably"], 12)
+    assert [read(choices, row) for row in (0, 1)] == [("fgh no", " no"), ("fgh probably", " probably")]
+
+
+def test_long_prompts_to_go_on_from_are_told() -> None:
+    split = split_of(prompt=["abc", "abcdef"], completion=["x", "y"])
+    prompts, long = encode_prompts(make_tokenizer(), split, ("prompt", "completion"), 4)
+    assert (make_tokenizer().decode(prompts[1]), long) == ("cdef", [1])
 
 
 def test_a_word_of_a_class_is_learnt_without_an_end() -> None:
@@ -100,9 +155,6 @@ def test_what_is_wrong_with_a_chat_template_is_said(chat: str | None, messages: 
 
 def test_a_completion_without_tokens_is_refused() -> None:
     tokenizer = make_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": []})
-    from tokenizers import normalizers
-
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip(left=False, right=True)
     split = Split({"prompt": ["is it?"]}, np.array([1]))
     with pytest.raises(DataError, match="row 0: '  ' has no tokens; give a completion that has some"):
@@ -111,5 +163,5 @@ def test_a_completion_without_tokens_is_refused() -> None:
 
 def test_a_prompt_without_tokens_can_not_be_gone_on_from() -> None:
     split = split_of(prompt=[""], completion=["five"])
-    with pytest.raises(DataError, match="a prompt without tokens; to generate, give each row a prompt"):
+    with pytest.raises(DataError, match="row 0: a prompt without tokens; to generate, give each row a prompt"):
         encode_prompts(make_tokenizer(), split, ("prompt", "completion"), 64)

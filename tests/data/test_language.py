@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from peertune.data.language import instructions, label_words
+from peertune.data.partition import PARTITIONS
 from peertune.errors import DataError
 
 Rows = list[dict[str, Any]]
@@ -37,10 +38,33 @@ def test_the_form_of_the_rows_is_told_by_their_columns(tmp_path: Path, rows: Row
 def test_columns_are_put_in_words(tmp_path: Path) -> None:
     path = folder(tmp_path, [{"question": "1+1 {x}", "answer": 2}])
     task = instructions(path, prompt="Q: {question}\n{", completion=" {answer}")
-    assert dict(task.train.columns) == {"prompt": ["Q: 1+1 {x}\n{"], "completion": [" 2"]}
+    assert task.inputs == ("prompt", "completion")
+    assert [task.train.columns[name] for name in task.inputs] == [["Q: 1+1 {x}\n{"], [" 2"]]
     chat = instructions(path, prompt="{question}", completion="{answer}", chat=True)
     said = [{"role": "user", "content": "1+1 {x}"}, {"role": "assistant", "content": "2"}]
-    assert dict(chat.train.columns) == {"messages": [said]}
+    assert (chat.inputs, chat.train.columns["messages"]) == (("messages",), [said])
+
+
+def test_rows_can_be_dealt_by_a_column_and_not_by_classes_that_they_lack(tmp_path: Path) -> None:
+    rows = [row | {"who": f"party {number % 2}"} for number, row in enumerate(PAIRS * 2)]
+    task = instructions(folder(tmp_path, rows))
+    assert [part.tolist() for part in PARTITIONS["column"](by="who")(task.train, 2, 0)] == [[0, 2], [1, 3]]
+    with pytest.raises(DataError, match="it goes by class and the rows have none, choose iid, quantity_skew or column"):
+        PARTITIONS["dirichlet"]()(task.train, 2, 0)
+
+
+def test_a_party_may_lack_a_class(tmp_path: Path) -> None:
+    rows = [{"a": "x", "verdict": 1}, {"a": "y", "verdict": 1}]
+    assert label_words("{a}", "verdict", ["no", "yes"], folder(tmp_path, rows)).classes == ("0", "1")
+    named = [{"a": "x", "verdict": "good"}]
+    task = label_words("{a}", "verdict", ["no", "yes"], folder(tmp_path, named), classes=["bad", "good"])
+    assert (task.classes, task.train.labels.tolist()) == (("bad", "good"), [1])
+
+
+def test_both_splits_must_have_one_form(tmp_path: Path) -> None:
+    path = folder(tmp_path, [{"messages": TURNS}], PAIRS[:1])
+    with pytest.raises(DataError, match="train has the columns messages, and validation prompt, completion; give both"):
+        instructions(path)
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 1], [False, True, True], ["no", "yes", "yes"]])
@@ -73,6 +97,9 @@ def conversation(*roles: str, content: str = "x") -> Rows:
         (conversation("user", "assistant", content=" "), {}, "row 0: the assistant's message is empty"),
         ([{"messages": ["hello", "you"]}], {}, "row 0: 'hello' is no message, give its role and content"),
         ([{"messages": None}], {}, "row 0: its last message"),
+        ([{"messages": 5}], {}, "row 0: its last message"),
+        ([{"text": "x"}], {"metric": "exact_match"}, "exact_match needs prompts to go on from, and the rows are plain"),
+        ([{"q": "x", "a": None}], {"prompt": "{q}", "completion": "{a}"}, "train: row 0: a is missing, leave out rows"),
     ],
 )
 def test_what_is_wrong_with_instructions_is_said(
@@ -90,7 +117,8 @@ def test_what_is_wrong_with_instructions_is_said(
         ({"words": ["yes"]}, "words is ['yes']; give two or more"),
         ({"words": ["yes", "yes"]}, "give two or more different ones"),
         ({"words": ["yes", " "]}, "none of them empty"),
-        ({"words": ["a", "b", "c"]}, "there are 2 classes (0, 1) and 3 words"),
+        ({"words": ["a", "b", "c"], "label": "name"}, "there are 2 classes (one, two) and 3 words"),
+        ({"prompt": "q"}, "'q' takes nothing from the rows; put a column's name in braces"),
         ({"label": "lable"}, "train: column: unknown name 'lable', did you mean label?"),
         ({"prompt": "{b}"}, "'{b}': column: unknown name 'b'"),
         ({"metric": "pearson"}, "metric pearson is not for classes"),
@@ -100,7 +128,7 @@ def test_what_is_wrong_with_instructions_is_said(
     ],
 )
 def test_what_is_wrong_with_label_words_is_said(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
-    rows = [{"a": "x", "label": 0}, {"a": "y", "label": 1}]
+    rows = [{"a": "x", "label": 0, "name": "one"}, {"a": "y", "label": 1, "name": "two"}]
     fine = {"prompt": "{a}", "label": "label", "words": ["no", "yes"], "path": folder(tmp_path, rows)}
     assert label_words(**fine).words == ("no", "yes")  # type: ignore[arg-type]
     with pytest.raises(DataError) as error:

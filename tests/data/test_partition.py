@@ -189,9 +189,7 @@ def test_a_regression_can_be_dealt_without_classes() -> None:
 
 @pytest.mark.parametrize("name", BY_CLASS)
 def test_a_regression_has_no_classes_to_go_by(name: str) -> None:
-    with pytest.raises(
-        DataError, match=f"^partition {name}: it goes by class and the labels are a regression's, choose"
-    ):
+    with pytest.raises(DataError, match=f"^partition {name}: it goes by class and the rows have none, choose"):
         make(name, 2, 2)(Split({}, np.linspace(0, 5, 6)), 2, 0)
 
 

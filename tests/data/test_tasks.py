@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from peertune.data.scores import METRICS, OF_LANGUAGE
+from peertune.data.scores import JUDGES, METRICS, OF_LANGUAGE
 from peertune.data.tasks import TASKS, glue, public_digits, text
 from peertune.errors import DataError
 from peertune.types import Task
@@ -301,3 +301,19 @@ def test_classes_that_are_named_need_not_all_be_in_a_partys_rows(tmp_path: Path)
 def test_classes_that_cannot_be_are_refused(classes: list[str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match="give two or more different names"):
         read(folder(tmp_path, ["ham", "spam"]), classes=classes)
+
+
+@pytest.mark.parametrize(
+    ("generated", "reference", "right"),
+    [
+        ("so it is 1,234.50", "#### 1234.5", True),
+        ("the answer-7", "7", True),
+        ("x = -7", "-7", True),
+        ("10-7", "-7", False),
+        ("[1,2,3]", "123", False),
+        ("[1,2,3]", "3", True),
+        ("nothing", "3", False),
+    ],
+)
+def test_the_last_number_is_read_as_people_write_it(generated: str, reference: str, right: bool) -> None:
+    assert JUDGES["last_number"](generated, reference) is right
