@@ -6,16 +6,18 @@ the row and the place, as all randomness here, so what a row becomes depends on 
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from peertune import draws
 from peertune.adapters.dropout import keyed_uniforms
 from peertune.adapters.rows import Rows, bound
 from peertune.adapters.stacked import StackedModel
+from peertune.memory import device_type
 from peertune.types import Tensors
 
 
@@ -55,6 +57,34 @@ def generate(
             for place, text in enumerate(texts):
                 found[start + place // len(numbers)][numbers[place % len(numbers)]] = text
     return found
+
+
+CACHE_BYTES = {"cpu": 2**28, "cuda": 2**31}
+"""How much of keys and values a batch may keep."""
+
+
+def cached_tokens(base: Any) -> int:
+    """Return how many tokens a batch may have whose keys and values are kept."""
+    config = base.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * size * base.dtype.itemsize
+    return int(CACHE_BYTES[device_type(next(base.parameters()))] // each)
+
+
+@torch.no_grad()
+def pads_left(base: Any, pad: int) -> bool:
+    """Whether a base goes on from a text in the same way with padding on its left; some that keep a state don't."""
+    tokens = torch.tensor([[2, 3, 4]], device=base.device)
+    padded = nn.functional.pad(tokens, (2, 0), value=pad)
+    masks = torch.ones_like(tokens), nn.functional.pad(torch.ones_like(tokens), (2, 0))
+    asked = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    base.eval()
+    alone, beside = (
+        base.generate(input_ids=ids, attention_mask=mask, pad_token_id=pad, **asked).logits[0]
+        for ids, mask in zip((tokens, padded), masks, strict=True)
+    )
+    return bool((alone - beside).norm() <= torch.finfo(base.dtype).eps ** 0.5 * alone.norm())
 
 
 def _batches(lengths: Sequence[int], clients: int, new: int, tokens: int) -> Iterator[NDArray[np.int64]]:

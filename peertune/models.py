@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from peertune import draws
 from peertune.adapters.attention import register_attention
 from peertune.data.tasks import public_digits
+from peertune.empty import empty_model
 from peertune.errors import ModelError
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ Purpose = Literal["text", "image", "language", "match"]
 class Base:
     """A base model, with a head where the task needs one, and what must be known of it."""
 
-    model: nn.Module
+    model: Any  # a `PreTrainedModel`
     tokenizer: Any  # None where there are images alone
     head_roots: tuple[str, ...]  # the modules of the classification head, and what else the checkpoint lacks
     head: Mapping[str, Tensor]  # all that these hold, by name: what must travel with an adapter
@@ -41,13 +42,15 @@ class Base:
     revision: str | None  # the hub's commit that was loaded; None for a folder
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, *, planned: bool = False) -> torch.device:
     """Return the device of this name; `auto` is the first GPU, or else the CPU.
 
-    Raises ModelError where the device isn't there.
+    Raises ModelError where the device isn't there, and where it is more than `planned` for.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if planned and name.startswith("cuda") and not torch.cuda.is_available():
+        return torch.device(name)
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f"device: {name} isn't there; use device=cpu or device=auto")
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
@@ -63,7 +66,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}[name]
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        # of one that isn't here it is assumed: all since 2020 have it
+        native = not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         abilities = torch.cpu.get_capabilities()
         native = bool(abilities.get("avx512_bf16") or abilities.get("amx_bf16"))
@@ -80,6 +84,7 @@ def load_base(
     device: torch.device,
     seed: int,
     quantization: str | None = None,
+    planned: bool = False,
 ) -> Base:
     """Load a checkpoint by hub id, folder or built-in name, with a head of `classes` outputs (1 for a regression).
 
@@ -88,12 +93,13 @@ def load_base(
     2305.14314), with `dtype` to compute in.
 
     Only safetensors are read and no code of the checkpoint's is run. What the checkpoint lacks (a head of this size, a
-    pooler) is drawn from the seed: weights normal with the model's `initializer_range`, biases zero.
+    pooler) is drawn from the seed: weights normal with the model's `initializer_range`, biases zero. A `planned` base
+    has no weights: it is made of the checkpoint's config alone, on the meta device.
 
     Raises ModelError where the model isn't there, is damaged, or lacks more than a head and a pooler, where it can't
     serve the purpose, and where it can't be quantised here.
     """
-    quantized = {} if quantization is None else _quantized(dtype, device)
+    quantized = {} if quantization is None or planned else _quantized(dtype, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register_attention()
@@ -108,27 +114,32 @@ def load_base(
         if purpose == "match":
             _check_clip(name, config)
         tokenizer = None if purpose == "image" else AutoTokenizer.from_pretrained(source, **common)
-        with torch.random.fork_rng(devices=[]):  # from_pretrained initialises what it will overwrite
-            model, report = auto.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                attn_implementation="peertune",
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-                **quantized,
-                **common,
-            )
+        model: Any
+        report: Mapping[str, Any] = dict.fromkeys(_REPORT, ())
+        if planned:
+            model = empty_model(auto, config, dtype, quantization)
+        else:
+            with torch.random.fork_rng(devices=[]):  # from_pretrained initialises what it will overwrite
+                model, report = auto.from_pretrained(
+                    source,
+                    config=config,
+                    dtype=dtype,
+                    attn_implementation="peertune",
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                    **quantized,
+                    **common,
+                )
     except ModelError:
         raise
     except Exception as error:  # on a damaged file, parsers raise whatever they stumble over
         raise ModelError(_reason(name, error, described)) from error
     if tokenizer is not None:
-        _check_tokenizer(name, tokenizer)
+        _check_tokenizer(name, tokenizer, model.config.get_text_config().vocab_size)
         model.config.pad_token_id = tokenizer.pad_token_id
     head_roots = () if headless else _head_roots(model)
-    lacking = {key if isinstance(key, str) else key[0] for key in (*report["missing_keys"], *report["mismatched_keys"])}
+    lacking = {key if isinstance(key, str) else key[0] for part in _REPORT for key in report[part]}
     beyond = [key for key in lacking if not key.startswith(tuple(f"{root}." for root in head_roots))]
     odd = [key for key in beyond if "pooler" not in key or headless]
     if odd:
@@ -137,7 +148,7 @@ def load_base(
             f"another size, such as {min(odd)}; give a checkpoint of this architecture"
         )
     _seed_parameters(model, lacking, seed)
-    if quantization is None:
+    if quantization is None and not planned:
         model.to(device)
     output_name, stop = _prepare_language_model(name, model, tokenizer) if purpose == "language" else (None, ())
     head_roots = (*head_roots, *sorted({key.rpartition(".")[0] for key in beyond}))
@@ -178,6 +189,8 @@ def load_processor(name: str, *, revision: str | None, config: Any) -> Callable[
     return process
 
 
+_REPORT = ("missing_keys", "mismatched_keys")
+"""What `transformers` says of what a checkpoint lacks."""
 _AUTO: dict[Purpose, tuple[Any, str]] = {
     "text": (transformers.AutoModelForSequenceClassification, "classification"),
     "image": (transformers.AutoModelForImageClassification, "classification"),
@@ -213,10 +226,11 @@ def _quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
 def _prepare_language_model(name: str, model: Any, tokenizer: Any) -> tuple[str, tuple[int, ...]]:
     """Return the name of the output layer, and the tokens that end a text; what is generated is the recipe's to say."""
     output = model.get_output_embeddings()
-    output_name = next(
-        (name for name, module in model.named_modules() if module is output and output is not None), None
-    )
-    if output_name is None or not _looks_back_only(model):
+    paths = [path for path, module in model.named_modules() if module is output]
+    said = torch.zeros(2, 1) if model.device.type == "meta" else _said_before(model)
+    if not said.isfinite().all():
+        raise ModelError(f"model.name: {name}: what it computes is not finite, its weights are damaged; fetch it again")
+    if output is None or not torch.equal(*said):
         raise ModelError(
             f"model.name: {name}: {type(model).__name__} is no causal language model: it looks at the tokens to come; "
             "give one such as Llama, Qwen, Gemma, Mistral or GPT-2"
@@ -224,22 +238,22 @@ def _prepare_language_model(name: str, model: Any, tokenizer: Any) -> tuple[str,
     ends = model.generation_config.eos_token_id
     stop = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
     model.generation_config = transformers.GenerationConfig()
-    return output_name, tuple(sorted(stop))
+    return paths[0], tuple(sorted(stop))
 
 
 @torch.no_grad()
-def _looks_back_only(model: Any) -> bool:
-    """Whether another last token leaves what the model says before it as it is."""
+def _said_before(model: Any) -> Tensor:
+    """Return the logits before the last token of two texts that differ in it alone, `[2, s, vocabulary]`."""
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
-    first, second = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1]
-    return torch.equal(first, second)
+    logits: Tensor = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1]
+    return logits
 
 
-def _check_tokenizer(name: str, tokenizer: Any) -> None:
-    """See to it that there are words, and a token to pad with."""
+def _check_tokenizer(name: str, tokenizer: Any, words: int) -> None:
+    """See to it that there are words, and a token to pad with among the `words` that the base knows."""
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files at all
         raise ModelError(f"model.name: {name}: it has no tokenizer; put its tokenizer's files beside the weights")
-    if tokenizer.pad_token is None:
+    if tokenizer.pad_token is None or tokenizer.pad_token_id >= words:  # some have one that the base does not know
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ModelError(f"model.name: {name}: its tokenizer has no token to pad with; give it a pad_token")

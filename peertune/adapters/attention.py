@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask
 from peertune.adapters.dropout import keyed_dropout
 from peertune.adapters.rows import current_rows
 from peertune.errors import ModelError
+from peertune.memory import device_type
 
 
 def attention(
@@ -43,9 +44,8 @@ def attention(
         key, value = key.repeat_interleave(heads_per_group, dim=1), value.repeat_interleave(heads_per_group, dim=1)
     rows = current_rows()
     drops = module.training and dropout > 0 and rows is not None
-    if query.device.type != "cpu" and not drops and softcap is None:
-        fused = nn.functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
-        return fused.transpose(1, 2).contiguous(), None
+    if device_type(query) != "cpu" and not drops and softcap is None:
+        return _fused(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
@@ -57,6 +57,16 @@ def attention(
     if drops and rows is not None:
         probabilities = keyed_dropout(probabilities, dropout, rows, rows.streams[module], scores=True)
     return (probabilities @ value).transpose(1, 2).contiguous(), None
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    if not query.is_meta:
+        return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    # Of meta tensors PyTorch would take the products apart; this is the kernel that a GPU has for a mask.
+    bias = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+    fused: Tensor
+    fused, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scaling)
+    return fused
 
 
 def attention_mask(mask_function: Callable[..., Any], dtype: torch.dtype, **sizes: Any) -> Tensor | None:

@@ -113,7 +113,11 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
                 tried = subprocess.run([*COMMAND, *words], capture_output=True)
                 if tried.returncode:
                     raise RunError(f"{member.name}: {why_it_failed(tried.stderr, tried.returncode)}")
-                trials[key] = Trial(**json.loads(tried.stdout)["trial"])
+                answer = json.loads(tried.stdout)
+                if answer["trial"] is None:
+                    device = answer["plan"]["device"]
+                    raise RunError(f"{member.name}: {device} isn't there to try it on; use device=cpu or device=auto")
+                trials[key] = Trial(**answer["trial"])
             found = estimate(member.recipe, trials[key])
             rows.append(
                 {
