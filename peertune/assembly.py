@@ -2,10 +2,11 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from peertune.adapters.stacked import Forward, attach, init_adapters
 from peertune.data.batches import Encoded, encode_images, encode_text, training_steps
 from peertune.data.completions import encode_completions, encode_words
 from peertune.data.images import Images, prompts
-from peertune.errors import DataError, RecipeError
+from peertune.errors import DataError, ModelError, RecipeError
 from peertune.evaluation import build_evaluation
+from peertune.memory import map_tensors_alone
 from peertune.models import Base, Purpose, load_base, load_processor, pick_device, pick_dtype
 from peertune.parts import (
     build_algorithm,
@@ -37,7 +39,7 @@ from peertune.parts import (
 from peertune.recipe import Recipe
 from peertune.round import Job
 from peertune.training import Optim, adamw, learning_rate, sgd
-from peertune.types import Algorithm, Split, State, Task
+from peertune.types import ALONE, Algorithm, Group, Split, State, Task
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,9 @@ TOKENS_PER_PASS = {"cpu": 1536, "cuda": 65536}
 fit."""
 LANGUAGE_TOKENS_PER_PASS = {"cpu": 1536, "cuda": 8192}
 """The same for language models, which are larger, and have logits for each token of a completion."""
+LOGITS_BYTES = 2**33
+"""What a language model's logits and their gradients may take: 12 bytes a label and word in training, 10 in evaluation,
+which has twice the tokens."""
 EVALUATION_FACTOR = 2
 """How many times more tokens go through together in evaluation, which keeps nothing for a backward pass."""
 COLUMNS = 128
@@ -85,25 +90,34 @@ class Run:
         }
 
 
-def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Run:
+def build(
+    recipe: Recipe,
+    clients: Sequence[int] | None = None,
+    own_data: bool = False,
+    *,
+    group: Group = ALONE,
+    planned: bool = False,
+) -> Run:
     """Make everything that a run needs, in the order in which mistakes are cheapest to find.
 
-    For a `peer` that is the client of this number and no other. With `own_data` all rows of the task are its own, and
-    not dealt out by the recipe's partition.
+    For these `clients`: all, a process's share of them in a `group`, or one, a peer. With `own_data` all rows of the
+    task are its own, and not dealt out by the recipe's partition. A `planned` run has a base without weights: all of
+    it is on the meta device, and the device that it is for need not be there.
     """
     task = build_task(recipe)
     graph = build_graph(recipe)
     faults = build_faults(recipe)
-    clients = range(recipe.clients) if peer is None else [peer]
+    clients = range(recipe.clients) if clients is None else clients
+    peer = group.size == 1 and len(clients) < recipe.clients
     if own_data:
-        parts = [np.arange(len(task.train) if client == peer else 0) for client in range(recipe.clients)]
+        parts = [np.arange(len(task.train) if client in clients else 0) for client in range(recipe.clients)]
     else:
         parts = build_partition(recipe, task)
     algorithm = build_algorithm(recipe, graph)
     purpose = _purpose(task)
     if recipe.head == "trained" and purpose in _HEADLESS:
         raise RecipeError(f"head: {_HEADLESS[purpose]} has no head to train; use head=frozen")
-    device = pick_device(recipe.device)
+    device = pick_device(recipe.device, planned=planned)
     dtype = pick_dtype(recipe.model.dtype, device)
     base = load_base(
         recipe.model.name,
@@ -114,6 +128,7 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
         device=device,
         seed=recipe.seed,
         quantization=recipe.model.quantization,
+        planned=planned,
     )
     lora = _lora_config(recipe, base, purpose)
     model = attach(
@@ -130,10 +145,12 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
         checkpointing=recipe.training.gradient_checkpointing,
         forward=_matching(task, base) if purpose == "match" else None,
     )
+    if recipe.training.gradient_checkpointing:
+        map_tensors_alone()  # who computes twice to save memory has no use for a heap with holes
     optim = build_optim(recipe)
     adapters = init_adapters(model, len(clients), recipe.seed)
     signals = algorithm.agreement.init(clients, 0) if algorithm.agreement else {}
-    signals = {name: x.to(device) for name, x in signals.items()}
+    signals = {name: x.to(base.model.device) for name, x in signals.items()}
     state = State(adapters, optim.optimizer.init(adapters), 0, signals)
     max_length = _max_length(recipe, base)
     train, validation = _encode(recipe, task, base, max_length)
@@ -149,8 +166,17 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
         raise DataError("training.long_rows: no row to validate on is short enough; raise training.max_length")
     together = max(1, COLUMNS // recipe.lora.r)
     passes = LANGUAGE_TOKENS_PER_PASS if purpose == "language" else TOKENS_PER_PASS
-    tokens = passes[device.type] if recipe.training.tokens_per_pass == "auto" else recipe.training.tokens_per_pass
-    clients_per_pass = min(len(clients), recipe.training.clients_per_pass or CLIENTS_PER_PASS)
+    if recipe.training.tokens_per_pass != "auto":
+        tokens = recipe.training.tokens_per_pass
+    elif purpose == "language":
+        tokens = max(
+            1, min(passes[device.type], LOGITS_BYTES // (24 * base.model.get_output_embeddings().out_features))
+        )
+    else:
+        tokens = passes[device.type]
+    clients_per_pass = min(
+        len(clients) if peer else recipe.clients, recipe.training.clients_per_pass or CLIENTS_PER_PASS
+    )
     job = Job(
         model=model,
         graph=graph,
@@ -176,7 +202,8 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
             max_length=max_length,
             tokens=EVALUATION_FACTOR * tokens,
             together=together,
-            average=peer is None,
+            average=not peer,
+            group=group,
         ),
         state=state,
         clients=clients,
@@ -185,8 +212,9 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
         evaluate_every=recipe.evaluate.every,
         clients_per_pass=clients_per_pass,
         faults=faults,
+        group=group,
     )
-    if peer is not None and "every" not in recipe.checkpoint.model_fields_set:
+    if peer and "every" not in recipe.checkpoint.model_fields_set:
         recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})})
     return Run(
         job,
@@ -195,7 +223,7 @@ def build(recipe: Recipe, peer: int | None = None, own_data: bool = False) -> Ru
         base.head,
         {"form": task.form, "metric": task.metric, "words": task.words, "templates": task.templates},
         task.classes,
-        held=label_counts(task, task.train, [parts[client] for client in clients]),
+        held=list(chain(*group.gather(label_counts(task, task.train, [parts[client] for client in clients])))),
         validation=label_counts(task, task.validation, [held_out])[0],
         long=long,
     )
@@ -315,6 +343,14 @@ def _encode(recipe: Recipe, task: Task, base: Base, max_length: int) -> tuple[En
         log.info("tokenising %s rows", f"{len(task.train) + len(task.validation):,}")
     train, validation = encode(task.train), encode(task.validation)
     for name, encoded in (("train", train), ("validation", validation)):
+        if (
+            not images
+            and (highest := int(encoded.tokens["input_ids"].max())) >= base.model.config.get_text_config().vocab_size
+        ):
+            raise ModelError(
+                f"model.name: {recipe.model.name}: its tokenizer makes tokens that it has no embedding for, such as "
+                f"{base.tokenizer.convert_ids_to_tokens(highest)!r}; give a base with its own tokenizer"
+            )
         if len(encoded.long):
             done = "cut" if recipe.training.long_rows == "cut" else "left out"
             log.warning(

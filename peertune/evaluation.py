@@ -1,5 +1,6 @@
 """Evaluation: how good the clients' own models are, by the metric of the task."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,16 @@ from numpy.typing import NDArray
 from peertune import draws
 from peertune.adapters.stacked import StackedModel
 from peertune.data.batches import Encoded, validation_batches
-from peertune.data.completions import encode_choices, encode_prompts
+from peertune.data.completions import completions, encode_choices, encode_prompts
 from peertune.data.scores import JUDGES, METRICS
 from peertune.errors import RecipeError
-from peertune.generation import Decoding, generate
+from peertune.generation import Decoding, cached_tokens, generate, pads_left
 from peertune.models import Base
 from peertune.recipe import Recipe
 from peertune.training import Read, evaluate, hits, predictions, row_losses
-from peertune.types import Evaluation, Split, Task, Tensors, take
+from peertune.types import Evaluation, Group, Split, Task, Tensors, take
+
+log = logging.getLogger(__name__)
 
 
 def build_evaluation(
@@ -31,8 +34,9 @@ def build_evaluation(
     tokens: int,
     together: int,
     average: bool,
+    group: Group,
 ) -> Callable[[Tensors], Evaluation]:
-    """Return what evaluates a stack `[K, …]`, and the average of its clients where it is asked for.
+    """Return what evaluates a stack `[K, …]`, and the average of all clients of the group where it is asked for.
 
     `encoded` is the validation split, of which `rows` may be used. About `tokens` tokens go through the base at a time,
     in generation of up to `together` adapters; rows have `max_length` tokens at most.
@@ -43,7 +47,7 @@ def build_evaluation(
         rows = np.sort(rows[draws.generator(recipe.seed, "evaluate").permutation(len(rows))[: recipe.evaluate.rows]])
     labels = np.asarray(task.validation.labels)[rows]
     if task.metric in JUDGES:
-        predict = _judged(recipe, task, base, model, rows, max_length, tokens, together)
+        predict = _judged(recipe, task, base, model, encoded, rows, max_length, together)
         labels = np.ones(len(rows))
     elif task.form == "choose":
         predict = _chosen(task, base, model, rows, max_length, tokens)
@@ -57,11 +61,13 @@ def build_evaluation(
         clients = len(next(iter(adapters.values())))
         singles = [take(adapters, slice(client, client + 1)) for client in range(clients)]
         if average:
-            singles.append({name: x.mean(0, keepdim=True) for name, x in adapters.items()})
-        predicted = predict(singles)
+            mean = {name: group.mean(x)[None] for name, x in adapters.items()}
+            if group.rank == group.size - 1:  # once, by the one with the fewest clients
+                singles.append(mean)
+        predicted = predict(singles) if singles else np.empty((0, len(rows)))
         scores = [score(own, labels) for own in predicted]
         top = [float(np.bincount(own).max() / len(rows)) for own in predicted[:clients] if task.classes]
-        return Evaluation(task.metric, scores[:clients], scores[clients] if average else None, len(rows), top)
+        return Evaluation(task.metric, scores[:clients], next(iter(scores[clients:]), None), len(rows), top)
 
     return run
 
@@ -94,15 +100,13 @@ def _judged(
     task: Task,
     base: Base,
     model: StackedModel,
+    encoded: Encoded,
     rows: NDArray[np.int64],
     max_length: int,
-    tokens: int,
     together: int,
 ) -> Predict:
     """Return what says of each row whether the text that is generated is right."""
     settings = recipe.evaluate
-    if task.inputs == ("text",):
-        raise RecipeError(f"task.metric: {task.metric} needs prompts to go on from, and the rows are plain text")
     positions = getattr(base.model.config, "max_position_embeddings", None)
     room = max_length if positions is None else min(max_length, positions - settings.max_new_tokens)
     if room < 1:
@@ -110,17 +114,29 @@ def _judged(
             f"evaluate.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt: "
             f"the base takes {positions} tokens"
         )
+    if base.model.device.type != "meta" and not pads_left(base.model, base.tokenizer.pad_token_id):
+        raise RecipeError(
+            f"task.metric: {task.metric} generates, and {type(base.model).__name__} can't from padded rows"
+        )
     split = Split({name: [task.validation.columns[name][row] for row in rows] for name in task.inputs}, rows)
-    prompts, right = encode_prompts(base.tokenizer, split, task.inputs, room)
+    prompts, long = encode_prompts(base.tokenizer, split, task.inputs, room)
+    if long:
+        log.warning(
+            "%s of %s prompts have more than %d tokens and lose their beginning (evaluate.max_new_tokens)",
+            f"{len(long):,}",
+            f"{len(rows):,}",
+            room,
+        )
+    right, ends = completions(base.tokenizer, encoded, rows.tolist())
     decoding = Decoding(
         settings.max_new_tokens,
         settings.temperature,
         settings.top_p,
-        base.stop,
+        sorted(ends.union(base.stop)),
         base.tokenizer.pad_token_id,
         recipe.seed,
     )
-    judge = JUDGES[task.metric]
+    judge, tokens = JUDGES[task.metric], cached_tokens(base.model)
 
     def predict(singles: list[Tensors]) -> NDArray[Any]:
         made = generate(model, singles, prompts, decoding, together=together, tokens=tokens)

@@ -1,6 +1,8 @@
 """How far the clients disagree, what their disagreement does to the products, and what a round costs on the wire.
 
 Pure functions. Sums are accumulated in float64, one tensor at a time, with memory that grows as K and never as K².
+Where the clients are dealt among the processes of a `group`, each of which calls with its own, all get what is true of
+all clients together.
 """
 
 from collections.abc import Sequence
@@ -10,24 +12,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peertune.types import Tensors, kind, select
+from peertune.types import ALONE, Group, Tensors, kind, select
 
 
-def consensus_error(tensors: Tensors) -> float:
+def consensus_error(tensors: Tensors, group: Group = ALONE) -> float:
     """Root mean squared distance of the clients from their mean, `Δ_X = sqrt(mean_i ‖X_i - X̄‖²_F)`.
 
     X_i is all of client i's `tensors [K, …]` together; pass one kind of them to get that kind's consensus error.
     """
-    return sqrt(sum(float(_spread(x).square().sum()) / len(x) for x in tensors.values()))
+    return sqrt(sum(error**2 for error in _consensus_errors(tensors, client_mean(tensors, group), group).values()))
 
 
-def cross_term(adapters: Tensors) -> float:
+def _consensus_errors(tensors: Tensors, mean: Tensors, group: Group) -> dict[str, float]:
+    """Return the consensus error of each kind around the clients' mean."""
+    if not tensors:
+        return {}
+    squares = group.add(torch.stack([_spread(x, mean[name]).square().sum() for name, x in tensors.items()]))
+    errors = dict.fromkeys(sorted({kind(name) for name in tensors}), 0.0)
+    for name, square in zip(tensors, (squares / _clients(tensors, group)).tolist(), strict=True):
+        errors[kind(name)] += square
+    return {k: sqrt(error) for k, error in errors.items()}
+
+
+def cross_term(adapters: Tensors, group: Group = ALONE) -> float:
     """What averaging the factors separately leaves out of the averaged product, in norm over all sites.
 
     `C = mean_i(B_i A_i) - B̄ Ā = mean_i((B_i - B̄)(A_i - Ā))` at each site, and the result is `sqrt(Σ_sites ‖C‖²_F)`.
     At each site `‖C‖_F ≤ Δ_A Δ_B`. TAD-LoRA (arXiv 2602.00451) and ADF-LoRA (arXiv 2511.18291) bound their error by it.
     """
-    return sqrt(sum(_product_square(_spread(B), _spread(A)) / len(A) ** 2 for A, B in _pairs(adapters)))
+    return _cross_term(adapters, client_mean(adapters, group), group)
+
+
+def _cross_term(adapters: Tensors, mean: Tensors, group: Group) -> float:
+    pairs = zip(_pairs(adapters), _pairs(mean), strict=True)
+    squares = sum(_product_square(_spread(B, mean_B), _spread(A, mean_A), group) for (A, B), (mean_A, mean_B) in pairs)
+    return sqrt(squares) / _clients(adapters, group)
 
 
 def neighbourhood_cross_terms(heard: Tensors, weights: Tensor) -> list[float]:
@@ -61,12 +80,15 @@ def _pairs(adapters: Tensors) -> list[tuple[Tensor, Tensor]]:
     return [(adapters[f"{name}A"], adapters[f"{name}B"]) for name in names]
 
 
-def _product_square(B: Tensor, A: Tensor) -> float:
-    """Return `‖Σ_i B_i A_i‖²_F` for `B [m, d_out, r]` and `A [m, r, d_in]`, by the cheaper of two ways."""
+def _product_square(B: Tensor, A: Tensor, group: Group = ALONE) -> float:
+    """Return `‖Σ_i B_i A_i‖²_F` for `B [m, d_out, r]` and `A [m, r, d_in]`, by the cheaper of two ways.
+
+    Only the sum itself, `[d_out, d_in]`, can be added over several processes.
+    """
     left, right = B.movedim(0, 1).flatten(1), A.flatten(0, 1)  # the sum is one product, [d_out, m r] @ [m r, d_in]
-    if len(right) < min(len(left), right.shape[1]):
+    if group.size == 1 and len(right) < min(len(left), right.shape[1]):
         return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))  # tr(BᵀB A Aᵀ)
-    return float((left @ right).square().sum())
+    return float(group.add(left @ right).square().sum())
 
 
 ROUNDING = 1e-6
@@ -80,15 +102,18 @@ class Before(NamedTuple):
     errors: dict[str, float]  # consensus error of each kind sent
 
 
-def before_mixing(payload: Tensors) -> Before:
+def before_mixing(payload: Tensors, group: Group = ALONE) -> Before:
     """Measure what is sent, just before it is mixed."""
-    kinds = {kind(name) for name in payload}
-    return Before(client_mean(payload), {k: consensus_error(select(payload, {k})) for k in kinds})
+    mean = client_mean(payload, group)
+    return Before(mean, _consensus_errors(payload, mean, group))
 
 
-def client_mean(tensors: Tensors) -> Tensors:
+def client_mean(tensors: Tensors, group: Group = ALONE) -> Tensors:
     """Return the mean over the clients of `tensors [K, …]`, each `[…]` in float64."""
-    return {name: x.mean(0, dtype=torch.float64) for name, x in tensors.items()}
+    if not tensors:
+        return {}
+    clients = _clients(tensors, group)
+    return {name: group.add(x.sum(0, dtype=torch.float64)) / clients for name, x in tensors.items()}
 
 
 def mean_drift(before: Tensors, after: Tensors) -> float:
@@ -99,22 +124,23 @@ def mean_drift(before: Tensors, after: Tensors) -> float:
     return sqrt(sum(float((after[name] - x).square().sum()) for name, x in before.items()))
 
 
-def diagnostics(before: Before, after: Tensors) -> dict[str, float]:
+def diagnostics(before: Before, after: Tensors, group: Group = ALONE) -> dict[str, float]:
     """Describe one mixing step: what `before_mixing` measured of what was sent, and the adapters `[K, …]` after it.
 
     Returns `consensus_error_A`, `consensus_error_B`, `consensus_error_head` where there is a head, and `cross_term`,
     all after mixing; `mean_drift`, of the sent kinds, by mixing; and for each sent kind in which clients disagreed
     `contraction_A` and so on, the squared consensus error after over that before: by gossip at most rho on average.
     """
-    kinds = sorted({"A", "B"} | {kind(name) for name in after})
-    errors = {f"consensus_error_{k}": consensus_error(select(after, {k})) for k in kinds}
-    drift = mean_drift(before.mean, client_mean({name: after[name] for name in before.mean}))
+    mean = client_mean(after, group)
+    known = {"A": 0.0, "B": 0.0} | _consensus_errors(after, mean, group)
+    errors = {f"consensus_error_{k}": error for k, error in known.items()}
     contraction = {
-        f"contraction_{k}": (errors[f"consensus_error_{k}"] / error) ** 2
-        for k, error in sorted(before.errors.items())
+        f"contraction_{k}": (known[k] / error) ** 2
+        for k, error in before.errors.items()
         if error > ROUNDING * sqrt(sum(float(x.square().sum()) for x in select(before.mean, {k}).values()))
     }
-    return errors | {"cross_term": cross_term(after), "mean_drift": drift} | contraction
+    drift = mean_drift(before.mean, mean)
+    return errors | {"cross_term": _cross_term(after, mean, group), "mean_drift": drift} | contraction
 
 
 def payload_bytes(payload: Tensors) -> int:
@@ -155,5 +181,10 @@ def _entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return receivers, places, entries.values()[held]
 
 
-def _spread(x: Tensor) -> Tensor:
-    return x.double() - x.mean(0, dtype=torch.float64)
+def _spread(x: Tensor, mean: Tensor) -> Tensor:
+    return x.double() - mean
+
+
+def _clients(tensors: Tensors, group: Group) -> int:
+    """Return how many clients there are in all processes together."""
+    return int(group.add(torch.tensor(len(next(iter(tensors.values()))))))

@@ -6,16 +6,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor
 
 from peertune import metrics
 from peertune.adapters.stacked import StackedModel
-from peertune.topology import Fault, Graph
+from peertune.topology import Fault, Graph, clients_down
 from peertune.training import Optim, Trained, reset_moments, train_local
-from peertune.types import Algorithm, Batch, Evaluation, Phase, RoundRecord, State, Tensors, select
+from peertune.types import ALONE, Algorithm, Batch, Evaluation, Group, Phase, RoundRecord, State, Tensors, select
 
 
 class Heard(NamedTuple):
@@ -42,17 +45,43 @@ class Job:
     steps: Callable[[Sequence[int], int], Iterator[list[Batch]]]  # (clients, round) → micro-batches of each local step
     evaluate: Callable[[Tensors], Evaluation]
     state: State  # where the run starts
-    clients: Sequence[int]  # [K], whose state it is: all of the graph's, or a peer
+    clients: Sequence[int]  # [K], whose state it is: all of the graph's, a process's share of them, or a peer
     rounds: int
     local_steps: int
     evaluate_every: int
     clients_per_pass: int
     faults: Sequence[Fault] = ()
+    group: Group = ALONE  # the processes that share the clients
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is a client without the others, a peer: it takes two to disagree."""
+        return self.group.size == 1 == len(self.clients) < self.graph.clients
 
     @property
     def device(self) -> torch.device:
         """Where the base and the stack are."""
         return next(iter(self.state.adapters.values())).device
+
+
+def run_rounds(job: Job, exchange: Callable[[Sequence[int], Tensors, int], Heard]) -> Iterator[RoundRecord]:
+    """Run the rounds that are left for the job's clients and yield a record after each, with the state that it left.
+
+    `exchange` is told which of them take part. Those that are down by the job's faults keep what they have.
+    """
+    state = job.state.clone()
+    while state.round < job.rounds:
+        down = clients_down(job.faults, state.round)
+        if down.isdisjoint(job.clients):
+            state, record = run_round(job, state, job.clients, partial(exchange, job.clients))
+            yield record
+            continue
+        places = [place for place, client in enumerate(job.clients) if client not in down]
+        up, rows = [job.clients[place] for place in places], torch.tensor(places, dtype=torch.int64, device=job.device)
+        part, record = run_round(job, state.take(rows), up, partial(exchange, up))
+        state.put(rows, part)
+        state = replace(state, round=part.round)
+        yield replace(record, state=state)
 
 
 def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange) -> tuple[State, RoundRecord]:
@@ -65,13 +94,13 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
     algorithm = job.algorithm
     started = time.perf_counter()
     phases = algorithm.phases(state.signals, state.round, state.clients)
-    phase, _ = Counter(phases).most_common(1)[0]
+    phase = _common(job, phases, state.round)
     loss, grad_norm = _train(job, state, clients, phases)
     trained = time.perf_counter()
     payload = select(state.adapters, phase.send)
     heard, weights, senders, failed = exchange(payload | state.signals, state.round)
     exchanged = time.perf_counter()
-    before = metrics.before_mixing(payload)
+    before = metrics.before_mixing(payload, job.group)
     cross_terms = None
     if due:
         cross_terms = metrics.neighbourhood_cross_terms({name: heard[name] for name in payload}, weights)
@@ -86,8 +115,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
         signals = algorithm.agreement.step(signals, {name: heard[name] for name in signals}, weights, state.round)
     done = time.perf_counter()
     neighbours = metrics.neighbours(weights) if payload else [0] * len(loss)
-    alone = len(clients) == 1 < job.graph.clients  # a peer: it takes two to disagree
-    diagnostics = {} if alone else metrics.diagnostics(before, state.adapters)
+    diagnostics = {} if job.alone else metrics.diagnostics(before, state.adapters, job.group)
     ended = time.perf_counter()
     seconds = {
         "train": trained - started,
@@ -120,6 +148,17 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
     )
 
 
+def _common(job: Job, phases: list[Phase], round: int) -> Phase:
+    """Return the phase that most clients of all processes are in; of several, the first client's."""
+    if job.algorithm.agreement is None:
+        return job.algorithm.phase(round)
+    counts: Counter[Phase] = Counter()
+    told = [[sorted(phase.train), sorted(phase.send), count] for phase, count in Counter(phases).items()]
+    for train, send, count in chain(*job.group.gather(told)):
+        counts[Phase(round, frozenset(train), frozenset(send))] += count
+    return counts.most_common(1)[0][0]
+
+
 def _train(job: Job, state: State, clients: Sequence[int], phases: list[Phase]) -> Trained:
     """Do the local steps of the K clients in place, a few at a time of those that are in one phase."""
     before = (
@@ -143,6 +182,19 @@ def _train(job: Job, state: State, clients: Sequence[int], phases: list[Phase]) 
             result.loss[places], result.grad_norm[places] = trained
             _give_back_memory()
     return result
+
+
+DENSE_UP_TO = 64
+"""Adapters heard up to which a dense mixing matrix is faster than a sparse one."""
+
+
+def as_weights(matrix: csr_array, device: torch.device) -> Tensor:
+    """Return rows of a mixing matrix `[R, H]` as mixers take them: dense where few are heard, sparse elsewhere."""
+    if matrix.shape[1] <= DENSE_UP_TO:
+        return torch.from_numpy(matrix.toarray()).to(device)
+    places = torch.stack([torch.from_numpy(x).long() for x in matrix.tocoo().coords])
+    weights = torch.sparse_coo_tensor(places, torch.from_numpy(matrix.data), matrix.shape, check_invariants=False)
+    return weights.coalesce().to(device)
 
 
 def _give_back_memory() -> None:

@@ -5,11 +5,14 @@
       facts.json                                       what follows from the recipe: rho, who holds what, sizes
       adapter/                                         what all adapters share: PEFT's config, head, labels
       rounds.jsonl                                     a RoundRecord a line: the truth; all else derives from it
-      checkpoints/round-000120/                        state.safetensors and meta.json, whole or not there
+      checkpoints/round-000120/                        state-000.safetensors and meta.json, whole or not there
       adapters/client-000/ … adapters/average/         each loads with PeftModel.from_pretrained
 
 Files and folders appear whole or not at all: they are written beside their place and renamed into it. Only
 `rounds.jsonl` grows; a line that was cut off counts as not written.
+
+Several processes (`Group`) write a shard of a checkpoint each, and the adapters of their own clients; a folder appears
+when all have written. A run can go on from a checkpoint in any number of processes.
 """
 
 import json
@@ -19,18 +22,21 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields, replace
-from hashlib import sha256
+from hashlib import file_digest, sha256
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
 from peertune import files
 from peertune.errors import RunError
 from peertune.files import reported, write_file, written_folder
-from peertune.types import RoundRecord, State, Tensors
+from peertune.types import ALONE, Group, RoundRecord, State, Tensors
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and most commands only read
     from peft import LoraConfig
@@ -45,6 +51,33 @@ def check_free(folder: Path) -> None:
     with reported(folder):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise RunError(f"{folder}: is there already; give another --out, or go on with --resume {folder}")
+
+
+def check_shared(folder: Path, group: Group) -> None:
+    """Raise RunError where a process of the group does not see the folder that rank 0 sees, and makes if need be."""
+    if group.size == 1:
+        return
+    token = folder / f".seen-{group.gather(uuid4().hex)[0]}"
+    if group.rank == 0:
+        with reported(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            token.touch()
+    group.gather("")
+    seen = group.gather(token.exists())
+    if group.rank == 0:
+        token.unlink()
+    if not all(seen):
+        rank = seen.index(False)
+        raise RunError(f"{folder}: rank {rank} doesn't see it; give an --out on a disk that all machines share")
+
+
+def launched(folder: Path, launch: str) -> bool:
+    """Return whether the run was begun by torchrun's launch of this name."""
+    try:
+        found = json.loads((folder / "environment.json").read_text())
+        return bool(found["launch"] == launch)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def locked(folder: Path) -> AbstractContextManager[None]:
@@ -120,15 +153,38 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def save_checkpoint(folder: Path, state: State, keep: int) -> None:
-    """Write a checkpoint of the state and remove all but the newest `keep`."""
+@contextmanager
+def _written_together(folder: Path, group: Group) -> Iterator[Path]:
+    """Yield a folder that all processes write into; it takes the place of `folder` when all have written."""
+    if group.rank > 0:
+        beside = Path(group.gather("")[0])
+        if not beside.is_dir():
+            raise RunError(f"{beside}: isn't there; give an --out on a disk that all machines share")
+        with reported(folder):
+            yield beside
+        group.gather("")
+        return
+    with written_folder(folder) as beside:
+        group.gather(str(beside.absolute()))
+        yield beside
+        group.gather("")
+
+
+def save_checkpoint(folder: Path, state: State, keep: int, clients: Sequence[int], group: Group = ALONE) -> None:
+    """Write a checkpoint of the state of these clients, a shard, and remove all checkpoints but the newest `keep`."""
     parts = {"adapters": state.adapters, "moments": state.moments, "signals": state.signals}
     data = save(
         {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
     )
-    with written_folder(folder / "checkpoints" / f"round-{state.round:06d}") as beside:
-        (beside / "state.safetensors").write_bytes(data)
-        (beside / "meta.json").write_text(json.dumps({"round": state.round, "sha256": sha256(data).hexdigest()}) + "\n")
+    name = f"state-{group.rank:03d}.safetensors"
+    shard = {"file": name, "clients": list(clients), "sha256": sha256(data).hexdigest()}
+    with _written_together(folder / "checkpoints" / f"round-{state.round:06d}", group) as beside:
+        (beside / name).write_bytes(data)
+        shards = group.gather(shard)
+        if group.rank == 0:
+            (beside / "meta.json").write_text(json.dumps({"round": state.round, "shards": shards}) + "\n")
+    if group.rank > 0:
+        return
     unfinished = (folder / "checkpoints").glob(".round-*")  # of a process that was killed
     for old in (*_checkpoints(folder)[keep:], *unfinished):
         shutil.rmtree(old, ignore_errors=True)
@@ -138,34 +194,58 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted((folder / "checkpoints").glob("round-*"), reverse=True)
 
 
-def load_checkpoint(folder: Path, like: State | None = None) -> State | None:
-    """Return the state of the newest whole checkpoint on the CPU, or None where there is none yet.
+def load_checkpoint(
+    folder: Path, like: State | None = None, clients: Sequence[int] | None = None, group: Group = ALONE
+) -> State | None:
+    """Return the state of these clients, or of all, in the newest whole checkpoint, or None where there is none yet.
 
-    A damaged checkpoint is passed over with a warning. Raises RunError where all are damaged, or where the newest does
-    not fit the state `like` that the run starts from.
+    It is on the CPU. A checkpoint that is damaged, or whose part that another process of the group reads is, is passed
+    over with a warning. Raises RunError where all are damaged, or where the newest does not fit the state `like` that
+    the run starts from.
     """
-    found = _checkpoints(folder)
-    for checkpoint in found:
+    (found, *_) = group.gather([str(checkpoint) for checkpoint in _checkpoints(folder)])
+    for checkpoint in map(Path, found):
+        wrong, state = "", None
         try:
-            meta = json.loads((checkpoint / "meta.json").read_text())
-            data = (checkpoint / "state.safetensors").read_bytes()
-            if sha256(data).hexdigest() != meta["sha256"]:
-                raise ValueError("its contents are not what was written")
-            tensors = load(data)
-            parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "signals": {}}
-            for name, x in tensors.items():
-                part, _, rest = name.partition("/")
-                parts[part][rest] = x.clone()  # of its own, aligned memory: kernels round by alignment
-            state = State(parts["adapters"], parts["moments"], int(meta["round"]), parts["signals"])
+            state = _read_checkpoint(checkpoint, clients)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            log.warning("%s is damaged and passed over (%s)", checkpoint, error)
+            wrong = str(error) or type(error).__name__
+        if any(told := group.gather(wrong)):
+            log.warning("%s is damaged and passed over (%s)", checkpoint, next(filter(None, told)))
             continue
+        assert state is not None
         return state if like is None else _fitted(checkpoint, state, like)
     if found:
         raise RunError(
             f"{folder}/checkpoints: every checkpoint is damaged; restore one, or start again with another --out"
         )
     return None
+
+
+def _read_checkpoint(checkpoint: Path, clients: Sequence[int] | None) -> State:
+    """Return the state of these clients, or of all, out of the shards that hold them."""
+    meta = json.loads((checkpoint / "meta.json").read_text())
+    held = [list(map(int, shard["clients"])) for shard in meta["shards"]]
+    places = {client: place for place, client in enumerate(sorted(chain(*held)) if clients is None else clients)}
+    parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "signals": {}}
+    for shard, own in zip(meta["shards"], held, strict=True):
+        wanted = [row for row, client in enumerate(own) if client in places]
+        if not wanted:
+            continue
+        file = checkpoint / Path(shard["file"]).name
+        with file.open("rb") as stream:
+            if file_digest(stream, "sha256").hexdigest() != shard["sha256"]:
+                raise ValueError(f"the contents of {file.name} are not what was written")
+        rows = slice(wanted[0], wanted[-1] + 1)  # neighbours, as they were dealt
+        to = torch.tensor([places[client] for client in own[rows]])
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                part, _, rest = name.partition("/")
+                x = tensors.get_slice(name)[rows]
+                if rest not in parts[part]:  # of its own, aligned memory: kernels round by alignment
+                    parts[part][rest] = x.new_empty((len(places), *x.shape[1:]))
+                parts[part][rest][to] = x
+    return State(parts["adapters"], parts["moments"], int(meta["round"]), parts["signals"])
 
 
 def _fitted(checkpoint: Path, state: State, like: State) -> State:
@@ -219,14 +299,16 @@ def exported(run: Path, state: State, client: int | None, to: Path) -> Iterator[
         yield beside
 
 
-def export_all(run: Path, state: State) -> None:
-    """Write `adapters/`: every client's and the average; of a peer its own."""
+def export_all(run: Path, state: State, clients: Sequence[int], group: Group = ALONE) -> None:
+    """Write `adapters/`: those of these clients, of whom the state is, and the average; of a peer its own."""
     write = _adapter_writer(run)
-    with written_folder(run / "adapters") as beside:
-        for place, client in enumerate(_clients(run, state)):
+    with _written_together(run / "adapters", group) as beside:
+        for place, client in enumerate(clients):
             write(beside / f"client-{client:03d}", _adapter(state, place))
         if peer(run) is None:
-            write(beside / "average", _adapter(state, None))
+            average = {name: group.mean(x) for name, x in state.adapters.items()}
+            if group.rank == 0:
+                write(beside / "average", average)
 
 
 def peer(run: Path) -> dict[str, Any] | None:

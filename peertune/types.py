@@ -221,6 +221,28 @@ class RoundRecord:
     state: State | None = field(default=None, repr=False, compare=False)  # after the round; never written as JSON
 
 
+class Group:
+    """The processes among which a run's clients are dealt. This one is a process by itself, which holds them all."""
+
+    rank = 0
+    size = 1
+
+    def add(self, x: Tensor) -> Tensor:
+        """Return the sum of what the processes give, tensors of one shape and type."""
+        return x
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each process gives, by rank; values that JSON can hold."""
+        return [value]
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Return the mean over all clients of `x [K, …]`, of which each process holds some."""
+        return x.mean(0) if self.size == 1 else self.add(x.sum(0)) / self.add(torch.tensor(len(x))).to(x.device)
+
+
+ALONE = Group()
+
+
 def kind(name: str) -> str:
     """Return what a tensor is: the last part of its name."""
     return name.rpartition(".")[2]

@@ -4,11 +4,14 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
@@ -17,7 +20,7 @@ from safetensors.torch import load_file
 from peertune import tracking
 from peertune.errors import RunError
 from peertune.files import write_file
-from peertune.types import Evaluation, RoundRecord, State
+from peertune.types import Evaluation, Group, RoundRecord, State
 
 CLIENTS = 3
 
@@ -106,7 +109,7 @@ def assert_same_bits(ours: State | None, theirs: State) -> None:
 
 
 def damage(checkpoint: Path, how: str) -> None:
-    file = checkpoint / "state.safetensors"
+    file = checkpoint / "state-000.safetensors"
     match how:
         case "a flipped bit":
             data = bytearray(file.read_bytes())
@@ -141,11 +144,109 @@ DAMAGES = [
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(run: Path) -> None:
-    tracking.save_checkpoint(run, state(4), keep=2)
+    tracking.save_checkpoint(run, state(4), 2, range(CLIENTS))
     loaded = tracking.load_checkpoint(run, like=state(0))
     assert_same_bits(loaded, state(4))
     assert loaded is not None
     assert (list(loaded.adapters), list(loaded.moments)) == (list(state(0).adapters), list(state(0).moments))
+
+
+class Thread(Group):
+    """One of several threads in the place of processes."""
+
+    def __init__(self, rank: int, size: int, together: Barrier, told: list[Any]) -> None:
+        self.rank, self.size, self.together, self.told = rank, size, together, told
+
+    def gather(self, value: Any) -> list[Any]:
+        self.told[self.rank] = value
+        self.together.wait(20)
+        found = list(self.told)
+        self.together.wait(20)
+        return found
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self.gather(x)).sum(0)
+
+
+def share(group: Group) -> list[int]:
+    return [int(client) for client in np.array_split(np.arange(CLIENTS), group.size)[group.rank]]
+
+
+def in_threads(size: int, work: Callable[[Group], Any]) -> list[Any]:
+    """Do the work in so many threads; one that fails ends the others, as a process does."""
+    together, told = Barrier(size), [None] * size
+
+    def alone(rank: int) -> Any:
+        try:
+            return work(Thread(rank, size, together, told))
+        except BaseException:
+            together.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return [future.result() for future in [pool.submit(alone, rank) for rank in range(size)]]
+
+
+def part(of: State, group: Group) -> State:
+    return of.take(torch.tensor(share(group)))
+
+
+def save_shards(run: Path, of: State, size: int) -> None:
+    in_threads(size, lambda group: tracking.save_checkpoint(run, part(of, group), 2, share(group), group))
+
+
+def load_shards(run: Path, size: int) -> list[Any]:
+    return in_threads(size, lambda group: tracking.load_checkpoint(run, part(state(0), group), share(group), group))
+
+
+@pytest.mark.parametrize(("wrote", "read"), [(1, 2), (1, 3), (2, 1), (2, 3), (3, 1), (3, 2), (3, 3)])
+def test_a_checkpoint_of_several_processes_is_read_in_any_number_of_them(run: Path, wrote: int, read: int) -> None:
+    save_shards(run, state(4), wrote)
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    shards = [f"state-{rank:03d}.safetensors" for rank in range(wrote)]
+    assert sorted(file.name for file in checkpoint.iterdir()) == ["meta.json", *shards]
+    loaded = load_shards(run, read)
+    for rank, own in enumerate(loaded):
+        assert_same_bits(own, state(4).take(torch.tensor(np.array_split(np.arange(CLIENTS), read)[rank])))
+    assert_same_bits(tracking.load_checkpoint(run), state(4))
+
+
+@pytest.mark.parametrize("read", [1, 2, 3])
+def test_a_shard_that_is_damaged_makes_all_processes_pass_over_its_checkpoint(run: Path, read: int) -> None:
+    for t in (5, 10):
+        save_shards(run, state(t), 3)
+    file = run / "checkpoints" / "round-000010" / "state-002.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert [own.round for own in load_shards(run, read)] == [5] * read
+    file.unlink()
+    assert [own.round for own in load_shards(run, read)] == [5] * read
+
+
+def test_a_process_that_fails_leaves_the_checkpoint_before(run: Path) -> None:
+    save_shards(run, state(5), 3)
+
+    def fail(group: Group) -> None:
+        if group.rank == 1:
+            with tracking._written_together(run / "checkpoints" / "round-000010", group):
+                raise RunError("no room")
+        tracking.save_checkpoint(run, part(state(10), group), 2, share(group), group)
+
+    with pytest.raises((RunError, BrokenBarrierError)):
+        in_threads(3, fail)
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["round-000005"]
+    assert [own.round for own in load_shards(run, 3)] == [5] * 3
+
+
+def test_processes_write_the_adapters_that_one_would(run: Path, tmp_path: Path) -> None:
+    other = create(tmp_path / "other")
+    tracking.export_all(run, state(1), range(CLIENTS))
+    in_threads(2, lambda group: tracking.export_all(other, part(state(1), group), share(group), group))
+    files, theirs = everything(other / "adapters"), everything(run / "adapters")
+    assert files.keys() == theirs.keys()
+    assert all(data == theirs[name] for name, data in files.items() if "average" not in name)
+    name = "average/adapter_model.safetensors"
+    for tensor, x in load_file(run / "adapters" / name).items():
+        torch.testing.assert_close(load_file(other / "adapters" / name)[tensor], x)
 
 
 def test_a_run_without_checkpoints_has_none(run: Path) -> None:
@@ -154,16 +255,16 @@ def test_a_run_without_checkpoints_has_none(run: Path) -> None:
 
 def test_the_newest_checkpoints_are_kept(run: Path) -> None:
     for t in (1, 2, 10, 11):
-        tracking.save_checkpoint(run, state(t), keep=2)
+        tracking.save_checkpoint(run, state(t), 2, range(CLIENTS))
     assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["round-000010", "round-000011"]
     assert_same_bits(tracking.load_checkpoint(run), state(11))
 
 
 def test_a_checkpoint_that_a_killed_process_left_unfinished_is_cleared_away(run: Path) -> None:
     (run / "checkpoints" / ".round-000003-x7").mkdir(parents=True)
-    (run / "checkpoints" / ".round-000003-x7" / "state.safetensors").write_bytes(b"half")
+    (run / "checkpoints" / ".round-000003-x7" / "state-000.safetensors").write_bytes(b"half")
     assert tracking.load_checkpoint(run) is None
-    tracking.save_checkpoint(run, state(4), keep=2)
+    tracking.save_checkpoint(run, state(4), 2, range(CLIENTS))
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["round-000004"]
 
 
@@ -172,7 +273,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
     run: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     for t in (5, 10):
-        tracking.save_checkpoint(run, state(t), keep=2)
+        tracking.save_checkpoint(run, state(t), 2, range(CLIENTS))
     damage(run / "checkpoints" / "round-000010", how)
     with caplog.at_level(logging.WARNING):
         assert_same_bits(tracking.load_checkpoint(run, like=state(0)), state(5))
@@ -182,7 +283,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_one(
 
 def test_a_run_with_nothing_but_damaged_checkpoints_is_refused(run: Path) -> None:
     for t, how in ((5, "a flipped bit"), (10, "no meta")):
-        tracking.save_checkpoint(run, state(t), keep=2)
+        tracking.save_checkpoint(run, state(t), 2, range(CLIENTS))
         damage(run / "checkpoints" / f"round-{t:06d}", how)
     with pytest.raises(RunError, match=r"one/checkpoints: every checkpoint is damaged; restore one, or start again"):
         tracking.load_checkpoint(run)
@@ -200,7 +301,7 @@ def test_a_run_with_nothing_but_damaged_checkpoints_is_refused(run: Path) -> Non
     ],
 )
 def test_a_checkpoint_of_other_shapes_is_refused(run: Path, like: State, complaint: str) -> None:
-    tracking.save_checkpoint(run, state(4), keep=2)
+    tracking.save_checkpoint(run, state(4), 2, range(CLIENTS))
     with pytest.raises(RunError, match="resume with the run's own recipe") as caught:
         tracking.load_checkpoint(run, like=like)
     caught.match(complaint)
@@ -350,10 +451,10 @@ def test_a_disk_that_fills_up_while_a_run_is_made_leaves_nothing(tmp_path: Path)
 
 
 def test_a_disk_that_fills_up_at_a_checkpoint_leaves_the_one_before(run: Path) -> None:
-    tracking.save_checkpoint(run, state(1), keep=1)
+    tracking.save_checkpoint(run, state(1), 1, range(CLIENTS))
     before = everything(run)
     with no_room(100), pytest.raises(RunError, match=r"round-000002: can't be written \(File too large\)"):
-        tracking.save_checkpoint(run, state(2), keep=1)
+        tracking.save_checkpoint(run, state(2), 1, range(CLIENTS))
     assert everything(run) == before
     assert_same_bits(tracking.load_checkpoint(run), state(1))
 
@@ -374,10 +475,10 @@ def test_a_disk_that_fills_up_at_a_record_leaves_a_run_that_goes_on(run: Path) -
 
 
 def test_a_disk_that_fills_up_while_adapters_are_written_leaves_those_before(run: Path) -> None:
-    tracking.export_all(run, state(1))
+    tracking.export_all(run, state(1), range(CLIENTS))
     before = everything(run)
     with no_room(200), pytest.raises(RunError, match=r"adapters: can't be written"):
-        tracking.export_all(run, state(2))
+        tracking.export_all(run, state(2), range(CLIENTS))
     assert everything(run) == before
     with no_room(200), pytest.raises(RunError, match=r"mine: can't be written"):
         export(run, state(2), 0, run / "mine")
@@ -385,7 +486,7 @@ def test_a_disk_that_fills_up_while_adapters_are_written_leaves_those_before(run
 
 
 def test_all_adapters_are_written_in_pefts_format(run: Path) -> None:
-    tracking.export_all(run, state(1))
+    tracking.export_all(run, state(1), range(CLIENTS))
     names = [f"client-{client:03d}" for client in range(CLIENTS)]
     assert sorted(folder.name for folder in (run / "adapters").iterdir()) == ["average", *names]
     expected = state(1).adapters
@@ -401,7 +502,7 @@ def test_all_adapters_are_written_in_pefts_format(run: Path) -> None:
 
 
 def test_exporting_one_client_gives_what_the_run_wrote(run: Path, tmp_path: Path) -> None:
-    tracking.export_all(run, state(1))
+    tracking.export_all(run, state(1), range(CLIENTS))
     for client, name in ((2, "client-002"), (None, "average")):
         export(run, state(1), client, tmp_path / "to" / name)
         assert everything(tmp_path / "to" / name) == everything(run / "adapters" / name)

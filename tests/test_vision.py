@@ -185,7 +185,7 @@ def test_peers_must_agree_in_templates_and_names(made: Path, tmp_path: Path) -> 
     values = yaml.safe_load(write(tmp_path, made).read_text())
 
     def said(**settings: Any) -> dict[str, str]:
-        return agreed(build(check_recipe(values | {"task": values["task"] | settings}, "mine"), peer=0))
+        return agreed(build(check_recipe(values | {"task": values["task"] | settings}, "mine"), [0]))
 
     own = said()
     assert said(shots=4) == own

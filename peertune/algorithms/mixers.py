@@ -102,7 +102,7 @@ def _average(own: Tensors, heard: Tensors, weights: Tensor, kinds: Collection[st
     mixed = dict(own)
     for name, tensor in own.items():
         if kind(name) in kinds:
-            rows = heard[name].reshape(weights.shape[1], -1)
+            rows = heard[name].flatten(1)
             mixed[name] = (weights.to(rows.device, rows.dtype) @ rows).reshape(tensor.shape)
     return mixed
 

@@ -1,11 +1,13 @@
 """The command `peertune`. Heavy imports stand inside the commands, so that `--help` answers at once."""
 
+import os
 import sys
 from io import TextIOWrapper
 
 import typer
 
 from peertune.cli import checking, peering  # noqa: F401  # they add their commands to `peer`
+from peertune.cli.common import leads
 from peertune.cli.facts import data, env, graph, recipes
 from peertune.cli.federation import ca_app, peer_app, roster
 from peertune.cli.results import compare, diagnose, export, report
@@ -30,6 +32,18 @@ app.add_typer(peer_app, name="peer")
 
 
 def main() -> None:
+    """Run the command line, alone or as one of several processes."""
+    try:
+        _main()
+    except SystemExit as end:
+        if "RANK" not in os.environ:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 0)  # threads of Gloo may abort one that ends as others do
+
+
+def _main() -> None:
     """Run the command line; a user's mistake ends in one line and exit code 2."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without a Δ shows a ?
@@ -39,5 +53,6 @@ def main() -> None:
         print("peertune: out of memory; lower training.tokens_per_pass or training.clients_per_pass", file=sys.stderr)
         sys.exit(2)
     except (PeertuneError, OSError) as error:
-        print("peertune:", " ".join(str(error).splitlines()), file=sys.stderr)
+        if leads():
+            print("peertune:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(2)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,11 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for machines.")]
 
 
+def leads() -> bool:
+    """Return whether this process speaks for the run: it is the only one, or rank 0 of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def messages() -> Iterator[None]:
     """Show what the program is doing on a terminal; elsewhere only warnings."""
@@ -29,7 +35,8 @@ def messages() -> Iterator[None]:
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("peertune: %(message)s"))
     logger.addHandler(handler)
-    logger.setLevel(logging.INFO if sys.stderr.isatty() else logging.WARNING)
+    level = logging.INFO if sys.stderr.isatty() else logging.WARNING
+    logger.setLevel(level if leads() else logging.ERROR)
     logger.info("starting")
     try:
         yield
@@ -40,24 +47,31 @@ def messages() -> Iterator[None]:
 def environment() -> dict[str, Any]:
     """Return versions and devices."""
     import platform
-    from importlib.metadata import version
 
     import torch
 
     from peertune.models import pick_device, pick_dtype
 
     device = pick_device("auto")
-    packages = ("peertune", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
     return {
-        **{package: version(package) for package in packages},
-        "python": platform.python_version(),
+        **versions(),
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "device": str(device),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
+        "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what results depend on."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("peertune", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
+    return {package: version(package) for package in packages} | {"python": platform.python_version()}
 
 
 def _processor() -> str:
@@ -86,7 +100,8 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("peertune: stopped before the first round; nothing was kept", file=sys.stderr)
+        if leads():
+            print("peertune: stopped before the first round; nothing was kept", file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -94,7 +109,10 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def asked_to_stop(answer: str, then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
-    """Collect termination signals, Ctrl-C among them: say `answer` at the first and do `then`; at the second, stop."""
+    """Collect termination signals, Ctrl-C among them: say `answer` at the first and do `then`; at the second, stop.
+
+    Of several processes none answers, since torchrun stops those that are left of a run in the same way.
+    """
     asked: list[int] = []
 
     def ask(number: int, *_: object) -> None:
@@ -102,7 +120,8 @@ def asked_to_stop(answer: str, then: Callable[[], None] = lambda: None) -> Itera
         if len(asked) > 1:
             raise KeyboardInterrupt
         then()
-        print(f"peertune: {answer}", file=sys.stderr)
+        if "RANK" not in os.environ:
+            print(f"peertune: {answer}", file=sys.stderr)
 
     numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.signal(number, ask) for number in numbers}
@@ -134,7 +153,7 @@ def progress_bar(unit: str) -> "Progress":
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty())
+    return Progress(*columns, console=Console(stderr=True), disable=not (leads() and sys.stderr.isatty()))
 
 
 def duration(seconds: float) -> str:

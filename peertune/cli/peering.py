@@ -142,7 +142,7 @@ def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membe
     if data is not None:
         loaded = _with_data(loaded, data)
     report_to.check(loaded.report_to)
-    return build(loaded, identity.client, own_data=data is not None)
+    return build(loaded, [identity.client], own_data=data is not None)
 
 
 def _with_data(recipe: "Recipe", data: Path) -> "Recipe":

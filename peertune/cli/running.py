@@ -1,9 +1,11 @@
 """The command `run`."""
 
+import os
 import shlex
 import sys
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -14,9 +16,11 @@ from peertune.cli.common import (
     duration,
     environment,
     interruptible,
+    leads,
     messages,
     print_json,
     progress_bar,
+    versions,
 )
 from peertune.errors import RunError
 
@@ -24,9 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from peertune.assembly import Run
+    from peertune.plan import Plan
     from peertune.recipe import Recipe
     from peertune.round import Job
-    from peertune.types import RoundRecord
+    from peertune.types import Group, RoundRecord
 
 
 def run(
@@ -41,8 +46,17 @@ def run(
         Path | None, typer.Option(help="The run directory; where not given, runs/RECIPE, or runs/RECIPE-2 and so on.")
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Share the clients among so many processes on this machine.")
+    ] = None,
+    rendezvous_s: Annotated[
+        float, typer.Option("--rendezvous-s", min=1, help="With torchrun: seconds to wait for the other processes.")
+    ] = 600,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Try a few steps, say what the run would take, and write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Plan the memory, try a few steps, say what the run would take, and write nothing."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -59,58 +73,167 @@ def run(
       peertune run --resume runs/sparse
 
       peertune run digits-demo rounds=1000 --dry-run
+
+      peertune run digits-demo rounds=10 --workers 2 --out runs/two
     """
     if resume is not None and out is not None:
         raise RunError("--resume and --out: give one of them; a resumed run stays in its directory")
     if recipe is None and resume is None:
         raise RunError("run: give a RECIPE, or --resume DIR; `peertune recipes` lists the shipped ones")
     if dry_run:
-        if recipe is None or resume is not None or out is not None:
+        if recipe is None or any(option is not None for option in (resume, out, workers)):
             raise RunError("run: --dry-run goes with a RECIPE and overrides alone")
         with interruptible(), messages():
             _print_estimate(recipe, overrides or [], as_json)
         return
+    if workers is not None:
+        _launch(workers, [*([recipe] if recipe else []), *(overrides or [])], out, resume, as_json)
+    if resume is None and out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
+        raise RunError("run: give an --out, which torchrun's next start goes on with")
     with interruptible(), messages():
-        from peertune import report_to, tracking
-        from peertune.assembly import build
+        from peertune import tracking
+        from peertune.engines.cluster import joined, run_cluster
         from peertune.engines.simulator import simulate
-        from peertune.recipe import load_recipe
 
-        if resume is not None:
-            folder = resume
-            own = tracking.resolved(folder)
-            if recipe is not None and "=" in recipe:  # no recipe, its first override
-                overrides, recipe = [recipe, *(overrides or [])], None
-            run = build(load_recipe(recipe or own, overrides or []))
-            check_same(run.resolved, folder)
-        else:
-            assert recipe is not None
-            folder = out or _free(Path("runs") / Path(recipe).stem)
-            tracking.check_free(folder)  # before the minutes that loading may take
-            loaded = load_recipe(recipe, overrides or [])
-            report_to.check(loaded.report_to)
-            run = build(loaded)
-            begin(run, folder, "run", recipe, overrides or [])
-        with tracking.locked(folder):
-            train(run, folder, simulate, f"peertune run --resume {folder}")
-    print_summary(folder, as_json)
+        with joined(rendezvous_s) as group:
+            if out is not None and _again(out, group):
+                resume = out
+            if resume is not None:
+                folder, run = resume, _resumed(resume, recipe, overrides or [], group)
+            else:
+                assert recipe is not None
+                folder, run = _begun(out, recipe, overrides or [], group)
+            with tracking.locked(folder) if group.rank == 0 else nullcontext():
+                there = f" --workers {group.size}" if group.size > 1 else ""
+                engine = simulate if group.size == 1 else run_cluster
+                train(run, folder, engine, f"peertune run --resume {folder}{there}")
+    if leads():
+        print_summary(folder, as_json)
+
+
+def _launch(workers: int, words: list[str], out: Path | None, resume: Path | None, as_json: bool) -> NoReturn:
+    """Start the same in so many processes, and end as they do."""
+    from peertune.engines.cluster import launch
+
+    if "RANK" in os.environ:
+        raise RunError("--workers: torchrun started this process and its like already; leave it out")
+    options = {"--out": out, "--resume": resume}
+    given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    sys.exit(launch(workers, ["run", *words, *given, *(["--json"] if as_json else [])]))
+
+
+def _again(out: Path, group: "Group") -> bool:
+    """Return whether torchrun has started the processes again, after the run had begun.
+
+    Machines count their own restarts. A launch without a name, `none`, is known by its count alone.
+    """
+    from peertune import tracking
+
+    launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    counted = any(group.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
+    return bool(group.gather((counted or launch != "none") and tracking.launched(out, launch))[0])
+
+
+def _resumed(folder: Path, recipe: str | None, overrides: list[str], group: "Group") -> "Run":
+    """Make the run of this directory again."""
+    from peertune import tracking
+    from peertune.recipe import load_recipe
+
+    if group.rank == 0:
+        tracking.resolved(folder)
+    tracking.check_shared(folder, group)
+    if recipe is not None and "=" in recipe:  # no recipe, its first override
+        overrides, recipe = [recipe, *overrides], None
+    run = _built(load_recipe(recipe or tracking.resolved(folder), overrides), group)
+    check_same(run.resolved, folder)
+    return run
+
+
+def _begun(out: Path | None, recipe: str, overrides: list[str], group: "Group") -> "tuple[Path, Run]":
+    """Make a new run and its directory."""
+    from peertune import report_to, tracking
+    from peertune.recipe import load_recipe
+
+    folder = Path(group.gather(str(out or _free(Path("runs") / Path(recipe).stem)))[0])
+    if group.rank == 0:
+        tracking.check_free(folder)  # before the minutes that loading may take
+    tracking.check_shared(folder.parent, group)
+    loaded = load_recipe(recipe, overrides)
+    if group.rank == 0:
+        report_to.check(loaded.report_to)
+    run = _built(loaded, group)
+    if group.rank == 0:
+        begin(run, folder, "run", recipe, overrides)
+    return folder, run
+
+
+def _built(recipe: "Recipe", group: "Group") -> "Run":
+    """Make the part of this process in a run, once it is sure that all processes make parts of the same."""
+    from peertune.assembly import agreed, build
+    from peertune.engines.cluster import check_alike, check_devices, share
+
+    if group.size == 1:
+        return build(recipe)
+    check_alike(group, versions() | recipe.model_dump(mode="json"))
+    check_devices(recipe.device, group)
+    run = build(recipe, share(recipe.clients, group), group=group)
+    check_alike(group, run.resolved.model_dump(mode="json") | agreed(run))
+    return run
 
 
 def _print_estimate(recipe: str, overrides: list[str], as_json: bool) -> None:
+    """Plan the memory before anything is loaded, refuse what can't fit, and try the rest where its device is here."""
     from dataclasses import asdict
 
+    from peertune.errors import ModelError
     from peertune.estimate import estimate, trial
+    from peertune.models import pick_device
+    from peertune.plan import check_fits, plan
     from peertune.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
+    planned = plan(loaded)
+    if not as_json:
+        _print_plan(planned)
+    check_fits(loaded, planned)
+    try:
+        pick_device(loaded.device)
+    except ModelError as error:
+        if as_json:
+            print_json({"plan": asdict(planned), "trial": None})
+        else:
+            print(f"time    unknown; {error}")
+        return
     measured = trial(loaded)
     found = estimate(loaded, measured)
     if as_json:
-        print_json({**asdict(found), "trial": asdict(measured)})
+        print_json({**asdict(found), "plan": asdict(planned), "trial": asdict(measured)})
         return
+    print(f"        {found.memory_bytes / 2**20:,.0f} MiB as measured in a few steps")
     print(f"time    {duration(found.seconds)}, of it {duration(measured.start_s)} to start")
-    print(f"memory  {found.memory_bytes / 2**20:,.0f} MiB")
     print(f"sent    {found.sent_bytes / 1e6:,.3f} MB by all clients together")
+
+
+def _print_plan(planned: "Plan") -> None:
+    there = "" if planned.available is None else f" of {planned.available / 2**20:,.0f} MiB"
+    print(
+        f"memory  {planned.total / 2**20:,.0f} MiB{there} on {planned.device}: {planned.dtype}, "
+        f"{planned.clients_per_pass} clients and about {planned.tokens_per_pass:,} tokens at a time"
+    )
+    parts = {
+        "base": "the base",
+        "adapters": "adapters of all clients",
+        "moments": "moments of the optimiser",
+        "process": "the process itself",
+        "gradients": "gradients",
+        "activations": "activations",
+        "holes": "holes that the heap has between them",
+        "mixing": "in the place of these three: measuring a round",
+        "evaluation": "in the place of these three: evaluation",
+    }
+    for part, words in parts.items():
+        if size := getattr(planned, part):
+            print(f"        {size / 2**20:>8,.0f} MiB  {words}")
 
 
 def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[str], **facts: object) -> None:
@@ -144,40 +267,46 @@ def train(
     """
     from dataclasses import replace
 
+    import torch
+
     from peertune import tracking
     from peertune.report_to import reporting
 
     job, checkpoint = run.job, run.resolved.checkpoint
-    state = tracking.load_checkpoint(folder, like=job.state)
+    leading = job.group.rank == 0
+    state = tracking.load_checkpoint(folder, job.state, job.clients, job.group)
     if state is not None:
         state = state.to(job.device)
         job = replace(job, state=state)
-    tracking.rewind(folder, job.state.round)
+    if leading:
+        tracking.rewind(folder, job.state.round)
     state, kept = job.state, job.state.round
     try:
         with (
             asked_to_stop("stopping after this round; once more to go back to the last checkpoint", hurry) as stop,
             progress_bar("round") as progress,
-            reporting(folder, run.resolved) as report,
+            reporting(folder, run.resolved) if leading else nullcontext() as report,
         ):
             bar = progress.add_task("", total=job.rounds, completed=state.round)
             described = ""
             for record in engine(job):
                 assert record.state is not None
-                tracking.append(folder, record)
-                report(record)
+                if report is not None:
+                    tracking.append(folder, record)
+                    report(record)
                 state = record.state
-                stopping = len(stop) > 0 and state.round < job.rounds
+                stopping = bool(job.group.add(torch.tensor(len(stop)))) and state.round < job.rounds
                 if state.round >= min(kept - kept % checkpoint.every + checkpoint.every, job.rounds) or stopping:
-                    tracking.save_checkpoint(folder, state, checkpoint.keep)
+                    tracking.save_checkpoint(folder, state, checkpoint.keep, job.clients, job.group)
                     kept = state.round
                 described = _describe(record, described)
                 progress.update(bar, completed=state.round, description=described)
                 if stopping:
                     raise KeyboardInterrupt
-        tracking.export_all(folder, state)
+        tracking.export_all(folder, state, job.clients, job.group)
     except KeyboardInterrupt:
-        print(f"peertune: stopped after {kept} rounds; go on with: {resume}", file=sys.stderr)
+        if leading:
+            print(f"peertune: stopped after {kept} rounds; go on with: {resume}", file=sys.stderr)
         sys.exit(130)
 
 

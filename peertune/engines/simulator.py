@@ -1,17 +1,11 @@
 """All clients in one process, their adapters in one stack."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 
-import torch
-
-from peertune.round import Heard, Job, run_round
-from peertune.topology import active_edges, clients_down, drop_edges, failed_edges, weights_at
+from peertune.round import Heard, Job, as_weights, run_rounds
+from peertune.topology import planned_weights
 from peertune.types import RoundRecord, Tensors
-
-DENSE_UP_TO = 64
-"""Clients up to which a dense mixing matrix is faster than a sparse one."""
 
 
 def simulate(job: Job) -> Iterator[RoundRecord]:
@@ -21,31 +15,12 @@ def simulate(job: Job) -> Iterator[RoundRecord]:
     rest of the run comes out the same to the bit. There is one state, which the next round changes in place: `clone()`
     what is to be kept. `job.state` stays as it is. Clients that are down by `job.faults` keep what they have.
     """
-    state = job.state.clone()
-    while state.round < job.rounds:
-        down = clients_down(job.faults, state.round)
-        if not down:
-            state, record = run_round(job, state, job.clients, partial(_exchange, job, job.clients))
-            yield record
-            continue
-        up = [client for client in job.clients if client not in down]
-        rows = torch.tensor(up, device=job.device)
-        part, record = run_round(job, state.take(rows), up, partial(_exchange, job, up))
-        state.put(rows, part)
-        state = replace(state, round=part.round)
-        yield replace(record, state=state)
+    return run_rounds(job, partial(_exchange, job))
 
 
 def _exchange(job: Job, clients: Sequence[int], payload: Tensors, t: int) -> Heard:
     """Let everybody hear everybody; the round's mixing matrix says who takes what."""
-    matrix, failed = weights_at(job.graph, t), []
-    if job.faults:
-        failed = failed_edges(job.faults, active_edges(job.graph, t), t)
-        matrix = drop_edges(matrix, failed)[clients][:, clients]
-    if len(clients) <= DENSE_UP_TO:
-        weights = torch.from_numpy(matrix.toarray())
-    else:
-        places = torch.stack([torch.from_numpy(x).long() for x in matrix.tocoo().coords])
-        weights = torch.sparse_coo_tensor(places, torch.from_numpy(matrix.data), matrix.shape, check_invariants=False)
-        weights = weights.coalesce()
-    return Heard(payload, weights.to(job.device), clients, failed)
+    matrix, failed = planned_weights(job.graph, job.faults, t)
+    if len(clients) < job.graph.clients:
+        matrix = matrix[clients][:, clients]
+    return Heard(payload, as_weights(matrix, job.device), clients, failed)

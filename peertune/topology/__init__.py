@@ -5,7 +5,7 @@ each by a draw of its own. `weights_at` turns them into the round's mixing matri
 stochastic. `rho` says how fast mixing shrinks disagreement. `Fault` is what is planned to go wrong.
 """
 
-from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges
+from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, planned_weights
 from peertune.topology.graphs import GRAPHS
 from peertune.topology.mixing import GraphSummary, rho, rho_draws, summary
 from peertune.topology.weights import WEIGHTS, Graph, active_edges, drop_edges, mixing_weights, weights_at
@@ -22,6 +22,7 @@ __all__ = [
     "drop_edges",
     "failed_edges",
     "mixing_weights",
+    "planned_weights",
     "rho",
     "rho_draws",
     "summary",

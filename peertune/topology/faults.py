@@ -7,7 +7,9 @@ so that the two can be held against each other when things fail.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peertune.topology.weights import Edges
+from scipy.sparse import csr_array
+
+from peertune.topology.weights import Edges, Graph, active_edges, drop_edges, weights_at
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,15 @@ def failed_edges(faults: Sequence[Fault], active: Edges, t: int) -> list[tuple[i
     down = clients_down(faults, t)
     dropped = {tuple(sorted(fault.edge)) for fault in faults if fault.edge is not None and fault.at(t)}
     return [(i, j) for i, j in active.tolist() if i in down or j in down or (i, j) in dropped]
+
+
+def planned_weights(graph: Graph, faults: Sequence[Fault], t: int) -> tuple[csr_array, list[tuple[int, int]]]:
+    """Return the mixing matrix `W [n, n]` of round t without the edges that are planned to fail, and those edges."""
+    matrix = weights_at(graph, t)
+    if not faults:
+        return matrix, []
+    failed = failed_edges(faults, active_edges(graph, t), t)
+    return drop_edges(matrix, failed), failed
 
 
 def delay_s(faults: Sequence[Fault], client: int, t: int) -> float:

@@ -169,7 +169,7 @@ def train(tmp_path: Path, architecture: str, lacking: str, *, head: str, targets
         head=run.head,
         labels=run.labels,
     )
-    tracking.export_all(tmp_path / "run", last.state)
+    tracking.export_all(tmp_path / "run", last.state, run.job.clients)
     return run, last.state
 
 

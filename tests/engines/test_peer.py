@@ -111,7 +111,7 @@ def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federati
 
 
 def test_peers_with_other_classes_are_told_apart_however_many_there_are() -> None:
-    run = build(load_recipe("digits-demo", recipe(4, "float32")), 0)
+    run = build(load_recipe("digits-demo", recipe(4, "float32")), [0])
 
     def labels(*names: str) -> str:
         return agreed(replace(run, labels=names))["labels"]
@@ -137,7 +137,7 @@ def test_peers_with_other_classes_are_told_apart_however_many_there_are() -> Non
 def test_a_peer_that_fell_behind_goes_on_where_the_others_are(
     four: Federation, there: list[int], goes_on_with: int
 ) -> None:
-    job = build(load_recipe("digits-demo", recipe(4, "float32", "graph.activation=1.0", "rounds=100")), 0).job
+    job = build(load_recipe("digits-demo", recipe(4, "float32", "graph.activation=1.0", "rounds=100")), [0]).job
     with ExitStack() as stack:
         swappers = []
         for client in range(4):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from peertune import round as rounds
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import Run, build
-from peertune.engines import simulator
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
 from peertune.metrics import payload_bytes
@@ -336,7 +336,7 @@ def test_a_client_alone_is_local_training() -> None:
 
 @pytest.fixture
 def sparse_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda clients: monkeypatch.setattr(simulator, "DENSE_UP_TO", clients)
+    return lambda clients: monkeypatch.setattr(rounds, "DENSE_UP_TO", clients)
 
 
 @pytest.mark.parametrize("method", ["dec_lora", "decaf", "fedrot_lora"])

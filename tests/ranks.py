@@ -1,0 +1,72 @@
+"""The processes of a cluster on this machine, as torchrun starts them: real ones, each with a base of its own."""
+
+import json
+import os
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from federation import forking, free_ports
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Together:
+    """What became of a run."""
+
+    adapters: dict[str, Tensor]  # [n, …]
+    records: list[list[dict[str, Any]]]  # of each process
+
+
+def together(out: Path, ranks: int, recipes: Mapping[str, Sequence[str]]) -> dict[str, Together]:
+    """Run each recipe, overrides of `digits-demo`, in so many processes, one recipe after the other."""
+    forks, (port,) = forking(), free_ports(1)
+    out.mkdir()
+    processes = [forks.Process(target=_run, args=(out, rank, ranks, port, recipes)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(280)
+            assert process.exitcode == 0, (out / "errors").read_text() if (out / "errors").exists() else process
+    finally:
+        for process in processes:
+            process.kill()
+    return {name: _read(out / name, ranks) for name in recipes}
+
+
+def _run(out: Path, rank: int, ranks: int, port: int, recipes: Mapping[str, Sequence[str]]) -> None:
+    from peertune.assembly import build
+    from peertune.engines.cluster import joined, run_cluster, share
+    from peertune.recipe import load_recipe
+
+    torch.set_num_threads(1)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {key: str(value) for key, value in place.items()}
+    try:
+        with joined() as group:
+            for name, overrides in recipes.items():
+                recipe = load_recipe("digits-demo", overrides)
+                job = build(recipe, share(recipe.clients, group), group=group).job
+                records, state = [], job.state
+                for record in run_cluster(job):
+                    assert record.state is not None
+                    state = record.state
+                    records.append({k: v for k, v in asdict(replace(record, state=None)).items() if k != "state"})
+                (out / name).mkdir(exist_ok=True)
+                (out / name / f"{rank}.json").write_text(json.dumps(records))
+                save_file({k: x.contiguous() for k, x in state.adapters.items()}, out / name / f"{rank}.safetensors")
+    except BaseException:
+        with (out / "errors").open("a") as file:
+            file.write(f"rank {rank}\n{traceback.format_exc()}\n")
+        raise
+
+
+def _read(folder: Path, ranks: int) -> Together:
+    parts = [load_file(folder / f"{rank}.safetensors") for rank in range(ranks)]
+    adapters = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return Together(adapters, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)])

@@ -1,0 +1,201 @@
+"""Runs that several processes share, stopped, killed and refused: real processes, started as users start them."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from federation import free_ports
+from processes import PROCESS, finish, start, wait_until
+from safetensors.torch import load_file
+
+RECIPE = [
+    "digits-demo",
+    "model.dtype=float64",
+    "clients=5",
+    "partition={name: iid}",
+    "graph={name: complete, activation: 0.5}",
+    "algorithm={name: adf_lora, switch_every: 2}",
+    "training={local_steps: 1, per_device_train_batch_size: 2, reset_optimizer: phase}",
+    "evaluate={every: 7, rows: 4}",
+    "lora.lora_dropout=0.1",
+    "rounds=60",
+    "checkpoint={every: 3, keep: 2}",
+]
+
+
+def rounds(run: Path) -> int:
+    return (run / "rounds.jsonl").read_bytes().count(b"\n") if (run / "rounds.jsonl").exists() else 0
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Hold the adapters and records of two runs against each other."""
+    assert [record["round"] for record in records(ours)] == [record["round"] for record in records(theirs)]
+    for own, record in zip(records(ours), records(theirs), strict=True):
+        assert own["loss"] == pytest.approx(record["loss"], abs=1e-12)
+        assert own["diagnostics"] == pytest.approx(record["diagnostics"], abs=1e-9)
+        assert own["evaluation"] == record["evaluation"]
+        assert [own[key] for key in ("clients", "edges", "bytes_sent")] == [
+            record[key] for key in ("clients", "edges", "bytes_sent")
+        ]
+    folders = sorted(folder.name for folder in (theirs / "adapters").iterdir())
+    assert sorted(folder.name for folder in (ours / "adapters").iterdir()) == folders
+    for folder in folders:
+        expected = load_file(theirs / "adapters" / folder / "adapter_model.safetensors")
+        for name, x in load_file(ours / "adapters" / folder / "adapter_model.safetensors").items():
+            torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    code, _, err = finish(start(folder, "run", *RECIPE, "--out", "run"))
+    assert code == 0, err
+    return folder / "run"
+
+
+@pytest.mark.timeout(600)
+def test_a_shared_run_that_is_stopped_goes_on_in_any_number_of_processes_to_the_same_adapters(
+    alone: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(tmp_path, "run", *RECIPE, "--workers", "3", "--out", "run")
+    for sent, after, go_on in (("SIGINT", 7, ["--workers", "2"]), ("SIGTERM", 22, [])):
+        wait_until(lambda after=after: rounds(run) >= after, process)  # type: ignore[misc]
+        process.send_signal(signal.Signals[sent])
+        code, out, err = finish(process)
+        assert (code, out) == (130, ""), err
+        said = re.fullmatch(
+            r"peertune: stopped after (\d+) rounds; go on with: peertune run --resume run --workers \d\n", err
+        )
+        assert said is not None, err
+        assert int(said[1]) == rounds(run) < 60
+        last = max((run / "checkpoints").iterdir())
+        meta = json.loads((last / "meta.json").read_text())
+        assert meta["round"] == rounds(run)
+        assert sorted(client for shard in meta["shards"] for client in shard["clients"]) == list(range(5))
+        assert sorted(path.name for path in last.iterdir()) == ["meta.json", *(one["file"] for one in meta["shards"])]
+        process = start(tmp_path, "run", "--resume", "run", *go_on)
+    code, _, err = finish(process)
+    assert code == 0, err
+    assert_same(run, alone)
+
+
+def torchrun(folder: Path, ranks: int, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
+    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    return subprocess.Popen(
+        [sys.executable, *command, "-m", "peertune", *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+@pytest.mark.timeout(600)
+def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_run_ends_the_same(
+    alone: Path, tmp_path: Path
+) -> None:
+    chance, run = random.Random(11), tmp_path / "run"
+    process = torchrun(tmp_path, 3, "run", *RECIPE, "--out", "run", restarts=4)
+    # 0: before the processes have met
+    for after in (0, chance.randrange(5, 15), chance.randrange(20, 35), chance.randrange(40, 50)):
+        wait_until(lambda after=after: rounds(run) >= after and len(children(process)) == 3, process)  # type: ignore[misc]
+        os.kill(chance.choice(children(process)), signal.SIGKILL)
+    code, _, err = finish(process, 200)
+    assert code == 0, err
+    assert_same(run, alone)
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path: Path) -> None:
+    process = start(tmp_path, "run", *RECIPE, "rounds=5000", "--workers", "3", "--out", "run")
+    wait_until(lambda: rounds(tmp_path / "run") >= 2, process)
+    os.kill(random.Random(0).choice(children(process)[1:]), signal.SIGKILL)
+    code, out, err = finish(process)
+    assert code > 0
+    assert out == ""
+    assert err == "peertune: another process of the run is gone; see what it said, and go on with --resume\n"
+    assert not (tmp_path / "run" / "adapters").exists()
+
+
+def by_hand(folder: Path, rank: int, ranks: int, port: int, words: Sequence[str]) -> subprocess.Popen[str]:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS, *words],
+        cwd=folder,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in place.items()},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["seed=1"], r"rank 1 \(.*\): seed is 1, and 0 at rank 0; give all processes the same"),
+        (["elsewhere"], r"\.: rank 1 doesn't see it; give an --out on a disk that all machines share"),
+        (["clients=1"], "clients: 1, for 2 processes; start 1 at most"),
+        (["training.learning_rate=1e300"], r".*training: a loss or an adapter is no longer finite after round \d; .*"),
+    ],
+)
+def test_what_processes_cannot_share_is_one_line_at_rank_0(tmp_path: Path, words: list[str], complaint: str) -> None:
+    (port,) = free_ports(1)
+    folders = [tmp_path, tmp_path]
+    both = [[*RECIPE], [*RECIPE]]
+    match words:
+        case ["seed=1"]:
+            both[1] += words
+        case ["elsewhere"]:
+            folders[1] = tmp_path / "elsewhere"
+            folders[1].mkdir()
+        case _:
+            both = [[*RECIPE, *words]] * 2
+    processes = [by_hand(folders[rank], rank, 2, port, ["run", *both[rank], "--out", "run"]) for rank in range(2)]
+    (code, out, err), (other, *said) = map(finish, processes)
+    assert (code, out, other, *said) == (2, "", 2, "", "")
+    assert re.fullmatch(f"peertune: {complaint}\n", err), err
+
+
+def test_processes_that_do_not_meet_say_what_to_look_at(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    process = by_hand(tmp_path, 0, 2, port, ["run", *RECIPE, "--rendezvous-s", "2"])
+    code, out, err = finish(process)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(
+        rf"peertune: rank 0: 2 processes did not meet at 127\.0\.0\.1:{port} within 2 s; see that all were started, "
+        r"and that .* reaches that address\n",
+        err,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shared_run_goes_on_to_the_same_bits_where_the_number_of_processes_stays(tmp_path: Path) -> None:
+    short = [*RECIPE, "rounds=9", "--workers", "2"]
+    assert finish(start(tmp_path, "run", *short, "--out", "run"))[0] == 0
+    before = load_file(tmp_path / "run" / "adapters" / "client-003" / "adapter_model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "round-000009")
+    shutil.rmtree(tmp_path / "run" / "adapters")
+    code, _, err = finish(start(tmp_path, "run", "--resume", "run", "--workers", "2"))
+    assert code == 0, err
+    after = load_file(tmp_path / "run" / "adapters" / "client-003" / "adapter_model.safetensors")
+    assert all(torch.equal(x, after[name]) for name, x in before.items())
