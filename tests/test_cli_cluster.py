@@ -116,10 +116,10 @@ def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_run_ends_the
     alone: Path, tmp_path: Path
 ) -> None:
     chance, run = random.Random(11), tmp_path / "run"
-    process = torchrun(tmp_path, 3, "run", *RECIPE, "--out", "run", restarts=4)
+    process = torchrun(tmp_path, 2, "run", *RECIPE, "--out", "run", restarts=3)
     # 0: before the processes have met
-    for after in (0, chance.randrange(5, 15), chance.randrange(20, 35), chance.randrange(40, 50)):
-        wait_until(lambda after=after: rounds(run) >= after and len(children(process)) == 3, process)  # type: ignore[misc]
+    for after in (0, chance.randrange(5, 25), chance.randrange(30, 50)):
+        wait_until(lambda after=after: rounds(run) >= after and len(children(process)) == 2, process)  # type: ignore[misc]
         os.kill(chance.choice(children(process)), signal.SIGKILL)
     code, _, err = finish(process, 200)
     assert code == 0, err
@@ -127,7 +127,7 @@ def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_run_ends_the
 
 
 def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path: Path) -> None:
-    process = start(tmp_path, "run", *RECIPE, "rounds=5000", "--workers", "3", "--out", "run")
+    process = start(tmp_path, "run", *RECIPE, "rounds=5000", "--workers", "2", "--out", "run")
     wait_until(lambda: rounds(tmp_path / "run") >= 2, process)
     os.kill(random.Random(0).choice(children(process)[1:]), signal.SIGKILL)
     code, out, err = finish(process)

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from conftest import Call
 from pyarrow import parquet
 from pydantic import BaseModel
 from typer.testing import CliRunner
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 from peertune import ALGORITHMS, GRAPHS, PARTITIONS, TASKS
 from peertune.cli import app
 from peertune.recipe import Recipe
-from peertune.sweep import split_values
+from peertune.sweep import members, split_values
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -78,8 +79,29 @@ def pages_with(language: str) -> list[Path]:
     return [page for page in PAGES if blocks(page, language)]
 
 
+STUDIES = ROOT / "docs" / "results.md"
+"""Its sweeps differ in their keys alone: what they would run is checked, and the first of each runs in this process."""
+
+
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("page", pages_with("sh"), ids=lambda page: page.name)
+def test_the_studies_commands_run(peertune: Call, minilm: str, little_glue: Path) -> None:
+    for words in commands(STUDIES):
+        assert words[0] == "peertune"
+        if words[1] == "sweep":
+            small = made_small(words, minilm, little_glue)
+            place = next(n for n, word in enumerate(small) if word.startswith("--"))
+            assert members(words[2], [word for word in words[3:] if "=" in word]), shlex.join(words)
+            settings = [
+                f"{key}={split_values(text)[0]}" for key, text in (word.split("=", 1) for word in small[3:place])
+            ]
+            out = f"{small[small.index('--out') + 1]}/first"
+            words = ["peertune", "run", small[2], *settings, "--out", out]
+        code, _, err = peertune(*words[1:])
+        assert code == 0, f"{shlex.join(words)}\n{err}"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("page", [page for page in pages_with("sh") if page != STUDIES], ids=lambda page: page.name)
 def test_every_command_of_the_page_runs(page: Path, tmp_path: Path, minilm: str, little_glue: Path) -> None:
     bin_folder = str(Path(sys.executable).parent)
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}"}
