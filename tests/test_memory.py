@@ -174,7 +174,7 @@ def test_there_is_memory() -> None:
 
 
 RUN = """
-import json, resource, sys
+import json, sys
 from peertune.cli import main
 from peertune.plan import plan
 from peertune.recipe import load_recipe
@@ -185,7 +185,9 @@ sys.argv = ["peertune", *sys.argv[1:]]
 try:
     main()
 finally:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+    # Not ru_maxrss, which begins with what the process took that this one was started by.
+    lines = open("/proc/self/status").read().splitlines()
+    print(next(line.split()[1] for line in lines if line.startswith("VmHWM")), file=sys.stderr)
 """
 
 
@@ -209,10 +211,5 @@ def test_a_process_takes_what_was_planned(tmp_path: Path, checkpointing: bool) -
     planned = Plan(**json.loads(process("plan", tmp_path / "recipe.yaml").stdout))
     assert planned.base > 200 * 2**20
     assert planned.total - planned.process > planned.process / 2
-    peaks: list[int] = []
-    while len(peaks) < 3 and (not peaks or planned.total != pytest.approx(peaks[-1], rel=0.15)):
-        ran = process("run", tmp_path / "recipe.yaml", "--out", tmp_path / f"run-{len(peaks)}")
-        peaks.append(
-            1024 * int(ran.stderr.split()[-1])
-        )  # on a busy machine loading has been seen to take more at times
-    assert planned.total == pytest.approx(peaks[-1], rel=0.15), peaks
+    ran = process("run", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+    assert planned.total == pytest.approx(1024 * int(ran.stderr.split()[-1]), rel=0.15)

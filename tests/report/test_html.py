@@ -156,7 +156,8 @@ def test_the_slider_moves_the_graph_through_the_rounds(look: Any, make_run: Any)
         assert output.inner_text() == f"round {round}"
         ends = 3 * len(run.records[round]["edges"])
         seen.until(f"document.querySelector('[data-name=graph] .plot')._fullData[1].x.length === {ends}")
-        assert f"active in round {round}" in figure.locator(".legend").text_content()
+        legends = "[...document.querySelectorAll('[data-name=graph] .legend')]"
+        seen.until(f"{legends}.some((legend) => legend.textContent.includes('active in round {round}'))")
 
     slider.focus()
     slider.press("Home")
