@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +21,24 @@ from benchmarks.measure import Figure, figure, interleaved, ratios
 from benchmarks.setup import model as minilm
 from peertune import build, load_recipe
 from peertune.assembly import Run
+from peertune.models import in_four_bits
 from peertune.training import train_local
 from peertune.types import Batch
 
+
+class Shape(NamedTuple):
+    """The sizes of a Llama."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    groups: int  # of heads that share keys and values
+
+
 SHAPES = {
-    "LLaMA-2-7B's shape": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "heads": (32, 32)},
-    "SmolLM-135M's shape": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "heads": (9, 3)},
+    "LLaMA-2-7B's shape": Shape(4096, 11008, layers=32, heads=32, groups=32),
+    "SmolLM-135M's shape": Shape(576, 1536, layers=30, heads=9, groups=3),
 }
 
 
@@ -35,21 +48,19 @@ def run(repeats: int = 5) -> list[Figure]:
     label, tokens = ("LLaMA-2-7B's shape", 512) if gpu else ("SmolLM-135M's shape", 128)
     settings = ["model.quantization=nf4", "training.gradient_checkpointing=true"] if gpu else []
     with tempfile.TemporaryDirectory() as folder:
-        save_base(Path(folder), **SHAPES[label])  # type: ignore[arg-type]
+        save_base(Path(folder), SHAPES[label])
         return compare(make(Path(folder), tokens, *settings), label, repeats)
 
 
-def save_base(
-    folder: Path, *, hidden_size: int, intermediate_size: int, num_hidden_layers: int, heads: tuple[int, int]
-) -> None:
+def save_base(folder: Path, shape: Shape) -> None:
     """Write a Llama with random weights in bfloat16, MiniLM's tokenizer, which serves for speed, and random text."""
     config = transformers.LlamaConfig(
         vocab_size=32_000,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_hidden_layers,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.groups,
     )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         base = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -127,17 +138,10 @@ class Loop:
         """Load the recipe's base again, in the precision and with the layers of `setup`."""
         recipe, self.device = setup.resolved, setup.job.device
         dtype = getattr(torch, recipe.model.dtype)
-        quantized = {}
+        held: dict[str, Any] = {"device_map": {"": self.device}}
         if recipe.model.quantization is not None:
-            quantized["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
-        base = transformers.AutoModelForCausalLM.from_pretrained(
-            recipe.model.name, dtype=dtype, device_map={"": self.device}, **quantized
-        )
+            held = in_four_bits(dtype, self.device)
+        base = transformers.AutoModelForCausalLM.from_pretrained(recipe.model.name, dtype=dtype, **held)
         base.config.use_cache = False
         lora = LoraConfig(
             r=recipe.lora.r, lora_alpha=int(recipe.lora.lora_alpha), target_modules=recipe.lora.target_modules

@@ -164,16 +164,8 @@ def build(
         )
     if not len(held_out):
         raise DataError("training.long_rows: no row to validate on is short enough; raise training.max_length")
-    together = max(1, COLUMNS // recipe.lora.r)
-    passes = LANGUAGE_TOKENS_PER_PASS if purpose == "language" else TOKENS_PER_PASS
-    if recipe.training.tokens_per_pass != "auto":
-        tokens = recipe.training.tokens_per_pass
-    elif purpose == "language":
-        tokens = max(
-            1, min(passes[device.type], LOGITS_BYTES // (24 * base.model.get_output_embeddings().out_features))
-        )
-    else:
-        tokens = passes[device.type]
+    together = clients_together(recipe)
+    tokens = _tokens_per_pass(recipe, base, device)
     clients_per_pass = min(
         len(clients) if peer else recipe.clients, recipe.training.clients_per_pass or CLIENTS_PER_PASS
     )
@@ -271,6 +263,21 @@ def build_optim(recipe: Recipe) -> Optim:
     return Optim(optimizer, rate, t.max_grad_norm, t.reset_optimizer)
 
 
+def clients_together(recipe: Recipe) -> int:
+    """Return how many clients' rows may share a pass."""
+    return max(1, COLUMNS // recipe.lora.r)
+
+
+def _tokens_per_pass(recipe: Recipe, base: Base, device: torch.device) -> int:
+    """Return about how many tokens go through the base together: by the recipe, or what the device has room for."""
+    if recipe.training.tokens_per_pass != "auto":
+        return recipe.training.tokens_per_pass
+    if base.output_name is None:
+        return TOKENS_PER_PASS[device.type]
+    words: int = base.model.get_output_embeddings().out_features
+    return max(1, min(LANGUAGE_TOKENS_PER_PASS[device.type], LOGITS_BYTES // (24 * words)))
+
+
 def _head_layers(base: Base) -> list[str]:
     """Return the layers of the head; attach() refuses those that aren't linear."""
     return [
@@ -343,14 +350,8 @@ def _encode(recipe: Recipe, task: Task, base: Base, max_length: int) -> tuple[En
         log.info("tokenising %s rows", f"{len(task.train) + len(task.validation):,}")
     train, validation = encode(task.train), encode(task.validation)
     for name, encoded in (("train", train), ("validation", validation)):
-        if (
-            not images
-            and (highest := int(encoded.tokens["input_ids"].max())) >= base.model.config.get_text_config().vocab_size
-        ):
-            raise ModelError(
-                f"model.name: {recipe.model.name}: its tokenizer makes tokens that it has no embedding for, such as "
-                f"{base.tokenizer.convert_ids_to_tokens(highest)!r}; give a base with its own tokenizer"
-            )
+        if not images:
+            _check_tokens(recipe, base, encoded)
         if len(encoded.long):
             done = "cut" if recipe.training.long_rows == "cut" else "left out"
             log.warning(
@@ -362,6 +363,16 @@ def _encode(recipe: Recipe, task: Task, base: Base, max_length: int) -> tuple[En
                 done,
             )
     return train, validation
+
+
+def _check_tokens(recipe: Recipe, base: Base, encoded: Encoded) -> None:
+    """Raise ModelError where the tokenizer makes tokens that the base does not know."""
+    highest = int(encoded.tokens["input_ids"].max())
+    if highest >= base.model.config.get_text_config().vocab_size:
+        raise ModelError(
+            f"model.name: {recipe.model.name}: its tokenizer makes tokens that it has no embedding for, such as "
+            f"{base.tokenizer.convert_ids_to_tokens(highest)!r}; give a base with its own tokenizer"
+        )
 
 
 def _max_length(recipe: Recipe, base: Base) -> int:

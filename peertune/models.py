@@ -99,7 +99,7 @@ def load_base(
     Raises ModelError where the model isn't there, is damaged, or lacks more than a head and a pooler, where it can't
     serve the purpose, and where it can't be quantised here.
     """
-    quantized = {} if quantization is None or planned else _quantized(dtype, device)
+    quantized = {} if quantization is None or planned else in_four_bits(dtype, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register_attention()
@@ -208,7 +208,7 @@ def _check_clip(name: str, config: Any) -> None:
         )
 
 
-def _quantized(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+def in_four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """Return what makes `from_pretrained` hold a base in 4 bits. Raises ModelError where that can't be."""
     if device.type != "cuda":
         raise ModelError(f"model.quantization: nf4 needs a CUDA device and this one is {device}; leave it out")

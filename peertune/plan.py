@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from peertune.adapters.rows import Rows, bound
-from peertune.assembly import COLUMNS, TOKENS_PER_PASS, build
+from peertune.assembly import TOKENS_PER_PASS, build, clients_together
 from peertune.data.scores import JUDGES
 from peertune.errors import PeertuneError, RunError
 from peertune.generation import cached_tokens
@@ -146,7 +146,7 @@ def _generate(job: Job, state: State, recipe: Recipe, prompts: int) -> None:
     base: Any = job.model.base
     width = recipe.training.max_length + recipe.evaluate.max_new_tokens
     width = min(width, getattr(base.config, "max_position_embeddings", None) or width)
-    clients = min(state.clients + 1, max(1, COLUMNS // recipe.lora.r))
+    clients = min(state.clients + 1, clients_together(recipe))
     rows = clients * max(1, min(prompts, cached_tokens(base) // (width * clients)))
     adapters = {name: x[:1].repeat_interleave(clients, 0) for name, x in state.adapters.items()}
     whose = torch.zeros(rows, dtype=torch.int64, device="meta")

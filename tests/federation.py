@@ -104,6 +104,19 @@ def forking() -> Any:
     return forks
 
 
+def see_through(processes: Sequence[Any], errors: Path) -> None:
+    """Start processes and see them end well; where one does not, fail with what was written to `errors`."""
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(280)
+            assert process.exitcode == 0, errors.read_text() if errors.exists() else process
+    finally:
+        for process in processes:
+            process.kill()
+
+
 def play(made: Federation, recipes: Mapping[str, Sequence[str]], **options: Any) -> dict[str, list[Played]]:
     """Run each recipe with one process for each peer, all at once, one recipe after the other; return what came of it.
 
@@ -114,15 +127,7 @@ def play(made: Federation, recipes: Mapping[str, Sequence[str]], **options: Any)
     peers = range(len(made.ports))
     together = forks.Barrier(len(peers), timeout=120)  # no peer may meet another that runs another recipe
     processes = [forks.Process(target=_play, args=(made, client, recipes, out, together, options)) for client in peers]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(280)
-            assert process.exitcode == 0, (out / "errors").read_text() if (out / "errors").exists() else process
-    finally:
-        for process in processes:
-            process.kill()
+    see_through(processes, out / "errors")
     return {name: [_read(out / name / f"{client}") for client in peers] for name in recipes}
 
 

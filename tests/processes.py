@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # A shell may have told its background jobs to ignore SIGINT; a job in the foreground gets it.
@@ -27,6 +27,17 @@ def start(folder: Path, *words: str) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=timeout_s)
     return process.returncode, out, err
+
+
+def finish_well(processes: Sequence[subprocess.Popen[str]], timeout_s: float = 200) -> None:
+    """See all processes end with 0, and leave none behind."""
+    try:
+        for process in processes:
+            code, _, err = finish(process, timeout_s)
+            assert code == 0, err
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def wait_until(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from federation import forking, free_ports
+from federation import forking, free_ports, see_through
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,15 +27,7 @@ def together(out: Path, ranks: int, recipes: Mapping[str, Sequence[str]]) -> dic
     forks, (port,) = forking(), free_ports(1)
     out.mkdir()
     processes = [forks.Process(target=_run, args=(out, rank, ranks, port, recipes)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    try:
-        for process in processes:
-            process.join(280)
-            assert process.exitcode == 0, (out / "errors").read_text() if (out / "errors").exists() else process
-    finally:
-        for process in processes:
-            process.kill()
+    see_through(processes, out / "errors")
     return {name: _read(out / name, ranks) for name in recipes}
 
 

@@ -69,7 +69,7 @@ def test_decafs_benchmark_checks_and_beats_the_dense_svd() -> None:
 
 
 def test_the_benchmark_of_language_models_checks_and_measures(tmp_path: Path) -> None:
-    language.save_base(tmp_path, hidden_size=32, intermediate_size=48, num_hidden_layers=2, heads=(4, 2))
+    language.save_base(tmp_path, language.Shape(32, 48, layers=2, heads=4, groups=2))
     setup = language.make(tmp_path, 32, "model.dtype=float32", "training.gradient_checkpointing=true")
     loop, ours, speed = language.compare(setup, "tiny", 1)
     assert min(loop.value, ours.value, speed.value) > 0

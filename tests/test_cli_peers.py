@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from federation import Federation, found, free_ports
-from processes import finish, start, wait_until
+from processes import finish, finish_well, start, wait_until
 
 Call = Callable[..., tuple[int, str, str]]
 SMALL = [
@@ -110,13 +110,7 @@ def test_a_peer_that_waits_says_so_until_it_is_gone(
 
 def test_peers_that_finish_say_what_came_of_each_edge(two: Federation, peertune: Call) -> None:
     processes = [start(two.folder, *starting(two, client)) for client in range(2)]
-    try:
-        for process in processes:
-            code, _, err = finish(process, 200)
-            assert code == 0, err
-    finally:
-        for process in processes:
-            process.kill()
+    finish_well(processes)
     for client in range(2):
         run = two.folder / "runs" / str(client)
         found = json.loads(peertune("peer", "status", run, "--json")[1])

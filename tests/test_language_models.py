@@ -20,7 +20,7 @@ from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import UNLABELLED, Encoded, training_steps, validation_batches
 from peertune.data.completions import encode_completions, encode_prompts
 from peertune.generation import Decoding, generate, sampler
-from peertune.models import _quantized
+from peertune.models import in_four_bits
 from peertune.training import Optim, adamw, evaluate, hits, row_losses, train_local
 from peertune.types import Batch, Phase, Split, State, Tensors, take
 
@@ -284,7 +284,7 @@ def test_a_stack_over_a_base_in_4_bits_equals_separate_peft_models(tmp_path: Pat
         LlamaConfig(vocab_size=258, hidden_size=128, intermediate_size=128, num_hidden_layers=2)
     ).save_pretrained(tmp_path)
     register_attention()
-    config = _quantized(torch.float32, torch.device("cuda"))["quantization_config"]
+    config = in_four_bits(torch.float32, torch.device("cuda"))["quantization_config"]
 
     def load(attention: str) -> Any:
         base = AutoModelForCausalLM.from_pretrained(

@@ -13,7 +13,7 @@ import transformers
 import yaml
 from federation import found
 from peft import PeftModel
-from processes import finish, start
+from processes import finish_well, start
 from seeing import COLOURS, save_clip, save_images, save_vit
 
 from peertune.assembly import agreed, build
@@ -167,13 +167,7 @@ def test_peers_train_on_folders_of_their_own_of_which_one_lacks_a_class(made: Pa
         )
         for client in range(2)
     ]
-    try:
-        for process in processes:
-            code, _, err = finish(process, 200)
-            assert code == 0, err
-    finally:
-        for process in processes:
-            process.kill()
+    finish_well(processes)
     for client, held in enumerate(([12, 12, 12], [0, 12, 12])):
         facts = json.loads((tmp_path / f"run-{client}" / "facts.json").read_text())
         assert (facts["partition"]["labels"], facts["partition"]["rows"]) == (names, [held])

@@ -23,7 +23,7 @@ from torch import Tensor
 from peertune import draws
 from peertune.data.labels import number_labels
 from peertune.data.scores import OF_VALUES
-from peertune.data.sources import Columns, first_line, image_columns, load_from_hub
+from peertune.data.sources import Columns, first_line, image_columns, load_from_hub, named_source
 from peertune.errors import DataError, unknown
 from peertune.types import Split, Task
 
@@ -65,9 +65,7 @@ def images(
 
     Raises DataError where the arguments, a folder, a column, a label or an image is wrong.
     """
-    if (path is None) == (id is None):
-        raise DataError("task images: give either path (a folder) or id (a data set of the hub)")
-    name = f"images/{id or Path(path or '').name}"
+    name = named_source("images", path, id)
     where = f"task {name}"
     if metric in OF_VALUES and not (classes is None and templates is None and shots is None):
         raise DataError(f"{where}: metric {metric} is of values; leave out classes, templates and shots")

@@ -8,7 +8,7 @@ import numpy as np
 
 from peertune.data.labels import number_labels
 from peertune.data.scores import JUDGES, OF_LANGUAGE, OF_VALUES
-from peertune.data.sources import Columns, Reader, open_source
+from peertune.data.sources import Columns, named_source, open_source
 from peertune.errors import DataError, unknown
 from peertune.types import Split, Task
 
@@ -40,7 +40,9 @@ def instructions(
 
     Raises DataError where the arguments, a file, a column or a row is wrong.
     """
-    where, read = _open("instructions", path, id, config, revision)
+    called = named_source("instructions", path, id)
+    where = f"task {called}"
+    read, _ = open_source(where, path, id or "", config, revision, "")
     if metric not in OF_LANGUAGE:
         raise DataError(unknown(f"{where}: metric", metric, OF_LANGUAGE))
     if (prompt is None) != (completion is None):
@@ -61,10 +63,8 @@ def instructions(
         if chat and inputs != ("prompt", "completion"):
             raise DataError(f"{where}: chat is for prompts and completions, and the columns are {', '.join(inputs)}")
         if chat:
-            inputs, rows = (
-                ("messages",),
-                {"messages": [_conversation(*pair) for pair in zip(*rows.values(), strict=True)]},
-            )
+            rows = {"messages": [_conversation(*pair) for pair in zip(*rows.values(), strict=True)]}
+            inputs = tuple(rows)
         if inputs == ("text",) and metric in JUDGES:
             raise DataError(f"{where}: metric {metric} needs prompts to go on from, and the rows are plain text")
         size = len(next(iter(rows.values())))
@@ -75,7 +75,7 @@ def instructions(
             f"{where}: {train} has the columns {', '.join(forms[0])}, and {validation} {', '.join(forms[1])}; "
             "give both in one form"
         )
-    return Task(where.removeprefix("task "), forms[0], (), splits[0], splits[1], metric, "complete")
+    return Task(called, forms[0], (), splits[0], splits[1], metric, "complete")
 
 
 def label_words(
@@ -93,7 +93,7 @@ def label_words(
 ) -> Task:
     r"""Classify by a causal language model: the class whose word is the likeliest to follow the prompt.
 
-    `prompt` puts the columns in words, such as `"{passage}\nQuestion: {question}?\\nAnswer:"`; `words` holds what
+    `prompt` puts the columns in words, such as `"{passage}\nQuestion: {question}?\nAnswer:"`; `words` holds what
     stands for each class, by number, such as `[" no", " yes"]`; labels that are names are numbered in sorted order, or
     by `classes`, where parties train on rows of their own, of which one may lack a class. In training the word of the
     right class is the completion. A word's likelihood is the product over its tokens, and is not divided by
@@ -102,7 +102,9 @@ def label_words(
 
     The data and errors are as for `instructions`.
     """
-    where, read = _open("label_words", path, id, config, revision, label)
+    called = named_source("label_words", path, id)
+    where = f"task {called}"
+    read, _ = open_source(where, path, id or "", config, revision, label)
     if len(words) < 2 or len(set(words)) < len(words) or not all(word.strip() for word in words):
         raise DataError(f"{where}: words is {words}; give two or more different ones, none of them empty")
     if metric in OF_VALUES or metric in OF_LANGUAGE:
@@ -120,17 +122,7 @@ def label_words(
     names, splits = number_labels(where, found, ("prompt",), label, known, metric)
     if len(names) != len(words):
         raise DataError(f"{where}: there are {len(names)} classes ({', '.join(names[:5])}) and {len(words)} words")
-    return Task(where.removeprefix("task "), ("prompt",), names, splits[0], splits[1], metric, "choose", tuple(words))
-
-
-def _open(
-    name: str, path: str | None, id: str | None, config: str | None, revision: str | None, label: str = ""
-) -> tuple[str, Reader]:
-    """Return how errors name the task, and what reads its splits."""
-    if (path is None) == (id is None):
-        raise DataError(f"task {name}: give either path (a folder) or id (a data set of the hub)")
-    where = f"task {name}/{id or str(path).rstrip('/').rpartition('/')[2]}"
-    return where, open_source(where, path, id or "", config, revision, label)[0]
+    return Task(called, ("prompt",), names, splits[0], splits[1], metric, "choose", tuple(words))
 
 
 def _fill(where: str, template: str, columns: Columns) -> list[str]:
@@ -144,8 +136,11 @@ def _fill(where: str, template: str, columns: Columns) -> list[str]:
         for row, value in enumerate(columns[name]):
             if value is None or value != value:
                 raise DataError(f"{where}: row {row}: {name} is missing, leave out rows without one")
-    rows = [dict(zip(names, values, strict=True)) for values in zip(*(columns[name] for name in names), strict=True)]
-    return [_FIELD.sub(lambda field, row=row: str(row.get(field[1], field[0])), template) for row in rows]  # type: ignore[misc]
+
+    def filled(row: int) -> str:
+        return _FIELD.sub(lambda field: str(columns[field[1]][row]) if field[1] in names else field[0], template)
+
+    return [filled(row) for row in range(len(columns[names[0]]))]
 
 
 def _conversation(prompt: str, completion: str) -> list[dict[str, str]]:

@@ -18,6 +18,16 @@ Reader = Callable[[Sequence[str]], Columns]
 """Takes names of splits and returns the columns of the first that is there."""
 
 
+def named_source(task: str, path: str | None, id: str | None) -> str:
+    """Return what a task with rows of its own is called, such as `text/reviews`, by its folder or its id on the hub.
+
+    Raises DataError where not just one of them is given.
+    """
+    if (path is None) == (id is None):
+        raise DataError(f"task {task}: give either path (a folder) or id (a data set of the hub)")
+    return f"{task}/{id or Path(path or '').name}"
+
+
 def open_source(
     where: str, path: str | None, hub_id: str, config: str | None, revision: str | None, label: str
 ) -> tuple[Reader, tuple[str, ...] | None]:

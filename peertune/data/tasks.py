@@ -5,7 +5,6 @@ A task comes from the Hugging Face hub, from a local folder or, for `digits`, fr
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from peertune.data.images import images
 from peertune.data.labels import number_labels
 from peertune.data.language import instructions, label_words
 from peertune.data.scores import OF_VALUES
-from peertune.data.sources import Reader, open_source
+from peertune.data.sources import Reader, named_source, open_source
 from peertune.errors import DataError, unknown
 from peertune.types import Split, Task
 
@@ -85,11 +84,9 @@ def text(
 
     Raises DataError where the arguments, a file, a column or a label is wrong.
     """
-    if (path is None) == (id is None):
-        raise DataError("task text: give either path (a folder) or id (a data set of the hub)")
+    name = named_source("text", path, id)
     if not 1 <= len(inputs) <= 2:
         raise DataError(f"task text: inputs names {len(inputs)} columns, give one or two")
-    name = f"text/{id or Path(path or '').name}"
     if classes is not None and (len(classes) < 2 or len(set(classes)) < len(classes) or metric in OF_VALUES):
         raise DataError(
             f"task {name}: classes is {classes}; give two or more different names, and none for a regression"
