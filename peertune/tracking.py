@@ -5,6 +5,7 @@
       facts.json                                       what follows from the recipe: rho, who holds what, sizes
       adapter/                                         what all adapters share: PEFT's config, head, labels
       rounds.jsonl                                     a RoundRecord a line: the truth; all else derives from it
+      rounds/round-000012.safetensors                  its long lists, where it has any: of over 1,000 clients or edges
       checkpoints/round-000120/                        state-000.safetensors and meta.json, whole or not there
       adapters/client-000/ … adapters/average/         each loads with PeftModel.from_pretrained
 
@@ -28,6 +29,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import numpy as np
+import safetensors.numpy
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
@@ -44,6 +47,10 @@ if TYPE_CHECKING:  # PEFT takes seconds to import, and most commands only read
 log = logging.getLogger(__name__)
 
 _FIELDS = {field.name for field in fields(RoundRecord)} - {"state"}
+LONGEST_LIST = 1_000
+"""Values up to which a list of a record stands in its line of `rounds.jsonl`; longer ones go to a file beside it."""
+_NUMBERS = ("clients", "edges", "failed_edges", "out_of_phase")
+"""Lists of clients' numbers, of which the line keeps the length; of measured values it keeps the mean."""
 
 
 def check_free(folder: Path) -> None:
@@ -122,35 +129,84 @@ def resolved(folder: Path) -> Path:
 
 
 def append(folder: Path, record: RoundRecord) -> None:
-    """Add a record to `rounds.jsonl`."""
+    """Add a record to `rounds.jsonl`; its long lists go to a file of their own, which is written first."""
     values = asdict(replace(record, state=None))
     del values["state"]
-    with reported(folder / "rounds.jsonl"), (folder / "rounds.jsonl").open("a") as file:
-        file.write(json.dumps(values) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    long = {name: np.asarray(x) for name, x in _lists(values).items() if len(x) > LONGEST_LIST}
+    if long:
+        file = _long_lists(folder, record.round)
+        with reported(file):
+            file.parent.mkdir(exist_ok=True)
+        write_file(file, safetensors.numpy.save(long))
+        for name, x in long.items():
+            _put(values, name, len(x) if name in _NUMBERS else float(x.mean()))
+        values["long"] = sorted(long)
+    with reported(folder / "rounds.jsonl"), (folder / "rounds.jsonl").open("a") as lines:
+        lines.write(json.dumps(values) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def _long_lists(folder: Path, round: int) -> Path:
+    return folder / "rounds" / f"round-{round:06d}.safetensors"
+
+
+def _lists(values: Mapping[str, Any], block: str = "") -> dict[str, list[Any]]:
+    """Return the lists of a record by name, such as `loss` and `evaluation.clients`."""
+    found: dict[str, list[Any]] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            found |= _lists(value, f"{block}{name}.")
+        elif isinstance(value, list):
+            found[f"{block}{name}"] = value
+    return found
+
+
+def _put(values: dict[str, Any], name: str, value: Any) -> None:
+    """Put something in the place of one of these lists."""
+    *blocks, last = name.split(".")
+    for block in blocks:
+        values = values[block]
+    values[last] = value
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
-    """Read `rounds.jsonl`, a record for each round in order. Raises RunError where it isn't there.
+    """Read `rounds.jsonl`, a record for each round in order, with its long lists in their places.
 
-    A damaged line is left out with a warning; a last line that was cut off is no record.
+    A line that is damaged, or whose long lists are, is left out with a warning; a last line that was cut off is no
+    record. Raises RunError where the file isn't there.
     """
+    found = []
+    for record, _ in _lines(folder):
+        try:
+            if "long" in record:
+                lists = safetensors.numpy.load(_long_lists(folder, record["round"]).read_bytes())
+                for name in record.pop("long"):
+                    _put(record, name, lists[name].tolist())
+            found.append(record)
+        except (OSError, ValueError, TypeError, KeyError, SafetensorError):
+            log.warning("%s/rounds: round %s is missing or damaged and left out; restore it", folder, record["round"])
+    return found
+
+
+def _lines(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each record as its line has it, and the line."""
     try:
         lines = (folder / "rounds.jsonl").read_text(errors="replace").splitlines()
     except OSError:
         raise RunError(f"{folder}: no readable rounds.jsonl; give the folder of a run") from None
-    found: list[dict[str, Any]] = []
+    next_round = 0
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            if record["round"] < len(found) or not record.keys() >= _FIELDS:
+            if record["round"] < next_round or not record.keys() >= _FIELDS:
                 raise ValueError("a round or a part of it is missing")
-            found.append(record)
         except (ValueError, TypeError, KeyError, AttributeError):
             if number < len(lines):
                 log.warning("%s/rounds.jsonl: line %d is damaged and left out; restore the file", folder, number)
-    return found
+            continue
+        next_round += 1
+        yield record, line
 
 
 @contextmanager
@@ -268,14 +324,14 @@ def rewind(folder: Path, round: int) -> None:
 
     A peer may have missed rounds: its records have gaps.
     """
-    kept = [record for record in records(folder) if record["round"] < round]
-    whole = next((t for t, record in enumerate(kept) if record["round"] != t), len(kept))
+    kept = [(record["round"], line) for record, line in _lines(folder) if record["round"] < round]
+    whole = next((t for t, (number, _) in enumerate(kept) if number != t), len(kept))
     if whole < round and peer(folder) is None:
         raise RunError(
             f"{folder}/rounds.jsonl: has no record of round {whole}, which the checkpoint round-{round:06d} follows; "
             "restore the file, or remove the checkpoint to go on from an older one"
         )
-    write_file(folder / "rounds.jsonl", "".join(json.dumps(record) + "\n" for record in kept).encode())
+    write_file(folder / "rounds.jsonl", "".join(f"{line}\n" for _, line in kept).encode())
 
 
 @contextmanager

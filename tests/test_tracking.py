@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 from typing import Any
@@ -323,6 +324,63 @@ def test_records_come_back_as_they_were(run: Path) -> None:
         "rows": 4,
         "top_share": [0.5, 0.5, 1.0],
     }
+
+
+def crowded(round: int) -> RoundRecord:
+    """Return a record of 1,500 clients."""
+    draw = np.random.default_rng(round)
+    clients = list(range(1500))
+    values: list[list[float]] = draw.random((5, 1500)).tolist()
+    return replace(
+        record(round, Evaluation("accuracy", values[0], 0.75, 4, values[1])),
+        clients=clients,
+        loss=values[2],
+        grad_norm=values[3],
+        bytes_sent=[8] * 1500,
+        neighbours=draw.integers(9, size=1500).tolist(),
+        edges=[(i, i + 1) for i in range(1499)],
+        out_of_phase=[4, 1203],
+        neighbourhood_cross_term=values[4],
+    )
+
+
+def test_long_lists_of_a_record_lie_beside_its_line_and_come_back_as_they_were(run: Path) -> None:
+    for t in range(3):
+        tracking.append(run, crowded(t))
+    whole = [json.loads(json.dumps({**asdict(replace(crowded(t), state=None))})) for t in range(3)]
+    assert tracking.records(run) == [{name: x for name, x in one.items() if name != "state"} for one in whole]
+    lines = (run / "rounds.jsonl").read_text().splitlines()
+    assert max(map(len, lines)) < 1500
+    said = json.loads(lines[2])
+    assert (said["clients"], said["edges"], said["out_of_phase"]) == (1500, 1499, [4, 1203])
+    assert said["loss"] == pytest.approx(np.mean(crowded(2).loss))
+    assert said["evaluation"]["clients"] == pytest.approx(np.mean(whole[2]["evaluation"]["clients"]))
+    tracking.rewind(run, 2)
+    assert (run / "rounds.jsonl").read_text().splitlines() == lines[:2]
+    tracking.append(run, crowded(2))
+    assert (run / "rounds.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize("damage", [None, b"", b"\xff" * 20, b"\x02\0\0\0\0\0\0\0{}"])
+def test_a_round_whose_long_lists_are_damaged_is_left_out_with_a_warning(
+    run: Path, damage: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for t in range(3):
+        tracking.append(run, crowded(t))
+    file = run / "rounds" / "round-000001.safetensors"
+    file.unlink()
+    if damage is not None:
+        file.write_bytes(damage)
+    assert [found["round"] for found in tracking.records(run)] == [0, 2]
+    assert caplog.messages == [f"{run}/rounds: round 1 is missing or damaged and left out; restore it"]
+
+
+def test_a_disk_that_fills_up_at_long_lists_leaves_no_line(run: Path) -> None:
+    tracking.append(run, crowded(0))
+    before = everything(run)
+    with no_room(1000), pytest.raises(RunError, match=r"round-000001\.safetensors: can't be written"):
+        tracking.append(run, crowded(1))
+    assert everything(run) == before
 
 
 @pytest.mark.parametrize("cut", [1, 40, -2])
