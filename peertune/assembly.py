@@ -153,8 +153,10 @@ def build(
     signals = {name: x.to(base.model.device) for name, x in signals.items()}
     state = State(adapters, optim.optimizer.init(adapters), 0, signals)
     max_length = _max_length(recipe, base)
-    train, validation = _encode(recipe, task, base, max_length)
-    long = {"train": len(train.long), "validation": len(validation.long)}
+    own = np.sort(np.concatenate([parts[client] for client in clients]))
+    train, validation = _encode(recipe, task, base, max_length, own)
+    long = {"train": sum(group.gather(len(train.long))), "validation": len(validation.long)}
+    _tell_long(recipe, long, {"train": sum(group.gather(len(own))), "validation": len(validation)}, max_length)
     parts = [_without_long(recipe, train, part) for part in parts]
     held_out = _without_long(recipe, validation, np.arange(len(validation)))
     if empty := [client for client in clients if not len(parts[client])]:
@@ -330,39 +332,43 @@ def _lora_config(recipe: Recipe, base: Base, purpose: Purpose) -> LoraConfig:
     )
 
 
-def _encode(recipe: Recipe, task: Task, base: Base, max_length: int) -> tuple[Encoded, Encoded]:
-    """Encode both splits, and say how many rows are too long."""
+def _encode(recipe: Recipe, task: Task, base: Base, max_length: int, own: NDArray[np.int64]) -> tuple[Encoded, Encoded]:
+    """Encode the `own` rows of the training split, and the validation split."""
     images, process = task.inputs == ("pixel_values",), None
     if isinstance(task.train.columns.get("pixel_values"), Images):
         process = load_processor(recipe.model.name, revision=recipe.model.revision, config=base.model.config)
 
-    def encode(split: Split) -> Encoded:
+    def encode(split: Split, rows: NDArray[np.int64] | None = None) -> Encoded:
         match task.form:
             case "complete":
-                return encode_completions(base.tokenizer, split, task.inputs, max_length)
+                return encode_completions(base.tokenizer, split, task.inputs, max_length, rows)
             case "choose":
-                return encode_words(base.tokenizer, split, task.words, max_length)
+                return encode_words(base.tokenizer, split, task.words, max_length, rows)
         if images:
             return encode_images(split, base.tokens_per_image, process)
-        return encode_text(base.tokenizer, split, task.inputs, max_length)
+        return encode_text(base.tokenizer, split, task.inputs, max_length, rows)
 
     if not images:
-        log.info("tokenising %s rows", f"{len(task.train) + len(task.validation):,}")
-    train, validation = encode(task.train), encode(task.validation)
-    for name, encoded in (("train", train), ("validation", validation)):
-        if not images:
-            _check_tokens(recipe, base, encoded)
-        if len(encoded.long):
-            done = "cut" if recipe.training.long_rows == "cut" else "left out"
+        log.info("tokenising %s rows", f"{len(own) + len(task.validation):,}")
+    splits = encode(task.train, own), encode(task.validation)
+    for encoded in () if images else splits:
+        _check_tokens(recipe, base, encoded)
+    return splits
+
+
+def _tell_long(recipe: Recipe, long: Mapping[str, int], rows: Mapping[str, int], max_length: int) -> None:
+    """Warn of rows that are too long, of so many of each split."""
+    done = "cut" if recipe.training.long_rows == "cut" else "left out"
+    for name, count in long.items():
+        if count:
             log.warning(
                 "%s of %s rows of %s have more than %d tokens and are %s (training.max_length, training.long_rows)",
-                f"{len(encoded.long):,}",
-                f"{len(encoded):,}",
+                f"{count:,}",
+                f"{rows[name]:,}",
                 name,
                 max_length,
                 done,
             )
-    return train, validation
 
 
 def _check_tokens(recipe: Recipe, base: Base, encoded: Encoded) -> None:

@@ -28,7 +28,10 @@ UNLABELLED = -100
 
 @dataclass(frozen=True)
 class Encoded:
-    """A split as the model takes it: N rows of whole arrays, or of token sequences laid end to end."""
+    """A split as the model takes it: N rows of whole arrays, or of token sequences laid end to end.
+
+    Rows that nobody here trains on need not be tokenised, and then have no tokens.
+    """
 
     arrays: Mapping[str, Tensor | Pixels]  # [N, …], the same size for every row (images)
     tokens: Mapping[str, Tensor]  # [total], the rows of each feature end to end
@@ -36,50 +39,64 @@ class Encoded:
     starts: NDArray[np.int64]  # [N], where each row's tokens start
     lengths: NDArray[np.int64]  # [N], tokens of each row, as the base counts them
     labels: Tensor  # [N] int64 or float32; of a language model [total], the tokens themselves or UNLABELLED
-    long: Sequence[int] = ()  # the rows that were longer than they may be, and were cut
+    long: Sequence[int] = ()  # the rows that were longer than they may be, and were cut; ascending
+
+    token_labels: bool = False  # whether labels are a language model's, tokens to predict
 
     def __len__(self) -> int:
         return len(self.lengths)
-
-    @property
-    def token_labels(self) -> bool:
-        """Whether labels are a language model's, tokens to predict."""
-        return len(self.labels) != len(self)
 
     @cached_property
     def targets(self) -> NDArray[np.int64]:
         """How many labels each row's loss is the sum over, `[N]`."""
         if not self.token_labels:
             return np.ones(len(self), dtype=np.int64)
-        labelled = np.cumsum(self.labels.numpy() != UNLABELLED)
-        ends = self.starts + self.lengths - 1
-        counts: NDArray[np.int64] = np.diff(labelled[ends], prepend=0)
+        labelled = np.concatenate([[0], np.cumsum(self.labels.numpy() != UNLABELLED)])
+        counts: NDArray[np.int64] = labelled[self.starts + self.lengths] - labelled[self.starts]
         return counts
 
 
-def encode_text(tokenizer: Any, split: Split, inputs: Sequence[str], max_length: int) -> Encoded:
+def encode_text(
+    tokenizer: Any,
+    split: Split,
+    inputs: Sequence[str],
+    max_length: int,
+    rows: NDArray[np.int64] | None = None,
+) -> Encoded:
     """Tokenise a split once; `inputs` are one or two text columns, rows are cut at `max_length` tokens, and told.
+
+    Given `rows`, ascending, only these are tokenised; the others have no tokens.
 
     Raises DataError for a row without tokens, or where `max_length` has no room for text beside the special tokens.
     """
-    texts = [list(split.columns[name]) for name in inputs]
+    rows = np.arange(len(split)) if rows is None else rows
+    texts = [[split.columns[name][row] for row in rows.tolist()] for name in inputs]
     encoding = tokenizer(*texts, truncation=True, max_length=max_length, padding=False, return_attention_mask=False)
     lengths = np.array([len(row) for row in encoding["input_ids"]], dtype=np.int64)
     if not lengths.all():
-        raise DataError(f"task: row {int(lengths.argmin())} of the data has no tokens; remove empty rows")
+        raise DataError(f"task: row {rows[lengths.argmin()]} of the data has no tokens; remove empty rows")
     if lengths.max() > max_length:
         raise DataError(
             f"training.max_length: {max_length} leaves no room for text; give {int(lengths.max()) + 2} or more"
         )
     tokens = {
-        name: torch.from_numpy(np.concatenate([np.asarray(row) for row in rows])) for name, rows in encoding.items()
+        name: torch.from_numpy(np.concatenate([np.asarray(row) for row in found])) for name, found in encoding.items()
     }
     padding = {name: tokenizer.pad_token_id if name == "input_ids" else 0 for name in tokens}
     full = np.flatnonzero(lengths == max_length).tolist()
     if full:
         whole = tokenizer(*([text[row] for row in full] for text in texts), verbose=False)["input_ids"]
         full = [row for row, ids in zip(full, whole, strict=True) if len(ids) > max_length]
-    return Encoded({}, tokens, padding, np.cumsum(lengths) - lengths, lengths, _labels(split), full)
+    return Encoded({}, tokens, padding, *end_to_end(len(split), rows, lengths), _labels(split), rows[full].tolist())
+
+
+def end_to_end(
+    size: int, rows: NDArray[np.int64], lengths: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return where each row of a split of this size starts, and how long it is, where only `rows` have a length."""
+    of_all = np.zeros(size, dtype=np.int64)
+    of_all[rows] = lengths
+    return np.cumsum(of_all) - of_all, of_all
 
 
 def encode_images(split: Split, tokens: int, process: Callable[[Any], Tensor] | None = None) -> Encoded:

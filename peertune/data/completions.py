@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from peertune.data.batches import UNLABELLED, Encoded
+from peertune.data.batches import UNLABELLED, Encoded, end_to_end
 from peertune.errors import DataError
 from peertune.types import Split
 
@@ -34,21 +34,34 @@ class _Text:
     special: bool  # whether the tokenizer adds its own tokens; a chat template has them
 
 
-def encode_completions(tokenizer: Any, split: Split, inputs: Sequence[str], max_length: int) -> Encoded:
+def encode_completions(
+    tokenizer: Any,
+    split: Split,
+    inputs: Sequence[str],
+    max_length: int,
+    rows: NDArray[np.int64] | None = None,
+) -> Encoded:
     """Tokenise prompts and completions once, and label the completions' tokens.
+
+    Given `rows`, ascending, only these are tokenised; the others have no tokens.
 
     A row longer than `max_length` tokens loses the beginning of its prompt (but for the token that begins every text),
     then the end of its completion; `Encoded.long` tells which.
 
     Raises DataError for a completion without tokens, and where the tokenizer lacks a chat template, or an end of text.
     """
-    return _encode(tokenizer, _texts(tokenizer, split, inputs), max_length)
+    rows = np.arange(len(split)) if rows is None else rows
+    return _encode(tokenizer, _texts(tokenizer, split, inputs, rows.tolist()), max_length, len(split), rows)
 
 
-def encode_words(tokenizer: Any, split: Split, words: Sequence[str], max_length: int) -> Encoded:
-    """Tokenise each row's prompt with the word of its class, which is what a model is to say."""
-    rows = zip(split.columns["prompt"], split.labels, strict=True)
-    return _encode(tokenizer, [_Text(prompt, words[label], False, True) for prompt, label in rows], max_length)
+def encode_words(
+    tokenizer: Any, split: Split, words: Sequence[str], max_length: int, rows: NDArray[np.int64] | None = None
+) -> Encoded:
+    """Tokenise the prompt of each row, or of these, with the word of its class, which is what a model is to say."""
+    rows = np.arange(len(split)) if rows is None else rows
+    said = ((split.columns["prompt"][row], words[split.labels[row]]) for row in rows.tolist())
+    texts = [_Text(prompt, word, False, True) for prompt, word in said]
+    return _encode(tokenizer, texts, max_length, len(split), rows)
 
 
 def encode_choices(tokenizer: Any, split: Split, words: Sequence[str], max_length: int) -> Encoded:
@@ -58,7 +71,7 @@ def encode_choices(tokenizer: Any, split: Split, words: Sequence[str], max_lengt
     words first differ.
     """
     texts = [_Text(prompt, word, False, True) for prompt in split.columns["prompt"] for word in words]
-    return _encode(tokenizer, texts, max_length, alike=len(words))
+    return _encode(tokenizer, texts, max_length, len(texts), np.arange(len(texts)), alike=len(words))
 
 
 def encode_prompts(
@@ -66,7 +79,7 @@ def encode_prompts(
 ) -> tuple[list[Tokens], list[int]]:
     """Return the tokens of each row's prompt, its last `max_length` at most, and which rows were cut."""
     prompts, long = [], []
-    texts = _texts(tokenizer, split, inputs)
+    texts = _texts(tokenizer, split, inputs, range(len(split)))
     for row, (tokens, spans) in enumerate(_tokenise(tokenizer, texts, [text.prompt for text in texts])):
         words = np.flatnonzero(spans[:, 0] < spans[:, 1])
         if not len(words):
@@ -89,15 +102,15 @@ def completions(tokenizer: Any, encoded: Encoded, rows: Sequence[int]) -> tuple[
     return said, ends
 
 
-def _texts(tokenizer: Any, split: Split, inputs: Sequence[str]) -> list[_Text]:
+def _texts(tokenizer: Any, split: Split, inputs: Sequence[str], rows: Sequence[int]) -> list[_Text]:
+    columns = [split.columns[name] for name in inputs]
     match tuple(inputs):
         case ("messages",):
-            return [_spoken(tokenizer, row, messages) for row, messages in enumerate(split.columns["messages"])]
+            return [_spoken(tokenizer, row, columns[0][row]) for row in rows]
         case ("text",):
-            return [_Text("", text, True, True) for text in split.columns["text"]]
+            return [_Text("", columns[0][row], True, True) for row in rows]
         case _:
-            pairs = zip(split.columns["prompt"], split.columns["completion"], strict=True)
-            return [_Text(prompt, completion, True, True) for prompt, completion in pairs]
+            return [_Text(columns[0][row], columns[1][row], True, True) for row in rows]
 
 
 def _spoken(tokenizer: Any, row: int, messages: Sequence[Mapping[str, str]]) -> _Text:
@@ -145,11 +158,13 @@ def _tokenise(tokenizer: Any, texts: Sequence[_Text], words: Sequence[str]) -> I
             yield np.asarray(tokens, dtype=np.int64), np.asarray(spans, dtype=np.int64).reshape(-1, 2)
 
 
-def _encode(tokenizer: Any, texts: Sequence[_Text], max_length: int, alike: int = 1) -> Encoded:
-    """Tokenise texts of which each `alike` have one prompt."""
+def _encode(
+    tokenizer: Any, texts: Sequence[_Text], max_length: int, size: int, numbers: NDArray[np.int64], alike: int = 1
+) -> Encoded:
+    """Tokenise the texts that have these numbers among `size` rows, of which each `alike` have one prompt."""
     rows: list[tuple[Tokens, int]] = []
     whole = [text.prompt + text.completion for text in texts]
-    for row, (text, (tokens, spans)) in enumerate(zip(texts, _tokenise(tokenizer, texts, whole), strict=True)):
+    for row, text, (tokens, spans) in zip(numbers, texts, _tokenise(tokenizer, texts, whole), strict=True):
         said = np.flatnonzero(spans[:, 1] > len(text.prompt))
         if not len(said):
             raise DataError(f"task: row {row}: {text.completion!r:.60} has no tokens; give a completion that has some")
@@ -159,28 +174,27 @@ def _encode(tokenizer: Any, texts: Sequence[_Text], max_length: int, alike: int 
             tokens = np.append(tokens, tokenizer.eos_token_id)
         rows.append((tokens, int(said[0])))
     ids, labels, long = [], [], []
-    for row, (tokens, begin) in enumerate(rows):
-        same = rows[row - row % alike :][:alike]
+    for place, (tokens, begin) in enumerate(rows):
+        same = rows[place - place % alike :][:alike]
         surplus = max(len(other) for other, _ in same) - max_length
         if surplus > 0:
-            long.append(row)
+            long.append(int(numbers[place]))
         own, begin = _cut(tokens, min(begin for _, begin in same), surplus, tokenizer)
         own = own[:max_length]
         mask = np.arange(len(own)) >= max(begin, 1)  # nothing comes before the first token to predict it from
         if not mask.any():
-            completion = texts[row].completion
-            raise DataError(f"task: row {row}: {completion!r:.60} is one token with none before it; give a prompt")
+            said_one = f"{texts[place].completion!r:.60} is one token with none before it"
+            raise DataError(f"task: row {numbers[place]}: {said_one}; give a prompt")
         ids.append(own)
         labels.append(np.where(mask, own, UNLABELLED))
-    lengths = np.array([len(own) for own in ids], dtype=np.int64)
     return Encoded(
         {},
         {"input_ids": torch.from_numpy(np.concatenate(ids))},
         {"input_ids": tokenizer.pad_token_id},
-        np.cumsum(lengths) - lengths,
-        lengths,
+        *end_to_end(size, numbers, np.array([len(own) for own in ids], dtype=np.int64)),
         torch.from_numpy(np.concatenate(labels)),
         long,
+        token_labels=True,
     )
 
 

@@ -193,6 +193,21 @@ def test_padding_is_the_tokenizers_own(tokenizer: Any, columns: tuple[str, ...],
     assert all(torch.equal(value, expected[name]) for name, value in padded.items())
 
 
+def test_rows_tokenised_alone_are_those_of_the_whole_split(tokenizer: Any) -> None:
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(list("abcdefghz"), generator.integers(1, 12))) for _ in range(40)]
+    split = Split({"text": texts}, np.arange(40))
+    whole, own = encode_text(tokenizer, split, ["text"], 9), np.array([0, 3, 4, 17, 39])
+    encoded = encode_text(tokenizer, split, ["text"], 9, own)
+    assert len(encoded) == 40
+    assert np.flatnonzero(encoded.lengths).tolist() == own.tolist()
+    assert list(encoded.long) == [row for row in whole.long if row in own]
+    for rows in (own, own[[3, 1, 1]]):
+        padded, expected = pad(encoded, rows), pad(whole, rows)
+        assert all(torch.equal(padded[name], x) for name, x in expected.items())
+        assert encoded.labels[rows].tolist() == rows.tolist()
+
+
 def test_a_row_without_tokens_is_refused_by_its_number() -> None:
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -200,6 +215,8 @@ def test_a_row_without_tokens_is_refused_by_its_number() -> None:
     split = Split({"text": ["a", "", "a"]}, np.zeros(3, dtype=np.int64))
     with pytest.raises(DataError, match="row 1 of the data has no tokens"):
         encode_text(bare, split, ["text"], 8)
+    with pytest.raises(DataError, match="row 1 of the data has no tokens"):
+        encode_text(bare, split, ["text"], 8, np.array([1, 2]))
 
 
 def test_images_are_taken_as_they_are() -> None:

@@ -40,6 +40,26 @@ def test_the_completion_and_the_end_are_learnt() -> None:
     assert list(encoded.long) == []
 
 
+@pytest.mark.parametrize("own", [[0], [1, 3], [4, 5]])
+def test_rows_encoded_alone_are_those_of_the_whole_split(own: list[int]) -> None:
+    split = split_of(prompt=["a", "bc", "def", "gh", "i", ""], completion=["1", "23", "456", "78", "9", "0123456"])
+    whole = encode_completions(make_tokenizer(), split, ("prompt", "completion"), 6)
+    encoded = encode_completions(make_tokenizer(), split, ("prompt", "completion"), 6, np.array(own))
+    assert encoded.token_labels
+    assert [read(encoded, row) for row in own] == [read(whole, row) for row in own]
+    assert np.flatnonzero(encoded.lengths).tolist() == np.flatnonzero(encoded.targets).tolist() == own
+    assert list(encoded.long) == [row for row in whole.long if row in own]
+    split = Split({"prompt": split.columns["prompt"]}, np.array([0, 1, 1, 0, 1, 0]))
+    chosen = [encode_words(make_tokenizer(), split, ["no", "yes"], 6, rows) for rows in (None, np.array(own))]
+    assert [read(chosen[1], row) for row in own] == [read(chosen[0], row) for row in own]
+
+
+def test_errors_call_a_row_by_its_number_in_the_split() -> None:
+    split = split_of(prompt=["a", "b", "c"], completion=["1", "2", ""])
+    with pytest.raises(DataError, match="row 2: '' has no tokens"):
+        encode_completions(make_tokenizer(), split, ("prompt", "completion"), 6, np.array([1, 2]))
+
+
 def test_of_plain_text_all_is_learnt() -> None:
     encoded = encode_completions(make_tokenizer(), split_of(text=["abc"]), ("text",), 64)
     assert read(encoded, 0) == ("abc</s>", "bc</s>")
