@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peertune.types import ALONE, Group, Tensors, kind, select
+from peertune.types import ALONE, Group, Tensors, by_site, kind, select
 
 
 def consensus_error(tensors: Tensors, group: Group = ALONE) -> float:
@@ -20,18 +20,8 @@ def consensus_error(tensors: Tensors, group: Group = ALONE) -> float:
 
     X_i is all of client i's `tensors [K, …]` together; pass one kind of them to get that kind's consensus error.
     """
-    return sqrt(sum(error**2 for error in _consensus_errors(tensors, client_mean(tensors, group), group).values()))
-
-
-def _consensus_errors(tensors: Tensors, mean: Tensors, group: Group) -> dict[str, float]:
-    """Return the consensus error of each kind around the clients' mean."""
-    if not tensors:
-        return {}
-    squares = group.add(torch.stack([_spread(x, mean[name]).square().sum() for name, x in tensors.items()]))
-    errors = dict.fromkeys(sorted({kind(name) for name in tensors}), 0.0)
-    for name, square in zip(tensors, (squares / _clients(tensors, group)).tolist(), strict=True):
-        errors[kind(name)] += square
-    return {k: sqrt(error) for k, error in errors.items()}
+    errors, _ = _disagreement(tensors, client_mean(tensors, group), group, products=False)
+    return sqrt(sum(error**2 for error in errors.values()))
 
 
 def cross_term(adapters: Tensors, group: Group = ALONE) -> float:
@@ -40,13 +30,29 @@ def cross_term(adapters: Tensors, group: Group = ALONE) -> float:
     `C = mean_i(B_i A_i) - B̄ Ā = mean_i((B_i - B̄)(A_i - Ā))` at each site, and the result is `sqrt(Σ_sites ‖C‖²_F)`.
     At each site `‖C‖_F ≤ Δ_A Δ_B`. TAD-LoRA (arXiv 2602.00451) and ADF-LoRA (arXiv 2511.18291) bound their error by it.
     """
-    return _cross_term(adapters, client_mean(adapters, group), group)
+    return _disagreement(adapters, client_mean(adapters, group), group)[1]
 
 
-def _cross_term(adapters: Tensors, mean: Tensors, group: Group) -> float:
-    pairs = zip(_pairs(adapters), _pairs(mean), strict=True)
-    squares = sum(_product_square(_spread(B, mean_B), _spread(A, mean_A), group) for (A, B), (mean_A, mean_B) in pairs)
-    return sqrt(squares) / _clients(adapters, group)
+def _disagreement(
+    tensors: Tensors, mean: Tensors, group: Group, *, products: bool = True
+) -> tuple[dict[str, float], float]:
+    """Return the consensus error of each kind around the clients' mean, and the cross term (or 0, without `products`).
+
+    Both come out of one pass over the sites, with room for one site in float64.
+    """
+    if not tensors:
+        return {}, 0.0
+    squares, crossed = [], 0.0
+    for site in by_site(tensors):
+        apart = {name: x.double() - mean[name] for name, x in site.items()}
+        squares += [x.square().sum() for x in apart.values()]
+        if products:
+            crossed += sum(_product_square(B, A, group) for A, B in _pairs(apart))
+    clients, errors = _clients(tensors, group), dict.fromkeys(sorted({kind(name) for name in tensors}), 0.0)
+    names = [name for site in by_site(tensors) for name in site]
+    for name, square in zip(names, (group.add(torch.stack(squares)) / clients).tolist(), strict=True):
+        errors[kind(name)] += square
+    return {k: sqrt(error) for k, error in errors.items()}, sqrt(crossed) / clients
 
 
 def neighbourhood_cross_terms(heard: Tensors, weights: Tensor) -> list[float]:
@@ -81,14 +87,20 @@ def _pairs(adapters: Tensors) -> list[tuple[Tensor, Tensor]]:
 
 
 def _product_square(B: Tensor, A: Tensor, group: Group = ALONE) -> float:
-    """Return `‖Σ_i B_i A_i‖²_F` for `B [m, d_out, r]` and `A [m, r, d_in]`, by the cheaper of two ways.
+    """Return `‖Σ_i B_i A_i‖²_F` for `B [m, d_out, r]` and `A [m, r, d_in]`, over all processes of the group.
 
-    Only the sum itself, `[d_out, d_in]`, can be added over several processes.
+    Where the factors of all are smaller than the sum `[d_out, d_in]`, each process gets them all, and otherwise sums.
     """
-    left, right = B.movedim(0, 1).flatten(1), A.flatten(0, 1)  # the sum is one product, [d_out, m r] @ [m r, d_in]
-    if group.size == 1 and len(right) < min(len(left), right.shape[1]):
-        return max(0.0, float(((left.T @ left) * (right @ right.T)).sum()))  # tr(BᵀB A Aᵀ)
-    return float(group.add(left @ right).square().sum())
+    left, right = B.transpose(1, 2).flatten(0, 1), A.flatten(0, 1)  # the sum is leftᵀ right, [d_out, m r] @ [m r, d_in]
+    d_out, d_in = left.shape[1], right.shape[1]
+    if group.size > 1:
+        columns = int(group.add(torch.tensor(len(right))))
+        if columns * (d_out + d_in) >= d_out * d_in:
+            return float(group.add(left.T @ right).square().sum())
+        left, right = group.concat(left), group.concat(right)
+    if len(right) < min(d_out, d_in):
+        return max(0.0, float(((left @ left.T) * (right @ right.T)).sum()))  # tr(B Bᵀ A Aᵀ)
+    return float((left.T @ right).square().sum())
 
 
 ROUNDING = 1e-6
@@ -105,7 +117,7 @@ class Before(NamedTuple):
 def before_mixing(payload: Tensors, group: Group = ALONE) -> Before:
     """Measure what is sent, just before it is mixed."""
     mean = client_mean(payload, group)
-    return Before(mean, _consensus_errors(payload, mean, group))
+    return Before(mean, _disagreement(payload, mean, group, products=False)[0])
 
 
 def client_mean(tensors: Tensors, group: Group = ALONE) -> Tensors:
@@ -132,7 +144,8 @@ def diagnostics(before: Before, after: Tensors, group: Group = ALONE) -> dict[st
     `contraction_A` and so on, the squared consensus error after over that before: by gossip at most rho on average.
     """
     mean = client_mean(after, group)
-    known = {"A": 0.0, "B": 0.0} | _consensus_errors(after, mean, group)
+    found, crossed = _disagreement(after, mean, group)
+    known = {"A": 0.0, "B": 0.0} | found
     errors = {f"consensus_error_{k}": error for k, error in known.items()}
     contraction = {
         f"contraction_{k}": (known[k] / error) ** 2
@@ -140,7 +153,7 @@ def diagnostics(before: Before, after: Tensors, group: Group = ALONE) -> dict[st
         if error > ROUNDING * sqrt(sum(float(x.square().sum()) for x in select(before.mean, {k}).values()))
     }
     drift = mean_drift(before.mean, mean)
-    return errors | {"cross_term": _cross_term(after, mean, group), "mean_drift": drift} | contraction
+    return errors | {"cross_term": crossed, "mean_drift": drift} | contraction
 
 
 def payload_bytes(payload: Tensors) -> int:
@@ -179,10 +192,6 @@ def _entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     held = entries.values() != 0  # a sparse matrix may store zeros
     receivers, places = entries.indices()[:, held]
     return receivers, places, entries.values()[held]
-
-
-def _spread(x: Tensor, mean: Tensor) -> Tensor:
-    return x.double() - mean
 
 
 def _clients(tensors: Tensors, group: Group) -> int:

@@ -18,7 +18,19 @@ from peertune import metrics
 from peertune.adapters.stacked import StackedModel
 from peertune.topology import Fault, Graph, clients_down
 from peertune.training import Optim, Trained, reset_moments, train_local
-from peertune.types import ALONE, Algorithm, Batch, Evaluation, Group, Phase, RoundRecord, State, Tensors, select
+from peertune.types import (
+    ALONE,
+    Algorithm,
+    Batch,
+    Evaluation,
+    Group,
+    Phase,
+    RoundRecord,
+    State,
+    Tensors,
+    by_site,
+    select,
+)
 
 
 class Heard(NamedTuple):
@@ -105,7 +117,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
     if due:
         cross_terms = metrics.neighbourhood_cross_terms({name: heard[name] for name in payload}, weights)
     measured = time.perf_counter()
-    for own in _by_site(state.adapters):
+    for own in by_site(state.adapters):
         mixed = algorithm.mix(own, {name: heard[name] for name in own if name in heard}, weights, phase)
         for name, x in own.items():
             if mixed[name] is not x:
@@ -202,11 +214,3 @@ def _give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
-
-
-def _by_site(adapters: Tensors) -> list[Tensors]:
-    """Return the tensors that a mixer must see together: A and B of a site, each part of a head."""
-    sites: dict[str, Tensors] = {}
-    for name, x in adapters.items():
-        sites.setdefault(name.rpartition(".")[0], {})[name] = x
-    return list(sites.values())

@@ -235,6 +235,10 @@ class Group:
         """Return what each process gives, by rank; values that JSON can hold."""
         return [value]
 
+    def concat(self, x: Tensor) -> Tensor:
+        """Return what the processes give, by rank one below the other: `[m, …]`, of which m may differ."""
+        return x
+
     def mean(self, x: Tensor) -> Tensor:
         """Return the mean over all clients of `x [K, …]`, of which each process holds some."""
         return x.mean(0) if self.size == 1 else self.add(x.sum(0)) / self.add(torch.tensor(len(x))).to(x.device)
@@ -246,6 +250,14 @@ ALONE = Group()
 def kind(name: str) -> str:
     """Return what a tensor is: the last part of its name."""
     return name.rpartition(".")[2]
+
+
+def by_site(tensors: Tensors) -> list[Tensors]:
+    """Return together what belongs together: A and B of a site, each part of a head."""
+    sites: dict[str, Tensors] = {}
+    for name, x in tensors.items():
+        sites.setdefault(name.rpartition(".")[0], {})[name] = x
+    return list(sites.values())
 
 
 def select(tensors: Tensors, kinds: Collection[str]) -> Tensors:

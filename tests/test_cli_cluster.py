@@ -137,12 +137,12 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path: Path) -> 
     assert not (tmp_path / "run" / "adapters").exists()
 
 
-def by_hand(folder: Path, rank: int, ranks: int, port: int, words: Sequence[str]) -> subprocess.Popen[str]:
+def by_hand(folder: Path, rank: int, ranks: int, port: int, words: Sequence[str], **more: str) -> subprocess.Popen[str]:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return subprocess.Popen(
         [sys.executable, "-c", PROCESS, *words],
         cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in place.items()},
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in place.items()} | more,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -153,6 +153,7 @@ def by_hand(folder: Path, rank: int, ranks: int, port: int, words: Sequence[str]
     ("words", "complaint"),
     [
         (["seed=1"], r"rank 1 \(.*\): seed is 1, and 0 at rank 0; give all processes the same"),
+        (["newer"], r"rank 1 \(.*\): peft is 99\.1, and \d.* at rank 0; give all processes the same"),
         (["elsewhere"], r"\.: rank 1 doesn't see it; give an --out on a disk that all machines share"),
         (["clients=1"], "clients: 1, for 2 processes; start 1 at most"),
         (["training.learning_rate=1e300"], r".*training: a loss or an adapter is no longer finite after round \d; .*"),
@@ -162,15 +163,23 @@ def test_what_processes_cannot_share_is_one_line_at_rank_0(tmp_path: Path, words
     (port,) = free_ports(1)
     folders = [tmp_path, tmp_path]
     both = [[*RECIPE], [*RECIPE]]
+    more: list[dict[str, str]] = [{}, {}]
     match words:
         case ["seed=1"]:
             both[1] += words
+        case ["newer"]:
+            installed = tmp_path / "installed" / "peft-99.1.dist-info"
+            installed.mkdir(parents=True)
+            (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 99.1\n")
+            more[1] = {"PYTHONPATH": str(installed.parent)}
         case ["elsewhere"]:
             folders[1] = tmp_path / "elsewhere"
             folders[1].mkdir()
         case _:
             both = [[*RECIPE, *words]] * 2
-    processes = [by_hand(folders[rank], rank, 2, port, ["run", *both[rank], "--out", "run"]) for rank in range(2)]
+    processes = [
+        by_hand(folders[rank], rank, 2, port, ["run", *both[rank], "--out", "run"], **more[rank]) for rank in range(2)
+    ]
     (code, out, err), (other, *said) = map(finish, processes)
     assert (code, out, other, *said) == (2, "", 2, "", "")
     assert re.fullmatch(f"peertune: {complaint}\n", err), err

@@ -212,4 +212,8 @@ def test_a_process_takes_what_was_planned(tmp_path: Path, checkpointing: bool) -
     assert planned.base > 200 * 2**20
     assert planned.total - planned.process > planned.process / 2
     ran = process("run", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
-    assert planned.total == pytest.approx(1024 * int(ran.stderr.split()[-1]), rel=0.15)
+    taken = 1024 * int(ran.stderr.split()[-1])
+    # What a heap leaves unused is chance: .5 to 1.2 times its activations, of which a plan says .8.
+    least, most = (planned.total + (seen / plans.HOLES - 1) * planned.holes for seen in (0.5, 1.2))
+    assert 0.85 * least < taken < 1.15 * most
+    assert checkpointing == (planned.holes == 0)

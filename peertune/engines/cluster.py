@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -190,16 +190,21 @@ class Processes(Group):
             dist.all_reduce(total)
         return total
 
+    def concat(self, x: Tensor) -> Tensor:
+        """Return what the processes give, by rank one below the other: `[m, …]`, of which m may differ."""
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        with _others():
+            dist.all_gather(lengths, torch.tensor([len(x)]))
+            own = x.new_zeros((int(max(lengths)), *x.shape[1:]))
+            own[: len(x)] = x
+            parts = [torch.empty_like(own) for _ in range(self.size)]
+            dist.all_gather(parts, own)
+        return torch.cat([part[:length] for part, length in zip(parts, map(int, lengths), strict=True)])
+
     def gather(self, value: Any) -> list[Any]:
         """Return what each process gives, by rank, as JSON brings it back."""
-        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        with _others():
-            lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
-            dist.all_gather(lengths, torch.tensor([len(data)]))
-            most = int(max(lengths))
-            told = [torch.empty(most, dtype=torch.uint8) for _ in range(self.size)]
-            dist.all_gather(told, torch.cat([data, data.new_zeros(most - len(data))]))
-        return [json.loads(bytes(part[:length].numpy())) for part, length in zip(told, map(int, lengths), strict=True)]
+        own = torch.frombuffer(bytearray(json.dumps(value).encode() + b"\n"), dtype=torch.uint8)
+        return [json.loads(line) for line in bytes(self.concat(own).numpy()).splitlines()]
 
 
 def check_alike(group: Group, what: Mapping[str, Any]) -> None:
@@ -297,6 +302,18 @@ def launch(processes: int, words: Sequence[str]) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # they finish the round
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     logging.disable()  # what fails, the messages of the processes say
+    try:
+        start(processes, sys.executable, "-m", "peertune", *words)
+    except SignalException:
+        return 130
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+def start(processes: int, entry: Callable[..., Any] | str, *arguments: Any) -> dict[int, Any]:
+    """Run a function, or a program, in so many processes on this machine, and return what it returns, by rank."""
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -307,11 +324,5 @@ def launch(processes: int, words: Sequence[str]) -> int:
         max_restarts=0,
         monitor_interval=0.1,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "peertune", *words)
-    except SignalException:
-        return 130
-    except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
-    return 0
+    found: dict[int, Any] = elastic_launch(config, entry)(*arguments)
+    return found
