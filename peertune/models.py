@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
@@ -311,17 +312,21 @@ def digits_vit() -> Path:
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peertune"
     folder = cache / "digits-vit-1"
-    if folder.is_dir():
+    if (folder / "config.json").is_file():
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as beside:
             log.info("training the base digits-vit on the public digits 0–4 (once; kept in %s)", folder)
-            _train_digits_vit().save_pretrained(f"{beside}/vit")
+            trained, made = _train_digits_vit(), Path(beside, "vit")
+            made.mkdir()
+            # Not by save_pretrained, which writes nothing in any process of a group but the first.
+            save_file(trained.state_dict(), made / "model.safetensors", metadata={"format": "pt"})
+            trained.config.to_json_file(made / "config.json")
             try:
-                Path(beside, "vit").rename(folder)
+                made.rename(folder)
             except OSError:
-                if not folder.is_dir():  # else another process was first, with the same weights
+                if not (folder / "config.json").is_file():  # else another process was first, with the same weights
                     raise
     except OSError as error:
         raise ModelError(

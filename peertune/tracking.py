@@ -21,7 +21,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from hashlib import file_digest, sha256
 from itertools import chain
@@ -211,19 +211,18 @@ def _lines(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 @contextmanager
 def _written_together(folder: Path, group: Group) -> Iterator[Path]:
-    """Yield a folder that all processes write into; it takes the place of `folder` when all have written."""
-    if group.rank > 0:
-        beside = Path(group.gather("")[0])
+    """Yield a folder that all processes write into; it takes the place of `folder` when all have written.
+
+    Nobody goes on before it has: a process that ended would have its launcher stop the others in the middle of that.
+    """
+    with written_folder(folder) if group.rank == 0 else nullcontext() as made:
+        beside = Path(group.gather(made and str(made.absolute()))[0])
         if not beside.is_dir():
             raise RunError(f"{beside}: isn't there; give an --out on a disk that all machines share")
         with reported(folder):
             yield beside
         group.gather("")
-        return
-    with written_folder(folder) as beside:
-        group.gather(str(beside.absolute()))
-        yield beside
-        group.gather("")
+    group.gather("")
 
 
 def save_checkpoint(folder: Path, state: State, keep: int, clients: Sequence[int], group: Group = ALONE) -> None:

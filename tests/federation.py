@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
-from itertools import cycle
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,20 @@ from torch import Tensor
 from peertune.files import write_file
 
 _PORTS = range(16_000, 32_000)  # below those that systems give to callers, who could take one before it is listened at
-_places = cycle(range(os.getpid() * 97 % len(_PORTS), len(_PORTS)))
+_places = (place % len(_PORTS) for place in count(os.getpid() * 97))
 
 
-def free_ports(count: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
     """Return ports on end that nobody listens at: each call goes on after the last, and each process elsewhere."""
     while True:
-        ports = [_PORTS[next(_places)] for _ in range(count)]
+        ports = [_PORTS[next(_places)] for _ in range(number)]
         with ExitStack() as held:
             try:
                 for port in ports:
                     held.enter_context(socket.socket()).bind(("127.0.0.1", port))
             except OSError:
                 continue
-        if ports[-1] == ports[0] + count - 1:
+        if ports[-1] == ports[0] + number - 1:
             return ports
 
 

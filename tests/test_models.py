@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peertune.adapters.peft_format import find_sites
@@ -248,12 +250,19 @@ def test_loading_and_attaching_leave_the_global_generator_alone(bert: Path) -> N
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache in which digits-vit has been trained, without a move of the global generator."""
+    """A cache in which digits-vit has been trained, without a move of the global generator.
+
+    By the second process of a group, in which Transformers saves nothing.
+    """
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(cache))
         before = torch.get_rng_state()
-        digits_vit()
+        dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+        try:
+            digits_vit()
+        finally:
+            dist.destroy_process_group()
         assert torch.equal(torch.get_rng_state(), before)
     return cache
 
