@@ -1,34 +1,26 @@
-"""Grids of runs: what belongs to one, and running it, each run in a process of its own.
+"""Grids of runs: what belongs to one, and running it, each run in a process of its own (`peertune.launch`).
 
 A sweep has no state but its runs' directories: what is finished is skipped, what is not is resumed, so a sweep that was
 killed goes on with the same command, and parts of it can run on several machines that share a folder or merge theirs.
 """
 
 import itertools
-import os
 import re
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import IO
 
 import yaml
 
 from peertune.errors import RecipeError
+from peertune.launch import Job, Launcher, Task
 from peertune.parts import check_parts
 from peertune.recipe import Recipe, flat, load_recipe
 
 LONGEST_NAME = 160
 """Characters of a run directory's name, beyond which it is cut and marked by a digest; file systems take 255 bytes."""
-COMMAND = (sys.executable, "-P", "-m", "peertune")
-"""The command line as a process; -P: modules of the folder that one is in don't count."""
-POLL_S = 0.2
-"""How often running processes are looked at."""
 
 
 @dataclass(frozen=True)
@@ -136,77 +128,41 @@ class Progress:
 
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # name → why, one line
+    jobs: Mapping[str, Job] = field(default_factory=dict)  # what is in a cluster's queue, by name
     rounds: int = 0  # finished in all runs together
 
 
 def run_members(
-    recipe: str | Path, whole: Sequence[Member], folder: Path, jobs: int, stopping: Callable[[], int]
+    recipe: str | Path, whole: Sequence[Member], folder: Path, launcher: Launcher, stopping: Callable[[], int]
 ) -> Iterator[Progress]:
-    """Run what is left of a sweep, `jobs` processes at a time, and yield how it stands every now and then.
+    """Run what is left of a sweep as the launcher does, and yield how it stands every now and then.
 
-    `stopping()` counts how often the user has asked to stop: at the first time no run begins any more and those
-    at work finish their round and keep it; at the second they stop at once. A run that fails stops no other.
+    `stopping()` counts how often the user has asked to stop. A run that fails stops no other.
     """
-    done = {member.name: finished(folder / member.name, member.recipe) for member in whole}
-    queue = [member for member in whole if not done[member.name]]
-    before = {member.name: rounds_done(folder / member.name) for member in queue}
-    settled = sum(member.recipe.rounds for member in whole if done[member.name])
-    progress = Progress(done=[name for name, is_done in done.items() if is_done], rounds=settled)
+    recipes = {member.name: member.recipe for member in whole}
+    progress = Progress(done=[name for name, asked in recipes.items() if finished(folder / name, asked)])
+    settled = sum(recipes[name].rounds for name in progress.done)
+    left = [member for member in whole if member.name not in progress.done]
+    rounds = {member.name: rounds_done(folder / member.name) for member in left}
+    progress.rounds = settled
     yield progress
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
-    environment = threads | os.environ
-    at_work: dict[str, tuple[subprocess.Popen[bytes], IO[bytes]]] = {}
-    told = 0
-    try:
-        while at_work or (queue and not stopping()):
-            while queue and len(at_work) < jobs and not stopping():
-                member = queue.pop(0)
-                place = folder / member.name
-                if other := conflict(place, member.recipe):
-                    progress.failed[member.name] = other
-                    continue
-                words = ["--resume", place] if place.is_dir() else [recipe, *member.overrides, "--out", place]
-                messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
-                command = [*COMMAND, "run", *map(str, words)]
-                process = subprocess.Popen(
-                    command, env=environment, stdout=subprocess.DEVNULL, stderr=messages, start_new_session=True
-                )
-                at_work[member.name] = process, messages
-            if stopping() > told:
-                told += 1
-                for process, _ in at_work.values():
-                    process.terminate()
-            for name, (process, messages) in list(at_work.items()):
-                before[name] = max(before[name], rounds_done(folder / name))
-                if process.poll() is None:
-                    continue
-                del at_work[name]
-                if process.returncode == 0:
+    tasks = {}
+    for member in left:
+        place = folder / member.name
+        if other := conflict(place, member.recipe):
+            progress.failed[member.name] = other
+        else:
+            tasks[member.name] = Task((str(recipe), *member.overrides), place)
+    if not tasks:
+        return
+    with closing(launcher(tasks, stopping)) as looks:
+        for look in looks:
+            for name in look.ended:
+                if finished(folder / name, recipes[name]):
                     progress.done.append(name)
-                elif not told:
-                    messages.seek(0)
-                    progress.failed[name] = why_it_failed(messages.read(), process.returncode)
-                messages.close()
-            progress.rounds = settled + sum(before.values())
+                else:
+                    progress.failed[name] = look.ended[name]
+            progress.jobs = look.jobs
+            rounds |= {name: max(rounds[name], rounds_done(folder / name)) for name in tasks}
+            progress.rounds = settled + sum(rounds.values())
             yield progress
-            if at_work:
-                _wait([process for process, _ in at_work.values()], stopping, told)
-    finally:
-        for process, messages in at_work.values():
-            process.terminate()
-            process.wait()
-            messages.close()
-
-
-def _wait(processes: Sequence[subprocess.Popen[bytes]], stopping: Callable[[], int], told: int) -> None:
-    """Return when a process has ended, the user asks once more to stop, or it is time to draw progress."""
-    until = time.monotonic() + POLL_S
-    while time.monotonic() < until and stopping() == told and all(process.poll() is None for process in processes):
-        time.sleep(0.01)
-
-
-def why_it_failed(messages: bytes, code: int) -> str:
-    """Return the last line that a process said, or its exit code where it said nothing."""
-    lines = [line for line in messages.decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].removeprefix("peertune: ") if lines else f"ended with exit code {code}"

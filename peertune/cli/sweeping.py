@@ -1,7 +1,9 @@
 """The command `sweep`."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +13,14 @@ from peertune.cli.common import AsJson, RecipeName, asked_to_stop, duration, int
 from peertune.errors import RunError
 
 if TYPE_CHECKING:
-    from peertune.sweep import Member
+    from peertune.sweep import Member, Progress
+
+
+class Where(StrEnum):
+    """Where the runs of a sweep have their processes."""
+
+    LOCAL = "local"
+    SLURM = "slurm"
 
 
 def sweep(
@@ -22,12 +31,33 @@ def sweep(
             metavar="KEY=A,B,C...", help="Keys of the recipe and the values to combine; one value: for all."
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder of the sweep; a run directory in it for each combination.")],
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time; they share the cores.")] = 1,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The folder of the sweep; a run directory in it for each combination. For SLURM on a disk that all "
+            "nodes share."
+        ),
+    ],
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Runs at a time; here they share the cores.", show_default="1; with SLURM what it gives"
+        ),
+    ] = None,
     part: Annotated[
         str | None,
         typer.Option("--shard", metavar="I/K", help="Run only part I of K, on as many machines as you like."),
     ] = None,
+    launcher: Annotated[
+        Where, typer.Option(help="Processes on this machine, or one array job in SLURM's queue.")
+    ] = Where.LOCAL,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="A setting of the job, such as partition=gpu or timeout_min=240; may be repeated."
+        ),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="With SLURM: submit, and don't wait for the runs.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs and what they would take, and write nothing.")
     ] = False,
@@ -35,7 +65,8 @@ def sweep(
 ) -> None:
     """Run a recipe with all combinations of settings, each in a directory of its own.
 
-    What is finished is skipped and what is not goes on, so the same command continues a sweep that was stopped.
+    What is finished is skipped and what is not goes on, so the same command continues a sweep that was stopped. What
+    is in SLURM's queue is followed, not submitted again; Ctrl-C leaves it there.
 
     Examples:
 
@@ -44,40 +75,48 @@ def sweep(
       peertune sweep digits-demo graph.activation=0.02,0.1 seed=0,1,2 --out runs/graphs --dry-run
 
       peertune sweep digits-demo seed=0,1,2,3 --out runs/seeds --shard 1/2
+
+      peertune sweep digits-demo seed=0,1,2 --out runs/queued --launcher slurm --slurm gpus_per_node=1
     """
+    from peertune import launch
     from peertune import sweep as sweeps
 
+    queued = launcher is Where.SLURM
+    if not queued and (slurm or detach):
+        raise RunError(f"{'--slurm' if slurm else '--detach'}: goes with --launcher slurm")
     with interruptible():
         whole = sweeps.members(recipe, grid)
         mine = whole if part is None else sweeps.shard(whole, part)
         if dry_run:
             _print_estimates(recipe, mine, out, as_json)
             return
+    start = launch.slurm(out / "slurm", jobs or len(mine), slurm or []) if queued else launch.local(jobs or 1)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{out}: can't be written ({error.strerror}); give another --out") from None
+    answer = "stopping after these rounds; once more to go back to the last checkpoints"
     stand, stopped = sweeps.Progress(), False
     with (
-        asked_to_stop("stopping after these rounds; once more to go back to the last checkpoints") as stop,
+        asked_to_stop("leaving the runs in the queue" if queued else answer) as stop,
         progress_bar("rounds") as progress,
     ):
         bar = progress.add_task("", total=sum(member.recipe.rounds for member in mine))
         try:
-            for stand in sweeps.run_members(recipe, mine, out, jobs, lambda: len(stop)):
-                failed = f", {len(stand.failed)} failed" if stand.failed else ""
-                description = f"{len(stand.done)} of {len(mine)} runs{failed}"
-                progress.update(bar, completed=stand.rounds, description=description)
+            for stand in sweeps.run_members(recipe, mine, out, start, lambda: detach + len(stop)):
+                progress.update(bar, completed=stand.rounds, description=_describe(stand, len(mine)))
         except KeyboardInterrupt:
             stopped = True
     if as_json:
         status = dict.fromkeys(stand.done, "finished") | dict.fromkeys(stand.failed, "failed")
+        status |= {name: job.state.lower() for name, job in stand.jobs.items()}
         print_json(
             [
                 {
                     "run": member.name,
                     "folder": str(out / member.name),
                     "status": status.get(member.name, "unfinished"),
+                    "job": stand.jobs[member.name].id if member.name in stand.jobs else None,
                     "error": stand.failed.get(member.name),
                 }
                 for member in mine
@@ -87,11 +126,28 @@ def sweep(
         print(f"{len(stand.done)} of {len(mine)} runs are finished in {out}")
     for name, why in stand.failed.items():
         print(f"peertune: {name}: {why}", file=sys.stderr)
+    if stand.jobs:
+        arrays = " ".join(sorted({job.id.partition("_")[0] for job in stand.jobs.values()}))
+        what_next = f"the same command follows them, `scancel {arrays}` cancels them"
+        print(f"peertune: {_in_queue(stand)} in the queue; {what_next}", file=sys.stderr)
     if (stopped or stop) and len(stand.done) < len(mine):
-        print("peertune: stopped; go on with the same command", file=sys.stderr)
+        if not stand.jobs:
+            print("peertune: stopped; go on with the same command", file=sys.stderr)
         sys.exit(130)
     if stand.failed:
         sys.exit(2)
+
+
+def _describe(stand: "Progress", runs: int) -> str:
+    """Say how many runs are where."""
+    failed = f"{len(stand.failed)} failed" if stand.failed else ""
+    return ", ".join(part for part in (f"{len(stand.done)} of {runs} runs", _in_queue(stand), failed) if part)
+
+
+def _in_queue(stand: "Progress") -> str:
+    """Say in which states of the queue how many runs are, such as `2 running, 1 pending`."""
+    states = Counter(job.state.lower() for job in stand.jobs.values())
+    return ", ".join(f"{count} {state}" for state, count in states.most_common())
 
 
 def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json: bool) -> None:
@@ -100,8 +156,9 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
     import subprocess
 
     from peertune.estimate import Trial, cost_key, estimate
+    from peertune.launch import COMMAND, last_words
     from peertune.report.tables import text
-    from peertune.sweep import COMMAND, finished, why_it_failed
+    from peertune.sweep import finished
 
     trials: dict[str, Trial] = {}
     rows: list[dict[str, Any]] = []
@@ -112,7 +169,8 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
                 words = ["run", recipe, *member.overrides, "--dry-run", "--json"]
                 tried = subprocess.run([*COMMAND, *words], capture_output=True)
                 if tried.returncode:
-                    raise RunError(f"{member.name}: {why_it_failed(tried.stderr, tried.returncode)}")
+                    why = last_words(tried.stderr, f"ended with exit code {tried.returncode}")
+                    raise RunError(f"{member.name}: {why}")
                 answer = json.loads(tried.stdout)
                 if answer["trial"] is None:
                     device = answer["plan"]["device"]
