@@ -3,25 +3,33 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from conftest import Call
 from federation import free_ports
+from processes import finish, wait_until
+from safetensors.torch import load_file
 
 from peertune.recipe import load_recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+CLUSTER = EXAMPLES / "cluster"
+BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
 @pytest.mark.timeout(900)  # nine processes, each of which takes 8 s of a CPU to import what it needs
 def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
     folder, rounds = tmp_path / "play", 32
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         [EXAMPLES / "eight-hospitals" / "play.sh", folder, "training.local_steps=1", "network.patience_s=5"],
-        env=os.environ | {"PATH": path, "ROUNDS": str(rounds), "PORT": str(free_ports(8)[0])},
+        env=os.environ | {"PATH": BIN, "ROUNDS": str(rounds), "PORT": str(free_ports(8)[0])},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -52,9 +60,161 @@ def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
         assert key.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*/*.yaml")), ids=lambda file: file.parent.name)
+@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*/recipe.yaml")), ids=lambda file: file.parent.name)
 def test_a_recipe_is_short_and_opens_with_what_it_is_for(file: Path) -> None:
     lines = file.read_text().splitlines()
     assert len(lines) <= 40
     assert lines[0].startswith("# ")
     load_recipe(file)
+
+
+LITTLE = [
+    "model.dtype=float64",
+    "clients=4",
+    "training={local_steps: 1, per_device_train_batch_size: 2}",
+    "evaluate={every: 100, rows: 4}",
+    "rounds=40",
+    "checkpoint.every=5",
+]
+
+
+def rounds(run: Path) -> int:
+    return (run / "rounds.jsonl").read_bytes().count(b"\n") if (run / "rounds.jsonl").exists() else 0
+
+
+def assert_same(ours: Path, theirs: Path) -> None:
+    """Hold the adapters of two runs against each other."""
+    folders = sorted(folder.name for folder in (theirs / "adapters").iterdir())
+    assert sorted(folder.name for folder in (ours / "adapters").iterdir()) == folders
+    for folder in folders:
+        expected = load_file(theirs / "adapters" / folder / "adapter_model.safetensors")
+        for name, x in load_file(ours / "adapters" / folder / "adapter_model.safetensors").items():
+            torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-12)
+
+
+SLURM = {
+    # Two machines with a task on each: what SLURM's commands do as far as a job sees it.
+    "srun": """
+        while [[ $1 == --* ]]; do shift; done
+        for task in 0 1; do
+            SLURM_PROCID=$task SLURM_LOCALID=0 "$@" &
+            pids+=($!)
+        done
+        echo "${pids[@]}" >tasks
+        for pid in "${pids[@]}"; do
+            wait "$pid" || { code=$?; [ "$code" -le "${most:-0}" ] || most=$code; }
+        done
+        exit "${most:-0}"
+    """,
+    "scontrol": """
+        case $1 in
+            show) printf '127.0.0.1\\nelsewhere.invalid\\n' ;;
+            requeue) echo "$2" >requeued ;;
+        esac
+    """,
+    "squeue": "echo RUNNING",
+}
+
+
+def slurm(folder: Path, run: Path, **commands: str) -> subprocess.Popen[str]:
+    """Start the batch script as SLURM would, in this folder, with stand-ins for SLURM's commands."""
+    for name, script in (SLURM | commands).items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (folder / name).chmod(0o755)
+    (port,) = free_ports(1)
+    job = {
+        "SLURM_JOB_ID": f"{port - 16_000}",  # from which the script makes that port
+        "SLURM_JOB_NAME": "first",
+        "SLURM_JOB_NODELIST": "node-[0-1]",
+        "SLURM_NTASKS": "2",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_CPUS_PER_TASK": "1",
+        "PATH": f"{folder}{os.pathsep}{BIN}",
+    }
+    return started(["bash", f"{CLUSTER}/slurm.sbatch", "digits-demo", *LITTLE, "--out", f"{run}"], folder, job)
+
+
+def started(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "state", "requeued"),
+    [(130, "RUNNING", True), (130, "COMPLETING", False), (137, "RUNNING", False), (0, "RUNNING", False)],
+    ids=["stopped", "cancelled", "killed", "finished"],
+)
+def test_a_slurm_job_is_requeued_where_its_processes_were_stopped(
+    tmp_path: Path, code: int, state: str, requeued: bool
+) -> None:
+    job = slurm(tmp_path, tmp_path / "run", srun=f"exit {code}", squeue=f"echo {state}")
+    assert finish(job) == (code, "", "")
+    assert (tmp_path / "requeued").exists() == requeued
+
+
+def documents(name: str) -> dict[str, Any]:
+    """Return what a manifest asks for, by kind."""
+    return {document["kind"]: document["spec"] for document in yaml.safe_load_all((CLUSTER / name).read_text())}
+
+
+@pytest.mark.timeout(600)
+def test_a_run_that_slurm_stops_goes_on_in_pods_to_the_same_adapters(peertune: Call, tmp_path: Path) -> None:
+    """Each goes on with a run of its own in the same way, by the name that is the same in both here."""
+    assert peertune("run", "digits-demo", *LITTLE, "--out", "alone")[0] == 0
+    run = tmp_path / "runs" / "first"
+    job = slurm(tmp_path, run)
+    wait_until(lambda: rounds(run) >= 3, job)
+    for task in (tmp_path / "tasks").read_text().split():  # SLURM signals the tasks, and not the script
+        os.kill(int(task), signal.SIGTERM)
+    code, _, err = finish(job)
+    assert code == 130, err
+    assert (tmp_path / "requeued").exists()
+    assert 3 <= rounds(run) < 40
+
+    pod = documents("pytorchjob.yaml")["PyTorchJob"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
+    (container,) = pod["containers"]
+    args = [word.replace("/runs", f"{tmp_path}/runs") for word in container["args"]]
+    assert args[2].startswith("rounds=")
+    (port,) = free_ports(1)
+    place = {
+        **{one["name"]: one["value"] for one in container["env"]},
+        "WORLD_SIZE": "2",  # this and the next two, and RANK: by the operator
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": f"{port}",
+        "HOME": f"{tmp_path}",
+        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", f"{Path.home()}/.cache"),  # where the base is already
+        "OMP_NUM_THREADS": "1",
+        "PATH": BIN,
+    }
+    words = [*container["command"], *args[:2], *LITTLE, *args[3:]]
+    pods = [started(words, tmp_path, place | {"RANK": f"{rank}"}) for rank in range(2)]
+    ends = [finish(pod) for pod in pods]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert_same(run, tmp_path / "alone")
+
+
+def test_the_manifests_ask_for_the_same_pods() -> None:
+    replicas = documents("pytorchjob.yaml")["PyTorchJob"]["pytorchReplicaSpecs"]
+    indexed, service = (documents("job.yaml")[kind] for kind in ("Job", "Service"))
+    assert [replica["replicas"] for replica in replicas.values()] == [1, indexed["completions"] - 1]
+    assert indexed["parallelism"] == indexed["completions"]
+    theirs, ours = (one["template"]["spec"] for one in (replicas["Worker"], indexed))
+    assert ours.pop("restartPolicy") == replicas["Worker"]["restartPolicy"] == replicas["Master"]["restartPolicy"]
+    assert ours.pop("subdomain") == service["selector"]["batch.kubernetes.io/job-name"]
+    (theirs_runs,), (ours_runs,) = theirs.pop("containers"), ours.pop("containers")
+    assert theirs == ours
+    environment = ours_runs.pop("env")
+    own = [one for one in environment if one not in theirs_runs["env"]]
+    assert [one["name"] for one in own] == ["RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    assert own[1]["value"] == f"{indexed['completions']}"
+    assert theirs_runs.pop("env") == [one for one in environment if one not in own]
+    assert (theirs_runs.pop("name"), ours_runs.pop("name")) == ("pytorch", "peertune")
+    assert theirs_runs == ours_runs
+    claim = documents("claim.yaml")["PersistentVolumeClaim"]
+    assert claim["accessModes"] == ["ReadWriteMany"]
