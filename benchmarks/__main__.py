@@ -13,7 +13,21 @@ from benchmarks.measure import machine
 from benchmarks.table import table
 from peertune.errors import PeertuneError
 
-PARTS = ("start", "step", "growth", "memory", "decaf", "evaluation", "language", "wire", "soak", "gpu", "protocol")
+PARTS = (
+    "start",
+    "step",
+    "growth",
+    "cluster",
+    "scale",
+    "memory",
+    "decaf",
+    "evaluation",
+    "language",
+    "wire",
+    "soak",
+    "gpu",
+    "protocol",
+)
 
 
 def main() -> None:

@@ -1,11 +1,13 @@
 """The set-up that the benchmarks share: MiniLM-L6 on SST-2, ten clients, 32 rows a step, rank 8 on query and value."""
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 from peertune import build, load_recipe
 from peertune.assembly import Run
+from peertune.types import ALONE, Group
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -22,9 +24,9 @@ def overrides(*more: str) -> list[str]:
     return [f"model.name={model()}", *data, "training.per_device_train_batch_size=32", *more]
 
 
-def make(*more: str) -> Run:
-    """Build the set-up with further overrides."""
-    return build(load_recipe("tad-sst2-minilm", overrides(*more)))
+def make(*more: str, clients: Sequence[int] | None = None, group: Group = ALONE) -> Run:
+    """Build the set-up with further overrides, or the part in it of these clients, a process's share."""
+    return build(load_recipe("tad-sst2-minilm", overrides(*more)), clients, group=group)
 
 
 def dropout(on: bool) -> list[str]:

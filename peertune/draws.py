@@ -7,6 +7,7 @@ The words come from the SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014), 
 """
 
 from hashlib import blake2b
+from math import ceil
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,9 +16,13 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    """Finalise the words, in place where they are an array."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def words(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.uint64]:
@@ -37,6 +42,14 @@ def words(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.uint64]:
 def uniforms(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), one for each element of the counters' broadcast shape."""
     return (words(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def happens(chance: float, seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.bool_]:
+    """Whether `uniforms(seed, purpose, *counters) < chance`, for a chance in (0, 1], without making these numbers."""
+    bound = ceil(chance * 2**53)  # k 2⁻⁵³ < chance where k < bound, k being the upper 53 bits of a word
+    if bound >= 2**53:
+        return np.ones(np.broadcast_shapes(*map(np.shape, counters)), dtype=np.bool_)
+    return np.asarray(words(seed, purpose, *counters) < np.uint64(bound << 11))
 
 
 def generator(seed: int, purpose: str, *counters: int) -> np.random.Generator:

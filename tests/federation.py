@@ -1,7 +1,6 @@
 """A federation on this machine: a CA, folders of peers, a roster, and the peers as real processes."""
 
 import json
-import multiprocessing
 import os
 import socket
 import traceback
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import parties
+from processes import forking
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -94,14 +94,6 @@ class Played:
     adapters: dict[str, Tensor]  # [1, …]
     records: list[dict[str, Any]]
     known: dict[int, dict[str, Any]]  # what it knows of its neighbours at the end
-
-
-def forking() -> Any:
-    """Return what makes processes, forked from one that is warm."""
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where it finds `warm`
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["warm"])
-    return forks
 
 
 def see_through(processes: Sequence[Any], errors: Path) -> None:

@@ -1,11 +1,18 @@
-"""The command line as real processes, for the tests that stop and kill them."""
+"""The command line as real processes, for the tests that stop and kill them.
 
+They are forked from a process that has imported what takes seconds, as a shell's commands would all begin with.
+"""
+
+import multiprocessing
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 # A shell may have told its background jobs to ignore SIGINT; a job in the foreground gets it.
 PROCESS = (
@@ -13,23 +20,91 @@ PROCESS = (
 )
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", PROCESS, *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def forking() -> Any:
+    """Return what makes processes, forked from one that is warm."""
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where it finds `warm`
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["warm"])
+    return forks
 
 
-def finish(process: subprocess.Popen[str], timeout_s: float = 120) -> tuple[int, str, str]:
+class Command:
+    """`peertune` with some words as a process of its own; what it says goes to files."""
+
+    def __init__(self, folder: Path, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Start it in this folder."""
+        self._said = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115  # kept as long as this is
+        files = [said.name for said in self._said]
+        arguments = (folder, list(words), dict(environment), files)
+        self._process = forking().Process(target=_run, args=arguments, daemon=True)  # ends with the tests
+        self._process.start()
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, or None while it runs."""
+        code: int | None = self._process.exitcode
+        return code
+
+    def poll(self) -> int | None:
+        """Return its exit code, or None while it runs."""
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """Send it SIGTERM."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """End it, if it has not ended."""
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for its end, and return its exit code."""
+        self._process.join(timeout)
+        code = self.returncode
+        if code is None:
+            raise subprocess.TimeoutExpired("peertune", timeout or 0)
+        return code
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Wait for its end, and return what it said on both streams."""
+        self.wait(timeout)
+        out, err = (Path(said.name).read_text() for said in self._said)
+        return out, err
+
+
+def _run(folder: Path, words: list[str], environment: dict[str, str], files: list[str]) -> None:
+    for stream, file in zip((1, 2), files, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    os.chdir(folder)
+    sys.argv = ["peertune", *words]
+    from peertune.cli import main
+
+    main()
+
+
+def start(folder: Path, *words: str, **environment: str) -> Command:
+    return Command(folder, words, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+Process = Command | subprocess.Popen[str]
+
+
+def finish(process: Process, timeout_s: float = 120) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=timeout_s)
+    assert process.returncode is not None
     return process.returncode, out, err
 
 
-def finish_well(processes: Sequence[subprocess.Popen[str]], timeout_s: float = 200) -> None:
+def finish_well(processes: Sequence[Process], timeout_s: float = 200) -> None:
     """See all processes end with 0, and leave none behind."""
     try:
         for process in processes:
@@ -40,9 +115,7 @@ def finish_well(processes: Sequence[subprocess.Popen[str]], timeout_s: float = 2
             process.kill()
 
 
-def wait_until(
-    happened: Callable[[], bool], process: subprocess.Popen[str] | None = None, said: Callable[[], str] = str
-) -> None:
+def wait_until(happened: Callable[[], bool], process: Process | None = None, said: Callable[[], str] = str) -> None:
     """Wait for what has to happen while the process runs, if there is one; fail with what was `said` until then."""
     deadline = time.monotonic() + 120
     while not happened():

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from federation import forking, free_ports, see_through
+from federation import free_ports, see_through
+from processes import forking
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 

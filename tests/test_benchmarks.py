@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig
 
-from benchmarks import decaf, language
+from benchmarks import decaf, language, scale
 from benchmarks.gpu import save_base
 from benchmarks.measure import Figure, figure, interleaved, machine
 from benchmarks.peft_loop import PeftLoop, client_rows
-from benchmarks.setup import dropout, make
+from benchmarks.setup import dropout, make, model
 from benchmarks.step import compare, useful_operations
 from benchmarks.table import table
 from peertune.training import train_local
@@ -48,7 +49,7 @@ def test_a_table_says_what_was_missed() -> None:
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_the_docs_quote_the_figures_that_were_measured(path: Path) -> None:
     results = json.loads(path.read_text(encoding="utf-8"))
-    text = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+    text = "".join((ROOT / "docs" / page).read_text(encoding="utf-8") for page in ("performance.md", "scale.md"))
     assert path.name in text
     for figures in results["figures"].values():
         for line in table(figures).splitlines()[2:]:
@@ -61,6 +62,28 @@ def test_the_machine_is_described() -> None:
     assert found["cpu"]
     assert found["cores"] >= 1
     assert found["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("name", scale.SIMULATED)
+def test_the_benchmark_of_scale_measures_and_finds_what_rho_says(name: str) -> None:
+    settings = scale.SIMULATED[name][1]
+    found = {one.name.partition(" (")[0]: one for one in scale.simulate(name, 64, settings, 6)}
+    assert found["left by a later round"].met
+    assert found["change of the mean in 6 rounds"].met
+    if name == "ring":
+        slowest = found["1 - what a round leaves of the slowest disagreement"]
+        assert slowest.low == pytest.approx(slowest.high)
+        assert slowest.value == pytest.approx(found["1 - rho"].value)
+    if name == "erdos_renyi":
+        assert found["1 - rho at most, by one peer's row"].value >= found["1 - rho"].value
+    one, *_ = scale.row("complete", 64, {"mean_degree": 5}, 3)
+    assert one.runs == 3
+
+
+def test_bytes_of_an_adapter_are_those_of_its_shapes() -> None:
+    config = AutoConfig.from_pretrained(model())
+    assert scale.ADAPTERS["MiniLM-L6"] == (config.num_hidden_layers, config.hidden_size)
+    assert scale.adapter_bytes(*scale.ADAPTERS["MiniLM-L6"]) == 6 * 2 * 8 * (384 + 384) * 4
 
 
 def test_decafs_benchmark_checks_and_beats_the_dense_svd() -> None:

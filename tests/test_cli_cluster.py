@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from federation import free_ports
-from processes import PROCESS, finish, start, wait_until
+from processes import Command, Process, finish, start, wait_until
 from safetensors.torch import load_file
 
 RECIPE = [
@@ -107,7 +107,7 @@ def torchrun(folder: Path, ranks: int, *words: str, restarts: int = 0) -> subpro
     )
 
 
-def children(process: subprocess.Popen[str]) -> list[int]:
+def children(process: Process) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
@@ -137,16 +137,9 @@ def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path: Path) -> 
     assert not (tmp_path / "run" / "adapters").exists()
 
 
-def by_hand(folder: Path, rank: int, ranks: int, port: int, words: Sequence[str], **more: str) -> subprocess.Popen[str]:
+def by_hand(folder: Path, rank: int, ranks: int, port: int, words: Sequence[str], **more: str) -> Command:
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return subprocess.Popen(
-        [sys.executable, "-c", PROCESS, *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | {key: str(value) for key, value in place.items()} | more,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start(folder, *words, **{key: str(value) for key, value in place.items()}, **more)
 
 
 @pytest.mark.parametrize(

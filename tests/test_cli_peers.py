@@ -4,12 +4,11 @@ import json
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from subprocess import Popen
 from typing import Any
 
 import pytest
 from federation import Federation, found, free_ports
-from processes import finish, finish_well, start, wait_until
+from processes import Command, finish, finish_well, start, wait_until
 
 Call = Callable[..., tuple[int, str, str]]
 SMALL = [
@@ -52,7 +51,7 @@ def checks(out: str) -> dict[tuple[str | None, str], str]:
 
 
 @pytest.fixture
-def waiting(two: Federation) -> Iterator[tuple[Path, int, Popen[str]]]:
+def waiting(two: Federation) -> Iterator[tuple[Path, int, Command]]:
     """Peer 0, who trained round 0 and waits for peer 1: its run directory, its metrics' port, its process."""
     (port,) = free_ports(1)
     process = start(two.folder, *starting(two, 0, "--metrics-port", str(port)))
@@ -66,7 +65,7 @@ def waiting(two: Federation) -> Iterator[tuple[Path, int, Popen[str]]]:
 
 
 def test_a_peer_that_waits_says_so_until_it_is_gone(
-    two: Federation, peertune: Call, waiting: tuple[Path, int, Popen[str]]
+    two: Federation, peertune: Call, waiting: tuple[Path, int, Command]
 ) -> None:
     run, port, process = waiting
     code, out, err = peertune("peer", "status", run)

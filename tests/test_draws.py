@@ -28,6 +28,16 @@ def test_uniforms_are_uniform_and_neighbouring_counters_are_unrelated() -> None:
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
 
 
+@pytest.mark.parametrize("chance", [1e-300, 1e-9, 0.1, 0.5, np.nextafter(0.5, 1), np.nextafter(1, 0), 1.0])
+def test_what_happens_is_what_the_uniforms_say(chance: float) -> None:
+    counters = 7, np.arange(300)[:, None], np.arange(200)
+    expected = draws.uniforms(3, "edge", *counters) < chance
+    np.testing.assert_array_equal(draws.happens(chance, 3, "edge", *counters), expected)
+    one = float(draws.uniforms(3, "edge", 7, 2, 5))
+    assert not draws.happens(one, 3, "edge", 7, 2, 5)
+    assert draws.happens(float(np.nextafter(one, 1)), 3, "edge", 7, 2, 5)
+
+
 def test_words_broadcast_their_counters_and_accept_any_seed() -> None:
     assert draws.words(-1, "x", np.zeros((4, 1)), np.zeros(3)).shape == (4, 3)
     assert draws.words(10**30, "x").shape == ()

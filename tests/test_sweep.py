@@ -123,11 +123,11 @@ def test_a_sweep_takes_no_other_run_for_its_own(whole: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in whole.rglob("*")} == before
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+def start(folder: Path, *words: str) -> processes.Command:
     return processes.start(folder, "sweep", "digits-demo", *SMALL, *words)
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: processes.Command) -> tuple[int, str, str]:
     return processes.finish(process, timeout_s=200)
 
 

@@ -1,3 +1,4 @@
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from inspect import Parameter, signature
@@ -16,16 +17,24 @@ from peertune.errors import GraphError
 from peertune.topology import (
     GRAPHS,
     WEIGHTS,
+    Fault,
     Graph,
     active_edges,
     drop_edges,
+    may_meet,
     mixing,
     mixing_weights,
+    pairs,
+    partners_at,
+    planned_weights,
     rho,
     rho_draws,
+    row_at,
     summary,
+    weights,
     weights_at,
 )
+from peertune.topology.weights import listed
 
 PROBABILITIES = [0.5, 0.2, 0.1, 0.05, 0.02, 0.01]
 
@@ -183,6 +192,153 @@ def test_seeds_and_rounds_change_which_edges_are_active(name: str, folder: Path)
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]
     assert len({frozenset(edges) for edges in drawn[0]}) > 3
+
+
+@every_graph
+@quickly
+@given(size=sizes, activation=activations, seed=seeds, t=rounds, weights=st.sampled_from(["metropolis", "laplacian"]))
+def test_a_peers_own_row_is_that_of_the_whole_matrix_to_the_bit(
+    name: str, folder: Path, size: int, activation: float, seed: int, t: int, weights: str
+) -> None:
+    graph = make(name, size, folder, activation=activation, seed=seed, weights=weights)
+    whole = weights_at(graph, t).toarray()
+    for client in range(graph.clients):
+        row = row_at(graph, client, t)
+        assert list(row) == sorted({client, *row})
+        assert {other: whole[client, other] for other in row} == row
+        assert whole[client].sum() == pytest.approx(sum(row.values()))
+        assert partners_at(graph, client, t) == [other for other in row if other != client]
+        assert set(row) <= {client, *may_meet(graph, client)}
+
+
+@pytest.mark.parametrize("activation", [0.003, 0.1, 0.8])
+def test_a_row_is_the_same_where_pairs_are_too_many_to_hold(activation: float, few_pairs: None) -> None:
+    graph = GRAPHS["complete"](clients=90, activation=activation, seed=7)
+    assert not listed(graph)
+    for t in range(5):
+        whole = weights_at(graph, t).toarray()
+        for client in range(0, 90, 7):
+            row = row_at(graph, client, t)
+            assert {other: whole[client, other] for other in np.flatnonzero(whole[client])} == row
+            assert partners_at(graph, client, t) == [other for other in row if other != client]
+
+
+@pytest.mark.parametrize("name", ["ring", "star", "exponential", "matching", "complete"])
+def test_a_row_that_loses_edges_is_that_of_the_matrix_that_lost_them(name: str, folder: Path) -> None:
+    graph = make(name, 5, folder, activation=0.7)
+    for t in range(6):
+        faults = [Fault(0, 9, edge=(0, 1)), Fault(2, 4, down=2)]
+        matrix, failed = planned_weights(graph, faults, t)
+        for client in range(graph.clients):
+            row = row_at(graph, client, t)
+            lost = [i + j - client for i, j in failed if client in (i, j)]
+            row[client] += sum(row.pop(other) for other in lost)
+            expected = matrix[[client]].toarray()[0]
+            found = np.zeros(graph.clients)
+            found[list(row)] = list(row.values())
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-15)
+
+
+def test_who_may_ever_meet_is_known_from_all_rounds(tmp_path: Path) -> None:
+    path = tmp_path / "contacts.txt"
+    path.write_text("0,0,1\n1,0,2\n3,1,2\n2,2,3\n")
+    graph = GRAPHS["trace"](clients=4, path=path)
+    assert [may_meet(graph, client) for client in range(4)] == [[1, 2], [0, 2], [0, 1, 3], [2]]
+    assert may_meet(GRAPHS["matching"](clients=3, probability=0.1), 1) == [0, 2]
+
+
+# --- Many clients -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw in blocks, and blocks of a few pairs, as with many clients."""
+    monkeypatch.setattr(weights, "LISTED_PAIRS", 20)
+    monkeypatch.setattr(pairs, "BLOCK", 16)
+
+
+@quickly
+@given(clients=st.integers(1, 60), chance=st.floats(0.001, 1), block=st.integers(1, 500), seed=seeds, t=rounds)
+def test_pairs_drawn_in_blocks_are_those_drawn_all_at_once(
+    clients: int, chance: float, block: int, seed: int, t: int
+) -> None:
+    every = pairs.all_pairs(clients)
+    expected = every[uniforms(seed, "edge", t, every[:, 0], every[:, 1]) < chance]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "BLOCK", block)
+        np.testing.assert_array_equal(pairs.drawn_pairs(clients, chance, seed, "edge", t), expected)
+        for client in {0, clients // 2, clients - 1}:
+            own = expected[(expected == client).any(axis=1)]
+            np.testing.assert_array_equal(pairs.drawn_partners(clients, client, chance, seed, "edge", t), own)
+
+
+@pytest.mark.parametrize("activation", [0.02, 0.5, 1.0])
+def test_rounds_and_rho_are_the_same_where_pairs_are_too_many_to_hold(
+    activation: float, request: pytest.FixtureRequest
+) -> None:
+    graphs = [GRAPHS["complete"](clients=40, activation=activation, seed=9) for _ in range(2)]
+    before = [(active_edges(graphs[0], t), weights_at(graphs[0], t).toarray()) for t in range(4)], rho(graphs[0], 50)
+    request.getfixturevalue("few_pairs")
+    assert not listed(graphs[1])
+    for t, (edges, W) in enumerate(before[0]):
+        np.testing.assert_array_equal(active_edges(graphs[1], t), edges)
+        np.testing.assert_array_equal(weights_at(graphs[1], t).toarray(), W)
+    assert rho(graphs[1], 50) == before[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("complete", {"activation": 0.0005}),
+        ("erdos_renyi", {"probability": 0.002}),
+        ("matching", {"probability": 0.0005}),
+    ],
+)
+def test_ten_thousand_clients_whose_pairs_are_drawn_take_memory_for_edges_alone(
+    name: str, settings: dict[str, float]
+) -> None:
+    tracemalloc.start()
+    graph = GRAPHS[name](clients=10_000, **settings)
+    edges = active_edges(graph, 0)
+    row_at(graph, 17, 0)
+    rho(graph)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(edges) > 4_000
+    assert peak < 100e6  # all pairs alone are 800 MB
+
+
+def test_rho_from_rows_alone_agrees_with_that_of_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = GRAPHS["complete"](clients=200, activation=0.02)
+    whole = 1 - rho(graph, 200)
+    monkeypatch.setattr(mixing, "MOST_PAIRED", 100)
+    assert 1 - rho(graph, 1_000) == pytest.approx(whole, rel=0.03)
+    assert rho_draws(replace(graph, clients=10**6, activation=2e-5)) == 47
+
+
+def test_rho_of_known_and_of_drawn_rounds_follows_from_one_row_where_clients_move_round_a_grid() -> None:
+    n, third, p = 1_200, 1 / 3, 0.3
+    wave = 2 - 2 * np.cos(2 * np.pi * np.arange(1, n) / n)  # the Laplacian's eigenvalues
+    always = (1 - third * wave) ** 2
+    drawn = 1 - 2 * third * p * wave + third**2 * (p**2 * wave**2 + 2 * p * (1 - p) * wave)
+    assert 1 - rho(GRAPHS["ring"](clients=n)) == pytest.approx(1 - always.max(), rel=1e-8)
+    found = rho(GRAPHS["ring"](clients=n, activation=p, weights="uniform"), 300)
+    assert 1 - found == pytest.approx(1 - drawn.max(), rel=0.01)
+    rows, columns = np.divmod(np.arange(1, n), 40)
+    grid = 1 - (4 - 2 * np.cos(2 * np.pi * rows / 30) - 2 * np.cos(2 * np.pi * columns / 40)) / 5
+    assert rho(GRAPHS["torus"](clients=n, rows=30)) == pytest.approx((grid**2).max(), abs=1e-12)
+    assert rho(GRAPHS["exponential"](clients=2_048)) == pytest.approx(10 / 11)
+    assert rho(GRAPHS["hypercube"](clients=2_048)) == pytest.approx((1 - 2 / 12) ** 2)
+
+
+def test_a_search_for_an_eigenvalue_that_would_take_too_long_ends_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(weights, "LANCZOS_WORK", 0)  # 1,024 steps
+    found = rho(GRAPHS["path"](clients=5_000))
+    exact = (1 / 3 + 2 / 3 * np.cos(np.pi / 5_000)) ** 2
+    assert 1 - exact < 1 - found < 1e-5
+    assert "did not settle in 1024 steps" in caplog.text
 
 
 def test_edges_are_active_as_often_as_asked() -> None:
@@ -375,7 +531,7 @@ def test_rho_is_the_largest_eigenvalue_of_the_mean_of_the_rounds_themselves(weig
     assert rho(graph, draws) == pytest.approx(np.linalg.eigvalsh(np.mean(squares, axis=0) - 1 / 8)[-1])
 
 
-@pytest.mark.parametrize("name", ["ring", "complete", "erdos_renyi"])
+@pytest.mark.parametrize("name", ["path", "complete", "erdos_renyi"])
 @pytest.mark.parametrize("activation", [0.1, 1.0])
 def test_large_graphs_get_the_same_rho_without_a_dense_matrix(
     name: str, activation: float, monkeypatch: pytest.MonkeyPatch
@@ -502,6 +658,47 @@ def test_a_summary_says_what_a_graph_does() -> None:
             {"clients": 5, "degree": 3},
             "graph random_regular: clients x degree is 5 x 3, odd; change one by 1",
         ),
+        (
+            "complete",
+            {"clients": 10_000},
+            "graph complete: 10,000 clients have about 49,995,000 edges, and 10,000,000 is the most; "
+            "choose an activation below 0.2, or a sparse graph such as random_regular",
+        ),
+        (
+            "complete",
+            {"clients": 10_000, "activation": 0.01, "weights": "laplacian"},
+            "graph complete: weights laplacian need all possible edges, and 10,000 clients have about 49,995,000 "
+            "edges, and 10,000,000 is the most; choose metropolis, or a sparse graph such as random_regular",
+        ),
+        (
+            "bipartite",
+            {"clients": 20_000},
+            "graph bipartite: 10,000 and 10,000 clients have 100,000,000 edges, and 10,000,000 is the most; "
+            "choose fewer clients, a smaller left, or random_regular",
+        ),
+        (
+            "erdos_renyi",
+            {"clients": 10_000, "probability": 0.5},
+            "graph erdos_renyi: 10,000 clients at probability 0.5 have about 24,997,500 edges, and 10,000,000 is the "
+            "most; choose a lower probability, or random_regular",
+        ),
+        (
+            "erdos_renyi",
+            {"clients": 1_000_000, "probability": 2e-5},
+            "graph erdos_renyi: 1,000,000 clients make 499,999,500,000 pairs to draw; "
+            "choose at most 100,000 clients, or a sparse graph such as random_regular",
+        ),
+        (
+            "erdos_renyi",
+            {"clients": 10_000, "probability": 0.0002},
+            "graph erdos_renyi: about 1,353 of 10,000 clients would have no edge; raise probability above 0.00092",
+        ),
+        (
+            "matching",
+            {"clients": 200_000, "probability": 1e-5},
+            "graph matching: 200,000 clients make 19,999,900,000 pairs to draw; "
+            "choose at most 100,000 clients, or a sparse graph such as random_regular",
+        ),
         ("random_regular", {"clients": 4, "degree": 4}, "graph random_regular: degree is 4; choose 1 to 3"),
         (
             "random_regular",
@@ -552,6 +749,15 @@ def test_many_clients_out_of_reach_are_not_all_listed(tmp_path: Path) -> None:
     path.write_text("0 1")
     with pytest.raises(GraphError, match=r"clients 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 8 more can never reach client 0"):
         GRAPHS["edges"](clients=20, path=path)
+
+
+def test_a_round_of_too_many_pairs_is_refused_but_not_a_peers_own_row() -> None:
+    graph = GRAPHS["complete"](clients=150_000, activation=1e-5)
+    with pytest.raises(GraphError, match=r"graph complete: 150,000 clients make 11,249,925,000 pairs to draw"):
+        weights_at(graph, 0)
+    assert sum(row_at(graph, 7, 0).values()) == pytest.approx(1)
+    with pytest.raises(GraphError, match=r"150,000 clients have about 11,249,925,000 edges, and 10,000,000"):
+        graph.edges_at(0)
 
 
 def test_a_trace_whose_rounds_would_fill_the_memory_is_refused(tmp_path: Path) -> None:

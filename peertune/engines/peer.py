@@ -10,7 +10,7 @@ import torch
 
 from peertune.net.swap import Swapper
 from peertune.round import Heard, Job, run_round
-from peertune.topology import active_edges, clients_down, delay_s, drop_edges, failed_edges, weights_at
+from peertune.topology import clients_down, delay_s, failed_edges, may_meet, partners_at, row_at
 from peertune.types import Batch, RoundRecord, Tensors
 
 log = logging.getLogger(__name__)
@@ -66,22 +66,18 @@ class _Exchange:
             self.swapper.pause(delay)
         if not payload:
             return Heard({}, torch.ones(1, 1, dtype=torch.float64, device=self.job.device), [me], [])
-        near = _partners(active_edges(graph, t), me)
+        row = row_at(graph, me, t)
+        near = [other for other in row if other != me]
         came = self.swapper.swap(t, payload, near, self.unknown)
         failed = [(min(me, other), max(me, other)) for other in near if other not in came]
-        row = drop_edges(weights_at(graph, t), failed)[[me]].toarray()
+        row[me] += sum(row.pop(other) for other in near if other not in came)
         heard = sorted([me, *came])
         tensors = {
             name: torch.cat([x if client == me else came[client][name].to(x.device) for client in heard])
             for name, x in payload.items()
         }
-        return Heard(tensors, torch.from_numpy(row[:, heard]).to(self.job.device), heard, failed)
-
-
-def _partners(edges: np.ndarray, me: int) -> list[int]:
-    """Return the other ends of this peer's edges, sorted."""
-    mine = edges[(edges == me).any(axis=1)]
-    return sorted(int(i + j - me) for i, j in mine.tolist())
+        weights = torch.tensor([[row[client] for client in heard]], dtype=torch.float64, device=self.job.device)
+        return Heard(tensors, weights, heard, failed)
 
 
 def _expected(job: Job, t: int) -> list[int]:
@@ -89,17 +85,15 @@ def _expected(job: Job, t: int) -> list[int]:
     (me,) = job.clients
     if not job.algorithm.phase(t).send:
         return []
-    active = active_edges(job.graph, t)
-    lost = failed_edges(job.faults, active, t)
-    return [other for other in _partners(active, me) if (min(me, other), max(me, other)) not in lost]
+    mine = [(min(me, other), max(me, other)) for other in partners_at(job.graph, me, t)]
+    lost = failed_edges(job.faults, np.array(mine, dtype=np.int64).reshape(-1, 2), t)
+    return [i + j - me for i, j in mine if (i, j) not in lost]
 
 
 def neighbours(job: Job) -> list[int]:
     """Return all that this peer may ever swap with."""
-    graph, (me,) = job.graph, job.clients
-    if graph.period is None:
-        return [other for other in range(graph.clients) if other != me]
-    return sorted({other for t in range(graph.period) for other in _partners(graph.edges_at(t), me)})
+    (me,) = job.clients
+    return may_meet(job.graph, me)
 
 
 def _caught_up(job: Job, swapper: Swapper, round: int) -> int:

@@ -2,13 +2,22 @@
 
 `GRAPHS` makes a `Graph`: the edges that are possible in each round. `active_edges` decides which of them are active,
 each by a draw of its own. `weights_at` turns them into the round's mixing matrix `W [n, n]`, symmetric and doubly
-stochastic. `rho` says how fast mixing shrinks disagreement. `Fault` is what is planned to go wrong.
+stochastic; a peer needs its own row alone, `row_at`. `rho` says how fast mixing shrinks disagreement. `Fault` is what
+is planned to go wrong.
 """
 
 from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, planned_weights
 from peertune.topology.graphs import GRAPHS
 from peertune.topology.mixing import GraphSummary, rho, rho_draws, summary
-from peertune.topology.weights import WEIGHTS, Graph, active_edges, drop_edges, mixing_weights, weights_at
+from peertune.topology.near import may_meet, partners_at, row_at
+from peertune.topology.weights import (
+    WEIGHTS,
+    Graph,
+    active_edges,
+    drop_edges,
+    mixing_weights,
+    weights_at,
+)
 
 __all__ = [
     "GRAPHS",
@@ -21,10 +30,13 @@ __all__ = [
     "delay_s",
     "drop_edges",
     "failed_edges",
+    "may_meet",
     "mixing_weights",
+    "partners_at",
     "planned_weights",
     "rho",
     "rho_draws",
+    "row_at",
     "summary",
     "weights_at",
 ]

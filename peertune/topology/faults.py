@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from scipy.sparse import csr_array
 
-from peertune.topology.weights import Edges, Graph, active_edges, drop_edges, weights_at
+from peertune.topology.pairs import Edges
+from peertune.topology.weights import Graph, active_edges, drop_edges, weights_at
 
 
 @dataclass(frozen=True)

@@ -5,44 +5,65 @@ All raise GraphError for settings that make no graph, or one that can never conn
 """
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
+from itertools import chain
+from math import log
 from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import numpy as np
+from numpy.typing import NDArray
 
 from peertune.draws import uniforms, words
 from peertune.errors import GraphError
-from peertune.topology.weights import Edges, Graph, Rule, as_edges, need_clients, unreachable
+from peertune.topology.pairs import MOST_EDGES, Edges, all_pairs, drawn_pairs, need_few, need_paired
+from peertune.topology.weights import Graph, Rule, as_edges, need_clients, unreachable
 
 MOST_ROUNDS = 1_000_000  # of a trace, all of which are held in memory
-MOST_PAIRED = 10_000  # clients of a graph that may join any two of them: 50 million pairs
 TRIES = 100  # random graphs drawn before giving up on a connected one
+MATCHED_AT_ONCE = 2**16  # pairs of a matching looked at before those that are no longer free are left out again
+MOST_LONELY = 50  # clients without an edge to be expected, with which a random graph is connected once in e⁵⁰ draws
 
 
 def complete(*, clients: int, seed: int = 0, activation: float = 1.0, weights: Rule = "metropolis") -> Graph:
-    """Every pair of clients. With activation p: each pair meets with probability p a round (TAD-LoRA's setting)."""
+    """Every pair of clients. With activation p: each pair meets with probability p a round (TAD-LoRA's setting).
+
+    A round's draws take time for n² / 2 pairs, and memory for the clients and the edges alone.
+    """
     need_clients("complete", clients, 1)
-    pairs = _pairs(clients)
-    return Graph(clients, lambda t: pairs, 1, activation, seed, weights, "complete", exchangeable=True)
+    return Graph(
+        clients,
+        lambda t: all_pairs(clients),
+        1,
+        activation,
+        seed,
+        weights,
+        "complete",
+        exchangeable=True,
+        every_pair=True,
+    )
 
 
 def ring(*, clients: int, seed: int = 0, activation: float = 1.0, weights: Rule = "metropolis") -> Graph:
     """Each client and the next, the last and the first."""
     need_clients("ring", clients, 3)
-    return _static("ring", clients, nx.cycle_graph(clients).edges, activation, seed, weights)
+    at = np.arange(clients)
+    return _static("ring", clients, _joined(at, (at + 1) % clients), activation, seed, weights, sides=(clients,))
 
 
 def path(*, clients: int, seed: int = 0, activation: float = 1.0, weights: Rule = "metropolis") -> Graph:
     """Each client and the next."""
     need_clients("path", clients, 2)
-    return _static("path", clients, nx.path_graph(clients).edges, activation, seed, weights)
+    at = np.arange(clients)
+    return _static("path", clients, _joined(at[:-1], at[1:]), activation, seed, weights)
 
 
 def star(*, clients: int, seed: int = 0, activation: float = 1.0, weights: Rule = "metropolis") -> Graph:
     """Client 0 and each other."""
     need_clients("star", clients, 2)
-    return _static("star", clients, nx.star_graph(clients - 1).edges, activation, seed, weights)
+    at = np.arange(clients)
+    return _static("star", clients, _joined(0 * at[1:], at[1:]), activation, seed, weights)
 
 
 def torus(
@@ -63,9 +84,10 @@ def torus(
         raise GraphError(
             f"graph torus: {clients} clients don't fill {rows} rows of 2 or more; choose a divisor above 1"
         )
-    # A side of 2 has one edge between its two clients, not two.
-    grid = nx.convert_node_labels_to_integers(nx.grid_2d_graph(rows, clients // rows, periodic=True))
-    return _static("torus", clients, grid.edges, activation, seed, weights)
+    # A side of 2 has one edge between its two clients, not two: `as_edges` counts each once.
+    at = np.arange(clients).reshape(rows, clients // rows)
+    edges = np.concatenate([_joined(at, np.roll(at, -1, axis)) for axis in (0, 1)])
+    return _static("torus", clients, edges, activation, seed, weights, sides=at.shape)
 
 
 def bipartite(
@@ -81,15 +103,20 @@ def bipartite(
     left = clients // 2 if left is None else left
     if not 0 < left < clients:
         raise GraphError(f"graph bipartite: left is {left}; choose 1 to {clients - 1}, so that both sides have clients")
-    edges = nx.complete_bipartite_graph(left, clients - left).edges
-    return _static("bipartite", clients, edges, activation, seed, weights)
+    if left * (clients - left) > MOST_EDGES:
+        raise GraphError(
+            f"graph bipartite: {left:,} and {clients - left:,} clients have {left * (clients - left):,} edges, and "
+            f"{MOST_EDGES:,} is the most; choose fewer clients, a smaller left, or random_regular"
+        )
+    one, other = np.divmod(np.arange(left * (clients - left)), clients - left)
+    return _static("bipartite", clients, _joined(one, left + other), activation, seed, weights)
 
 
 def hypercube(*, clients: int, seed: int = 0, activation: float = 1.0, weights: Rule = "metropolis") -> Graph:
     """Clients whose numbers differ in one bit. `clients` is a power of two."""
     bits = _bits("hypercube", clients)
-    edges = [edge for bit in range(bits) for edge in _flips(clients, bit)]
-    return _static("hypercube", clients, edges, activation, seed, weights)
+    edges = np.concatenate([_flips(clients, bit) for bit in range(bits)] or [np.zeros((0, 2), dtype=np.int64)])
+    return _static("hypercube", clients, edges, activation, seed, weights, sides=(2,) * bits)
 
 
 def exponential(*, clients: int, seed: int = 0, activation: float = 1.0, weights: Rule = "metropolis") -> Graph:
@@ -99,7 +126,7 @@ def exponential(*, clients: int, seed: int = 0, activation: float = 1.0, weights
     """
     bits = _bits("exponential", clients)
     rounds = [_flips(clients, bit) for bit in range(bits)]
-    return _periodic("exponential", clients, rounds, activation, seed, weights)
+    return _periodic("exponential", clients, rounds, activation, seed, weights, sides=(2,) * bits)
 
 
 def erdos_renyi(
@@ -112,13 +139,18 @@ def erdos_renyi(
 ) -> Graph:
     """Each pair is an edge with this probability, drawn once for all rounds; drawn again until it is connected.
 
-    For pairs that are drawn anew each round, choose complete with an activation.
+    For pairs that are drawn anew each round, choose complete with an activation. A draw goes through all pairs, so
+    100,000 clients are the most.
     """
     need_clients("erdos_renyi", clients, 1)
-    _check_probability("erdos_renyi", probability)
-    pairs = _pairs(clients)
+    _check_probability("erdos_renyi", clients, probability)
+    if (lonely := clients * (1 - probability) ** (clients - 1)) > MOST_LONELY:
+        raise GraphError(
+            f"graph erdos_renyi: about {lonely:,.0f} of {clients:,} clients would have no edge; "
+            f"raise probability above {log(clients) / clients:.2g}"
+        )
     for attempt in range(TRIES):
-        edges = pairs[uniforms(seed, "erdos_renyi", attempt, pairs[:, 0], pairs[:, 1]) < probability]
+        edges = drawn_pairs(clients, probability, seed, "erdos_renyi", attempt)
         if not unreachable(clients, edges):
             return _static("erdos_renyi", clients, edges, activation, seed, weights)
     raise GraphError(f"graph erdos_renyi: none of {TRIES} draws is connected; raise probability above {probability}")
@@ -140,8 +172,9 @@ def random_regular(
         raise GraphError(f"graph random_regular: clients x degree is {clients} x {degree}, odd; change one by 1")
     for attempt in range(TRIES):
         drawn = nx.random_regular_graph(degree, clients, seed=int(words(seed, "random_regular", attempt)))
-        if nx.is_connected(drawn):
-            return _static("random_regular", clients, drawn.edges, activation, seed, weights)
+        edges = as_edges(clients, np.fromiter(chain.from_iterable(drawn.edges), np.int64, degree * clients))
+        if not unreachable(clients, edges):
+            return _static("random_regular", clients, edges, activation, seed, weights)
     raise GraphError(f"graph random_regular: none of {TRIES} draws is connected; raise degree above {degree}")
 
 
@@ -156,20 +189,25 @@ def matching(
     """In each round a client meets at most one other.
 
     Each pair is available with this probability. The available pairs are gone through in random order, and a pair meets
-    if both are still free (a random maximal matching). Metropolis weights make the two average, ½ and ½.
+    if both are still free (a random maximal matching). Metropolis weights make the two average, ½ and ½. Who meets whom
+    follows from the draws of all pairs, so 100,000 clients are the most.
     """
     need_clients("matching", clients, 1)
-    _check_probability("matching", probability)
-    pairs = _pairs(clients)
+    _check_probability("matching", clients, probability)
 
+    @lru_cache(maxsize=2)  # a round asks for its edges more than once
     def edges_at(t: int) -> Edges:
-        draws = uniforms(seed, "matching", t, pairs[:, 0], pairs[:, 1])
-        available = np.flatnonzero(draws < probability)
+        available = drawn_pairs(clients, probability, seed, "matching", t)
+        order = np.argsort(uniforms(seed, "matching", t, available[:, 0], available[:, 1]), kind="stable")
         free, meet = [True] * clients, []
-        for i, j in pairs[available[np.argsort(draws[available], kind="stable")]].tolist():
-            if free[i] and free[j]:
-                free[i] = free[j] = False
-                meet.append((i, j))
+        for start in range(0, len(order), MATCHED_AT_ONCE):
+            pairs = available[order[start : start + MATCHED_AT_ONCE]]
+            if start:
+                pairs = pairs[np.array(free)[pairs].all(axis=1)]
+            for i, j in pairs.tolist():
+                if free[i] and free[j]:
+                    free[i] = free[j] = False
+                    meet.append((i, j))
         return as_edges(clients, meet)
 
     return Graph(clients, edges_at, None, activation, seed, weights, "matching", exchangeable=True)
@@ -229,21 +267,32 @@ GRAPHS: dict[str, Callable[..., Graph]] = {
 }
 
 
-def _static(name: str, clients: int, edges: Any, activation: float, seed: int, weights: str) -> Graph:
-    return _periodic(name, clients, [edges], activation, seed, weights)
+def _static(
+    name: str, clients: int, edges: Any, activation: float, seed: int, weights: str, sides: tuple[int, ...] = ()
+) -> Graph:
+    return _periodic(name, clients, [edges], activation, seed, weights, sides)
 
 
-def _periodic(name: str, clients: int, rounds: Iterable[Any], activation: float, seed: int, weights: str) -> Graph:
+def _periodic(
+    name: str,
+    clients: int,
+    rounds: Iterable[Any],
+    activation: float,
+    seed: int,
+    weights: str,
+    sides: tuple[int, ...] = (),
+) -> Graph:
     schedule = [as_edges(clients, edges) for edges in rounds] or [as_edges(clients, [])]
-    return Graph(clients, lambda t: schedule[t % len(schedule)], len(schedule), activation, seed, weights, name)
+
+    def edges_at(t: int) -> Edges:
+        return schedule[t % len(schedule)]
+
+    return Graph(clients, edges_at, len(schedule), activation, seed, weights, name, sides=sides)
 
 
-def _pairs(clients: int) -> Edges:
-    if clients > MOST_PAIRED:
-        raise GraphError(
-            f"graph: {clients:,} clients make too many pairs to hold; choose at most {MOST_PAIRED:,}, or a sparse graph"
-        )
-    return np.stack(np.triu_indices(clients, 1), axis=1).astype(np.int64)
+def _joined(one: NDArray[np.int64], other: NDArray[np.int64]) -> Edges:
+    """Pair clients place by place."""
+    return np.stack([one.ravel(), other.ravel()], axis=1)
 
 
 def _flips(clients: int, bit: int) -> Edges:
@@ -260,9 +309,12 @@ def _bits(name: str, clients: int) -> int:
     return clients.bit_length() - 1
 
 
-def _check_probability(name: str, probability: float) -> None:
+def _check_probability(name: str, clients: int, probability: float) -> None:
     if not 0 < probability <= 1:
         raise GraphError(f"graph {name}: probability is {probability}; choose a number above 0, at most 1")
+    need_paired(name, clients)
+    remedy = "choose a lower probability, or random_regular"
+    need_few(f"graph {name}: {clients:,} clients at probability {probability:g}", clients, probability, remedy)
 
 
 def _read(name: str, path: str | Path, form: str, clients: int) -> list[list[int]]:

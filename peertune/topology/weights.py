@@ -3,23 +3,28 @@
 Edges are int64 arrays `[E, 2]` with i < j, sorted, each once. Clients count from 0, rounds (`t`) from 0.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import eigvalsh_tridiagonal
 from scipy.sparse import csgraph, csr_array, diags_array
 
-from peertune.draws import generator, uniforms
+from peertune.draws import generator, happens
 from peertune.errors import GraphError, unknown
+from peertune.topology.pairs import MOST_EDGES, Edges, drawn_pairs, need_few, need_paired, pair_count
 
-Edges = NDArray[np.int64]
+log = logging.getLogger(__name__)
+
 Rule = Literal["metropolis", "laplacian", "uniform"]
 
 DENSE_CLIENTS = 1_000  # up to here a dense [n, n] eigenvalue problem is a matter of a second
+LANCZOS_WORK = 2_000_000_000  # clients times steps in search of an eigenvalue: a minute or so
+LISTED_PAIRS = 2**20  # up to here all pairs are held, and the draws of many rounds made in one go
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,9 @@ class Graph:
     weights: str = "metropolis"  # a key of WEIGHTS
     name: str = "custom"  # what messages call it
     exchangeable: bool = False  # whether renumbering the clients leaves the law of its edges as it is
+    every_pair: bool = False  # whether any two clients may meet in any round: no list of them is needed to draw some
+    sides: tuple[int, ...] = ()  # of a grid in which client numbers run, the last side fastest, if moving all clients
+    # round it by the same steps leaves each round's possible edges as they are; empty elsewhere
 
     def __post_init__(self) -> None:
         where = f"graph {self.name}"
@@ -46,6 +54,18 @@ class Graph:
             raise GraphError(f"{where}: activation is {self.activation}; choose a number above 0, at most 1")
         if self.weights not in WEIGHTS:
             raise GraphError(unknown(f"{where}: weights", self.weights, WEIGHTS))
+        if self.every_pair:
+            lower = f"choose an activation below {MOST_EDGES / max(1, pair_count(self.clients)):.2g}"
+            sparse = "or a sparse graph such as random_regular"
+            need_few(f"{where}: {self.clients:,} clients", self.clients, self.activation, f"{lower}, {sparse}")
+            if self.weights != "metropolis":
+                need_few(
+                    f"{where}: weights {self.weights} need all possible edges, and {self.clients:,} clients",
+                    self.clients,
+                    1.0,
+                    f"choose metropolis, {sparse}",
+                )
+            return
         if self.period is None:
             if self.weights == "uniform":
                 raise GraphError(f"{where}: weights uniform need the same edges every round; choose metropolis")
@@ -69,16 +89,29 @@ def active_edges(graph: Graph, t: int) -> Edges:
     """Return the edges `[E', 2]` active in round t: a pure function of (seed, round, edge).
 
     Each edge has its own draw, `uniforms(seed, "edge", t, i, j) < activation`, so a peer can decide about its own edges
-    without drawing anyone else's.
+    without drawing anyone else's. Raises GraphError where any two of more than 100,000 clients may meet.
     """
+    if not listed(graph):
+        need_paired(graph.name, graph.clients)
+        return drawn_pairs(graph.clients, graph.activation, graph.seed, "edge", t)
     edges = graph.edges_at(t)
-    return edges[uniforms(graph.seed, "edge", t, edges[:, 0], edges[:, 1]) < graph.activation]
+    return edges[happens(graph.activation, graph.seed, "edge", t, edges[:, 0], edges[:, 1])]
+
+
+def listed(graph: Graph) -> bool:
+    """Whether a round's possible edges are held to draw from; otherwise they are all pairs, and too many for that."""
+    return not graph.every_pair or graph.weights != "metropolis" or pair_count(graph.clients) <= LISTED_PAIRS
 
 
 def metropolis(clients: int, edges: Edges) -> NDArray[np.float64]:
     """Weigh each edge by `1 / (1 + max(d_i, d_j))`, d the number of neighbours (Metropolis-Hastings)."""
     degree = degrees(clients, edges)
-    return np.asarray(1 / (1 + np.maximum(degree[edges[:, 0]], degree[edges[:, 1]])))
+    return by_degree(degree[edges[:, 0]], degree[edges[:, 1]])
+
+
+def by_degree(one: ArrayLike, other: ArrayLike) -> NDArray[np.float64]:
+    """Return the Metropolis weights of edges by the numbers of neighbours at both ends."""
+    return np.asarray(1 / (1 + np.maximum(one, other)))
 
 
 def laplacian(clients: int, edges: Edges) -> NDArray[np.float64]:
@@ -112,7 +145,7 @@ before the round, and the weight of an edge that isn't active stays on the diago
 
 def mixing_weights(clients: int, edges: Edges) -> csr_array:
     """Return the Metropolis-Hastings matrix `W [n, n]` float64 of these edges: `W_ii = 1 - Σ_j W_ij`."""
-    return _matrix(clients, 1, edges, metropolis(clients, edges))
+    return matrix(clients, 1, edges, metropolis(clients, edges))
 
 
 def drop_edges(weights: csr_array, failed: Edges | Sequence[tuple[int, int]]) -> csr_array:
@@ -134,27 +167,36 @@ def weights_at(graph: Graph, t: int) -> csr_array:
 
 def stacked_weights(graph: Graph, rounds: range) -> csr_array:
     """Return the mixing matrices of several rounds one below the other, `[R·n, n]`."""
-    n, possible = graph.clients, [graph.edges_at(t) for t in rounds]
+    # Rounds share no edge, so together they are one graph of R·n clients: client i in the k-th round is number k·n + i.
+    n = graph.clients
+    if not listed(graph):
+        apart = np.concatenate([active_edges(graph, t) + n * at for at, t in enumerate(rounds)])
+        return matrix(n, len(rounds), apart, metropolis(n * len(rounds), apart))
+    possible = [graph.edges_at(t) for t in rounds]
     edges = np.concatenate(possible)
     at = np.repeat(np.arange(len(rounds)), [len(one) for one in possible])
-    active = uniforms(graph.seed, "edge", rounds.start + at, edges[:, 0], edges[:, 1]) < graph.activation
-    # Rounds share no edge, so together they are one graph of R·n clients: client i in the k-th round is number k·n + i.
+    active = happens(graph.activation, graph.seed, "edge", rounds.start + at, edges[:, 0], edges[:, 1])
     apart = (edges + n * at[:, None])[active]
     if graph.weights == "metropolis":
-        return _matrix(n, len(rounds), apart, metropolis(n * len(rounds), apart))
-    weights = np.concatenate(
-        [_possible_weights(graph, t if graph.period is None else t % graph.period) for t in rounds]
-    )
-    return _matrix(n, len(rounds), apart, weights[active])
+        return matrix(n, len(rounds), apart, metropolis(n * len(rounds), apart))
+    weights = np.concatenate([possible_weights(graph, first_like(graph, t)) for t in rounds])
+    return matrix(n, len(rounds), apart, weights[active])
+
+
+def first_like(graph: Graph, t: int) -> int:
+    """Return the first round that has the same possible edges as round t."""
+    return t if graph.period is None else t % graph.period
 
 
 @lru_cache(maxsize=64)
-def _possible_weights(graph: Graph, t: int) -> NDArray[np.float64]:
+def possible_weights(graph: Graph, t: int) -> NDArray[np.float64]:
+    """Return the weights of the possible edges of a round, `[E]`, by a rule that looks at these alone."""
     # Remembered, since the Laplacian's eigenvalue costs far more than the rest of a round's weights.
     return WEIGHTS[graph.weights](graph.clients, graph.edges_at(t))
 
 
-def _matrix(clients: int, rounds: int, edges: Edges, weights: NDArray[np.float64]) -> csr_array:
+def matrix(clients: int, rounds: int, edges: Edges, weights: NDArray[np.float64]) -> csr_array:
+    """Return the mixing matrices of several rounds, `[R·n, n]`, of edges among R·n clients and their weights."""
     nodes, i, j = np.arange(rounds * clients), edges[:, 0], edges[:, 1]
     diagonal = 1 - np.bincount(i, weights, len(nodes)) - np.bincount(j, weights, len(nodes))
     rows, columns = np.concatenate([i, j, nodes]), np.concatenate([j, i, nodes]) % clients
@@ -165,7 +207,8 @@ def as_edges(clients: int, pairs: Any) -> Edges:
     """Bring pairs into the form of edges: `[E, 2]`, i < j, sorted, each once."""
     array = np.array(pairs if isinstance(pairs, np.ndarray) else list(pairs), dtype=np.int64).reshape(-1, 2)
     array.sort(axis=1)
-    edges = np.stack(np.divmod(np.unique(array[:, 0] * clients + array[:, 1]), clients), axis=1)
+    keys = np.sort(array[:, 0] * clients + array[:, 1])  # np.unique takes a hundred times as long for millions
+    edges = np.stack(np.divmod(keys[np.diff(keys, prepend=-1) > 0], clients), axis=1)
     edges.flags.writeable = False  # every round hands out the same array
     return edges
 
@@ -182,7 +225,8 @@ def degrees(clients: int, edges: Edges) -> NDArray[np.int64]:
 
 def unreachable(clients: int, edges: Edges) -> list[int]:
     """Return the clients that these edges don't connect to client 0."""
-    _, component = csgraph.connected_components(_adjacency(clients, edges), directed=False)
+    once = csr_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(clients, clients))
+    _, component = csgraph.connected_components(once, directed=False)
     return np.flatnonzero(component != component[0]).tolist()
 
 
@@ -191,13 +235,17 @@ def largest_eigenvalue(symmetric: Any, relative_to: float = 0.0, tolerance: floa
 
     Lanczos without restarts: long rings crowd their eigenvalues so much that ARPACK, which separates them, never ends.
     λ_max alone needs no such care, and not even orthogonality, whose loss only repeats eigenvalues that were found.
+
+    It ends after `5 n + 64` steps, and beyond 20,000 clients after `LANCZOS_WORK / n`. What is then returned lies below
+    λ_max, and a warning says so: in k steps no eigenvalue shows that is nearer to the next than about (π / k)² of the
+    spectrum's width, as those of graphs with paths of many thousand clients are.
     """
     n, previous, value = symmetric.shape[0], 0.0, -np.inf
     vector = generator(0, "eigenvector").standard_normal(n)  # fixed: the same number each time and on each peer
     vector /= np.linalg.norm(vector)
     diagonal: list[float] = []
     beside: list[float] = []
-    for step in range(1, 5 * n + 65):
+    for step in range(1, min(5 * n + 64, max(1024, LANCZOS_WORK // n)) + 1):
         image = symmetric @ vector - (beside[-1] * previous if beside else 0.0)
         diagonal.append(float(vector @ image))
         image -= diagonal[-1] * vector
@@ -209,6 +257,7 @@ def largest_eigenvalue(symmetric: Any, relative_to: float = 0.0, tolerance: floa
                 return value
         beside.append(length)
         previous, vector = vector, image / length
+    log.warning("an eigenvalue of %d clients did not settle in %d steps: what follows is a bound from below", n, step)
     return _largest_of_tridiagonal(diagonal, beside[:-1])
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from federation import Federation, forking, found
-from processes import wait_until
+from federation import Federation, found
+from processes import forking, wait_until
 
 from peertune import tracking
 

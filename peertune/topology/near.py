@@ -1,0 +1,105 @@
+"""What one client needs of a round: whom it meets, and its own row of the mixing matrix.
+
+It follows from the client's own edges and those of its neighbours, so that a peer's work in a round does not grow with
+the number of clients, unless any two of them may meet.
+"""
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peertune.draws import happens
+from peertune.topology.pairs import Edges, drawn_partners, pair_count
+from peertune.topology.weights import (
+    Graph,
+    active_edges,
+    by_degree,
+    degrees,
+    first_like,
+    matrix,
+    metropolis,
+    possible_weights,
+)
+
+
+def may_meet(graph: Graph, client: int) -> list[int]:
+    """Return all others that a client may ever have an edge with, sorted."""
+    if graph.period is None or graph.every_pair:
+        return [other for other in range(graph.clients) if other != client]
+    return list(_may_meet(graph, client))
+
+
+@lru_cache(maxsize=4)  # a peer asks each round, and a trace has many
+def _may_meet(graph: Graph, client: int) -> tuple[int, ...]:
+    return tuple(
+        sorted({other for t in range(graph.period or 1) for other in _others(_near(graph, client, t)[0], client)})
+    )
+
+
+def partners_at(graph: Graph, client: int, t: int) -> list[int]:
+    """Return the others that a client has an active edge with in round t, sorted, by the draws of its own edges."""
+    if _anyone(graph):
+        return _others(drawn_partners(graph.clients, client, graph.activation, graph.seed, "edge", t), client)
+    edges, _ = _near(graph, client, first_like(graph, t))
+    edges = edges[(edges == client).any(axis=1)]
+    return _others(edges[happens(graph.activation, graph.seed, "edge", t, edges[:, 0], edges[:, 1])], client)
+
+
+def row_at(graph: Graph, client: int, t: int) -> dict[int, float]:
+    """Return a client's row of `weights_at(graph, t)`: how much it takes from whom, itself included, by client.
+
+    The same to the bit, in the time of the edges of the client and of those that it may meet in the round. Where any
+    two may meet, it takes n draws for the client and n for each that it meets; and a graph without a period, such as
+    `matching`, is drawn as a whole.
+    """
+    if not _anyone(graph):
+        edges, weights = _near(graph, client, first_like(graph, t))
+        active = happens(graph.activation, graph.seed, "edge", t, edges[:, 0], edges[:, 1])
+        edges, weights = edges[active], weights if weights is None else weights[active]
+    else:
+        edges, weights = _drawn_near(graph, client, t)
+    # Clients are renumbered in their order, so that the sums of a row are those of the whole matrix.
+    clients, ends = np.unique(np.append(edges, client), return_inverse=True)
+    near = ends[:-1].reshape(-1, 2)
+    row = matrix(len(clients), 1, near, metropolis(len(clients), near) if weights is None else weights)[[ends[-1]]]
+    return dict(sorted(zip(clients[row.indices].tolist(), row.data.tolist(), strict=True)))
+
+
+@lru_cache(maxsize=256)
+def _near(graph: Graph, client: int, place: int) -> tuple[Edges, NDArray[np.float64] | None]:
+    """Return the possible edges from which a client's row follows, and their weights where these follow from them.
+
+    They are the client's own, and for Metropolis weights those of its neighbours as well. The place is one within the
+    graph's period.
+    """
+    edges = graph.edges_at(place)
+    mine = (edges == client).any(axis=1)
+    if graph.weights != "metropolis":
+        return edges[mine], possible_weights(graph, place)[mine]
+    near = np.zeros(graph.clients, dtype=bool)
+    near[edges[mine]] = True
+    return edges[near[edges[:, 0]] | near[edges[:, 1]]], None
+
+
+def _anyone(graph: Graph) -> bool:
+    """Whether a client may meet anyone, and its row follows from draws alone: no possible edges need be looked up."""
+    return graph.every_pair and graph.weights == "metropolis"
+
+
+def _drawn_near(graph: Graph, client: int, t: int) -> tuple[Edges, NDArray[np.float64]]:
+    """Return a client's active edges and their Metropolis weights, where any two may meet."""
+    n = graph.clients
+    own = drawn_partners(n, client, graph.activation, graph.seed, "edge", t)
+    near = _others(own, client)
+    if (1 + len(near)) * n > pair_count(n):
+        degree = degrees(n, active_edges(graph, t))[near]
+    else:
+        rows = (drawn_partners(n, one, graph.activation, graph.seed, "edge", t) for one in near)
+        degree = np.fromiter(map(len, rows), np.int64, len(near))
+    return own, by_degree(len(near), degree)
+
+
+def _others(edges: Edges, client: int) -> list[int]:
+    """Return the other ends of those edges that have this client, sorted."""
+    return sorted((edges[(edges == client).any(axis=1)].sum(axis=1) - client).tolist())
