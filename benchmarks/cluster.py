@@ -58,9 +58,9 @@ def growth(repeats: int, sizes: tuple[int, ...]) -> list[Figure]:
         for size in sizes:
             figures.append(figure(f"{what}, {size:,} clients", [1e3 * x for x in taken[size]], "ms"))
             if size != sizes[0]:
-                growth = ratios(taken[size], taken[sizes[0]])
+                over = ratios(taken[size], taken[sizes[0]])
                 figures.append(
-                    figure(f"the same over that of {sizes[0]} clients", growth, "×", "≤ 1.15", f"{size:,} clients")
+                    figure(f"the same over that of {sizes[0]} clients", over, "×", "≤ 1.15", f"{size:,} clients")
                 )
     return figures
 

@@ -83,11 +83,11 @@ def simulate(name: str, clients: int, settings: dict[str, Any], rounds: int) -> 
     x = np.random.default_rng(0).standard_normal((clients, 4))
     x[:, 3] = np.cos(2 * np.pi * np.arange(clients) / clients)  # the slowest disagreement of a ring
     started, spread = x.mean(axis=0), [_spread(x)]
-    contacts, squares, taken, rounds_s = [], [], [], []
+    contacts, squares, taken, rounds_s = np.zeros((rounds, clients), dtype=np.int16), [], [], []
     for t in range(rounds):
         begun = time.perf_counter()
         W, weighing = _timed(lambda t=t: weights_at(graph, t))  # type: ignore[misc]
-        contacts.append(np.diff(W.indptr) - 1)
+        contacts[t] = np.diff(W.indptr) - 1
         squares.append((float(np.square(W.data).sum()) - 1) / (clients - 1))
         x = W @ x
         taken.append(weighing)
@@ -97,14 +97,14 @@ def simulate(name: str, clients: int, settings: dict[str, Any], rounds: int) -> 
     shrunk = [after / before for before, after in pairwise(spread) if after.min() > 1e-20]  # more than rounding
     random = [float(ratio[:3].mean()) for ratio in shrunk]
     reached = next((t for t, left in enumerate(spread) if left[:3].mean() <= PER_CENT**2 * spread[0][:3].mean()), None)
-    each = np.concatenate(contacts)
+    peak = _resident("VmHWM") - contacts.nbytes
     by_rho = ceil(2 * log(PER_CENT) / log(value)) if value > 0 else 1
     figures = [
         figure(f"making the graph ({where})", [making], "s"),
         figure(f"memory that it takes ({where})", [holding / 2**20], "MiB"),
         figure(f"1 - rho ({where})", [1 - value], "", note=f"found in {finding:.2g} s"),
         figure(f"T* ({where})", [switching_interval(value)], "rounds"),
-        Figure(f"contacts of a peer in a round ({where})", *_range(each), "", len(each)),
+        Figure(f"contacts of a peer in a round ({where})", *_range(contacts), "", contacts.size),
         figure(f"contacts of all in a round ({where})", [float(one.sum()) / 2 for one in contacts], ""),
         figure(f"rounds to 1 % of the disagreement, by rho ({where})", [by_rho], "rounds"),
     ]
@@ -122,7 +122,7 @@ def simulate(name: str, clients: int, settings: dict[str, Any], rounds: int) -> 
         figure(f"change of the mean in {rounds} rounds ({where})", [drift], "", "≤ 1e-12"),
         figure(f"a round's W ({where})", taken, "s"),
         figure(f"a round, all told ({where})", rounds_s, "s"),
-        figure(f"peak memory of the process ({where})", [_resident("VmHWM") / 2**20], "MiB"),
+        figure(f"peak memory of the process ({where})", [peak / 2**20], "MiB"),
     ]
     if name == "erdos_renyi":
         figures.append(_lonely(weights_at(graph, 0), where))
@@ -157,7 +157,7 @@ def _spread(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(np.square(x - x.mean(axis=0)).mean(axis=0))
 
 
-def _range(values: NDArray[np.int64]) -> tuple[float, float, float]:
+def _range(values: NDArray[np.int16]) -> tuple[float, float, float]:
     return float(np.median(values)), float(values.min()), float(values.max())
 
 

@@ -64,6 +64,8 @@ def write_file(file: Path, data: bytes, *, private: bool = False, lasting: bool 
                 if lasting:
                     os.fsync(descriptor)
             os.replace(beside, file)
+            if lasting:
+                _sync(file.parent)
         finally:
             beside.unlink(missing_ok=True)
 

@@ -67,19 +67,19 @@ DEFAULTS: dict[str, Any] = {"name": "peertune", "timeout_min": 60, "signal_delay
 
 
 @dataclass(frozen=True)
-class Task:
+class Command:
     """One run as a process, begun, or gone on with where it has begun."""
 
     words: tuple[str, ...]  # of `peertune run` at its beginning: recipe and overrides
     folder: Path  # its run directory
 
-    def command(self) -> list[str]:
+    def now(self) -> list[str]:
         """Return what to start now."""
         words = ("--resume",) if self.folder.is_dir() else (*self.words, "--out")
         return [*COMMAND, "run", *words, str(self.folder)]
 
 
-class Job(NamedTuple):
+class Queued(NamedTuple):
     """An element in SLURM's queue."""
 
     id: str  # such as 1234_0
@@ -91,11 +91,11 @@ class Look:
     """How the tasks stand."""
 
     ended: Mapping[str, str]  # since the last look: name → its last words, which say why if it isn't finished
-    jobs: Mapping[str, Job] = field(default_factory=dict)  # what is in the queue, where there is one
+    jobs: Mapping[str, Queued] = field(default_factory=dict)  # what is in the queue, where there is one
 
 
 Looks = Generator[Look, None, None]
-Launcher = Callable[[Mapping[str, Task], Callable[[], int]], Looks]
+Launcher = Callable[[Mapping[str, Command], Callable[[], int]], Looks]
 
 
 def local(jobs: int) -> Launcher:
@@ -105,7 +105,7 @@ def local(jobs: int) -> Launcher:
     second they stop at once. What was stopped doesn't count as ended.
     """
 
-    def launch(tasks: Mapping[str, Task], stopping: Callable[[], int]) -> Looks:
+    def launch(tasks: Mapping[str, Command], stopping: Callable[[], int]) -> Looks:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
         environment = threads | os.environ
@@ -118,7 +118,7 @@ def local(jobs: int) -> Launcher:
                     name = queue.pop(0)
                     messages: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  # closed when the process has ended
                     process = subprocess.Popen(
-                        tasks[name].command(),
+                        tasks[name].now(),
                         env=environment,
                         stdout=subprocess.DEVNULL,
                         stderr=messages,
@@ -179,7 +179,7 @@ def slurm(folder: Path, jobs: int, settings: Sequence[str]) -> Launcher:
     values = DEFAULTS | {"array_parallelism": jobs} | _values(settings)
     executor = _executor(folder, values)
 
-    def launch(tasks: Mapping[str, Task], stopping: Callable[[], int]) -> Looks:
+    def launch(tasks: Mapping[str, Command], stopping: Callable[[], int]) -> Looks:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder, "sweep's queue"):
             ids = _still_there(folder, tasks)
@@ -198,7 +198,7 @@ def slurm(folder: Path, jobs: int, settings: Sequence[str]) -> Launcher:
             for name in over:
                 _look_again(tasks[name].folder)
             ended = {name: _last_words(folder, ids.pop(name)) for name in over}
-            yield Look(ended, {name: Job(job, queue.get(job, "COMPLETING")) for name, job in ids.items()})
+            yield Look(ended, {name: Queued(job, queue.get(job, "COMPLETING")) for name, job in ids.items()})
             if not ids or stopping():
                 return
             until = time.monotonic() + SLURM_LOOK_S
@@ -264,19 +264,19 @@ def _queue() -> dict[str, str]:
     return {job.strip(): state.strip() for job, _, state in pairs}
 
 
-def _still_there(folder: Path, tasks: Mapping[str, Task]) -> dict[str, str]:
+def _still_there(folder: Path, tasks: Mapping[str, Command]) -> dict[str, str]:
     """Return the ids of those tasks that are in the queue from an earlier time."""
     queue, there = _queue(), {}
     for file in folder.glob("*.json"):
         try:
             submitted = dict(json.loads(file.read_bytes()))
-        except ValueError:
+        except (ValueError, TypeError):
             raise RunError(f"{file}: is no list of elements; move it away if its job is not in the queue") from None
         there.update({name: job for name, job in submitted.items() if name in tasks and job in queue})
     return there
 
 
-def _submit(executor: "AutoExecutor", folder: Path, tasks: Mapping[str, Task], delay_s: float) -> dict[str, str]:
+def _submit(executor: "AutoExecutor", folder: Path, tasks: Mapping[str, Command], delay_s: float) -> dict[str, str]:
     """Submit one array of these tasks and keep its elements' ids, by the tasks' names."""
     try:
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises
@@ -319,7 +319,7 @@ class Element:
     and SLURM's own requeue, which an element that has ended would miss: so it waits. `scancel` sends SIGTERM as well.
     """
 
-    task: Task
+    task: Command
     delay_s: float
     where: str = field(default_factory=os.getcwd)  # what the task's paths are relative to
     process: subprocess.Popen[bytes] | None = None
@@ -332,7 +332,7 @@ class Element:
         # Blocked signals stay blocked in the process: some clusters send to all of a job, and SIGUSR2 would end it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
         os.chdir(self.where)
-        self.process = subprocess.Popen(self.task.command(), env=threads | os.environ, start_new_session=True)
+        self.process = subprocess.Popen(self.task.now(), env=threads | os.environ, start_new_session=True)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         if self.asked:
             self.process.terminate()

@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from peertune.errors import RecipeError
-from peertune.launch import Job, Launcher, Task
+from peertune.launch import Command, Launcher, Queued
 from peertune.parts import check_parts
 from peertune.recipe import Recipe, flat, load_recipe
 
@@ -128,7 +128,7 @@ class Progress:
 
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # name → why, one line
-    jobs: Mapping[str, Job] = field(default_factory=dict)  # what is in a cluster's queue, by name
+    jobs: Mapping[str, Queued] = field(default_factory=dict)  # what is in a cluster's queue, by name
     rounds: int = 0  # finished in all runs together
 
 
@@ -152,7 +152,7 @@ def run_members(
         if other := conflict(place, member.recipe):
             progress.failed[member.name] = other
         else:
-            tasks[member.name] = Task((str(recipe), *member.overrides), place)
+            tasks[member.name] = Command((str(recipe), *member.overrides), place)
     if not tasks:
         return
     with closing(launcher(tasks, stopping)) as looks:

@@ -20,7 +20,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, fields, replace
 from hashlib import file_digest, sha256
@@ -170,8 +170,11 @@ def _put(values: dict[str, Any], name: str, value: Any) -> None:
     values[last] = value
 
 
-def records(folder: Path) -> list[dict[str, Any]]:
+def records(folder: Path, lists: Container[str] | None = None) -> list[dict[str, Any]]:
     """Read `rounds.jsonl`, a record for each round in order, with its long lists in their places.
+
+    Given `lists`, only long lists of these names are read, such as `evaluation.clients`; the others stay what the line
+    has, a mean or a length.
 
     A line that is damaged, or whose long lists are, is left out with a warning; a last line that was cut off is no
     record. Raises RunError where the file isn't there.
@@ -180,9 +183,10 @@ def records(folder: Path) -> list[dict[str, Any]]:
     for record, _ in _lines(folder):
         try:
             if "long" in record:
-                lists = safetensors.numpy.load(_long_lists(folder, record["round"]).read_bytes())
-                for name in record.pop("long"):
-                    _put(record, name, lists[name].tolist())
+                with safe_open(_long_lists(folder, record["round"]), framework="np") as held:
+                    for name in record.pop("long"):
+                        if lists is None or name in lists:
+                            _put(record, name, held.get_tensor(name).tolist())
             found.append(record)
         except (OSError, ValueError, TypeError, KeyError, SafetensorError):
             log.warning("%s/rounds: round %s is missing or damaged and left out; restore it", folder, record["round"])
@@ -205,7 +209,7 @@ def _lines(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
             if number < len(lines):
                 log.warning("%s/rounds.jsonl: line %d is damaged and left out; restore the file", folder, number)
             continue
-        next_round += 1
+        next_round = record["round"] + 1
         yield record, line
 
 

@@ -83,7 +83,7 @@ def _run(folder: Path, words: list[str], environment: dict[str, str], files: lis
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
-    sys.path[:0] = environment.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(folder)
     sys.argv = ["peertune", *words]
     from peertune.cli import main

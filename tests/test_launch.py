@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from peertune import launch
 from peertune.cli import app
-from peertune.launch import Element, Task
+from peertune.launch import Command, Element
 
 GRID = ["algorithm.name=local", "seed=0,1", "rounds=40", "checkpoint.every=100"]
 """Its checkpoints are kept at the end and when a run is stopped: one that goes on was stopped in peace."""
@@ -140,7 +140,7 @@ def test_elements_that_fail_are_named_and_only_they_are_submitted_again(cluster:
 
 def test_a_task_that_submitit_takes_off_its_own_cluster_goes_on(whole: Path, tmp_path: Path) -> None:
     words = ["digits-demo", *SMALL, *[word for word in GRID if word != "seed=0,1"], "seed=0"]
-    task = Task(tuple(words), tmp_path / "seed=0")
+    task = Command(tuple(words), tmp_path / "seed=0")
     executor = submitit.AutoExecutor(tmp_path / "jobs", cluster="local")
     job = executor.submit(Element(task, 60))
     processes.wait_until(lambda: rounds(task.folder) >= 2)

@@ -163,22 +163,23 @@ def test_a_sweep_that_is_finished_has_nothing_to_do(whole: Path) -> None:
 
 
 def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
-    process = start(tmp_path, *GRID, "--out", "all")
+    words = [*GRID, "--out", "all", "--shard", "1/2"]
+    process = start(tmp_path, *words)
     lines = tmp_path / "all" / "algorithm.name=dec_lora,seed=0" / "rounds.jsonl"
     processes.wait_until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 2, process)
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert code == 130
-    assert out == "0 of 4 runs are finished in all\n"
+    assert out == "0 of 2 runs are finished in all\n"
     assert err.splitlines() == [
         "peertune: stopping after these rounds; once more to go back to the last checkpoints",
         "peertune: stopped; go on with the same command",
     ]
     assert 2 <= len(records(lines.parent)) < 40
     assert [path.name for path in (tmp_path / "all").iterdir() if path.is_dir()] == [lines.parent.name]
-    code, _, err = finish(start(tmp_path, *GRID, "--out", "all", "--jobs", "2"))
+    code, _, err = finish(start(tmp_path, *words, "--jobs", "2"))
     assert (code, err) == (0, "")
-    for run in (path.name for path in whole.iterdir() if path.is_dir()):
+    for run in (f"algorithm.name={name},seed=0" for name in ("dec_lora", "local")):
         assert records(tmp_path / "all" / run) == records(whole / run)
 
 

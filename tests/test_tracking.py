@@ -355,6 +355,11 @@ def test_long_lists_of_a_record_lie_beside_its_line_and_come_back_as_they_were(r
     assert (said["clients"], said["edges"], said["out_of_phase"]) == (1500, 1499, [4, 1203])
     assert said["loss"] == pytest.approx(np.mean(crowded(2).loss))
     assert said["evaluation"]["clients"] == pytest.approx(np.mean(whole[2]["evaluation"]["clients"]))
+    part = tracking.records(run, ["evaluation.clients"])[1]
+    assert (part["loss"], part["evaluation"]["clients"]) == (
+        pytest.approx(np.mean(crowded(1).loss)),
+        whole[1]["evaluation"]["clients"],
+    )
     tracking.rewind(run, 2)
     assert (run / "rounds.jsonl").read_text().splitlines() == lines[:2]
     tracking.append(run, crowded(2))

@@ -5,4 +5,4 @@ import peertune.engines.peer  # noqa: F401
 from peertune.assembly import build
 from peertune.recipe import load_recipe
 
-build(load_recipe("digits-demo", ["clients=2", "rounds=1"]), [0])
+build(load_recipe("digits-demo", ["clients=2", "rounds=1", "device=cpu"]), [0])

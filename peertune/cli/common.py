@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,15 +108,25 @@ def interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+TOGETHER_S = 1.0
+"""Within this time two SIGTERM are one."""
+
+
 @contextmanager
 def asked_to_stop(answer: str, then: Callable[[], None] = lambda: None) -> Iterator[list[int]]:
     """Collect termination signals, Ctrl-C among them: say `answer` at the first and do `then`; at the second, stop.
 
-    Of several processes none answers, since torchrun stops those that are left of a run in the same way.
+    Of several processes none answers, since torchrun stops those that are left of a run in the same way. SIGTERM twice
+    within a second is one request: a cluster sends it to all of a job, and what a process runs under passes it on.
     """
     asked: list[int] = []
+    last = -TOGETHER_S
 
     def ask(number: int, *_: object) -> None:
+        nonlocal last
+        since, last = time.monotonic() - last, time.monotonic()
+        if asked and number == signal.SIGTERM == asked[-1] and since < TOGETHER_S:
+            return
         asked.append(number)
         if len(asked) > 1:
             raise KeyboardInterrupt

@@ -349,9 +349,9 @@ def _as_yaml(recipe: "Recipe") -> str:
 def print_summary(folder: Path, as_json: bool) -> None:
     """Print one row for the run."""
     from peertune import tracking
-    from peertune.report.tables import COLUMNS, cells, summarise, text
+    from peertune.report.tables import COLUMNS, SUMMARISED, cells, summarise, text
 
-    row = {"run": folder.name, **summarise(tracking.records(folder))}
+    row = {"run": folder.name, **summarise(tracking.records(folder, SUMMARISED))}
     if as_json:
         print_json({**row, "folder": str(folder)})
         return

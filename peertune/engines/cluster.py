@@ -195,9 +195,10 @@ class Processes(Group):
         lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
         with _others():
             dist.all_gather(lengths, torch.tensor([len(x)]))
-            own = x.new_zeros((int(max(lengths)), *x.shape[1:]))
-            own[: len(x)] = x
-            parts = [torch.empty_like(own) for _ in range(self.size)]
+        own = x.new_zeros((int(max(lengths)), *x.shape[1:]))
+        own[: len(x)] = x
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        with _others():
             dist.all_gather(parts, own)
         return torch.cat([part[:length] for part, length in zip(parts, map(int, lengths), strict=True)])
 

@@ -45,6 +45,10 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 """Keys in which runs may differ without being runs of different things."""
 
 
+SUMMARISED = ("clients", "bytes_sent", "evaluation.clients")
+"""Which lists of a record are looked at to summarise a run."""
+
+
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one row for a run's records, as read from `rounds.jsonl`.
 

@@ -32,9 +32,7 @@ def may_meet(graph: Graph, client: int) -> list[int]:
 
 @lru_cache(maxsize=4)  # a peer asks each round, and a trace has many
 def _may_meet(graph: Graph, client: int) -> tuple[int, ...]:
-    return tuple(
-        sorted({other for t in range(graph.period or 1) for other in _others(_near(graph, client, t)[0], client)})
-    )
+    return tuple(sorted({other for t in range(graph.period or 1) for other in _others(graph.edges_at(t), client)}))
 
 
 def partners_at(graph: Graph, client: int, t: int) -> list[int]:

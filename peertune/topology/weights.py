@@ -100,7 +100,9 @@ def active_edges(graph: Graph, t: int) -> Edges:
 
 def listed(graph: Graph) -> bool:
     """Whether a round's possible edges are held to draw from; otherwise they are all pairs, and too many for that."""
-    return not graph.every_pair or graph.weights != "metropolis" or pair_count(graph.clients) <= LISTED_PAIRS
+    if not graph.every_pair or graph.weights != "metropolis" or graph.activation == 1:
+        return True
+    return pair_count(graph.clients) <= LISTED_PAIRS
 
 
 def metropolis(clients: int, edges: Edges) -> NDArray[np.float64]:
