@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from benchmarks import decaf, language, scale
+from benchmarks import cluster, decaf, language, scale
 from benchmarks.gpu import save_base
 from benchmarks.measure import Figure, figure, interleaved, machine
 from benchmarks.peft_loop import PeftLoop, client_rows
@@ -55,6 +55,16 @@ def test_the_docs_quote_the_figures_that_were_measured(path: Path) -> None:
         for line in table(figures).splitlines()[2:]:
             assert line in text
     assert {"cpu", "cores", "threads", "torch"} <= set(results["machine"])
+
+
+@needs_sst2
+def test_the_benchmark_of_many_clients_and_processes_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SST2", str(SST2))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    figures = {found.name: found for found in cluster.run(repeats=1, sizes=(9, 12), each=9, processes=2)}
+    assert figures["a client's step of 2 rows, 12 clients"].value > 0
+    assert figures["a round of 18 clients in 2 such"].value > 0
+    assert 0 < figures["the exchange's share of a round, 2 processes"].value < 100
 
 
 def test_the_machine_is_described() -> None:

@@ -16,6 +16,7 @@ import pytest
 from processes import PROCESS, finish, start, wait_until
 
 from peertune.cli import app, main
+from peertune.cli.common import asked_to_stop
 from peertune.recipe import recipe_names
 
 SMALL = [
@@ -576,3 +577,13 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
             cwd=tmp_path,
         )
     assert (process.returncode, process.stderr) == (2, "peertune: [Errno 28] No space left on device\n")
+
+
+def test_a_stop_that_comes_from_two_sides_at_once_is_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with asked_to_stop("stopping") as asked:
+        for _ in range(2):  # by a cluster to all of a job, and by what the process runs under
+            signal.raise_signal(signal.SIGTERM)
+        assert len(asked) == 1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert capsys.readouterr().err == "peertune: stopping\n"
