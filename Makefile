@@ -31,7 +31,7 @@ check: .venv/developing  ## style, types and import layers
 	$(BIN)/lint-imports
 
 test: .venv/developing  ## the whole test suite
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 4 --dist loadscope --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some)
 	SST2=$(SST2) $(BIN)/python -m benchmarks $(PARTS)

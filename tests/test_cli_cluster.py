@@ -223,12 +223,16 @@ def test_processes_that_do_not_meet_say_what_to_look_at(tmp_path: Path) -> None:
 
 
 def test_a_shared_run_goes_on_to_the_same_bits_where_the_number_of_processes_stays(tmp_path: Path) -> None:
-    short = [*RECIPE, "rounds=9", "--workers", "2"]
-    assert finish(start(tmp_path, "run", *short, "--out", "run"))[0] == 0
+    def share(*words: str) -> None:
+        (port,) = free_ports(1)
+        for process in [by_hand(tmp_path, rank, 2, port, ["run", *words]) for rank in range(2)]:
+            code, _, err = finish(process)
+            assert code == 0, err
+
+    share(*RECIPE, "rounds=9", "--out", "run")
     before = load_file(tmp_path / "run" / "adapters" / "client-003" / "adapter_model.safetensors")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "round-000009")
     shutil.rmtree(tmp_path / "run" / "adapters")
-    code, _, err = finish(start(tmp_path, "run", "--resume", "run", "--workers", "2"))
-    assert code == 0, err
+    share("--resume", "run")
     after = load_file(tmp_path / "run" / "adapters" / "client-003" / "adapter_model.safetensors")
     assert all(torch.equal(x, after[name]) for name, x in before.items())

@@ -202,7 +202,7 @@ def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_process_takes_what_was_planned(tmp_path: Path, checkpointing: bool) -> None:
     rows_of(tmp_path)
-    sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4}
+    sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3}
     config = LlamaConfig(**sizes, vocab_size=8000, num_attention_heads=16, max_position_embeddings=96)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
