@@ -42,15 +42,16 @@ def _disagreement(
     """
     if not tensors:
         return {}, 0.0
-    squares, crossed = [], 0.0
+    clients, crossed = _clients(tensors, group), 0.0
+    squares: Tensors = {}
     for site in by_site(tensors):
         apart = {name: x.double() - mean[name] for name, x in site.items()}
-        squares += [x.square().sum() for x in apart.values()]
+        squares |= {name: x.square().sum() for name, x in apart.items()}
         if products:
-            crossed += sum(_product_square(B, A, group) for A, B in _pairs(apart))
-    clients, errors = _clients(tensors, group), dict.fromkeys(sorted({kind(name) for name in tensors}), 0.0)
-    names = [name for site in by_site(tensors) for name in site]
-    for name, square in zip(names, (group.add(torch.stack(squares)) / clients).tolist(), strict=True):
+            crossed += sum(_product_square(B, A, clients, group) for A, B in _pairs(apart))
+    errors = dict.fromkeys(sorted({kind(name) for name in tensors}), 0.0)
+    sums = group.add(torch.stack(list(squares.values())))
+    for name, square in zip(squares, (sums / clients).tolist(), strict=True):
         errors[kind(name)] += square
     return {k: sqrt(error) for k, error in errors.items()}, sqrt(crossed) / clients
 
@@ -77,7 +78,7 @@ def neighbourhood_cross_terms(heard: Tensors, weights: Tensor) -> list[float]:
 def _weighted(A: Tensor, B: Tensor, w: Tensor) -> float:
     """Return the squared cross term of a weighted average of `A [m, r, d_in]` and `B [m, d_out, r]`."""
     a, b = A.double(), B.double()
-    return _product_square(w * (b - (w * b).sum(0)), a - (w * a).sum(0))
+    return _product_square(w * (b - (w * b).sum(0)), a - (w * a).sum(0), len(a))
 
 
 def _pairs(adapters: Tensors) -> list[tuple[Tensor, Tensor]]:
@@ -86,18 +87,17 @@ def _pairs(adapters: Tensors) -> list[tuple[Tensor, Tensor]]:
     return [(adapters[f"{name}A"], adapters[f"{name}B"]) for name in names]
 
 
-def _product_square(B: Tensor, A: Tensor, group: Group = ALONE) -> float:
-    """Return `‖Σ_i B_i A_i‖²_F` for `B [m, d_out, r]` and `A [m, r, d_in]`, over all processes of the group.
+def _product_square(B: Tensor, A: Tensor, clients: int, group: Group = ALONE) -> float:
+    """Return `‖Σ_i B_i A_i‖²_F` for `B [m, d_out, r]` and `A [m, r, d_in]` of the clients of all processes together.
 
     Where the factors of all are smaller than the sum `[d_out, d_in]`, each process gets them all, and otherwise sums.
     """
     left, right = B.transpose(1, 2).flatten(0, 1), A.flatten(0, 1)  # the sum is leftᵀ right, [d_out, m r] @ [m r, d_in]
     d_out, d_in = left.shape[1], right.shape[1]
     if group.size > 1:
-        columns = int(group.add(torch.tensor(len(right))))
-        if columns * (d_out + d_in) >= d_out * d_in:
+        if clients * A.shape[1] * (d_out + d_in) >= d_out * d_in:
             return float(group.add(left.T @ right).square().sum())
-        left, right = group.concat(left), group.concat(right)
+        left, right = group.concat(torch.cat([left, right], dim=1)).split([d_out, d_in], dim=1)
     if len(right) < min(d_out, d_in):
         return max(0.0, float(((left @ left.T) * (right @ right.T)).sum()))  # tr(B Bᵀ A Aᵀ)
     return float((left.T @ right).square().sum())

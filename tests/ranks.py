@@ -59,6 +59,16 @@ def _run(out: Path, rank: int, ranks: int, port: int, recipes: Mapping[str, Sequ
         raise
 
 
+def assert_same_adapters(ours: Path, theirs: Path) -> None:
+    """Hold the adapters of two run directories against each other, in float64."""
+    folders = sorted(folder.name for folder in (theirs / "adapters").iterdir())
+    assert sorted(folder.name for folder in (ours / "adapters").iterdir()) == folders
+    for folder in folders:
+        expected = load_file(theirs / "adapters" / folder / "adapter_model.safetensors")
+        for name, x in load_file(ours / "adapters" / folder / "adapter_model.safetensors").items():
+            torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-12)
+
+
 def _read(folder: Path, ranks: int) -> Together:
     parts = [load_file(folder / f"{rank}.safetensors") for rank in range(ranks)]
     adapters = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

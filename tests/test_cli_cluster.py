@@ -16,7 +16,10 @@ import pytest
 import torch
 from federation import free_ports
 from processes import Command, Process, finish, start, wait_until
+from ranks import assert_same_adapters
 from safetensors.torch import load_file
+
+from peertune.sweep import rounds_done as rounds
 
 RECIPE = [
     "digits-demo",
@@ -33,10 +36,6 @@ RECIPE = [
 ]
 
 
-def rounds(run: Path) -> int:
-    return (run / "rounds.jsonl").read_bytes().count(b"\n") if (run / "rounds.jsonl").exists() else 0
-
-
 def records(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
 
@@ -51,12 +50,7 @@ def assert_same(ours: Path, theirs: Path) -> None:
         assert [own[key] for key in ("clients", "edges", "bytes_sent")] == [
             record[key] for key in ("clients", "edges", "bytes_sent")
         ]
-    folders = sorted(folder.name for folder in (theirs / "adapters").iterdir())
-    assert sorted(folder.name for folder in (ours / "adapters").iterdir()) == folders
-    for folder in folders:
-        expected = load_file(theirs / "adapters" / folder / "adapter_model.safetensors")
-        for name, x in load_file(ours / "adapters" / folder / "adapter_model.safetensors").items():
-            torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-12)
+    assert_same_adapters(ours, theirs)
 
 
 @pytest.fixture(scope="module")

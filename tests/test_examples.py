@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from conftest import Call
 from federation import free_ports
 from processes import finish, wait_until
-from safetensors.torch import load_file
+from ranks import assert_same_adapters
 
 from peertune.recipe import load_recipe
+from peertune.sweep import rounds_done as rounds
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLUSTER = EXAMPLES / "cluster"
@@ -76,20 +76,6 @@ LITTLE = [
     "rounds=40",
     "checkpoint.every=5",
 ]
-
-
-def rounds(run: Path) -> int:
-    return (run / "rounds.jsonl").read_bytes().count(b"\n") if (run / "rounds.jsonl").exists() else 0
-
-
-def assert_same(ours: Path, theirs: Path) -> None:
-    """Hold the adapters of two runs against each other."""
-    folders = sorted(folder.name for folder in (theirs / "adapters").iterdir())
-    assert sorted(folder.name for folder in (ours / "adapters").iterdir()) == folders
-    for folder in folders:
-        expected = load_file(theirs / "adapters" / folder / "adapter_model.safetensors")
-        for name, x in load_file(ours / "adapters" / folder / "adapter_model.safetensors").items():
-            torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-12)
 
 
 SLURM = {
@@ -196,7 +182,7 @@ def test_a_run_that_slurm_stops_goes_on_in_pods_to_the_same_adapters(peertune: C
     pods = [started(words, tmp_path, place | {"RANK": f"{rank}"}) for rank in range(2)]
     ends = [finish(pod) for pod in pods]
     assert [code for code, _, _ in ends] == [0, 0], ends
-    assert_same(run, tmp_path / "alone")
+    assert_same_adapters(run, tmp_path / "alone")
 
 
 def test_the_manifests_ask_for_the_same_pods() -> None:

@@ -88,6 +88,9 @@ activations = st.floats(0.01, 1)
 seeds = st.integers(0, 2**64)
 rounds = st.integers(0, 10**6)
 quickly = settings(max_examples=20, deadline=None, derandomize=True)
+any_settings = given(
+    size=sizes, activation=activations, seed=seeds, t=rounds, weights=st.sampled_from(["metropolis", "laplacian"])
+)
 
 
 def test_every_graph_is_tested() -> None:
@@ -103,7 +106,7 @@ def test_a_factory_takes_the_common_settings_first_and_all_by_keyword(name: str)
 
 @every_graph
 @quickly
-@given(size=sizes, activation=activations, seed=seeds, t=rounds, weights=st.sampled_from(["metropolis", "laplacian"]))
+@any_settings
 def test_every_round_mixes_fairly_over_possible_edges_only(
     name: str, folder: Path, size: int, activation: float, seed: int, t: int, weights: str
 ) -> None:
@@ -196,7 +199,7 @@ def test_seeds_and_rounds_change_which_edges_are_active(name: str, folder: Path)
 
 @every_graph
 @quickly
-@given(size=sizes, activation=activations, seed=seeds, t=rounds, weights=st.sampled_from(["metropolis", "laplacian"]))
+@any_settings
 def test_a_peers_own_row_is_that_of_the_whole_matrix_to_the_bit(
     name: str, folder: Path, size: int, activation: float, seed: int, t: int, weights: str
 ) -> None:
