@@ -1,9 +1,13 @@
 """Many clients, and several processes: what a client costs among ten thousand, and what sharing the clients costs.
 
 The base is MiniLM-L6, with adapters of rank 4; a round is one local step of two rows for each client, as little work as
-can be, so that all else weighs most. Everybody has eight neighbours.
+can be, so that all else weighs most, and for the processes a usual one as well. Everybody has eight neighbours.
 """
 
+import time
+from collections import deque
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,11 +20,12 @@ from peertune.engines.cluster import joined, run_cluster, share, start
 from peertune.types import ALONE, Group
 
 SIZES = (100, 1_000, 10_000)
-EACH = 500
-"""Clients of a process in the measurement of weak scaling."""
+SHORTEST = (500, 1, 2)
+USUAL = (50, 10, 8)
+"""Clients of a process, local steps and rows of a step in the measurements of weak scaling."""
 
 
-def build(clients: int, group: Group = ALONE) -> Run:
+def build(clients: int, steps: int = 1, rows: int = 2, group: Group = ALONE) -> Run:
     """Return a run of so many clients, or this process's share of it."""
     return make(
         f"clients={clients}",
@@ -28,7 +33,7 @@ def build(clients: int, group: Group = ALONE) -> Run:
         "graph={name: random_regular, degree: 8}",
         "algorithm.name=dec_lora",
         "lora={r: 4, target_modules: [query, value]}",
-        "training={local_steps: 1, per_device_train_batch_size: 2}",
+        f"training={{local_steps: {steps}, per_device_train_batch_size: {rows}}}",
         "rounds=1000",
         "evaluate={every: 1000, rows: 1}",
         *dropout(False),
@@ -37,12 +42,18 @@ def build(clients: int, group: Group = ALONE) -> Run:
     )
 
 
-def run(repeats: int = 5, sizes: tuple[int, ...] = SIZES, each: int = EACH, processes: int = 2) -> list[Figure]:
+def run(
+    repeats: int = 5,
+    sizes: Sequence[int] = SIZES,
+    shared: Sequence[tuple[int, int, int]] = (SHORTEST, USUAL),
+    processes: int = 2,
+) -> list[Figure]:
     """Measure many clients in one process, then the processes."""
-    return growth(repeats, sizes) + weak_scaling(repeats, each, processes)
+    scaling = (weak_scaling(repeats, *each, processes) for each in shared)
+    return list(chain(growth(repeats, sizes), *scaling))
 
 
-def growth(repeats: int, sizes: tuple[int, ...]) -> list[Figure]:
+def growth(repeats: int, sizes: Sequence[int]) -> list[Figure]:
     """Time a client's part of a round at each size, the sizes in turn."""
     rounds = {size: simulate(build(size).job) for size in sizes}
     train: dict[int, list[float]] = {size: [] for size in sizes}
@@ -65,35 +76,39 @@ def growth(repeats: int, sizes: tuple[int, ...]) -> list[Figure]:
     return figures
 
 
-def weak_scaling(repeats: int, each: int, processes: int) -> list[Figure]:
-    """Time a round of `each` clients in one process, and of as many in each of several, which have a core each."""
-    turns = start(processes, _turns, repeats, each)[0]
+def weak_scaling(repeats: int, clients: int, steps: int, rows: int, processes: int) -> list[Figure]:
+    """Time a round of so many clients in one process, and of as many in each of several, which have a core each."""
+    turns = start(processes, _turns, repeats, clients, steps, rows)[0]
     alone, together = ([sum(turn[part].values()) for turn in turns] for part in ("alone", "together"))
-    names = f"{each:,} clients in one process of one thread", f"{processes * each:,} clients in {processes} such"
     exchange, measuring = (
-        [100 * turn["together"][stage] / sum(turn["together"].values()) for turn in turns]
+        [100 * turn["together"][stage] / whole for turn, whole in zip(turns, together, strict=True)]
         for stage in ("exchange", "metrics")
     )
+    drawing = [100 * turn["drawing"] / whole for turn, whole in zip(turns, together, strict=True)]
+    what = f"{steps} × {rows} rows"
     return [
-        figure(f"a round of {names[0]}", alone, "s"),
-        figure(f"a round of {names[1]}", together, "s"),
-        figure(
-            f"weak scaling: the first over the second, {processes} processes", ratios(alone, together), "×", "≥ 0.9"
-        ),
-        figure(f"the exchange's share of a round, {processes} processes", exchange, "%"),
-        figure(f"the diagnostics' share of a round, {processes} processes", measuring, "%"),
+        figure(f"a round of {clients:,} clients in one process of one thread, {what}", alone, "s"),
+        figure(f"a round of {processes * clients:,} clients in {processes} such, {what}", together, "s"),
+        figure(f"weak scaling: the first over the second, {what}", ratios(alone, together), "×", "≥ 0.9"),
+        figure(f"the exchange's share of the second, {what}", exchange, "%"),
+        figure(f"the diagnostics' share of the second, {what}", measuring, "%"),
+        figure(f"drawing its batches would be, {what}", drawing, "%"),
     ]
 
 
-def _turns(repeats: int, each: int) -> list[dict[str, Any]]:
+def _turns(repeats: int, clients: int, steps: int, rows: int) -> list[dict[str, Any]]:
     """Run a round alone, while the other processes wait, and one together, in turn; return what each took."""
     torch.set_num_threads(1)
     with joined() as group:
-        alone = simulate(build(each).job) if group.rank == 0 else None
-        together = run_cluster(build(each * group.size, group).job)
+        alone = simulate(build(clients, steps, rows).job) if group.rank == 0 else None
+        job = build(clients * group.size, steps, rows, group).job
+        together = run_cluster(job)
         turns = []
-        for _ in range(repeats + 1):
-            taken = {"alone": next(alone).seconds if alone is not None else {}}
+        for t in range(repeats + 1):
+            taken: dict[str, Any] = {"alone": next(alone).seconds if alone is not None else {}}
             group.gather("")
-            turns.append(taken | {"together": next(together).seconds})
+            taken["together"] = next(together).seconds
+            begun = time.perf_counter()
+            deque(job.steps(job.clients, t + 1), maxlen=0)
+            turns.append(taken | {"drawing": time.perf_counter() - begun})
         return turns[1:]

@@ -61,10 +61,10 @@ def test_the_docs_quote_the_figures_that_were_measured(path: Path) -> None:
 def test_the_benchmark_of_many_clients_and_processes_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SST2", str(SST2))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    figures = {found.name: found for found in cluster.run(repeats=1, sizes=(9, 12), each=9, processes=2)}
+    figures = {found.name: found for found in cluster.run(repeats=1, sizes=(9, 12), shared=[(9, 1, 2)])}
     assert figures["a client's step of 2 rows, 12 clients"].value > 0
-    assert figures["a round of 18 clients in 2 such"].value > 0
-    assert 0 < figures["the exchange's share of a round, 2 processes"].value < 100
+    assert figures["a round of 18 clients in 2 such, 1 × 2 rows"].value > 0
+    assert 0 < figures["the exchange's share of the second, 1 × 2 rows"].value < 100
 
 
 def test_the_machine_is_described() -> None:

@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -101,6 +102,11 @@ def torchrun(folder: Path, ranks: int, *words: str, restarts: int = 0) -> subpro
     )
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def children(process: Process) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
@@ -109,11 +115,10 @@ def children(process: Process) -> list[int]:
 def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_run_ends_the_same(
     alone: Path, tmp_path: Path
 ) -> None:
-    chance, run = random.Random(11), tmp_path / "run"
-    process = torchrun(tmp_path, 2, "run", *RECIPE, "--out", "run", restarts=2)
-    for after in (0, chance.randrange(5, 50)):  # 0: before the processes have met
-        wait_until(lambda after=after: rounds(run) >= after and len(children(process)) == 2, process)  # type: ignore[misc]
-        os.kill(chance.choice(children(process)), signal.SIGKILL)
+    run = tmp_path / "run"
+    process = torchrun(tmp_path, 2, "run", *RECIPE, "--out", "run", restarts=1)
+    wait_until(lambda: rounds(run) >= 20 and len(children(process)) == 2, process)
+    os.kill(random.Random(11).choice(children(process)), signal.SIGKILL)
     code, _, err = finish(process, 200)
     assert code == 0, err
     assert_same(run, alone)
@@ -121,33 +126,26 @@ def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_run_ends_the
 
 @pytest.mark.timeout(600)
 def test_a_run_of_which_a_rank_is_killed_ten_times_ends_the_same(alone: Path, tmp_path: Path) -> None:
-    """As torchrun starts it, with a name and from the last checkpoint, by processes that are forked."""
-    chance, run, reached = random.Random(5), tmp_path / "run", 0
-    words = ["run", *RECIPE, "--out", "run"]
-
-    def begin() -> list[Command]:
-        (port,) = free_ports(1)
-        return [by_hand(tmp_path, rank, 2, port, words, TORCHELASTIC_RUN_ID="often") for rank in range(2)]
-
-    def written() -> int:
-        return (run / "rounds.jsonl").stat().st_mtime_ns if run.exists() else 0
-
-    for kill in range(10):
-        before, after, victim = written(), reached + chance.randrange(4), chance.randrange(2)
-        ranks = begin()
-        # Torchrun would stop a process that waits for another to come; here nobody does, so they are to have met.
-        wait_until(lambda at=before, after=after: written() > at and rounds(run) >= after, ranks[0])  # type: ignore[misc]
-        ranks[victim].send_signal(signal.SIGKILL)
-        assert finish(ranks[victim])[0] == -signal.SIGKILL
-        code, out, err = finish(ranks[1 - victim])
-        gone = "peertune: another process of the run is gone; see what it said, and go on with --resume\n"
-        assert (code, out) == (2, ""), f"kill {kill}: {err}"
-        assert err == (gone if victim else "")
-        reached = rounds(run)
-        assert reached < 60
-    for process in begin():
-        code, _, err = finish(process, 200)
-        assert code == 0, err
+    """By torchrun's agent, which starts all ranks again, the first time before they have met."""
+    chance, run = random.Random(5), tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "elastic", "2", "10", "run", *RECIPE, "--out", "run"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    after = 0
+    for restart in range(10):
+        ranks = [tmp_path / f"{restart}-{rank}.pid" for rank in range(2)]
+        wait_until(lambda ranks=ranks: all(rank.exists() for rank in ranks), process)  # type: ignore[misc]
+        wait_until(lambda after=after: rounds(run) >= after, process)  # type: ignore[misc]
+        os.kill(int(chance.choice(ranks).read_text()), signal.SIGKILL)
+        after = rounds(run) + chance.randrange(1, 5)
+    code, _, err = finish(process, 200)
+    assert code == 0, err
+    assert {file.name for file in tmp_path.glob("10-*.pid")} == {"10-0.pid", "10-1.pid"}
     assert_same(run, alone)
 
 
@@ -214,6 +212,25 @@ def test_processes_that_do_not_meet_say_what_to_look_at(tmp_path: Path) -> None:
         err,
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_waits_for_the_others_can_be_stopped(tmp_path: Path) -> None:
+    (port,) = free_ports(1)
+    process = by_hand(tmp_path, 0, 2, port, ["run", *RECIPE])
+    wait_until(lambda: listens(port), process)
+    process.send_signal(signal.SIGTERM)
+    assert finish(process, 20) == (130, "", "peertune: stopped before the first round; nothing was kept\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_port_that_another_program_has_is_named(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, out, err = finish(by_hand(tmp_path, 0, 2, port, ["run", *RECIPE]))
+    assert (code, out) == (2, "")
+    assert re.fullmatch(
+        rf"peertune: rank 0: 2 processes did not meet at 127\.0\.0\.1:{port} \(.*EADDRINUSE.*\n", err
+    ), err
 
 
 def test_a_shared_run_goes_on_to_the_same_bits_where_the_number_of_processes_stays(tmp_path: Path) -> None:

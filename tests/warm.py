@@ -1,6 +1,7 @@
 """Imported by the process that peers are forked from: what makes a first run slow is done once, here."""
 
 import peertune.cli
+import peertune.engines.cluster
 import peertune.engines.peer  # noqa: F401
 from peertune.assembly import build
 from peertune.recipe import load_recipe

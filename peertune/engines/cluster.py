@@ -26,11 +26,11 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not re-exported
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.distributed.rendezvous import rendezvous
 
 from peertune.errors import PeertuneError, RunError
 from peertune.metrics import payload_bytes
@@ -233,6 +233,22 @@ def check_devices(device: str, group: Group) -> None:
     group.add(torch.zeros(1, device="cuda"))  # NCCL wants all processes in its first call, which an exchange may not be
 
 
+def _store(rank: int, size: int, deadline: float) -> Store:
+    """Return the store where the processes meet: rank 0's, or torchrun's where that has one.
+
+    Here and in `_meeting` Python waits, not the store, which would hear of no signal until all have come.
+    """
+    place, left = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(minutes=5)
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return TCPStore(*place, size, is_master=True, timeout=left, wait_for_workers=False)
+    while True:
+        try:
+            socket.create_connection(place, timeout=1).close()
+            return TCPStore(*place, size, is_master=False, timeout=left)
+        except OSError as error:
+            _wait(deadline, error)
+
+
 def _meeting(store: Store, rank: int, size: int, deadline: float) -> str:
     """Return a name for this meeting of the processes, the same in all of them and in no meeting before.
 
@@ -240,15 +256,21 @@ def _meeting(store: Store, rank: int, size: int, deadline: float) -> str:
     process writes a name of its own, and what all of them have read alike is the meeting.
     """
     store.set(f"here/{rank}", uuid4().hex)
-    agreed = ""
+    agreed, names = "", [f"here/{other}" for other in range(size)]
     while True:
-        here = sha256(b" ".join(store.multi_get([f"here/{other}" for other in range(size)]))).hexdigest()
-        if store.add(f"read/{here}", int(here != agreed)) == size:
-            return here
-        agreed = here
-        if time.monotonic() > deadline:
-            raise RuntimeError("some process did not come")
-        time.sleep(0.05)
+        if store.check(names):
+            here = sha256(b" ".join(store.multi_get(names))).hexdigest()
+            if store.add(f"read/{here}", int(here != agreed)) == size:
+                return here
+            agreed = here
+        _wait(deadline)
+
+
+def _wait(deadline: float, error: Exception | None = None) -> None:
+    """Wait a moment. Raises TimeoutError after the deadline."""
+    if time.monotonic() > deadline:
+        raise TimeoutError from error
+    time.sleep(0.05)
 
 
 @contextmanager
@@ -261,21 +283,23 @@ def joined(timeout_s: float = 600) -> Iterator[Group]:
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield ALONE
         return
-    rank = int(os.environ["RANK"])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
+        log.info("waiting for %d processes at %s", size, address)
         deadline = time.monotonic() + timeout_s
-        store, rank, size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+        store = _store(rank, size, deadline)
         store = PrefixStore(_meeting(store, rank, size, deadline), store)
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size)
-    except (RuntimeError, ValueError, KeyError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    except (RuntimeError, ValueError, KeyError, TimeoutError) as error:
+        why = f"within {timeout_s:g} s" if isinstance(error, TimeoutError) else f"({str(error).splitlines()[0]})"
         message = (
-            f"rank {rank}: {os.environ['WORLD_SIZE']} processes did not meet at {address} within {timeout_s:g} s; see "
-            f"that all were started, and that {socket.gethostname()} reaches that address"
+            f"rank {rank}: {size} processes did not meet at {address} {why}; see that all were started, and that "
+            f"{socket.gethostname()} reaches that address"
         )
         if rank == 0:
             raise RunError(message) from error
