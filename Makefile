@@ -9,14 +9,10 @@ help:  ## list the targets
 
 install: .venv/installed  ## set up .venv with the command .venv/bin/peertune
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed .venv/developing: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable .
-	touch $@
-
-.venv/developing: .venv/installed
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.$(if $(filter %developing,$@),[dev])'
+	touch .venv/installed $@
 
 demo: .venv/installed  ## ten clients on handwritten digits, three methods compared, in minutes
 	rm -rf runs/demo
@@ -30,8 +26,9 @@ check: .venv/developing  ## style, types and import layers
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Tests start hundreds of processes; each takes what another has compiled, whatever the environment says.
 test: .venv/developing  ## the whole test suite
-	HF_HUB_OFFLINE=1 $(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some)
 	SST2=$(SST2) $(BIN)/python -m benchmarks $(PARTS)

@@ -3,6 +3,7 @@
 They are forked from a process that has imported what takes seconds, as a shell's commands would all begin with.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -13,6 +14,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import constants
 
 # A shell may have told its background jobs to ignore SIGINT; a job in the foreground gets it.
 PROCESS = (
@@ -86,6 +89,7 @@ def _run(folder: Path, words: list[str], environment: dict[str, str], files: lis
     sys.path[:0] = filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))
     os.chdir(folder)
     sys.argv = ["peertune", *words]
+    importlib.reload(constants)  # which read the environment when they were imported
     from peertune.cli import main
 
     main()

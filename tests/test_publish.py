@@ -17,7 +17,7 @@ import transformers
 from hub import TOKEN, Hub, serving
 from huggingface_hub import ModelCard
 from peft import PeftModel
-from processes import PROCESS
+from processes import Command, finish, start
 from safetensors import safe_open
 from seeing import COLOURS, SIDE, save_clip, save_images, save_vit
 from speaking import make_model, make_tokenizer
@@ -234,7 +234,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     words = ["run", "digits-demo", "clients=3", "rounds=2", "partition={name: iid}", "head=trained", "--out", "run"]
     words += ["training={local_steps: 1, per_device_train_batch_size: 2}", "evaluate.rows=8"]
-    subprocess.run([sys.executable, "-c", PROCESS, *words], cwd=folder, check=True, capture_output=True)
+    code, _, err = finish(start(folder, *words))
+    assert code == 0, err
     return folder
 
 
@@ -264,14 +265,17 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def on_the_hub(hub: Hub, folder: Path, *command: str | Path, **environment: str) -> tuple[int, str, str]:
-    """Run Python in a process that takes the stand-in for the hub; return exit code, output and messages."""
-    own = {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "home")} | environment
+def with_the_hub(hub: Hub, folder: Path) -> dict[str, str]:
+    """Return an environment in which the stand-in is the hub."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
-    words = [sys.executable, "-c", *map(str, command)]
-    done = subprocess.run(words, cwd=folder, env=inherited | own, capture_output=True, text=True, timeout=120)
-    assert TOKEN not in done.stdout + done.stderr
-    return done.returncode, done.stdout, done.stderr
+    return inherited | {"HF_ENDPOINT": hub.address, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "home")}
+
+
+def on_the_hub(hub: Hub, folder: Path, *words: str, **environment: str) -> tuple[int, str, str]:
+    """Run the command in a process that takes the stand-in for the hub; return exit code, output and messages."""
+    code, out, err = finish(Command(folder, words, with_the_hub(hub, folder) | environment))
+    assert TOKEN not in out + err
+    return code, out, err
 
 
 @pytest.fixture
@@ -298,7 +302,7 @@ def test_what_is_put_on_the_hub_is_what_was_exported(
         *kind,
         *private,
     ]
-    code, out, err = on_the_hub(hub, tmp_path, PROCESS, *words)
+    code, out, err = on_the_hub(hub, tmp_path, *words)
     assert (code, err) == (0, "")
     assert out.splitlines()[-1] == f"and at {hub.address}/my-lab/digits"
     arrived = hub.files["my-lab/digits"]
@@ -315,7 +319,7 @@ def test_what_is_put_on_the_hub_is_what_was_exported(
 def test_large_files_go_to_their_store(digits: Path, tmp_path: Path) -> None:
     words = ["export", str(digits / "run"), "--client", "0", "--to", "out", "--push", "me/it"]
     with serving(large=(".safetensors",)) as hub:
-        code, _, err = on_the_hub(hub, tmp_path, PROCESS, *words, HF_HUB_DISABLE_XET="1")
+        code, _, err = on_the_hub(hub, tmp_path, *words, HF_HUB_DISABLE_XET="1")
     assert code == 0, err
     assert hub.files["me/it"] == everything(tmp_path / "out") | {".gitattributes": b""}
     assert list(hub.stored.values()) == [(tmp_path / "out" / "adapter_model.safetensors").read_bytes()]
@@ -326,7 +330,7 @@ def test_a_model_that_is_there_and_empty_is_filled(hub: Hub, digits: Path, tmp_p
     hub.add("me/it", private=True)
     hub.refusals["/api/repos/create"] = (403, "You may not create models here")
     words = ["export", str(digits / "run"), "--client", "0", "--to", "out", "--push", "me/it", "--private"]
-    assert on_the_hub(hub, tmp_path, PROCESS, *words)[0] == 0
+    assert on_the_hub(hub, tmp_path, *words)[0] == 0
     assert hub.files["me/it"] == everything(tmp_path / "out") | {".gitattributes": b""}
 
 
@@ -354,9 +358,11 @@ def test_what_the_hub_refuses_is_a_line_that_says_what_to_do(hub: Hub, tmp_path:
         "/me/full/commit": (413, f"No room\nfor {TOKEN}"),
     }
     names = ["me/taken", "me/not-private", "me/unwritable", "me/vanished", "me/full"]
-    code, out, err = on_the_hub(hub, tmp_path, PUSH, *names)
-    assert (code, err) == (0, "")
-    assert out.splitlines() == [
+    words = [sys.executable, "-c", PUSH, *names]
+    done = subprocess.run(words, cwd=tmp_path, env=with_the_hub(hub, tmp_path), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert TOKEN not in done.stdout
+    assert done.stdout.splitlines() == [
         "me/taken --push: me/taken is there already and holds README.md; give another name",
         "me/not-private --push: me/not-private is there already, open to all; make it private, or leave out --private",
         f"me/unwritable --push: {hub.address} does not let this token write to me/unwritable; take one that may, or "
@@ -385,7 +391,7 @@ def test_without_a_hub_or_a_token_nothing_is_left(
     hub: Hub, digits: Path, tmp_path: Path, environment: dict[str, str], expected: str
 ) -> None:
     words = ["export", str(digits / "run"), "--client", "0", "--to", "out", "--push", "me/it"]
-    code, out, err = on_the_hub(hub, tmp_path, PROCESS, *words, **environment)
+    code, out, err = on_the_hub(hub, tmp_path, *words, **environment)
     assert (code, out) == (2, "")
     (line,) = err.splitlines()
     assert expected in line
@@ -398,7 +404,7 @@ def test_nothing_is_pushed_where_something_else_is_wrong(hub: Hub, digits: Path,
     (tmp_path / "there").mkdir()
     for client, to in (("3", "out"), ("0", "there")):
         words = ["export", str(digits / "run"), "--client", client, "--to", to, "--push", "me/it"]
-        assert on_the_hub(hub, tmp_path, PROCESS, *words)[0] == 2
+        assert on_the_hub(hub, tmp_path, *words)[0] == 2
     assert hub.asked == []
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
 
