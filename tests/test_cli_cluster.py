@@ -112,12 +112,10 @@ def children(process: Process) -> list[int]:
 
 
 @pytest.mark.timeout(600)
-def test_a_rank_that_is_killed_is_started_again_by_torchrun_and_the_run_ends_the_same(
-    alone: Path, tmp_path: Path
-) -> None:
+def test_a_rank_that_is_killed_before_all_have_met_is_started_again_by_torchrun(alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = torchrun(tmp_path, 2, "run", *RECIPE, "--out", "run", restarts=1)
-    wait_until(lambda: rounds(run) >= 20 and len(children(process)) == 2, process)
+    wait_until(lambda: len(children(process)) == 2, process)
     os.kill(random.Random(11).choice(children(process)), signal.SIGKILL)
     code, _, err = finish(process, 200)
     assert code == 0, err

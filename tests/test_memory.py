@@ -137,6 +137,13 @@ def test_four_bits_take_4127_thousandths_a_weight() -> None:
     assert whole > layer.weight.numel() * 2
 
 
+@pytest.fixture
+def own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What this process holds by itself counts for nothing: it moves."""
+    monkeypatch.setattr(plans, "resident_bytes", lambda: 0)
+
+
+@pytest.mark.usefixtures("own_bytes")
 def test_what_does_not_fit_is_refused_with_what_would(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(folder)
     whole = plan(recipe)
@@ -149,23 +156,22 @@ def test_what_does_not_fit_is_refused_with_what_would(folder: Path, monkeypatch:
         check_fits(recipe, plan(recipe))
 
 
+@pytest.mark.usefixtures("own_bytes")
 def test_advice_is_true(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plans, "resident_bytes", lambda: 0)  # of this process, it moves
     recipe = recipe_of(folder)
     whole = plan(recipe)
-    for share in (0.45,):
-        there = int(share * whole.total)
-        monkeypatch.setattr(plans, "available_bytes", lambda _: there)  # noqa: B023
-        with pytest.raises(RunError) as caught:
-            check_fits(recipe, plan(recipe))
-        advice = str(caught.value).partition("; give ")[2]
-        assert advice, caught.value
-        for alternative in advice.split(" or "):
-            tried = recipe
-            for setting in alternative.rpartition(" (")[0].split():
-                key, _, value = setting.partition("=")
-                tried = plans._with(tried, key, {"true": True}.get(value, int(value) if value.isdigit() else value))
-            assert plan(tried).total <= there, alternative
+    there = int(0.45 * whole.total)
+    monkeypatch.setattr(plans, "available_bytes", lambda _: there)
+    with pytest.raises(RunError) as caught:
+        check_fits(recipe, plan(recipe))
+    advice = str(caught.value).partition("; give ")[2]
+    assert advice, caught.value
+    for alternative in advice.split(" or "):
+        tried = recipe
+        for setting in alternative.rpartition(" (")[0].split():
+            key, _, value = setting.partition("=")
+            tried = plans._with(tried, key, {"true": True}.get(value, int(value) if value.isdigit() else value))
+        assert plan(tried).total <= there, alternative
 
 
 def test_there_is_memory() -> None:
@@ -198,15 +204,22 @@ def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return ran
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_process_takes_what_was_planned(tmp_path: Path, checkpointing: bool) -> None:
-    rows_of(tmp_path)
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base that weighs more than the libraries, and rows."""
+    folder = tmp_path_factory.mktemp("large")
+    rows_of(folder)
     sizes: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3}
     config = LlamaConfig(**sizes, vocab_size=8000, num_attention_heads=16, max_position_embeddings=96)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    recipe = recipe_of(tmp_path, "base", tokens_per_pass=512, gradient_checkpointing=checkpointing)
+    LlamaForCausalLM(config).save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_process_takes_what_was_planned(large: Path, tmp_path: Path, checkpointing: bool) -> None:
+    recipe = recipe_of(large, "base", tokens_per_pass=512, gradient_checkpointing=checkpointing)
     recipe = recipe.model_copy(update={"rounds": 1})
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
     planned = Plan(**json.loads(process("plan", tmp_path / "recipe.yaml").stdout))

@@ -238,13 +238,13 @@ def _store(rank: int, size: int, deadline: float) -> Store:
 
     Here and in `_meeting` Python waits, not the store, which would hear of no signal until all have come.
     """
-    place, left = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(minutes=5)
+    place, timeout = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(minutes=5)
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return TCPStore(*place, size, is_master=True, timeout=left, wait_for_workers=False)
+        return TCPStore(*place, size, is_master=True, timeout=timeout, wait_for_workers=False)
     while True:
         try:
             socket.create_connection(place, timeout=1).close()
-            return TCPStore(*place, size, is_master=False, timeout=left)
+            return TCPStore(*place, size, is_master=False, timeout=timeout)
         except OSError as error:
             _wait(deadline, error)
 
