@@ -67,9 +67,9 @@ def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> Agreeme
         signs = draws.uniforms(seed, "probe", window, of[:, None], np.arange(PROBES)) < 0.5
         return torch.from_numpy(np.where(signs, 1.0, -1.0))
 
-    @lru_cache(maxsize=4)  # the only step that looks at all clients
+    @lru_cache(maxsize=4)
     def reporters(window: int) -> np.ndarray:
-        return np.sort(draws.words(seed, "reporter", window, np.arange(clients)).argsort(kind="stable")[:REPORTERS])
+        return drawn_reporters(clients, seed, window)
 
     def number(interval: float) -> int:
         return 2 * max(1, round(window_rounds / interval / 2))
@@ -117,6 +117,19 @@ def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> Agreeme
         return own | {"adaptive.probe": probe, "adaptive.reports": reports, "adaptive.fallback": fallback}
 
     return Agreement(init, phases, step)
+
+
+def drawn_reporters(clients: int, seed: int, window: int) -> np.ndarray:
+    """Return who reports in a window, `[min(clients, REPORTERS)]`, sorted, each client as likely as any other.
+
+    By Floyd's algorithm (Bentley, CACM 30(9), 1987), in the time of those who are drawn, of however many clients.
+    """
+    count, drawn = min(clients, REPORTERS), set[int]()
+    words = draws.words(seed, "reporter", window, np.arange(count)).tolist()
+    for last, word in zip(range(clients - count, clients), words, strict=True):
+        client = word % (last + 1)
+        drawn.add(last if client in drawn else client)
+    return np.array(sorted(drawn))
 
 
 def _trains_a(place: int, cycles: int, rounds: int) -> bool:

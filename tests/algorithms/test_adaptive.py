@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peertune import draws
-from peertune.algorithms.adaptive import PROBES, REPORTERS, adaptive
+from peertune.algorithms.adaptive import PROBES, REPORTERS, adaptive, drawn_reporters
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.algorithms.schedules import switching_interval
 from peertune.errors import RecipeError
@@ -187,6 +187,22 @@ def test_what_travels_does_not_grow_with_the_number_of_clients() -> None:
     few, many = (adaptive(WINDOW, 5, clients, 0).init([3], 0) for clients in (1_000, 100_000))
     assert {name: x.shape for name, x in few.items()} == {name: x.shape for name, x in many.items()}
     assert sum(x.numel() for x in many.values()) == 2 * REPORTERS * PROBES + PROBES + 2
+
+
+def test_those_who_report_are_drawn_alike_from_any_number_of_clients() -> None:
+    assert drawn_reporters(REPORTERS - 1, 0, 0).tolist() == list(range(REPORTERS - 1))
+    windows = 2_000
+    counts = np.zeros(100)
+    for window in range(windows):
+        drawn = drawn_reporters(100, 7, window)
+        assert len(drawn) == REPORTERS
+        assert (np.diff(drawn) > 0).all()
+        counts[drawn] += 1
+    expected = windows * REPORTERS / 100
+    spread = np.sqrt(expected * (1 - REPORTERS / 100))
+    assert np.abs(counts - expected).max() < 4.5 * spread
+    assert 0.5 < counts.std() / spread < 1.5
+    assert len(drawn_reporters(10**15, 0, 0)) == REPORTERS  # where no list of them could be made
 
 
 def test_clients_that_never_meet_keep_the_first_interval() -> None:
