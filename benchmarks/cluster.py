@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 
@@ -79,24 +78,21 @@ def growth(repeats: int, sizes: Sequence[int]) -> list[Figure]:
 def weak_scaling(repeats: int, clients: int, steps: int, rows: int, processes: int) -> list[Figure]:
     """Time a round of so many clients in one process, and of as many in each of several, which have a core each."""
     turns = start(processes, _turns, repeats, clients, steps, rows)[0]
-    alone, together = ([sum(turn[part].values()) for turn in turns] for part in ("alone", "together"))
-    exchange, measuring = (
-        [100 * turn["together"][stage] / whole for turn, whole in zip(turns, together, strict=True)]
-        for stage in ("exchange", "metrics")
-    )
-    drawing = [100 * turn["drawing"] / whole for turn, whole in zip(turns, together, strict=True)]
+    alone, together = ([turn[which] for turn in turns] for which in ("alone", "together"))
+    shares = {part: [100 * turn[part] / turn["together"] for turn in turns] for part in ("exchange", "metrics", "draw")}
     what = f"{steps} × {rows} rows"
+    round = f"a round of {processes * clients:,} clients in {processes} processes, {what}"
     return [
         figure(f"a round of {clients:,} clients in one process of one thread, {what}", alone, "s"),
-        figure(f"a round of {processes * clients:,} clients in {processes} such, {what}", together, "s"),
+        figure(round, together, "s"),
         figure(f"weak scaling: the first over the second, {what}", ratios(alone, together), "×", "≥ 0.9"),
-        figure(f"the exchange's share of the second, {what}", exchange, "%"),
-        figure(f"the diagnostics' share of the second, {what}", measuring, "%"),
-        figure(f"drawing its batches would be, {what}", drawing, "%"),
+        figure(f"the exchange's share of {round}", shares["exchange"], "%", note="waiting for the slower one included"),
+        figure(f"the diagnostics' share of {round}", shares["metrics"], "%"),
+        figure(f"drawing the batches, of {round}", shares["draw"], "%"),
     ]
 
 
-def _turns(repeats: int, clients: int, steps: int, rows: int) -> list[dict[str, Any]]:
+def _turns(repeats: int, clients: int, steps: int, rows: int) -> list[dict[str, float]]:
     """Run a round alone, while the other processes wait, and one together, in turn; return what each took."""
     torch.set_num_threads(1)
     with joined() as group:
@@ -105,10 +101,16 @@ def _turns(repeats: int, clients: int, steps: int, rows: int) -> list[dict[str, 
         together = run_cluster(job)
         turns = []
         for t in range(repeats + 1):
-            taken: dict[str, Any] = {"alone": next(alone).seconds if alone is not None else {}}
             group.gather("")
-            taken["together"] = next(together).seconds
             begun = time.perf_counter()
-            deque(job.steps(job.clients, t + 1), maxlen=0)
-            turns.append(taken | {"drawing": time.perf_counter() - begun})
+            if alone is not None:
+                next(alone)
+            taken = {"alone": time.perf_counter() - begun}
+            group.gather("")
+            begun = time.perf_counter()
+            seconds = next(together).seconds
+            taken["together"] = time.perf_counter() - begun
+            begun = time.perf_counter()
+            deque(job.steps(job.clients, t), maxlen=0)
+            turns.append(taken | seconds | {"draw": time.perf_counter() - begun})
         return turns[1:]

@@ -63,8 +63,8 @@ def test_the_benchmark_of_many_clients_and_processes_measures(monkeypatch: pytes
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     figures = {found.name: found for found in cluster.run(repeats=1, sizes=(9, 12), shared=[(9, 1, 2)])}
     assert figures["a client's step of 2 rows, 12 clients"].value > 0
-    assert figures["a round of 18 clients in 2 such, 1 × 2 rows"].value > 0
-    assert 0 < figures["the exchange's share of the second, 1 × 2 rows"].value < 100
+    assert figures["a round of 18 clients in 2 processes, 1 × 2 rows"].value > 0
+    assert 0 < figures["the exchange's share of a round of 18 clients in 2 processes, 1 × 2 rows"].value < 100
 
 
 def test_the_machine_is_described() -> None:
