@@ -19,9 +19,8 @@ from peertune.engines.cluster import joined, run_cluster, share, start
 from peertune.types import ALONE, Group
 
 SIZES = (100, 1_000, 10_000)
-SHORTEST = (500, 1, 2)
-USUAL = (50, 10, 8)
-"""Clients of a process, local steps and rows of a step in the measurements of weak scaling."""
+SHARED = ((500, 1, 2), (50, 10, 8))
+"""Clients of a process, local steps, and rows of a step in the measurements of weak scaling."""
 
 
 def build(clients: int, steps: int = 1, rows: int = 2, group: Group = ALONE) -> Run:
@@ -44,7 +43,7 @@ def build(clients: int, steps: int = 1, rows: int = 2, group: Group = ALONE) -> 
 def run(
     repeats: int = 5,
     sizes: Sequence[int] = SIZES,
-    shared: Sequence[tuple[int, int, int]] = (SHORTEST, USUAL),
+    shared: Sequence[tuple[int, int, int]] = SHARED,
     processes: int = 2,
 ) -> list[Figure]:
     """Measure many clients in one process, then the processes."""
@@ -81,14 +80,16 @@ def weak_scaling(repeats: int, clients: int, steps: int, rows: int, processes: i
     alone, together = ([turn[which] for turn in turns] for which in ("alone", "together"))
     shares = {part: [100 * turn[part] / turn["together"] for turn in turns] for part in ("exchange", "metrics", "draw")}
     what = f"{steps} × {rows} rows"
-    round = f"a round of {processes * clients:,} clients in {processes} processes, {what}"
+    shared = f"a round of {processes * clients:,} clients in {processes} processes, {what}"
     return [
         figure(f"a round of {clients:,} clients in one process of one thread, {what}", alone, "s"),
-        figure(round, together, "s"),
+        figure(shared, together, "s"),
         figure(f"weak scaling: the first over the second, {what}", ratios(alone, together), "×", "≥ 0.9"),
-        figure(f"the exchange's share of {round}", shares["exchange"], "%", note="waiting for the slower one included"),
-        figure(f"the diagnostics' share of {round}", shares["metrics"], "%"),
-        figure(f"drawing the batches, of {round}", shares["draw"], "%"),
+        figure(
+            f"the exchange's share of {shared}", shares["exchange"], "%", note="waiting for the slower one included"
+        ),
+        figure(f"the diagnostics' share of {shared}", shares["metrics"], "%"),
+        figure(f"drawing the batches, of {shared}", shares["draw"], "%"),
     ]
 
 

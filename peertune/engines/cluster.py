@@ -236,17 +236,28 @@ def check_devices(device: str, group: Group) -> None:
 def _store(rank: int, size: int, deadline: float) -> Store:
     """Return the store where the processes meet: rank 0's, or torchrun's where that has one.
 
-    Here and in `_meeting` Python waits, not the store, which would hear of no signal until all have come.
+    Here and in `_meeting` Python waits, not the store, which would hear of no signal until all have come to it.
     """
-    place, timeout = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(minutes=5)
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError("MASTER_ADDR and MASTER_PORT must be rank 0's host and a port there")
+    store = partial(
+        TCPStore,
+        host,
+        int(port),
+        size,
+        timeout=timedelta(seconds=min(300.0, max(1.0, deadline - time.monotonic()))),
+        wait_for_workers=False,
+        use_libuv=os.environ.get("USE_LIBUV", "0" if sys.platform == "win32" else "1") == "1",
+    )
     if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return TCPStore(*place, size, is_master=True, timeout=timeout, wait_for_workers=False)
+        return store(is_master=True)
     while True:
         try:
-            socket.create_connection(place, timeout=1).close()
-            return TCPStore(*place, size, is_master=False, timeout=timeout)
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return store(is_master=False)
         except OSError as error:
-            _wait(deadline, error)
+            _wait(deadline, 0.1, str(error))
 
 
 def _meeting(store: Store, rank: int, size: int, deadline: float) -> str:
@@ -263,14 +274,14 @@ def _meeting(store: Store, rank: int, size: int, deadline: float) -> str:
             if store.add(f"read/{here}", int(here != agreed)) == size:
                 return here
             agreed = here
-        _wait(deadline)
+        _wait(deadline, 0.05 + size / 200)  # the more they are, the more each asks one store for
 
 
-def _wait(deadline: float, error: Exception | None = None) -> None:
+def _wait(deadline: float, pause_s: float, why: str = "") -> None:
     """Wait a moment. Raises TimeoutError after the deadline."""
     if time.monotonic() > deadline:
-        raise TimeoutError from error
-    time.sleep(0.05)
+        raise TimeoutError(why)
+    time.sleep(pause_s)
 
 
 @contextmanager
@@ -284,7 +295,7 @@ def joined(timeout_s: float = 600) -> Iterator[Group]:
         yield ALONE
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
     try:
         log.info("waiting for %d processes at %s", size, address)
         deadline = time.monotonic() + timeout_s
@@ -295,10 +306,11 @@ def joined(timeout_s: float = 600) -> Iterator[Group]:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size)
-    except (RuntimeError, ValueError, KeyError, TimeoutError) as error:
-        why = f"within {timeout_s:g} s" if isinstance(error, TimeoutError) else f"({str(error).splitlines()[0]})"
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        late = f" within {timeout_s:g} s" if isinstance(error, TimeoutError) else ""
+        said = f" ({str(error).splitlines()[0]})" if str(error) else ""
         message = (
-            f"rank {rank}: {size} processes did not meet at {address} {why}; see that all were started, and that "
+            f"rank {rank}: {size} processes did not meet at {address}{late}{said}; see that all were started, and that "
             f"{socket.gethostname()} reaches that address"
         )
         if rank == 0:
