@@ -125,23 +125,23 @@ def test_a_rank_that_is_killed_before_all_have_met_is_started_again_by_torchrun(
 @pytest.mark.timeout(600)
 def test_a_run_of_which_a_rank_is_killed_ten_times_ends_the_same(alone: Path, tmp_path: Path) -> None:
     """By torchrun's agent, which starts all ranks again, the first time before they have met."""
-    chance, run = random.Random(5), tmp_path / "run"
-    said = (tmp_path / "said").open("w+")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "elastic", "2", "10", "run", *RECIPE, "--out", "run"],
-        cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-        stdout=said,
-        stderr=said,
-        text=True,
-    )
+    chance, run, said = random.Random(5), tmp_path / "run", tmp_path / "said"
+    with said.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "elastic", "2", "10", "run", *RECIPE, "--out", "run"],
+            cwd=tmp_path,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+            stdout=file,
+            stderr=file,
+            text=True,
+        )
     try:
         for restart, after in enumerate([0, *sorted(chance.sample(range(1, 50), 9))]):
             ranks = [tmp_path / f"{restart}-{rank}.pid" for rank in range(2)]
             wait_until(lambda ranks=ranks: all(rank.exists() for rank in ranks), process)  # type: ignore[misc]
             wait_until(lambda after=after: rounds(run) >= after, process)  # type: ignore[misc]
             os.kill(int(chance.choice(ranks).read_text()), signal.SIGKILL)
-        assert process.wait(200) == 0, Path(said.name).read_text()
+        assert process.wait(200) == 0, said.read_text()
     finally:
         process.terminate()
     assert {file.name for file in tmp_path.glob("10-*.pid")} == {"10-0.pid", "10-1.pid"}
