@@ -16,7 +16,8 @@ import pytest
 from processes import PROCESS, finish, start, wait_until
 
 from peertune.cli import app, main
-from peertune.cli.common import asked_to_stop
+from peertune.cli.common import asked_to_stop, interruptible
+from peertune.errors import RunError
 from peertune.recipe import recipe_names
 
 SMALL = [
@@ -577,6 +578,20 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
             cwd=tmp_path,
         )
     assert (process.returncode, process.stderr) == (2, "peertune: [Errno 28] No space left on device\n")
+
+
+def test_an_error_is_told_though_a_signal_comes_while_it_is_on_its_way() -> None:
+    def end() -> None:
+        try:
+            raise RunError("another process is gone")
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(RunError, match="another process is gone"), interruptible():
+        end()
+    with pytest.raises(SystemExit) as stopped, interruptible():
+        signal.raise_signal(signal.SIGTERM)
+    assert stopped.value.code == 130
 
 
 def test_a_stop_that_comes_from_two_sides_at_once_is_one(capsys: pytest.CaptureFixture[str]) -> None:

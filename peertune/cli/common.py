@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from peertune.errors import PeertuneError
+
 if TYPE_CHECKING:
     from rich.progress import Progress
 
@@ -99,13 +101,25 @@ def interruptible() -> Iterator[None]:
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
-        yield
+        with told_first():
+            yield
     except KeyboardInterrupt:
         if leads():
             print("peertune: stopped before the first round; nothing was kept", file=sys.stderr)
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def told_first() -> Iterator[None]:
+    """Let an error go on that a signal overtakes: where a process is gone, torchrun soon stops those that say so."""
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        if isinstance(stop.__context__, PeertuneError):
+            raise stop.__context__ from None
+        raise
 
 
 TOGETHER_S = 1.0

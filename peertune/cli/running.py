@@ -20,6 +20,7 @@ from peertune.cli.common import (
     messages,
     print_json,
     progress_bar,
+    told_first,
     versions,
 )
 from peertune.errors import RunError
@@ -283,6 +284,7 @@ def train(
     state, kept = job.state, job.state.round
     try:
         with (
+            told_first(),
             asked_to_stop("stopping after this round; once more to go back to the last checkpoint", hurry) as stop,
             progress_bar("round") as progress,
             reporting(folder, run.resolved) if leading else nullcontext() as report,
