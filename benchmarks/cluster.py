@@ -4,14 +4,13 @@ The base is MiniLM-L6, with adapters of rank 4; a round is one local step of two
 can be, so that all else weighs most, and for the processes a usual one as well. Everybody has eight neighbours.
 """
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain
 
 import torch
 
-from benchmarks.measure import Figure, figure, ratios
+from benchmarks.measure import Figure, figure, ratios, timed
 from benchmarks.setup import dropout, make
 from peertune import simulate
 from peertune.assembly import Run
@@ -97,21 +96,15 @@ def _turns(repeats: int, clients: int, steps: int, rows: int) -> list[dict[str, 
     """Run a round alone, while the other processes wait, and one together, in turn; return what each took."""
     torch.set_num_threads(1)
     with joined() as group:
-        alone = simulate(build(clients, steps, rows).job) if group.rank == 0 else None
+        alone = simulate(build(clients, steps, rows).job) if group.rank == 0 else iter(())
         job = build(clients * group.size, steps, rows, group).job
         together = run_cluster(job)
         turns = []
         for t in range(repeats + 1):
             group.gather("")
-            begun = time.perf_counter()
-            if alone is not None:
-                next(alone)
-            taken = {"alone": time.perf_counter() - begun}
+            _, alone_s = timed(next, alone, None)
             group.gather("")
-            begun = time.perf_counter()
-            seconds = next(together).seconds
-            taken["together"] = time.perf_counter() - begun
-            begun = time.perf_counter()
-            deque(job.steps(job.clients, t), maxlen=0)
-            turns.append(taken | seconds | {"draw": time.perf_counter() - begun})
+            record, together_s = timed(next, together)
+            _, draw_s = timed(deque, job.steps(job.clients, t), 0)
+            turns.append({"alone": alone_s, "together": together_s, "draw": draw_s, **record.seconds})
         return turns[1:]

@@ -46,11 +46,16 @@ def figure(name: str, values: Sequence[float], unit: str, target: str = "", note
 
 def seconds(action: Callable[[], object]) -> float:
     """Return how long an action takes, a GPU's work included."""
+    return timed(action)[1]
+
+
+def timed(action: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
+    """Return what an action gives, and how long it takes, a GPU's work included."""
     synchronize()
     start = time.perf_counter()
-    action()
+    result = action(*arguments)
     synchronize()
-    return time.perf_counter() - start
+    return result, time.perf_counter() - start
 
 
 def synchronize() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from benchmarks.measure import Figure, figure
+from benchmarks.measure import Figure, figure, timed
 from peertune.algorithms.schedules import switching_interval
 from peertune.topology import GRAPHS, Graph, rho, row_at, weights_at
 
@@ -77,16 +77,16 @@ def simulate(name: str, clients: int, settings: dict[str, Any], rounds: int) -> 
     """Gossip from a random start, on a ring from its slowest disagreement too, and compare what is left with rho."""
     where = f"{name}, {clients:,} peers"
     before = _resident("VmRSS")
-    graph, making = _timed(make, name, clients, settings)
+    graph, making = timed(make, name, clients, settings)
     holding = _resident("VmRSS") - before
-    value, finding = _timed(rho, graph)
+    value, finding = timed(rho, graph)
     x = np.random.default_rng(0).standard_normal((clients, 4))
     x[:, 3] = np.cos(2 * np.pi * np.arange(clients) / clients)  # the slowest disagreement of a ring
     started, spread = x.mean(axis=0), [_spread(x)]
     contacts, squares, taken, rounds_s = np.zeros((rounds, clients), dtype=np.int16), [], [], []
     for t in range(rounds):
         begun = time.perf_counter()
-        W, weighing = _timed(weights_at, graph, t)
+        W, weighing = timed(weights_at, graph, t)
         contacts[t] = np.diff(W.indptr) - 1
         squares.append((float(np.square(W.data).sum()) - 1) / (clients - 1))
         x = W @ x
@@ -142,7 +142,7 @@ def row(name: str, clients: int, settings: dict[str, Any], rounds: int) -> list[
     graph = make(name, clients, settings)
     client = clients // 3
     period = graph.period or 1
-    found = [_timed(row_at, graph, client, t) for t in range(period + rounds)]
+    found = [timed(row_at, graph, client, t) for t in range(period + rounds)]
     first, later = found[:period], found[period:]
     known = mean(len(row) - 1 for row, _ in later)
     note = f"{known:.3g} contacts"
@@ -159,12 +159,6 @@ def _spread(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _range(values: NDArray[np.int16]) -> tuple[float, float, float]:
     return float(np.median(values)), float(values.min()), float(values.max())
-
-
-def _timed(action: Callable[..., Any], *arguments: Any) -> tuple[Any, float]:
-    begun = time.perf_counter()
-    result = action(*arguments)
-    return result, time.perf_counter() - begun
 
 
 def _resident(which: str) -> int:

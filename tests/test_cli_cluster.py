@@ -90,16 +90,17 @@ def test_a_shared_run_that_is_stopped_goes_on_in_any_number_of_processes_to_the_
     assert_same(run, alone)
 
 
-def torchrun(folder: Path, ranks: int, *words: str, restarts: int = 0) -> subprocess.Popen[str]:
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
-    return subprocess.Popen(
-        [sys.executable, *command, "-m", "peertune", *words],
-        cwd=folder,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def module(folder: Path, name: str, *words: str) -> subprocess.Popen[str]:
+    """Start a module as a program of its own, whose words go to the folder's file `said`."""
+    with (folder / "said").open("w") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", name, *words],
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
+            stdout=said,
+            stderr=said,
+            text=True,
+        )
 
 
 def listens(port: int) -> bool:
@@ -114,34 +115,29 @@ def children(process: Process) -> list[int]:
 @pytest.mark.timeout(600)
 def test_a_rank_that_is_killed_before_all_have_met_is_started_again_by_torchrun(alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    process = torchrun(tmp_path, 2, "run", *RECIPE, "--out", "run", restarts=1)
-    wait_until(lambda: len(children(process)) == 2, process)
-    os.kill(random.Random(11).choice(children(process)), signal.SIGKILL)
-    code, _, err = finish(process, 200)
-    assert code == 0, err
+    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    process = module(tmp_path, "torch.distributed.run", *options, "-m", "peertune", "run", *RECIPE, "--out", "run")
+    try:
+        wait_until(lambda: len(children(process)) == 2, process)
+        os.kill(random.Random(11).choice(children(process)), signal.SIGKILL)
+        assert process.wait(200) == 0, (tmp_path / "said").read_text()
+    finally:
+        process.terminate()
     assert_same(run, alone)
 
 
 @pytest.mark.timeout(600)
 def test_a_run_of_which_a_rank_is_killed_ten_times_ends_the_same(alone: Path, tmp_path: Path) -> None:
     """By torchrun's agent, which starts all ranks again, the first time before they have met."""
-    chance, run, said = random.Random(5), tmp_path / "run", tmp_path / "said"
-    with said.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "elastic", "2", "10", "run", *RECIPE, "--out", "run"],
-            cwd=tmp_path,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-            stdout=file,
-            stderr=file,
-            text=True,
-        )
+    chance, run = random.Random(5), tmp_path / "run"
+    process = module(tmp_path, "elastic", "2", "10", "run", *RECIPE, "--out", "run")
     try:
         for restart, after in enumerate([0, *sorted(chance.sample(range(1, 50), 9))]):
             ranks = [tmp_path / f"{restart}-{rank}.pid" for rank in range(2)]
             wait_until(lambda ranks=ranks: all(rank.exists() for rank in ranks), process)  # type: ignore[misc]
             wait_until(lambda after=after: rounds(run) >= after, process)  # type: ignore[misc]
             os.kill(int(chance.choice(ranks).read_text()), signal.SIGKILL)
-        assert process.wait(200) == 0, said.read_text()
+        assert process.wait(200) == 0, (tmp_path / "said").read_text()
     finally:
         process.terminate()
     assert {file.name for file in tmp_path.glob("10-*.pid")} == {"10-0.pid", "10-1.pid"}

@@ -67,17 +67,13 @@ def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> Agreeme
         signs = draws.uniforms(seed, "probe", window, of[:, None], np.arange(PROBES)) < 0.5
         return torch.from_numpy(np.where(signs, 1.0, -1.0))
 
-    @lru_cache(maxsize=4)
-    def reporters(window: int) -> np.ndarray:
-        return drawn_reporters(clients, seed, window)
-
     def number(interval: float) -> int:
         return 2 * max(1, round(window_rounds / interval / 2))
 
     def agreed(reports: Tensor, window: int, fallback: Tensor) -> Tensor:
         """Return each client's number of phases `[K]` by its `reports [K, R, P]` on a window."""
         known = ~reports[:, :, 0].isnan()
-        before = probes(window, reporters(window)).to(reports.device).expand_as(reports)
+        before = probes(window, drawn_reporters(clients, seed, window)).to(reports.device).expand_as(reports)
         left, first = (_spread(x, known) for x in (reports, before))
         phases = fallback.clone()
         for client in range(len(reports)):
@@ -107,7 +103,8 @@ def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> Agreeme
         if place < probing:
             probe = weights.to(probe.dtype) @ heard["adaptive.probe"]
         if place == probing - 1:
-            places = torch.from_numpy(reporters(window)).to(probe.device) == own["adaptive.client"][:, None]
+            reporters = torch.from_numpy(drawn_reporters(clients, seed, window)).to(probe.device)
+            places = reporters == own["adaptive.client"][:, None]
             reports[:, 1][places] = probe[places.any(1)]
         fallback = own["adaptive.fallback"]
         if place == window_rounds - 1:
@@ -119,6 +116,7 @@ def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> Agreeme
     return Agreement(init, phases, step)
 
 
+@lru_cache(maxsize=4)
 def drawn_reporters(clients: int, seed: int, window: int) -> np.ndarray:
     """Return who reports in a window, `[min(clients, REPORTERS)]`, sorted, each client as likely as any other.
 

@@ -233,12 +233,11 @@ def check_devices(device: str, group: Group) -> None:
     group.add(torch.zeros(1, device="cuda"))  # NCCL wants all processes in its first call, which an exchange may not be
 
 
-def _store(rank: int, size: int, deadline: float) -> Store:
-    """Return the store where the processes meet: rank 0's, or torchrun's where that has one.
+def _store(host: str, port: str, rank: int, size: int, deadline: float) -> Store:
+    """Return the store where the processes meet, at this place: rank 0's, or torchrun's where that has one.
 
     Here and in `_meeting` Python waits, not the store, which would hear of no signal until all have come to it.
     """
-    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise ValueError("MASTER_ADDR and MASTER_PORT must be rank 0's host and a port there")
     store = partial(
@@ -295,11 +294,11 @@ def joined(timeout_s: float = 600) -> Iterator[Group]:
         yield ALONE
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    address = f"{os.environ.get('MASTER_ADDR', '')}:{os.environ.get('MASTER_PORT', '')}"
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
     try:
-        log.info("waiting for %d processes at %s", size, address)
+        log.info("waiting for %d processes at %s:%s", size, host, port)
         deadline = time.monotonic() + timeout_s
-        store = _store(rank, size, deadline)
+        store = _store(host, port, rank, size, deadline)
         store = PrefixStore(_meeting(store, rank, size, deadline), store)
         backend = "gloo"
         if torch.cuda.is_available():
@@ -310,8 +309,8 @@ def joined(timeout_s: float = 600) -> Iterator[Group]:
         late = f" within {timeout_s:g} s" if isinstance(error, TimeoutError) else ""
         said = f" ({str(error).splitlines()[0]})" if str(error) else ""
         message = (
-            f"rank {rank}: {size} processes did not meet at {address}{late}{said}; see that all were started, and that "
-            f"{socket.gethostname()} reaches that address"
+            f"rank {rank}: {size} processes did not meet at {host}:{port}{late}{said}; see that all were started, and "
+            f"that {socket.gethostname()} reaches that address"
         )
         if rank == 0:
             raise RunError(message) from error
