@@ -38,6 +38,7 @@ from peertune.parts import (
 )
 from peertune.recipe import Recipe
 from peertune.round import Job
+from peertune.topology import Neighbourhood
 from peertune.training import Optim, adamw, learning_rate, sgd
 from peertune.types import ALONE, Algorithm, Group, Split, State, Task
 
@@ -95,24 +96,27 @@ def build(
     clients: Sequence[int] | None = None,
     own_data: bool = False,
     *,
+    known: Neighbourhood | None = None,
     group: Group = ALONE,
     planned: bool = False,
 ) -> Run:
     """Make everything that a run needs, in the order in which mistakes are cheapest to find.
 
     For these `clients`: all, a process's share of them in a `group`, or one, a peer. With `own_data` all rows of the
-    task are its own, and not dealt out by the recipe's partition. A `planned` run has a base without weights: all of
-    it is on the meta device, and the device that it is for need not be there.
+    task are its own, and not dealt out by the recipe's partition. Where a peer's neighbourhood in the graph is `known`,
+    the graph is not made. A `planned` run has a base without weights: all of it is on the meta device, and the device
+    that it is for need not be there.
     """
     task = build_task(recipe)
-    graph = build_graph(recipe)
+    graph = build_graph(recipe, known)
     faults = build_faults(recipe)
     clients = range(recipe.clients) if clients is None else clients
     peer = group.size == 1 and len(clients) < recipe.clients
     if own_data:
-        parts = [np.arange(len(task.train) if client in clients else 0) for client in range(recipe.clients)]
+        parts = {client: np.arange(len(task.train)) for client in clients}
     else:
-        parts = build_partition(recipe, task)
+        dealt = build_partition(recipe, task)
+        parts = {client: dealt[client] for client in clients}
     algorithm = build_algorithm(recipe, graph)
     purpose = _purpose(task)
     if recipe.head == "trained" and purpose in _HEADLESS:
@@ -153,13 +157,13 @@ def build(
     signals = {name: x.to(base.model.device) for name, x in signals.items()}
     state = State(adapters, optim.optimizer.init(adapters), 0, signals)
     max_length = _max_length(recipe, base)
-    own = np.sort(np.concatenate([parts[client] for client in clients]))
+    own = np.sort(np.concatenate(list(parts.values())))
     train, validation = _encode(recipe, task, base, max_length, own)
     long = {"train": sum(group.gather(len(train.long))), "validation": len(validation.long)}
     _tell_long(recipe, long, {"train": sum(group.gather(len(own))), "validation": len(validation)}, max_length)
-    parts = [_without_long(recipe, train, part) for part in parts]
+    parts = {client: _without_long(recipe, train, part) for client, part in parts.items()}
     held_out = _without_long(recipe, validation, np.arange(len(validation)))
-    if empty := [client for client in clients if not len(parts[client])]:
+    if empty := [client for client, part in parts.items() if not len(part)]:
         raise DataError(
             f"training.long_rows: client {empty[0]} has no row of up to {max_length} tokens; "
             "raise training.max_length, or use training.long_rows=cut"
@@ -217,7 +221,7 @@ def build(
         base.head,
         {"form": task.form, "metric": task.metric, "words": task.words, "templates": task.templates},
         task.classes,
-        held=list(chain(*group.gather(label_counts(task, task.train, [parts[client] for client in clients])))),
+        held=list(chain(*group.gather(label_counts(task, task.train, list(parts.values()))))),
         validation=label_counts(task, task.validation, [held_out])[0],
         long=long,
     )

@@ -4,6 +4,7 @@ They are made without a base model, so that a graph or a partition can be looked
 """
 
 import inspect
+import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from peertune.data.partition import PARTITIONS, counts
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
 from peertune.recipe import Part, Recipe, arguments
-from peertune.topology import GRAPHS, Fault, Graph, clients_down, rho, summary
+from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, rho, summary
 from peertune.types import Algorithm, Split, Task
 
 log = logging.getLogger(__name__)
@@ -32,10 +33,28 @@ _TABLES: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
 """Block of a recipe → its table, and the parameters that the program supplies."""
 
 
-def build_graph(recipe: Recipe) -> Graph:
-    """Make the recipe's graph."""
-    graph: Graph = _make("graph", recipe.graph, clients=recipe.clients, seed=recipe.seed)
-    return graph
+def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:
+    """Make the recipe's graph, or what is known of it where only one client's neighbourhood is."""
+    if known is None:
+        graph: Graph = _make("graph", recipe.graph, clients=recipe.clients, seed=recipe.seed)
+        return graph
+    block = _complete(recipe, "graph")
+    return Graph(
+        recipe.clients,
+        lambda t: known.edges[t % len(known.edges)],
+        len(known.edges),
+        block.settings["activation"],
+        recipe.seed,
+        block.settings["weights"],
+        block.name,
+        known=known,
+    )
+
+
+def graph_text(recipe: Recipe) -> str:
+    """Return all from which the recipe's graph follows, as JSON: two that are alike make the same graph."""
+    block = {**_complete(recipe, "graph").model_dump(), "clients": recipe.clients, "seed": recipe.seed}
+    return json.dumps(block, sort_keys=True, default=str)
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -111,12 +130,14 @@ def check_parts(recipe: Recipe) -> None:
 
 def resolved_parts(recipe: Recipe, algorithm: Algorithm) -> dict[str, Part]:
     """Return the parts with every default written out, and what is automatic as it came out for this algorithm."""
-    parts = {where: getattr(recipe, where) for where in _TABLES}
-    complete = {
-        where: Part(name=part.name, **arguments(_TABLES[where][0], part, where, _TABLES[where][1]))
-        for where, part in parts.items()
-    }
+    complete = {where: _complete(recipe, where) for where in _TABLES}
     return complete | {"algorithm": Part(name=recipe.algorithm.name, **algorithm.settings)}
+
+
+def _complete(recipe: Recipe, where: str) -> Part:
+    """Return a part of the recipe with every default written out."""
+    part: Part = getattr(recipe, where)
+    return Part(name=part.name, **arguments(_TABLES[where][0], part, where, _TABLES[where][1]))
 
 
 def _make(where: str, part: Part, **given: Any) -> Any:

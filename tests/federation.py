@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peertune.files import write_file
+from peertune.parts import build_graph, graph_text
+from peertune.recipe import load_recipe
 
 _PORTS = range(16_000, 32_000)  # below those that systems give to callers, who could take one before it is listened at
 _places = (place % len(_PORTS) for place in count(os.getpid() * 97))
@@ -57,6 +59,17 @@ class Federation:
 
     def address(self, client: int) -> str:
         return f"127.0.0.1:{self.ports[client]}"
+
+    def own(self, client: int, name: str) -> Path:
+        """Where a peer's own roster for a run of that name is."""
+        return self.peer(client) / f"{name}.roster.yaml"
+
+    def issue_own(self, name: str, overrides: Sequence[str]) -> None:
+        """Issue to each peer its own roster for a run: `digits-demo` with these overrides."""
+        recipe = load_recipe("digits-demo", overrides)
+        rosters = self.parties.own_rosters(build_graph(recipe), graph_text(recipe))
+        for client in range(len(self.ports)):
+            write_file(self.own(client, name), rosters[f"peer-{client}"].raw)
 
     def issue(self) -> bytes:
         """Issue a roster, and put it where the peers look."""
@@ -112,7 +125,8 @@ def see_through(processes: Sequence[Any], errors: Path) -> None:
 def play(made: Federation, recipes: Mapping[str, Sequence[str]], **options: Any) -> dict[str, list[Played]]:
     """Run each recipe with one process for each peer, all at once, one recipe after the other; return what came of it.
 
-    A recipe is overrides of `digits-demo`. The processes are forked from one that has imported what they need.
+    A recipe is overrides of `digits-demo`. Who was issued an own roster for it uses that. The processes are forked from
+    one that has imported what they need.
     """
     forks = forking()
     out = made.folder / "played"
@@ -137,14 +151,16 @@ def _play(
     from peertune.engines.peer import run_peer
     from peertune.net.membership import Membership
     from peertune.net.swap import Swapper
-    from peertune.recipe import load_recipe
 
     torch.set_num_threads(1)
     try:
         for name, overrides in recipes.items():
-            run = build(load_recipe("digits-demo", overrides), [client])
+            own = made.own(client, name)
+            membership = Membership(made.peer(client), own if own.exists() else made.roster)
+            told = membership.current()[1].own
+            run = build(load_recipe("digits-demo", overrides), [client], known=None if told is None else told.known)
             swapper = Swapper(
-                Membership(made.peer(client), made.roster),
+                membership,
                 agreed(run),
                 patience_s=run.resolved.network.patience_s,
                 faults=run.job.faults,

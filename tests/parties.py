@@ -9,6 +9,7 @@ from peertune.net import authority as ca
 from peertune.net.certificates import bundle, read_request
 from peertune.net.identity import Identity, load_identity, request
 from peertune.net.roster import Roster, load_roster
+from peertune.topology import Graph
 
 
 class Federation:
@@ -48,6 +49,13 @@ class Federation:
             after, data = ca.issue_roster(before, now)
             ca.keep(self.ca, after)
         return load_roster(data, self.certificate)
+
+    def own_rosters(self, graph: Graph, text: str, now: datetime | None = None) -> dict[str, Roster]:
+        """Each member's own roster, by name, on a graph that follows from `text`."""
+        with ca.opened(self.ca) as before:
+            after, rosters = ca.issue_own_rosters(before, graph, text, now)
+            ca.keep(self.ca, after)
+        return {member.name: load_roster(data, self.certificate) for member, data in rosters}
 
     def identity(self, name: str, roster: Roster, now: datetime | None = None) -> Identity:
         return load_identity(self.folder / name, roster, now)

@@ -134,6 +134,8 @@ MISTAKES = {
     "address": (["peer", "request", "--name", "a", "--address", "host"], "address 'host': give host:port"),
     "another's folder": (["peer", "request", "--name", "a"], "peer: is hospital-1's; give a another --dir"),
     "a file's place": (["peer", "request", "--name", "a", "--dir", REQUEST], f"{REQUEST}: can't be written"),
+    "overrides alone": (["roster", "seed=1"], "roster: seed=1 goes with --recipe"),
+    "no such recipe": (["roster", "--recipe", "none.yaml"], "none.yaml: "),
     "no place for a roster": (["roster", "--out", "none/roster.yaml"], "none/roster.yaml: can't be written"),
 }
 
@@ -152,6 +154,50 @@ def test_a_ca_key_that_others_may_read_is_refused(ca: Call) -> None:
     Path("ca/key.pem").chmod(0o644)
     assert ca("roster")[2] == "peertune: ca/key.pem: others may read this key; run chmod 600 ca/key.pem\n"
     assert not Path("roster.yaml").exists()
+
+
+def test_each_member_gets_a_roster_of_its_own_for_a_recipe(ca: Call) -> None:
+    for number in (1, 2, 3):
+        name = f"hospital-{number}"
+        if number > 1:
+            ca("peer", "request", "--name", name, "--dir", name)
+        assert ca("ca", "approve", f"{'peer' if number == 1 else name}/{name}.request.pem", "--yes")[0] == 0
+    ring = ["clients=100000", "graph={name: ring}"]
+    code, out, err = ca("roster", "--recipe", "digits-demo", *ring)
+    assert (code, err) == (0, "")
+    assert out.startswith("rosters: rosters 1 of hospitals\n   0  hospital-1  host-1:50051  until ")
+    assert {file.name for file in Path("rosters").iterdir()} == {
+        f"hospital-{number}.roster.yaml" for number in (1, 2, 3)
+    }
+    assert ca("ca", "revoke", "hospital-3")[0] == 0
+    said = json.loads(ca("roster", "--recipe", "digits-demo", *ring, "--json")[1])
+    assert (said["rosters"], said["serial"], len(said["members"])) == ("rosters", 2, 3)
+    assert {file.name for file in Path("rosters").iterdir()} == {"hospital-1.roster.yaml", "hospital-2.roster.yaml"}
+    roster = load_roster(Path("rosters/hospital-1.roster.yaml").read_bytes(), load_ca(Path("peer")))
+    assert [member.name for member in roster.members] == ["hospital-1", "hospital-2"]
+    assert roster.own is not None
+    assert roster.own.known.edges[0].tolist() == [[0, 1], [0, 99_999], [1, 2], [99_998, 99_999]]
+    (Path("rosters") / "notes.txt").write_text("mine")
+    for words, mistake in (
+        (ring, "rosters: holds something other than rosters; give another --out"),
+        ([*ring, "--out", "peer"], "peer: holds something other than rosters"),
+        (
+            [*ring, "--out", "rosters/hospital-1.roster.yaml"],
+            "rosters/hospital-1.roster.yaml: holds something other than rosters",
+        ),
+        (["clients=2", "graph={name: path}", "--out", "x"], "clients: 2, but the roster has 3 members; give as many"),
+        (
+            ["graph={name: complete}", "--out", "x"],
+            "graph complete: any two clients may meet, so each must know of all",
+        ),
+        (["graph={name: rong}", "--out", "x"], "graph.name: unknown name 'rong'"),
+    ):
+        code, out, err = ca("roster", "--recipe", "digits-demo", *words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"peertune: {mistake}")
+    assert not Path("x").exists()
+    assert (Path("rosters") / "notes.txt").read_text() == "mine"
+    assert json.loads(ca("roster", "--json")[1])["serial"] == 3, "a mistake spends no serial"
 
 
 @pytest.mark.parametrize("group", ["ca", "peer", "roster"])

@@ -6,9 +6,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from federation import Federation, found, free_ports
 from processes import Command, finish, finish_well, start, wait_until
+from seeing import COLOURS, save_images, save_vit
+
+from peertune import tracking
+from peertune.algorithms.schedules import switching_interval
+from peertune.errors import GraphError
+from peertune.net import authority as ca
+from peertune.net.own import Own
+from peertune.net.roster import sign_roster
+from peertune.parts import build_graph, graph_text
+from peertune.recipe import load_recipe
+from peertune.topology import GraphSummary, Neighbourhood
 
 Call = Callable[..., tuple[int, str, str]]
 SMALL = [
@@ -135,6 +147,85 @@ def test_a_recipe_that_can_t_be_built_is_a_failed_check(two: Federation, peertun
     (built,) = [check for check in json.loads(out)["checks"] if check["what"] == "recipe"]
     assert built["level"] == "failed"
     assert built["finding"] == "clients: 1, but the roster has 2 members; give as many or more"
+
+
+# ---- by rosters of their own, among a million
+
+
+@pytest.fixture(scope="module")
+def mine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny ViT, images of two parties, and a recipe for them."""
+    folder = tmp_path_factory.mktemp("mine")
+    save_vit(folder / "vit")
+    for client in range(2):
+        save_images(folder / f"data-{client}", dict.fromkeys(COLOURS, 4))
+    (folder / "recipe.yaml").write_text(
+        f"model: {{name: {folder}/vit, dtype: float32}}\n"
+        "lora: {r: 2, target_modules: [q_proj, v_proj]}\n"
+        "head: trained\n"
+        f"task: {{name: images, path: none, classes: {sorted(COLOURS)}}}\n"
+        "algorithm: {name: tad_lora, switch_every: 2}\n"
+        "training: {learning_rate: 1.0e-2, local_steps: 1, per_device_train_batch_size: 2}\n"
+        "rounds: 3\n"
+        "network: {patience_s: 100}\n"
+    )
+    return folder
+
+
+def meet(made: Federation, mine: Path, name: str, *settings: str) -> list[dict[str, Any]]:
+    """Have both peers run the recipe by their own rosters, `peer-K/NAME.roster.yaml`; return their facts."""
+    commands = [
+        start(
+            made.folder,
+            *["peer", "start", "--recipe", str(mine / "recipe.yaml"), "--data", str(mine / f"data-{client}")],
+            *["--roster", str(made.own(client, name)), "--dir", str(made.peer(client))],
+            *["--out", f"runs/{name}-{client}", *settings],
+        )
+        for client in range(2)
+    ]
+    finish_well(commands)
+    for client in range(2):
+        run = made.folder / "runs" / f"{name}-{client}"
+        assert [record["edges"] for record in tracking.records(run)] == [[[0, 1]]] * 3
+    return [json.loads((made.folder / "runs" / f"{name}-{client}" / "facts.json").read_text()) for client in range(2)]
+
+
+def test_a_peer_does_among_a_million_what_it_does_among_ten(two: Federation, mine: Path, peertune: Call) -> None:
+    adapters = []
+    for name, clients in (("ten", 10), ("million", 1_000_000)):
+        settings = [f"clients={clients}", "graph={name: ring}"]
+        words = ["roster", "--dir", two.parties.ca, "--recipe", mine / "recipe.yaml", *settings, "--out", name]
+        assert peertune(*words)[0] == 0
+        for client in range(2):
+            Path(name, f"peer-{client}.roster.yaml").rename(two.own(client, name))
+        facts = meet(two, mine, name, *settings)
+        assert [fact["graph"]["clients"] for fact in facts] == [clients] * 2
+        files = [f"runs/{name}-{client}/adapters/client-00{client}/adapter_model.safetensors" for client in range(2)]
+        adapters.append([(two.folder / file).read_bytes() for file in files])
+        assert max(two.own(client, name).stat().st_size for client in range(2)) < 4_000
+    assert adapters[0] == adapters[1], "to the bit"
+
+
+def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mine: Path, peertune: Call) -> None:
+    settings = ["clients=1000000", "graph={name: erdos_renyi, probability: 2.0e-5}", "algorithm.switch_every=auto"]
+    told = GraphSummary(1_000_000, 1e7, 20.0, 0.0, 0.84, 0.16, 0)
+    recipe = load_recipe(str(mine / "recipe.yaml"), settings)
+    with pytest.raises(GraphError, match="1,000,000 clients make 499,999,500,000 pairs to draw"):
+        build_graph(recipe)
+    with ca.opened(two.parties.ca) as authority:
+        for client in range(2):
+            known = Neighbourhood(client, (np.array([[0, 1]]),), (), told)
+            own = Own(graph_text(recipe), known)
+            raw = sign_roster(authority.key, authority.certificate, 7, authority.members, own=own)
+            two.own(client, "told").write_bytes(raw)
+    for facts in meet(two, mine, "told", *settings):
+        described = {"name": "erdos_renyi", "activation": 1.0, "weights": "metropolis"}
+        assert facts["graph"] == described | vars(told) | {"switching_interval": switching_interval(0.84)}
+    words = ["--recipe", mine / "recipe.yaml", "--roster", two.own(0, "told"), "--dir", two.peer(0), "clients=9"]
+    for command, code in ((["start", "--out", "x"], 2), (["doctor"], 1)):
+        ended, out, err = peertune("peer", *command, *words)
+        assert ended == code
+        assert 'graph: the roster is of {"activation": 1.0, "clients": 1000000, ' in out + err
 
 
 MISTAKES = {

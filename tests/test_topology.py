@@ -19,11 +19,13 @@ from peertune.topology import (
     WEIGHTS,
     Fault,
     Graph,
+    GraphSummary,
     active_edges,
     drop_edges,
     may_meet,
     mixing,
     mixing_weights,
+    neighbourhood,
     pairs,
     partners_at,
     planned_weights,
@@ -248,6 +250,75 @@ def test_who_may_ever_meet_is_known_from_all_rounds(tmp_path: Path) -> None:
     graph = GRAPHS["trace"](clients=4, path=path)
     assert [may_meet(graph, client) for client in range(4)] == [[1, 2], [0, 2], [0, 1, 3], [2]]
     assert may_meet(GRAPHS["matching"](clients=3, probability=0.1), 1) == [0, 2]
+
+
+# --- What one client must know ------------------------------------------------------------------------------------
+
+FACTS = GraphSummary(9, 9.0, 2.0, 0.0, 0.75, 0.25, 0)
+SPARSE = sorted(GRAPHS.keys() - {"complete", "matching"})
+
+
+def seen_by(graph: Graph, client: int) -> Graph:
+    """The graph as the client knows it that is told its neighbourhood alone."""
+    known = neighbourhood(graph, client, FACTS)
+    assert known.client == client
+    return replace(graph, edges_at=lambda t: known.edges[t % len(known.edges)], known=known)
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@quickly
+@any_settings
+def test_a_clients_neighbourhood_is_enough_for_its_own_rows(
+    name: str, folder: Path, size: int, activation: float, seed: int, t: int, weights: str
+) -> None:
+    graph = make(name, size, folder, activation=activation, seed=seed, weights=weights)
+    for client in range(graph.clients):
+        seen = seen_by(graph, client)
+        assert row_at(seen, client, t) == row_at(graph, client, t)
+        assert partners_at(seen, client, t) == partners_at(graph, client, t)
+        assert may_meet(seen, client) == may_meet(graph, client)
+
+
+@pytest.mark.parametrize("name", sorted(set(REGULAR) & set(SPARSE)))
+def test_uniform_weights_are_known_of_a_neighbourhood_as_well(name: str, folder: Path) -> None:
+    graph = make(name, 4, folder, activation=0.5, weights="uniform")
+    for t in range(8):
+        assert [row_at(seen_by(graph, k), k, t) for k in range(8)] == [row_at(graph, k, t) for k in range(8)]
+
+
+@pytest.mark.parametrize("name", ["ring", "random_regular", "exponential", "torus"])
+def test_a_neighbourhood_does_not_grow_with_the_clients(name: str) -> None:
+    settings = {"degree": 4} if name == "random_regular" else {}
+    for clients in (64, 4096):
+        graph = GRAPHS[name](clients=clients, **settings)
+        known = neighbourhood(graph, 7, FACTS)
+        if name == "exponential":  # one edge in each of log2 n rounds
+            assert [len(edges) for edges in known.edges] == [1] * (clients.bit_length() - 1)
+        else:
+            most = {"ring": 4, "random_regular": 16, "torus": 16}[name]
+            assert most - 4 <= sum(map(len, known.edges)) <= most
+
+
+def test_of_a_neighbourhood_nothing_follows_but_the_clients_own() -> None:
+    whole = GRAPHS["ring"](clients=9)
+    seen = seen_by(whole, 4)
+    assert (summary(seen), rho(seen)) == (FACTS, FACTS.rho), "found by who has all of it"
+    for ask in (
+        lambda: weights_at(seen, 0),
+        lambda: active_edges(seen, 0),
+        lambda: neighbourhood(seen, 4, FACTS),
+        lambda: row_at(seen, 5, 0),
+        lambda: partners_at(seen, 5, 0),
+    ):
+        with pytest.raises(GraphError, match="graph ring: only what is near client 4 is known of it"):
+            ask()
+    for name, more in (("complete", {}), ("matching", {"probability": 0.5})):
+        with pytest.raises(
+            GraphError, match=f"graph {name}: any two clients may meet, so each must know of all; choose"
+        ):
+            neighbourhood(GRAPHS[name](clients=9, **more), 4, FACTS)
+    with pytest.raises(GraphError, match="activation is 2"):
+        replace(seen, activation=2)
 
 
 # --- Many clients -------------------------------------------------------------------------------------------------

@@ -1,14 +1,15 @@
 """The commands that say who is who in a federation: `ca …`, `peer request` and `roster`."""
 
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peertune.cli.common import AsJson, print_json
-from peertune.errors import IdentityError
+from peertune.cli.common import AsJson, Overrides, messages, print_json, progress_bar
+from peertune.errors import IdentityError, RecipeError
 
 if TYPE_CHECKING:
     from peertune.net.authority import Authority
@@ -35,6 +36,8 @@ peer_app = typer.Typer(
       peertune peer request --name hospital-3 --address hospital-3.example.org:50051
     """,
 )
+
+_OWN = ".roster.yaml"  # how the files of members' own rosters end
 
 Authorities = Annotated[Path, typer.Option("--dir", help="The CA's folder.")]
 
@@ -221,31 +224,85 @@ def _print_members(members: "tuple[Member, ...]") -> None:
 
 
 def roster(
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="Give each member a roster of its own, for this recipe's graph: a path, or a name."),
+    ] = None,
     folder: Authorities = Path("ca"),
-    out: Annotated[Path, typer.Option(help="The roster's file.")] = Path("roster.yaml"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The roster's file, or with --recipe the folder.  [default: roster.yaml, or rosters]"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Issue the roster: all members with their certificates, signed by the CA. Hand it to every peer.
 
     The one with the highest serial counts. Issue another after each approval and revocation.
 
-    Example:
+    With --recipe each member gets a roster of its own, NAME.roster.yaml in a folder. It lists those alone whom the
+    member may meet on the recipe's graph, and what it must know of the graph: a peer's work then doesn't grow with the
+    federation, and nobody else gets in. Peers don't pass such rosters on: hand each its new one.
+
+    Examples:
 
       peertune roster --out roster.yaml
+
+      peertune roster --recipe recipe.yaml --out rosters
     """
     from peertune.files import write_file
     from peertune.net import authority as ca
 
+    if recipe is not None:
+        _own_rosters(recipe, overrides or [], folder, out or Path("rosters"), as_json)
+        return
+    if overrides:
+        raise IdentityError(f"roster: {overrides[0]} goes with --recipe")
+    out = out or Path("roster.yaml")
     with ca.opened(folder) as before:
         after, data = ca.issue_roster(before)
         ca.keep(folder, after)  # first: no two rosters may have one serial
         write_file(out, data)
+    _print_roster(after, "roster", out, as_json)
+
+
+def _print_roster(authority: "Authority", what: str, out: Path, as_json: bool) -> None:
     if as_json:
-        members = [_facts(member) for member in after.members]
-        print_json({"roster": str(out), "federation": after.federation, "serial": after.serial, "members": members})
+        members = [_facts(member) for member in authority.members]
+        issued = {what: str(out), "federation": authority.federation, "serial": authority.serial}
+        print_json({**issued, "members": members})
         return
-    print(f"{out}: roster {after.serial} of {after.federation}")
-    _print_members(after.members)
+    print(f"{out}: {what} {authority.serial} of {authority.federation}")
+    _print_members(authority.members)
+
+
+def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, as_json: bool) -> None:
+    """Issue to each member its own roster, all in a folder, which takes the place of those of before."""
+    from peertune.files import write_file, written_folder
+    from peertune.net import authority as ca
+    from peertune.parts import build_graph, graph_text
+    from peertune.recipe import load_recipe
+
+    if out.exists() and (not out.is_dir() or any(not file.name.endswith(_OWN) for file in out.iterdir())):
+        raise IdentityError(f"{out}: holds something other than rosters; give another --out")
+    with messages(), ca.opened(folder) as before:
+        loaded = load_recipe(recipe, overrides)
+        need_seats(loaded.clients, before.members)
+        after, rosters = ca.issue_own_rosters(before, build_graph(loaded), graph_text(loaded))
+        ca.keep(folder, after)
+        with progress_bar("rosters") as progress, written_folder(out) as beside:
+            seated = sum(bool(member.certificates) for member in after.members)
+            for member, data in progress.track(rosters, total=seated):
+                write_file(beside / f"{member.name}{_OWN}", data, lasting=False)
+    _print_roster(after, "rosters", out, as_json)
+
+
+def need_seats(clients: int, members: "Sequence[Member]") -> None:
+    """Raise RecipeError where a recipe has no seat for some member."""
+    if members and members[-1].client >= clients:
+        raise RecipeError(
+            f"clients: {clients}, but the roster has {members[-1].client + 1} members; give as many or more"
+        )
 
 
 @peer_app.command("request")

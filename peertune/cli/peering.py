@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from peertune.cli.common import AsJson, Overrides, interruptible, messages
-from peertune.cli.federation import peer_app
+from peertune.cli.federation import need_seats, peer_app
 from peertune.cli.running import begin, check_same, print_summary, train
 from peertune.errors import RecipeError, RunError
 
@@ -92,19 +92,17 @@ def start(
             if (was := tracking.peer(place)) != who:
                 raise RunError(f"{place}: is a run of {was or 'a simulation'}, not of {who}; give this peer's own")
         with tracking.locked(place), ExitStack() as watched:
-            network = run.resolved.network
+            job, network = run.job, run.resolved.network
+            near = neighbours(job)
             swapper = Swapper(
                 membership,
                 agreed(run),
                 patience_s=network.patience_s,
-                faults=run.job.faults,
+                faults=job.faults,
                 insecure=insecure_loopback,
-                seats=run.job.graph.clients,
+                seats=job.graph.clients if members.own is None else len(near),
             )
-            job = run.job
-            current = partial(
-                standing, swapper, rounds=job.rounds, local_steps=job.local_steps, neighbours=neighbours(job)
-            )
+            current = partial(standing, swapper, rounds=job.rounds, local_steps=job.local_steps, neighbours=near)
             watched.enter_context(kept(place, current))
             if metrics_port is not None:
                 watched.enter_context(served(metrics_port, current))
@@ -131,18 +129,21 @@ def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membe
     """Make this party's part of a recipe. Raises PeertuneError where it can't be run."""
     from peertune import report_to
     from peertune.assembly import build
+    from peertune.parts import graph_text
     from peertune.recipe import load_recipe
 
     identity, roster = membership.current()
     loaded = load_recipe(recipe, overrides)
-    if len(roster.members) > loaded.clients:
+    need_seats(loaded.clients, roster.members)
+    if roster.own is not None and roster.own.graph != (here := graph_text(loaded)):
         raise RecipeError(
-            f"clients: {loaded.clients}, but the roster has {len(roster.members)} members; give as many or more"
+            f"graph: the roster is of {roster.own.graph}, the recipe of {here}; have the CA issue this one's"
         )
     if data is not None:
         loaded = _with_data(loaded, data)
     report_to.check(loaded.report_to)
-    return build(loaded, [identity.client], own_data=data is not None)
+    known = None if roster.own is None else roster.own.known
+    return build(loaded, [identity.client], own_data=data is not None, known=known)
 
 
 def _with_data(recipe: "Recipe", data: Path) -> "Recipe":

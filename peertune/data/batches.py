@@ -244,7 +244,7 @@ def sample(seed: int, client: int, rows: int, step: int, size: int) -> NDArray[n
 
 def training_steps(
     encoded: Encoded,
-    parts: Sequence[NDArray[np.int64]],
+    parts: Mapping[int, NDArray[np.int64]] | Sequence[NDArray[np.int64]],
     *,
     rows_per_step: int,
     local_steps: int,

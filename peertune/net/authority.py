@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from cryptography import x509
@@ -30,7 +31,10 @@ from peertune.net.certificates import (
     read_key,
 )
 from peertune.net.identity import read_private
-from peertune.net.roster import Member, check_distinct, checked, dump, entry, from_entry, sign_roster
+from peertune.net.roster import Loader, Member, check_seats, checked, dump, entry, from_entry, sign_roster
+
+if TYPE_CHECKING:  # it takes half a second to import, and only members' own rosters need it
+    from peertune.topology import Graph
 
 
 @dataclass(frozen=True)
@@ -83,11 +87,11 @@ def opened(folder: Path) -> Iterator[Authority]:
             if public_key(certificate) != key.public_key():
                 raise IdentityError("certificate.pem is of another key")
             content = checked(
-                yaml.safe_load((folder / "members.yaml").read_bytes()),
+                yaml.load((folder / "members.yaml").read_bytes(), Loader),
                 {"serial": (int,), "peers": (list,), "revoked": (list,)},
             )
-            members = tuple(from_entry(value, client, certificate) for client, value in enumerate(content["peers"]))
-            check_distinct(members)
+            members = tuple(from_entry(value, certificate) for value in content["peers"])
+            check_seats(members)
         except (OSError, ValueError, yaml.YAMLError, IdentityError) as error:
             reason = " ".join(str(error).split())
             raise IdentityError(f"{folder}: the CA is damaged ({reason}); restore it from a copy") from None
@@ -126,7 +130,7 @@ def approve(
     old = authority.by_name(request.name) or Member(len(authority.members), request.name, None, ())
     new = replace(old, address=request.address, certificates=(*old.certificates, certificate))
     members = (*authority.members[: new.client], new, *authority.members[new.client + 1 :])
-    check_distinct(members)
+    check_seats(members)
     return replace(authority, members=members), certificate
 
 
@@ -166,3 +170,28 @@ def issue_roster(authority: Authority, now: datetime | None = None) -> tuple[Aut
     """Return the CA with the next serial, and the roster of that serial."""
     new = replace(authority, serial=authority.serial + 1)
     return new, sign_roster(new.key, new.certificate, new.serial, new.members, now)
+
+
+def issue_own_rosters(
+    authority: Authority, graph: "Graph", text: str, now: datetime | None = None
+) -> tuple[Authority, Iterator[tuple[Member, bytes]]]:
+    """Return the CA with the next serial, and of that serial each member with its own roster, one after the other.
+
+    For members with a certificate, on this graph, which follows from `text`. Raises GraphError where any two clients
+    may meet; and IdentityError, when it comes to it, for a member whose roster would be too large.
+    """
+    from peertune.net.own import Own
+    from peertune.topology import may_meet, neighbourhood, summary
+
+    new = replace(authority, serial=authority.serial + 1)
+    facts = summary(graph)
+    known = [neighbourhood(graph, member.client, facts) for member in new.members if member.certificates]
+
+    def sign() -> Iterator[tuple[Member, bytes]]:
+        for own in known:
+            seats = sorted([own.client, *may_meet(graph, own.client)])
+            listed = [new.members[client] for client in seats if client < len(new.members)]
+            roster = sign_roster(new.key, new.certificate, new.serial, listed, now, Own(text, own))
+            yield new.members[own.client], roster
+
+    return new, sign()

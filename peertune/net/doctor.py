@@ -20,7 +20,7 @@ from peertune.net.certificates import federation_of, read_key
 from peertune.net.identity import key_files, load_ca, read_private
 from peertune.net.membership import Membership
 from peertune.net.node import Knock
-from peertune.net.roster import Member
+from peertune.net.roster import Member, Roster
 from peertune.net.swap import Swapper
 
 RENEW_DAYS = 14
@@ -124,7 +124,8 @@ def check_network(
     `agreed` is what must be the same at all, {} where no run is asked about; `listen` is where this peer answers.
     """
     identity, roster = membership.current()
-    own = roster.members[identity.client]
+    own = roster.by_client(identity.client)
+    assert own is not None
     others = [m for m in roster.members if m.client != identity.client and m.certificates]
     swapper = Swapper(membership, agreed, patience_s=WAIT_S, insecure=insecure)
     try:
@@ -136,7 +137,7 @@ def check_network(
     found = [check for visit in visits for check in visit.checks]
     met = [(visit.member, visit.knock) for visit in visits if visit.knock is not None]
     for member, knock in met:
-        found += _compared(member, knock, roster.serial, bool(agreed))
+        found += _compared(member, knock, roster, bool(agreed))
     return [*port, *found, *_inwards(own, met)]
 
 
@@ -183,7 +184,7 @@ def _visit(swapper: Swapper, member: Member, call_back: bool) -> _Visit:
     return _Visit(member, [*checks, about("outwards", "ok", f"answers at {member.address}")], knock)
 
 
-def _compared(member: Member, knock: Knock, serial: int, have_run: bool) -> Iterator[Check]:
+def _compared(member: Member, knock: Knock, roster: Roster, have_run: bool) -> Iterator[Check]:
     """Say how a member's clock, roster and run differ from those here."""
     if knock.clock_offset_s is not None:
         offset = knock.clock_offset_s
@@ -193,13 +194,14 @@ def _compared(member: Member, knock: Knock, serial: int, have_run: bool) -> Iter
             yield Check("clock", "warning", finding, member.name)
         else:
             yield Check("clock", "ok", f"within {abs(offset) + 1:.0f} s of this one", member.name)
-    if knock.roster_serial > serial:
-        newer = f"has roster {knock.roster_serial}, here is {serial}; get that one, or start: peers pass it on"
+    passed_on = roster.own is None
+    if knock.roster_serial > roster.serial:
+        mend = "get that one, or start: peers pass it on" if passed_on else "ask the CA for this peer's newest"
+        newer = f"has roster {knock.roster_serial}, here is {roster.serial}; {mend}"
         yield Check("roster", "warning", newer, member.name)
-    elif knock.roster_serial < serial:
-        yield Check(
-            "roster", "ok", f"has roster {knock.roster_serial}; it takes up {serial} in the next swap", member.name
-        )
+    elif knock.roster_serial < roster.serial:
+        then = f"it takes up {roster.serial} in the next swap" if passed_on else "the CA has a newer one for it"
+        yield Check("roster", "ok", f"has roster {knock.roster_serial}; {then}", member.name)
     if knock.differs:
         what = "; ".join(f"{name}: {here} here, {there} there" for name, here, there in knock.differs)
         yield Check("run", "failed", f"differs in {what}; give all peers one recipe and one base", member.name)

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +88,7 @@ class Node:
         self._round = 0
         self._channels: dict[int, tuple[Any, Any]] = {}
         self._calling_back: set[int] = set()
+        self._outdated = 0  # serial of an own roster that others were seen to have a newer one of
 
     def knock(self, client: int, wait_s: float = PROBE_S, *, call_back: bool = False) -> Knock:
         """Try whether this peer gets through to another and, with `call_back`, the other to this one.
@@ -99,7 +100,9 @@ class Node:
         member = roster.by_client(client)
         theirs, back, offset = None, None, None
         try:
-            with self._dial(identity, member, (("grpc.use_local_subchannel_pool", 1),)) as channel:  # dials anew
+            with self._dial(
+                identity, client, member, (("grpc.use_local_subchannel_pool", 1),)
+            ) as channel:  # dials anew
                 hello = self._hello(0, Hello.CALL_BACK if call_back else Hello.ECHO)
                 for chunk in swap_on(channel)(iter([Chunk(hello=hello)]), timeout=wait_s, metadata=self._claim()):
                     if kind(chunk) == "hello":
@@ -169,6 +172,15 @@ class Node:
         if len(hello.agreed) > HELLO_FIELDS:
             raise WireError(f"names {len(hello.agreed)} fields that must agree, where {HELLO_FIELDS} are enough")
         self._known(client).clock_offset_s = _clock_offset_s(hello)
+        roster = self.membership.current()[1]
+        if roster.own is not None and hello.roster_serial > roster.serial != self._outdated:
+            self._outdated = roster.serial  # said once, whatever others claim
+            log.warning(
+                "client %d has roster %d, and this peer's own is %d; ask the CA for the newest",
+                client,
+                hello.roster_serial,
+                roster.serial,
+            )
         for name, here, there in self._differences(hello):
             raise UnusableError(f"{name} differs: {here} at client {self.me}, {there} at client {client}")
 
@@ -182,6 +194,12 @@ class Node:
             for name in names
             if own.get(name) != theirs.get(name)
         ]
+
+    def _newer(self, hello: Hello) -> Iterator[Chunk]:
+        """Pass on this end's roster where it is newer than the other's, unless it is this member's own."""
+        roster = self.membership.current()[1]
+        if hello.roster_serial < roster.serial and roster.own is None:
+            yield Chunk(roster=roster.raw)
 
     def _adopt(self, client: int, raw: bytes) -> None:
         """Take a newer roster, if the CA signed it."""
@@ -233,16 +251,20 @@ class Node:
         with self._changed:
             channel, made_with = self._channels.get(client, (None, None))
             if channel is None or made_with != key:
-                new = self._dial(identity, member)
+                new = self._dial(identity, client, member)
                 if channel is not None:
                     channel.close()
                 channel = new
                 self._channels[client] = channel, key
         return swap_on(channel)
 
-    def _dial(self, identity: Identity, member: Member | None, options: Sequence[tuple[str, Any]] = ()) -> Any:
-        if member is None or member.address is None:
-            raise UnusableError(f"{'it' if member is None else member.name}: has no address in the roster")
+    def _dial(
+        self, identity: Identity, client: int, member: Member | None, options: Sequence[tuple[str, Any]] = ()
+    ) -> Any:
+        if member is None:
+            raise UnusableError(f"client {client}: is not in the roster")
+        if member.address is None:
+            raise UnusableError(f"{member.name}: has no address in the roster")
         if self._insecure:
             return grpc.insecure_channel(tls.check_loopback(member.address), [*OPTIONS, *options])
         return tls.secure_channel(identity, member, [*OPTIONS, *options])

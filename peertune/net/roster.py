@@ -16,15 +16,18 @@
     signature: MEUCIQ…                   # over all bytes above, checked before they are parsed
 
 The certificates in the roster, not the CA, are what peers trust: who isn't in it is nobody.
+
+A member's own roster lists those alone whom it may meet on a recipe's graph, and itself: see `peertune.net.own`.
 """
 
 import base64
 import binascii
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from cryptography import x509
@@ -44,12 +47,15 @@ from peertune.net.certificates import (
     public_key,
 )
 
+if TYPE_CHECKING:  # its graph takes half a second to import, and who has no own roster does without
+    from peertune.net.own import Own
+
 MAX_ROSTER_BYTES = 4 * 2**20
 
 _HEADER = "# The members of a peertune federation, signed by its CA. Any change makes it invalid.\n"
 _MARK = b"signature: "
 _ASK = "ask the CA for one made with peertune roster"
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,10 @@ class Roster:
 
     federation: str
     serial: int  # grows with every roster the CA issues
-    members: tuple[Member, ...]  # client k is at place k
+    members: tuple[Member, ...]  # by client number; all, from 0, or in a member's own roster itself and its neighbours
     ca: x509.Certificate = field(repr=False)  # whose signature it bears
     raw: bytes = field(repr=False)  # as read, to pass on
+    own: "Own | None" = None  # in a member's own roster
 
     def by_name(self, name: str) -> Member | None:
         """Return the member of that name, or None."""
@@ -88,13 +95,17 @@ class Roster:
 
     def by_client(self, client: int) -> Member | None:
         """Return the member with that number, or None."""
-        return self.members[client] if 0 <= client < len(self.members) else None
+        return self._seats.get(client)
 
     def by_certificate(self, certificate: x509.Certificate, now: datetime | None = None) -> Member | None:
         """Return the member with that very certificate, if it is in its validity, or None."""
         if not holds_at(certificate, now or datetime.now(UTC)):
             return None
         return self._holders.get(certificate.fingerprint(hashes.SHA256()))
+
+    @cached_property
+    def _seats(self) -> dict[int, Member]:
+        return {member.client: member for member in self.members}
 
     @cached_property
     def _holders(self) -> dict[bytes, Member]:
@@ -109,12 +120,14 @@ def sign_roster(
     key: ec.EllipticCurvePrivateKey,
     ca: x509.Certificate,
     serial: int,
-    members: tuple[Member, ...],
+    members: Sequence[Member],
     now: datetime | None = None,
+    own: "Own | None" = None,
 ) -> bytes:
     """Return a roster as peers read it, with the certificates that haven't expired.
 
-    Raises IdentityError where it would be too large.
+    Of all members in their order, or with `own` of that member and of whom it may meet. Raises IdentityError where it
+    would be too large.
     """
     now = now or datetime.now(UTC)
     kept = [
@@ -125,12 +138,16 @@ def sign_roster(
         "federation": federation_of(ca),
         "serial": serial,
         "issued": now.isoformat(timespec="seconds"),
+        **({} if own is None else {"own": own.entry()}),
         "peers": [entry(member) for member in kept],
     }
     signed = (_HEADER + dump(content)).encode()
     data = signed + _MARK + base64.b64encode(key.sign(signed, ec.ECDSA(hashes.SHA256()))) + b"\n"
     if len(data) > MAX_ROSTER_BYTES:
-        raise IdentityError(f"roster: {len(members)} members take more than {MAX_ROSTER_BYTES // 2**20} MiB; use fewer")
+        raise IdentityError(
+            f"roster: {len(members):,} members take more than {MAX_ROSTER_BYTES // 2**20} MiB; use fewer"
+            + (", or give each its own with peertune roster --recipe" if own is None else "")
+        )
     return data
 
 
@@ -151,17 +168,29 @@ def load_roster(data: bytes, ca: x509.Certificate) -> Roster:
             f"roster: isn't as the CA of {federation_of(ca)} signed it: altered, or of another CA; {_ASK}"
         ) from None
     try:  # what follows would be a mistake of the CA
-        content = checked(
-            yaml.load(signed, _Loader), {"federation": (str,), "serial": (int,), "issued": (str,), "peers": (list,)}
-        )
+        found = yaml.load(signed, Loader)
+        kinds: dict[str, tuple[type, ...]] = {
+            "federation": (str,),
+            "serial": (int,),
+            "issued": (str,),
+            "peers": (list,),
+        }
+        content = checked(found, kinds | ({"own": (dict,)} if isinstance(found, dict) and "own" in found else {}))
         if content["federation"] != federation_of(ca) or content["serial"] < 1:
             raise IdentityError("federation or serial is not the CA's")
-        members = tuple(from_entry(value, client, ca) for client, value in enumerate(content["peers"]))
-        check_distinct(members)
+        members = tuple(from_entry(value, ca) for value in content["peers"])
+        own = _own(content["own"]) if "own" in content else None
+        check_seats(members, own)
     except (yaml.YAMLError, IdentityError) as error:
         reason = "it is no YAML" if isinstance(error, yaml.YAMLError) else error
         raise IdentityError(f"roster: is signed but can't be used: {reason}; {_ASK}") from None
-    return Roster(content["federation"], content["serial"], members, ca, data)
+    return Roster(content["federation"], content["serial"], members, ca, data, own)
+
+
+def _own(value: object) -> "Own":
+    from peertune.net.own import Own
+
+    return Own.from_entry(value)
 
 
 # ---- members as YAML, in rosters and in the CA's own folder
@@ -197,8 +226,8 @@ def entry(member: Member) -> dict[str, Any]:
     }
 
 
-def from_entry(value: object, client: int, ca: x509.Certificate) -> Member:
-    """Read a member, who must have this number. Raises IdentityError for what `entry` would not have made."""
+def from_entry(value: object, ca: x509.Certificate) -> Member:
+    """Read a member. Raises IdentityError for what `entry` would not have made."""
     kinds: dict[str, tuple[type, ...]] = {"client": (int,), "name": (str,), "address": (str, type(None))}
     found = checked(value, kinds | {"fingerprints": (list,), "certificates": (list,)})
     name = check_name(found["name"])
@@ -211,8 +240,8 @@ def from_entry(value: object, client: int, ca: x509.Certificate) -> Member:
         check_address(member.address)
     if any(check_issued(certificate, ca) != name for certificate in certificates):
         raise IdentityError(f"{name}: a certificate is another member's")
-    if member.client != client or found["fingerprints"] != list(member.fingerprints):
-        raise IdentityError(f"{name}: its client number or its fingerprints are wrong")
+    if found["fingerprints"] != list(member.fingerprints):
+        raise IdentityError(f"{name}: its fingerprints are not those of its certificates")
     return member
 
 
@@ -226,11 +255,19 @@ def checked(value: object, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, A
     return value
 
 
-def check_distinct(members: tuple[Member, ...]) -> None:
-    """Raise IdentityError where two members share a name or an address."""
+def check_seats(members: Sequence[Member], own: "Own | None" = None) -> None:
+    """Raise IdentityError where two members share a name or an address, or a number is not where it must be.
+
+    All members have the numbers 0, 1, 2 …; those of a member's own roster grow, and its own is among them.
+    """
     for what, values in (
         ("name", [member.name for member in members]),
         ("address", [member.address for member in members if member.address is not None]),
     ):
-        if twice := next((value for value in values if values.count(value) > 1), None):
-            raise IdentityError(f"two members share the {what} {twice}")
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise IdentityError(f"two members share the {what} {twice[0]}")
+    clients = [member.client for member in members]
+    if own is None and clients != list(range(len(clients))):
+        raise IdentityError("client numbers are not 0, 1, 2 …")
+    if own is not None and (clients != sorted(set(clients)) or own.known.client not in clients):
+        raise IdentityError(f"client numbers don't grow, or {own.known.client} is not among them")

@@ -367,8 +367,8 @@ class Swapper(Node):
                         there = chunk.hello.round
                         self._check_hello(client, chunk.hello)
                         self._saw(client, there)
-                        if chunk.hello.roster_serial < self.membership.current()[1].serial:
-                            queue.put(Chunk(roster=self.membership.current()[1].raw))
+                        for roster in self._newer(chunk.hello):
+                            queue.put(roster)
                     case "wait":
                         self._saw(client, chunk.wait.round, chunk.wait.step)
                         if chunk.wait.left_ms:  # it must not be given up for waiting as long as this end would
@@ -476,9 +476,7 @@ class Swapper(Node):
             self._saw(client, hello.round)
             with self._changed:  # who is further has gone on, with our verdicts or without
                 self._unheard = {(t, other) for t, other in self._unheard if other != client or t >= hello.round}
-        serial = self.membership.current()[1].serial
-        if hello.roster_serial < serial:
-            yield Chunk(roster=self.membership.current()[1].raw)
+        yield from self._newer(hello)
         if hello.purpose == Hello.PING:
             return
         t = hello.round

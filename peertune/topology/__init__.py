@@ -2,17 +2,19 @@
 
 `GRAPHS` makes a `Graph`: the edges that are possible in each round. `active_edges` decides which of them are active,
 each by a draw of its own. `weights_at` turns them into the round's mixing matrix `W [n, n]`, symmetric and doubly
-stochastic; a peer needs its own row alone, `row_at`. `rho` says how fast mixing shrinks disagreement. `Fault` is what
-is planned to go wrong.
+stochastic; a peer needs its own row alone, `row_at`, which follows from its `Neighbourhood`. `rho` says how fast mixing
+shrinks disagreement. `Fault` is what is planned to go wrong.
 """
 
 from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, planned_weights
 from peertune.topology.graphs import GRAPHS
-from peertune.topology.mixing import GraphSummary, rho, rho_draws, summary
-from peertune.topology.near import may_meet, partners_at, row_at
+from peertune.topology.mixing import rho, rho_draws, summary
+from peertune.topology.near import may_meet, neighbourhood, partners_at, row_at
 from peertune.topology.weights import (
     WEIGHTS,
     Graph,
+    GraphSummary,
+    Neighbourhood,
     active_edges,
     drop_edges,
     mixing_weights,
@@ -25,6 +27,7 @@ __all__ = [
     "Fault",
     "Graph",
     "GraphSummary",
+    "Neighbourhood",
     "active_edges",
     "clients_down",
     "delay_s",
@@ -32,6 +35,7 @@ __all__ = [
     "failed_edges",
     "may_meet",
     "mixing_weights",
+    "neighbourhood",
     "partners_at",
     "planned_weights",
     "rho",

@@ -1,7 +1,6 @@
 """How well a graph mixes."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -16,6 +15,7 @@ from peertune.topology.pairs import MOST_PAIRED, pair_count
 from peertune.topology.weights import (
     DENSE_CLIENTS,
     Graph,
+    GraphSummary,
     degrees,
     largest_eigenvalue,
     listed,
@@ -30,19 +30,6 @@ DRAWING_NS = 1e9  # the time that estimating rho may take, roughly; more clients
 CHUNK = 1_000_000  # edges and clients held at once while drawing many rounds
 
 
-@dataclass(frozen=True)
-class GraphSummary:
-    """What a graph does in the long run."""
-
-    clients: int
-    edges: float  # possible in a round, mean over rounds
-    mean_neighbours: float  # a client's active edges in a round
-    isolated_share: float  # of all client-rounds, those without a neighbour
-    rho: float
-    spectral_gap: float  # 1 - rho
-    draws: int  # rounds drawn to estimate rho, or as many rows (`rho_draws`); 0 if it is exact
-
-
 @lru_cache(maxsize=16)  # it takes a second, and a method asks for it as well as a description of the graph
 def rho(graph: Graph, draws: int | None = None) -> float:
     """Return `λ_max(E[WᵀW] - J)` in [0, 1], the factor by which a round of mixing shrinks the squared disagreement.
@@ -55,7 +42,11 @@ def rho(graph: Graph, draws: int | None = None) -> float:
     eigenvalues of `E[WᵀW]` are the Fourier transform of its first row, in a moment for a million clients. Elsewhere
     rho is the largest eigenvalue of a sample's mean: too high, and the more so the sparser the graph and the fewer the
     draws; `largest_eigenvalue` says what is lost on sparse graphs of great length.
+
+    Of a graph of which a neighbourhood alone is known, it is what was found by who has all of it.
     """
+    if graph.known is not None:
+        return graph.known.summary.rho
     default = rho_draws(graph)
     exact = graph.period if default == 0 else None
     n, rounds = graph.clients, exact or draws or default
@@ -108,6 +99,8 @@ def rho_draws(graph: Graph) -> int:
 
 def summary(graph: Graph) -> GraphSummary:
     """Measure a graph. Neighbours are exact for a graph with a period; see `rho` for the rest. Raises GraphError."""
+    if graph.known is not None:
+        return graph.known.summary
     draws, value = rho_draws(graph), rho(graph)
     if graph.every_pair:
         counts = np.full((1, graph.clients), graph.clients - 1)

@@ -10,17 +10,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peertune.draws import happens
+from peertune.errors import GraphError
 from peertune.topology.pairs import Edges, drawn_partners, pair_count
 from peertune.topology.weights import (
     Graph,
+    GraphSummary,
+    Neighbourhood,
     active_edges,
     by_degree,
     degrees,
     first_like,
     matrix,
     metropolis,
+    need_whole,
     possible_weights,
 )
+
+
+def neighbourhood(graph: Graph, client: int, summary: GraphSummary) -> Neighbourhood:
+    """Return what a client must know of a whole graph and of its summary; a graph of these has the client's rows of W.
+
+    Raises GraphError where the client may meet anyone, or as good as anyone: no part is then smaller than the whole.
+    """
+    need_whole(graph)
+    if graph.period is None or graph.every_pair:
+        raise GraphError(
+            f"graph {graph.name}: any two clients may meet, so each must know of all; "
+            "choose a sparse graph, such as random_regular"
+        )
+    near = [_near(graph, client, t) for t in range(graph.period)]
+    weights = tuple(given for _, given in near if given is not None)
+    return Neighbourhood(client, tuple(edges for edges, _ in near), weights, summary)
 
 
 def may_meet(graph: Graph, client: int) -> list[int]:
@@ -71,13 +91,13 @@ def _near(graph: Graph, client: int, place: int) -> tuple[Edges, NDArray[np.floa
     They are the client's own, and for Metropolis weights those of its neighbours as well. The place is one within the
     graph's period.
     """
+    if graph.known is not None and graph.known.client != client:
+        need_whole(graph)
     edges = graph.edges_at(place)
     mine = (edges == client).any(axis=1)
     if graph.weights != "metropolis":
         return edges[mine], possible_weights(graph, place)[mine]
-    near = np.zeros(graph.clients, dtype=bool)
-    near[edges[mine]] = True
-    return edges[near[edges[:, 0]] | near[edges[:, 1]]], None
+    return edges[np.isin(edges, edges[mine]).any(axis=1)], None
 
 
 def _anyone(graph: Graph) -> bool:

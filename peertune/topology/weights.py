@@ -28,11 +28,39 @@ LISTED_PAIRS = 2**20  # up to here all pairs are held, and the draws of many rou
 
 
 @dataclass(frozen=True)
+class GraphSummary:
+    """What a graph does in the long run."""
+
+    clients: int
+    edges: float  # possible in a round, mean over rounds
+    mean_neighbours: float  # a client's active edges in a round
+    isolated_share: float  # of all client-rounds, those without a neighbour
+    rho: float
+    spectral_gap: float  # 1 - rho
+    draws: int  # rounds drawn to estimate rho, or as many rows (`rho_draws`); 0 if it is exact
+
+
+@dataclass(frozen=True, eq=False)
+class Neighbourhood:
+    """What one client must know of a graph: whom it may meet, and from what its rows of the mixing matrix follow.
+
+    It grows with the edges of the client and of its neighbours, not with the number of clients. Who has the whole graph
+    makes it (`neighbourhood`).
+    """
+
+    client: int
+    edges: tuple[Edges, ...]  # of each round of a period: its own, and for Metropolis weights its neighbours' as well
+    weights: tuple[NDArray[np.float64], ...]  # of these edges; none for Metropolis weights, which follow from them
+    summary: GraphSummary  # of the whole graph
+
+
+@dataclass(frozen=True)
 class Graph:
     """The edges that are possible in each round, and how often a possible edge is active.
 
     Raises GraphError if a setting is out of range, if the clients aren't connected by the edges of all rounds together,
-    or if the weights don't suit the edges.
+    or if the weights don't suit the edges; of a graph of which one client's neighbourhood alone is `known`, for a
+    setting alone, since the others were looked at by who had all of it.
     """
 
     clients: int
@@ -46,6 +74,7 @@ class Graph:
     every_pair: bool = False  # whether any two clients may meet in any round: no list of them is needed to draw some
     sides: tuple[int, ...] = ()  # of a grid in which client numbers run, the last side fastest, if moving all clients
     # round it by the same steps leaves each round's possible edges as they are; empty elsewhere
+    known: Neighbourhood | None = None  # where this is all that is known of it: edges_at has no others
 
     def __post_init__(self) -> None:
         where = f"graph {self.name}"
@@ -54,6 +83,8 @@ class Graph:
             raise GraphError(f"{where}: activation is {self.activation}; choose a number above 0, at most 1")
         if self.weights not in WEIGHTS:
             raise GraphError(unknown(f"{where}: weights", self.weights, WEIGHTS))
+        if self.known is not None:
+            return
         if self.every_pair:
             lower = f"choose an activation below {MOST_EDGES / max(1, pair_count(self.clients)):.2g}"
             sparse = "or a sparse graph such as random_regular"
@@ -91,6 +122,7 @@ def active_edges(graph: Graph, t: int) -> Edges:
     Each edge has its own draw, `uniforms(seed, "edge", t, i, j) < activation`, so a peer can decide about its own edges
     without drawing anyone else's. Raises GraphError where any two of more than 100,000 clients may meet.
     """
+    need_whole(graph)
     if not listed(graph):
         need_paired(graph.name, graph.clients)
         return drawn_pairs(graph.clients, graph.activation, graph.seed, "edge", t)
@@ -170,6 +202,7 @@ def weights_at(graph: Graph, t: int) -> csr_array:
 def stacked_weights(graph: Graph, rounds: range) -> csr_array:
     """Return the mixing matrices of several rounds one below the other, `[R·n, n]`."""
     # Rounds share no edge, so together they are one graph of R·n clients: client i in the k-th round is number k·n + i.
+    need_whole(graph)
     n = graph.clients
     if not listed(graph):
         apart = np.concatenate([active_edges(graph, t) + n * at for at, t in enumerate(rounds)])
@@ -193,6 +226,8 @@ def first_like(graph: Graph, t: int) -> int:
 @lru_cache(maxsize=64)
 def possible_weights(graph: Graph, t: int) -> NDArray[np.float64]:
     """Return the weights of the possible edges of a round, `[E]`, by a rule that looks at these alone."""
+    if graph.known is not None:
+        return graph.known.weights[t]
     # Remembered, since the Laplacian's eigenvalue costs far more than the rest of a round's weights.
     return WEIGHTS[graph.weights](graph.clients, graph.edges_at(t))
 
@@ -272,3 +307,9 @@ def need_clients(name: str, clients: int, least: int) -> None:
     """Raise GraphError if the graph of this name has fewer clients than it needs."""
     if clients < least:
         raise GraphError(f"graph {name}: clients is {clients}; choose {least} or more")
+
+
+def need_whole(graph: Graph) -> None:
+    """Raise GraphError where only one client's neighbourhood of the graph is known."""
+    if graph.known is not None:
+        raise GraphError(f"graph {graph.name}: only what is near client {graph.known.client} is known of it")

@@ -282,7 +282,7 @@ def test_without_tls_the_same_holds_on_this_machine(three: Federation) -> None:
 def test_knocking_at_nobody_s_door_is_one_line(three: Federation) -> None:
     swapper = Swapper(of(three, 0), AGREED, patience_s=60)
     try:
-        with pytest.raises(PeertuneError, match="it: has no address in the roster"):
+        with pytest.raises(PeertuneError, match="client 7: is not in the roster"):
             swapper.knock(7)
         with pytest.raises(PeertuneError, match="refused"):
             swapper.knock(1, wait_s=10)

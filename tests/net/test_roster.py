@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from parties import Federation
 
-from peertune.errors import IdentityError
+from peertune.errors import GraphError, IdentityError
 from peertune.net import authority as ca
 from peertune.net.roster import MAX_ROSTER_BYTES, Roster, load_roster
+from peertune.topology import GRAPHS, neighbourhood, summary
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -196,3 +197,97 @@ def test_a_roster_keeps_those_that_were_revoked_in_their_seats(tmp_path: Path) -
     with ca.opened(made.ca) as authority:
         assert (authority.serial, len(authority.revoked)) == (2, 1)
     assert isinstance(certificate, x509.Certificate)
+
+
+# ---- a member's own roster
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    names = [f"hospital-{number}" for number in range(6)]
+    made = Federation(tmp_path_factory.mktemp("six"), *names, now=NOW)
+    made.revoke("hospital-5")
+    return made
+
+
+def test_an_own_roster_lists_whom_the_member_may_meet_and_what_it_must_know(six: Federation) -> None:
+    graph = GRAPHS["ring"](clients=9, activation=0.5)
+    rosters = six.own_rosters(graph, "a graph", NOW)
+    assert list(rosters) == [f"hospital-{number}" for number in range(5)], "the one that is revoked gets none"
+    listed = {name: [member.client for member in roster.members] for name, roster in rosters.items()}
+    assert listed["hospital-0"] == [0, 1], "client 8 is in no seat yet"
+    assert listed["hospital-3"] == [2, 3, 4]
+    assert listed["hospital-4"] == [3, 4, 5]
+    assert len({roster.serial for roster in rosters.values()}) == 1
+    whole = six.roster(NOW)
+    assert whole.serial == rosters["hospital-0"].serial + 1
+    for name, roster in rosters.items():
+        member = whole.by_name(name)
+        assert member is not None
+        client = member.client
+        assert roster.by_name(name) == roster.by_client(client) == member
+        assert (roster.by_client(client + 2), roster.by_client(-1)) == (None, None)
+        assert six.identity(name, roster, NOW).client == client
+        assert roster.own is not None
+        known, again = roster.own.known, neighbourhood(graph, client, summary(graph))
+        assert (roster.own.graph, known.client, known.summary) == ("a graph", client, summary(graph))
+        assert [edges.tolist() for edges in known.edges] == [edges.tolist() for edges in again.edges]
+
+
+@pytest.mark.parametrize("name", ["exponential", "random_regular"])
+def test_weights_and_edges_of_all_rounds_come_through_to_the_bit(six: Federation, name: str) -> None:
+    settings = {"degree": 3} if name == "random_regular" else {}
+    graph = GRAPHS[name](clients=8, activation=0.3, weights="laplacian", **settings)
+    for roster in six.own_rosters(graph, "a graph", NOW).values():
+        assert roster.own is not None
+        known = roster.own.known
+        again = neighbourhood(graph, known.client, summary(graph))
+        assert len(known.weights) == len(known.edges) == graph.period
+        for mine, theirs in zip((*known.edges, *known.weights), (*again.edges, *again.weights), strict=True):
+            assert (mine.tolist(), mine.dtype) == (theirs.tolist(), theirs.dtype)
+
+
+def test_where_any_two_may_meet_there_is_no_own_roster_and_no_serial_is_spent(six: Federation) -> None:
+    with pytest.raises(GraphError, match="graph complete: any two clients may meet"):
+        six.own_rosters(GRAPHS["complete"](clients=9), "a graph", NOW)
+    before = six.roster(NOW).serial
+    assert six.roster(NOW).serial == before + 1
+
+
+WRONG_OWN: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no mapping": lambda c: c.update(own=[]),
+    "a key too many": lambda c: c["own"].update(extra=1),
+    "a key too few": lambda c: c["own"].pop("graph"),
+    "a number of another type": lambda c: c["own"].update(client="3"),
+    "a number that no peer has": lambda c: c["own"].update(client=7),
+    "a number beyond the clients": lambda c: c["own"].update(client=9),
+    "no rounds": lambda c: c["own"].update(edges=[]),
+    "edges of another type": lambda c: c["own"].update(edges=[[2, 3]]),
+    "edges of another shape": lambda c: c["own"].update(edges=["2-3,3-4"]),
+    "a number too long": lambda c: c["own"].update(edges=["2-3333333333"]),
+    "a pair the wrong way round": lambda c: c["own"].update(edges=["3-2 3-4"]),
+    "a client with itself": lambda c: c["own"].update(edges=["3-3"]),
+    "pairs that are not sorted": lambda c: c["own"].update(edges=["3-4 2-3"]),
+    "a pair twice": lambda c: c["own"].update(edges=["3-4 3-4"]),
+    "an end that is no client": lambda c: c["own"].update(edges=["3-9"]),
+    "weights of too few rounds": lambda c: c["own"].update(weights=[[], []]),
+    "weights of too few edges": lambda c: c["own"].update(weights=[[0.5]]),
+    "a weight that is none": lambda c: c["own"].update(edges=["2-3"], weights=[[float("nan")]]),
+    "a weight of another type": lambda c: c["own"].update(edges=["2-3"], weights=[[1]]),
+    "clients beyond counting": lambda c: c["own"]["summary"].update(clients=10**30),
+    "a summary without rho": lambda c: c["own"]["summary"].pop("rho"),
+    "rho of another type": lambda c: c["own"]["summary"].update(rho="0.5"),
+    "its own entry left out": lambda c: c["peers"].pop(1),
+    "numbers that do not grow": lambda c: c["peers"].reverse(),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_OWN)
+def test_an_own_roster_that_the_ca_should_not_have_signed_is_refused_in_one_line(six: Federation, wrong: str) -> None:
+    content = yaml.safe_load(six.own_rosters(GRAPHS["ring"](clients=9), "a graph", NOW)["hospital-3"].raw)
+    del content["signature"]
+    assert load_roster(signed(six, yaml.safe_dump(content)), six.certificate).own is not None
+    WRONG_OWN[wrong](content)
+    with pytest.raises(IdentityError, match=r"^roster: is signed but can't be used: ") as caught:
+        load_roster(signed(six, yaml.safe_dump(content)), six.certificate)
+    assert "\n" not in str(caught.value)

@@ -28,6 +28,7 @@ from peertune.net.membership import Membership
 from peertune.net.node import METHOD
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict
 from peertune.net.swap import Swapper
+from peertune.topology import GRAPHS
 from peertune.types import Tensors
 
 AGREED = {"rounds": "10", "seed": "0"}
@@ -422,6 +423,48 @@ def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(tmp_path
         assert swappers[1].membership.current()[1].serial == 2  # from peer 0
         assert all_swap(swappers, 2)[1].keys() == {0}
         assert made.peer(1).joinpath("roster.yaml").read_bytes() == made.roster.read_bytes()
+
+
+def test_an_own_roster_is_not_passed_on_and_who_has_an_older_one_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = found(tmp_path, 3)
+    path = GRAPHS["path"](clients=3)
+
+    def issue(*clients: int) -> None:
+        rosters = made.parties.own_rosters(path, "a path")
+        for client in clients:
+            made.own(client, "path").write_bytes(rosters[f"peer-{client}"].raw)
+
+    def serial(client: int) -> int:
+        return swappers[client].membership.current()[1].serial
+
+    issue(0, 1, 2)
+    with ExitStack() as stack:
+        swappers = {}
+        for client in range(3):
+            swappers[client] = Swapper(Membership(made.peer(client), made.own(client, "path")), AGREED, patience_s=5.0)
+            stack.callback(swappers[client].stop)
+            stack.callback(swappers[client].hurry)
+            swappers[client].start(made.address(client))
+        heard = all_swap(swappers, 0)
+        assert {client: came.keys() for client, came in heard.items()} == {0: {1}, 1: {0, 2}, 2: {1}}
+        issue(1)
+        for t in (1, 2, 3):
+            assert {client: came.keys() for client, came in all_swap(swappers, t).items()} == {
+                0: {1},
+                1: {0, 2},
+                2: {1},
+            }
+        said = [record.getMessage() for record in caplog.records if "ask the CA" in record.getMessage()]
+        assert said == ["client 1 has roster 3, and this peer's own is 2; ask the CA for the newest"] * 2
+        assert [serial(client) for client in range(3)] == [2, 3, 2]
+        made.roster.write_bytes(made.parties.roster().raw)
+        made.own(0, "path").write_bytes(made.roster.read_bytes())
+        all_swap(swappers, 4)
+        assert serial(1) == 4, "one of all members is passed on"
+        all_swap(swappers, 5)
+        assert serial(2) == 4
 
 
 def test_without_tls_only_loopback_is_listened_at(three: Federation) -> None:

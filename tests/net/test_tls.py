@@ -24,6 +24,7 @@ from peertune.net.certificates import key_pem, new_key, pem, read_key
 from peertune.net.identity import Identity
 from peertune.net.roster import Member, Roster
 from peertune.net.tls import caller, check_loopback, secure_channel, server_credentials
+from peertune.topology import GRAPHS
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=100)
 REFUSED = grpc.StatusCode.UNAVAILABLE
@@ -103,6 +104,14 @@ def test_who_is_not_in_the_roster_is_refused(federation: Federation) -> None:
         with grpc.secure_channel(f"localhost:{port}", nobody, named) as bare:
             assert ask(bare) is REFUSED
         assert call(known, roster.by_name("hospital-1"), port) == b"hospital-2"
+
+
+def test_by_its_own_roster_a_peer_lets_its_neighbours_in_and_no_other_member(federation: Federation) -> None:
+    whole = federation.roster()
+    own = federation.own_rosters(GRAPHS["path"](clients=3), "a path")["hospital-1"]
+    with serving(Server(federation.identity("hospital-1", own), own)) as port:
+        assert call(federation.identity("hospital-2", whole), whole.by_name("hospital-1"), port) == b"hospital-2"
+        assert call(federation.identity("hospital-3", whole), whole.by_name("hospital-1"), port) is REFUSED
 
 
 def test_a_server_that_is_another_member_or_another_ca_s_is_refused(federation: Federation) -> None:
