@@ -18,9 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
-from benchmarks.measure import Figure, figure, timed
+from benchmarks.measure import Figure, figure, interleaved, ratios, timed
 from peertune.algorithms.schedules import switching_interval
-from peertune.topology import GRAPHS, Graph, rho, row_at, weights_at
+from peertune.net.certificates import Request, issue, issue_ca, new_key
+from peertune.net.own import Own
+from peertune.net.roster import Member, load_roster, sign_roster
+from peertune.parts import build_algorithm, build_graph, describe_graph, graph_text
+from peertune.recipe import load_recipe
+from peertune.topology import GRAPHS, Graph, may_meet, neighbourhood, rho, row_at, summary, weights_at
 
 MILLION = 1_000_000
 SIMULATED: dict[str, tuple[int, dict[str, Any]]] = {
@@ -39,6 +44,8 @@ ONE_PEER: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
 }
 """Graph → clients and settings at which one peer's row is timed."""
 
+FEW = 1_024  # clients with which a peer's start among many is compared
+STARTS = 30
 ROUNDS = 30
 PER_CENT = 0.01  # of the disagreement at the start, which rounds are counted to
 ADAPTERS = {"MiniLM-L6": (6, 384), "LLaMA-7B": (32, 4096)}  # layers, and width in and out of query and of value
@@ -51,12 +58,17 @@ def adapter_bytes(layers: int, width: int, rank: int = RANK) -> int:
 
 
 def make(name: str, clients: int, settings: dict[str, Any]) -> Graph:
-    """Make a graph, of a mean degree where it takes a chance for each pair."""
+    """Make a graph."""
+    return GRAPHS[name](clients=clients, **_given(name, clients, settings))
+
+
+def _given(name: str, clients: int, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return a graph's settings; a mean degree becomes a chance for each pair."""
     given = dict(settings)
     if "mean_degree" in given:
         chance = given.pop("mean_degree") / (clients - 1)
         given["activation" if name == "complete" else "probability"] = chance
-    return GRAPHS[name](clients=clients, **given)
+    return given
 
 
 def run(rounds: int = ROUNDS) -> list[Figure]:
@@ -70,6 +82,8 @@ def run(rounds: int = ROUNDS) -> list[Figure]:
     for name, (sizes, _) in ONE_PEER.items():
         for clients in sizes:
             figures += _apart("row", name, clients, rounds)
+    for name, (clients, _) in SIMULATED.items():
+        figures += _apart("start", name, clients, STARTS)
     return figures
 
 
@@ -152,6 +166,56 @@ def row(name: str, clients: int, settings: dict[str, Any], rounds: int) -> list[
     return figures
 
 
+def start(name: str, clients: int, settings: dict[str, Any], repeats: int) -> list[Figure]:
+    """Time what a peer's start takes by its own roster among many clients and among few, in turn.
+
+    From the signed bytes to the graph, rho, T* and the rows of a period. What else a peer does at its start, which is
+    to load its base and its rows, has nothing to do with others.
+    """
+    key = new_key()
+    ca = issue_ca(key, "bench")
+
+    def told(count: int) -> tuple[Callable[[int], object], int, str]:
+        graph_settings = {"name": name} | _given(name, count, settings)
+        recipe = load_recipe("digits-demo", [f"clients={count}", f"graph={json.dumps(graph_settings)}"])
+        graph = build_graph(recipe)
+        contacts = sum(np.bincount(graph.edges_at(t).ravel(), minlength=count) for t in range(graph.period or 1))
+        client = int(np.flatnonzero(contacts == np.median(contacts))[0])
+        seats = sorted([client, *may_meet(graph, client)])
+        members = []
+        for seat in seats:
+            request = Request(f"peer-{seat}", f"peer-{seat}.example.org:50051", new_key().public_key())
+            members.append(Member(seat, request.name, request.address, (issue(key, ca, request, 90),)))
+        known = neighbourhood(graph, client, summary(graph))
+        raw = sign_roster(key, ca, 1, members, own=Own(graph_text(recipe), known))
+
+        def begin(_: int) -> None:
+            own = load_roster(raw, ca).own
+            assert own is not None
+            graph = build_graph(recipe, own.known)
+            build_algorithm(recipe, graph)
+            describe_graph(graph)
+            may_meet(graph, client)
+            for t in range(graph.period or 1):
+                row_at(graph, client, t)
+
+        edges = sum(map(len, known.edges))
+        return begin, len(raw), f"{len(seats) - 1} neighbours, {edges} edges near"
+
+    few, many = f"{name}, {FEW:,} peers", f"{name}, {clients:,} peers"
+    made = {few: told(FEW), many: told(clients)}
+    times = interleaved({where: begin for where, (begin, _, _) in made.items()}, repeats)
+    target = "" if name == "exponential" else "≤ 1.15"  # it has log2 n neighbours
+    return [
+        *(
+            figure(f"its own roster ({where})", [size / 1e3], "kB", note=note)
+            for where, (_, size, note) in made.items()
+        ),
+        *(figure(f"a peer's start by it ({where})", [1e3 * s for s in taken], "ms") for where, taken in times.items()),
+        figure(f"a start among many over one among few ({many})", ratios(times[many], times[few]), "×", target),
+    ]
+
+
 def _spread(x: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the mean squared distance from the mean, of each column."""
     return np.asarray(np.square(x - x.mean(axis=0)).mean(axis=0))
@@ -172,6 +236,7 @@ Measure = Callable[[str, int, dict[str, Any], int], list[Figure]]
 MEASURES: dict[str, tuple[Measure, Callable[[str], dict[str, Any]]]] = {
     "simulate": (simulate, lambda name: SIMULATED[name][1]),
     "row": (row, lambda name: ONE_PEER[name][1]),
+    "start": (start, lambda name: SIMULATED[name][1]),
 }
 
 
