@@ -25,7 +25,7 @@ from peertune.net.own import Own
 from peertune.net.roster import Member, load_roster, sign_roster
 from peertune.parts import build_algorithm, build_graph, describe_graph, graph_text
 from peertune.recipe import load_recipe
-from peertune.topology import GRAPHS, Graph, may_meet, neighbourhood, rho, row_at, summary, weights_at
+from peertune.topology import GRAPHS, Graph, may_meet, neighbourhoods, rho, row_at, summary, weights_at
 
 MILLION = 1_000_000
 SIMULATED: dict[str, tuple[int, dict[str, Any]]] = {
@@ -181,12 +181,12 @@ def start(name: str, clients: int, settings: dict[str, Any], repeats: int) -> li
         graph = build_graph(recipe)
         contacts = sum(np.bincount(graph.edges_at(t).ravel(), minlength=count) for t in range(graph.period or 1))
         client = int(np.flatnonzero(contacts == np.median(contacts))[0])
-        seats = sorted([client, *may_meet(graph, client)])
+        (known,) = neighbourhoods(graph, [client], summary(graph))
+        seats = sorted([client, *known.others])
         members = []
         for seat in seats:
             request = Request(f"peer-{seat}", f"peer-{seat}.example.org:50051", new_key().public_key())
             members.append(Member(seat, request.name, request.address, (issue(key, ca, request, 90),)))
-        known = neighbourhood(graph, client, summary(graph))
         raw = sign_roster(key, ca, 1, members, own=Own(graph_text(recipe), known))
 
         def begin(_: int) -> None:

@@ -25,7 +25,7 @@ from peertune.topology import (
     may_meet,
     mixing,
     mixing_weights,
-    neighbourhood,
+    neighbourhoods,
     pairs,
     partners_at,
     planned_weights,
@@ -260,7 +260,7 @@ SPARSE = sorted(GRAPHS.keys() - {"complete", "matching"})
 
 def seen_by(graph: Graph, client: int) -> Graph:
     """The graph as the client knows it that is told its neighbourhood alone."""
-    known = neighbourhood(graph, client, FACTS)
+    (known,) = neighbourhoods(graph, [client], FACTS)
     assert known.client == client
     return replace(graph, edges_at=lambda t: known.edges[t % len(known.edges)], known=known)
 
@@ -276,7 +276,8 @@ def test_a_clients_neighbourhood_is_enough_for_its_own_rows(
         seen = seen_by(graph, client)
         assert row_at(seen, client, t) == row_at(graph, client, t)
         assert partners_at(seen, client, t) == partners_at(graph, client, t)
-        assert may_meet(seen, client) == may_meet(graph, client)
+        assert seen.known is not None
+        assert seen.known.others == may_meet(seen, client) == may_meet(graph, client)
 
 
 @pytest.mark.parametrize("name", sorted(set(REGULAR) & set(SPARSE)))
@@ -291,7 +292,7 @@ def test_a_neighbourhood_does_not_grow_with_the_clients(name: str) -> None:
     settings = {"degree": 4} if name == "random_regular" else {}
     for clients in (64, 4096):
         graph = GRAPHS[name](clients=clients, **settings)
-        known = neighbourhood(graph, 7, FACTS)
+        (known,) = neighbourhoods(graph, [7], FACTS)
         if name == "exponential":  # one edge in each of log2 n rounds
             assert [len(edges) for edges in known.edges] == [1] * (clients.bit_length() - 1)
         else:
@@ -306,7 +307,7 @@ def test_of_a_neighbourhood_nothing_follows_but_the_clients_own() -> None:
     for ask in (
         lambda: weights_at(seen, 0),
         lambda: active_edges(seen, 0),
-        lambda: neighbourhood(seen, 4, FACTS),
+        lambda: neighbourhoods(seen, [4], FACTS),
         lambda: row_at(seen, 5, 0),
         lambda: partners_at(seen, 5, 0),
     ):
@@ -316,7 +317,7 @@ def test_of_a_neighbourhood_nothing_follows_but_the_clients_own() -> None:
         with pytest.raises(
             GraphError, match=f"graph {name}: any two clients may meet, so each must know of all; choose"
         ):
-            neighbourhood(GRAPHS[name](clients=9, **more), 4, FACTS)
+            neighbourhoods(GRAPHS[name](clients=9, **more), [4], FACTS)
     with pytest.raises(GraphError, match="activation is 2"):
         replace(seen, activation=2)
 

@@ -181,15 +181,15 @@ def issue_own_rosters(
     may meet; and IdentityError, when it comes to it, for a member whose roster would be too large.
     """
     from peertune.net.own import Own
-    from peertune.topology import may_meet, neighbourhood, summary
+    from peertune.topology import neighbourhoods, summary
 
     new = replace(authority, serial=authority.serial + 1)
     facts = summary(graph)
-    known = [neighbourhood(graph, member.client, facts) for member in new.members if member.certificates]
+    known = neighbourhoods(graph, [member.client for member in new.members if member.certificates], facts)
 
     def sign() -> Iterator[tuple[Member, bytes]]:
         for own in known:
-            seats = sorted([own.client, *may_meet(graph, own.client)])
+            seats = sorted([own.client, *own.others])
             listed = [new.members[client] for client in seats if client < len(new.members)]
             roster = sign_roster(new.key, new.certificate, new.serial, listed, now, Own(text, own))
             yield new.members[own.client], roster

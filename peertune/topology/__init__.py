@@ -9,7 +9,7 @@ shrinks disagreement. `Fault` is what is planned to go wrong.
 from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, planned_weights
 from peertune.topology.graphs import GRAPHS
 from peertune.topology.mixing import rho, rho_draws, summary
-from peertune.topology.near import may_meet, neighbourhood, partners_at, row_at
+from peertune.topology.near import may_meet, neighbourhoods, partners_at, row_at
 from peertune.topology.weights import (
     WEIGHTS,
     Graph,
@@ -35,7 +35,7 @@ __all__ = [
     "failed_edges",
     "may_meet",
     "mixing_weights",
-    "neighbourhood",
+    "neighbourhoods",
     "partners_at",
     "planned_weights",
     "rho",

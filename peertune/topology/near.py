@@ -4,10 +4,11 @@ It follows from the client's own edges and those of its neighbours, so that a pe
 the number of clients, unless any two of them may meet.
 """
 
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from peertune.draws import happens
 from peertune.errors import GraphError
@@ -27,10 +28,11 @@ from peertune.topology.weights import (
 )
 
 
-def neighbourhood(graph: Graph, client: int, summary: GraphSummary) -> Neighbourhood:
-    """Return what a client must know of a whole graph and of its summary; a graph of these has the client's rows of W.
+def neighbourhoods(graph: Graph, clients: Sequence[int], summary: GraphSummary) -> list[Neighbourhood]:
+    """Return what each of these clients must know of a whole graph, and of its summary, to have its own rows of W.
 
-    Raises GraphError where the client may meet anyone, or as good as anyone: no part is then smaller than the whole.
+    In the time of sorting the edges, and of looking up those of each client. Raises GraphError where any two clients
+    may meet: no part is then smaller than the whole.
     """
     need_whole(graph)
     if graph.period is None or graph.every_pair:
@@ -38,9 +40,16 @@ def neighbourhood(graph: Graph, client: int, summary: GraphSummary) -> Neighbour
             f"graph {graph.name}: any two clients may meet, so each must know of all; "
             "choose a sparse graph, such as random_regular"
         )
-    near = [_near(graph, client, t) for t in range(graph.period)]
-    weights = tuple(given for _, given in near if given is not None)
-    return Neighbourhood(client, tuple(edges for edges, _ in near), weights, summary)
+    found = zip(*(_near_each(graph, clients, place) for place in range(graph.period)), strict=True)
+    return [
+        Neighbourhood(
+            client,
+            tuple(edges for edges, _ in rounds),
+            tuple(weights for _, weights in rounds if weights is not None),
+            summary,
+        )
+        for client, rounds in zip(clients, found, strict=True)
+    ]
 
 
 def may_meet(graph: Graph, client: int) -> list[int]:
@@ -93,11 +102,27 @@ def _near(graph: Graph, client: int, place: int) -> tuple[Edges, NDArray[np.floa
     """
     if graph.known is not None and graph.known.client != client:
         need_whole(graph)
+    (found,) = _near_each(graph, [client], place)
+    return found
+
+
+def _near_each(graph: Graph, clients: Sequence[int], place: int) -> Iterator[tuple[Edges, NDArray[np.float64] | None]]:
+    """Yield for each of these clients what `_near` returns."""
     edges = graph.edges_at(place)
-    mine = (edges == client).any(axis=1)
-    if graph.weights != "metropolis":
-        return edges[mine], possible_weights(graph, place)[mine]
-    return edges[np.isin(edges, edges[mine]).any(axis=1)], None
+    order = np.argsort(edges.ravel(), kind="stable")  # the ends of edge e are 2e and 2e + 1
+    ends = edges.ravel()[order]
+
+    def having(some: ArrayLike) -> NDArray[np.int64]:
+        """Return which edges have one of these clients."""
+        bounds = zip(np.searchsorted(ends, some, "left"), np.searchsorted(ends, some, "right"), strict=True)
+        return np.unique(np.concatenate([order[:0], *(order[left:right] for left, right in bounds)]) // 2)
+
+    for client in clients:
+        mine = having([client])
+        if graph.weights == "metropolis":
+            yield edges[having(np.unique(edges[mine]))], None
+        else:
+            yield edges[mine], possible_weights(graph, place)[mine]
 
 
 def _anyone(graph: Graph) -> bool:

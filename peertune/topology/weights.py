@@ -45,13 +45,19 @@ class Neighbourhood:
     """What one client must know of a graph: whom it may meet, and from what its rows of the mixing matrix follow.
 
     It grows with the edges of the client and of its neighbours, not with the number of clients. Who has the whole graph
-    makes it (`neighbourhood`).
+    makes it (`neighbourhoods`).
     """
 
     client: int
     edges: tuple[Edges, ...]  # of each round of a period: its own, and for Metropolis weights its neighbours' as well
     weights: tuple[NDArray[np.float64], ...]  # of these edges; none for Metropolis weights, which follow from them
     summary: GraphSummary  # of the whole graph
+
+    @property
+    def others(self) -> list[int]:
+        """All whom the client may ever meet, sorted."""
+        own = [edges[(edges == self.client).any(axis=1)].ravel().tolist() for edges in self.edges]
+        return sorted({end for ends in own for end in ends} - {self.client})
 
 
 @dataclass(frozen=True)

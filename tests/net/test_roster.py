@@ -15,7 +15,7 @@ from parties import Federation
 from peertune.errors import GraphError, IdentityError
 from peertune.net import authority as ca
 from peertune.net.roster import MAX_ROSTER_BYTES, Roster, load_roster
-from peertune.topology import GRAPHS, neighbourhood, summary
+from peertune.topology import GRAPHS, neighbourhoods, summary
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -229,7 +229,8 @@ def test_an_own_roster_lists_whom_the_member_may_meet_and_what_it_must_know(six:
         assert (roster.by_client(client + 2), roster.by_client(-1)) == (None, None)
         assert six.identity(name, roster, NOW).client == client
         assert roster.own is not None
-        known, again = roster.own.known, neighbourhood(graph, client, summary(graph))
+        known = roster.own.known
+        (again,) = neighbourhoods(graph, [client], summary(graph))
         assert (roster.own.graph, known.client, known.summary) == ("a graph", client, summary(graph))
         assert [edges.tolist() for edges in known.edges] == [edges.tolist() for edges in again.edges]
 
@@ -241,7 +242,7 @@ def test_weights_and_edges_of_all_rounds_come_through_to_the_bit(six: Federation
     for roster in six.own_rosters(graph, "a graph", NOW).values():
         assert roster.own is not None
         known = roster.own.known
-        again = neighbourhood(graph, known.client, summary(graph))
+        (again,) = neighbourhoods(graph, [known.client], summary(graph))
         assert len(known.weights) == len(known.edges) == graph.period
         for mine, theirs in zip((*known.edges, *known.weights), (*again.edges, *again.weights), strict=True):
             assert (mine.tolist(), mine.dtype) == (theirs.tolist(), theirs.dtype)
