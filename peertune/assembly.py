@@ -38,7 +38,7 @@ from peertune.parts import (
 )
 from peertune.recipe import Recipe
 from peertune.round import Job
-from peertune.topology import Neighbourhood
+from peertune.topology import Neighbourhood, digest
 from peertune.training import Optim, adamw, learning_rate, sgd
 from peertune.types import ALONE, Algorithm, Group, Split, State, Task
 
@@ -249,6 +249,7 @@ def agreed(run: Run) -> dict[str, str]:
         "algorithm": json.dumps(recipe.algorithm.model_dump(), sort_keys=True),
         "base": base.hexdigest()[:16],
         "clients": str(recipe.clients),
+        "edges": digest(job.graph),
         "graph": json.dumps(recipe.graph.model_dump(), sort_keys=True),
         "labels": short(run.labels),
         "lora": json.dumps(recipe.lora.model_dump(exclude={"lora_dropout"}), sort_keys=True),

@@ -19,7 +19,7 @@ from peertune.data.partition import PARTITIONS, counts
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
 from peertune.recipe import Part, Recipe, arguments
-from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, rho, summary
+from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, graph_near, rho, summary
 from peertune.types import Algorithm, Split, Task
 
 log = logging.getLogger(__name__)
@@ -38,23 +38,14 @@ def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:
     if known is None:
         graph: Graph = _make("graph", recipe.graph, clients=recipe.clients, seed=recipe.seed)
         return graph
-    block = _complete(recipe, "graph")
-    return Graph(
-        recipe.clients,
-        lambda t: known.edges[t % len(known.edges)],
-        len(known.edges),
-        block.settings["activation"],
-        recipe.seed,
-        block.settings["weights"],
-        block.name,
-        known=known,
-    )
+    settings = _complete(recipe, "graph").settings
+    return graph_near(known, seed=recipe.seed, activation=settings["activation"], weights=settings["weights"])
 
 
 def graph_text(recipe: Recipe) -> str:
-    """Return all from which the recipe's graph follows, as JSON: two that are alike make the same graph."""
+    """Return what the recipe says of its graph, as JSON: all from which it follows but the contents of files."""
     block = {**_complete(recipe, "graph").model_dump(), "clients": recipe.clients, "seed": recipe.seed}
-    return json.dumps(block, sort_keys=True, default=str)
+    return json.dumps(block, sort_keys=True)
 
 
 def build_task(recipe: Recipe) -> Task:

@@ -178,6 +178,7 @@ def test_each_member_gets_a_roster_of_its_own_for_a_recipe(ca: Call) -> None:
     assert roster.own is not None
     assert roster.own.known.edges[0].tolist() == [[0, 1], [0, 99_999], [1, 2], [99_998, 99_999]]
     (Path("rosters") / "notes.txt").write_text("mine")
+    Path("folders", "mine.roster.yaml").mkdir(parents=True)
     for words, mistake in (
         (ring, "rosters: holds something other than rosters; give another --out"),
         ([*ring, "--out", "peer"], "peer: holds something other than rosters"),
@@ -191,6 +192,12 @@ def test_each_member_gets_a_roster_of_its_own_for_a_recipe(ca: Call) -> None:
             "graph complete: any two clients may meet, so each must know of all",
         ),
         (["graph={name: rong}", "--out", "x"], "graph.name: unknown name 'rong'"),
+        (
+            ["clients=20000", "graph={name: bipartite, left: 100}", "--out", "x"],
+            "roster: what client 0 must know of gra",
+        ),
+        ([*ring, "--out", "."], ".: holds something other than rosters"),
+        ([*ring, "--out", "folders"], "folders: holds something other than rosters"),
     ):
         code, out, err = ca("roster", "--recipe", "digits-demo", *words)
         assert (code, out, err.count("\n")) == (2, "", 1)
@@ -198,6 +205,11 @@ def test_each_member_gets_a_roster_of_its_own_for_a_recipe(ca: Call) -> None:
     assert not Path("x").exists()
     assert (Path("rosters") / "notes.txt").read_text() == "mine"
     assert json.loads(ca("roster", "--json")[1])["serial"] == 3, "a mistake spends no serial"
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    assert ca("roster", "--recipe", "digits-demo", *ring, "--out", "link")[0] == 0
+    assert Path("link").is_symlink()
+    assert sorted(file.name for file in Path("real").iterdir()) == ["hospital-1.roster.yaml", "hospital-2.roster.yaml"]
 
 
 @pytest.mark.parametrize("group", ["ca", "peer", "roster"])

@@ -214,7 +214,7 @@ def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mi
         build_graph(recipe)
     with ca.opened(two.parties.ca) as authority:
         for client in range(2):
-            known = Neighbourhood(client, (np.array([[0, 1]]),), (), told)
+            known = Neighbourhood(client, "erdos_renyi", "0123", (np.array([[0, 1]]),), (), told)
             own = Own(graph_text(recipe), known)
             raw = sign_roster(authority.key, authority.certificate, 7, authority.members, own=own)
             two.own(client, "told").write_bytes(raw)
@@ -225,7 +225,7 @@ def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mi
     for command, code in ((["start", "--out", "x"], 2), (["doctor"], 1)):
         ended, out, err = peertune("peer", *command, *words)
         assert ended == code
-        assert 'graph: the roster is of {"activation": 1.0, "clients": 1000000, ' in out + err
+        assert 'graph: the roster is for {"activation": 1.0, "clients": 1000000, ' in out + err
 
 
 MISTAKES = {

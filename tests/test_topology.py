@@ -21,7 +21,9 @@ from peertune.topology import (
     Graph,
     GraphSummary,
     active_edges,
+    digest,
     drop_edges,
+    graph_near,
     may_meet,
     mixing,
     mixing_weights,
@@ -260,9 +262,9 @@ SPARSE = sorted(GRAPHS.keys() - {"complete", "matching"})
 
 def seen_by(graph: Graph, client: int) -> Graph:
     """The graph as the client knows it that is told its neighbourhood alone."""
-    (known,) = neighbourhoods(graph, [client], FACTS)
-    assert known.client == client
-    return replace(graph, edges_at=lambda t: known.edges[t % len(known.edges)], known=known)
+    (known,) = neighbourhoods(graph, [client], replace(FACTS, clients=graph.clients))
+    assert (known.client, known.name, known.digest) == (client, graph.name, digest(graph))
+    return graph_near(known, seed=graph.seed, activation=graph.activation, weights=graph.weights)
 
 
 @pytest.mark.parametrize("name", SPARSE)
@@ -276,8 +278,9 @@ def test_a_clients_neighbourhood_is_enough_for_its_own_rows(
         seen = seen_by(graph, client)
         assert row_at(seen, client, t) == row_at(graph, client, t)
         assert partners_at(seen, client, t) == partners_at(graph, client, t)
-        assert seen.known is not None
-        assert seen.known.others == may_meet(seen, client) == may_meet(graph, client)
+        assert may_meet(seen, client) == may_meet(graph, client)
+        assert (seen.clients, seen.period, seen.name) == (graph.clients, graph.period, graph.name)
+        assert digest(seen) == digest(graph)
 
 
 @pytest.mark.parametrize("name", sorted(set(REGULAR) & set(SPARSE)))
@@ -310,6 +313,7 @@ def test_of_a_neighbourhood_nothing_follows_but_the_clients_own() -> None:
         lambda: neighbourhoods(seen, [4], FACTS),
         lambda: row_at(seen, 5, 0),
         lambda: partners_at(seen, 5, 0),
+        lambda: may_meet(seen, 5),
     ):
         with pytest.raises(GraphError, match="graph ring: only what is near client 4 is known of it"):
             ask()
@@ -318,8 +322,24 @@ def test_of_a_neighbourhood_nothing_follows_but_the_clients_own() -> None:
             GraphError, match=f"graph {name}: any two clients may meet, so each must know of all; choose"
         ):
             neighbourhoods(GRAPHS[name](clients=9, **more), [4], FACTS)
-    with pytest.raises(GraphError, match="activation is 2"):
-        replace(seen, activation=2)
+    (known,) = neighbourhoods(whole, [4], FACTS)
+    with pytest.raises(GraphError, match="graph ring: activation is 2"):
+        graph_near(known, seed=0, activation=2.0, weights="metropolis")
+    with pytest.raises(GraphError, match="graph ring: its neighbourhood is not one with weights uniform"):
+        graph_near(known, seed=0, activation=1.0, weights="uniform")
+
+
+def test_a_digest_tells_graphs_apart_by_all_their_edges(tmp_path: Path) -> None:
+    path = tmp_path / "g.txt"
+    path.write_text("0,1\n1,2\n2,3\n")
+    digests = [digest(GRAPHS["edges"](clients=4, path=path))]
+    path.write_text("0,1\n1,2\n2,3\n1,3\n")
+    digests += [digest(GRAPHS["edges"](clients=4, path=path)), digest(GRAPHS["ring"](clients=4))]
+    digests += [digest(GRAPHS["exponential"](clients=n)) for n in (4, 8)]
+    digests += [digest(GRAPHS["random_regular"](clients=8, degree=3, seed=seed)) for seed in (0, 1)]
+    assert len(set(digests)) == len(digests)
+    assert digest(GRAPHS["path"](clients=4)) == digests[0], "the same edges, whatever the name"
+    assert digest(GRAPHS["complete"](clients=4)) == digest(GRAPHS["matching"](clients=4, probability=0.1)) == "drawn"
 
 
 # --- Many clients -------------------------------------------------------------------------------------------------

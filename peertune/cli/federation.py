@@ -283,17 +283,19 @@ def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, as_
     from peertune.parts import build_graph, graph_text
     from peertune.recipe import load_recipe
 
-    if out.exists() and (not out.is_dir() or any(not file.name.endswith(_OWN) for file in out.iterdir())):
+    place = out.resolve()
+    others = not place.is_dir() or not all(file.is_file() and file.name.endswith(_OWN) for file in place.iterdir())
+    if place == Path.cwd() or (place.exists() and others):
         raise IdentityError(f"{out}: holds something other than rosters; give another --out")
     with messages(), ca.opened(folder) as before:
         loaded = load_recipe(recipe, overrides)
         need_seats(loaded.clients, before.members)
         after, rosters = ca.issue_own_rosters(before, build_graph(loaded), graph_text(loaded))
-        ca.keep(folder, after)
-        with progress_bar("rosters") as progress, written_folder(out) as beside:
+        with progress_bar("rosters") as progress, written_folder(place) as beside:
             seated = sum(bool(member.certificates) for member in after.members)
             for member, data in progress.track(rosters, total=seated):
                 write_file(beside / f"{member.name}{_OWN}", data, lasting=False)
+            ca.keep(folder, after)  # before they are in their place: no two rosters may have one serial
     _print_roster(after, "rosters", out, as_json)
 
 

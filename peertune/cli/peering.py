@@ -134,11 +134,9 @@ def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membe
 
     identity, roster = membership.current()
     loaded = load_recipe(recipe, overrides)
+    if roster.own is not None and roster.own.recipe != (here := graph_text(loaded)):
+        raise RecipeError(f"graph: the roster is for {roster.own.recipe}, not for {here}; ask the CA for the recipe's")
     need_seats(loaded.clients, roster.members)
-    if roster.own is not None and roster.own.graph != (here := graph_text(loaded)):
-        raise RecipeError(
-            f"graph: the roster is of {roster.own.graph}, the recipe of {here}; have the CA issue this one's"
-        )
     if data is not None:
         loaded = _with_data(loaded, data)
     report_to.check(loaded.report_to)

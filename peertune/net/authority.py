@@ -177,8 +177,8 @@ def issue_own_rosters(
 ) -> tuple[Authority, Iterator[tuple[Member, bytes]]]:
     """Return the CA with the next serial, and of that serial each member with its own roster, one after the other.
 
-    For members with a certificate, on this graph, which follows from `text`. Raises GraphError where any two clients
-    may meet; and IdentityError, when it comes to it, for a member whose roster would be too large.
+    For members with a certificate, on this graph, of which a recipe says `text`. Raises GraphError where any two
+    clients may meet; and IdentityError, when it comes to it, for a member whose roster would be too large.
     """
     from peertune.net.own import Own
     from peertune.topology import neighbourhoods, summary

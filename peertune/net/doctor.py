@@ -194,13 +194,13 @@ def _compared(member: Member, knock: Knock, roster: Roster, have_run: bool) -> I
             yield Check("clock", "warning", finding, member.name)
         else:
             yield Check("clock", "ok", f"within {abs(offset) + 1:.0f} s of this one", member.name)
-    passed_on = roster.own is None
+    passed_on = roster.own is None and not knock.own_roster
     if knock.roster_serial > roster.serial:
-        mend = "get that one, or start: peers pass it on" if passed_on else "ask the CA for this peer's newest"
+        mend = "get that one, or start: peers pass it on" if passed_on else "ask the CA for the newest"
         newer = f"has roster {knock.roster_serial}, here is {roster.serial}; {mend}"
         yield Check("roster", "warning", newer, member.name)
     elif knock.roster_serial < roster.serial:
-        then = f"it takes up {roster.serial} in the next swap" if passed_on else "the CA has a newer one for it"
+        then = f"it takes up {roster.serial} in the next swap" if passed_on else "the CA has the newest for it"
         yield Check("roster", "ok", f"has roster {knock.roster_serial}; {then}", member.name)
     if knock.differs:
         what = "; ".join(f"{name}: {here} here, {there} there" for name, here, there in knock.differs)

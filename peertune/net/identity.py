@@ -9,7 +9,7 @@ the newest certificate that it lists, so that a renewed certificate is taken up 
 """
 
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
@@ -30,7 +30,9 @@ from peertune.net.certificates import (
     read_key,
     read_request,
 )
-from peertune.net.roster import Roster
+from peertune.net.roster import Member, Roster
+
+HANDING_OUT = timedelta(days=7)  # own rosters, after certificates were renewed
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ def _bundles(folder: Path) -> list[tuple[x509.Certificate, x509.Certificate]]:
 def load_identity(folder: Path, roster: Roster, now: datetime | None = None) -> Identity:
     """Return who a peer is: of the certificates for its keys that the roster lists, the newest in its validity.
 
-    Raises IdentityError where there is no key or none that only its owner can read, nothing that the CA returned, a
-    roster of another CA, or no such certificate in it.
+    By its own roster, the oldest that is valid for HANDING_OUT yet: neighbours are handed theirs one after the other,
+    and know the newer certificate by then. Raises IdentityError where there is no key or none that only its owner can
+    read, nothing that the CA returned, a roster of another CA or another member's own, or no such certificate in it.
     """
     now = now or datetime.now(UTC)
     files = key_files(folder)
@@ -152,9 +155,17 @@ def load_identity(folder: Path, roster: Roster, now: datetime | None = None) -> 
     if not ours:
         returned = [own for own, _ in bundles if fingerprint(public_key(own)) in keys]
         raise IdentityError(f"{folder}: {_why_not([found[3] for found in listed] or returned, roster, now)}")
-    *_, certificate, member = max(ours, key=lambda found: found[:3])
+    lasting = [] if roster.own is None else [found for found in ours if found[1] - now >= HANDING_OUT]
+    *_, certificate, member = min(lasting, key=_age) if lasting else max(ours, key=_age)
+    if roster.own is not None and (other := roster.own.known.client) != member.client:
+        who = f"{member.name}, client {member.client}"
+        raise IdentityError(f"{folder}: is {who}, and the roster is client {other}'s own; give this peer's")
     key = keys[fingerprint(public_key(certificate))]
     return Identity(member.name, member.client, key_pem(key), pem(certificate), ca)
+
+
+def _age(found: tuple[datetime, datetime, int, x509.Certificate, Member]) -> tuple[datetime, datetime, int]:
+    return found[:3]
 
 
 def _why_not(certificates: list[x509.Certificate], roster: Roster, now: datetime) -> str:

@@ -50,11 +50,16 @@ class Membership:
             return self._current
 
     def adopt(self, raw: bytes) -> bool:
-        """Take up a roster that another peer sent, if it is newer. Raises IdentityError for one the CA didn't sign."""
+        """Take up a roster that another peer sent, if it is newer; by its own roster a peer takes none.
+
+        Raises IdentityError for one the CA didn't sign, or a member's own.
+        """
         identity, roster = self.current()
-        if raw == roster.raw:
+        if raw == roster.raw or roster.own is not None:
             return False
         found = load_roster(raw, identity.ca)  # not under the lock, since it may take long
+        if found.own is not None:
+            raise IdentityError(f"it is client {found.own.known.client}'s own")
         with self._lock:
             if found.serial <= self._current[1].serial:
                 return False
@@ -72,6 +77,8 @@ class Membership:
         identity = load_identity(self._folder, found)
         if identity.client != self._current[0].client:
             raise IdentityError(f"{self._file}: makes this peer client {identity.client}; start it anew")
+        if _graph(found) != _graph(self._current[1]):
+            raise IdentityError(f"{self._file}: is for another graph or kind of start than this one; start anew")
         self._current = identity, found
         self._keep(found.serial)
 
@@ -99,6 +106,11 @@ class Membership:
 
     def _stamp(self) -> tuple[int, ...]:
         return (*map(_changed_at, (self._file, self._folder)), int(time.monotonic() / LOOK_EVERY_S))
+
+
+def _graph(roster: Roster) -> tuple[str, str] | None:
+    """Return of which graph a member's own roster has the neighbourhood, None of any other."""
+    return None if roster.own is None else (roster.own.recipe, roster.own.known.digest)
 
 
 def _changed_at(path: Path) -> int:

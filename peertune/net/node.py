@@ -64,6 +64,7 @@ class Knock:
 
     clock_offset_s: float | None  # by how much its clock is ahead of this one
     roster_serial: int
+    own_roster: bool  # which is not passed on
     takes_part: bool  # whether it runs something
     differs: list[tuple[str, str, str]]  # what must be the same and is not: name, here, there
     back: str | None  # why it did not get through to this peer; "" where it did, None where it wasn't asked
@@ -88,7 +89,7 @@ class Node:
         self._round = 0
         self._channels: dict[int, tuple[Any, Any]] = {}
         self._calling_back: set[int] = set()
-        self._outdated = 0  # serial of an own roster that others were seen to have a newer one of
+        self._outdated = 0  # serial of the roster of which it was said that the CA has a newer one
 
     def knock(self, client: int, wait_s: float = PROBE_S, *, call_back: bool = False) -> Knock:
         """Try whether this peer gets through to another and, with `call_back`, the other to this one.
@@ -100,9 +101,8 @@ class Node:
         member = roster.by_client(client)
         theirs, back, offset = None, None, None
         try:
-            with self._dial(
-                identity, client, member, (("grpc.use_local_subchannel_pool", 1),)
-            ) as channel:  # dials anew
+            anew = (("grpc.use_local_subchannel_pool", 1),)
+            with self._dial(identity, client, member, anew) as channel:
                 hello = self._hello(0, Hello.CALL_BACK if call_back else Hello.ECHO)
                 for chunk in swap_on(channel)(iter([Chunk(hello=hello)]), timeout=wait_s, metadata=self._claim()):
                     if kind(chunk) == "hello":
@@ -117,7 +117,7 @@ class Node:
         differs = self._differences(theirs)
         if not (theirs.agreed and self._agreed):
             differs = [found for found in differs if found[0] in ("protocol", "federation")]
-        return Knock(offset, theirs.roster_serial, bool(theirs.agreed), differs, back)
+        return Knock(offset, theirs.roster_serial, theirs.own_roster, bool(theirs.agreed), differs, back)
 
     def in_touch(self, clients: Iterable[int]) -> bool:
         """Whether one of these was reached at the last attempt, and lost no edge by not answering since."""
@@ -165,6 +165,7 @@ class Node:
             roster_serial=roster.serial,
             purpose=purpose,
             clock=time.time(),
+            own_roster=roster.own is not None,
         )
 
     def _check_hello(self, client: int, hello: Hello) -> None:
@@ -173,10 +174,11 @@ class Node:
             raise WireError(f"names {len(hello.agreed)} fields that must agree, where {HELLO_FIELDS} are enough")
         self._known(client).clock_offset_s = _clock_offset_s(hello)
         roster = self.membership.current()[1]
-        if roster.own is not None and hello.roster_serial > roster.serial != self._outdated:
+        stays = hello.own_roster or roster.own is not None
+        if stays and hello.roster_serial > roster.serial != self._outdated:
             self._outdated = roster.serial  # said once, whatever others claim
             log.warning(
-                "client %d has roster %d, and this peer's own is %d; ask the CA for the newest",
+                "client %d has roster %d, which is not passed on, and this peer %d; ask the CA for the newest",
                 client,
                 hello.roster_serial,
                 roster.serial,
@@ -196,9 +198,9 @@ class Node:
         ]
 
     def _newer(self, hello: Hello) -> Iterator[Chunk]:
-        """Pass on this end's roster where it is newer than the other's, unless it is this member's own."""
+        """Pass on this end's roster where it is newer than the other's, and neither is a member's own."""
         roster = self.membership.current()[1]
-        if hello.roster_serial < roster.serial and roster.own is None:
+        if hello.roster_serial < roster.serial and roster.own is None and not hello.own_roster:
             yield Chunk(roster=roster.raw)
 
     def _adopt(self, client: int, raw: bytes) -> None:

@@ -5,7 +5,9 @@ member must know of the graph, so that neither the file nor the member's work gr
 
     own:
       client: 17
-      graph: '{"clients": 1000000, "degree": 3, "name": "random_regular", …}'   # the recipe must say the same
+      recipe: '{"clients": 1000000, "degree": 3, "name": "random_regular", …}'   # what it must say of its graph
+      name: random_regular
+      digest: 4d17a1c6a0d5e6a2           # of all the graph's edges
       edges:                             # of each round of a period: its own, and its neighbours' where W needs them
       - 2-17 2-951 2-30044 17-20 17-4711 …
       weights: []                        # of these edges, a list for each round, where they don't follow from them
@@ -14,6 +16,7 @@ member must know of the graph, so that neither the file nor the member's work gr
 
 import re
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, get_type_hints
 
 import numpy as np
@@ -30,7 +33,7 @@ _PAIRS = re.compile(r"(?:\d{1,9}-\d{1,9}(?: \d{1,9}-\d{1,9})*)?", re.ASCII)
 class Own:
     """What a member must know of the graph of a run."""
 
-    graph: str  # from what the graph follows (`parts.graph_text`)
+    recipe: str  # what the recipe must say of its graph (`parts.graph_text`)
     known: Neighbourhood
 
     def entry(self) -> dict[str, Any]:
@@ -38,7 +41,9 @@ class Own:
         known = self.known
         return {
             "client": known.client,
-            "graph": self.graph,
+            "recipe": self.recipe,
+            "name": known.name,
+            "digest": known.digest,
             "edges": [" ".join(f"{i}-{j}" for i, j in edges.tolist()) for edges in known.edges],
             "weights": [weights.tolist() for weights in known.weights],
             "summary": vars(known.summary),
@@ -47,16 +52,19 @@ class Own:
     @classmethod
     def from_entry(cls, value: object) -> "Own":
         """Read what `entry` made. Raises IdentityError for anything else."""
-        kinds: dict[str, tuple[type, ...]] = {"client": (int,), "graph": (str,), "edges": (list,), "weights": (list,)}
-        found = checked(value, kinds | {"summary": (dict,)})
+        kinds: dict[str, tuple[type, ...]] = {"client": (int,), "recipe": (str,), "name": (str,), "digest": (str,)}
+        found = checked(value, kinds | {"edges": (list,), "weights": (list,), "summary": (dict,)})
         numbers = {name: (number,) for name, number in get_type_hints(GraphSummary).items()}
         summary = GraphSummary(**checked(found["summary"], numbers))
         rounds = len(found["edges"])
         if not rounds or len(found["weights"]) not in (0, rounds) or not 0 <= found["client"] < summary.clients <= 1e9:
             raise IdentityError("its rounds, weights and clients don't fit each other")
+        if not all(map(isfinite, vars(summary).values())) or not 0 <= summary.rho <= 1:
+            raise IdentityError("its summary holds what is no number, or a rho that is not from 0 to 1")
         edges = tuple(_edges(line, summary.clients) for line in found["edges"])
         weights = tuple(_weights(line, len(pairs)) for line, pairs in zip(found["weights"], edges, strict=False))
-        return cls(found["graph"], Neighbourhood(found["client"], edges, weights, summary))
+        known = Neighbourhood(found["client"], found["name"], found["digest"], edges, weights, summary)
+        return cls(found["recipe"], known)
 
 
 def _edges(line: object, clients: int) -> NDArray[np.int64]:

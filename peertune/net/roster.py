@@ -144,10 +144,11 @@ def sign_roster(
     signed = (_HEADER + dump(content)).encode()
     data = signed + _MARK + base64.b64encode(key.sign(signed, ec.ECDSA(hashes.SHA256()))) + b"\n"
     if len(data) > MAX_ROSTER_BYTES:
-        raise IdentityError(
-            f"roster: {len(members):,} members take more than {MAX_ROSTER_BYTES // 2**20} MiB; use fewer"
-            + (", or give each its own with peertune roster --recipe" if own is None else "")
-        )
+        if own is None:
+            what, mend = f"{len(members):,} members", "use fewer, or give each its own with peertune roster --recipe"
+        else:
+            what, mend = f"what client {own.known.client} must know of graph {own.known.name}", "choose a sparser graph"
+        raise IdentityError(f"roster: {what} takes more than {MAX_ROSTER_BYTES // 2**20} MiB; {mend}")
     return data
 
 
@@ -181,8 +182,8 @@ def load_roster(data: bytes, ca: x509.Certificate) -> Roster:
         members = tuple(from_entry(value, ca) for value in content["peers"])
         own = _own(content["own"]) if "own" in content else None
         check_seats(members, own)
-    except (yaml.YAMLError, IdentityError) as error:
-        reason = "it is no YAML" if isinstance(error, yaml.YAMLError) else error
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, IdentityError) as error:
+        reason = error if isinstance(error, IdentityError) else "it is no YAML"
         raise IdentityError(f"roster: is signed but can't be used: {reason}; {_ASK}") from None
     return Roster(content["federation"], content["serial"], members, ca, data, own)
 
@@ -269,5 +270,7 @@ def check_seats(members: Sequence[Member], own: "Own | None" = None) -> None:
     clients = [member.client for member in members]
     if own is None and clients != list(range(len(clients))):
         raise IdentityError("client numbers are not 0, 1, 2 …")
-    if own is not None and (clients != sorted(set(clients)) or own.known.client not in clients):
-        raise IdentityError(f"client numbers don't grow, or {own.known.client} is not among them")
+    if own is not None and clients != sorted({own.known.client, *own.known.others} & set(clients)):
+        raise IdentityError("client numbers don't grow, or one is no neighbour's")
+    if own is not None and own.known.client not in clients:
+        raise IdentityError(f"client {own.known.client} is not among them")

@@ -9,13 +9,14 @@ shrinks disagreement. `Fault` is what is planned to go wrong.
 from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, planned_weights
 from peertune.topology.graphs import GRAPHS
 from peertune.topology.mixing import rho, rho_draws, summary
-from peertune.topology.near import may_meet, neighbourhoods, partners_at, row_at
+from peertune.topology.near import graph_near, may_meet, neighbourhoods, partners_at, row_at
 from peertune.topology.weights import (
     WEIGHTS,
     Graph,
     GraphSummary,
     Neighbourhood,
     active_edges,
+    digest,
     drop_edges,
     mixing_weights,
     weights_at,
@@ -31,8 +32,10 @@ __all__ = [
     "active_edges",
     "clients_down",
     "delay_s",
+    "digest",
     "drop_edges",
     "failed_edges",
+    "graph_near",
     "may_meet",
     "mixing_weights",
     "neighbourhoods",

@@ -20,6 +20,7 @@ from peertune.topology.weights import (
     active_edges,
     by_degree,
     degrees,
+    digest,
     first_like,
     matrix,
     metropolis,
@@ -28,8 +29,8 @@ from peertune.topology.weights import (
 )
 
 
-def neighbourhoods(graph: Graph, clients: Sequence[int], summary: GraphSummary) -> list[Neighbourhood]:
-    """Return what each of these clients must know of a whole graph, and of its summary, to have its own rows of W.
+def neighbourhoods(graph: Graph, clients: Sequence[int], summary: GraphSummary) -> Iterator[Neighbourhood]:
+    """Return, one after the other, what each of these clients must know of a whole graph to have its own rows of W.
 
     In the time of sorting the edges, and of looking up those of each client. Raises GraphError where any two clients
     may meet: no part is then smaller than the whole.
@@ -41,19 +42,41 @@ def neighbourhoods(graph: Graph, clients: Sequence[int], summary: GraphSummary) 
             "choose a sparse graph, such as random_regular"
         )
     found = zip(*(_near_each(graph, clients, place) for place in range(graph.period)), strict=True)
-    return [
+    return (
         Neighbourhood(
             client,
+            graph.name,
+            digest(graph),
             tuple(edges for edges, _ in rounds),
             tuple(weights for _, weights in rounds if weights is not None),
             summary,
         )
         for client, rounds in zip(clients, found, strict=True)
-    ]
+    )
+
+
+def graph_near(known: Neighbourhood, *, seed: int, activation: float, weights: str) -> Graph:
+    """Return the graph as one knows it who is told a neighbourhood alone. Raises GraphError where they don't fit."""
+    if bool(known.weights) != (weights != "metropolis"):
+        raise GraphError(f"graph {known.name}: its neighbourhood is not one with weights {weights}")
+    rounds = len(known.edges)
+    return Graph(
+        known.summary.clients,
+        lambda t: known.edges[t % rounds],
+        rounds,
+        activation,
+        seed,
+        weights,
+        known.name,
+        known=known,
+    )
 
 
 def may_meet(graph: Graph, client: int) -> list[int]:
     """Return all others that a client may ever have an edge with, sorted."""
+    if graph.known is not None:
+        _need_near(graph, client)
+        return graph.known.others
     if graph.period is None or graph.every_pair:
         return [other for other in range(graph.clients) if other != client]
     return list(_may_meet(graph, client))
@@ -100,8 +123,7 @@ def _near(graph: Graph, client: int, place: int) -> tuple[Edges, NDArray[np.floa
     They are the client's own, and for Metropolis weights those of its neighbours as well. The place is one within the
     graph's period.
     """
-    if graph.known is not None and graph.known.client != client:
-        need_whole(graph)
+    _need_near(graph, client)
     (found,) = _near_each(graph, [client], place)
     return found
 
@@ -117,12 +139,19 @@ def _near_each(graph: Graph, clients: Sequence[int], place: int) -> Iterator[tup
         bounds = zip(np.searchsorted(ends, some, "left"), np.searchsorted(ends, some, "right"), strict=True)
         return np.unique(np.concatenate([order[:0], *(order[left:right] for left, right in bounds)]) // 2)
 
+    weights = None if graph.weights == "metropolis" else possible_weights(graph, place)
     for client in clients:
         mine = having([client])
-        if graph.weights == "metropolis":
+        if weights is None:
             yield edges[having(np.unique(edges[mine]))], None
         else:
-            yield edges[mine], possible_weights(graph, place)[mine]
+            yield edges[mine], weights[mine]
+
+
+def _need_near(graph: Graph, client: int) -> None:
+    """Raise GraphError where the client's part of the graph isn't known."""
+    if graph.known is not None and graph.known.client != client:
+        need_whole(graph)
 
 
 def _anyone(graph: Graph) -> bool:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from typing import Any, Literal
 
 import numpy as np
@@ -49,6 +50,8 @@ class Neighbourhood:
     """
 
     client: int
+    name: str  # of the graph
+    digest: str  # of all its edges (`digest`)
     edges: tuple[Edges, ...]  # of each round of a period: its own, and for Metropolis weights its neighbours' as well
     weights: tuple[NDArray[np.float64], ...]  # of these edges; none for Metropolis weights, which follow from them
     summary: GraphSummary  # of the whole graph
@@ -134,6 +137,24 @@ def active_edges(graph: Graph, t: int) -> Edges:
         return drawn_pairs(graph.clients, graph.activation, graph.seed, "edge", t)
     edges = graph.edges_at(t)
     return edges[happens(graph.activation, graph.seed, "edge", t, edges[:, 0], edges[:, 1])]
+
+
+@lru_cache(maxsize=16)
+def digest(graph: Graph) -> str:
+    """Return what tells one list of possible edges from another: SHA-256 over those of a period, its first 16 digits.
+
+    "drawn" where nothing is listed, and all follows from the graph's settings.
+    """
+    if graph.known is not None:
+        return graph.known.digest
+    if graph.every_pair or graph.period is None:
+        return "drawn"
+    made = sha256()
+    for t in range(graph.period):
+        edges = np.ascontiguousarray(graph.edges_at(t), dtype="<i8")
+        made.update(f"{len(edges)} ".encode())
+        made.update(edges.data)
+    return made.hexdigest()[:16]
 
 
 def listed(graph: Graph) -> bool:

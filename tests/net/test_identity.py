@@ -25,6 +25,8 @@ from peertune.net.certificates import (
     read_request,
 )
 from peertune.net.identity import load_ca, load_identity, request
+from peertune.net.roster import Roster
+from peertune.topology import GRAPHS
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -276,6 +278,23 @@ def test_a_peer_is_who_the_roster_says(federation: Federation) -> None:
     assert x509.load_pem_x509_certificate(found.certificate) in roster.members[1].certificates
     assert "PRIVATE" not in repr(found)
     assert load_ca(federation.folder / "hospital-2") == federation.certificate
+
+
+def test_by_its_own_roster_a_peer_keeps_its_older_certificate_for_as_long_as_handing_out_takes(
+    federation: Federation,
+) -> None:
+    with ca.opened(federation.ca) as before:
+        after, renewed = ca.renew(before, "hospital-1", 90, NOW + 80 * DAY)
+        ca.keep(federation.ca, after)
+    own = federation.own_rosters(GRAPHS["path"](clients=2), "a path", NOW + 80 * DAY)["hospital-1"]
+    whole = federation.roster(NOW + 80 * DAY)
+
+    def uses_renewed(roster: Roster, days: int) -> bool:
+        used = x509.load_pem_x509_certificate(federation.identity("hospital-1", roster, NOW + days * DAY).certificate)
+        return used == renewed
+
+    assert [uses_renewed(own, days) for days in (80, 83, 84, 100)] == [False, False, True, True]
+    assert uses_renewed(whole, 80), "others hear of it from each other"
 
 
 def test_a_renewed_certificate_is_taken_up_with_the_roster_that_lists_it_and_the_old_one_works_until_then(

@@ -15,7 +15,7 @@ from parties import Federation
 from peertune.errors import GraphError, IdentityError
 from peertune.net import authority as ca
 from peertune.net.roster import MAX_ROSTER_BYTES, Roster, load_roster
-from peertune.topology import GRAPHS, neighbourhoods, summary
+from peertune.topology import GRAPHS, digest, neighbourhoods, summary
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -231,7 +231,8 @@ def test_an_own_roster_lists_whom_the_member_may_meet_and_what_it_must_know(six:
         assert roster.own is not None
         known = roster.own.known
         (again,) = neighbourhoods(graph, [client], summary(graph))
-        assert (roster.own.graph, known.client, known.summary) == ("a graph", client, summary(graph))
+        assert (roster.own.recipe, known.client, known.summary) == ("a graph", client, summary(graph))
+        assert (known.name, known.digest) == ("ring", digest(graph))
         assert [edges.tolist() for edges in known.edges] == [edges.tolist() for edges in again.edges]
 
 
@@ -258,7 +259,7 @@ def test_where_any_two_may_meet_there_is_no_own_roster_and_no_serial_is_spent(si
 WRONG_OWN: dict[str, Callable[[dict[str, Any]], object]] = {
     "no mapping": lambda c: c.update(own=[]),
     "a key too many": lambda c: c["own"].update(extra=1),
-    "a key too few": lambda c: c["own"].pop("graph"),
+    "a key too few": lambda c: c["own"].pop("recipe"),
     "a number of another type": lambda c: c["own"].update(client="3"),
     "a number that no peer has": lambda c: c["own"].update(client=7),
     "a number beyond the clients": lambda c: c["own"].update(client=9),
@@ -277,6 +278,11 @@ WRONG_OWN: dict[str, Callable[[dict[str, Any]], object]] = {
     "a weight of another type": lambda c: c["own"].update(edges=["2-3"], weights=[[1]]),
     "clients beyond counting": lambda c: c["own"]["summary"].update(clients=10**30),
     "a summary without rho": lambda c: c["own"]["summary"].pop("rho"),
+    "rho that is no number": lambda c: c["own"]["summary"].update(rho=float("nan")),
+    "rho above 1": lambda c: c["own"]["summary"].update(rho=1.5),
+    "an endless number": lambda c: c["own"]["summary"].update(edges=float("inf")),
+    "a peer that is no neighbour": lambda c: c["peers"][0].update(client=1),
+    "a peer of a number below 0": lambda c: c["peers"][0].update(client=-2),
     "rho of another type": lambda c: c["own"]["summary"].update(rho="0.5"),
     "its own entry left out": lambda c: c["peers"].pop(1),
     "numbers that do not grow": lambda c: c["peers"].reverse(),
@@ -292,3 +298,20 @@ def test_an_own_roster_that_the_ca_should_not_have_signed_is_refused_in_one_line
     with pytest.raises(IdentityError, match=r"^roster: is signed but can't be used: ") as caught:
         load_roster(signed(six, yaml.safe_dump(content)), six.certificate)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("was", "becomes"), [("client: 3\n", f"client: {'9' * 5000}\n"), ("a graph", "2026-99-99")])
+def test_text_that_yaml_itself_stumbles_over_is_refused_in_one_line(six: Federation, was: str, becomes: str) -> None:
+    content = yaml.safe_load(six.own_rosters(GRAPHS["ring"](clients=9), "a graph", NOW)["hospital-3"].raw)
+    del content["signature"]
+    text = yaml.safe_dump(content, sort_keys=False)
+    assert was in text
+    with pytest.raises(IdentityError, match=r"^roster: is signed but can't be used: it is no YAML"):
+        load_roster(signed(six, text.replace(was, becomes)), six.certificate)
+
+
+def test_an_own_roster_of_more_than_a_peer_can_take_says_what_is_too_much(six: Federation) -> None:
+    with pytest.raises(
+        IdentityError, match="what client 0 must know of graph bipartite takes more than 4 MiB; choose a"
+    ):
+        six.own_rosters(GRAPHS["bipartite"](clients=20_000, left=100), "a graph", NOW)

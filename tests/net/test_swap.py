@@ -22,6 +22,7 @@ from federation import Federation, found, free_ports
 from processes import wait_until
 
 from peertune.errors import IdentityError
+from peertune.files import write_file
 from peertune.net import tls
 from peertune.net.codec import encode
 from peertune.net.membership import Membership
@@ -425,7 +426,7 @@ def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(tmp_path
         assert made.peer(1).joinpath("roster.yaml").read_bytes() == made.roster.read_bytes()
 
 
-def test_an_own_roster_is_not_passed_on_and_who_has_an_older_one_is_told_once(
+def test_an_own_roster_is_neither_passed_on_nor_taken_and_who_has_an_older_one_is_told_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = found(tmp_path, 3)
@@ -434,37 +435,89 @@ def test_an_own_roster_is_not_passed_on_and_who_has_an_older_one_is_told_once(
     def issue(*clients: int) -> None:
         rosters = made.parties.own_rosters(path, "a path")
         for client in clients:
-            made.own(client, "path").write_bytes(rosters[f"peer-{client}"].raw)
+            write_file(made.own(client, "path"), rosters[f"peer-{client}"].raw)
 
-    def serial(client: int) -> int:
-        return swappers[client].membership.current()[1].serial
+    def told() -> list[str]:
+        return sorted(said for record in caplog.records if "ask the CA" in (said := record.getMessage()))
 
-    issue(0, 1, 2)
+    issue(0, 1)
     with ExitStack() as stack:
         swappers = {}
         for client in range(3):
-            swappers[client] = Swapper(Membership(made.peer(client), made.own(client, "path")), AGREED, patience_s=5.0)
+            file = made.own(client, "path") if client < 2 else made.roster
+            swappers[client] = Swapper(Membership(made.peer(client), file), AGREED, patience_s=5.0)
             stack.callback(swappers[client].stop)
             stack.callback(swappers[client].hurry)
             swappers[client].start(made.address(client))
-        heard = all_swap(swappers, 0)
-        assert {client: came.keys() for client, came in heard.items()} == {0: {1}, 1: {0, 2}, 2: {1}}
+        serials = [swappers[client].membership.current()[1].serial for client in range(3)]
+        assert serials == [2, 2, 1], "the last has the whole one of before"
+
+        def heard(t: int) -> list[set[int]]:
+            came = all_swap(swappers, t)
+            return [set(came[client]) for client in range(3)]
+
+        assert heard(0) == [{1}, {0, 2}, {1}], "the ends of a path never meet"
+        older = "client 1 has roster 2, which is not passed on, and this peer 1; ask the CA for the newest"
+        assert told() == [older]
         issue(1)
         for t in (1, 2, 3):
-            assert {client: came.keys() for client, came in all_swap(swappers, t).items()} == {
-                0: {1},
-                1: {0, 2},
-                2: {1},
-            }
-        said = [record.getMessage() for record in caplog.records if "ask the CA" in record.getMessage()]
-        assert said == ["client 1 has roster 3, and this peer's own is 2; ask the CA for the newest"] * 2
-        assert [serial(client) for client in range(3)] == [2, 3, 2]
-        made.roster.write_bytes(made.parties.roster().raw)
-        made.own(0, "path").write_bytes(made.roster.read_bytes())
-        all_swap(swappers, 4)
-        assert serial(1) == 4, "one of all members is passed on"
-        all_swap(swappers, 5)
-        assert serial(2) == 4
+            assert heard(t) == [{1}, {0, 2}, {1}]
+        newer = "client 1 has roster 3, which is not passed on, and this peer 2; ask the CA for the newest"
+        assert told() == [older, newer]
+        made.issue()  # the last has all members' newest, and passes it to nobody
+        assert heard(4) == [{1}, {0, 2}, {1}]
+        assert [swappers[client].membership.current()[1].serial for client in range(3)] == [2, 3, 4]
+        assert swappers[1].neighbours[2].bytes_received < 10_000
+
+
+def test_a_neighbour_s_own_roster_is_not_taken_from_whoever_sends_it(tmp_path: Path) -> None:
+    made = found(tmp_path, 3)
+    for kind in ("whole", "own"):
+        rosters = made.parties.own_rosters(GRAPHS["ring"](clients=3), "a ring")
+        file = made.folder / f"{kind}.yaml"
+        before = made.roster.read_bytes() if kind == "whole" else rosters["peer-0"].raw
+        write_file(file, before)
+        membership = Membership(made.peer(0), file)
+        theirs = made.parties.own_rosters(GRAPHS["ring"](clients=3), "a ring")["peer-1"].raw
+        if kind == "whole":
+            with pytest.raises(IdentityError, match="it is client 1's own"):
+                membership.adopt(theirs)
+        else:
+            assert not membership.adopt(theirs)
+            assert not membership.adopt(made.issue()), "nor all members', by a peer that has its own"
+        assert file.read_bytes() == membership.current()[1].raw == before
+
+
+def test_a_roster_of_another_graph_or_kind_is_for_the_next_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = found(tmp_path, 3)
+    ring, path = GRAPHS["ring"](clients=3), GRAPHS["path"](clients=3)
+    file = made.own(0, "run")
+    write_file(file, made.parties.own_rosters(ring, "a graph")["peer-0"].raw)
+    membership = Membership(made.peer(0), file)
+    for raw in (
+        made.parties.own_rosters(ring, "another graph")["peer-0"].raw,
+        made.parties.own_rosters(path, "a graph")["peer-0"].raw,  # a file of edges of the same name, with others
+        made.parties.roster().raw,
+    ):
+        write_file(file, raw)
+        assert membership.current()[1].serial == 2
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [f"{file}: is for another graph or kind of start than this one; start anew; going on with roster 2"]
+    write_file(file, newest := made.parties.own_rosters(ring, "a graph")["peer-0"].raw)
+    assert membership.current()[1].raw == newest
+    write_file(file, made.parties.own_rosters(ring, "a graph")["peer-1"].raw)
+    assert membership.current()[1].raw == newest
+    assert (
+        caplog.records[-1]
+        .getMessage()
+        .startswith(
+            f"{made.peer(0)}: is peer-0, client 0, and the roster is client 1's own; give this peer's; going on"
+        )
+    )
+    with pytest.raises(IdentityError, match="is peer-0, client 0, and the roster is client 1's own; give this peer's"):
+        Membership(made.peer(0), file)
 
 
 def test_without_tls_only_loopback_is_listened_at(three: Federation) -> None:
