@@ -130,6 +130,16 @@ def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federati
     assert max(other) > 0.2  # nobody goes on without the slow one, but who is late by itself waits less
 
 
+def test_peers_with_other_edges_in_a_file_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    path = tmp_path / "edges.csv"
+    file_recipe = recipe(4, "float32", f"graph={{name: edges, path: {path}}}")
+    said = []
+    for text in ("0,1\n1,2\n2,3\n", "0,1\n1,2\n2,3\n1,3\n"):
+        path.write_text(text)
+        said.append(agreed(build(load_recipe("digits-demo", file_recipe), [0])))
+    assert {name for name in said[0] if said[0][name] != said[1][name]} == {"edges"}
+
+
 def test_peers_with_other_classes_are_told_apart_however_many_there_are() -> None:
     run = build(load_recipe("digits-demo", recipe(4, "float32")), [0])
 
