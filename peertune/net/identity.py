@@ -5,7 +5,8 @@
     peer/NAME.certificate.pem          what the CA returned: the peer's certificate, followed by the CA's own
 
 The CA's certificate in there is what rosters are checked with. Which key is in use follows from the roster: the one of
-the newest certificate that it lists, so that a renewed certificate is taken up when everybody has heard of it.
+the newest certificate that it lists, so that a renewed certificate is taken up when everybody has heard of it. A
+peer's own roster nobody else hears of: by that the older certificate stays in use until HANDING_OUT before its end.
 """
 
 from dataclasses import dataclass, field
