@@ -48,7 +48,8 @@ def check_identity(folder: Path, roster: Path) -> tuple[list[Check], Membership 
     except PeertuneError as error:
         return [*found, Check("roster", "failed", str(error))], None
     identity, known = membership.current()
-    listed = f"{identity.name} is client {identity.client} of {known.federation}, roster {known.serial}"
+    kind = "roster" if known.own is None else "its own roster"
+    listed = f"{identity.name} is client {identity.client} of {known.federation}, {kind} {known.serial}"
     return [*found, Check("roster", "ok", listed), _expiry(identity.certificate)], membership
 
 

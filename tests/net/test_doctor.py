@@ -17,12 +17,14 @@ import pytest
 from federation import Federation, found, free_ports
 
 from peertune.errors import PeertuneError
+from peertune.files import write_file
 from peertune.net.doctor import Check, check_disk, check_identity, check_memory, check_network
 from peertune.net.membership import Membership
 from peertune.net.node import METHOD, PROTOCOL, Knock
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict
 from peertune.net.swap import Swapper
 from peertune.net.tls import server_credentials
+from peertune.topology import GRAPHS
 
 AGREED = {"rounds": "5", "seed": "0"}
 
@@ -62,6 +64,25 @@ def levels(checks: dict[str, Check]) -> dict[str, str]:
 
 
 # ---- the network
+
+
+def test_by_its_own_roster_a_peer_looks_at_neighbours_and_knows_that_none_is_passed_on(three: Federation) -> None:
+    file = three.own(0, "run")
+    write_file(file, three.parties.own_rosters(GRAPHS["path"](clients=3), "a path")["peer-0"].raw)
+    identity, membership = check_identity(three.peer(0), file)
+    assert membership is not None
+    assert "peer-0 is client 0 of trial, its own roster 2" in [check.finding for check in identity]
+
+    def said() -> dict[str, str]:
+        checks = check_network(membership, AGREED, three.address(0))
+        assert {check.member for check in checks} == {None, "peer-1"}
+        return {check.what: check.finding for check in checks}
+
+    with running(three, 1):
+        assert said()["roster"] == "has roster 1; the CA has the newest for it"
+    three.issue()
+    with running(three, 1):
+        assert said()["roster"] == "has roster 3, here is 2; ask the CA for the newest"
 
 
 def test_where_all_is_well_every_check_says_so_and_nobody_notices(three: Federation) -> None:
