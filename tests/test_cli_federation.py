@@ -179,6 +179,7 @@ def test_each_member_gets_a_roster_of_its_own_for_a_recipe(ca: Call) -> None:
     assert roster.own.known.edges[0].tolist() == [[0, 1], [0, 99_999], [1, 2], [99_998, 99_999]]
     (Path("rosters") / "notes.txt").write_text("mine")
     Path("folders", "mine.roster.yaml").mkdir(parents=True)
+    dense = ["clients=7000", "graph={name: bipartite, left: 100}", "--out", "x"]
     for words, mistake in (
         (ring, "rosters: holds something other than rosters; give another --out"),
         ([*ring, "--out", "peer"], "peer: holds something other than rosters"),
@@ -192,10 +193,7 @@ def test_each_member_gets_a_roster_of_its_own_for_a_recipe(ca: Call) -> None:
             "graph complete: any two clients may meet, so each must know of all",
         ),
         (["graph={name: rong}", "--out", "x"], "graph.name: unknown name 'rong'"),
-        (
-            ["clients=20000", "graph={name: bipartite, left: 100}", "--out", "x"],
-            "roster: what client 0 must know of gra",
-        ),
+        (dense, "roster: what client 0 must know of graph bipartite takes more than 4 MiB; choose a sparser graph"),
         ([*ring, "--out", "."], ".: holds something other than rosters"),
         ([*ring, "--out", "folders"], "folders: holds something other than rosters"),
     ):

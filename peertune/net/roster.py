@@ -56,6 +56,7 @@ _HEADER = "# The members of a peertune federation, signed by its CA. Any change 
 _MARK = b"signature: "
 _ASK = "ask the CA for one made with peertune roster"
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _own(value: object) -> "Own":
 # ---- members as YAML, in rosters and in the CA's own folder
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(_SafeDumper):  # type: ignore[misc]  # of two kinds, as libyaml is there or not
     """Writes certificates line by line."""
 
     def ignore_aliases(self, data: object) -> bool:

@@ -308,10 +308,3 @@ def test_text_that_yaml_itself_stumbles_over_is_refused_in_one_line(six: Federat
     assert was in text
     with pytest.raises(IdentityError, match=r"^roster: is signed but can't be used: it is no YAML"):
         load_roster(signed(six, text.replace(was, becomes)), six.certificate)
-
-
-def test_an_own_roster_of_more_than_a_peer_can_take_says_what_is_too_much(six: Federation) -> None:
-    with pytest.raises(
-        IdentityError, match="what client 0 must know of graph bipartite takes more than 4 MiB; choose a"
-    ):
-        six.own_rosters(GRAPHS["bipartite"](clients=20_000, left=100), "a graph", NOW)
