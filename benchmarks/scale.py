@@ -23,7 +23,7 @@ from peertune.algorithms.schedules import switching_interval
 from peertune.net.certificates import Request, issue, issue_ca, new_key
 from peertune.net.own import Own
 from peertune.net.roster import Member, load_roster, sign_roster
-from peertune.parts import build_algorithm, build_graph, describe_graph, graph_text
+from peertune.parts import build_algorithm, build_graph, describe_graph, graph_settings
 from peertune.recipe import load_recipe
 from peertune.topology import GRAPHS, Graph, may_meet, neighbourhoods, rho, row_at, summary, weights_at
 
@@ -176,8 +176,8 @@ def start(name: str, clients: int, settings: dict[str, Any], repeats: int) -> li
     ca = issue_ca(key, "bench")
 
     def told(count: int) -> tuple[Callable[[int], object], int, str]:
-        graph_settings = {"name": name} | _given(name, count, settings)
-        recipe = load_recipe("digits-demo", [f"clients={count}", f"graph={json.dumps(graph_settings)}"])
+        block = json.dumps({"name": name} | _given(name, count, settings))
+        recipe = load_recipe("digits-demo", [f"clients={count}", f"graph={block}"])
         graph = build_graph(recipe)
         contacts = sum(np.bincount(graph.edges_at(t).ravel(), minlength=count) for t in range(graph.period or 1))
         client = int(np.flatnonzero(contacts == np.median(contacts))[0])
@@ -187,7 +187,7 @@ def start(name: str, clients: int, settings: dict[str, Any], repeats: int) -> li
         for seat in seats:
             request = Request(f"peer-{seat}", f"peer-{seat}.example.org:50051", new_key().public_key())
             members.append(Member(seat, request.name, request.address, (issue(key, ca, request, 90),)))
-        raw = sign_roster(key, ca, 1, members, own=Own(graph_text(recipe), known))
+        raw = sign_roster(key, ca, 1, members, own=Own(graph_settings(recipe), known))
 
         def begin(_: int) -> None:
             own = load_roster(raw, ca).own

@@ -4,7 +4,6 @@ They are made without a base model, so that a graph or a partition can be looked
 """
 
 import inspect
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -42,10 +41,9 @@ def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:
     return graph_near(known, seed=recipe.seed, activation=settings["activation"], weights=settings["weights"])
 
 
-def graph_text(recipe: Recipe) -> str:
-    """Return what the recipe says of its graph, as JSON: all from which it follows but the contents of files."""
-    block = {**_complete(recipe, "graph").model_dump(), "clients": recipe.clients, "seed": recipe.seed}
-    return json.dumps(block, sort_keys=True)
+def graph_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what the recipe says of its graph, defaults written out: all from which it follows but files' contents."""
+    return {**_complete(recipe, "graph").model_dump(), "clients": recipe.clients, "seed": recipe.seed}
 
 
 def build_task(recipe: Recipe) -> Task:

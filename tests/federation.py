@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peertune.files import write_file
-from peertune.parts import build_graph, graph_text
+from peertune.parts import build_graph, graph_settings
 from peertune.recipe import load_recipe
 
 _PORTS = range(16_000, 32_000)  # below those that systems give to callers, who could take one before it is listened at
@@ -67,7 +67,7 @@ class Federation:
     def issue_own(self, name: str, overrides: Sequence[str]) -> None:
         """Issue to each peer its own roster for a run: `digits-demo` with these overrides."""
         recipe = load_recipe("digits-demo", overrides)
-        rosters = self.parties.own_rosters(build_graph(recipe), graph_text(recipe))
+        rosters = self.parties.own_rosters(build_graph(recipe), graph_settings(recipe))
         for client in range(len(self.ports)):
             write_file(self.own(client, name), rosters[f"peer-{client}"].raw)
 

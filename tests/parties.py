@@ -1,7 +1,9 @@
 """A federation in a folder, made as its people make it, for the tests of who is who."""
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from cryptography import x509
 
@@ -50,10 +52,10 @@ class Federation:
             ca.keep(self.ca, after)
         return load_roster(data, self.certificate)
 
-    def own_rosters(self, graph: Graph, text: str, now: datetime | None = None) -> dict[str, Roster]:
-        """Each member's own roster, by name, on a graph that follows from `text`."""
+    def own_rosters(self, graph: Graph, settings: Mapping[str, Any], now: datetime | None = None) -> dict[str, Roster]:
+        """Each member's own roster, by name, on a graph that follows from these settings."""
         with ca.opened(self.ca) as before:
-            after, rosters = ca.issue_own_rosters(before, graph, text, now)
+            after, rosters = ca.issue_own_rosters(before, graph, settings, now)
             ca.keep(self.ca, after)
         return {member.name: load_roster(data, self.certificate) for member, data in rosters}
 

@@ -165,7 +165,7 @@ def test_each_member_gets_a_roster_of_its_own_for_a_recipe(ca: Call) -> None:
     ring = ["clients=100000", "graph={name: ring}"]
     code, out, err = ca("roster", "--recipe", "digits-demo", *ring)
     assert (code, err) == (0, "")
-    assert out.startswith("rosters: rosters 1 of hospitals\n   0  hospital-1  host-1:50051  until ")
+    assert out.startswith("rosters: each member's own roster 1 of hospitals\n   0  hospital-1  host-1:50051  until ")
     assert {file.name for file in Path("rosters").iterdir()} == {
         f"hospital-{number}.roster.yaml" for number in (1, 2, 3)
     }

@@ -18,7 +18,7 @@ from peertune.errors import GraphError
 from peertune.net import authority as ca
 from peertune.net.own import Own
 from peertune.net.roster import sign_roster
-from peertune.parts import build_graph, graph_text
+from peertune.parts import build_graph, graph_settings
 from peertune.recipe import load_recipe
 from peertune.topology import GraphSummary, Neighbourhood
 
@@ -215,17 +215,26 @@ def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mi
     with ca.opened(two.parties.ca) as authority:
         for client in range(2):
             known = Neighbourhood(client, "erdos_renyi", "0123", (np.array([[0, 1]]),), (), told)
-            own = Own(graph_text(recipe), known)
+            own = Own(graph_settings(recipe), known)
             raw = sign_roster(authority.key, authority.certificate, 7, authority.members, own=own)
             two.own(client, "told").write_bytes(raw)
     for facts in meet(two, mine, "told", *settings):
         described = {"name": "erdos_renyi", "activation": 1.0, "weights": "metropolis"}
         assert facts["graph"] == described | vars(told) | {"switching_interval": switching_interval(0.84)}
-    words = ["--recipe", mine / "recipe.yaml", "--roster", two.own(0, "told"), "--dir", two.peer(0), "clients=9"]
+    words = [
+        "--recipe",
+        mine / "recipe.yaml",
+        "--roster",
+        two.own(0, "told"),
+        "--dir",
+        two.peer(0),
+        *settings,
+        "clients=9",
+    ]
     for command, code in ((["start", "--out", "x"], 2), (["doctor"], 1)):
         ended, out, err = peertune("peer", *command, *words)
         assert ended == code
-        assert 'graph: the roster is for {"activation": 1.0, "clients": 1000000, ' in out + err
+        assert "graph: the roster is for clients 1000000, the recipe says clients 9; use the recipe" in out + err
 
 
 MISTAKES = {

@@ -179,7 +179,7 @@ def revoke(
 
     with ca.opened(folder) as before:
         ca.keep(folder, ca.revoke(before, name))
-    print(f"revoked {name}; make it known: issue a roster with peertune roster, and hand it to the peers")
+    print(f"revoked {name}; make it known: issue rosters with peertune roster, as before, and hand them to the peers")
 
 
 @ca_app.command("list")
@@ -240,9 +240,10 @@ def roster(
 
     The one with the highest serial counts. Issue another after each approval and revocation.
 
-    With --recipe each member gets a roster of its own, NAME.roster.yaml in a folder. It lists those alone whom the
-    member may meet on the recipe's graph, and what it must know of the graph: a peer's work then doesn't grow with the
-    federation, and nobody else gets in. Peers don't pass such rosters on: hand each its new one.
+    With --recipe each member that isn't revoked gets a roster of its own, NAME.roster.yaml in a folder, whose older
+    rosters are removed. It lists those alone whom the member may meet on the recipe's graph, and what it must know of
+    the graph: a peer's work then doesn't grow with the federation, and nobody else gets in. Peers don't pass such
+    rosters on: hand each its new one.
 
     Examples:
 
@@ -263,16 +264,15 @@ def roster(
         after, data = ca.issue_roster(before)
         ca.keep(folder, after)  # first: no two rosters may have one serial
         write_file(out, data)
-    _print_roster(after, "roster", out, as_json)
+    _print_roster(after, {"roster": str(out)}, "roster", as_json)
 
 
-def _print_roster(authority: "Authority", what: str, out: Path, as_json: bool) -> None:
+def _print_roster(authority: "Authority", where: dict[str, str], what: str, as_json: bool) -> None:
     if as_json:
         members = [_facts(member) for member in authority.members]
-        issued = {what: str(out), "federation": authority.federation, "serial": authority.serial}
-        print_json({**issued, "members": members})
+        print_json({**where, "federation": authority.federation, "serial": authority.serial, "members": members})
         return
-    print(f"{out}: {what} {authority.serial} of {authority.federation}")
+    print(f"{next(iter(where.values()))}: {what} {authority.serial} of {authority.federation}")
     _print_members(authority.members)
 
 
@@ -280,7 +280,7 @@ def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, as_
     """Issue to each member its own roster, all in a folder, which takes the place of those of before."""
     from peertune.files import write_file, written_folder
     from peertune.net import authority as ca
-    from peertune.parts import build_graph, graph_text
+    from peertune.parts import build_graph, graph_settings
     from peertune.recipe import load_recipe
 
     place = out.resolve()
@@ -290,13 +290,13 @@ def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, as_
     with messages(), ca.opened(folder) as before:
         loaded = load_recipe(recipe, overrides)
         need_seats(loaded.clients, before.members)
-        after, rosters = ca.issue_own_rosters(before, build_graph(loaded), graph_text(loaded))
+        after, rosters = ca.issue_own_rosters(before, build_graph(loaded), graph_settings(loaded))
         with progress_bar("rosters") as progress, written_folder(place) as beside:
             seated = sum(bool(member.certificates) for member in after.members)
             for member, data in progress.track(rosters, total=seated):
                 write_file(beside / f"{member.name}{_OWN}", data, lasting=False)
             ca.keep(folder, after)  # before they are in their place: no two rosters may have one serial
-    _print_roster(after, "rosters", out, as_json)
+    _print_roster(after, {"rosters": str(out)}, "each member's own roster", as_json)
 
 
 def need_seats(clients: int, members: "Sequence[Member]") -> None:

@@ -1,9 +1,10 @@
 """The command `peer start`: one party's part of a recipe, over the network."""
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
 Folder = Annotated[Path, typer.Option("--dir", help="The peer's folder, with its key and its certificate.")]
 RosterFile = Annotated[
-    Path, typer.Option("--roster", help="The roster; a newer one that a neighbour has takes its place.")
+    Path,
+    typer.Option("--roster", help="The roster, which a neighbour's newer one replaces, or this peer's own."),
 ]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe's path, or the name of a shipped one.")]
 Data = Annotated[
@@ -129,19 +131,30 @@ def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membe
     """Make this party's part of a recipe. Raises PeertuneError where it can't be run."""
     from peertune import report_to
     from peertune.assembly import build
-    from peertune.parts import graph_text
+    from peertune.parts import graph_settings
     from peertune.recipe import load_recipe
 
     identity, roster = membership.current()
     loaded = load_recipe(recipe, overrides)
-    if roster.own is not None and roster.own.recipe != (here := graph_text(loaded)):
-        raise RecipeError(f"graph: the roster is for {roster.own.recipe}, not for {here}; ask the CA for the recipe's")
+    if roster.own is not None:
+        _check_graph(roster.own.recipe, graph_settings(loaded))
     need_seats(loaded.clients, roster.members)
     if data is not None:
         loaded = _with_data(loaded, data)
     report_to.check(loaded.report_to)
     known = None if roster.own is None else roster.own.known
     return build(loaded, [identity.client], own_data=data is not None, known=known)
+
+
+def _check_graph(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Raise RecipeError where the roster is for another graph than the recipe's, and say in what."""
+    differ = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
+    if differ:
+        asked, issued = (", ".join(f"{key} {said[key]}" for key in differ if key in said) for said in (here, there))
+        raise RecipeError(
+            f"graph: the roster is for {issued or 'fewer settings'}, the recipe says {asked or 'less'}; "
+            "use the recipe that it was issued for, or ask the CA for another roster"
+        )
 
 
 def _with_data(recipe: "Recipe", data: Path) -> "Recipe":

@@ -5,12 +5,12 @@ ca/certificate.pem   its own certificate of that key
 ca/members.yaml      every member with all its certificates, the keys that were revoked, the last roster's serial
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from cryptography import x509
@@ -173,11 +173,11 @@ def issue_roster(authority: Authority, now: datetime | None = None) -> tuple[Aut
 
 
 def issue_own_rosters(
-    authority: Authority, graph: "Graph", text: str, now: datetime | None = None
+    authority: Authority, graph: "Graph", settings: Mapping[str, Any], now: datetime | None = None
 ) -> tuple[Authority, Iterator[tuple[Member, bytes]]]:
     """Return the CA with the next serial, and of that serial each member with its own roster, one after the other.
 
-    For members with a certificate, on this graph, of which a recipe says `text`. Raises GraphError where any two
+    For members with a certificate, on this graph, which follows from these `settings`. Raises GraphError where any two
     clients may meet; and IdentityError, when it comes to it, for a member whose roster would be too large.
     """
     from peertune.net.own import Own
@@ -191,7 +191,7 @@ def issue_own_rosters(
         for own in known:
             seats = sorted([own.client, *own.others])
             listed = [new.members[client] for client in seats if client < len(new.members)]
-            roster = sign_roster(new.key, new.certificate, new.serial, listed, now, Own(text, own))
+            roster = sign_roster(new.key, new.certificate, new.serial, listed, now, Own(settings, own))
             yield new.members[own.client], roster
 
     return new, sign()

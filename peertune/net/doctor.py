@@ -180,7 +180,8 @@ def _visit(swapper: Swapper, member: Member, call_back: bool) -> _Visit:
         shut = f"{member.address}: no way through ({error.strerror or error}); open TCP port {port} outwards here, "
         return _Visit(member, [*checks, about("outwards", "failed", f"{shut}inwards at {member.name}")])
     except PeertuneError as error:
-        other = f"{member.address}: answers, but not to this peer ({error}); see that both have the newest roster"
+        mend = "see that both have the newest roster, and that neither is revoked"
+        other = f"{member.address}: answers, but not to this peer ({error}); {mend}"
         return _Visit(member, [*checks, about("outwards", "failed", other)])
     return _Visit(member, [*checks, about("outwards", "ok", f"answers at {member.address}")], knock)
 
@@ -201,8 +202,11 @@ def _compared(member: Member, knock: Knock, roster: Roster, have_run: bool) -> I
         newer = f"has roster {knock.roster_serial}, here is {roster.serial}; {mend}"
         yield Check("roster", "warning", newer, member.name)
     elif knock.roster_serial < roster.serial:
-        then = f"it takes up {roster.serial} in the next swap" if passed_on else "the CA has the newest for it"
-        yield Check("roster", "ok", f"has roster {knock.roster_serial}; {then}", member.name)
+        has = f"has roster {knock.roster_serial}, here is {roster.serial}"
+        if passed_on:
+            yield Check("roster", "ok", f"{has}; it takes up that in the next swap", member.name)
+        else:
+            yield Check("roster", "warning", f"{has}; have the CA hand it its newest", member.name)
     if knock.differs:
         what = "; ".join(f"{name}: {here} here, {there} there" for name, here, there in knock.differs)
         yield Check("run", "failed", f"differs in {what}; give all peers one recipe and one base", member.name)

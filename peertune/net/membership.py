@@ -8,7 +8,7 @@ from pathlib import Path
 from peertune.errors import IdentityError, PeertuneError
 from peertune.files import write_file
 from peertune.net.identity import Identity, load_ca, load_identity
-from peertune.net.roster import MAX_ROSTER_BYTES, Roster, load_roster
+from peertune.net.roster import MAX_ROSTER_BYTES, Member, Roster, load_roster
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,11 @@ class Membership:
         identity = load_identity(self._folder, found)
         if identity.client != self._current[0].client:
             raise IdentityError(f"{self._file}: makes this peer client {identity.client}; start it anew")
-        if _graph(found) != _graph(self._current[1]):
-            raise IdentityError(f"{self._file}: is for another graph or kind of start than this one; start anew")
+        if (new := _graph(found)) != (began := _graph(self._current[1])):
+            raise IdentityError(f"{self._file}: is {new}, and this run began with {began}; stop and resume to change")
+        if found.serial > self._current[1].serial:
+            gone = [m.name for m in self._current[1].members if m.valid() and not _valid(found.by_client(m.client))]
+            log.warning("roster %d is in use%s", found.serial, f"; members no more: {', '.join(gone)}" if gone else "")
         self._current = identity, found
         self._keep(found.serial)
 
@@ -108,9 +111,15 @@ class Membership:
         return (*map(_changed_at, (self._file, self._folder)), int(time.monotonic() / LOOK_EVERY_S))
 
 
-def _graph(roster: Roster) -> tuple[str, str] | None:
-    """Return of which graph a member's own roster has the neighbourhood, None of any other."""
-    return None if roster.own is None else (roster.own.recipe, roster.own.known.digest)
+def _graph(roster: Roster) -> str:
+    """Say for what a roster is: all graphs, or one."""
+    if roster.own is None:
+        return "the roster of all members"
+    return f"an own roster for {dict(roster.own.recipe)} with edges {roster.own.known.digest}"
+
+
+def _valid(member: Member | None) -> bool:
+    return member is not None and bool(member.valid())
 
 
 def _changed_at(path: Path) -> int:

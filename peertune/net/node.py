@@ -148,7 +148,8 @@ class Node:
         else:
             member = tls.caller(context, roster)
         if member is None or member.client == self.me:
-            context.abort(grpc.StatusCode.UNAUTHENTICATED, "not in the roster")
+            said = f"refuses this peer, which is not in its roster {roster.serial}: revoked, or one roster is old"
+            context.abort(grpc.StatusCode.UNAUTHENTICATED, said)
         assert member is not None
         return member
 
@@ -263,13 +264,21 @@ class Node:
     def _dial(
         self, identity: Identity, client: int, member: Member | None, options: Sequence[tuple[str, Any]] = ()
     ) -> Any:
-        if member is None:
-            raise UnusableError(f"client {client}: is not in the roster")
+        missing = nobody(client, member)
+        if member is None or missing:
+            raise UnusableError(missing)
         if member.address is None:
             raise UnusableError(f"{member.name}: has no address in the roster")
         if self._insecure:
             return grpc.insecure_channel(tls.check_loopback(member.address), [*OPTIONS, *options])
         return tls.secure_channel(identity, member, [*OPTIONS, *options])
+
+
+def nobody(client: int, member: Member | None) -> str:
+    """Say why there is nobody on a client's seat; "" where there is somebody."""
+    if member is None:
+        return f"client {client}: nobody has this seat in the roster"
+    return "" if member.valid() else f"{member.name}: is revoked in the roster, or its certificates have expired"
 
 
 def swap_on(channel: Any) -> Any:

@@ -5,7 +5,7 @@ member must know of the graph, so that neither the file nor the member's work gr
 
     own:
       client: 17
-      recipe: '{"clients": 1000000, "degree": 3, "name": "random_regular", …}'   # what it must say of its graph
+      recipe: {clients: 1000000, degree: 3, name: random_regular, …}   # what it must say of its graph
       name: random_regular
       digest: 4d17a1c6a0d5e6a2           # of all the graph's edges
       edges:                             # of each round of a period: its own, and its neighbours' where W needs them
@@ -15,6 +15,7 @@ member must know of the graph, so that neither the file nor the member's work gr
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, get_type_hints
@@ -33,7 +34,7 @@ _PAIRS = re.compile(r"(?:\d{1,9}-\d{1,9}(?: \d{1,9}-\d{1,9})*)?", re.ASCII)
 class Own:
     """What a member must know of the graph of a run."""
 
-    recipe: str  # what the recipe must say of its graph (`parts.graph_text`)
+    recipe: Mapping[str, Any]  # what the recipe must say of its graph (`parts.graph_settings`)
     known: Neighbourhood
 
     def entry(self) -> dict[str, Any]:
@@ -41,7 +42,7 @@ class Own:
         known = self.known
         return {
             "client": known.client,
-            "recipe": self.recipe,
+            "recipe": dict(self.recipe),
             "name": known.name,
             "digest": known.digest,
             "edges": [" ".join(f"{i}-{j}" for i, j in edges.tolist()) for edges in known.edges],
@@ -52,7 +53,7 @@ class Own:
     @classmethod
     def from_entry(cls, value: object) -> "Own":
         """Read what `entry` made. Raises IdentityError for anything else."""
-        kinds: dict[str, tuple[type, ...]] = {"client": (int,), "recipe": (str,), "name": (str,), "digest": (str,)}
+        kinds: dict[str, tuple[type, ...]] = {"client": (int,), "recipe": (dict,), "name": (str,), "digest": (str,)}
         found = checked(value, kinds | {"edges": (list,), "weights": (list,), "summary": (dict,)})
         numbers = {name: (number,) for name, number in get_type_hints(GraphSummary).items()}
         summary = GraphSummary(**checked(found["summary"], numbers))

@@ -25,7 +25,7 @@ from peertune.net import tls  # before grpc, whose settings it makes
 from peertune.net.codec import Assembler, Layout, chunks, decode, encode, layout
 from peertune.net.framing import Part, data_of, kind, pack, unpack
 from peertune.net.membership import Membership
-from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Node, UnusableError, line
+from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Node, UnusableError, line, nobody
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict, Wait
 from peertune.topology import Fault, clients_down
 from peertune.types import Phase, Tensors
@@ -267,8 +267,11 @@ class Swapper(Node):
         roster = self.membership.current()[1]
         member, own = roster.by_client(client), roster.by_client(self.me)
         dials = member is not None and member.address is not None
-        if member is None or not member.valid() or not (dials or (own is not None and own.address is not None)):
-            meeting.final = True  # an empty seat, one whose certificates have ended, or two that can only dial out
+        if missing := nobody(client, member):
+            self._failed(client, UnusableError(missing))
+            meeting.final = True
+        elif not (dials or (own is not None and own.address is not None)):
+            meeting.final = True  # two that can only dial out
         elif given_up:
             meeting.until = meeting.latest = min(meeting.until, time.monotonic() + PROBE_S)
         elif self.me > client:

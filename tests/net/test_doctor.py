@@ -68,7 +68,7 @@ def levels(checks: dict[str, Check]) -> dict[str, str]:
 
 def test_by_its_own_roster_a_peer_looks_at_neighbours_and_knows_that_none_is_passed_on(three: Federation) -> None:
     file = three.own(0, "run")
-    write_file(file, three.parties.own_rosters(GRAPHS["path"](clients=3), "a path")["peer-0"].raw)
+    write_file(file, three.parties.own_rosters(GRAPHS["path"](clients=3), {"name": "a path"})["peer-0"].raw)
     identity, membership = check_identity(three.peer(0), file)
     assert membership is not None
     assert "peer-0 is client 0 of trial, its own roster 2" in [check.finding for check in identity]
@@ -79,7 +79,7 @@ def test_by_its_own_roster_a_peer_looks_at_neighbours_and_knows_that_none_is_pas
         return {check.what: check.finding for check in checks}
 
     with running(three, 1):
-        assert said()["roster"] == "has roster 1; the CA has the newest for it"
+        assert said()["roster"] == "has roster 1, here is 2; have the CA hand it its newest"
     three.issue()
     with running(three, 1):
         assert said()["roster"] == "has roster 3, here is 2; ask the CA for the newest"
@@ -200,7 +200,7 @@ def test_a_member_who_does_not_know_this_peer_yet_is_told_from_one_who_is_away(t
     (refused,) = (check for check in checks if check.member == "peer-1" and check.what == "outwards")
     assert refused.level == "failed"
     assert refused.finding.startswith(f"{late.address(1)}: answers, but not to this peer (")
-    assert refused.finding.endswith("see that both have the newest roster")
+    assert refused.finding.endswith("see that both have the newest roster, and that neither is revoked")
 
 
 def test_a_newer_roster_at_a_neighbour_is_pointed_out_and_not_taken(three: Federation) -> None:
@@ -303,7 +303,7 @@ def test_without_tls_the_same_holds_on_this_machine(three: Federation) -> None:
 def test_knocking_at_nobody_s_door_is_one_line(three: Federation) -> None:
     swapper = Swapper(of(three, 0), AGREED, patience_s=60)
     try:
-        with pytest.raises(PeertuneError, match="client 7: is not in the roster"):
+        with pytest.raises(PeertuneError, match="client 7: nobody has this seat in the roster"):
             swapper.knock(7)
         with pytest.raises(PeertuneError, match="refused"):
             swapper.knock(1, wait_s=10)

@@ -286,7 +286,7 @@ def test_by_its_own_roster_a_peer_keeps_its_older_certificate_for_as_long_as_han
     with ca.opened(federation.ca) as before:
         after, renewed = ca.renew(before, "hospital-1", 90, NOW + 80 * DAY)
         ca.keep(federation.ca, after)
-    own = federation.own_rosters(GRAPHS["path"](clients=2), "a path", NOW + 80 * DAY)["hospital-1"]
+    own = federation.own_rosters(GRAPHS["path"](clients=2), {"name": "a path"}, NOW + 80 * DAY)["hospital-1"]
     whole = federation.roster(NOW + 80 * DAY)
 
     def uses_renewed(roster: Roster, days: int) -> bool:

@@ -19,6 +19,7 @@ from peertune.topology import GRAPHS, digest, neighbourhoods, summary
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
+SETTINGS = {"name": "a graph"}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def six(tmp_path_factory: pytest.TempPathFactory) -> Federation:
 
 def test_an_own_roster_lists_whom_the_member_may_meet_and_what_it_must_know(six: Federation) -> None:
     graph = GRAPHS["ring"](clients=9, activation=0.5)
-    rosters = six.own_rosters(graph, "a graph", NOW)
+    rosters = six.own_rosters(graph, SETTINGS, NOW)
     assert list(rosters) == [f"hospital-{number}" for number in range(5)], "the one that is revoked gets none"
     listed = {name: [member.client for member in roster.members] for name, roster in rosters.items()}
     assert listed["hospital-0"] == [0, 1], "client 8 is in no seat yet"
@@ -231,7 +232,7 @@ def test_an_own_roster_lists_whom_the_member_may_meet_and_what_it_must_know(six:
         assert roster.own is not None
         known = roster.own.known
         (again,) = neighbourhoods(graph, [client], summary(graph))
-        assert (roster.own.recipe, known.client, known.summary) == ("a graph", client, summary(graph))
+        assert (roster.own.recipe, known.client, known.summary) == (SETTINGS, client, summary(graph))
         assert (known.name, known.digest) == ("ring", digest(graph))
         assert [edges.tolist() for edges in known.edges] == [edges.tolist() for edges in again.edges]
 
@@ -240,7 +241,7 @@ def test_an_own_roster_lists_whom_the_member_may_meet_and_what_it_must_know(six:
 def test_weights_and_edges_of_all_rounds_come_through_to_the_bit(six: Federation, name: str) -> None:
     settings = {"degree": 3} if name == "random_regular" else {}
     graph = GRAPHS[name](clients=8, activation=0.3, weights="laplacian", **settings)
-    for roster in six.own_rosters(graph, "a graph", NOW).values():
+    for roster in six.own_rosters(graph, SETTINGS, NOW).values():
         assert roster.own is not None
         known = roster.own.known
         (again,) = neighbourhoods(graph, [known.client], summary(graph))
@@ -251,7 +252,7 @@ def test_weights_and_edges_of_all_rounds_come_through_to_the_bit(six: Federation
 
 def test_where_any_two_may_meet_there_is_no_own_roster_and_no_serial_is_spent(six: Federation) -> None:
     with pytest.raises(GraphError, match="graph complete: any two clients may meet"):
-        six.own_rosters(GRAPHS["complete"](clients=9), "a graph", NOW)
+        six.own_rosters(GRAPHS["complete"](clients=9), SETTINGS, NOW)
     before = six.roster(NOW).serial
     assert six.roster(NOW).serial == before + 1
 
@@ -291,7 +292,7 @@ WRONG_OWN: dict[str, Callable[[dict[str, Any]], object]] = {
 
 @pytest.mark.parametrize("wrong", WRONG_OWN)
 def test_an_own_roster_that_the_ca_should_not_have_signed_is_refused_in_one_line(six: Federation, wrong: str) -> None:
-    content = yaml.safe_load(six.own_rosters(GRAPHS["ring"](clients=9), "a graph", NOW)["hospital-3"].raw)
+    content = yaml.safe_load(six.own_rosters(GRAPHS["ring"](clients=9), SETTINGS, NOW)["hospital-3"].raw)
     del content["signature"]
     assert load_roster(signed(six, yaml.safe_dump(content)), six.certificate).own is not None
     WRONG_OWN[wrong](content)
@@ -302,7 +303,7 @@ def test_an_own_roster_that_the_ca_should_not_have_signed_is_refused_in_one_line
 
 @pytest.mark.parametrize(("was", "becomes"), [("client: 3\n", f"client: {'9' * 5000}\n"), ("a graph", "2026-99-99")])
 def test_text_that_yaml_itself_stumbles_over_is_refused_in_one_line(six: Federation, was: str, becomes: str) -> None:
-    content = yaml.safe_load(six.own_rosters(GRAPHS["ring"](clients=9), "a graph", NOW)["hospital-3"].raw)
+    content = yaml.safe_load(six.own_rosters(GRAPHS["ring"](clients=9), SETTINGS, NOW)["hospital-3"].raw)
     del content["signature"]
     text = yaml.safe_dump(content, sort_keys=False)
     assert was in text

@@ -404,7 +404,9 @@ def test_a_member_that_says_nothing_is_cut_off_and_holds_few_streams(
 # ---- rosters that change
 
 
-def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(tmp_path: Path) -> None:
+def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     made = found(tmp_path, 3)
     for client in (1, 2):  # each has a file of its own
         (made.peer(client) / "roster.yaml").write_bytes(made.roster.read_bytes())
@@ -421,6 +423,11 @@ def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(tmp_path
         made.issue()  # peer 0 alone has it
         heard = all_swap(swappers, 1)
         assert heard[0].keys() == {1}
+        known = swappers[0].neighbours[2]
+        revoked = "peer-2: is revoked in the roster, or its certificates have expired"
+        assert (known.reached, known.problem) == (False, revoked)
+        said = [record.getMessage() for record in caplog.records]
+        assert said.count("roster 2 is in use; members no more: peer-2") == 2, "by file, and from peer 0"
         assert swappers[1].membership.current()[1].serial == 2  # from peer 0
         assert all_swap(swappers, 2)[1].keys() == {0}
         assert made.peer(1).joinpath("roster.yaml").read_bytes() == made.roster.read_bytes()
@@ -433,7 +440,7 @@ def test_an_own_roster_is_neither_passed_on_nor_taken_and_who_has_an_older_one_i
     path = GRAPHS["path"](clients=3)
 
     def issue(*clients: int) -> None:
-        rosters = made.parties.own_rosters(path, "a path")
+        rosters = made.parties.own_rosters(path, {"name": "a path"})
         for client in clients:
             write_file(made.own(client, "path"), rosters[f"peer-{client}"].raw)
 
@@ -476,12 +483,12 @@ def test_an_own_roster_is_neither_passed_on_nor_taken_and_who_has_an_older_one_i
 def test_a_neighbour_s_own_roster_is_not_taken_from_whoever_sends_it(tmp_path: Path) -> None:
     made = found(tmp_path, 3)
     for kind in ("whole", "own"):
-        rosters = made.parties.own_rosters(GRAPHS["ring"](clients=3), "a ring")
+        rosters = made.parties.own_rosters(GRAPHS["ring"](clients=3), {"name": "a ring"})
         file = made.folder / f"{kind}.yaml"
         before = made.roster.read_bytes() if kind == "whole" else rosters["peer-0"].raw
         write_file(file, before)
         membership = Membership(made.peer(0), file)
-        theirs = made.parties.own_rosters(GRAPHS["ring"](clients=3), "a ring")["peer-1"].raw
+        theirs = made.parties.own_rosters(GRAPHS["ring"](clients=3), {"name": "a ring"})["peer-1"].raw
         if kind == "whole":
             with pytest.raises(IdentityError, match="it is client 1's own"):
                 membership.adopt(theirs)
@@ -497,20 +504,26 @@ def test_a_roster_of_another_graph_or_kind_is_for_the_next_start(
     made = found(tmp_path, 3)
     ring, path = GRAPHS["ring"](clients=3), GRAPHS["path"](clients=3)
     file = made.own(0, "run")
-    write_file(file, made.parties.own_rosters(ring, "a graph")["peer-0"].raw)
+    write_file(file, made.parties.own_rosters(ring, {"name": "a graph"})["peer-0"].raw)
     membership = Membership(made.peer(0), file)
     for raw in (
-        made.parties.own_rosters(ring, "another graph")["peer-0"].raw,
-        made.parties.own_rosters(path, "a graph")["peer-0"].raw,  # a file of edges of the same name, with others
+        made.parties.own_rosters(ring, {"name": "another graph"})["peer-0"].raw,
+        made.parties.own_rosters(path, {"name": "a graph"})[
+            "peer-0"
+        ].raw,  # a file of edges of the same name, with others
         made.parties.roster().raw,
     ):
         write_file(file, raw)
         assert membership.current()[1].serial == 2
+    began = "and this run began with an own roster for {'name': 'a graph'} with edges "
     said = [record.getMessage() for record in caplog.records]
-    assert said == [f"{file}: is for another graph or kind of start than this one; start anew; going on with roster 2"]
-    write_file(file, newest := made.parties.own_rosters(ring, "a graph")["peer-0"].raw)
+    assert len(said) == 3
+    assert all(began in line and line.endswith("; stop and resume to change; going on with roster 2") for line in said)
+    assert said[0].startswith(f"{file}: is an own roster for {{'name': 'another graph'}} with edges ")
+    assert said[2].startswith(f"{file}: is the roster of all members, ")
+    write_file(file, newest := made.parties.own_rosters(ring, {"name": "a graph"})["peer-0"].raw)
     assert membership.current()[1].raw == newest
-    write_file(file, made.parties.own_rosters(ring, "a graph")["peer-1"].raw)
+    write_file(file, made.parties.own_rosters(ring, {"name": "a graph"})["peer-1"].raw)
     assert membership.current()[1].raw == newest
     assert (
         caplog.records[-1]

@@ -108,7 +108,7 @@ def test_who_is_not_in_the_roster_is_refused(federation: Federation) -> None:
 
 def test_by_its_own_roster_a_peer_lets_its_neighbours_in_and_no_other_member(federation: Federation) -> None:
     whole = federation.roster()
-    own = federation.own_rosters(GRAPHS["path"](clients=3), "a path")["hospital-1"]
+    own = federation.own_rosters(GRAPHS["path"](clients=3), {"name": "a path"})["hospital-1"]
     with serving(Server(federation.identity("hospital-1", own), own)) as port:
         assert call(federation.identity("hospital-2", whole), whole.by_name("hospital-1"), port) == b"hospital-2"
         assert call(federation.identity("hospital-3", whole), whole.by_name("hospital-1"), port) is REFUSED
