@@ -221,16 +221,8 @@ def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mi
     for facts in meet(two, mine, "told", *settings):
         described = {"name": "erdos_renyi", "activation": 1.0, "weights": "metropolis"}
         assert facts["graph"] == described | vars(told) | {"switching_interval": switching_interval(0.84)}
-    words = [
-        "--recipe",
-        mine / "recipe.yaml",
-        "--roster",
-        two.own(0, "told"),
-        "--dir",
-        two.peer(0),
-        *settings,
-        "clients=9",
-    ]
+    who = ["--roster", two.own(0, "told"), "--dir", two.peer(0)]
+    words = ["--recipe", mine / "recipe.yaml", *who, *settings, "clients=9"]
     for command, code in ((["start", "--out", "x"], 2), (["doctor"], 1)):
         ended, out, err = peertune("peer", *command, *words)
         assert ended == code

@@ -131,13 +131,11 @@ def doctor(
             checks.append(built)
         checks.append(check_disk(resume or Path(), 0 if run is None else _checkpoint_bytes(run)))
         if membership is not None:
-            identity, members = membership.current()
-            own = members.by_client(identity.client)
-            assert own is not None
+            identity, _ = membership.current()
             checks += check_network(
                 membership,
                 {} if run is None else _agreed(run),
-                where_to_listen(own.address, listen, insecure_loopback),
+                where_to_listen(identity.address, listen, insecure_loopback),
                 insecure=insecure_loopback,
             )
     failed = sum(check.level == "failed" for check in checks)

@@ -264,15 +264,16 @@ def roster(
         after, data = ca.issue_roster(before)
         ca.keep(folder, after)  # first: no two rosters may have one serial
         write_file(out, data)
-    _print_roster(after, {"roster": str(out)}, "roster", as_json)
+    _print_roster(after, "roster", "roster", out, as_json)
 
 
-def _print_roster(authority: "Authority", where: dict[str, str], what: str, as_json: bool) -> None:
+def _print_roster(authority: "Authority", key: str, what: str, out: Path, as_json: bool) -> None:
+    """Say what was issued: in JSON its place is under this key, else it is called so."""
     if as_json:
         members = [_facts(member) for member in authority.members]
-        print_json({**where, "federation": authority.federation, "serial": authority.serial, "members": members})
+        print_json({key: str(out), "federation": authority.federation, "serial": authority.serial, "members": members})
         return
-    print(f"{next(iter(where.values()))}: {what} {authority.serial} of {authority.federation}")
+    print(f"{out}: {what} {authority.serial} of {authority.federation}")
     _print_members(authority.members)
 
 
@@ -296,7 +297,7 @@ def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, as_
             for member, data in progress.track(rosters, total=seated):
                 write_file(beside / f"{member.name}{_OWN}", data, lasting=False)
             ca.keep(folder, after)  # before they are in their place: no two rosters may have one serial
-    _print_roster(after, {"rosters": str(out)}, "each member's own roster", as_json)
+    _print_roster(after, "rosters", "each member's own roster", out, as_json)
 
 
 def need_seats(clients: int, members: "Sequence[Member]") -> None:

@@ -78,8 +78,6 @@ def start(
 
         membership = Membership(folder, roster)
         identity, members = membership.current()
-        member = members.by_name(identity.name)
-        assert member is not None
         place = out or resume
         assert place is not None
         if out is not None:
@@ -108,7 +106,7 @@ def start(
             watched.enter_context(kept(place, current))
             if metrics_port is not None:
                 watched.enter_context(served(metrics_port, current))
-            if (address := where_to_listen(member.address, listen, insecure_loopback)) is not None:
+            if (address := where_to_listen(identity.address, listen, insecure_loopback)) is not None:
                 swapper.start(address)
             try:
                 go_on = f"peertune peer start --resume {place} and the options of before"

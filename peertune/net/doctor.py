@@ -125,21 +125,19 @@ def check_network(
     `agreed` is what must be the same at all, {} where no run is asked about; `listen` is where this peer answers.
     """
     identity, roster = membership.current()
-    own = roster.by_client(identity.client)
-    assert own is not None
     others = [m for m in roster.members if m.client != identity.client and m.certificates]
     swapper = Swapper(membership, agreed, patience_s=WAIT_S, insecure=insecure)
     try:
         port = [] if listen is None else [_listening(swapper, listen)]
         with ThreadPoolExecutor(16, thread_name_prefix="doctor") as pool:
-            visits = list(pool.map(lambda member: _visit(swapper, member, own.address is not None), others))
+            visits = list(pool.map(lambda member: _visit(swapper, member, identity.address is not None), others))
     finally:
         swapper.stop()
     found = [check for visit in visits for check in visit.checks]
     met = [(visit.member, visit.knock) for visit in visits if visit.knock is not None]
     for member, knock in met:
         found += _compared(member, knock, roster, bool(agreed))
-    return [*port, *found, *_inwards(own, met)]
+    return [*port, *found, *_inwards(identity.address, met)]
 
 
 def _listening(swapper: Swapper, listen: str) -> Check:
@@ -218,22 +216,20 @@ def _compared(member: Member, knock: Knock, roster: Roster, have_run: bool) -> I
         yield Check("run", "ok", "nothing that must be the same differs", member.name)
 
 
-def _inwards(own: Member, met: list[tuple[Member, Knock]]) -> Iterator[Check]:
+def _inwards(address: str | None, met: list[tuple[Member, Knock]]) -> Iterator[Check]:
     """Say who gets through to this peer."""
-    if own.address is None:
+    if address is None:
         yield Check("inwards", "ok", "this peer has no address: it is the one that calls")
         return
     asked = [(member, knock.back) for member, knock in met if knock.back is not None]
     if not asked:
-        yield Check(
-            "inwards", "warning", f"nobody answers who could call {own.address}; ask again when a neighbour runs"
-        )
-    port = own.address.rpartition(":")[2]
+        yield Check("inwards", "warning", f"nobody answers who could call {address}; ask again when a neighbour runs")
+    port = address.rpartition(":")[2]
     none = all(asked_back for _, asked_back in asked)
     for member, back in asked:
         if back:
             mend = f"open TCP port {port} inwards, or correct the address with peertune peer request"
-            finding = f"can't call {own.address} ({back}); {mend}"
+            finding = f"can't call {address} ({back}); {mend}"
             yield Check("inwards", "failed" if none else "warning", finding, member.name)
         else:
-            yield Check("inwards", "ok", f"gets through to {own.address}", member.name)
+            yield Check("inwards", "ok", f"gets through to {address}", member.name)

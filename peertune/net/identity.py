@@ -42,6 +42,7 @@ class Identity:
 
     name: str
     client: int
+    address: str | None  # host:port at which others reach it; None: it can only dial out
     key: bytes = field(repr=False)  # PEM
     certificate: bytes = field(repr=False)  # PEM
     ca: x509.Certificate = field(repr=False)
@@ -162,7 +163,7 @@ def load_identity(folder: Path, roster: Roster, now: datetime | None = None) -> 
         who = f"{member.name}, client {member.client}"
         raise IdentityError(f"{folder}: is {who}, and the roster is client {other}'s own; give this peer's")
     key = keys[fingerprint(public_key(certificate))]
-    return Identity(member.name, member.client, key_pem(key), pem(certificate), ca)
+    return Identity(member.name, member.client, member.address, key_pem(key), pem(certificate), ca)
 
 
 def _age(found: tuple[datetime, datetime, int, x509.Certificate, Member]) -> tuple[datetime, datetime, int]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from peertune.errors import IdentityError, PeertuneError
 from peertune.files import write_file
 from peertune.net.identity import Identity, load_ca, load_identity
-from peertune.net.roster import MAX_ROSTER_BYTES, Member, Roster, load_roster
+from peertune.net.roster import MAX_ROSTER_BYTES, Roster, load_roster
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ class Membership:
         if (new := _graph(found)) != (began := _graph(self._current[1])):
             raise IdentityError(f"{self._file}: is {new}, and this run began with {began}; stop and resume to change")
         if found.serial > self._current[1].serial:
-            gone = [m.name for m in self._current[1].members if m.valid() and not _valid(found.by_client(m.client))]
+            there = {member.name for member in found.members if member.valid()}
+            gone = [m.name for m in self._current[1].members if m.valid() and m.name not in there]
             log.warning("roster %d is in use%s", found.serial, f"; members no more: {', '.join(gone)}" if gone else "")
         self._current = identity, found
         self._keep(found.serial)
@@ -116,10 +117,6 @@ def _graph(roster: Roster) -> str:
     if roster.own is None:
         return "the roster of all members"
     return f"an own roster for {dict(roster.own.recipe)} with edges {roster.own.known.digest}"
-
-
-def _valid(member: Member | None) -> bool:
-    return member is not None and bool(member.valid())
 
 
 def _changed_at(path: Path) -> int:

@@ -264,13 +264,13 @@ class Swapper(Node):
         """See to it that the meeting is settled."""
         with self._changed:
             given_up = self._known(client).given_up
-        roster = self.membership.current()[1]
-        member, own = roster.by_client(client), roster.by_client(self.me)
+        identity, roster = self.membership.current()
+        member = roster.by_client(client)
         dials = member is not None and member.address is not None
         if missing := nobody(client, member):
             self._failed(client, UnusableError(missing))
             meeting.final = True
-        elif not (dials or (own is not None and own.address is not None)):
+        elif not dials and identity.address is None:
             meeting.final = True  # two that can only dial out
         elif given_up:
             meeting.until = meeting.latest = min(meeting.until, time.monotonic() + PROBE_S)

@@ -25,6 +25,7 @@ from peertune.topology.weights import (
     matrix,
     metropolis,
     need_whole,
+    others,
     possible_weights,
 )
 
@@ -76,7 +77,7 @@ def may_meet(graph: Graph, client: int) -> list[int]:
     """Return all others that a client may ever have an edge with, sorted."""
     if graph.known is not None:
         _need_near(graph, client)
-        return graph.known.others
+        return list(graph.known.others)
     if graph.period is None or graph.every_pair:
         return [other for other in range(graph.clients) if other != client]
     return list(_may_meet(graph, client))
@@ -84,16 +85,16 @@ def may_meet(graph: Graph, client: int) -> list[int]:
 
 @lru_cache(maxsize=4)  # a peer asks each round, and a trace has many
 def _may_meet(graph: Graph, client: int) -> tuple[int, ...]:
-    return tuple(sorted({other for t in range(graph.period or 1) for other in _others(graph.edges_at(t), client)}))
+    return others((graph.edges_at(t) for t in range(graph.period or 1)), client)
 
 
 def partners_at(graph: Graph, client: int, t: int) -> list[int]:
     """Return the others that a client has an active edge with in round t, sorted, by the draws of its own edges."""
     if _anyone(graph):
-        return _others(drawn_partners(graph.clients, client, graph.activation, graph.seed, "edge", t), client)
+        return list(others([drawn_partners(graph.clients, client, graph.activation, graph.seed, "edge", t)], client))
     edges, _ = _near(graph, client, first_like(graph, t))
     edges = edges[(edges == client).any(axis=1)]
-    return _others(edges[happens(graph.activation, graph.seed, "edge", t, edges[:, 0], edges[:, 1])], client)
+    return list(others([edges[happens(graph.activation, graph.seed, "edge", t, edges[:, 0], edges[:, 1])]], client))
 
 
 def row_at(graph: Graph, client: int, t: int) -> dict[int, float]:
@@ -163,15 +164,10 @@ def _drawn_near(graph: Graph, client: int, t: int) -> tuple[Edges, NDArray[np.fl
     """Return a client's active edges and their Metropolis weights, where any two may meet."""
     n = graph.clients
     own = drawn_partners(n, client, graph.activation, graph.seed, "edge", t)
-    near = _others(own, client)
+    near = list(others([own], client))
     if (1 + len(near)) * n > pair_count(n):
         degree = degrees(n, active_edges(graph, t))[near]
     else:
         rows = (drawn_partners(n, one, graph.activation, graph.seed, "edge", t) for one in near)
         degree = np.fromiter(map(len, rows), np.int64, len(near))
     return own, by_degree(len(near), degree)
-
-
-def _others(edges: Edges, client: int) -> list[int]:
-    """Return the other ends of those edges that have this client, sorted."""
-    return sorted((edges[(edges == client).any(axis=1)].sum(axis=1) - client).tolist())

@@ -4,9 +4,9 @@ Edges are int64 arrays `[E, 2]` with i < j, sorted, each once. Clients count fro
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -56,11 +56,10 @@ class Neighbourhood:
     weights: tuple[NDArray[np.float64], ...]  # of these edges; none for Metropolis weights, which follow from them
     summary: GraphSummary  # of the whole graph
 
-    @property
-    def others(self) -> list[int]:
+    @cached_property
+    def others(self) -> tuple[int, ...]:
         """All whom the client may ever meet, sorted."""
-        own = [edges[(edges == self.client).any(axis=1)].ravel().tolist() for edges in self.edges]
-        return sorted({end for ends in own for end in ends} - {self.client})
+        return others(self.edges, self.client)
 
 
 @dataclass(frozen=True)
@@ -280,6 +279,12 @@ def as_edges(clients: int, pairs: Any) -> Edges:
 def _adjacency(clients: int, edges: Edges) -> csr_array:
     ends = np.concatenate([edges, edges[:, ::-1]])
     return csr_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(clients, clients))
+
+
+def others(rounds: Iterable[Edges], client: int) -> tuple[int, ...]:
+    """Return the other ends of all edges in these rounds that have this client, sorted, each once."""
+    ends = (edges[(edges == client).any(axis=1)].sum(axis=1) - client for edges in rounds)
+    return tuple(sorted({other for found in ends for other in found.tolist()}))
 
 
 def degrees(clients: int, edges: Edges) -> NDArray[np.int64]:

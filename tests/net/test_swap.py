@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -45,12 +45,16 @@ def same(a: Tensors, b: Tensors) -> bool:
 
 
 @contextmanager
-def peers(made: Federation, clients: Sequence[int], **options: Any) -> Iterator[dict[int, Swapper]]:
+def peers(
+    made: Federation, clients: Sequence[int], rosters: Mapping[int, Path] | None = None, **options: Any
+) -> Iterator[dict[int, Swapper]]:
+    """Have these peers answer, each by its file of `rosters`, or by the one of all."""
     with ExitStack() as stack:
         swappers = {}
         for client in clients:
             settings: dict[str, Any] = {"agreed": AGREED, "patience_s": 20.0} | options
-            swapper = Swapper(Membership(made.peer(client), made.roster), **settings)
+            membership = Membership(made.peer(client), (rosters or {}).get(client, made.roster))
+            swapper = Swapper(membership, **settings)
             stack.callback(swapper.stop)
             stack.callback(swapper.hurry)
             swapper.start(made.address(client))
@@ -408,16 +412,10 @@ def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = found(tmp_path, 3)
-    for client in (1, 2):  # each has a file of its own
-        (made.peer(client) / "roster.yaml").write_bytes(made.roster.read_bytes())
-    with ExitStack() as stack:
-        swappers = {}
-        for client in range(3):
-            file = made.roster if client == 0 else made.peer(client) / "roster.yaml"
-            swappers[client] = Swapper(Membership(made.peer(client), file), AGREED, patience_s=3.0)
-            stack.callback(swappers[client].stop)
-            stack.callback(swappers[client].hurry)
-            swappers[client].start(made.address(client))
+    rosters = {client: made.peer(client) / "roster.yaml" for client in (1, 2)}  # each has a file of its own
+    for file in rosters.values():
+        file.write_bytes(made.roster.read_bytes())
+    with peers(made, range(3), rosters, patience_s=3.0) as swappers:
         assert_all_heard(swappers, all_swap(swappers), 0)
         made.parties.revoke("peer-2")
         made.issue()  # peer 0 alone has it
@@ -448,14 +446,8 @@ def test_an_own_roster_is_neither_passed_on_nor_taken_and_who_has_an_older_one_i
         return sorted(said for record in caplog.records if "ask the CA" in (said := record.getMessage()))
 
     issue(0, 1)
-    with ExitStack() as stack:
-        swappers = {}
-        for client in range(3):
-            file = made.own(client, "path") if client < 2 else made.roster
-            swappers[client] = Swapper(Membership(made.peer(client), file), AGREED, patience_s=5.0)
-            stack.callback(swappers[client].stop)
-            stack.callback(swappers[client].hurry)
-            swappers[client].start(made.address(client))
+    rosters = {client: made.own(client, "path") for client in (0, 1)}
+    with peers(made, range(3), rosters, patience_s=5.0) as swappers:
         serials = [swappers[client].membership.current()[1].serial for client in range(3)]
         assert serials == [2, 2, 1], "the last has the whole one of before"
 
