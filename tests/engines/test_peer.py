@@ -1,5 +1,6 @@
 """The simulator and real peers: one recipe, the same adapters, with and without faults."""
 
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -154,6 +155,14 @@ def test_peers_with_other_classes_are_told_apart_however_many_there_are() -> Non
     assert labels(*many) == labels(*many) != labels(*many[:-1], "another")
     assert labels(*many).startswith('["class 0", "class 1", ')
     assert len(labels(*many)) < 200  # messages show it whole
+
+
+def test_the_table_of_what_must_agree_names_all_of_it() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
+    table = re.search(r"^`agreed` holds these texts.*?\n\n(\|.*?)\n\n", page, re.MULTILINE | re.DOTALL)
+    assert table is not None
+    named = [name for row in table[1].splitlines()[2:] for name in re.findall("`(.*?)`", row.split("|")[1])]
+    assert sorted(named) == sorted(agreed(build(load_recipe("digits-demo", recipe(4, "float32")), [0])))
 
 
 @pytest.mark.parametrize(

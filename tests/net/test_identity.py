@@ -14,6 +14,7 @@ from parties import Federation
 from peertune.errors import IdentityError, PeertuneError, RunError
 from peertune.net import authority as ca
 from peertune.net.certificates import (
+    MAX_BYTES,
     check_address,
     check_issued,
     check_name,
@@ -167,7 +168,10 @@ def test_a_request_for_more_or_other_than_a_name_and_an_address_is_refused() -> 
             read_request(csr(key, *names), "asked")
     with pytest.raises(IdentityError, match="its key is not on the curve P-256"):
         read_request(csr(ec.generate_private_key(ec.SECP384R1()), name), "asked")
-    for data in (b"", b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n", b"x" * 2**17):
+    good = csr(key, name)
+    assert read_request(good + b"\n", "asked").name == "hospital-3"
+    cut = b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n"
+    for data in (b"", cut, good + b"\n" * MAX_BYTES):
         with pytest.raises(IdentityError, match="asked: is no signing request"):
             read_request(data, "asked")
 
@@ -369,3 +373,27 @@ def test_a_certificate_of_another_ca_of_the_same_name_is_not_issued_by_this_one(
     with pytest.raises(IdentityError, match="the CA's certificate isn't one"):
         federation_of(theirs)
     assert public_key(theirs) != public_key(federation.certificate)
+
+
+def test_what_may_sign_is_no_member_s_certificate_whoever_issued_it(federation: Federation) -> None:
+    with ca.opened(federation.ca) as authority:
+        issuer, key = authority.certificate, authority.key
+    name = x509.SubjectAlternativeName([x509.DNSName("hospital-1")])
+    for may_sign in (False, True):
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(issuer.subject)
+            .issuer_name(issuer.subject)
+            .public_key(new_key().public_key())
+            .serial_number(1)
+            .not_valid_before(NOW)
+            .not_valid_after(NOW + DAY)
+            .add_extension(name, critical=False)
+            .add_extension(x509.BasicConstraints(ca=may_sign, path_length=None), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        if not may_sign:
+            assert check_issued(made, issuer) == "hospital-1"
+            continue
+        with pytest.raises(IdentityError, match="certificate: is no member's; take the one that the CA returned"):
+            check_issued(made, issuer)

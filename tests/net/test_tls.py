@@ -370,6 +370,21 @@ def test_other_addresses_are_not(address: str, why: str) -> None:
         check_loopback(address)
 
 
+def test_a_name_of_this_machine_and_of_another_is_not_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    places = {"::1": socket.AF_INET6, "127.0.0.1": socket.AF_INET, "10.0.0.1": socket.AF_INET}
+
+    def resolve(*names: str) -> None:  # as a resolver would: this machine's knows no such name
+        found = [(places[name], socket.SOCK_STREAM, 6, "", (name, 50051)) for name in names]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+
+    resolve("::1", "127.0.0.1")
+    assert check_loopback("both.example.org:50051") == "both.example.org:50051"
+    for names in (("127.0.0.1", "10.0.0.1"), ("10.0.0.1", "127.0.0.1")):
+        resolve(*names)
+        with pytest.raises(IdentityError, match="is not of this machine alone"):
+            check_loopback("both.example.org:50051")
+
+
 LATE = """
 import grpc
 from peertune.errors import IdentityError
