@@ -539,16 +539,19 @@ def test_no_available_pair_is_left_free_by_a_matching() -> None:
 
 def test_edges_come_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "links.csv"
-    path.write_text("# who lives near whom\n1,0\n\n 2 3  # over the road\n0, 1\n1\t2\n")
-    graph = GRAPHS["edges"](clients=4, path=str(path))
-    assert graph.edges_at(9).tolist() == [[0, 1], [1, 2], [2, 3]]
+    lines = "1,0\n\n 2 3  # over the road\n0, 1\n1\t2\n"
+    for first in ("# who lives near whom\n", "\ufeff", "\n# as exported\nsource,target\n", '\ufeff"From" "To"\n'):
+        path.write_text(first + lines, encoding="utf-8")
+        graph = GRAPHS["edges"](clients=4, path=str(path))
+        assert graph.edges_at(9).tolist() == [[0, 1], [1, 2], [2, 3]]
 
 
 def test_a_trace_begins_again_after_its_last_round(tmp_path: Path) -> None:
     path = tmp_path / "contacts.txt"
-    path.write_text("3 1 2\n0,1,0\n0,0,1\n1,0,2\n")
-    graph = GRAPHS["trace"](clients=3, path=path)
-    assert graph.period == 4
+    for first in ("", "\ufeffTime,i,j\n"):
+        path.write_text(first + "3 1 2\n0,1,0\n0,0,1\n1,0,2\n", encoding="utf-8")
+        graph = GRAPHS["trace"](clients=3, path=path)
+        assert graph.period == 4
     assert [graph.edges_at(t).tolist() for t in range(5)] == [[[0, 1]], [[0, 2]], [], [[1, 2]], [[0, 1]]]
 
 
@@ -814,7 +817,9 @@ def test_a_wrong_setting_is_named_with_what_would_be_right(name: str, arguments:
         ("edges", "0,1\n1 2\n# 0,3\n", "clients 3, 4 can never reach client 0; add edges between them"),
         ("edges", "0,1\n1 2\n0,3", "client 4 can never reach client 0; add edges between them"),
         ("trace", "", "clients 1, 2, 3, 4 can never reach client 0; add edges between them"),
-        ("edges", "i,j\n0,1", "line 1: 'i,j' isn't of the form i,j, whole numbers from 0"),
+        ("edges", "0,1\ni,j", "line 2: 'i,j' isn't of the form i,j, whole numbers from 0"),
+        ("edges", "i,j,w\n0,1,2", "line 1: 'i,j,w' isn't of the form i,j, whole numbers from 0"),
+        ("trace", "i,j,round\n0,1,2", "line 1: its columns are i, j, round; put them in the order round,i,j"),
         ("edges", "0,1\n0,1,2", "line 2: '0,1,2' isn't of the form i,j, whole numbers from 0"),
         ("trace", "0,1\n", "line 1: '0,1' isn't of the form round,i,j, whole numbers from 0"),
         ("trace", "-1,0,1\n", "line 1: '-1,0,1' isn't of the form round,i,j, whole numbers from 0"),

@@ -119,7 +119,7 @@ def _read_csv(file: Path) -> Columns:
 
 
 def _read_json_lines(file: Path) -> Columns:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         rows = []
         for number, line in enumerate(lines, 1):
             row = json.loads(line) if line.strip() else {}

@@ -23,6 +23,7 @@ from peertune.topology.weights import Graph, Rule, as_edges, need_clients, unrea
 MOST_ROUNDS = 1_000_000  # of a trace, all of which are held in memory
 TRIES = 100  # random graphs drawn before giving up on a connected one
 MATCHED_AT_ONCE = 2**16  # pairs of a matching looked at before those that are no longer free are left out again
+ROUND_NAMES = ("round", "t", "time", "timestamp", "step")  # what the first column of a trace may be called
 MOST_LONELY = 50  # clients without an edge to be expected, with which a random graph is connected once in e⁵⁰ draws
 
 
@@ -221,7 +222,7 @@ def edge_file(
     weights: Rule = "metropolis",
     path: str | Path,
 ) -> Graph:
-    """Edges of a text file: lines `i,j` or `i j`; `#` starts a comment."""
+    """Edges of a text file: lines `i,j` or `i j`; `#` starts a comment, and a line of names may come first."""
     name = f"edges ({path})"
     return _static(name, clients, _read(name, path, "i,j", clients), activation, seed, weights)
 
@@ -236,7 +237,8 @@ def trace_file(
 ) -> Graph:
     """Contacts of a text file: lines `round,i,j` or `round i j`, in any order; `#` starts a comment.
 
-    Rounds count from 0, one that isn't named has no contacts, and after the last the trace begins again.
+    A line of names may come first. Rounds count from 0, one that isn't named has no contacts, and after the last the
+    trace begins again.
     """
     name = f"trace ({path})"
     contacts = _read(name, path, "round,i,j", clients)
@@ -318,18 +320,27 @@ def _check_probability(name: str, clients: int, probability: float) -> None:
 
 
 def _read(name: str, path: str | Path, form: str, clients: int) -> list[list[int]]:
-    """Read lines of integers in the form `i,j` or `round,i,j`; the last two are clients."""
+    """Read lines of integers in the form `i,j` or `round,i,j`; the last two are clients.
+
+    The first line may name the columns instead. Where it does not name a round first, what comes first is no round.
+    """
     need_clients(name, clients, 1)
     try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     except OSError as error:
         raise GraphError(f"graph {name}: can't be read, {error.strerror}; give a file of lines {form}") from error
     found = []
+    begun = False
     for number, line in enumerate(text.splitlines(), start=1):
         fields = line.partition("#")[0].replace(",", " ").split()
         if not fields:
             continue
         where = f"graph {name}: line {number}"
+        first, begun = not begun, True
+        if first and len(fields) == form.count(",") + 1 and all(field.strip('"').isidentifier() for field in fields):
+            if form.startswith("round") and fields[0].strip('"').lower() not in ROUND_NAMES:
+                raise GraphError(f"{where}: its columns are {', '.join(fields)}; put them in the order {form}")
+            continue
         if len(fields) != form.count(",") + 1 or not all(field.isdecimal() for field in fields):
             raise GraphError(f"{where}: {line.strip()!r} isn't of the form {form}, whole numbers from 0")
         values = [int(field) for field in fields]

@@ -1,9 +1,11 @@
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 from speaking import CHAT, make_tokenizer
-from tokenizers import normalizers, processors
+from tokenizers import Tokenizer, normalizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from peertune.data.batches import UNLABELLED, Encoded
 from peertune.data.completions import completions, encode_choices, encode_completions, encode_prompts, encode_words
@@ -120,6 +122,16 @@ def test_words_are_said_after_the_same_prompt() -> None:
     split = Split({"prompt": ["abcdefgh"]}, np.array([0]))
     choices = encode_choices(make_tokenizer(), split, [" no", " probably"], 12)
     assert [read(choices, row) for row in (0, 1)] == [("fgh no", " no"), ("fgh probably", " probably")]
+
+
+def test_words_are_judged_from_the_first_token_in_which_any_of_them_differs() -> None:
+    known = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    known["model"]["vocab"]["bc"] = 258
+    known["model"]["merges"] = [["b", "c"]]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(known)), pad_token="</s>")
+    choices = encode_choices(tokenizer, Split({"prompt": ["ab"]}, np.array([0])), ["c", "d"], 64)
+    said = choices.labels[choices.labels != UNLABELLED].tolist()
+    assert tokenizer.convert_ids_to_tokens(said) == ["bc", "b", "d"], "the first word takes a letter of the prompt"
 
 
 def test_long_prompts_to_go_on_from_are_told() -> None:

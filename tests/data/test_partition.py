@@ -157,6 +157,13 @@ def test_shards_hold_few_classes() -> None:
     table = counts(split, PARTITIONS["shards"](2)(split, 20, 0), 10)
     assert (table.sum(axis=1) == 20).all()
     assert ((table > 0).sum(axis=1) <= 2).all()
+    assert (table == 20).sum() < 10, "neighbouring shards are dealt to whom they fall, not side by side"
+
+
+@pytest.mark.parametrize("name", sorted(set(PARTITIONS) - {"column"}))
+def test_which_rows_of_a_class_a_client_gets_is_drawn(name: str) -> None:
+    rows = max(make(name, 4, 1)(Split({}, np.zeros(80, np.int64)), 4, 0), key=len)
+    assert (np.diff(rows) > 1).sum() >= 3, "not a run of rows as the source has them"
 
 
 def test_labels_are_disjoint_up_to_as_many_clients_as_classes() -> None:

@@ -129,6 +129,13 @@ def test_csv_fields_may_hold_commas_line_breaks_and_what_looks_like_nothing(tmp_
     assert read(str(tmp_path)).train.columns["text"] == ["one, two\nthree", "NA", "007"]
 
 
+def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    lines = '\ufeff{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    assert read(str(tmp_path)).train.columns["text"] == ["a", "b"]
+
+
 def test_another_split_may_validate(tmp_path: Path) -> None:
     write(tmp_path / "train.csv", {"text": "ab", "label": [0, 1]})
     write(tmp_path / "dev.parquet", {"text": "abc", "label": [0, 1, 1]})
