@@ -22,7 +22,7 @@ import os
 import shutil
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from hashlib import file_digest, sha256
 from itertools import chain
 from pathlib import Path
@@ -39,14 +39,13 @@ from torch import Tensor
 from peertune import files
 from peertune.errors import RunError
 from peertune.files import reported, write_file, written_folder
-from peertune.types import ALONE, Group, RoundRecord, State, Tensors
+from peertune.types import ALONE, Evaluation, Group, RoundRecord, State, Tensors
 
 if TYPE_CHECKING:  # PEFT takes seconds to import, and most commands only read
     from peft import LoraConfig
 
 log = logging.getLogger(__name__)
 
-_FIELDS = {field.name for field in fields(RoundRecord)} - {"state"}
 LONGEST_LIST = 1_000
 """Values up to which a list of a record stands in its line of `rounds.jsonl`; longer ones go to a file beside it."""
 _NUMBERS = ("clients", "edges", "failed_edges", "out_of_phase")
@@ -202,15 +201,32 @@ def _lines(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
     next_round = 0
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            if record["round"] < next_round or not record.keys() >= _FIELDS:
-                raise ValueError("a round or a part of it is missing")
+            record = _whole(json.loads(line), RoundRecord)
+            if record["evaluation"] is not None:
+                record["evaluation"] = _whole(record["evaluation"], Evaluation)
+            if record["round"] < next_round:
+                raise ValueError("a round stands twice")
         except (ValueError, TypeError, KeyError, AttributeError):
             if number < len(lines):
                 log.warning("%s/rounds.jsonl: line %d is damaged and left out; restore the file", folder, number)
             continue
         next_round = record["round"] + 1
         yield record, line
+
+
+def _whole(values: dict[str, Any], of: type[RoundRecord] | type[Evaluation]) -> dict[str, Any]:
+    """Return what a line says, with the defaults of the fields that it lacks, as versions that lack them write it.
+
+    What no field of this version is for is kept. Raises KeyError where a field is missing that has no default.
+    """
+    found = dict(values)
+    for field in fields(of):
+        if field.name not in found and field.name != "state":
+            made = field.default if field.default_factory is MISSING else field.default_factory()
+            if made is MISSING:
+                raise KeyError(field.name)
+            found[field.name] = made
+    return found
 
 
 @contextmanager

@@ -189,7 +189,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How good the clients' own models are, and the model of the averaged adapter."""
+    """How good the clients' own models are, and the model of the averaged adapter; fields as in `RoundRecord`."""
 
     metric: str
     clients: list[float]  # [K], each client's own model
@@ -200,7 +200,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What one round did; a line of `rounds.jsonl`."""
+    """What one round did; a line of `rounds.jsonl`.
+
+    Lines of other versions have fewer fields, or more. A field that a line lacks has its default here, so a field that
+    is added needs one that is true of the runs that were made without it.
+    """
 
     round: int
     train: list[str]  # kinds trained by most clients, sorted

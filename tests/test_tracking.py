@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 from typing import Any
@@ -400,7 +400,7 @@ def test_a_last_line_that_was_cut_off_is_no_record(run: Path, cut: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "damaged", ['{"round": 1, "lo', "", "5", "null", "{}", '{"round": 7}', '{"round": 1}', "\0\0\0"]
+    "damaged", ['{"round": 1, "lo', "", "5", "null", "{}", "[[1, 2]]", '{"round": 7}', '{"round": 1}', "\0\0\0"]
 )
 def test_a_damaged_line_is_left_out_with_a_warning_and_nothing_goes_on_from_it(
     run: Path, damaged: str, caplog: pytest.LogCaptureFixture
@@ -418,6 +418,37 @@ def test_a_damaged_line_is_left_out_with_a_warning_and_nothing_goes_on_from_it(
         tracking.rewind(run, 3)
     tracking.rewind(run, 1)
     assert [record["round"] for record in tracking.records(run)] == [0]
+
+
+def test_a_line_of_a_version_with_fewer_fields_has_their_defaults_and_one_with_more_keeps_them(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tracking.append(run, record(0, Evaluation("accuracy", [0.5] * CLIENTS, 0.5, 9, [0.4] * CLIENTS)))
+    line = json.loads((run / "rounds.jsonl").read_text())
+    fewer = {key: value for key, value in line.items() if key != "evaluation"} | {"round": 1}
+    more = line | {"round": 2, "weather": ["fair"], "evaluation": line["evaluation"] | {"error": [0.1]}}
+    (run / "rounds.jsonl").write_text("".join(json.dumps(values) + "\n" for values in (line, fewer, more)))
+    assert tracking.records(run) == [line, fewer | {"evaluation": None}, more]
+    before = (run / "rounds.jsonl").read_text()
+    tracking.rewind(run, 3)
+    assert (run / "rounds.jsonl").read_text() == before
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("of", "first"),
+    [
+        (
+            RoundRecord,
+            "round train send clients loss grad_norm bytes_sent neighbours edges failed_edges out_of_phase "
+            "neighbourhood_cross_term diagnostics seconds",
+        ),
+        (Evaluation, "metric clients average rows top_share"),
+    ],
+)
+def test_a_field_of_a_record_that_the_first_version_lacked_has_a_default(of: Any, first: str) -> None:
+    needed = [field.name for field in fields(of) if field.default is field.default_factory is MISSING]
+    assert needed == first.split()
 
 
 def test_what_is_no_run_has_no_records(tmp_path: Path) -> None:

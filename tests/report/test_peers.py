@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from peertune.report.findings import diagnose
 from peertune.report.html import page
 from peertune.report.runs import RunData, find_runs
 from peertune.report.tables import compare
+from peertune.types import RoundRecord
 
 LISTS = ("loss", "grad_norm", "bytes_sent", "neighbours", "neighbourhood_cross_term")
 TRAINING = {"learning_rate": 0.01, "max_grad_norm": 1.0, "reset_optimizer": "never"}
@@ -70,6 +72,7 @@ def test_put_together_they_say_what_a_simulation_says_but_for_what_nobody_knows(
     (found,) = find_runs([write_all(tmp_path / "runs", run)])
     assert (found.name, found.folder) == ("hospitals", tmp_path / "runs")
     assert [peer["name"] for peer in found.facts["peers"]] == [f"hospital-{k}" for k in range(1, 9)]
+    assert {*found.records[0]} == {field.name for field in fields(RoundRecord)} - {"state"}
     assert found.facts["partition"] == run.facts["partition"]
     assert found.facts["validation"] == run.facts["validation"]
     for mine, record in zip(found.records, run.records, strict=True):
