@@ -19,7 +19,7 @@ from peertune.errors import IdentityError, PeertuneError
 from peertune.net.certificates import federation_of, read_key
 from peertune.net.identity import key_files, load_ca, read_private
 from peertune.net.membership import Membership
-from peertune.net.node import Knock
+from peertune.net.node import UNTRIED, Knock
 from peertune.net.roster import Member, Roster
 from peertune.net.swap import Swapper
 
@@ -225,9 +225,12 @@ def _inwards(address: str | None, met: list[tuple[Member, Knock]]) -> Iterator[C
     if not asked:
         yield Check("inwards", "warning", f"nobody answers who could call {address}; ask again when a neighbour runs")
     port = address.rpartition(":")[2]
-    none = all(asked_back for _, asked_back in asked)
+    tried = [back for _, back in asked if back not in UNTRIED.values()]
+    none = bool(tried) and all(tried)
     for member, back in asked:
-        if back:
+        if back in UNTRIED.values():
+            yield Check("inwards", "warning", f"did not call {address}: it {back}", member.name)
+        elif back:
             mend = f"open TCP port {port} inwards, or correct the address with peertune peer request"
             finding = f"can't call {address} ({back}); {mend}"
             yield Check("inwards", "failed" if none else "warning", finding, member.name)

@@ -3,14 +3,15 @@
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
 
 from peertune.errors import PeertuneError, WireError
 from peertune.net import tls  # before grpc, whose settings it makes
+from peertune.net.allowance import Allowance
 from peertune.net.framing import kind, pack, unpack
 from peertune.net.identity import Identity
 from peertune.net.membership import Membership
@@ -25,6 +26,9 @@ METHOD = f"/{SERVICE}/Swap"
 MESSAGE_BYTES = MAX_ROSTER_BYTES + 2**16  # the longest is a roster
 HELLO_FIELDS = 64  # that must agree, at most
 PROBE_S = 2.0  # how long a round waits for a neighbour that could not be reached in the one before
+LINES = 6  # of the log that a member may cause in a minute
+LINE = 300  # characters of such a line
+CALLS_BACK = 6  # that a member may ask for in a minute
 
 OPTIONS = [
     ("grpc.max_receive_message_length", MESSAGE_BYTES),
@@ -38,7 +42,17 @@ OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 2_000),
     ("grpc.enable_http_proxy", 0),
     ("grpc.so_reuseport", 0),
+    ("grpc.use_local_subchannel_pool", 1),
 ]
+
+UNTRIED = {
+    "busy": "is calling back already",
+    "often": "was asked too often: ask again in a minute",
+    "private": "does not call private addresses, since its own is none",
+}
+"""What is answered to who asks to be called back and is not."""
+SILENT = "got no answer from this peer there"
+"""What is answered to who was called back and did not answer, whatever came of it."""
 
 
 @dataclass
@@ -89,20 +103,24 @@ class Node:
         self._round = 0
         self._channels: dict[int, tuple[Any, Any]] = {}
         self._calling_back: set[int] = set()
+        self._calls_back, self._lines = Allowance(CALLS_BACK), Allowance(LINES)
         self._outdated = 0  # serial of the roster of which it was said that the CA has a newer one
 
-    def knock(self, client: int, wait_s: float = PROBE_S, *, call_back: bool = False) -> Knock:
+    def knock(
+        self, client: int, wait_s: float = PROBE_S, *, call_back: bool = False, address: str | None = None
+    ) -> Knock:
         """Try whether this peer gets through to another and, with `call_back`, the other to this one.
 
-        Nothing else changes at either end. Runs are compared where both ends have one. Raises PeertuneError where it
-        does not get through.
+        At its address in the roster if no other is given. Nothing else changes at either end. Runs are compared where
+        both ends have one. Raises PeertuneError where it does not get through.
         """
         identity, roster = self.membership.current()
         member = roster.by_client(client)
+        if member is not None and address is not None:
+            member = replace(member, address=address)
         theirs, back, offset = None, None, None
         try:
-            anew = (("grpc.use_local_subchannel_pool", 1),)
-            with self._dial(identity, client, member, anew) as channel:
+            with self._dial(identity, member) as channel:
                 hello = self._hello(0, Hello.CALL_BACK if call_back else Hello.ECHO)
                 for chunk in swap_on(channel)(iter([Chunk(hello=hello)]), timeout=wait_s, metadata=self._claim()):
                     if kind(chunk) == "hello":
@@ -113,7 +131,7 @@ class Node:
         except grpc.RpcError as error:
             raise PeertuneError(line(error.details() or str(error.code()))) from None
         if theirs is None:
-            raise WireError(f"client {client}: does not begin with a greeting")
+            raise WireError("does not begin with a greeting")
         differs = self._differences(theirs)
         if not (theirs.agreed and self._agreed):
             differs = [found for found in differs if found[0] in ("protocol", "federation")]
@@ -124,20 +142,52 @@ class Node:
         known = dict(self.neighbours)
         return any(known[client].reached and not known[client].given_up for client in clients if client in known)
 
+    def name(self, client: int) -> str:
+        """Return what a client is called in all that is said of it."""
+        member = self.membership.current()[1].by_client(client)
+        return f"client {client}" if member is None else member.name
+
     def _call_back(self, client: int) -> Verdict:
-        """Try whether this peer gets through to the caller at its address in the roster, once at a time."""
+        """Try whether this peer gets through to the caller at its address in the roster, once at a time.
+
+        The answer is one of few: what else there is within this peer's network is nobody's business.
+        """
         with self._changed:
             if client in self._calling_back:
-                return Verdict(outcome=Verdict.REFUSED, reason="is calling back already")
+                return Verdict(outcome=Verdict.REFUSED, reason=UNTRIED["busy"])
             self._calling_back.add(client)
         try:
-            self.knock(client)
-            return Verdict(outcome=Verdict.HAVE)
-        except PeertuneError as error:
-            return Verdict(outcome=Verdict.REFUSED, reason=line(str(error)))
+            why = self._why_silent(client) if self._calls_back.take(client) else UNTRIED["often"]
+            return Verdict(outcome=Verdict.REFUSED, reason=why) if why else Verdict(outcome=Verdict.HAVE)
         finally:
             with self._changed:
                 self._calling_back.discard(client)
+
+    def _why_silent(self, client: int) -> str:
+        """Call a member at the places of its address that this peer may call; return "" where it answers at one."""
+        identity, roster = self.membership.current()
+        member = roster.by_client(client)
+        try:
+            if member is None or member.address is None or identity.address is None:
+                return SILENT
+            port, found = member.address.rpartition(":")[2], tls.places(member.address)
+            if not all(place.is_global for place in found) and all(x.is_global for x in tls.places(identity.address)):
+                return UNTRIED["private"]
+        except OSError:
+            return SILENT
+        for place in found[:3]:
+            try:
+                self.knock(client, address=f"[{place}]:{port}" if place.version == 6 else f"{place}:{port}")
+                return ""
+            except PeertuneError as error:
+                log.debug("%s: called back at %s: %s", member.name, place, error)
+        return SILENT
+
+    def _say(self, client: int, text: str, level: int = logging.WARNING) -> None:
+        """Log what a member caused: a whole line of at most LINE characters, and LINES of them a minute."""
+        if log.isEnabledFor(level) and (left := self._lines.take(client)):
+            more = "; more of it is left out for a minute" if left == 1 else ""
+            log.log(level, "%s%s", line(f"{self.name(client)}: {text}", LINE - len(more)), more)
 
     def _identify(self, context: Any) -> Member:
         """Return who calls, by its certificate."""
@@ -178,14 +228,13 @@ class Node:
         stays = hello.own_roster or roster.own is not None
         if stays and hello.roster_serial > roster.serial != self._outdated:
             self._outdated = roster.serial  # said once, whatever others claim
-            log.warning(
-                "client %d has roster %d, which is not passed on, and this peer %d; ask the CA for the newest",
-                client,
-                hello.roster_serial,
-                roster.serial,
-            )
+            has = f"has roster {hello.roster_serial}, which is not passed on, and this peer {roster.serial}"
+            self._say(client, f"{has}; ask the CA for the newest")
         for name, here, there in self._differences(hello):
-            raise UnusableError(f"{name} differs: {here} at client {self.me}, {there} at client {client}")
+            alike = next((at for at, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), 0)
+            start = max(0, alike - 20)  # so that a line shows where they part
+            here, there = (f"{'…' * bool(start)}{text[start : start + 80]}" for text in (here, there))
+            raise UnusableError(f"{name[:40]} differs: {here} at {self.name(self.me)}, {there} at {self.name(client)}")
 
     def _differences(self, hello: Hello) -> list[tuple[str, str, str]]:
         """Return what must be the same and is not: name, here, there."""
@@ -208,7 +257,7 @@ class Node:
         """Take a newer roster, if the CA signed it."""
         try:
             if self.membership.adopt(raw):
-                log.warning("took roster %d from client %d", self.membership.current()[1].serial, client)
+                self._say(client, f"sent roster {self.membership.current()[1].serial}, which is in use")
         except PeertuneError as error:
             raise WireError(f"sends a roster that can't be used ({error})") from None
 
@@ -218,7 +267,7 @@ class Node:
     def _saw(self, client: int, round: int, step: int = 0) -> None:
         known = self._known(client)
         if known.given_up and round >= self._round - 1:
-            log.warning("client %d is back, in round %d", client, round)
+            self._say(client, f"is back, in round {round}")
         known.round, known.step, known.seen_at = round, step, time.time()
         known.reached, known.problem = True, ""
         if round >= self._round - 1:  # one that lags behind is not waited for, until it is where the others are
@@ -235,9 +284,8 @@ class Node:
             known.problem = problem
             return
         if known.reached or known.problem != problem:
-            log.info("client %d: %s", client, problem)
-        if isinstance(error, UnusableError) and known.problem != problem:
-            log.warning("%s", error)
+            wrong = isinstance(error, PeertuneError) and known.problem != problem
+            self._say(client, problem, logging.WARNING if wrong else logging.INFO)
         known.reached, known.problem = False, problem
 
     def _count_bytes(self, client: int, sent: int, received: int) -> None:
@@ -254,31 +302,29 @@ class Node:
         with self._changed:
             channel, made_with = self._channels.get(client, (None, None))
             if channel is None or made_with != key:
-                new = self._dial(identity, client, member)
+                new = self._dial(identity, member)
                 if channel is not None:
                     channel.close()
                 channel = new
                 self._channels[client] = channel, key
         return swap_on(channel)
 
-    def _dial(
-        self, identity: Identity, client: int, member: Member | None, options: Sequence[tuple[str, Any]] = ()
-    ) -> Any:
-        missing = nobody(client, member)
+    def _dial(self, identity: Identity, member: Member | None) -> Any:
+        missing = nobody(member)
         if member is None or missing:
             raise UnusableError(missing)
         if member.address is None:
-            raise UnusableError(f"{member.name}: has no address in the roster")
+            raise UnusableError("has no address in the roster")
         if self._insecure:
-            return grpc.insecure_channel(tls.check_loopback(member.address), [*OPTIONS, *options])
-        return tls.secure_channel(identity, member, [*OPTIONS, *options])
+            return grpc.insecure_channel(tls.check_loopback(member.address), OPTIONS)
+        return tls.secure_channel(identity, member, OPTIONS)
 
 
-def nobody(client: int, member: Member | None) -> str:
-    """Say why there is nobody on a client's seat; "" where there is somebody."""
+def nobody(member: Member | None) -> str:
+    """Say why there is nobody on a seat; "" where there is somebody."""
     if member is None:
-        return f"client {client}: nobody has this seat in the roster"
-    return "" if member.valid() else f"{member.name}: is revoked in the roster, or its certificates have expired"
+        return "nobody has this seat in the roster"
+    return "" if member.valid() else "is revoked in the roster, or its certificates have expired"
 
 
 def swap_on(channel: Any) -> Any:
@@ -291,6 +337,6 @@ def _clock_offset_s(hello: Hello) -> float | None:
     return hello.clock - time.time() if 0 < hello.clock < 1e11 else None  # a time of these thousand years
 
 
-def line(text: str) -> str:
+def line(text: str, longest: int = 200) -> str:
     """Return what another end says as one short printable line."""
-    return "".join(c if c.isprintable() else " " for c in text[:200])
+    return "".join(c if c.isprintable() else " " for c in text[:longest])

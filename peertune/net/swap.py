@@ -106,7 +106,6 @@ class Swapper(Node):
         self._deadlines: dict[Any, float] = {}  # of calls that wait for the other end
         self._unheard: set[tuple[int, int]] = set()  # verdicts of ours that the caller may not have
         self._waiting: dict[tuple[int, int], int] = {}  # calls that wait for this end to be ready
-        self._complained: dict[int, int] = {}  # client → the round in which what it sent was last complained of
         self._hurried = self._stopped = self._open = self._watching = self._echo_only = False
         self._hurried_at = 0.0
         self._doing = "starting"
@@ -267,7 +266,7 @@ class Swapper(Node):
         identity, roster = self.membership.current()
         member = roster.by_client(client)
         dials = member is not None and member.address is not None
-        if missing := nobody(client, member):
+        if missing := nobody(member):
             self._failed(client, UnusableError(missing))
             meeting.final = True
         elif not dials and identity.address is None:
@@ -304,7 +303,7 @@ class Swapper(Node):
                 meeting.final, meeting.pledged = True, False
             self._failed(client, error)
         except Exception as error:  # whatever it is, it costs this edge and not the thread's silent end
-            log.error("client %d: %s: %s", client, type(error).__name__, line(str(error)))
+            self._say(client, f"{type(error).__name__}: {error}", logging.ERROR)
             meeting.final = True
 
     def _give_up(self, round: int, client: int, meeting: _Meeting, given_up: bool) -> None:
@@ -313,13 +312,13 @@ class Swapper(Node):
             if meeting.verdict is not None:
                 return
             if meeting.pledged:
-                log.warning("round %d: whether client %d counts it stays unknown; here it does not", round, client)
+                self._say(client, f"whether it counts round {round} stays unknown; here it does not")
             self._settle(meeting, Verdict.PASSED)
             if not meeting.final and not self._hurried:
                 self._known(client).given_up = True
                 if not given_up:
                     why = self._known(client).problem or "it was not ready in time"
-                    log.warning("round %d: goes on without client %d: %s", round, client, why)
+                    self._say(client, f"round {round} goes on without it: {why}")
 
     def _over(self, meeting: _Meeting) -> bool:
         return meeting.verdict is not None or meeting.final or time.monotonic() >= self._last(meeting)
@@ -381,7 +380,7 @@ class Swapper(Node):
                         self._adopt(client, chunk.roster)
                     case "total":
                         if offer is None or assembler is not None or purpose != Hello.SWAP:
-                            raise WireError(f"client {client}: sends a payload that nobody asked for")
+                            raise WireError("sends a payload that nobody asked for")
                         assembler = Assembler(chunk.total, offer.layout)
                         with self._changed:
                             meeting.streams += 1
@@ -389,7 +388,7 @@ class Swapper(Node):
                         queue.put(offer.data)
                     case "data":
                         if assembler is None or offer is None:
-                            raise WireError(f"client {client}: sends data before its size")
+                            raise WireError("sends data before its size")
                         assembler.add(data_of(chunk))
                         if not assembler.left_bytes:
                             received = assembler.data()
@@ -408,7 +407,7 @@ class Swapper(Node):
                         there = max(there, chunk.verdict.round)
                         queue.put(None)  # by which the other end knows that it arrived
                     case _:
-                        raise WireError(f"client {client}: sends a part that is not known")
+                        raise WireError("sends a part that is not known")
             return there
         except WireError as error:
             queue.put(Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200])))
@@ -429,7 +428,7 @@ class Swapper(Node):
         with self._changed:
             if verdict.outcome == Verdict.COUNTED:
                 if not meeting.pledged:
-                    raise WireError(f"client {client}: counts an edge of which this end has nothing")
+                    raise WireError("counts an edge of which this end has nothing")
                 self._settle(meeting, Verdict.COUNTED)
             elif verdict.outcome == Verdict.PASSED:
                 meeting.final, meeting.pledged = True, False
@@ -437,7 +436,7 @@ class Swapper(Node):
                 self._saw(client, verdict.round)
             elif verdict.outcome == Verdict.REFUSED:
                 meeting.pledged = False
-                raise UnusableError(f"client {client}: refuses ({line(verdict.reason)})")
+                raise UnusableError(f"refuses ({line(verdict.reason)})")
             else:  # it has forgotten: what was pledged is void, and the swap is made again
                 meeting.pledged = False
 
@@ -450,12 +449,10 @@ class Swapper(Node):
             with self._admitted(client, context):
                 yield from self._converse(client, requests, context)
         except _GoneError:
-            log.debug("client %d (%s) hung up", client, member.name)
+            log.debug("%s hung up", member.name)
         except WireError as error:
-            if self._complained.get(client) != self._round:  # once a round: nobody shall fill the disk
-                log.warning("client %d (%s): %s", client, member.name, error)
-            self._complained[client] = self._round
-            self._known(client).problem = str(error)
+            self._say(client, str(error))
+            self._known(client).problem = line(str(error))
             yield Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200], round=self._round))
         except UnusableError as error:
             self._failed(client, error)

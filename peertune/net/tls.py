@@ -7,7 +7,7 @@ handshake. A connection outlives its handshake, though, so a server asks `caller
 
 import socket
 from collections.abc import Callable, Sequence
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 import grpc
@@ -75,14 +75,21 @@ def caller(context: grpc.ServicerContext, roster: Roster) -> Member | None:
     return roster.by_certificate(x509.load_pem_x509_certificate(shown[0]))
 
 
+def places(address: str) -> list[IPv4Address | IPv6Address]:
+    """Return where a host:port is, each once. Raises OSError where its name can't be resolved."""
+    host, _, port = check_address(address).rpartition(":")
+    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(ip_address(str(place[0]).partition("%")[0]) for *_, place in found))
+
+
 def check_loopback(address: str) -> str:
     """Return an address that only this machine can reach. Raises IdentityError for any other."""
-    host, _, port = check_address(address).rpartition(":")
+    port = check_address(address).rpartition(":")[2]
     try:
-        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+        found = places(address)
     except OSError as error:
         raise IdentityError(f"{address}: can't be resolved ({error.strerror}); give 127.0.0.1:{port}") from None
-    if not all(ip_address(str(place[0]).partition("%")[0]).is_loopback for *_, place in found):
+    if not all(place.is_loopback for place in found):
         raise IdentityError(f"{address}: is not of this machine alone; without TLS give 127.0.0.1:{port}")
     return address
 

@@ -146,8 +146,7 @@ def test_an_address_at_which_this_peer_is_not_is_found_out_by_the_others(three: 
         checks = examined(three, listen=f"127.0.0.1:{elsewhere}")
     assert levels(checks) == {"peer-1 inwards": "failed", "peer-2 inwards": "failed"}
     finding = checks["peer-1 inwards"].finding
-    assert finding.startswith(f"can't call {three.address(0)} (")
-    assert "refused" in finding
+    assert finding.startswith(f"can't call {three.address(0)} (got no answer from this peer there); ")
     assert finding.endswith(
         f"open TCP port {three.ports[0]} inwards, or correct the address with peertune peer request"
     )
@@ -165,6 +164,8 @@ def test_something_else_at_this_peer_s_port_is_found_out_by_the_others(three: Fe
     with running(three, 1), socket.create_server(("127.0.0.1", three.ports[0])):
         checks = examined(three)
     assert levels(checks) == {"peer-1 inwards": "failed", "peer-2 outwards": "warning"}
+    refused = "got no answer from this peer there"
+    assert refused in checks["peer-1 inwards"].finding, "as where nobody listens: no more is told of a port"
 
 
 def test_an_address_of_another_machine_can_t_be_listened_at(three: Federation) -> None:
@@ -270,7 +271,7 @@ def test_what_a_neighbour_says_is_one_printable_line(three: Federation) -> None:
 def test_a_neighbour_that_does_not_greet_is_refused(three: Federation) -> None:
     with answering(three, 1, [Chunk(verdict=Verdict(outcome=Verdict.HAVE))]):
         checks = examined(three)
-    assert "client 1: does not begin with a greeting" in checks["peer-1 outwards"].finding
+    assert "(does not begin with a greeting)" in checks["peer-1 outwards"].finding
 
 
 def test_a_peer_calls_each_member_back_once_at_a_time(three: Federation) -> None:
@@ -285,7 +286,27 @@ def test_a_peer_calls_each_member_back_once_at_a_time(three: Federation) -> None
         connection.close()
         asking.stop()
     assert second.back == "is calling back already"
-    assert backs[0].back not in ("", None, "is calling back already")
+    assert backs[0].back == "got no answer from this peer there"
+
+
+def test_a_peer_calls_each_member_back_a_few_times_a_minute(three: Federation) -> None:
+    with running(three, 0, 1, 2) as (first, _, last):
+        assert [first.knock(1, wait_s=30, call_back=True).back for _ in range(7)] == [
+            *[""] * 6,
+            "was asked too often: ask again in a minute",
+        ]
+        assert last.knock(1, wait_s=30, call_back=True).back == "", "the others as before"
+        checks = examined(three)
+    assert levels(checks) == {"peer-1 inwards": "warning"}
+    often = "it was asked too often: ask again in a minute"
+    assert checks["peer-1 inwards"].finding == f"did not call {three.address(0)}: {often}"
+
+
+def test_a_peer_of_the_public_network_calls_back_nobody_in_a_private_one(tmp_path: Path) -> None:
+    made = found(tmp_path, 3, hosts=["127.0.0.1", "8.8.8.8", "127.0.0.1"])
+    with running(made, 0, 1, 2) as (first, *_):
+        answers = [first.knock(other, wait_s=30, call_back=True, address=made.address(other)) for other in (1, 2)]
+    assert [answer.back for answer in answers] == ["does not call private addresses, since its own is none", ""]
 
 
 def test_without_tls_the_same_holds_on_this_machine(three: Federation) -> None:
@@ -303,7 +324,7 @@ def test_without_tls_the_same_holds_on_this_machine(three: Federation) -> None:
 def test_knocking_at_nobody_s_door_is_one_line(three: Federation) -> None:
     swapper = Swapper(of(three, 0), AGREED, patience_s=60)
     try:
-        with pytest.raises(PeertuneError, match="client 7: nobody has this seat in the roster"):
+        with pytest.raises(PeertuneError, match=r"^nobody has this seat in the roster"):
             swapper.knock(7)
         with pytest.raises(PeertuneError, match="refused"):
             swapper.knock(1, wait_s=10)

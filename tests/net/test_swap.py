@@ -3,6 +3,7 @@
 import peertune.net  # noqa: F401  # first: gRPC reads its settings when it is imported
 
 # isort: split
+import logging
 import random
 import socket
 import threading
@@ -127,8 +128,37 @@ def test_a_mismatch_costs_the_edge_at_once_and_names_the_field_at_both_ends(
         begin = time.monotonic()
         assert all_swap(one | other) == {0: {}, 1: {}}
         assert time.monotonic() - begin < 15
-        assert "seed differs: 0 at client 0, 7 at client 1" in one[0].neighbours[1].problem
-        assert "seed differs: 7 at client 1, 0 at client 0" in other[1].neighbours[0].problem
+        assert "seed differs: 0 at peer-0, 7 at peer-1" in one[0].neighbours[1].problem
+        assert "seed differs: 7 at peer-1, 0 at peer-0" in other[1].neighbours[0].problem
+
+
+def test_what_a_member_makes_others_log_is_a_few_short_lines_a_minute(
+    three: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told(name: str) -> list[str]:
+        return [said for record in caplog.records if (said := record.getMessage()).startswith(f"{name}: ")]
+
+    with peers(three, [0]) as swappers, caplog.at_level(logging.INFO):
+        swappers[0].enter(0)
+        for number in range(10):
+            differs = hello(0, agreed=AGREED | {"base": f"{number}\n{'x' * 10_000}"})
+            assert outcomes(call(three, 2, 0, iter([differs]))) == [Verdict.REFUSED]
+            assert outcomes(call(three, 2, 0, iter([Chunk(total=number)]))) == [Verdict.REFUSED]
+        assert len(told("peer-2")) == 6
+        assert told("peer-2")[0].startswith("peer-2: base differs: nothing at peer-0, 0 xxx")
+        assert told("peer-2")[-1].endswith("; more of it is left out for a minute")
+        assert all(len(line) <= 300 and line.isprintable() for line in told("peer-2"))
+        call(three, 1, 0, iter([hello(0, agreed=AGREED | {"seed": "7"})]))
+        assert told("peer-1") == ["peer-1: seed differs: 0 at peer-0, 7 at peer-1"], "others are told of as before"
+
+
+def test_of_long_texts_that_differ_is_told_where_they_part(three: Federation) -> None:
+    long = "x" * 150
+    with peers(three, [0], agreed=AGREED | {"graph": f"{long}ring"}) as swappers:
+        swappers[0].enter(0)
+        call(three, 2, 0, iter([hello(0, agreed=AGREED | {"graph": f"{long}star"})]))
+        told = f"graph differs: …{'x' * 20}ring at peer-0, …{'x' * 20}star at peer-2"
+        assert swappers[0].neighbours[2].problem == told
 
 
 def test_a_neighbour_that_is_not_there_costs_the_patience_once(three: Federation) -> None:
@@ -422,7 +452,7 @@ def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(
         heard = all_swap(swappers, 1)
         assert heard[0].keys() == {1}
         known = swappers[0].neighbours[2]
-        revoked = "peer-2: is revoked in the roster, or its certificates have expired"
+        revoked = "is revoked in the roster, or its certificates have expired"
         assert (known.reached, known.problem) == (False, revoked)
         said = [record.getMessage() for record in caplog.records]
         assert said.count("roster 2 is in use; members no more: peer-2") == 2, "by file, and from peer 0"
@@ -459,12 +489,12 @@ def test_an_own_roster_is_neither_passed_on_nor_taken_and_who_has_an_older_one_i
                 return [sorted(one.result(60)) for one in going]
 
         assert heard(0) == near
-        older = "client 1 has roster 2, which is not passed on, and this peer 1; ask the CA for the newest"
+        older = "peer-1: has roster 2, which is not passed on, and this peer 1; ask the CA for the newest"
         assert told() == [older]
         issue(1)
         for t in (1, 2, 3):
             assert heard(t) == near
-        newer = "client 1 has roster 3, which is not passed on, and this peer 2; ask the CA for the newest"
+        newer = "peer-1: has roster 3, which is not passed on, and this peer 2; ask the CA for the newest"
         assert told() == [older, newer]
         made.issue()  # the last has all members' newest, and passes it to nobody
         assert heard(4) == near
