@@ -16,6 +16,7 @@ from peft import LoraConfig, TaskType
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
+from peertune import report_to
 from peertune.adapters.matching import match_names
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.stacked import Forward, attach, init_adapters
@@ -107,6 +108,7 @@ def build(
     the graph is not made. A `planned` run has a base without weights: all of it is on the meta device, and the device
     that it is for need not be there.
     """
+    report_to.check(recipe.report_to)
     task = build_task(recipe)
     graph = build_graph(recipe, known)
     faults = build_faults(recipe)

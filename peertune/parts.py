@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from peertune import report_to
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.algorithms.schedules import switching_interval
 from peertune.data.partition import PARTITIONS, counts
@@ -109,7 +110,8 @@ def describe_graph(graph: Graph) -> dict[str, Any]:
 
 
 def check_parts(recipe: Recipe) -> None:
-    """Raise PeertuneError for names, settings and graphs that can't be; nothing is loaded."""
+    """Raise PeertuneError for names, settings, graphs and trackers that can't be; nothing is loaded."""
+    report_to.check(recipe.report_to)
     for where, (table, given) in _TABLES.items():
         arguments(table, getattr(recipe, where), where, given)
     build_graph(recipe)

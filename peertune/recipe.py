@@ -7,17 +7,23 @@ Names are those of PEFT's `LoraConfig` and Hugging Face's `TrainingArguments` wh
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from peertune.errors import RecipeError, unknown
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+def _trackers(value: Any) -> Any:
+    """Take what the Trainer takes: the name of one tracker, or `none`."""
+    return ([] if value == "none" else [value]) if isinstance(value, str) else value
 
 
 class _Block(BaseModel):
@@ -133,13 +139,15 @@ class Recipe(_Block):
     checkpoint: Checkpoint = Checkpoint()
     network: Network = Network()
     faults: list[PlannedFault] = []  # to study what failures do; real peers follow the same plan
-    report_to: list[Tracker] = []  # experiment trackers, where their packages are installed
+    report_to: Annotated[
+        list[Tracker], BeforeValidator(_trackers)
+    ] = []  # experiment trackers, where their packages are installed
     seed: int = Field(0, ge=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that reads `2e-3` as a number, as everyone but YAML 1.1 does, and refuses a key that stands twice."""
+    """Safe YAML with the numbers of JSON, so `2e-3` is one, and `010` and `1:30` are text; no key may stand twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -149,9 +157,26 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would take for a number, as well as what other readers would."""
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9]\d*)$",
+    "tag:yaml.org,2002:float": r"[-+]?(((0|[1-9]\d*)(\.\d*)?|\.\d+)(e[-+]?\d+)?|\.inf)$|\.nan$",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in rules if tag not in _NUMBERS]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _tag, _form in _NUMBERS.items():
+    for _yaml in (_Loader, _Dumper):
+        _yaml.add_implicit_resolver(_tag, re.compile(_form, re.ASCII | re.IGNORECASE), list("-+.0123456789"))
+
+
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Write plain values so that they are read as what they are."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def recipe_names() -> list[str]:
@@ -192,9 +217,27 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     """Make a recipe of plain values; errors name the key and begin with `where`."""
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error)}") from None
+    if (idle := _without_effect(recipe)) is not None:
+        raise RecipeError(f"{where}: {idle}")
+    return recipe
+
+
+def _without_effect(recipe: Recipe) -> str | None:
+    """Return what is wrong where a setting is asked for that another one leaves without effect."""
+    optim = recipe.training.optim
+    for other, keys in {"adamw": ("adam_beta1", "adam_beta2", "adam_epsilon"), "sgd": ("momentum",)}.items():
+        for key in keys:
+            if other != optim and getattr(recipe.training, key) != Training.model_fields[key].default:
+                return (
+                    f"training.{key}: is a setting of {other}, and training.optim is {optim}; "
+                    f"leave it out, or use training.optim={other}"
+                )
+    if recipe.evaluate.top_p < 1 and not recipe.evaluate.temperature:
+        return "evaluate.top_p: at evaluate.temperature 0 nothing is sampled; give a temperature, or leave top_p out"
+    return None
 
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -248,13 +291,67 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(path)
     match first["type"]:
         case "extra_forbidden":
-            return unknown(key, path[-1], block.model_fields).replace("unknown name", "unknown key")
+            return unknown_key(key, block.model_fields)
         case "missing":
             return f"{key}: is missing"
         case "model_type" | "model_attributes_type":
             return f"{key}: is a block of keys, not {first['input']!r}"
         case _:
             return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+
+
+def unknown_key(key: str, known: Collection[str]) -> str:
+    """Say that a block of the `known` keys has no dotted `key`, and which one was meant, wherever it stands."""
+    last = key.rpartition(".")[2]
+    ends = {path: path.rpartition(".")[2] for path in _paths(Recipe)}
+    meant = list(_OTHER_NAMES.get(last.lower(), ()))
+    if not meant:
+        meant = get_close_matches(last, known, n=1) + [path for path, end in ends.items() if end == last]
+    if not meant:
+        near = get_close_matches(last, ends.values(), n=1, cutoff=0.8)
+        meant = [path for path, end in ends.items() if end in near]
+    if meant:
+        return f"{key}: unknown key {last!r}, did you mean {' or '.join(meant)}?"
+    return unknown(key, last, known).replace("unknown name", "unknown key")
+
+
+def _paths(block: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a block and of those in it."""
+    for name, field in block.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _paths(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+_OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
+    "activation": ("graph.activation",),
+    "alpha": ("lora.lora_alpha", "partition.alpha"),
+    "batch_size": ("training.per_device_train_batch_size",),
+    "bf16": ("model.dtype",),
+    "epochs": ("rounds", "training.local_steps"),
+    "eval_steps": ("evaluate.every",),
+    "fp16": ("model.dtype",),
+    "load_in_4bit": ("model.quantization",),
+    "lr": ("training.learning_rate",),
+    "lr_scheduler": ("training.lr_scheduler_type",),
+    "max_seq_length": ("training.max_length",),
+    "max_steps": ("rounds", "training.local_steps"),
+    "model_name_or_path": ("model.name",),
+    "num_train_epochs": ("rounds", "training.local_steps"),
+    "optimizer": ("training.optim",),
+    "rank": ("lora.r",),
+    "save_steps": ("checkpoint.every",),
+    "save_total_limit": ("checkpoint.keep",),
+    "scheduler": ("training.lr_scheduler_type",),
+    "torch_dtype": ("model.dtype",),
+    "train_batch_size": ("training.per_device_train_batch_size",),
+    "warmup": ("training.warmup_steps",),
+    "warmup_ratio": ("training.warmup_steps",),
+    "wd": ("training.weight_decay",),
+}
+"""Names that the Trainer, PEFT, TRL or a habit has for a key → the keys here."""
 
 
 def arguments(table: Mapping[str, Callable[..., Any]], part: Part, where: str, given: Sequence[str]) -> dict[str, Any]:
@@ -271,7 +368,7 @@ def arguments(table: Mapping[str, Callable[..., Any]], part: Part, where: str, g
     for key in part.settings:
         if key not in parameters:
             takes = f"takes {', '.join(sorted(parameters))}" if parameters else "takes no settings"
-            problem = unknown(f"{where}.{key}", key, parameters).replace("unknown name", "unknown key")
+            problem = unknown_key(f"{where}.{key}", parameters)
             if "did you mean" in problem:
                 raise RecipeError(f"{problem} ({part.name} {takes})")
             problem = problem.split(", choose")[0].rstrip(", ")

@@ -16,7 +16,7 @@ from peertune.assembly import build
 from peertune.data.tasks import _GLUE
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
-from peertune.recipe import check_recipe, load_recipe, recipe_names, recipe_text
+from peertune.recipe import Part, arguments, as_yaml, check_recipe, load_recipe, recipe_names, recipe_text
 
 MESSAGES = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "yes"}]
 WORDS = ["good", "bad", "film", "plot", "dull", "bright", "slow", "quick"]
@@ -167,6 +167,39 @@ def test_numbers_with_an_exponent_are_numbers(text: str, value: float) -> None:
     assert load_recipe("digits-demo", [f"training.learning_rate={text}"]).training.learning_rate == value
 
 
+def test_a_tracker_may_be_given_by_itself_and_none_is_no_tracker() -> None:
+    assert load_recipe("digits-demo", ["report_to=tensorboard"]).report_to == ["tensorboard"]
+    assert load_recipe("digits-demo", ["report_to=none"]).report_to == []
+
+
+def test_numbers_are_those_of_json_and_all_else_is_text_and_what_is_written_is_read_as_it_was(write: Any) -> None:
+    for text, value in (("01", "01"), ("010", "010"), ("1:30", "1:30"), ("1e5", 1e5), ("-3", -3), (".5", 0.5)):
+        assert load_recipe("digits-demo", [f"task.label={text}"]).task.settings["label"] == value
+    values = ["1e5", "01", "010", "1:30", "0x1f", "1_000", ".5", "yes", "ö", 1e-5, 1e10, 3.0, 7, True, False]
+    written = as_yaml({**yaml.safe_load(MINE), "task": {"name": "digits", "values": values}})
+    found = load_recipe(write(written)).task.settings["values"]
+    assert [(value, type(value)) for value in found] == [(value, type(value)) for value in values]
+    assert yaml.safe_load(written)["task"]["values"] == values
+
+
+def test_an_argument_of_a_part_is_taken_as_it_is_or_refused() -> None:
+    def part(size: int, share: float = 0.5, names: list[str] | None = None) -> None: ...
+
+    def given(**settings: Any) -> dict[str, Any]:
+        return arguments({"part": part}, Part(name="part", **settings), "block", ())
+
+    assert given(size=3) == {"size": 3, "share": 0.5, "names": None}
+    for wrong in ({"size": "3"}, {"size": 3.0}, {"size": True}, {"size": 3, "share": "0.1"}, {"size": 3, "names": [1]}):
+        with pytest.raises(RecipeError, match=r"^block\.(size|share|names).*: input should be a valid .*, not "):
+            given(**wrong)
+    with pytest.raises(RecipeError, match=r"block\.size: is missing, part needs it"):
+        given()
+    with pytest.raises(RecipeError, match=r"block\.sise: unknown key 'sise', did you mean size\? \(part takes names, "):
+        given(sise=3)
+    with pytest.raises(RecipeError, match=r"block\.lr: unknown key 'lr', did you mean training\.learning_rate\?"):
+        given(lr=3)
+
+
 def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
     assert load_recipe("digits-demo", ["partition.alpha=null"]).partition.settings == {}
 
@@ -174,7 +207,21 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("leaning_rate=1", "digits-demo: leaning_rate: unknown key 'leaning_rate', choose from algorithm, checkpoint"),
+        ("xyz=1", "digits-demo: xyz: unknown key 'xyz', choose from algorithm, checkpoint"),
+        ("leaning_rate=1", "leaning_rate: unknown key 'leaning_rate', did you mean training.learning_rate?"),
+        ("learning_rate=1e-3", "learning_rate: unknown key 'learning_rate', did you mean training.learning_rate?"),
+        ("lr=1e-3", "lr: unknown key 'lr', did you mean training.learning_rate?"),
+        ("training.lr=1e-3", "training.lr: unknown key 'lr', did you mean training.learning_rate?"),
+        ("lora.rank=4", "lora.rank: unknown key 'rank', did you mean lora.r?"),
+        ("lora.dropout=.1", "lora.dropout: unknown key 'dropout', did you mean lora_dropout or model.dropout?"),
+        ("every=5", "every: unknown key 'every', did you mean evaluate.every or checkpoint.every?"),
+        ("rounds=1_000", "rounds: input should be a valid integer, not '1_000'"),
+        ("rounds=1:30", "rounds: input should be a valid integer, not '1:30'"),
+        ("rounds=010", "rounds: input should be a valid integer, not '010'"),
+        ("report_to=tensorbord", "report_to: input should be 'tensorboard', 'wandb', 'mlflow' or 'trackio', not 'te"),
+        ("training.momentum=.9", "training.momentum: is a setting of sgd, and training.optim is adamw; leave it out"),
+        ("training={optim: sgd, adam_beta2: .9}", "training.adam_beta2: is a setting of adamw, and training.optim is"),
+        ("evaluate.top_p=.9", "evaluate.top_p: at evaluate.temperature 0 nothing is sampled; give a temperature"),
         ("training.leaning_rate=1", "training.leaning_rate: unknown key 'leaning_rate', did you mean learning_rate?"),
         ("Rounds=3", "digits-demo: Rounds: unknown key 'Rounds', did you mean rounds?"),
         ("grph.activation=1", "digits-demo: grph: unknown key 'grph', did you mean graph?"),

@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 
 from peertune import report_to
+from peertune.assembly import build
 from peertune.errors import RecipeError
-from peertune.recipe import Recipe, load_recipe
+from peertune.parts import check_parts
+from peertune.recipe import Part, Recipe, load_recipe
 from peertune.types import Evaluation, RoundRecord
 
 RECORD = RoundRecord(
@@ -82,5 +84,6 @@ def test_a_tracker_that_is_not_installed_is_named_before_the_run() -> None:
     report_to.check(["tensorboard"])
     with pytest.raises(RecipeError, match="report_to: wandb is not installed; pip install wandb, or take it out"):
         report_to.check(["wandb"])
-    with pytest.raises(RecipeError, match="report_to"):
-        recipe("tensorbord")
+    for early in (build, check_parts):
+        with pytest.raises(RecipeError, match="report_to: wandb is not installed"):
+            early(recipe("wandb").model_copy(update={"task": Part(name="text", path="not/there")}))

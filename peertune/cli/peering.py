@@ -127,7 +127,6 @@ def start(
 
 def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membership: "Membership") -> "Run":
     """Make this party's part of a recipe. Raises PeertuneError where it can't be run."""
-    from peertune import report_to
     from peertune.assembly import build
     from peertune.parts import graph_settings
     from peertune.recipe import load_recipe
@@ -139,7 +138,6 @@ def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membe
     need_seats(loaded.clients, roster.members)
     if data is not None:
         loaded = _with_data(loaded, data)
-    report_to.check(loaded.report_to)
     known = None if roster.own is None else roster.own.known
     return build(loaded, [identity.client], own_data=data is not None, known=known)
 

@@ -152,17 +152,14 @@ def _resumed(folder: Path, recipe: str | None, overrides: list[str], group: "Gro
 
 def _begun(out: Path | None, recipe: str, overrides: list[str], group: "Group") -> "tuple[Path, Run]":
     """Make a new run and its directory."""
-    from peertune import report_to, tracking
+    from peertune import tracking
     from peertune.recipe import load_recipe
 
     folder = Path(group.gather(str(out or _free(Path("runs") / Path(recipe).stem)))[0])
     if group.rank == 0:
         tracking.check_free(folder)  # before the minutes that loading may take
     tracking.check_shared(folder.parent, group)
-    loaded = load_recipe(recipe, overrides)
-    if group.rank == 0:
-        report_to.check(loaded.report_to)
-    run = _built(loaded, group)
+    run = _built(load_recipe(recipe, overrides), group)
     if group.rank == 0:
         begin(run, folder, "run", recipe, overrides)
     return folder, run
@@ -240,13 +237,13 @@ def _print_plan(planned: "Plan") -> None:
 def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[str], **facts: object) -> None:
     """Make the run directory."""
     from peertune import tracking
-    from peertune.recipe import recipe_text
+    from peertune.recipe import as_yaml, recipe_text
 
     asked = " ".join(shlex.join([recipe, *overrides]).split())  # on one line, whatever was typed
     tracking.create(
         folder,
         recipe=f"# asked for: peertune {command} {asked}\n{recipe_text(recipe)}",
-        resolved=_as_yaml(run.resolved),
+        resolved=as_yaml(run.resolved.model_dump(mode="json")),
         environment=environment(),
         facts=run.facts | facts,
         lora=run.lora,
@@ -340,12 +337,6 @@ def check_same(resolved: "Recipe", folder: Path) -> None:
             raise RunError(
                 f"{folder}: was run with {block}: {before[block]}, not {value}; resume without a recipe, or start anew"
             )
-
-
-def _as_yaml(recipe: "Recipe") -> str:
-    import yaml
-
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def print_summary(folder: Path, as_json: bool) -> None:
