@@ -73,7 +73,7 @@ def start(
         from peertune.engines.peer import neighbours, run_peer
         from peertune.net.membership import Membership
         from peertune.net.prometheus import served
-        from peertune.net.standing import kept, standing
+        from peertune.net.standing import kept, known_before, standing
         from peertune.net.swap import Swapper
 
         membership = Membership(folder, roster)
@@ -101,6 +101,7 @@ def start(
                 faults=job.faults,
                 insecure=insecure_loopback,
                 seats=job.graph.clients if members.own is None else len(near),
+                known=known_before(place),
             )
             current = partial(standing, swapper, rounds=job.rounds, local_steps=job.local_steps, neighbours=near)
             watched.enter_context(kept(place, current))

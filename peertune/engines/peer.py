@@ -1,6 +1,7 @@
 """One client as a process of its own, which swaps with its neighbours over the network."""
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from peertune.net.pace import furthest_believed, silence_s
 from peertune.net.swap import Swapper
 from peertune.round import Heard, Job, run_round
 from peertune.topology import clients_down, delay_s, failed_edges, may_meet, partners_at, row_at
@@ -30,12 +32,15 @@ def run_peer(
     the rounds before, as JSON has them: from a peer that was restarted, others may still need the verdicts.
     """
     (me,) = job.clients
+    fastest_s = None
     for before in records():
         counted, failed = ([i + j - me for i, j in before[key]] for key in ("edges", "failed_edges"))
         swapper.remember(before["round"], counted, failed)
+        fastest_s = _faster(fastest_s, before["seconds"])
+    heard = swapper.last_heard()
     swapper.enter(job.state.round)  # from here on it answers
     job = replace(job, steps=_counted(job, swapper))
-    state = replace(job.state.clone(), round=_caught_up(job, swapper, job.state.round))
+    state = replace(job.state.clone(), round=_caught_up(job, swapper, job.state.round, heard, fastest_s))
     exchange = _Exchange(job, swapper)
     while state.round < job.rounds:
         if me in clients_down(job.faults, state.round):
@@ -44,10 +49,12 @@ def run_peer(
         if when_alone == "wait":
             _wait_for_company(job, swapper)
         (phase,) = job.algorithm.phases(state.signals, state.round, 1)
+        heard = swapper.last_heard()
         swapper.enter(state.round, phase)
         state, record = run_round(job, state, job.clients, exchange)
+        fastest_s = _faster(fastest_s, record.seconds)
         if swapper.passed_by(record.round):
-            state = replace(state, round=_caught_up(job, swapper, state.round))
+            state = replace(state, round=_caught_up(job, swapper, state.round, heard, fastest_s))
         yield replace(record, state=state)
 
 
@@ -96,19 +103,29 @@ def neighbours(job: Job) -> list[int]:
     return may_meet(job.graph, me)
 
 
-def _caught_up(job: Job, swapper: Swapper, round: int) -> int:
+def _faster(fastest_s: float | None, seconds: Mapping[str, float]) -> float:
+    """Return the time of the fastest round, now that one took these seconds by stage."""
+    took_s = sum(seconds.values())
+    return took_s if fastest_s is None else min(fastest_s, took_s)
+
+
+def _caught_up(
+    job: Job, swapper: Swapper, round: int, before: Mapping[int, float], fastest_s: float | None = None
+) -> int:
     """Return the round to go on with: this one, or that of the others if they went on without this peer.
 
     A neighbour went on without it if the two had an edge in a round that the neighbour has behind it; the last of those
-    rounds doesn't tell, since its payload is still at hand there. Where several are ahead, the second furthest is
-    believed, so that no single one can drive the others through their rounds.
+    rounds doesn't tell, since its payload is still at hand there. Where others are is what two of them say, or what a
+    single one can have come to since it was heard `before` (`net.pace`), so that none can drive the others on.
     """
+    heard = swapper.last_heard()
     there = swapper.ask_rounds(neighbours(job))
-    ahead = sorted(theirs for theirs in there.values() if theirs > round)
-    last = min(ahead[-1] - 1, job.rounds) if ahead else round
-    if not any(there.get(other, 0) > t + 1 for t in range(round, last) for other in _expected(job, t)):
+    ahead = {client: theirs for client, theirs in there.items() if theirs > round}
+    silence = silence_s(ahead, before, heard, time.time())
+    target = min(furthest_believed(round, ahead, silence, fastest_s), job.rounds)
+    left = {client: min(theirs, target) for client, theirs in ahead.items()}
+    if not any(left.get(other, 0) > t + 1 for t in range(round, target - 1) for other in _expected(job, t)):
         return round
-    target = min(ahead[-2] if len(ahead) > 1 else ahead[-1], job.rounds)
     log.warning("behind: going on from round %d, where the others are, instead of %d", target, round)
     return target
 

@@ -91,13 +91,21 @@ class UnusableError(PeertuneError):
 class Node:
     """What a peer is to others, whatever they swap.
 
-    `agreed` is what must be the same at all peers. Without TLS (`insecure`) only this machine is called.
+    `agreed` is what must be the same at all peers. Without TLS (`insecure`) only this machine is called. `known` is
+    what this peer knew of others when it last ran.
     """
 
-    def __init__(self, membership: Membership, agreed: Mapping[str, str], *, insecure: bool = False) -> None:
+    def __init__(
+        self,
+        membership: Membership,
+        agreed: Mapping[str, str],
+        *,
+        insecure: bool = False,
+        known: Mapping[int, Neighbour] | None = None,
+    ) -> None:
         self.membership = membership
         self.me = membership.current()[0].client
-        self.neighbours: dict[int, Neighbour] = {}
+        self.neighbours: dict[int, Neighbour] = dict(known or {})
         self._agreed, self._insecure = dict(agreed), insecure
         self._changed = threading.Condition()  # guards all that follows
         self._round = 0
@@ -146,6 +154,10 @@ class Node:
         """Return what a client is called in all that is said of it."""
         member = self.membership.current()[1].by_client(client)
         return f"client {client}" if member is None else member.name
+
+    def last_heard(self) -> dict[int, float]:
+        """Return when each that ever was heard was heard last, in seconds since the epoch."""
+        return {client: known.seen_at for client, known in dict(self.neighbours).items() if known.seen_at is not None}
 
     def _call_back(self, client: int) -> Verdict:
         """Try whether this peer gets through to the caller at its address in the roster, once at a time.

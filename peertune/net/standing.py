@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ from peertune.errors import RunError
 from peertune.files import is_locked, write_file
 
 if TYPE_CHECKING:  # PyTorch takes seconds to import, and `peer status` only reads
+    from peertune.net.node import Neighbour
     from peertune.net.swap import Swapper
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,21 @@ def kept(run: Path, current: Standing) -> Iterator[None]:
             write(doing=how)
         except RunError as error:
             log.warning("%s", error)
+
+
+def known_before(run: Path) -> dict[int, "Neighbour"]:
+    """Return what a run's peer knew of its neighbours when it last ran; nothing where it has not said it."""
+    from peertune.net.node import Neighbour
+
+    try:
+        found = json.loads((run / _FILE).read_bytes())["neighbours"]
+        return {
+            int(one["client"]): Neighbour(seen_at=float(one["seen_at"]))
+            for one in found
+            if one["seen_at"] is not None and isfinite(one["seen_at"])
+        }
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def read(run: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from peertune.net import tls  # before grpc, whose settings it makes
 from peertune.net.codec import Assembler, Layout, chunks, decode, encode, layout
 from peertune.net.framing import Part, data_of, kind, pack, unpack
 from peertune.net.membership import Membership
-from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Node, UnusableError, line, nobody
+from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Neighbour, Node, UnusableError, line, nobody
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict, Wait
 from peertune.topology import Fault, clients_down
 from peertune.types import Phase, Tensors
@@ -83,7 +83,8 @@ class Swapper(Node):
 
     `agreed` is what must be the same at all peers. `patience_s` is how long a round waits for a neighbour. A planned
     fault cuts the wire itself: a dropped edge in the middle of its payload, a peer that is down for whoever calls.
-    There is room for the calls of `seats` members, or as many as the roster has, if those are more.
+    There is room for the calls of `seats` members, or as many as the roster has, if those are more. `known` is what
+    this peer knew of others when it last ran.
     """
 
     def __init__(
@@ -95,8 +96,9 @@ class Swapper(Node):
         faults: Sequence[Fault] = (),
         insecure: bool = False,
         seats: int = 0,
+        known: Mapping[int, Neighbour] | None = None,
     ) -> None:
-        super().__init__(membership, agreed, insecure=insecure)
+        super().__init__(membership, agreed, insecure=insecure, known=known)
         self._seats = max(seats, len(membership.current()[1].members))
         self._patience_s, self._faults = patience_s, faults
         self._step = 0

@@ -1,6 +1,9 @@
 """The simulator and real peers: one recipe, the same adapters, with and without faults."""
 
 import re
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +14,7 @@ from federation import Federation, Played, found, play
 
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import agreed, build
-from peertune.engines.peer import _caught_up
+from peertune.engines.peer import _caught_up, run_peer
 from peertune.engines.simulator import simulate
 from peertune.net.membership import Membership
 from peertune.net.swap import Swapper
@@ -165,28 +168,49 @@ def test_the_table_of_what_must_agree_names_all_of_it() -> None:
     assert sorted(named) == sorted(agreed(build(load_recipe("digits-demo", recipe(4, "float32")), [0])))
 
 
-@pytest.mark.parametrize(
-    ("there", "goes_on_with"),
-    [
-        ([50, 40, 5], 40),  # the second furthest: no single one can drive it on
-        ([50, 5, 0], 50),  # laggards are no witnesses against it
-        ([7, 6, 5], 6),
-        ([6, 6, 6], 5),  # their payloads of round 5 are still at hand
-        ([5, 4, 0], 5),
-        ([10**15, 5, 5], 100),  # at worst to the end of its own run
-    ],
-)
-def test_a_peer_that_fell_behind_goes_on_where_the_others_are(
-    four: Federation, there: list[int], goes_on_with: int
-) -> None:
+BEHIND = [  # rounds of the others, seconds for which this peer had heard nobody, the round that it goes on with
+    ([50, 40, 5], 0.0, 40),  # the second furthest: no single one can drive it on
+    ([50, 5, 0], 0.0, 5),
+    ([50, 5, 0], 10.2, 25),  # as far as it can have come meanwhile
+    ([50, 5, 0], 3600.0, 50),
+    ([7, 6, 5], 0.0, 5),  # nobody but one has left a round behind
+    ([6, 6, 6], 0.0, 5),  # their payloads of round 5 are still at hand
+    ([5, 4, 0], 3600.0, 5),
+    ([10**15, 5, 5], 0.0, 5),
+    ([10**15, 10**15, 5], 0.0, 100),  # at worst to the end of its own run
+]
+
+
+def test_a_peer_that_fell_behind_goes_on_where_the_others_are(four: Federation) -> None:
     job = build(load_recipe("digits-demo", recipe(4, "float32", "graph.activation=1.0", "rounds=100")), [0]).job
     with ExitStack() as stack:
-        swappers = []
-        for client in range(4):
-            swapper = Swapper(Membership(four.peer(client), four.roster), {}, patience_s=5.0)
-            stack.callback(swapper.stop)
-            swapper.start(four.address(client))
-            swappers.append(swapper)
-        for swapper, at in zip(swappers[1:], there, strict=True):
-            swapper.enter(at)
-        assert _caught_up(job, swappers[0], 5) == goes_on_with
+        swappers = [answering(stack, four, client, {}) for client in range(4)]
+        for there, away_s, goes_on_with in BEHIND:
+            for swapper, at in zip(swappers[1:], there, strict=True):
+                swapper.enter(at)
+            swappers[0].neighbours.clear()
+            before = dict.fromkeys(range(1, 4), time.time() - away_s)
+            assert _caught_up(job, swappers[0], 5, before, fastest_s=1.0) == goes_on_with, there
+
+
+def answering(stack: ExitStack, made: Federation, client: int, agreed: Mapping[str, str]) -> Swapper:
+    swapper = Swapper(Membership(made.peer(client), made.roster), agreed, patience_s=20.0)
+    stack.callback(swapper.stop)
+    stack.callback(swapper.hurry)
+    swapper.start(made.address(client))
+    return swapper
+
+
+def test_a_member_that_claims_a_far_round_costs_its_own_edges_and_moves_nobody(four: Federation) -> None:
+    rounds, honest = 12, range(3)
+    overrides = recipe(4, "float32", "graph.activation=1.0", f"rounds={rounds}", "evaluate.every=100")
+    runs = [build(load_recipe("digits-demo", overrides), [client]) for client in honest]
+    with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
+        answering(stack, four, 3, agreed(runs[0])).enter(10**9)  # to whoever calls, it has passed their rounds
+        swappers = [answering(stack, four, client, agreed(run)) for client, run in enumerate(runs)]
+        going = [pool.submit(list, run_peer(run.job, swapper)) for run, swapper in zip(runs, swappers, strict=True)]
+        for client, records in enumerate(one.result(100) for one in going):
+            assert [record.round for record in records] == list(range(rounds))
+            others = [tuple(sorted((client, other))) for other in honest if other != client]
+            assert all(record.edges == others and record.failed_edges == [(client, 3)] for record in records)
+            assert swappers[client].neighbours[3].round == 10**9, "it was asked, and lied"

@@ -22,7 +22,7 @@ from peertune.net.membership import Membership
 from peertune.net.node import METHOD, PROTOCOL
 from peertune.net.peer_pb2 import Chunk, Hello
 from peertune.net.prometheus import served
-from peertune.net.standing import kept, read, standing
+from peertune.net.standing import kept, known_before, read, standing
 from peertune.net.swap import Swapper
 from peertune.net.tls import secure_channel
 from peertune.types import Phase
@@ -155,6 +155,28 @@ def test_a_disk_that_fails_later_does_not_end_the_run(
         run.rename(tmp_path / "elsewhere")
         wait_until(lambda: len(caplog.messages) > 0)
     assert caplog.messages[0].startswith(f"{run}/status.json: can't be written")
+
+
+def test_what_it_knew_of_the_others_is_known_after_a_restart(
+    three: Federation, swappers: list[Swapper], tmp_path: Path
+) -> None:
+    swapped(swappers, 0)
+    with kept(tmp_path, partial(of, swappers[0])):
+        pass
+    known = known_before(tmp_path)
+    assert known.keys() == {1}, "nobody has heard peer 2"
+    again = Swapper(Membership(three.peer(0), three.roster), AGREED, patience_s=60, known=known)
+    assert again.last_heard() == swappers[0].last_heard()
+    assert not again.in_touch([1]), "it must be heard again to count as reached"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"neighbours": [{}]}', '{"neighbours": [{"client": 1, "seen_at": Infinity}]}']
+)
+def test_of_a_file_that_tells_nothing_of_the_others_nothing_is_known(tmp_path: Path, text: str) -> None:
+    assert known_before(tmp_path) == {}
+    (tmp_path / "status.json").write_text(text)
+    assert known_before(tmp_path) == {}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"doing": "training", "written_at": null}'])
