@@ -441,7 +441,7 @@ BAD = {
     "rank too high": (["lora.r=65"], "lora.r: 65 is above the size of "),
     "no such layer": (
         ["lora.target_modules=[query]"],
-        "lora.target_modules: ['query'] matches no layer; the linear layers",
+        "lora.target_modules: 'query' matches no layer; the linear layers",
     ),
     "a graph in two parts": (
         ["clients=4", "graph={name: edges, path: inputs/edges.txt}"],

@@ -180,7 +180,10 @@ def test_a_word_without_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
         ({"model": {"quantization": "nf4"}}, "model.quantization: nf4 needs a CUDA device and this one is cpu"),
         ({"head": "trained"}, "head: a language model has no head to train; use head=frozen"),
         ({"task": {"metric": "exact_match"}, "evaluate": {"max_new_tokens": 96}}, "leaves no room for a prompt"),
-        ({"lora": {"target_modules": ["lm_head"]}}, "lora.target_modules: ['lm_head'] matches no layer"),
+        (
+            {"lora": {"target_modules": ["lm_head"]}},
+            "lora.target_modules: 'lm_head' chooses only lm_head, of the head or the output",
+        ),
     ],
 )
 def test_what_can_not_be_is_refused(folder: Path, changes: dict[str, Any], said: str) -> None:

@@ -203,7 +203,7 @@ def mistakes(made: Path) -> dict[str, tuple[list[str], str]]:
         "no head": (["head=trained"], "head: a task with templates has no head to train; use head=frozen"),
         "no layer": (
             ["lora.target_modules=[query]"],
-            "lora.target_modules: ['query'] matches no layer; the linear layers here are fc1, fc2, k_proj, out_proj, "
+            "lora.target_modules: 'query' matches no layer; the linear layers here are fc1, fc2, k_proj, out_proj, "
             "q_proj, text_projection, v_proj, visual_projection",
         ),
         "no braces": (["task.templates=[a flower]"], "task images/flowers: template 'a flower' has no {} where"),

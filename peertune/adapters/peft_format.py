@@ -1,10 +1,12 @@
 """The bridge to Hugging Face PEFT: its rules for choosing layers, and its format for one client's adapter."""
 
 import json
+import logging
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
+from difflib import get_close_matches
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel
@@ -15,6 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from peertune.errors import ModelError
 from peertune.types import Tensors, kind
+
+log = logging.getLogger(__name__)
 
 LOADERS = {
     "text-classification": "AutoModelForSequenceClassification",
@@ -28,25 +32,54 @@ LOADERS = {
 def find_sites(base: nn.Module, target_modules: str | Sequence[str], head_roots: Sequence[str]) -> list[str]:
     """Return the names of the layers that PEFT's rules choose.
 
-    `target_modules` are last parts of names, a regular expression, or `all-linear`.
-    Layers of the classification head never become sites. Raises ModelError where nothing matches or the expression is
-    malformed.
+    `target_modules` are last parts of names, a regular expression for whole names, or `all-linear`. Layers of the
+    classification head, and a language model's output layer, never become sites.
+
+    Raises ModelError where the expression is malformed or chooses nothing, and for each name that chooses no site.
     """
     config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
     _maybe_include_all_linear_layers(config, base)  # writes the names into the config
     in_head = tuple(f"{root}." for root in head_roots)
-    layers = {name: layer for name, layer in base.named_modules() if name and not f"{name}.".startswith(in_head)}
+    layers = {name: layer for name, layer in base.named_modules() if name}
+    outside = {name: layer for name, layer in layers.items() if not f"{name}.".startswith(in_head)}
     try:
-        names = [name for name in layers if check_target_module_exists(config, name)]
+        chosen = [name for name in layers if check_target_module_exists(config, name)]
     except re.error as error:
         raise ModelError(f"lora.target_modules: {target_modules!r} is no regular expression ({error})") from None
-    if not names:
-        linear = {name.rpartition(".")[2] for name, layer in layers.items() if isinstance(layer, (nn.Linear, Conv1D))}
-        raise ModelError(
-            f"lora.target_modules: {target_modules!r} matches no layer; "
-            f"the linear layers here are {', '.join(sorted(linear))}"
+    linear = {name.rpartition(".")[2] for name, layer in outside.items() if isinstance(layer, (nn.Linear, Conv1D))}
+    sites = [name for name in chosen if name in outside]
+    for word in [target_modules] if isinstance(target_modules, str) else target_modules:
+        whole = isinstance(target_modules, str)
+        own = [name for name in chosen if whole or f".{name}".endswith(f".{word}")]
+        if outside.keys().isdisjoint(own):
+            raise ModelError(f"lora.target_modules: {word!r} {_no_site(word, own, linear, expression=whole)}")
+    if not sites:
+        raise ModelError(f"lora.target_modules: names no layer; the linear layers here are {', '.join(sorted(linear))}")
+    left = [name for name in chosen if name not in outside and isinstance(layers[name], (nn.Linear, Conv1D))]
+    if left and str(target_modules).lower() != "all-linear":
+        log.warning(
+            "lora.target_modules: %s, of the head or the output layer, carries no adapter, though %r chooses it",
+            left[0],
+            target_modules,
         )
-    return names
+    return sites
+
+
+def _no_site(word: str, own: Sequence[str], linear: Collection[str], *, expression: bool) -> str:
+    """Say why a word, or an expression, that chooses its `own` layers chooses no site, and what would be right."""
+    known = f"the linear layers here are {', '.join(sorted(linear))}"
+    if own:
+        return f"chooses only {own[0]}, of the head or the output layer, which carry no adapters; {known}"
+    if expression:
+        meant = [part for part in re.split(r"[^\w.-]+", word) if part]
+        listed = f"; for layers by the last parts of their names write a list, [{', '.join(meant)}]"
+        near = get_close_matches(word, ["all-linear"])
+        hint = f", did you mean {near[0]}?" if near else listed if set(meant) & set(linear) else f"; {known}"
+        return f"is a regular expression, which no layer's whole name matches{hint}"
+    if word == "all-linear":
+        return "stands by itself and in no list; write lora.target_modules=all-linear"
+    near = get_close_matches(word, linear, n=1)
+    return f"matches no layer; {f'did you mean {near[0]}? ' if near else ''}{known}"
 
 
 def save_config(folder: Path, lora: LoraConfig) -> None:

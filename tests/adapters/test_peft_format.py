@@ -86,19 +86,47 @@ def test_targets_that_match_nothing_are_an_error_that_lists_the_layers(architect
         for name, layer in model.named_modules()
         if isinstance(layer, (nn.Linear, Conv1D)) and not name.startswith(head)
     }
-    with pytest.raises(ModelError, match=r"\['nothing'\] matches no layer; the linear layers here are") as error:
+    with pytest.raises(ModelError, match=r"'nothing' matches no layer; the linear layers here are") as error:
         find_sites(model, ["nothing"], [head])
     assert str(error.value).partition(" here are ")[2] == ", ".join(sorted(layers))
 
 
-def test_a_head_is_no_target_even_by_its_own_name() -> None:
-    with pytest.raises(ModelError, match="matches no layer"):
-        find_sites(sequence_model("bert"), ["classifier"], ["classifier"])
+BERT = "the linear layers here are dense, key, query, value"
 
 
-def test_a_malformed_expression_is_an_error() -> None:
-    with pytest.raises(ModelError, match=re.escape("lora.target_modules: 'que(ry' is no regular expression")):
-        find_sites(sequence_model("bert"), "que(ry", ["classifier"])
+@pytest.mark.parametrize(
+    ("targets", "said"),
+    [
+        (
+            ["query", "classifier"],
+            f"'classifier' chooses only classifier, of the head or the output layer, which .*; {BERT}",
+        ),
+        ("class.*", f"'class.*' chooses only classifier, of the head or the output layer, which .*; {BERT}"),
+        (["query", "vlaue"], f"'vlaue' matches no layer; did you mean value? {BERT}"),
+        (["query", "all-linear"], "'all-linear' stands by itself and in no list; write lora.target_modules=all-linear"),
+        ([], f"lora.target_modules: names no layer; {BERT}"),
+        ("query", "'query' is a regular expression, which .*; for layers by .* write a list, [query]"),
+        ("[query, value]", "'[query, value]' is a regular expression, which .* write a list, [query, value]"),
+        ("key,query", "'key,query' is a regular expression, which .* write a list, [key, query]"),
+        ("nothing", f"'nothing' is a regular expression, which no layer's whole name matches; {BERT}"),
+        ("all_linear", "'all_linear' is a regular expression, which .* matches, did you mean all-linear?"),
+        ("que(ry", "lora.target_modules: 'que(ry' is no regular expression (missing ), unterminated subpattern .*"),
+    ],
+    ids=str,
+)
+def test_each_word_and_an_expression_choose_a_site_or_are_refused(targets: str | list[str], said: str) -> None:
+    with pytest.raises(ModelError) as error:
+        find_sites(sequence_model("bert"), targets, ["classifier"])
+    assert re.search(re.escape(said).replace(r"\.\*", ".*") + "$", str(error.value))
+
+
+def test_a_layer_of_the_head_that_is_chosen_beside_sites_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    base = sequence_model("roberta")
+    assert not [site for site in find_sites(base, ["dense"], ["classifier"]) if site.startswith("classifier")]
+    (said,) = caplog.messages
+    assert said.startswith("lora.target_modules: classifier.dense, of the head or the output layer, carries no adapter")
+    find_sites(base, "all-linear", ["classifier"])
+    assert len(caplog.messages) == 1
 
 
 def save_tokenizer(folder: Path) -> None:
