@@ -128,7 +128,10 @@ def resolved(folder: Path) -> Path:
 
 
 def append(folder: Path, record: RoundRecord) -> None:
-    """Add a record to `rounds.jsonl`; its long lists go to a file of their own, which is written first."""
+    """Add a record to `rounds.jsonl`; its long lists go to a file of their own, which is written first.
+
+    Raises RunError where it can't be written; then the file is as before.
+    """
     values = asdict(replace(record, state=None))
     del values["state"]
     long = {name: np.asarray(x) for name, x in _lists(values).items() if len(x) > LONGEST_LIST}
@@ -140,10 +143,17 @@ def append(folder: Path, record: RoundRecord) -> None:
         for name, x in long.items():
             _put(values, name, len(x) if name in _NUMBERS else float(x.mean()))
         values["long"] = sorted(long)
-    with reported(folder / "rounds.jsonl"), (folder / "rounds.jsonl").open("a") as lines:
-        lines.write(json.dumps(values) + "\n")
-        lines.flush()
-        os.fsync(lines.fileno())
+    file = folder / "rounds.jsonl"
+    with reported(file):
+        before = file.stat().st_size
+        try:
+            with file.open("a") as lines:
+                lines.write(json.dumps(values) + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+        except OSError:
+            os.truncate(file, before)  # what there was room for is no line
+            raise
 
 
 def _long_lists(folder: Path, round: int) -> Path:

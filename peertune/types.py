@@ -222,6 +222,7 @@ class RoundRecord:
     diagnostics: dict[str, float]
     seconds: dict[str, float]  # by stage
     evaluation: Evaluation | None = None
+    failed_writes: int = 0  # of records and checkpoints, until this one was written, since the start
     state: State | None = field(default=None, repr=False, compare=False)  # after the round; never written as JSON
 
 

@@ -48,6 +48,8 @@ def status(
     print(f"certificate  until {until:%Y-%m-%d}")
     reached = found["rounds" if found["doing"] == "finished" else "round"]
     print(f"round        {reached} of {found['rounds']}, {_doing(found)}")
+    if failed := found.get("failed_writes"):
+        print(f"disk         {failed} writes failed since the start; see that it has room, and can be written")
     print(_table(found["neighbours"]))
 
 

@@ -10,7 +10,7 @@ import typer
 
 from peertune.cli.common import AsJson, Overrides, interruptible, messages
 from peertune.cli.federation import need_seats, peer_app
-from peertune.cli.running import begin, check_same, print_summary, train
+from peertune.cli.running import begin, check_same, keeper, print_summary, train
 from peertune.errors import RecipeError, RunError
 
 if TYPE_CHECKING:
@@ -103,7 +103,15 @@ def start(
                 seats=job.graph.clients if members.own is None else len(near),
                 known=known_before(place),
             )
-            current = partial(standing, swapper, rounds=job.rounds, local_steps=job.local_steps, neighbours=near)
+            keeps = keeper(run, place)
+            current = partial(
+                standing,
+                swapper,
+                rounds=job.rounds,
+                local_steps=job.local_steps,
+                neighbours=near,
+                failed_writes=lambda: keeps.failed,
+            )
             watched.enter_context(kept(place, current))
             if metrics_port is not None:
                 watched.enter_context(served(metrics_port, current))
@@ -113,7 +121,7 @@ def start(
                 go_on = f"peertune peer start --resume {place} and the options of before"
                 kept_rounds = partial(tracking.records, place)
                 engine = partial(run_peer, swapper=swapper, when_alone=network.when_alone, records=kept_rounds)
-                train(run, place, engine, go_on, swapper.hurry)
+                train(run, place, engine, go_on, keeps, swapper.hurry)
             except BaseException:
                 swapper.hurry()
                 raise

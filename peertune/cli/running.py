@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from peertune.assembly import Run
+    from peertune.keeping import Keeper
     from peertune.plan import Plan
     from peertune.recipe import Recipe
     from peertune.round import Job
@@ -107,7 +108,7 @@ def run(
             with tracking.locked(folder) if group.rank == 0 else nullcontext():
                 there = f" --workers {group.size}" if group.size > 1 else ""
                 engine = simulate if group.size == 1 else run_cluster
-                train(run, folder, engine, f"peertune run --resume {folder}{there}")
+                train(run, folder, engine, f"peertune run --resume {folder}{there}", keeper(run, folder))
     if leads():
         print_summary(folder, as_json)
 
@@ -252,11 +253,20 @@ def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[s
     )
 
 
+def keeper(run: "Run", folder: Path) -> "Keeper":
+    """Return what keeps the records and checkpoints of a run."""
+    from peertune.keeping import Keeper
+
+    checkpoint = run.resolved.checkpoint
+    return Keeper(folder, run.job.clients, checkpoint.every, checkpoint.keep, run.job.group)
+
+
 def train(
     run: "Run",
     folder: Path,
     engine: "Callable[[Job], Iterator[RoundRecord]]",
     resume: str,
+    keeper: "Keeper",
     hurry: "Callable[[], None]" = lambda: None,
 ) -> None:
     """Do what is left of a run, keep its records and checkpoints, and write the adapters at the end.
@@ -270,7 +280,7 @@ def train(
     from peertune import tracking
     from peertune.report_to import reporting
 
-    job, checkpoint = run.job, run.resolved.checkpoint
+    job = run.job
     leading = job.group.rank == 0
     state = tracking.load_checkpoint(folder, job.state, job.clients, job.group)
     if state is not None:
@@ -278,7 +288,8 @@ def train(
         job = replace(job, state=state)
     if leading:
         tracking.rewind(folder, job.state.round)
-    state, kept = job.state, job.state.round
+    state = job.state
+    keeper.round = state.round
     try:
         with (
             told_first(),
@@ -291,13 +302,11 @@ def train(
             for record in engine(job):
                 assert record.state is not None
                 if report is not None:
-                    tracking.append(folder, record)
+                    keeper.record(record)
                     report(record)
                 state = record.state
                 stopping = bool(job.group.add(torch.tensor(len(stop)))) and state.round < job.rounds
-                if state.round >= min(kept - kept % checkpoint.every + checkpoint.every, job.rounds) or stopping:
-                    tracking.save_checkpoint(folder, state, checkpoint.keep, job.clients, job.group)
-                    kept = state.round
+                keeper.checkpoint(state, last=stopping or state.round >= job.rounds)
                 described = _describe(record, described)
                 progress.update(bar, completed=state.round, description=described)
                 if stopping:
@@ -305,7 +314,7 @@ def train(
         tracking.export_all(folder, state, job.clients, job.group)
     except KeyboardInterrupt:
         if leading:
-            print(f"peertune: stopped after {kept} rounds; go on with: {resume}", file=sys.stderr)
+            print(f"peertune: stopped after {keeper.round} rounds; go on with: {resume}", file=sys.stderr)
         sys.exit(130)
 
 

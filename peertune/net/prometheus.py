@@ -48,6 +48,8 @@ class _Standing(Collector):
                 if known[key] is not None:
                     gauge.add_metric([peer], float(known[key]))
             yield gauge
+        missed = "Writes of records and checkpoints that failed since the start."
+        yield CounterMetricFamily("peertune_failed_writes", missed, now["failed_writes"])
         edges = CounterMetricFamily(
             "peertune_edges", "Edges that counted, and that failed, since the start.", labels=["peer", "outcome"]
         )

@@ -4,6 +4,7 @@
     doing                                           one of DOING
     round, rounds, step, local_steps                where it is, and of how many
     train, send                                     the kinds that the round trains and sends
+    failed_writes                                   of records and checkpoints, since the start
     written_at                                      when all this held
     neighbours                                      for each: client, name, and what `node.Neighbour` says of it
 
@@ -39,7 +40,14 @@ _FILE = "status.json"
 Standing = Callable[[], dict[str, Any]]
 
 
-def standing(swapper: "Swapper", *, rounds: int, local_steps: int, neighbours: Sequence[int]) -> dict[str, Any]:
+def standing(
+    swapper: "Swapper",
+    *,
+    rounds: int,
+    local_steps: int,
+    neighbours: Sequence[int],
+    failed_writes: Callable[[], int] = lambda: 0,
+) -> dict[str, Any]:
     """Return how a peer stands, and each of its `neighbours`, heard or not."""
     from peertune.net.node import Neighbour
 
@@ -60,6 +68,7 @@ def standing(swapper: "Swapper", *, rounds: int, local_steps: int, neighbours: S
         "local_steps": local_steps,
         "train": sorted(progress.phase.train) if progress.phase else [],
         "send": sorted(progress.phase.send) if progress.phase else [],
+        "failed_writes": failed_writes(),
         "written_at": time.time(),
         "neighbours": [
             {"client": client, "name": names.get(client), **asdict(known.get(client, Neighbour()))}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Call
 from federation import Federation, found
 from processes import wait_until
 from prometheus_client.parser import text_string_to_metric_families
@@ -63,7 +64,7 @@ def swapped(swappers: list[Swapper], round: int) -> None:
 
 
 def of(swapper: Swapper, neighbours: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    return standing(swapper, rounds=5, local_steps=4, neighbours=neighbours)
+    return standing(swapper, rounds=5, local_steps=4, neighbours=neighbours, failed_writes=lambda: 3)
 
 
 def test_it_tells_who_the_peer_is_where_it_is_and_what_it_knows_of_the_others(swappers: list[Swapper]) -> None:
@@ -191,6 +192,12 @@ def test_a_run_of_no_peer_is_one_line(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def test_writes_that_failed_are_shown(swappers: list[Swapper], tmp_path: Path, peertune: Call) -> None:
+    for failed, shown in ((0, False), (3, True)):
+        (tmp_path / "status.json").write_text(json.dumps(of(swappers[0]) | {"failed_writes": failed}))
+        assert ("disk         3 writes failed since the start; " in peertune("peer", "status", tmp_path)[1]) == shown
+
+
 # ---- metrics
 
 
@@ -214,6 +221,7 @@ def test_prometheus_reads_how_the_peer_stands(swappers: list[Swapper]) -> None:
         own = [got[f"peertune_{name}", ()] for name in ("round", "rounds", "step", "local_steps", "roster_serial")]
         assert own == [3, 5, 0, 4, 1]
         assert got["peertune_certificate_expiry_timestamp_seconds", ()] > before
+        assert got["peertune_failed_writes_total", ()] == 3
         assert got["peertune_edges_total", ("counted", "peer-1")] == 1
         assert got["peertune_edges_total", ("failed", "peer-1")] == 0
         assert got["peertune_bytes_sent_total", ("peer-1",)] == got["peertune_bytes_received_total", ("peer-1",)] > 16

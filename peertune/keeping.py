@@ -1,0 +1,68 @@
+"""What a run writes while it goes on. A disk that is full, or fails for a while, does not end it."""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from peertune import tracking
+from peertune.errors import RunError
+from peertune.types import ALONE, Group, RoundRecord, State
+
+log = logging.getLogger(__name__)
+
+
+class Keeper:
+    """Writes the records of a run, and a checkpoint of `clients` after each `every` rounds, of which it `keep`s some.
+
+    What can't be written is warned of and counted. A record waits to be written before the next one; a checkpoint is
+    left out, and tried again after the next round. The last state must be written, whatever it takes: `checkpoint`
+    raises RunError where it can't be. Of several processes, which write together, a failure ends each.
+    """
+
+    def __init__(self, folder: Path, clients: Sequence[int], every: int, keep: int, group: Group = ALONE) -> None:
+        self.round = 0  # of the newest checkpoint
+        self.failed = 0  # writes
+        self._folder, self._clients, self._group = folder, clients, group
+        self._every, self._keep = every, keep
+        self._waiting: deque[RoundRecord] = deque()
+        self._problem = ""
+
+    def record(self, record: RoundRecord) -> None:
+        """Add a record to those of the run."""
+        self._waiting.append(replace(record, failed_writes=self.failed, state=None))
+        try:
+            self._write_records()
+        except RunError as error:
+            self._failed(error, "its record waits")
+
+    def checkpoint(self, state: State, *, last: bool) -> None:
+        """Keep a checkpoint of the state where one is due, and in any case of the `last`."""
+        if not last and state.round < self.round - self.round % self._every + self._every:
+            return
+        try:
+            self._write_records()  # first: a run can't go on from a checkpoint that lacks records of before
+            tracking.save_checkpoint(self._folder, state, self._keep, self._clients, self._group)
+        except RunError as error:
+            if last:
+                raise
+            self._failed(error, f"the newest checkpoint is that of round {self.round}")
+            return
+        self.round = state.round
+        if self._problem:
+            log.warning("%s can be written again: round %d is kept", self._folder, self.round)
+            self._problem = ""
+
+    def _write_records(self) -> None:
+        while self._waiting:
+            tracking.append(self._folder, self._waiting[0])
+            self._waiting.popleft()
+
+    def _failed(self, error: RunError, so: str) -> None:
+        if self._group.size > 1:
+            raise error
+        self.failed += 1
+        if str(error) != self._problem:  # said once
+            log.warning("%s; the run goes on, %s", error, so)
+        self._problem = str(error)
