@@ -9,11 +9,25 @@ PeertuneError
 ├── IdentityError  a name, a key, a certificate or a roster
 └── WireError      what another peer sent
 
-Each message is one line: where it is, what is wrong, what would be right. The command line prints it and exits with 2.
+Each message is one line: where it is, what is wrong, what would be right. The command line prints it and exits with
+`Exit.INPUT`.
 """
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from enum import IntEnum
+
+
+class Exit(IntEnum):
+    """How a command ends, as its exit code; 3 to 5 are of peers alone, whose run is kept whole."""
+
+    DONE = 0
+    FAULT = 1  # of the program, or a check of `peer doctor` that failed
+    INPUT = 2  # a mistake in what the user gave, or a machine without room for it
+    CUT_SHORT = 3  # of the rounds in which a peer was up it made too few
+    ALONE = 4  # no edge of a peer ever counted
+    REFUSED = 5  # those whom a peer should meet refuse it
+    STOPPED = 130  # by a signal; as shells have it for Ctrl-C
 
 
 class PeertuneError(Exception):

@@ -120,6 +120,7 @@ class Network(_Block):
 
     patience_s: float = Field(300.0, gt=0, le=86_400)  # how long a round waits for a neighbour before it does without
     when_alone: Literal["train", "wait"] = "train"  # what a peer does that reaches nobody
+    when_refused: Literal["stop", "train"] = "stop"  # what a peer does that its neighbours refuse
 
 
 class Recipe(_Block):

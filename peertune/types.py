@@ -223,6 +223,7 @@ class RoundRecord:
     seconds: dict[str, float]  # by stage
     evaluation: Evaluation | None = None
     failed_writes: int = 0  # of records and checkpoints, until this one was written, since the start
+    skipped: int = 0  # rounds after this one that a peer was up in and passed over, since others were further
     state: State | None = field(default=None, repr=False, compare=False)  # after the round; never written as JSON
 
 

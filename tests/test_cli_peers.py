@@ -3,6 +3,7 @@
 import json
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,12 @@ from seeing import COLOURS, save_images, save_vit
 
 from peertune import tracking
 from peertune.algorithms.schedules import switching_interval
-from peertune.errors import GraphError
+from peertune.errors import Exit, GraphError
 from peertune.net import authority as ca
+from peertune.net.membership import Membership
 from peertune.net.own import Own
 from peertune.net.roster import sign_roster
+from peertune.net.swap import Swapper
 from peertune.parts import build_graph, graph_settings
 from peertune.recipe import load_recipe
 from peertune.topology import GraphSummary, Neighbourhood
@@ -227,6 +230,50 @@ def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mi
         ended, out, err = peertune("peer", *command, *words)
         assert ended == code
         assert "graph: the roster is for clients 1000000, the recipe says clients 9; use the recipe" in out + err
+
+
+# ---- how they end
+
+
+def test_a_peer_whom_nobody_meets_trains_to_the_end_and_says_that_it_was_alone(two: Federation, peertune: Call) -> None:
+    code, out, err = peertune(*starting(two, 0), "network.patience_s=0.2")
+    assert code == Exit.ALONE
+    assert "made 2 of the 2 rounds in which this peer was up; the run has 2\n" in out
+    assert err.endswith("alone: no edge ever counted; see peertune peer status and peertune peer doctor\n")
+    assert standing(two.folder / "runs" / "0")["doing"] == "finished"
+
+
+def test_a_revoked_peer_that_starts_with_an_old_roster_stops_and_says_who_refuses_it(
+    two: Federation, peertune: Call
+) -> None:
+    run = two.folder / "runs" / "1"
+    old = two.roster.read_bytes()
+    two.parties.revoke("peer-1")
+    two.issue()
+    with ExitStack() as stack:
+        other = Swapper(Membership(two.peer(0), two.roster), {}, patience_s=1.0)
+        stack.callback(other.stop)
+        other.start(two.address(0))
+        other.enter(0)
+        two.roster.write_bytes(old)
+        longer = ["rounds=100000", "network.patience_s=1", "checkpoint.every=100000"]
+        code, out, err = peertune(*starting(two, 1, "--json"), *longer)
+        assert code == Exit.REFUSED
+        why = "refused by peer-0: ends the handshake with this peer: revoked, or one roster is old"
+        assert f"stops, as network.when_refused says: {why}\n" in err
+        said = json.loads(out)
+        assert 0 < said["rounds"] == said["rounds_up"] < 100_000
+        assert said["exit"] == Exit.REFUSED
+        state = tracking.load_checkpoint(run)
+        assert state is not None
+        assert state.round == said["rounds"], "nothing is lost"
+        assert standing(run)["doing"] == "stopped"
+        waits = [*longer, "network.when_alone=wait"]
+        code, _, err = peertune(*starting(two, 1, "--out", "waits"), *waits)
+        assert (code, why in err) == (Exit.REFUSED, True)
+        goes_on = ["network.patience_s=1", "network.when_refused=train"]
+        assert peertune(*starting(two, 1, "--out", "goes-on"), *goes_on)[0] == Exit.REFUSED
+        assert standing(Path("goes-on"))["doing"] == "finished"
 
 
 MISTAKES = {

@@ -13,7 +13,7 @@ from peertune.cli.federation import ca_app, peer_app, roster
 from peertune.cli.results import compare, diagnose, export, report
 from peertune.cli.running import run
 from peertune.cli.sweeping import sweep
-from peertune.errors import PeertuneError
+from peertune.errors import Exit, PeertuneError
 
 app = typer.Typer(
     help="Fine-tune a foundation model across parties that keep their data, with no server.",
@@ -44,15 +44,15 @@ def main() -> None:
 
 
 def _main() -> None:
-    """Run the command line; a user's mistake ends in one line and exit code 2."""
+    """Run the command line; a user's mistake ends in one line and `Exit.INPUT`."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without a Δ shows a ?
     try:
         app()
     except MemoryError:
         print("peertune: out of memory; lower training.tokens_per_pass or training.clients_per_pass", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(Exit.INPUT)
     except (PeertuneError, OSError) as error:
         if leads():
             print("peertune:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(2)
+        sys.exit(Exit.INPUT)

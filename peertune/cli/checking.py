@@ -12,7 +12,7 @@ import typer
 from peertune.cli.common import AsJson, Overrides, duration, interruptible, messages, print_json
 from peertune.cli.federation import peer_app
 from peertune.cli.peering import Data, Folder, Insecure, Listen, RecipeOption, RosterFile, build_own, where_to_listen
-from peertune.errors import PeertuneError, RunError
+from peertune.errors import Exit, PeertuneError, RunError
 
 if TYPE_CHECKING:
     from peertune.assembly import Run
@@ -149,7 +149,7 @@ def doctor(
         for check in checks:
             print(f"{check.level:<7}  {_about(check):<{width}}  {check.finding}")
         print(f"{len(checks)} checks: {failed} failed, {warnings} with a warning")
-    sys.exit(1 if failed else 0)
+    sys.exit(Exit.FAULT if failed else Exit.DONE)
 
 
 def _about(check: "Check") -> str:

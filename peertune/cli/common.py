@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peertune.errors import PeertuneError
+from peertune.errors import Exit, PeertuneError
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -106,7 +106,7 @@ def interruptible() -> Iterator[None]:
     except KeyboardInterrupt:
         if leads():
             print("peertune: stopped before the first round; nothing was kept", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(Exit.STOPPED)
     finally:
         signal.signal(signal.SIGTERM, before)
 

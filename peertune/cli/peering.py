@@ -1,6 +1,7 @@
 """The command `peer start`: one party's part of a recipe, over the network."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import typer
 from peertune.cli.common import AsJson, Overrides, interruptible, messages
 from peertune.cli.federation import need_seats, peer_app
 from peertune.cli.running import begin, check_same, keeper, print_summary, train
-from peertune.errors import RecipeError, RunError
+from peertune.errors import Exit, RecipeError, RunError
 
 if TYPE_CHECKING:
     from peertune.assembly import Run
@@ -70,7 +71,7 @@ def start(
     with interruptible(), messages():
         from peertune import tracking
         from peertune.assembly import agreed
-        from peertune.engines.peer import neighbours, run_peer
+        from peertune.engines.peer import ended, neighbours, run_peer
         from peertune.net.membership import Membership
         from peertune.net.prometheus import served
         from peertune.net.standing import kept, known_before, standing
@@ -120,8 +121,16 @@ def start(
             try:
                 go_on = f"peertune peer start --resume {place} and the options of before"
                 kept_rounds = partial(tracking.records, place)
-                engine = partial(run_peer, swapper=swapper, when_alone=network.when_alone, records=kept_rounds)
-                train(run, place, engine, go_on, keeps, swapper.hurry)
+                engine = partial(
+                    run_peer,
+                    swapper=swapper,
+                    when_alone=network.when_alone,
+                    when_refused=network.when_refused,
+                    records=kept_rounds,
+                )
+                whole = train(run, place, engine, go_on, keeps, swapper.hurry).round == job.rounds
+                records = kept_rounds()
+                end = ended(records, whole=whole, refusals=lambda: swapper.refusals(near))
             except BaseException:
                 swapper.hurry()
                 raise
@@ -131,7 +140,30 @@ def start(
                 except KeyboardInterrupt:  # the run is whole: only others may still wait for a verdict
                     swapper.hurry()
                     swapper.stop()
-    print_summary(place, as_json)
+            _tell(place, records, end, job.rounds, as_json)
+            if not whole:
+                sys.exit(end)
+    if end != Exit.DONE:
+        sys.exit(end)
+
+
+_ENDS = {
+    Exit.CUT_SHORT: "cut short: it passed over rounds, since others were further or said so",
+    Exit.ALONE: "alone: no edge ever counted; see peertune peer status and peertune peer doctor",
+    Exit.REFUSED: "refused by its neighbours; see peertune peer status and peertune peer doctor",
+}
+"""What is said of a run that ended otherwise than well."""
+
+
+def _tell(place: Path, records: "Sequence[Mapping[str, Any]]", end: Exit, rounds: int, as_json: bool) -> None:
+    """Print what came of a peer's run."""
+    made = len(records)
+    up = made + sum(record["skipped"] for record in records)
+    print_summary(place, as_json, rounds_up=up, exit=end)
+    if not as_json:
+        print(f"made {made:,} of the {up:,} rounds in which this peer was up; the run has {rounds:,}")
+    if end in _ENDS:
+        print(f"peertune: {_ENDS[end]}", file=sys.stderr)
 
 
 def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membership: "Membership") -> "Run":

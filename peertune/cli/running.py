@@ -23,7 +23,7 @@ from peertune.cli.common import (
     told_first,
     versions,
 )
-from peertune.errors import RunError
+from peertune.errors import Exit, RunError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from peertune.plan import Plan
     from peertune.recipe import Recipe
     from peertune.round import Job
-    from peertune.types import Group, RoundRecord
+    from peertune.types import Group, RoundRecord, State
 
 
 def run(
@@ -268,8 +268,8 @@ def train(
     resume: str,
     keeper: "Keeper",
     hurry: "Callable[[], None]" = lambda: None,
-) -> None:
-    """Do what is left of a run, keep its records and checkpoints, and write the adapters at the end.
+) -> "State":
+    """Do what is left of a run, keep its records and checkpoints, write the adapters at the end, and return the state.
 
     When asked to stop, `hurry` the engine, finish the round, and say how to `resume`.
     """
@@ -311,11 +311,14 @@ def train(
                 progress.update(bar, completed=state.round, description=described)
                 if stopping:
                     raise KeyboardInterrupt
+            if state.round < job.rounds:  # the engine ended before the last round
+                keeper.checkpoint(state, last=True)
         tracking.export_all(folder, state, job.clients, job.group)
+        return state
     except KeyboardInterrupt:
         if leading:
             print(f"peertune: stopped after {keeper.round} rounds; go on with: {resume}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(Exit.STOPPED)
 
 
 def _describe(record: "RoundRecord", before: str) -> str:
@@ -348,14 +351,14 @@ def check_same(resolved: "Recipe", folder: Path) -> None:
             )
 
 
-def print_summary(folder: Path, as_json: bool) -> None:
-    """Print one row for the run."""
+def print_summary(folder: Path, as_json: bool, **more: object) -> None:
+    """Print one row for the run; as JSON with what `more` there is to say."""
     from peertune import tracking
     from peertune.report.tables import COLUMNS, SUMMARISED, cells, summarise, text
 
     row = {"run": folder.name, **summarise(tracking.records(folder, SUMMARISED))}
     if as_json:
-        print_json({**row, "folder": str(folder)})
+        print_json({**row, **more, "folder": str(folder)})
         return
     print(text(cells([row], COLUMNS)))
     print(f"records and adapters are in {folder}")

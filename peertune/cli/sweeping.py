@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peertune.cli.common import AsJson, RecipeName, asked_to_stop, duration, interruptible, print_json, progress_bar
-from peertune.errors import RunError
+from peertune.errors import Exit, RunError
 
 if TYPE_CHECKING:
     from peertune.sweep import Member, Progress
@@ -133,9 +133,9 @@ def sweep(
     if (stopped or stop) and len(stand.done) < len(mine):
         if not stand.jobs:
             print("peertune: stopped; go on with the same command", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(Exit.STOPPED)
     if stand.failed:
-        sys.exit(2)
+        sys.exit(Exit.INPUT)
 
 
 def _describe(stand: "Progress", runs: int) -> str:

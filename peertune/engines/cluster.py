@@ -32,7 +32,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from peertune.errors import PeertuneError, RunError
+from peertune.errors import Exit, PeertuneError, RunError
 from peertune.metrics import payload_bytes
 from peertune.round import Heard, Job, as_weights, run_rounds
 from peertune.topology import clients_down, planned_weights
@@ -315,20 +315,20 @@ def joined(timeout_s: float = 600) -> Iterator[Group]:
         if rank == 0:
             raise RunError(message) from error
         log.error(message)
-        sys.exit(2)
+        sys.exit(Exit.INPUT)
     try:
         yield Processes(rank, size)
     except (_GoneError, KeyboardInterrupt) as error:  # torchrun stops those that are left
         if rank == 0 and store.check(["said"]):
             raise RunError(store.get("said").decode()) from None
         if rank > 0 and isinstance(error, _GoneError):
-            sys.exit(2)
+            sys.exit(Exit.INPUT)
         raise
     except (PeertuneError, OSError) as error:
         if rank == 0:
             raise
         store.set("said", f"rank {rank}: {error}")
-        sys.exit(2)
+        sys.exit(Exit.INPUT)
     finally:
         dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from peertune.errors import Exit
 from peertune.net.pace import furthest_believed, silence_s
 from peertune.net.swap import Swapper
 from peertune.round import Heard, Job, run_round
@@ -22,16 +23,29 @@ def run_peer(
     job: Job,
     swapper: Swapper,
     when_alone: Literal["train", "wait"] = "train",
+    when_refused: Literal["stop", "train"] = "stop",
     records: Callable[[], Sequence[Mapping[str, Any]]] = list,
 ) -> Iterator[RoundRecord]:
     """Run the rounds that are left of a peer's job and yield a record after each, as `simulate` does.
 
     There is no coordinator. A round ends when each of its edges has counted or failed. A peer that finds that others
     went on without it goes on from where they are, with the adapter that it has: after such a jump `record.state.round`
-    is more than one beyond `record.round`. One that reaches nobody trains alone, or waits. `records` returns those of
-    the rounds before, as JSON has them: from a peer that was restarted, others may still need the verdicts.
+    is more than one beyond `record.round`. One that reaches nobody trains alone, or waits. One that its neighbours have
+    refused for as long as a round waits for them ends before its last round. `records` returns those of the rounds
+    before, as JSON has them: from a peer that was restarted, others may still need the verdicts.
     """
     (me,) = job.clients
+    alone_since, met = time.monotonic(), False
+
+    def shut_out() -> bool:
+        nonlocal alone_since
+        if when_refused == "train" or time.monotonic() - alone_since < swapper.patience_s:
+            return False
+        alone_since = time.monotonic()
+        if refusals := swapper.refusals(neighbours(job)):
+            log.warning("stops, as network.when_refused says: %s", in_words(refusals))
+        return bool(refusals)
+
     fastest_s = None
     for before in records():
         counted, failed = ([i + j - me for i, j in before[key]] for key in ("edges", "failed_edges"))
@@ -46,16 +60,46 @@ def run_peer(
         if me in clients_down(job.faults, state.round):
             state = replace(state, round=state.round + 1)
             continue
-        if when_alone == "wait":
-            _wait_for_company(job, swapper)
+        if when_alone == "wait" and not _has_company(job, swapper, shut_out):
+            return
         (phase,) = job.algorithm.phases(state.signals, state.round, 1)
         heard = swapper.last_heard()
         swapper.enter(state.round, phase)
         state, record = run_round(job, state, job.clients, exchange)
         fastest_s = _faster(fastest_s, record.seconds)
+        here = state.round
         if swapper.passed_by(record.round):
-            state = replace(state, round=_caught_up(job, swapper, state.round, heard, fastest_s))
-        yield replace(record, state=state)
+            state = replace(state, round=_caught_up(job, swapper, here, heard, fastest_s))
+        skipped = [t for t in range(here, state.round) if met and me not in clients_down(job.faults, t)]
+        yield replace(record, state=state, skipped=len(skipped))
+        if record.edges:
+            alone_since, met = time.monotonic(), True
+        elif shut_out():
+            return
+
+
+ENOUGH = 0.9
+"""The share of the rounds in which a peer was up that it must have made."""
+
+
+def ended(records: Sequence[Mapping[str, Any]], *, whole: bool, refusals: Callable[[], Mapping[str, str]]) -> Exit:
+    """Return how a peer's run ended, from its records; `whole` unless it ended before its last round.
+
+    What passed before it met a neighbour since its start counts as passed while it was away. Only of a peer that was
+    alone is it asked who refuses it.
+    """
+    if not whole:
+        return Exit.REFUSED
+    tried = any(record["failed_edges"] for record in records)
+    if tried and not any(record["edges"] for record in records):
+        return Exit.REFUSED if refusals() else Exit.ALONE
+    made, skipped = len(records), sum(record["skipped"] for record in records)
+    return Exit.DONE if made and made >= ENOUGH * (made + skipped) else Exit.CUT_SHORT
+
+
+def in_words(refusals: Mapping[str, str]) -> str:
+    """Say by whom a peer is refused, and why."""
+    return "refused by " + "; ".join(f"{name}: {why}" for name, why in refusals.items())
 
 
 class _Exchange:
@@ -130,15 +174,18 @@ def _caught_up(
     return target
 
 
-def _wait_for_company(job: Job, swapper: Swapper) -> None:
-    """Wait until a neighbour can be reached; nobody is asked while one is known to be."""
+def _has_company(job: Job, swapper: Swapper, shut_out: Callable[[], bool]) -> bool:
+    """Wait until a neighbour can be reached, and return whether one can; nobody is asked while one is known to be."""
     everyone = neighbours(job)
     said = False
     while everyone and not swapper.hurried and not swapper.in_touch(everyone) and not swapper.ask_rounds(everyone):
         if not said:
             log.warning("nobody can be reached: waiting, as network.when_alone says")
             said = True
+        if shut_out():
+            return False
         swapper.pause(1.0)
+    return True
 
 
 def _counted(job: Job, swapper: Swapper) -> Callable[[Sequence[int], int], Iterator[list[Batch]]]:

@@ -88,6 +88,10 @@ class UnusableError(PeertuneError):
     """The other end and this one can't swap, and trying again won't help."""
 
 
+class SeatError(UnusableError):
+    """There is nobody on the other end's seat, or nobody that can be called."""
+
+
 class Node:
     """What a peer is to others, whatever they swap.
 
@@ -324,9 +328,9 @@ class Node:
     def _dial(self, identity: Identity, member: Member | None) -> Any:
         missing = nobody(member)
         if member is None or missing:
-            raise UnusableError(missing)
+            raise SeatError(missing)
         if member.address is None:
-            raise UnusableError("has no address in the roster")
+            raise SeatError("has no address in the roster")
         if self._insecure:
             return grpc.insecure_channel(tls.check_loopback(member.address), OPTIONS)
         return tls.secure_channel(identity, member, OPTIONS)

@@ -25,7 +25,7 @@ from peertune.net import tls  # before grpc, whose settings it makes
 from peertune.net.codec import Assembler, Layout, chunks, decode, encode, layout
 from peertune.net.framing import Part, data_of, kind, pack, unpack
 from peertune.net.membership import Membership
-from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Neighbour, Node, UnusableError, line, nobody
+from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Neighbour, Node, SeatError, UnusableError, line, nobody
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict, Wait
 from peertune.topology import Fault, clients_down
 from peertune.types import Phase, Tensors
@@ -205,16 +205,48 @@ class Swapper(Node):
 
     def ask_rounds(self, clients: Sequence[int], wait_s: float = PROBE_S) -> dict[int, int]:
         """Ask these clients where they are; return the rounds of those that answer."""
-        found: dict[int, int] = {}
+        return {client: came for client, came in self._ask(clients, wait_s).items() if isinstance(came, int)}
+
+    def _ask(self, clients: Sequence[int], wait_s: float) -> dict[int, int | Exception]:
+        """Ask these clients where they are; return the round of each, or what was wrong."""
+        found: dict[int, int | Exception] = {}
 
         def ask(client: int) -> None:
             try:
                 found[client] = self._call(client, 0, _Meeting(), time.monotonic() + wait_s, Hello.PING)
             except (grpc.RpcError, PeertuneError) as error:
                 self._failed(client, error)
+                found[client] = error
 
         _at_once(ask, clients)
         return dict(found)
+
+    def refusals(self, clients: Sequence[int], wait_s: float = PROBE_S) -> dict[str, str]:
+        """Ask these clients whether they refuse this peer; return the names of those that do, and why.
+
+        Nobody where one of them takes it, or where no more than half of those who have a seat refuse: none of several
+        neighbours can tell alone that a peer is shut out.
+        """
+        roster = self.membership.current()[1]
+        seats = [client for client in clients if not nobody(roster.by_client(client))]
+        came = self._ask(seats, wait_s)
+        refusals: dict[str, str] = {}
+
+        def look(client: int) -> None:
+            error, member = came[client], roster.by_client(client)
+            if isinstance(error, UnusableError) and not isinstance(error, SeatError):
+                refusals[self.name(client)] = str(error)
+            elif isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                refusals[self.name(client)] = line(error.details())
+            elif isinstance(error, grpc.RpcError) and not self._insecure and member and tls.is_there(member, wait_s):
+                try:
+                    self.knock(client, wait_s)  # which those answer, too, who are only starting
+                except PeertuneError:
+                    refusals[self.name(client)] = "ends the handshake with this peer: revoked, or one roster is old"
+
+        if not any(isinstance(one, int) for one in came.values()):
+            _at_once(look, came)
+        return dict(sorted(refusals.items())) if 2 * len(refusals) > len(seats) else {}
 
     def progress(self) -> Progress:
         """Return where this peer is."""
@@ -224,6 +256,11 @@ class Swapper(Node):
                 open_now = [m for (t, _), m in self._meetings.items() if t == self._round and m.verdict is None]
                 doing = "waiting" if open_now and not any(meeting.streams for meeting in open_now) else doing
             return Progress(doing, self._round, self._step, self._phase)
+
+    @property
+    def patience_s(self) -> float:
+        """How long a round waits for a neighbour."""
+        return self._patience_s
 
     @property
     def hurried(self) -> bool:
@@ -269,7 +306,7 @@ class Swapper(Node):
         member = roster.by_client(client)
         dials = member is not None and member.address is not None
         if missing := nobody(member):
-            self._failed(client, UnusableError(missing))
+            self._failed(client, SeatError(missing))
             meeting.final = True
         elif not dials and identity.address is None:
             meeting.final = True  # two that can only dial out

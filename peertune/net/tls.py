@@ -6,6 +6,7 @@ handshake. A connection outlives its handshake, though, so a server asks `caller
 """
 
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
@@ -80,6 +81,28 @@ def places(address: str) -> list[IPv4Address | IPv6Address]:
     host, _, port = check_address(address).rpartition(":")
     found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     return list(dict.fromkeys(ip_address(str(place[0]).partition("%")[0]) for *_, place in found))
+
+
+def is_there(member: Member, wait_s: float) -> bool:
+    """Return whether this member answers at its address, whatever it makes of this peer.
+
+    A handshake that shows no certificate tells: in TLS 1.3 the server proves first who it is. gRPC only says that a
+    connection was closed, as those of a proxy are that reaches nobody.
+    """
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.load_verify_locations(cadata=b"".join(map(pem, member.valid())).decode())
+    context.set_alpn_protocols(["h2"])
+    host, _, port = (member.address or "").rpartition(":")
+    try:
+        with (
+            socket.create_connection((host.strip("[]"), int(port)), timeout=wait_s) as plain,
+            context.wrap_socket(plain, server_hostname=member.name),
+        ):
+            return True
+    except OSError:
+        return False
 
 
 def check_loopback(address: str) -> str:

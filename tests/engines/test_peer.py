@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from federation import Federation, Played, found, play
 
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import agreed, build
-from peertune.engines.peer import _caught_up, run_peer
+from peertune.engines.peer import _caught_up, ended, run_peer
 from peertune.engines.simulator import simulate
+from peertune.errors import Exit
 from peertune.net.membership import Membership
 from peertune.net.swap import Swapper
 from peertune.recipe import load_recipe
-from peertune.types import RoundRecord
+from peertune.types import RoundRecord, select
 
 SMALL = (
     "lora={r: 3, lora_alpha: 6, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}",
@@ -214,3 +216,46 @@ def test_a_member_that_claims_a_far_round_costs_its_own_edges_and_moves_nobody(f
             others = [tuple(sorted((client, other))) for other in honest if other != client]
             assert all(record.edges == others and record.failed_edges == [(client, 3)] for record in records)
             assert swappers[client].neighbours[3].round == 10**9, "it was asked, and lied"
+
+
+def test_a_peer_that_is_passed_by_says_how_many_rounds_it_skipped(four: Federation) -> None:
+    overrides = recipe(
+        4, "float32", "graph.activation=1.0", "rounds=20", "algorithm={name: dec_lora}", "training.local_steps=1"
+    )
+    run = build(load_recipe("digits-demo", overrides), [0])
+    payload = select(run.job.state.adapters, {"A", "B", "head"})
+    with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
+        swappers = [answering(stack, four, client, agreed(run)) for client in range(4)]
+        others = [pool.submit(swapper.swap, 0, payload, [0]) for swapper in swappers[1:]]
+        records = run_peer(run.job, swappers[0])
+        first = next(records)
+        assert (first.edges, first.skipped) == ([(0, 1), (0, 2), (0, 3)], 0)
+        for swapper, swapped in zip(swappers[1:], others, strict=True):
+            assert swapped.result(60).keys() == {0}
+            swapper.enter(15)
+        second = next(records)
+        assert second.state is not None
+        assert (second.round, second.edges, second.skipped, second.state.round) == (1, [], 13, 15)
+
+
+ENDS: dict[
+    str, tuple[list[dict[str, Any]], bool, dict[str, str], Exit]
+] = {  # records, whether it came to its last round, who refuses it
+    "all": ([{}] * 10, True, {}, Exit.DONE),
+    "most": ([{"skipped": 1}] + [{}] * 8, True, {}, Exit.DONE),
+    "too few": ([{"skipped": 2}] + [{}] * 8, True, {}, Exit.CUT_SHORT),
+    "none": ([], True, {}, Exit.CUT_SHORT),
+    "alone": ([{"edges": [], "failed_edges": [[0, 1]]}, {"edges": []}], True, {}, Exit.ALONE),
+    "alone and cut short": ([{"edges": [], "failed_edges": [[0, 1]], "skipped": 9}], True, {}, Exit.ALONE),
+    "without edges to have": ([{"edges": []}] * 3, True, {}, Exit.DONE),
+    "one edge": ([{"edges": [], "failed_edges": [[0, 1]]}, {}], True, {"peer-1": "why"}, Exit.DONE),
+    "refused": ([{"edges": [], "failed_edges": [[0, 1]]}], True, {"peer-1": "why"}, Exit.REFUSED),
+    "stopped, since refused": ([{}] * 5, False, {}, Exit.REFUSED),
+}
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_run_ends_well_only_if_enough_rounds_were_made_in_company(how: str) -> None:
+    records, whole, refusals, end = ENDS[how]
+    like: dict[str, Any] = {"edges": [[0, 1]], "failed_edges": [], "skipped": 0}
+    assert ended([like | record for record in records], whole=whole, refusals=lambda: refusals) == end

@@ -619,3 +619,42 @@ def test_an_older_roster_is_refused_at_the_next_start(tmp_path: Path) -> None:
     made.roster.write_bytes(old)
     with pytest.raises(IdentityError, match="is roster 1, and this peer has had 2; get a newer one"):
         Membership(made.peer(0), made.roster)
+
+
+# ---- who is refused
+
+
+def test_a_revoked_peer_with_an_old_roster_learns_that_all_refuse_it_and_who_is_away_does_not(tmp_path: Path) -> None:
+    made = found(tmp_path, 4)
+    old = made.folder / "old.yaml"
+    old.write_bytes(made.roster.read_bytes())
+    made.parties.revoke("peer-3")
+    made.issue()
+    with peers(made, [0, 1]) as there, peers(made, [3], {3: old}, patience_s=1.0) as revoked:
+        assert there[0].refusals([1]) == {}, "who is starting refuses nobody"
+        for swapper in there.values():
+            swapper.enter(0)
+        why = "ends the handshake with this peer: revoked, or one roster is old"
+        assert revoked[3].refusals([0, 1]) == {"peer-0": why, "peer-1": why}
+        assert revoked[3].refusals([0, 1, 2]) == {"peer-0": why, "peer-1": why}, "most, and nobody else answers"
+        assert revoked[3].refusals([0, 2]) == {}, "one of two can't tell"
+        assert there[0].refusals([2]) == there[0].refusals([3]) == {}, "nobody is there, nobody has the seat"
+        assert there[0].refusals([1, 2]) == {}
+    made.parties.join("peer-4", f"127.0.0.1:{made.ports[3]}")
+    made.issue()
+    with socket.create_server(("127.0.0.1", made.ports[3])) as forwards, peers(made, [0]) as one:
+
+        def forward() -> None:
+            while True:
+                forwards.accept()[0].close()
+
+        threading.Thread(target=forward, daemon=True).start()
+        assert one[0].refusals([4]) == {}, "a port that is forwarded to nobody"
+        assert "Socket closed" in one[0].neighbours[4].problem
+
+
+def test_peers_that_differ_refuse_each_other(three: Federation) -> None:
+    with peers(three, [0]) as one, peers(three, [1], agreed=AGREED | {"seed": "7"}) as other:
+        for swapper in (one | other).values():
+            swapper.enter(0)
+        assert one[0].refusals([1]) == {"peer-1": "seed differs: 0 at peer-0, 7 at peer-1"}
