@@ -11,7 +11,9 @@ import yaml
 from cryptography import x509
 
 from peertune.cli import app
+from peertune.errors import IdentityError
 from peertune.net.identity import load_ca, load_identity
+from peertune.net.membership import Membership
 from peertune.net.roster import load_roster
 
 Call = Callable[..., tuple[int, str, str]]
@@ -43,7 +45,9 @@ def test_from_nothing_to_a_peer_who_is_someone(ca: Call, tmp_path: Path) -> None
     assert "send it back, then issue a roster with peertune roster" in out
     code, out, err = ca("roster")
     assert (code, err) == (0, "")
-    assert out.startswith("roster.yaml: roster 1 of hospitals\n   0  hospital-1  host-1:50051  until ")
+    first, second, third, *_ = out.splitlines()
+    assert (first, second[:6]) == ("roster.yaml: roster 1 of hospitals", "  CA  ")
+    assert third.startswith("   0  hospital-1  host-1:50051  until ")
     roster = load_roster(Path("roster.yaml").read_bytes(), load_ca(tmp_path / "peer"))
     identity = load_identity(tmp_path / "peer", roster)
     assert (identity.name, identity.client) == ("hospital-1", 0)
@@ -62,6 +66,67 @@ def test_both_ends_see_one_fingerprint(peertune: Call) -> None:
     assert members(peertune)[0]["fingerprints"] == [asked["fingerprint"]]
     issued = json.loads(peertune("roster", "--json")[1])
     assert (issued["serial"], issued["members"]) == (1, members(peertune))
+
+
+def test_everybody_sees_the_fingerprint_of_the_ca_where_it_is_compared(peertune: Call) -> None:
+    ca = json.loads(peertune("ca", "init", "--federation", "hospitals", "--json")[1])["fingerprint"]
+    words = ("peer", "request", "--name", "a")
+    assert "the CA's     not known here yet: have it read out in the same call" in peertune(*words)[1]
+    assert f"the CA's     {ca}: read it out" in peertune("ca", "approve", "peer/a.request.pem", "--yes")[1]
+    assert f"the CA's     {ca}\n" in peertune(*words)[1], "once its certificate is there"
+    assert json.loads(peertune(*words, "--json")[1])["ca_fingerprint"] == ca
+    for command in (("ca", "list"), ("roster",)):
+        assert f"\n  CA  {ca}\n" in peertune(*command)[1]
+        assert json.loads(peertune(*command, "--json")[1])["ca_fingerprint"] == ca
+    assert f"with the fingerprint {ca}; is it the one" in peertune("peer", "doctor")[1]
+
+
+def test_a_second_ca_of_the_same_name_is_found_out(ca: Call) -> None:
+    ca("ca", "approve", REQUEST, "--yes")
+    ca("roster", "--out", "first.yaml")
+    first = json.loads(ca("ca", "list", "--json")[1])["ca_fingerprint"]
+    ca("ca", "init", "--federation", "hospitals", "--dir", "second")
+    assert ca("ca", "approve", REQUEST, "--yes", "--dir", "second")[0] == 0, "and puts its certificate in the peer's"
+    ca("roster", "--dir", "second", "--out", "second.yaml")
+    second = json.loads(ca("ca", "list", "--dir", "second", "--json")[1])["ca_fingerprint"]
+    assert second != first
+
+    def doctor(*words: str) -> dict[str, str]:
+        checks = json.loads(ca("peer", "doctor", "--roster", "second.yaml", "--json", *words)[1])["checks"]
+        return {check["what"]: f"{check['level']}: {check['finding']}" for check in checks if check["member"] is None}
+
+    start = ("peer", "start", "--recipe", "digits-demo", "--out", "x", "--roster", "second.yaml")
+    said = (
+        f"the CA's fingerprint is {second}, and --ca-fingerprint says {first}: it is another CA of the name hospitals"
+    )
+    for given in (first, first.upper().replace(" ", ":"), first.replace(" ", "")):
+        code, out, err = ca(*start, "--ca-fingerprint", given)
+        assert (code, out) == (2, "")
+        assert said in err.splitlines()[-1]
+    assert not Path("peer/trusted.json").exists()
+    assert doctor("--ca-fingerprint", first)["roster"].startswith(f"failed: {said}")
+    assert doctor("--ca-fingerprint", second)["roster"].startswith("ok: ")
+    assert not Path("peer/trusted.json").exists(), "to look at is not to trust"
+    for given in ("", first[:-1], first + " 0", "x" * 64):
+        code, _, err = ca(*start, "--ca-fingerprint", given)
+        assert code == 2
+        assert "give the 64 digits that peertune ca list shows" in err
+
+    ca("ca", "approve", REQUEST, "--yes")
+    Membership(Path("peer"), Path("first.yaml"), first)
+    ca("ca", "approve", REQUEST, "--yes", "--dir", "second")
+    with pytest.raises(
+        IdentityError, match=f"^second.yaml: is of the CA with the fingerprint {second}, and this peer "
+    ):
+        Membership(Path("peer"), Path("second.yaml"))
+
+
+def test_a_ca_that_was_restored_issues_rosters_above_those_of_before(ca: Call) -> None:
+    ca("ca", "approve", REQUEST, "--yes")
+    path = ("--recipe", "digits-demo", "clients=2", "graph={name: path}")
+    for words, serial in ((["--serial-above", "7"], 8), ([], 9), ([*path, "--serial-above", "11"], 12), ([], 13)):
+        assert json.loads(ca("roster", *words, "--json")[1])["serial"] == serial
+    assert json.loads(ca("roster", "--serial-above", "3", "--json")[1])["serial"] == 14, "never below its own"
 
 
 def test_renewing_calls_out_what_changes_and_re_issues_nobody_else_s(ca: Call) -> None:
@@ -165,7 +230,7 @@ def test_each_member_gets_a_roster_of_its_own_for_a_recipe(ca: Call) -> None:
     ring = ["clients=100000", "graph={name: ring}"]
     code, out, err = ca("roster", "--recipe", "digits-demo", *ring)
     assert (code, err) == (0, "")
-    assert out.startswith("rosters: each member's own roster 1 of hospitals\n   0  hospital-1  host-1:50051  until ")
+    assert out.startswith("rosters: each member's own roster 1 of hospitals\n  CA  ")
     assert {file.name for file in Path("rosters").iterdir()} == {
         f"hospital-{number}.roster.yaml" for number in (1, 2, 3)
     }

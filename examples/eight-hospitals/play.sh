@@ -52,7 +52,7 @@ peertune ca init --federation hospitals # whoever runs the CA, once
 for k in 1 2 3 4 5 6 7 8; do
     # The hospital: makes a key, which stays in its folder, and sends the request to the CA.
     peertune peer request --name "hospital-$k" --address "127.0.0.1:$((PORT + k - 1))" --dir "hospital-$k" >/dev/null
-    # The CA: compares the fingerprint by telephone, approves, and sends the certificate back. Here: into the folder.
+    # The CA: compares fingerprints by telephone, both ways, approves, and sends the certificate back. Here: into the folder.
     peertune ca approve "hospital-$k/hospital-$k.request.pem" --yes >/dev/null
 done
 peertune roster >/dev/null # the CA: the list of all, signed, for each of them

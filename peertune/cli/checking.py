@@ -11,7 +11,17 @@ import typer
 
 from peertune.cli.common import AsJson, Overrides, duration, interruptible, messages, print_json
 from peertune.cli.federation import peer_app
-from peertune.cli.peering import Data, Folder, Insecure, Listen, RecipeOption, RosterFile, build_own, where_to_listen
+from peertune.cli.peering import (
+    CAFingerprint,
+    Data,
+    Folder,
+    Insecure,
+    Listen,
+    RecipeOption,
+    RosterFile,
+    build_own,
+    where_to_listen,
+)
 from peertune.errors import Exit, PeertuneError, RunError
 
 if TYPE_CHECKING:
@@ -99,6 +109,7 @@ def doctor(
     roster: RosterFile = Path("roster.yaml"),
     data: Data = None,
     folder: Folder = Path("peer"),
+    ca_fingerprint: CAFingerprint = None,
     resume: Annotated[Path | None, typer.Option(help="Compare the run in this directory.")] = None,
     listen: Listen = None,
     insecure_loopback: Insecure = False,
@@ -123,7 +134,7 @@ def doctor(
         from peertune.net.doctor import Check, check_disk, check_identity, check_memory, check_network
 
         source = recipe if resume is None else tracking.resolved(resume)
-        checks, membership = check_identity(folder, roster)
+        checks, membership = check_identity(folder, roster, ca_fingerprint)
         checks += check_memory()
         run: Run | None = None
         if membership is None:

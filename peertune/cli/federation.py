@@ -101,6 +101,7 @@ def approve(
         print(f"name         {asked.name}", file=where)
         print(f"address      {asked.address or 'none: it can only dial out'}", file=where)
         print(f"fingerprint  {printed}", file=where)
+        print(f"the CA's     {before.fingerprint}: read it out in the same call", file=where)
         print(f"this         {_what_approval_does(before, asked)}", file=where, flush=True)
         if not yes:
             _confirm(f"make it a member of {before.federation} for {days} days, is the fingerprint the sender's?")
@@ -111,6 +112,7 @@ def approve(
     until = certificate.not_valid_after_utc
     if as_json:
         made = {"fingerprint": printed, "valid_until": until.isoformat(), "certificate": str(file)}
+        made["ca_fingerprint"] = after.fingerprint
         print_json({"client": member.client, "name": asked.name, "address": asked.address, **made})
         return
     print(f"certificate  {file}, until {until:%Y-%m-%d}: send it back, then issue a roster with peertune roster")
@@ -196,10 +198,11 @@ def list_members(folder: Authorities = Path("ca"), as_json: AsJson = False) -> N
         pass
     if as_json:
         members = [_facts(member) for member in authority.members]
-        print_json({"federation": authority.federation, "serial": authority.serial, "members": members})
+        about = {"federation": authority.federation, "ca_fingerprint": authority.fingerprint}
+        print_json({**about, "serial": authority.serial, "members": members})
         return
     print(f"{authority.federation}, roster {authority.serial}" if authority.serial else authority.federation)
-    _print_members(authority.members)
+    _print_members(authority)
 
 
 def _facts(member: "Member") -> dict[str, Any]:
@@ -213,9 +216,10 @@ def _facts(member: "Member") -> dict[str, Any]:
     }
 
 
-def _print_members(members: "tuple[Member, ...]") -> None:
+def _print_members(authority: "Authority") -> None:
+    print(f"  CA  {authority.fingerprint}")
     now = datetime.now(UTC)
-    for facts in map(_facts, members):
+    for facts in map(_facts, authority.members):
         date = facts["valid_until"]
         until = f"{'until' if datetime.fromisoformat(date) > now else 'EXPIRED'} {date[:10]}" if date else "revoked"
         print(f"{facts['client']:4}  {facts['name']}  {facts['address'] or 'dials out'}  {until}")
@@ -234,11 +238,16 @@ def roster(
         Path | None,
         typer.Option(help="The roster's file, or with --recipe the folder.  [default: roster.yaml, or rosters]"),
     ] = None,
+    above: Annotated[
+        int,
+        typer.Option("--serial-above", min=0, help="Of a CA restored from a copy: the highest serial that a peer has."),
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Issue the roster: all members with their certificates, signed by the CA. Hand it to every peer.
 
-    The one with the highest serial counts. Issue another after each approval and revocation.
+    The one with the highest serial counts. Issue another after each approval and revocation. A CA that was restored
+    from a copy has forgotten serials that it used: look for the highest with peer status, and give it.
 
     With --recipe each member that isn't revoked gets a roster of its own, NAME.roster.yaml in a folder, whose older
     rosters are removed. It lists those alone whom the member may meet on the recipe's graph, and what it must know of
@@ -250,18 +259,20 @@ def roster(
       peertune roster --out roster.yaml
 
       peertune roster --recipe recipe.yaml --out rosters
+
+      peertune roster --serial-above 12
     """
     from peertune.files import write_file
     from peertune.net import authority as ca
 
     if recipe is not None:
-        _own_rosters(recipe, overrides or [], folder, out or Path("rosters"), as_json)
+        _own_rosters(recipe, overrides or [], folder, out or Path("rosters"), above, as_json)
         return
     if overrides:
         raise IdentityError(f"roster: {overrides[0]} goes with --recipe")
     out = out or Path("roster.yaml")
     with ca.opened(folder) as before:
-        after, data = ca.issue_roster(before)
+        after, data = ca.issue_roster(before, above=above)
         ca.keep(folder, after)  # first: no two rosters may have one serial
         write_file(out, data)
     _print_roster(after, "roster", "roster", out, as_json)
@@ -271,13 +282,14 @@ def _print_roster(authority: "Authority", key: str, what: str, out: Path, as_jso
     """Say what was issued: in JSON its place is under this key, else it is called so."""
     if as_json:
         members = [_facts(member) for member in authority.members]
-        print_json({key: str(out), "federation": authority.federation, "serial": authority.serial, "members": members})
+        about = {"federation": authority.federation, "ca_fingerprint": authority.fingerprint}
+        print_json({key: str(out), **about, "serial": authority.serial, "members": members})
         return
     print(f"{out}: {what} {authority.serial} of {authority.federation}")
-    _print_members(authority.members)
+    _print_members(authority)
 
 
-def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, as_json: bool) -> None:
+def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, above: int, as_json: bool) -> None:
     """Issue to each member its own roster, all in a folder, which takes the place of those of before."""
     from peertune.files import write_file, written_folder
     from peertune.net import authority as ca
@@ -291,7 +303,7 @@ def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, as_
     with messages(), ca.opened(folder) as before:
         loaded = load_recipe(recipe, overrides)
         need_seats(loaded.clients, before.members)
-        after, rosters = ca.issue_own_rosters(before, build_graph(loaded), graph_settings(loaded))
+        after, rosters = ca.issue_own_rosters(before, build_graph(loaded), graph_settings(loaded), above=above)
         with progress_bar("rosters") as progress, written_folder(place) as beside:
             seated = sum(bool(member.certificates) for member in after.members)
             for member, data in progress.track(rosters, total=seated):
@@ -325,14 +337,21 @@ def request_certificate(
 
       peertune peer request --name hospital-3 --address hospital-3.example.org:50051
     """
-    from peertune.net.identity import request
+    from peertune.net.certificates import fingerprint, public_key
+    from peertune.net.identity import load_ca, request
 
     asked = request(folder, name, address)
+    try:
+        ca = fingerprint(public_key(load_ca(folder)))
+    except IdentityError:
+        ca = None
     if as_json:
         facts = {"fingerprint": asked.fingerprint, "request": str(asked.file), "renews": asked.renews}
+        facts["ca_fingerprint"] = ca
         print_json({"name": name, "address": address, **facts})
         return
     print(f"name         {name}")
     print(f"address      {address or 'none: it can only dial out'}")
     print(f"fingerprint  {asked.fingerprint}")
+    print(f"the CA's     {ca or 'not known here yet: have it read out in the same call, for --ca-fingerprint'}")
     print(f"request      {asked.file}: send it to the CA, and put the certificate that comes back in {folder}")

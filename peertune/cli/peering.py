@@ -1,5 +1,6 @@
 """The command `peer start`: one party's part of a recipe, over the network."""
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -16,8 +17,12 @@ from peertune.errors import Exit, RecipeError, RunError
 
 if TYPE_CHECKING:
     from peertune.assembly import Run
+    from peertune.net.identity import Identity
     from peertune.net.membership import Membership
+    from peertune.net.roster import Roster
     from peertune.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 Folder = Annotated[Path, typer.Option("--dir", help="The peer's folder, with its key and its certificate.")]
 RosterFile = Annotated[
@@ -25,6 +30,12 @@ RosterFile = Annotated[
     typer.Option("--roster", help="The roster, which a neighbour's newer one replaces, or this peer's own."),
 ]
 RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe's path, or the name of a shipped one.")]
+CAFingerprint = Annotated[
+    str | None,
+    typer.Option(
+        "--ca-fingerprint", help="What the CA's key must have, as it was read out; where not, nothing starts."
+    ),
+]
 Data = Annotated[
     Path | None,
     typer.Option(help="This party's own rows, as the task reads them; where not given, the recipe deals them out."),
@@ -44,6 +55,7 @@ def start(
     roster: RosterFile = Path("roster.yaml"),
     data: Data = None,
     folder: Folder = Path("peer"),
+    ca_fingerprint: CAFingerprint = None,
     out: Annotated[Path | None, typer.Option(help="The run directory.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this directory.")] = None,
     listen: Listen = None,
@@ -77,8 +89,9 @@ def start(
         from peertune.net.standing import kept, known_before, standing
         from peertune.net.swap import Swapper
 
-        membership = Membership(folder, roster)
+        membership = Membership(folder, roster, ca_fingerprint)
         identity, members = membership.current()
+        _introduce(identity, members)
         place = out or resume
         assert place is not None
         if out is not None:
@@ -164,6 +177,14 @@ def _tell(place: Path, records: "Sequence[Mapping[str, Any]]", end: Exit, rounds
         print(f"made {made:,} of the {up:,} rounds in which this peer was up; the run has {rounds:,}")
     if end in _ENDS:
         print(f"peertune: {_ENDS[end]}", file=sys.stderr)
+
+
+def _introduce(identity: "Identity", roster: "Roster") -> None:
+    """Say who this peer is, and whose word for that counts."""
+    from peertune.net.certificates import fingerprint, public_key
+
+    log.info("%s is client %d of %s, roster %d", identity.name, identity.client, roster.federation, roster.serial)
+    log.info("the CA's fingerprint is %s", fingerprint(public_key(roster.ca)))
 
 
 def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membership: "Membership") -> "Run":

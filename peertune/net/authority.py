@@ -52,6 +52,11 @@ class Authority:
         """The federation's name."""
         return federation_of(self.certificate)
 
+    @property
+    def fingerprint(self) -> str:
+        """The fingerprint of its key, by which its members know it from another of the same name."""
+        return fingerprint(self.key.public_key())
+
     def by_name(self, name: str) -> Member | None:
         """Return the member of that name, or None."""
         return next((member for member in self.members if member.name == name), None)
@@ -166,16 +171,16 @@ def _present(authority: Authority, name: str) -> Member:
     return member
 
 
-def issue_roster(authority: Authority, now: datetime | None = None) -> tuple[Authority, bytes]:
-    """Return the CA with the next serial, and the roster of that serial."""
-    new = replace(authority, serial=authority.serial + 1)
+def issue_roster(authority: Authority, now: datetime | None = None, above: int = 0) -> tuple[Authority, bytes]:
+    """Return the CA with the next serial, `above` another one, and the roster of that serial."""
+    new = replace(authority, serial=max(authority.serial, above) + 1)
     return new, sign_roster(new.key, new.certificate, new.serial, new.members, now)
 
 
 def issue_own_rosters(
-    authority: Authority, graph: "Graph", settings: Mapping[str, Any], now: datetime | None = None
+    authority: Authority, graph: "Graph", settings: Mapping[str, Any], now: datetime | None = None, above: int = 0
 ) -> tuple[Authority, Iterator[tuple[Member, bytes]]]:
-    """Return the CA with the next serial, and of that serial each member with its own roster, one after the other.
+    """Return the CA with the next serial, `above` another one, and of that serial each member with its own roster.
 
     For members with a certificate, on this graph, which follows from these `settings`. Raises GraphError where any two
     clients may meet; and IdentityError, when it comes to it, for a member whose roster would be too large.
@@ -183,7 +188,7 @@ def issue_own_rosters(
     from peertune.net.own import Own
     from peertune.topology import neighbourhoods, summary
 
-    new = replace(authority, serial=authority.serial + 1)
+    new = replace(authority, serial=max(authority.serial, above) + 1)
     facts = summary(graph)
     known = neighbourhoods(graph, [member.client for member in new.members if member.certificates], facts)
 

@@ -16,7 +16,7 @@ from typing import Literal
 from cryptography import x509
 
 from peertune.errors import IdentityError, PeertuneError
-from peertune.net.certificates import federation_of, read_key
+from peertune.net.certificates import federation_of, fingerprint, public_key, read_key
 from peertune.net.identity import key_files, load_ca, read_private
 from peertune.net.membership import Membership
 from peertune.net.node import UNTRIED, Knock
@@ -40,11 +40,11 @@ class Check:
     member: str | None = None  # whom it is about, where that is another
 
 
-def check_identity(folder: Path, roster: Path) -> tuple[list[Check], Membership | None]:
+def check_identity(folder: Path, roster: Path, ca: str | None = None) -> tuple[list[Check], Membership | None]:
     """Check who this peer is: keys, certificate, roster; return with it who is who, where that can be told."""
     found = [_tried("key", lambda: _keys(folder)), _tried("certificate", lambda: _issued(folder))]
     try:
-        membership = Membership(folder, roster)
+        membership = Membership(folder, roster, ca, looks=True)
     except PeertuneError as error:
         return [*found, Check("roster", "failed", str(error))], None
     identity, known = membership.current()
@@ -70,7 +70,9 @@ def _keys(folder: Path) -> str:
 
 
 def _issued(folder: Path) -> str:
-    return f"issued by the CA of {federation_of(load_ca(folder))}"
+    ca = load_ca(folder)
+    printed = fingerprint(public_key(ca))
+    return f"issued by the CA of {federation_of(ca)} with the fingerprint {printed}; is it the one that was read out?"
 
 
 def _expiry(certificate: bytes) -> Check:

@@ -9,11 +9,9 @@ from peertune.errors import IdentityError, PeertuneError
 from peertune.files import write_file
 from peertune.net.identity import Identity, load_ca, load_identity
 from peertune.net.roster import MAX_ROSTER_BYTES, Roster, load_roster
+from peertune.net.trust import Trust, check_ca, keep_trust, read_trust, trusted
 
 log = logging.getLogger(__name__)
-
-SERIAL = "roster.serial"
-"""In the peer's folder: the highest serial of a roster that it has used."""
 
 LOOK_EVERY_S = 60.0  # at certificates, which expire though no file changes
 
@@ -21,19 +19,23 @@ LOOK_EVERY_S = 60.0  # at certificates, which expire though no file changes
 class Membership:
     """A peer's folder and its roster's file, read again when either changes.
 
-    Raises IdentityError where they can't be used at the start; later what was there before stays in use.
+    `ca` is the fingerprint that its CA's key must have, where somebody gave it. Who only `looks` comes to trust
+    nothing. Raises IdentityError where they can't be used at the start; later what was there before stays in use.
     """
 
-    def __init__(self, folder: Path, roster: Path) -> None:
+    def __init__(self, folder: Path, roster: Path, ca: str | None = None, *, looks: bool = False) -> None:
         self._folder, self._file = folder, roster
         self._lock = threading.Lock()
         self._seen = self._stamp()
         self._problem = ""
+        self._looks = looks
+        self._trust = read_trust(folder)
         found = self._read()
-        if found.serial < (had := self._had()):
-            raise IdentityError(f"{roster}: is roster {found.serial}, and this peer has had {had}; get a newer one")
+        if ca is not None:
+            check_ca(found, ca)
+        found, trust = self._trusted(found)
         self._current = (load_identity(folder, found), found)
-        self._keep(found.serial)
+        self._keep(trust)
 
     def current(self) -> tuple[Identity, Roster]:
         """Return who this peer is, and the roster."""
@@ -43,7 +45,7 @@ class Membership:
                 try:
                     self._take(self._read())
                     self._problem = ""
-                except PeertuneError as error:
+                except (PeertuneError, OSError) as error:
                     if str(error) != self._problem:
                         log.warning("%s; going on with roster %d", error, self._current[1].serial)
                     self._problem = str(error)
@@ -72,8 +74,7 @@ class Membership:
             return True
 
     def _take(self, found: Roster) -> None:
-        if found.serial < self._current[1].serial:
-            raise IdentityError(f"{self._file}: is roster {found.serial}, older than the one in use")
+        found, trust = self._trusted(found)
         identity = load_identity(self._folder, found)
         if identity.client != self._current[0].client:
             raise IdentityError(f"{self._file}: makes this peer client {identity.client}; start it anew")
@@ -84,21 +85,21 @@ class Membership:
             gone = [m.name for m in self._current[1].members if m.valid() and m.name not in there]
             log.warning("roster %d is in use%s", found.serial, f"; members no more: {', '.join(gone)}" if gone else "")
         self._current = identity, found
-        self._keep(found.serial)
+        self._keep(trust)
 
-    def _had(self) -> int:
-        """Return the highest serial that this peer has ever used: an older roster may hold who was revoked since."""
+    def _trusted(self, found: Roster) -> tuple[Roster, Trust]:
         try:
-            return int((self._folder / SERIAL).read_text())
-        except (OSError, ValueError):
-            return 0
+            return trusted(found, self._trust)
+        except IdentityError as error:
+            raise IdentityError(f"{self._file}: {error}") from None
 
-    def _keep(self, serial: int) -> None:
-        if serial > self._had():
+    def _keep(self, trust: Trust) -> None:
+        if trust != self._trust and not self._looks:
             try:
-                write_file(self._folder / SERIAL, f"{serial}\n".encode())
+                keep_trust(self._folder, trust)
             except PeertuneError as error:
                 log.warning("%s: an older roster will not be told from this one", error)
+        self._trust = trust
 
     def _read(self) -> Roster:
         try:

@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -86,8 +87,10 @@ class Roster:
     federation: str
     serial: int  # grows with every roster the CA issues
     members: tuple[Member, ...]  # by client number; all, from 0, or in a member's own roster itself and its neighbours
+    issued: datetime
     ca: x509.Certificate = field(repr=False)  # whose signature it bears
     raw: bytes = field(repr=False)  # as read, to pass on
+    digest: str  # SHA-256 of what is signed
     own: "Own | None" = None  # in a member's own roster
 
     def by_name(self, name: str) -> Member | None:
@@ -180,13 +183,16 @@ def load_roster(data: bytes, ca: x509.Certificate) -> Roster:
         content = checked(found, kinds | ({"own": (dict,)} if isinstance(found, dict) and "own" in found else {}))
         if content["federation"] != federation_of(ca) or content["serial"] < 1:
             raise IdentityError("federation or serial is not the CA's")
+        issued = datetime.fromisoformat(content["issued"])
+        if issued.tzinfo is None:
+            raise IdentityError("issued has no time zone")
         members = tuple(from_entry(value, ca) for value in content["peers"])
         own = _own(content["own"]) if "own" in content else None
         check_seats(members, own)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError, IdentityError) as error:
-        reason = error if isinstance(error, IdentityError) else "it is no YAML"
+        reason = error if isinstance(error, IdentityError) else "it is no YAML, or a time is none"
         raise IdentityError(f"roster: is signed but can't be used: {reason}; {_ASK}") from None
-    return Roster(content["federation"], content["serial"], members, ca, data, own)
+    return Roster(content["federation"], content["serial"], members, issued, ca, data, sha256(signed).hexdigest(), own)
 
 
 def _own(value: object) -> "Own":
