@@ -7,6 +7,7 @@ every now and then: a generator of `Look`. Whether a run is finished, its direct
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -157,9 +158,16 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], stopping: Callable[[], i
         time.sleep(0.01)
 
 
+_PROGRESS = re.compile(r"peertune: \S+ \S+ INFO ")
+
+
 def last_words(messages: bytes, silent: str) -> str:
-    """Return the last line that a process said, or that what starts it did, or `silent` where neither said anything."""
+    """Return the last line that a process said, or that what starts it did, or `silent` where neither said anything.
+
+    What it logs while all goes well counts for nothing.
+    """
     lines = [line for line in messages.decode(errors="replace").splitlines() if line.strip()]
+    lines = [line for line in lines if not _PROGRESS.match(line)]
     own = [line for line in lines if not line.startswith(("submitit ", "srun: "))]
     return (own or lines or [silent])[-1].removeprefix("peertune: ")
 

@@ -25,7 +25,9 @@ Call = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def peertune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Call:
-    """Run the command in this process, in an empty folder without a terminal; return exit code, output and messages."""
+    """Run the command in this process, in an empty folder without a terminal; return exit code, output and problems."""
+    from processes import problems
+
     from peertune.cli import main
 
     monkeypatch.chdir(tmp_path)
@@ -39,6 +41,6 @@ def peertune(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         out, err = capsys.readouterr()
         code = caught.value.code
         assert code is None or isinstance(code, int)
-        return code or 0, out, err
+        return code or 0, out, problems(err)
 
     return call

@@ -6,6 +6,7 @@ They are forked from a process that has imported what takes seconds, as a shell'
 import importlib
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -102,10 +103,16 @@ def start(folder: Path, *words: str, **environment: str) -> Command:
 Process = Command | subprocess.Popen[str]
 
 
+def problems(said: str) -> str:
+    """What is wrong, of what a command says on standard error: no progress, and warnings without their time."""
+    stamp = r"^peertune: [\d-]+ [\d:]+"
+    return re.sub(f"(?m){stamp} WARNING ", "peertune: ", re.sub(f"(?m){stamp} INFO .*\n", "", said))
+
+
 def finish(process: Process, timeout_s: float = 120) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=timeout_s)
     assert process.returncode is not None
-    return process.returncode, out, err
+    return process.returncode, out, problems(err)
 
 
 def finish_well(processes: Sequence[Process], timeout_s: float = 200) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import pytest
 from processes import PROCESS, finish, start, wait_until
 
 from peertune.cli import app, main
-from peertune.cli.common import asked_to_stop, interruptible
+from peertune.cli.common import asked_to_stop, interruptible, lines
 from peertune.errors import RunError
+from peertune.launch import COMMAND
 from peertune.recipe import recipe_names
 
 SMALL = [
@@ -378,6 +380,62 @@ except SystemExit:
         if seconds[-1] < 0.3:
             return
     raise AssertionError(f"the fastest of {len(seconds)} calls took {min(seconds):.2f} s")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run", "digits-demo"],
+        ["run", "digits-demo", "--dry-run"],
+        ["sweep", "digits-demo", "seed=0,1", "--out", "x", "--dry-run"],
+        ["compare", "DONE"],
+        ["diagnose", "DONE"],
+        ["report", "DONE", "--out", "x.html"],
+        ["data", "digits-demo"],
+        ["graph", "digits-demo"],
+        ["env"],
+        ["export", "DONE", "--client", "0", "--to", "x"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_says_a_line_at_once(done: Path, tmp_path: Path, words: list[str]) -> None:
+    limited = ["sh", "-c", 'ulimit -t 2; exec "$@"', "sh"]  # two seconds of a processor, and it is killed
+    words = [str(done) if word == "DONE" else word for word in words]
+    with subprocess.Popen(
+        [*limited, *COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path
+    ) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        process.kill()
+    assert re.fullmatch(r"peertune: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO starting\n", said)
+
+
+def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    caplog.set_level("INFO", "peertune")
+    show = lines("round", 1_000, done=400, clock=lambda: now)
+    for done in range(401, 1_001):
+        now += 0.1
+        show(done, f"loss {done}")
+    show(1_000, "loss 1000")
+    assert caplog.messages == [
+        "round 401 of 1,000, loss 401, 60 s left",
+        "round 701 of 1,000, loss 701, 30 s left",
+        "round 1,000 of 1,000, loss 1000",
+    ]
+
+
+def test_a_run_into_a_file_tells_how_far_it_is(tmp_path: Path) -> None:
+    process = start(tmp_path, "run", "digits-demo", *TINY)
+    _, err = process.communicate(120)
+    told = [line.split(" INFO ")[1] for line in err.splitlines()]
+    assert told[0] == "starting"
+    assert told[-2].startswith("round 1 of 2, loss ")
+    assert re.fullmatch(r"round 2 of 2, loss \d\.\d{3}  accuracy \d\.\d{3}", told[-1])
+
+
+def test_the_version_is_told(peertune: Call) -> None:
+    assert peertune("--version") == (0, f"peertune {version('peertune')}\n", "")
 
 
 def refused(called: tuple[int, str, str]) -> str:

@@ -205,3 +205,9 @@ def test_what_a_cluster_lacks_is_one_line(
     )
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert refusal() == "peertune: --launcher slurm: needs submitit; pip install 'peertune[slurm]'"
+
+
+def test_the_last_words_of_a_process_are_none_of_its_progress() -> None:
+    progress = b"peertune: 2026-01-02 03:04:05 INFO round 3 of 80, loss 0.5\n"
+    assert launch.last_words(progress, "ended with exit code -9") == "ended with exit code -9"
+    assert launch.last_words(b"peertune: no room\n" + progress, "") == "no room"

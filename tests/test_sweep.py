@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_line_for_each_run_and_leaves_nothing_half_written(tm
     limited = f"ulimit -f 40; exec {shlex.quote(sys.executable)} -m peertune {shlex.join(words)}"  # blocks of 1 KiB
     done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "0 of 2 runs are finished in all\n")
-    assert [line.partition(": can't be written (")[0] for line in done.stderr.splitlines()] == [
+    assert [line.partition(": can't be written (")[0] for line in processes.problems(done.stderr).splitlines()] == [
         f"peertune: seed={seed}: all/seed={seed}/checkpoints/round-000001" for seed in (0, 1)
     ]
     assert not list((tmp_path / "all").rglob(".round*"))

@@ -2,7 +2,9 @@
 
 import os
 import sys
+from importlib.metadata import version
 from io import TextIOWrapper
+from typing import Annotated
 
 import typer
 
@@ -25,6 +27,22 @@ app = typer.Typer(
     epilog="Start with: peertune run digits-demo",
 )
 
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        print("peertune", version("peertune"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 for command in (run, sweep, compare, report, diagnose, recipes, graph, data, export, env, roster):
     app.command()(command)
 app.add_typer(ca_app, name="ca")
@@ -46,7 +64,8 @@ def main() -> None:
 def _main() -> None:
     """Run the command line; a user's mistake ends in one line and `Exit.INPUT`."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal without a Δ shows a ?
+        # A terminal without a Δ shows a ?, and a line shows in a file or a pipe as soon as it is said.
+        sys.stdout.reconfigure(errors="replace", line_buffering=True)
     try:
         app()
     except MemoryError:

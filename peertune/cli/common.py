@@ -8,15 +8,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from peertune.errors import Exit, PeertuneError
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+log = logging.getLogger(__name__)
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's path, or the name of a shipped one.")]
 Overrides = Annotated[
@@ -33,13 +33,16 @@ def leads() -> bool:
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Show what the program is doing on a terminal; elsewhere only warnings."""
+    """Show on standard error what the program is doing, from the first moment on; with the time where that is a file.
+
+    A command enters this before it imports what takes seconds.
+    """
     logger = logging.getLogger("peertune")
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("peertune: %(message)s"))
+    form = "%(message)s" if sys.stderr.isatty() else "%(asctime)s %(levelname)s %(message)s"
+    handler.setFormatter(logging.Formatter(f"peertune: {form}", "%Y-%m-%d %H:%M:%S"))
     logger.addHandler(handler)
-    level = logging.INFO if sys.stderr.isatty() else logging.WARNING
-    logger.setLevel(level if leads() else logging.ERROR)
+    logger.setLevel(logging.INFO if leads() else logging.ERROR)
     logger.info("starting")
     try:
         yield
@@ -157,8 +160,16 @@ def asked_to_stop(answer: str, then: Callable[[], None] = lambda: None) -> Itera
             signal.signal(number, handler)
 
 
-def progress_bar(unit: str) -> "Progress":
-    """Return a progress bar on a terminal; elsewhere one that shows nothing."""
+Show = Callable[[int, str], None]
+"""`show(done, words)`: how much of the work is done, and what there is to say of it."""
+
+
+@contextmanager
+def progress(unit: str, total: int, done: int = 0) -> Iterator[Show]:
+    """Yield what shows how far the work is: a bar on a terminal, elsewhere a line every now and then."""
+    if not (leads() and sys.stderr.isatty()):
+        yield lines(unit, total, done)
+        return
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -178,7 +189,31 @@ def progress_bar(unit: str) -> "Progress":
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=Console(stderr=True), disable=not (leads() and sys.stderr.isatty()))
+    # What is printed meanwhile goes above the bar, unless it goes elsewhere.
+    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda done, words: bar.update(task, completed=done, description=words)
+
+
+LINE_S = 30.0
+"""Seconds between two lines of progress."""
+
+
+def lines(unit: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic) -> Show:
+    """Return what logs how far the work is: at once, every `LINE_S`, and at the end."""
+    began, first, due, told = clock(), done, -inf, -1
+
+    def show(done: int, words: str) -> None:
+        nonlocal due, told
+        now = clock()
+        if told == done if done >= total else now < due:
+            return
+        due, told = now + LINE_S, done
+        left = (now - began) / (done - first) * (total - done) if first < done < total else None
+        said = (f"{unit} {done:,} of {total:,}", words, "" if left is None else f"{duration(left)} left")
+        log.info("%s", ", ".join(filter(None, said)))
+
+    return show
 
 
 def duration(seconds: float) -> str:

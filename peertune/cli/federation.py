@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peertune.cli.common import AsJson, Overrides, messages, print_json, progress_bar
+from peertune.cli.common import AsJson, Overrides, messages, print_json, progress
 from peertune.errors import IdentityError, RecipeError
 
 if TYPE_CHECKING:
@@ -304,10 +304,11 @@ def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, abo
         loaded = load_recipe(recipe, overrides)
         need_seats(loaded.clients, before.members)
         after, rosters = ca.issue_own_rosters(before, build_graph(loaded), graph_settings(loaded), above=above)
-        with progress_bar("rosters") as progress, written_folder(place) as beside:
-            seated = sum(bool(member.certificates) for member in after.members)
-            for member, data in progress.track(rosters, total=seated):
+        seated = sum(bool(member.certificates) for member in after.members)
+        with progress("rosters", seated) as show, written_folder(place) as beside:
+            for written, (member, data) in enumerate(rosters, start=1):
                 write_file(beside / f"{member.name}{_OWN}", data, lasting=False)
+                show(written, "")
             ca.keep(folder, after)  # before they are in their place: no two rosters may have one serial
     _print_roster(after, "rosters", "each member's own roster", out, as_json)
 

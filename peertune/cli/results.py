@@ -39,15 +39,15 @@ def compare(
 
       peertune compare runs/methods --by algorithm.name --paired-with dec_lora --markdown
     """
-    from peertune.report import tables
-    from peertune.report.runs import find_runs
-
     if sum([as_json, as_csv, as_markdown, as_latex]) > 1:
         raise RunError("compare: give one of --json, --csv, --markdown and --latex")
-    measures = [name.strip() for name in measure.split(",")] if measure else list(tables.MEASURES)
-    if wrong := next((name for name in measures if name not in tables.MEASURES), None):
-        raise RunError(unknown("--metric", wrong, tables.MEASURES))
     with messages():
+        from peertune.report import tables
+        from peertune.report.runs import find_runs
+
+        measures = [name.strip() for name in measure.split(",")] if measure else list(tables.MEASURES)
+        if wrong := next((name for name in measures if name not in tables.MEASURES), None):
+            raise RunError(unknown("--metric", wrong, tables.MEASURES))
         rows = tables.compare(find_runs(runs), [key.strip() for key in by.split(",")] if by else None, paired_with)
     if as_json:
         print_json(rows)

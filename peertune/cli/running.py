@@ -19,7 +19,7 @@ from peertune.cli.common import (
     leads,
     messages,
     print_json,
-    progress_bar,
+    progress,
     told_first,
     versions,
 )
@@ -294,10 +294,9 @@ def train(
         with (
             told_first(),
             asked_to_stop("stopping after this round; once more to go back to the last checkpoint", hurry) as stop,
-            progress_bar("round") as progress,
+            progress("round", job.rounds, state.round) as show,
             reporting(folder, run.resolved) if leading else nullcontext() as report,
         ):
-            bar = progress.add_task("", total=job.rounds, completed=state.round)
             described = ""
             for record in engine(job):
                 assert record.state is not None
@@ -308,7 +307,7 @@ def train(
                 stopping = bool(job.group.add(torch.tensor(len(stop)))) and state.round < job.rounds
                 keeper.checkpoint(state, last=stopping or state.round >= job.rounds)
                 described = _describe(record, described)
-                progress.update(bar, completed=state.round, description=described)
+                show(state.round, described)
                 if stopping:
                     raise KeyboardInterrupt
             if state.round < job.rounds:  # the engine ended before the last round

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peertune.cli.common import AsJson, RecipeName, asked_to_stop, duration, interruptible, print_json, progress_bar
+from peertune.cli.common import (
+    AsJson,
+    RecipeName,
+    asked_to_stop,
+    duration,
+    interruptible,
+    messages,
+    print_json,
+    progress,
+)
 from peertune.errors import Exit, RunError
 
 if TYPE_CHECKING:
@@ -78,35 +87,46 @@ def sweep(
 
       peertune sweep digits-demo seed=0,1,2 --out runs/queued --launcher slurm --slurm gpus_per_node=1
     """
-    from peertune import launch
-    from peertune import sweep as sweeps
-
     queued = launcher is Where.SLURM
     if not queued and (slurm or detach):
         raise RunError(f"{'--slurm' if slurm else '--detach'}: goes with --launcher slurm")
-    with interruptible():
-        whole = sweeps.members(recipe, grid)
-        mine = whole if part is None else sweeps.shard(whole, part)
-        if dry_run:
-            _print_estimates(recipe, mine, out, as_json)
-            return
-    start = launch.slurm(out / "slurm", jobs or len(mine), slurm or []) if queued else launch.local(jobs or 1)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{out}: can't be written ({error.strerror}); give another --out") from None
-    answer = "stopping after these rounds; once more to go back to the last checkpoints"
-    stand, stopped = sweeps.Progress(), False
-    with (
-        asked_to_stop("leaving the runs in the queue" if queued else answer) as stop,
-        progress_bar("rounds") as progress,
-    ):
-        bar = progress.add_task("", total=sum(member.recipe.rounds for member in mine))
+    with messages():
+        from peertune import launch
+        from peertune import sweep as sweeps
+
+        with interruptible():
+            whole = sweeps.members(recipe, grid)
+            mine = whole if part is None else sweeps.shard(whole, part)
+            if dry_run:
+                _print_estimates(recipe, mine, out, as_json)
+                return
+        start = launch.slurm(out / "slurm", jobs or len(mine), slurm or []) if queued else launch.local(jobs or 1)
         try:
-            for stand in sweeps.run_members(recipe, mine, out, start, lambda: detach + len(stop)):
-                progress.update(bar, completed=stand.rounds, description=_describe(stand, len(mine)))
-        except KeyboardInterrupt:
-            stopped = True
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{out}: can't be written ({error.strerror}); give another --out") from None
+        answer = "stopping after these rounds; once more to go back to the last checkpoints"
+        stand, stopped = sweeps.Progress(), False
+        with (
+            asked_to_stop("leaving the runs in the queue" if queued else answer) as stop,
+            progress("rounds", sum(member.recipe.rounds for member in mine)) as show,
+        ):
+            try:
+                for stand in sweeps.run_members(recipe, mine, out, start, lambda: detach + len(stop)):
+                    show(stand.rounds, _describe(stand, len(mine)))
+            except KeyboardInterrupt:
+                stopped = True
+    _print_outcome(mine, stand, out, as_json)
+    if (stopped or stop) and len(stand.done) < len(mine):
+        if not stand.jobs:
+            print("peertune: stopped; go on with the same command", file=sys.stderr)
+        sys.exit(Exit.STOPPED)
+    if stand.failed:
+        sys.exit(Exit.INPUT)
+
+
+def _print_outcome(mine: "Sequence[Member]", stand: "Progress", out: Path, as_json: bool) -> None:
+    """Say which runs are finished, which failed and why, and which are still in a queue."""
     if as_json:
         status = dict.fromkeys(stand.done, "finished") | dict.fromkeys(stand.failed, "failed")
         status |= {name: job.state.lower() for name, job in stand.jobs.items()}
@@ -130,12 +150,6 @@ def sweep(
         arrays = " ".join(sorted({job.id.partition("_")[0] for job in stand.jobs.values()}))
         what_next = f"the same command follows them, `scancel {arrays}` cancels them"
         print(f"peertune: {_in_queue(stand)} in the queue; {what_next}", file=sys.stderr)
-    if (stopped or stop) and len(stand.done) < len(mine):
-        if not stand.jobs:
-            print("peertune: stopped; go on with the same command", file=sys.stderr)
-        sys.exit(Exit.STOPPED)
-    if stand.failed:
-        sys.exit(Exit.INPUT)
 
 
 def _describe(stand: "Progress", runs: int) -> str:
@@ -151,19 +165,23 @@ def _in_queue(stand: "Progress") -> str:
 
 
 def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json: bool) -> None:
-    """Try one run of each kind in a process of its own, and say what all would take."""
+    """Try one run of each kind in a process of its own, and say of each, as soon as that is known, what it takes."""
     import json
     import subprocess
 
+    width = max(len(member.name) for member in whole)
+    if not as_json:
+        print(_LINE.format("run", "time", "MiB", "MB sent", "", width=width).rstrip())
+
     from peertune.estimate import Trial, cost_key, estimate
     from peertune.launch import COMMAND, last_words
-    from peertune.report.tables import text
     from peertune.sweep import finished
 
     trials: dict[str, Trial] = {}
     rows: list[dict[str, Any]] = []
-    with progress_bar("runs") as progress:
-        for member in progress.track(whole, description="trying"):
+    with progress("runs", len(whole)) as show:
+        for number, member in enumerate(whole):
+            show(number, f"trying {member.name}")
             key = cost_key(member.recipe)
             if key not in trials:
                 words = ["run", recipe, *member.overrides, "--dry-run", "--json"]
@@ -177,26 +195,28 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
                     raise RunError(f"{member.name}: {device} isn't there to try it on; use device=cpu or device=auto")
                 trials[key] = Trial(**answer["trial"])
             found = estimate(member.recipe, trials[key])
-            rows.append(
-                {
-                    "run": member.name,
-                    "finished": finished(out / member.name, member.recipe),
-                    "seconds": found.seconds,
-                    "memory_bytes": found.memory_bytes,
-                    "sent_bytes": found.sent_bytes,
-                }
-            )
+            row = {
+                "run": member.name,
+                "finished": finished(out / member.name, member.recipe),
+                "seconds": found.seconds,
+                "memory_bytes": found.memory_bytes,
+                "sent_bytes": found.sent_bytes,
+            }
+            rows.append(row)
+            if not as_json:
+                size, sent = f"{found.memory_bytes / 2**20:,.0f}", f"{found.sent_bytes / 1e6:,.3f}"
+                there = "finished" if row["finished"] else ""
+                cells = (member.name, duration(found.seconds), size, sent, there)
+                print(_LINE.format(*cells, width=width).rstrip())
     if as_json:
         print_json(rows)
         return
-    lines = [["run", "time", "MiB", "MB sent", ""]]
-    for row in rows:
-        there = "finished" if row["finished"] else ""
-        size, sent = f"{row['memory_bytes'] / 2**20:,.0f}", f"{row['sent_bytes'] / 1e6:,.3f}"
-        lines.append([row["run"], duration(row["seconds"]), size, sent, there])
-    print(text(lines))
     left = [row for row in rows if not row["finished"]]
     print(
         f"\n{len(left)} of {len(rows)} runs are left: {duration(sum(row['seconds'] for row in left))} one after the "
         f"other, {max((row['memory_bytes'] for row in left), default=0) / 2**20:,.0f} MiB each at most"
     )
+
+
+_LINE = "{:<{width}} {:>11} {:>9} {:>12} {}"
+"""A line of estimates. Its widths are fixed, so that each shows before the next is known."""
