@@ -129,7 +129,7 @@ def build(
         recipe.model.name,
         revision=recipe.model.revision,
         purpose=purpose,
-        classes=max(1, len(task.classes)),
+        classes=task.classes,
         dtype=dtype,
         device=device,
         seed=recipe.seed,
@@ -392,9 +392,8 @@ def _max_length(recipe: Recipe, base: Base) -> int:
     """Return how many tokens a row may have: by the recipe, and by what the base can take."""
     if base.tokenizer is None:
         return recipe.training.max_length
-    positions = getattr(base.model.config, "max_position_embeddings", None) or recipe.training.max_length
-    # RoBERTa has two positions more than it can use; its tokenizer knows how many it can.
-    return int(min(recipe.training.max_length, positions, base.tokenizer.model_max_length))
+    asked = recipe.training.max_length
+    return int(min(asked, asked if base.positions is None else base.positions, base.tokenizer.model_max_length))
 
 
 def _without_long(recipe: Recipe, encoded: Encoded, rows: NDArray[np.int64]) -> NDArray[np.int64]:

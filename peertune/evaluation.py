@@ -107,7 +107,7 @@ def _judged(
 ) -> Predict:
     """Return what says of each row whether the text that is generated is right."""
     settings = recipe.evaluate
-    positions = getattr(base.model.config, "max_position_embeddings", None)
+    positions = base.positions
     room = max_length if positions is None else min(max_length, positions - settings.max_new_tokens)
     if room < 1:
         raise RecipeError(

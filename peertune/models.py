@@ -1,10 +1,11 @@
 """Base models: loading a checkpoint, seeding what it lacks, and the small built-in one. The home of `transformers`."""
 
+import copy
 import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
-from peertune import draws
 from peertune.adapters.attention import register_attention
 from peertune.data.tasks import public_digits
 from peertune.empty import empty_model
 from peertune.errors import ModelError
+from peertune.heads import head_config, head_roots, put_in_order, seed_parameters
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ class Base:
     head: Mapping[str, Tensor]  # all that these hold, by name: what must travel with an adapter
     output_name: str | None  # the layer that a language model's logits come from
     stop: tuple[int, ...]  # the tokens at which a language model ends
+    positions: int | None  # tokens that a row may have; None where any number will do
     tokens_per_image: int  # 0 for text
     revision: str | None  # the hub's commit that was loaded; None for a folder
 
@@ -80,18 +82,19 @@ def load_base(
     *,
     revision: str | None,
     purpose: Purpose,
-    classes: int,
+    classes: Sequence[str],
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
     quantization: str | None = None,
     planned: bool = False,
 ) -> Base:
-    """Load a checkpoint by hub id, folder or built-in name, with a head of `classes` outputs (1 for a regression).
+    """Load a checkpoint by hub id, folder or built-in name, with a head for these classes (none: for a regression).
 
-    A `language` model has its own output layer in the place of a head, and looks at what came before alone; a CLIP, to
-    `match` images with texts, has none. With the `quantization` nf4 linear layers are held in 4 bits (QLoRA, arXiv
-    2305.14314), with `dtype` to compute in.
+    The checkpoint's own head is taken where it has as many outputs, and put in the order of the classes where all names
+    agree; where they don't, that is told. A `language` model has its own output layer in the place of a head, and looks
+    at what came before alone; a CLIP, to `match` images with texts, has none. With the `quantization` nf4 linear layers
+    are held in 4 bits (QLoRA, arXiv 2305.14314), with `dtype` to compute in.
 
     Only safetensors are read and no code of the checkpoint's is run. What the checkpoint lacks (a head of this size, a
     pooler) is drawn from the seed: weights normal with the model's `initializer_range`, biases zero. A `planned` base
@@ -107,14 +110,16 @@ def load_base(
     source = str(MODELS[name]()) if name in MODELS else name
     auto, described = _AUTO[purpose]
     headless = purpose in ("language", "match")
-    labels = {} if headless else {"num_labels": classes}
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     log.info("loading %s", name)
     try:
-        config = AutoConfig.from_pretrained(source, **labels, **common)
+        config = AutoConfig.from_pretrained(source, **common)
+        own = list((config.id2label or {}).values())
+        for key, value in ({} if headless else head_config(classes)).items():
+            setattr(config, key, value)
         if purpose == "match":
             _check_clip(name, config)
-        tokenizer = None if purpose == "image" else AutoTokenizer.from_pretrained(source, **common)
+        tokenizer = None if purpose == "image" else _load_tokenizer(name, source, common)
         model: Any
         report: Mapping[str, Any] = dict.fromkeys(_REPORT, ())
         if planned:
@@ -139,25 +144,37 @@ def load_base(
     if tokenizer is not None:
         _check_tokenizer(name, tokenizer, model.config.get_text_config().vocab_size)
         model.config.pad_token_id = tokenizer.pad_token_id
-    head_roots = () if headless else _head_roots(model)
+    roots = () if headless else head_roots(model)
     lacking = {key if isinstance(key, str) else key[0] for part in _REPORT for key in report[part]}
-    beyond = [key for key in lacking if not key.startswith(tuple(f"{root}." for root in head_roots))]
+    beyond = [key for key in lacking if not key.startswith(tuple(f"{root}." for root in roots))]
     odd = [key for key in beyond if "pooler" not in key or headless]
     if odd:
         raise ModelError(
             f"model.name: {name}: its weights don't fit {type(model).__name__}: {len(odd)} are missing or of "
             f"another size, such as {min(odd)}; give a checkpoint of this architecture"
         )
-    _seed_parameters(model, lacking, seed)
+    seed_parameters(model, lacking, seed)
+    if any(key not in beyond for key, *_ in report["mismatched_keys"]):
+        log.warning(
+            "model.name: %s: its head has %d outputs and the task asks for %d; a new one is drawn from the seed",
+            name,
+            len(own),
+            model.config.num_labels,
+        )
+    elif classes and not (headless or planned) and len(beyond) == len(lacking):
+        wider = copy.deepcopy(config)
+        wider.id2label = dict.fromkeys(range(len(classes) + 1), "")
+        put_in_order(name, model, empty_model(auto, wider, dtype, None), own, classes)
     if quantization is None and not planned:
         model.to(device)
     output_name, stop = _prepare_language_model(name, model, tokenizer) if purpose == "language" else (None, ())
-    head_roots = (*head_roots, *sorted({key.rpartition(".")[0] for key in beyond}))
+    roots = (*roots, *sorted({key.rpartition(".")[0] for key in beyond}))
     commit = getattr(model.config, "_commit_hash", None)
-    inside = tuple(f"{root}." for root in head_roots)
+    inside = tuple(f"{root}." for root in roots)
     head = {name: value for name, value in model.state_dict().items() if name.startswith(inside)}
     per_image = _tokens_per_image(model.config) if purpose in ("image", "match") else 0
-    return Base(model, tokenizer, head_roots, head, output_name, stop, per_image, commit)
+    positions = usable_positions(model) if purpose in ("text", "language") else None
+    return Base(model, tokenizer, roots, head, output_name, stop, positions, per_image, commit)
 
 
 def load_processor(name: str, *, revision: str | None, config: Any) -> Callable[[Any], Tensor]:
@@ -250,6 +267,16 @@ def _said_before(model: Any) -> Tensor:
     return logits
 
 
+def _load_tokenizer(name: str, source: str, common: Mapping[str, Any]) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(source, **common)
+    except OSError:
+        raise
+    except Exception as error:  # on a damaged file, parsers raise whatever they stumble over
+        reason = f"its tokenizer is damaged ({type(error).__name__}: {_line(error)})"
+        raise ModelError(f"model.name: {name}: {reason}; fetch it again") from error
+
+
 def _check_tokenizer(name: str, tokenizer: Any, words: int) -> None:
     """See to it that there are words, and a token to pad with among the `words` that the base knows."""
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # what transformers makes of no files at all
@@ -260,24 +287,21 @@ def _check_tokenizer(name: str, tokenizer: Any, words: int) -> None:
         raise ModelError(f"model.name: {name}: its tokenizer has no token to pad with; give it a pad_token")
 
 
-def _head_roots(model: nn.Module) -> tuple[str, ...]:
-    """Return the children with parameters that are not the backbone: the named one, or else the largest."""
-    sizes = {name: sum(x.numel() for x in child.parameters()) for name, child in model.named_children()}
-    prefix = str(model.base_model_prefix)
-    backbone = prefix if prefix in sizes else max(sizes, key=sizes.__getitem__)  # CLIP has no child of its prefix
-    return tuple(name for name, size in sizes.items() if size and name != backbone)
+def usable_positions(model: Any) -> int | None:
+    """Return how many tokens a row may have for this base; None where any number will do.
 
-
-def _seed_parameters(model: nn.Module, names: Collection[str], seed: int) -> None:
-    std = getattr(model.config, "initializer_range", 0.02)
-    for name in names:
-        parameter = model.get_parameter(name)
-        if parameter.dim() > 1:
-            value = draws.generator(seed, f"head/{name}").normal(0.0, std, tuple(parameter.shape))
-        else:
-            value = np.full(tuple(parameter.shape), 0.0 if name.endswith("bias") else 1.0)
-        with torch.no_grad():
-            parameter.copy_(torch.from_numpy(value))
+    That is the config's `max_position_embeddings`, for tables of learnt positions, for rotations and for distances. A
+    table that knows a token to pad with (RoBERTa's, XLM-R's, MPNet's, ESM's) counts positions from the one after it.
+    """
+    most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None:
+        return None
+    words = model.get_input_embeddings()
+    tables = [x for x in model.modules() if x is not words and getattr(x, "padding_idx", None) is not None]
+    skipped = [
+        x.padding_idx + 1 for x in tables if isinstance(getattr(x, "weight", None), Tensor) and len(x.weight) == most
+    ]
+    return most - max(skipped, default=0)
 
 
 def _tokens_per_image(config: Any) -> int:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 from peertune import tracking
 from peertune.adapters.peft_format import LOADERS, merge_adapter
 from peertune.errors import ModelError, RunError
+from peertune.heads import head_config
 from peertune.models import MODELS
 from peertune.recipe import load_recipe
 
@@ -52,9 +53,7 @@ def _load(name: str, revision: str | None, purpose: str, labels: Sequence[str]) 
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     head: dict[str, Any] = {}
     if purpose in ("text-classification", "image-classification"):
-        head = {"id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)}}
-        if not labels:
-            head = {"num_labels": 1, "problem_type": "regression"}
+        head = head_config(labels)
     try:
         config = AutoConfig.from_pretrained(source, **head, **common)
         if getattr(config, "quantization_config", None) is not None:

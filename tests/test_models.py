@@ -19,8 +19,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.stacked import attach, init_adapters
+from peertune.assembly import build
+from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
-from peertune.models import Base, Purpose, digits_vit, load_base, pick_device, pick_dtype
+from peertune.models import Base, Purpose, digits_vit, load_base, pick_device, pick_dtype, usable_positions
+from peertune.recipe import load_recipe
 from peertune.training import Optim, sgd, train_local
 from peertune.types import Batch, Phase, State
 
@@ -35,10 +38,13 @@ sizes: dict[str, Any] = {
 words: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "max_position_embeddings": 12}
 
 
+NAMES = ["no", "yes", "maybe", "never", "always"]
+
+
 def load(name: str | Path, *, classes: int = 2, image: bool = False, seed: int = 0) -> Base:
     purpose: Purpose = "image" if image else "text"
     return load_base(
-        str(name), revision=None, purpose=purpose, classes=classes, dtype=torch.float32, device=CPU, seed=seed
+        str(name), revision=None, purpose=purpose, classes=NAMES[:classes], dtype=torch.float32, device=CPU, seed=seed
     )
 
 
@@ -119,11 +125,18 @@ def test_a_folder_without_a_config_is_refused(bert: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", "{}", '{"model_type": "nonesuch"}', '{"model_type": "bert", "vocab_size": null}']
+    ("text", "said"),
+    [
+        ("{", "holds no whole checkpoint with safetensors and config.json"),
+        ("[]", "can't be loaded (Unrecognized model in "),
+        ("{}", "can't be loaded (Unrecognized model in "),
+        ('{"model_type": "nonesuch"}', "has model type `nonesuch` but Transformers does not recognize this"),
+        ('{"model_type": "bert", "vocab_size": null}', "can't be loaded (Validation error for field 'vocab_size'"),
+    ],
 )
-def test_a_folder_with_a_damaged_or_unknown_config_is_refused(bert: Path, text: str) -> None:
+def test_a_folder_with_a_damaged_or_unknown_config_is_refused(bert: Path, text: str, said: str) -> None:
     (bert / "config.json").write_text(text)
-    refusal(bert)
+    assert said in refusal(bert)
 
 
 def test_a_folder_without_safetensors_is_refused(bert: Path) -> None:
@@ -154,7 +167,7 @@ def test_a_folder_without_a_tokenizer_is_refused(bert: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "{}", '{"model": {"type": "nonesuch"}}', "[]"])
 def test_a_damaged_tokenizer_is_refused(bert: Path, text: str) -> None:
     (bert / "tokenizer.json").write_text(text)
-    refusal(bert)
+    assert "its tokenizer is damaged (" in refusal(bert)
 
 
 def test_a_tokenizer_without_any_token_to_pad_with_is_refused(bert: Path) -> None:
@@ -241,6 +254,15 @@ def test_a_tokenizer_without_a_padding_token_pads_with_its_last(bert: Path, spec
     assert base.model.config.pad_token_id == base.tokenizer.pad_token_id
 
 
+def test_a_padding_token_that_the_base_does_not_know_gives_way_to_the_last_one(bert: Path) -> None:
+    save_tokenizer(bert, pad_token="[BEYOND]", eos_token="[EOS]")
+    assert AutoTokenizer.from_pretrained(bert).pad_token_id == len(WORDS)
+    base = load(bert)
+    assert (base.tokenizer.pad_token, base.model.config.pad_token_id) == ("[EOS]", WORDS.index("[EOS]"))
+    save_tokenizer(bert, pad_token="[BEYOND]")
+    assert "no token to pad with" in refusal(bert)
+
+
 def test_loading_and_attaching_leave_the_global_generator_alone(bert: Path) -> None:
     before = torch.get_rng_state()
     base = load(bert)
@@ -291,6 +313,80 @@ def test_a_cache_that_can_not_be_written_is_refused_before_the_training(
     with pytest.raises(ModelError, match=r"digits-vit can't be kept in .*; set XDG_CACHE_HOME"):
         load("digits-vit", image=True)
     assert time.perf_counter() - start < 2
+
+
+# positions
+
+
+def encoder(kind: str, **given: Any) -> Any:
+    config = getattr(transformers, f"{kind}Config")(**sizes, **words | given)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+
+def bart() -> Any:
+    common: dict[str, Any] = {"encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads: dict[str, Any] = {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    ends: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return transformers.BartForSequenceClassification(transformers.BartConfig(**common, **heads, **ends, **words))
+
+
+def language(kind: str, head: str = "ForCausalLM", **given: Any) -> Any:
+    return getattr(transformers, kind + head)(getattr(transformers, f"{kind}Config")(**given))
+
+
+gpt2: dict[str, Any] = {"vocab_size": 6, "n_positions": 12, "n_embd": 16, "n_layer": 1, "n_head": 2}
+opt: dict[str, Any] = {"word_embed_proj_dim": 16, "ffn_dim": 8, "pad_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("make", "positions", "more"),
+    [
+        (lambda: encoder("Bert"), 12, False),
+        (lambda: encoder("Roberta", pad_token_id=1), 10, False),
+        (lambda: encoder("Roberta"), 11, False),
+        (lambda: encoder("XLMRoberta", pad_token_id=1), 10, False),
+        (lambda: encoder("MPNet", pad_token_id=1), 10, False),
+        (lambda: encoder("Esm", pad_token_id=1, position_embedding_type="absolute"), 10, False),
+        (bart, 12, False),
+        (lambda: language("OPT", **sizes | words | opt), 12, False),
+        (lambda: language("GPT2", "LMHeadModel", **gpt2), 12, False),
+        (lambda: language("Llama", **sizes | words), 12, True),
+        (lambda: language("Bloom", vocab_size=6, hidden_size=16, n_layer=1, n_head=2), None, True),
+    ],
+    ids=["bert", "roberta", "roberta 0", "xlm-r", "mpnet", "esm", "bart", "opt", "gpt2", "llama", "bloom"],
+)
+def test_the_usable_positions_of_a_base_are_those_that_it_takes(
+    make: Callable[[], Any], positions: int | None, more: bool
+) -> None:
+    model = make().eval()
+    assert usable_positions(model) == positions
+    size = positions or 40
+    for length in (size, size + 1):
+        row = torch.full((1, length), 4)
+        row[0, -1] = 2
+        if length > size and not more:
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=row, attention_mask=torch.ones_like(row))
+        else:
+            model(input_ids=row, attention_mask=torch.ones_like(row))
+
+
+def test_rows_beyond_a_tables_usable_positions_are_cut_and_told_and_train(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder("Roberta", pad_token_id=1).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", pad_token="[UNK]")  # which says nothing of a longest row
+    rows = ["text,label", *(f"{'good film ' * 10},{label}" for label in (0, 1))]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text("\n".join(rows) + "\n")
+    changes = ["clients=1", "rounds=1", "partition={name: iid}", "training.local_steps=1", "device=cpu"]
+    task = f"task={{name: text, path: {tmp_path}, inputs: [text], label: label}}"
+    changes += [f"model.name={tmp_path / 'base'}", task, "lora.target_modules=[query]", "lora.r=2", "head=frozen"]
+    run = build(load_recipe("digits-demo", changes))
+    (record,) = simulate(run.job)
+    assert record.evaluation is not None
+    assert run.long == {"train": 2, "validation": 2}
+    assert "2 of 2 rows of train have more than 10 tokens and are cut" in caplog.messages[0]
 
 
 # what a stack can't carry

@@ -61,8 +61,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 def review_run(peertune: Call, tmp_path: Path) -> Callable[..., Path]:
     """What makes a run of a tiny classifier of reviews."""
 
-    def make(architecture: str, dtype: torch.dtype, *overrides: str, labels: tuple[str, str] = ("no", "yes")) -> Path:
-        save_text_base(tmp_path / "base", CONFIGS[architecture](), dtype)
+    def make(
+        architecture: str,
+        dtype: torch.dtype,
+        *overrides: str,
+        labels: tuple[str, str] = ("no", "yes"),
+        problem: str | None = None,
+    ) -> Path:
+        config = CONFIGS[architecture]()
+        config.problem_type = problem
+        save_text_base(tmp_path / "base", config, dtype)
         rows = [("good film", 1), ("fine plot film", 1), ("bad", 0), ("poor film", 0)] * 2
         for split in ("train", "validation"):
             lines = ["text,label", *(f"{text},{labels[label]}" for text, label in rows)]
@@ -123,11 +131,26 @@ def test_a_merged_model_has_the_precision_of_the_base_on_disk_whatever_it_was_tr
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "model").iterdir()} == {0o666 & ~umask}
 
 
-def test_a_merged_regression_is_one(peertune: Call, review_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = review_run("bert", torch.float32, "task.metric=pearson", labels=("0.5", "1.5"))
+@pytest.mark.parametrize(
+    ("metric", "labels", "base", "merged"),
+    [
+        ("pearson", ("0.5", "1.5"), "single_label_classification", (1, "regression")),
+        ("accuracy", ("no", "yes"), "regression", (2, "single_label_classification")),
+    ],
+)
+def test_a_merged_model_is_what_it_was_trained_for_whatever_its_base_was(
+    peertune: Call,
+    review_run: Callable[..., Path],
+    tmp_path: Path,
+    metric: str,
+    labels: tuple[str, str],
+    base: str,
+    merged: tuple[int, str],
+) -> None:
+    run = review_run("bert", torch.float32, f"task.metric={metric}", labels=labels, problem=base)
     assert peertune("export", run, "--client", "0", "--to", tmp_path / "model", "--merge")[0] == 0
     config = transformers.AutoConfig.from_pretrained(tmp_path / "model")
-    assert (config.num_labels, config.problem_type) == (1, "regression")
+    assert (config.num_labels, config.problem_type) == merged
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
