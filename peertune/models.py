@@ -1,10 +1,8 @@
-"""Base models: loading a checkpoint, seeding what it lacks, and the small built-in one. The home of `transformers`."""
+"""Base models: loading a checkpoint, seeding what it lacks. The home of `transformers`."""
 
 import copy
 import importlib.util
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +12,10 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from peertune.adapters.attention import register_attention
-from peertune.data.tasks import public_digits
 from peertune.empty import empty_model
 from peertune.errors import ModelError
 from peertune.heads import head_config, head_roots, put_in_order, seed_parameters
@@ -107,7 +103,7 @@ def load_base(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register_attention()
-    source = str(MODELS[name]()) if name in MODELS else name
+    source = str(MODELS.get(name, name))
     auto, described = _AUTO[purpose]
     headless = purpose in ("language", "match")
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
@@ -182,7 +178,7 @@ def load_processor(name: str, *, revision: str | None, config: Any) -> Callable[
 
     Raises ModelError where a checkpoint says nothing of images, or makes of them what its own base does not take.
     """
-    source = str(MODELS[name]()) if name in MODELS else name
+    source = str(MODELS.get(name, name))
     vision = getattr(config, "vision_config", config)
     side = getattr(vision, "image_size", None)
 
@@ -329,66 +325,5 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:200]
 
 
-def digits_vit() -> Path:
-    """Return the folder of a small ViT that is trained on the public digits 0–4, once, and then kept in the cache.
-
-    It has 4 layers of width 64 over 8 × 8 pixels in patches of 2, and knows strokes but no digit that a client holds.
-    """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peertune"
-    folder = cache / "digits-vit-1"
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as beside:
-            log.info("training the base digits-vit on the public digits 0–4 (once; kept in %s)", folder)
-            trained, made = _train_digits_vit(), Path(beside, "vit")
-            made.mkdir()
-            # Not by save_pretrained, which writes nothing in any process of a group but the first.
-            save_file(trained.state_dict(), made / "model.safetensors", metadata={"format": "pt"})
-            trained.config.to_json_file(made / "config.json")
-            try:
-                made.rename(folder)
-            except OSError:
-                if not (folder / "config.json").is_file():  # else another process was first, with the same weights
-                    raise
-    except OSError as error:
-        raise ModelError(
-            f"model.name: digits-vit can't be kept in {cache} ({error.strerror}); set XDG_CACHE_HOME"
-        ) from error
-    return folder
-
-
-def _train_digits_vit() -> Any:
-    config = transformers.ViTConfig(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=8,
-        patch_size=2,
-        num_channels=1,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    config.num_labels = 5
-    split = public_digits()
-    pixels = torch.from_numpy(np.asarray(split.columns["pixel_values"]))
-    labels = torch.from_numpy(np.asarray(split.labels))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)
-        model = transformers.ViTForImageClassification(config)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-        steps = 400
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-        for _ in range(steps):
-            rows = torch.randint(len(pixels), (64,))
-            loss = nn.functional.cross_entropy(model(pixel_values=pixels[rows]).logits, labels[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return model.vit
-
-
-MODELS: dict[str, Callable[[], Path]] = {"digits-vit": digits_vit}
+MODELS = {"digits-vit": Path(__file__).parent / "bases" / "digits-vit"}
+"""Bases that come with the package → their folders."""

@@ -49,7 +49,7 @@ def _load(name: str, revision: str | None, purpose: str, labels: Sequence[str]) 
     """Load a base, and the tokenizer or processor that it comes with, if any."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    source = str(MODELS[name]()) if name in MODELS else name
+    source = str(MODELS.get(name, name))
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     head: dict[str, Any] = {}
     if purpose in ("text-classification", "image-classification"):

@@ -174,7 +174,6 @@ def test_a_run_that_slurm_stops_goes_on_in_pods_to_the_same_adapters(peertune: C
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": f"{port}",
         "HOME": f"{tmp_path}",
-        "XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", f"{Path.home()}/.cache"),  # where the base is already
         "OMP_NUM_THREADS": "1",
         "PATH": BIN,
     }

@@ -7,22 +7,24 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import transformers
 from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.assembly import build
+from peertune.bases import digits_vit
+from peertune.data.tasks import public_digits
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
-from peertune.models import Base, Purpose, digits_vit, load_base, pick_device, pick_dtype, usable_positions
+from peertune.models import MODELS, Base, Purpose, load_base, pick_device, pick_dtype, usable_positions
 from peertune.recipe import load_recipe
 from peertune.training import Optim, sgd, train_local
 from peertune.types import Batch, Phase, State
@@ -270,49 +272,37 @@ def test_loading_and_attaching_leave_the_global_generator_alone(bert: Path) -> N
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache in which digits-vit has been trained, without a move of the global generator.
-
-    By the second process of a group, in which Transformers saves nothing.
-    """
-    cache = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(cache))
-        before = torch.get_rng_state()
-        dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
-        try:
-            digits_vit()
-        finally:
-            dist.destroy_process_group()
-        assert torch.equal(torch.get_rng_state(), before)
-    return cache
-
-
-def test_the_built_in_base_is_trained_once_and_then_read_from_the_cache(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    assert [path.name for path in (cache / "peertune").iterdir()] == ["digits-vit-1"]
-    before = (cache / "peertune" / "digits-vit-1" / "model.safetensors").stat().st_mtime_ns
-    start = time.perf_counter()
+def test_the_base_that_comes_with_the_package_knows_the_public_digits() -> None:
     base = load("digits-vit", classes=5, image=True)
-    assert time.perf_counter() - start < 3
-    assert (cache / "peertune" / "digits-vit-1" / "model.safetensors").stat().st_mtime_ns == before
     assert base.head_roots == ("classifier",)
     assert base.tokens_per_image == 17
-    assert base.model(pixel_values=torch.zeros(2, 1, 8, 8)).logits.shape == (2, 5)
+    assert {x.dtype for x in base.model.parameters()} == {torch.float32}
+    public = public_digits()
+    pixels, labels = (torch.from_numpy(np.asarray(x)) for x in (public.columns["pixel_values"], public.labels))
+    assert base.model(pixel_values=pixels[:2]).logits.shape == (2, 5)
+    with torch.no_grad():
+        features = base.model.vit(pixel_values=pixels).last_hidden_state[:, 0]
+    middle = torch.stack([features[labels == digit].mean(0) for digit in range(5)])
+    assert (torch.cdist(features, middle).argmin(1) == labels).double().mean() > 0.99
 
 
-def test_a_cache_that_can_not_be_written_is_refused_before_the_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_made_the_base_makes_the_same_twice_and_leaves_the_global_generator_and_threads_alone(
+    tmp_path: Path,
 ) -> None:
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    start = time.perf_counter()
-    with pytest.raises(ModelError, match=r"digits-vit can't be kept in .*; set XDG_CACHE_HOME"):
-        load("digits-vit", image=True)
-    assert time.perf_counter() - start < 2
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    for name in ("once", "again"):
+        digits_vit.write(digits_vit.train(steps=2), tmp_path / name)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == threads
+    once, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "again"))
+    assert once == again
+    made, shipped = (AutoModel.from_pretrained(folder) for folder in (tmp_path / "once", MODELS["digits-vit"]))
+    assert made.config.to_diff_dict() | {"_name_or_path": ""} == shipped.config.to_diff_dict() | {"_name_or_path": ""}
+    assert {name: x.shape for name, x in made.named_parameters()} == {
+        name: x.shape for name, x in shipped.named_parameters()
+    }
+    with safe_open(MODELS["digits-vit"] / "model.safetensors", "pt") as file:
+        assert file.metadata()["made_by"].startswith("python -m peertune.bases.digits_vit, PyTorch ")
 
 
 # positions

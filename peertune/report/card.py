@@ -95,7 +95,7 @@ def _on_the_hub(model: Mapping[str, Any]) -> bool:
 
 def _base(model: Mapping[str, Any]) -> str:
     if model["name"] in MODELS:
-        return f"`{model['name']}`, which peertune makes"
+        return f"`{model['name']}`, which comes with peertune"
     if not _on_the_hub(model):
         return f"`{Path(model['name']).name}`, a folder"
     return f"[{model['name']}](https://huggingface.co/{model['name']}) at `{model['revision']}`"
@@ -159,7 +159,7 @@ def _code(run: RunData, purpose: str, name: str, merged: str | None) -> str:
     where = [json.dumps(model["name"] if _on_the_hub(model) else Path(model["name"]).name)]
     if model["name"] in MODELS:
         imports.append("from peertune.models import MODELS")
-        where = [f"MODELS[{where[0]}]()"]
+        where = [f"MODELS[{where[0]}]"]
     if _on_the_hub(model):
         where.append(f"revision={json.dumps(model['revision'])}")
     if purpose in ("text-classification", "image-classification"):
