@@ -25,6 +25,7 @@ PARTS = (
     "language",
     "wire",
     "soak",
+    "bound",
     "gpu",
     "protocol",
 )

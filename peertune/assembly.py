@@ -19,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 from peertune import report_to
 from peertune.adapters.matching import match_names
 from peertune.adapters.peft_format import find_sites
-from peertune.adapters.stacked import Forward, attach, init_adapters
+from peertune.adapters.stacked import Forward, attach, frozen_norms, init_adapters
+from peertune.bounds import Bound
 from peertune.data.batches import Encoded, encode_images, encode_text, training_steps
 from peertune.data.completions import encode_completions, encode_words
 from peertune.data.images import Images, prompts
@@ -177,6 +178,9 @@ def build(
     clients_per_pass = min(
         len(clients) if peer else recipe.clients, recipe.training.clients_per_pass or CLIENTS_PER_PASS
     )
+    bound = None
+    if recipe.network.bound and not planned:
+        bound = Bound(frozen_norms(model), algorithm.agreement and algorithm.agreement.sound)
     job = Job(
         model=model,
         graph=graph,
@@ -211,6 +215,7 @@ def build(
         local_steps=recipe.training.local_steps,
         evaluate_every=recipe.evaluate.every,
         clients_per_pass=clients_per_pass,
+        bound=bound,
         faults=faults,
         group=group,
     )
@@ -258,7 +263,7 @@ def agreed(run: Run) -> dict[str, str]:
         "rounds": str(recipe.rounds),
         "seed": str(recipe.seed),
         "task": short([run.asked[part] for part in ("form", "words", "templates")]),
-    }
+    } | ({} if recipe.network.bound else {"bound": "off"})
 
 
 def build_optim(recipe: Recipe) -> Optim:

@@ -63,7 +63,7 @@ def neighbourhood_cross_terms(heard: Tensors, weights: Tensor) -> list[float]:
     for a receiver that hears only itself, and where not both factors travel.
     """
     pairs = _pairs(heard)
-    receivers, places, shares = _entries(weights)
+    receivers, places, shares = entries(weights)
     counts = torch.bincount(receivers, minlength=weights.shape[0]).tolist()
     known: dict[tuple[float, ...], float] = {}  # on a complete graph all hear the same
     found = []
@@ -172,7 +172,7 @@ def neighbours(weights: Tensor) -> list[int]:
 
     `weights` is dense or sparse. A row always holds the receiver itself.
     """
-    receivers, _, _ = _entries(weights)
+    receivers, _, _ = entries(weights)
     return [count - 1 for count in torch.bincount(receivers, minlength=weights.shape[0]).tolist()]
 
 
@@ -181,12 +181,12 @@ def edges(weights: Tensor, receivers: Sequence[int], heard: Sequence[int]) -> li
 
     `receivers [R]` and `heard [H]` are the clients' numbers.
     """
-    rows, places, _ = _entries(weights)
+    rows, places, _ = entries(weights)
     pairs = ((receivers[i], heard[j]) for i, j in zip(rows.tolist(), places.tolist(), strict=True))
     return sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
 
 
-def _entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return receiver, place among the heard and weight of each non-zero entry, by receiver."""
     entries = weights.to_sparse().coalesce()
     held = entries.values() != 0  # a sparse matrix may store zeros

@@ -116,11 +116,12 @@ class PlannedFault(_Block):
 
 
 class Network(_Block):
-    """How peers on a network wait for each other; a simulation has no use for it."""
+    """How clients deal with each other; in a simulation there is nobody to wait for."""
 
     patience_s: float = Field(300.0, gt=0, le=86_400)  # how long a round waits for a neighbour before it does without
     when_alone: Literal["train", "wait"] = "train"  # what a peer does that reaches nobody
     when_refused: Literal["stop", "train"] = "stop"  # what a peer does that its neighbours refuse
+    bound: bool = True  # whether what lies far beyond a receiver's own adapter is refused; in simulations, too
 
 
 class Recipe(_Block):

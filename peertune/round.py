@@ -1,6 +1,7 @@
 """One round: local steps, exchange, mix. Every engine runs this and nothing else; only `exchange` differs."""
 
 import ctypes
+import logging
 import sys
 import time
 from collections import Counter
@@ -10,13 +11,15 @@ from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from peertune import metrics
+from peertune import bounds, metrics
 from peertune.adapters.stacked import StackedModel
-from peertune.topology import Fault, Graph, clients_down
+from peertune.bounds import Bound, Refusal
+from peertune.topology import Fault, Graph, clients_down, drop_edges, planned_weights
 from peertune.training import Optim, Trained, reset_moments, train_local
 from peertune.types import (
     ALONE,
@@ -32,6 +35,8 @@ from peertune.types import (
     select,
 )
 
+log = logging.getLogger(__name__)
+
 
 class Heard(NamedTuple):
     """What an exchange brought the K receivers."""
@@ -42,8 +47,13 @@ class Heard(NamedTuple):
     failed: list[tuple[int, int]]  # edges, i < j, that were active and over which nothing came, of the receivers'
 
 
-Exchange = Callable[[Tensors, int], Heard]
-"""`exchange(payload [K, …], round)`: the only thing in which engines differ."""
+Refuse = Callable[[Tensors, Tensor, Tensor], list[Refusal]]
+"""`refuse(heard [H, …], receivers [E], senders [E])`: which of these pairs can't be mixed, by the receivers' state."""
+Exchange = Callable[[Tensors, int, Refuse], Heard]
+"""`exchange(payload [K, …], round, refuse)`: the only thing in which engines differ.
+
+What an end refuses counts at neither.
+"""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Job:
     local_steps: int
     evaluate_every: int
     clients_per_pass: int
+    bound: Bound | None = None  # what may be mixed; None: everything
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
 
@@ -76,7 +87,7 @@ class Job:
         return next(iter(self.state.adapters.values())).device
 
 
-def run_rounds(job: Job, exchange: Callable[[Sequence[int], Tensors, int], Heard]) -> Iterator[RoundRecord]:
+def run_rounds(job: Job, exchange: Callable[[Sequence[int], Tensors, int, Refuse], Heard]) -> Iterator[RoundRecord]:
     """Run the rounds that are left for the job's clients and yield a record after each, with the state that it left.
 
     `exchange` is told which of them take part. Those that are down by the job's faults keep what they have.
@@ -110,8 +121,10 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
     loss, grad_norm = _train(job, state, clients, phases)
     trained = time.perf_counter()
     payload = select(state.adapters, phase.send)
-    heard, weights, senders, failed = exchange(payload | state.signals, state.round)
+    heard, counted, senders, failed = exchange(payload | state.signals, state.round, _refusing(job, state))
     exchanged = time.perf_counter()
+    weights, unmixed = _mixable(job, state, clients, Heard(heard, counted, senders, failed))
+    bounded = time.perf_counter()
     before = metrics.before_mixing(payload, job.group)
     cross_terms = None
     if due:
@@ -126,14 +139,14 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
     if algorithm.agreement is not None:
         signals = algorithm.agreement.step(signals, {name: heard[name] for name in signals}, weights, state.round)
     done = time.perf_counter()
-    neighbours = metrics.neighbours(weights) if payload else [0] * len(loss)
+    neighbours = metrics.neighbours(counted) if payload else [0] * len(loss)
     diagnostics = {} if job.alone else metrics.diagnostics(before, state.adapters, job.group)
     ended = time.perf_counter()
     seconds = {
         "train": trained - started,
         "exchange": exchanged - trained,
-        "mix": done - measured,
-        "metrics": ended - done + measured - exchanged,
+        "mix": done - measured + bounded - exchanged,
+        "metrics": ended - done + measured - bounded,
     }
     evaluation = None
     if due:
@@ -149,8 +162,9 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
         grad_norm=grad_norm.tolist(),
         bytes_sent=metrics.bytes_sent(payload | signals, neighbours),
         neighbours=neighbours,
-        edges=metrics.edges(weights, clients, senders) if payload else [],
+        edges=metrics.edges(counted, clients, senders) if payload else [],
         failed_edges=failed if payload else [],
+        not_mixed=unmixed,
         out_of_phase=[client for client, own in zip(clients, phases, strict=True) if own != phase],
         neighbourhood_cross_term=cross_terms,
         diagnostics=diagnostics,
@@ -158,6 +172,87 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
         evaluation=evaluation,
         state=state,
     )
+
+
+def exchanged(
+    job: Job, clients: Sequence[int], among: Sequence[int], tensors: Tensors, round: int, refuse: Refuse
+) -> Heard:
+    """Return what an exchange brought the K `clients`: `tensors [H, …]` of those `among` whom all are whom they hear.
+
+    An edge that one end refuses is dropped from the mixing matrix like one that is planned to fail, at both ends.
+    """
+    matrix, failed = planned_weights(job.graph, job.faults, round)
+    ours, theirs = np.asarray(clients), np.asarray(among)
+    rows = matrix if len(ours) == job.graph.clients else matrix[ours]
+    entries = rows.tocoo()
+    receivers, senders = entries.row, np.searchsorted(theirs, entries.col)
+    others = (ours[receivers] != entries.col) & (entries.data != 0)
+    places = (torch.from_numpy(x[others]).long().to(job.device) for x in (receivers, senders))
+    found = refuse(tensors, *places) if tensors else []
+    _tell(job, round, found, clients, among, "the edge is dropped")
+    pairs = [(clients[refusal.receiver], among[refusal.sender]) for refusal in found]
+    told = chain(*job.group.gather(sorted({(min(pair), max(pair)) for pair in pairs})))
+    if lost := sorted({(i, j) for i, j in told}):
+        matrix, failed = drop_edges(matrix, lost), sorted({*failed, *lost})
+        rows = matrix[ours]
+    if len(theirs) < job.graph.clients:
+        rows = rows[:, theirs]
+    if job.group.size > 1:
+        failed = [edge for edge in failed if not set(edge).isdisjoint(clients)]
+    return Heard(tensors, as_weights(rows, job.device), among, failed)
+
+
+def _tell(
+    job: Job, round: int, refusals: Sequence[Refusal], clients: Sequence[int], among: Sequence[int], so: str
+) -> None:
+    """Say what was refused: of each client the first time, the second, the fourth, the eighth and so on."""
+    if job.bound is None:
+        return
+    for receiver, sender, why in refusals:
+        them = among[sender]
+        job.bound.told[them] += 1
+        if (count := job.bound.told[them]) & (count - 1) == 0:
+            often = "" if count == 1 else f" ({count} times by now)"
+            log.warning(
+                "round %d: client %d sent client %d what isn't mixed: %s; %s%s",
+                round,
+                them,
+                clients[receiver],
+                why,
+                so,
+                often,
+            )
+
+
+def _refusing(job: Job, state: State) -> Refuse:
+    """Return what refuses to mix, by the state that the receivers have."""
+    if job.bound is None:
+        return lambda heard, receivers, senders: []
+    return partial(bounds.refused, job.bound, state.adapters)
+
+
+def _mixable(job: Job, state: State, clients: Sequence[int], came: Heard) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Return the weights of what is mixed, and the pairs (receiver, sender) that counted and are left out.
+
+    Their weight returns to the receiver's own adapter, at this end only.
+    """
+    weights = came.weights
+    if job.bound is None or not came.tensors:
+        return weights, []
+    receivers, places, _ = metrics.entries(weights)
+    ours, theirs = (torch.tensor(numbers, device=weights.device) for numbers in (clients, came.clients))
+    others = ours[receivers] != theirs[places]
+    found = bounds.apart(job.bound, state.adapters, came.tensors, receivers[others], places[others])
+    if not found:
+        return weights, []
+    _tell(job, state.round, found, clients, came.clients, "the edge counts, and this end mixes nothing of it")
+    dense = weights.to_dense().clone()
+    rows, columns = (torch.tensor(x, device=weights.device) for x in zip(*(pair[:2] for pair in found), strict=True))
+    own = torch.searchsorted(theirs, ours[rows])
+    dense.index_put_((rows, own), dense[rows, columns], accumulate=True)
+    dense[rows, columns] = 0
+    pairs = sorted((clients[receiver], came.clients[sender]) for receiver, sender, _ in found)
+    return (dense.to_sparse() if weights.is_sparse else dense), pairs
 
 
 def _common(job: Job, phases: list[Phase], round: int) -> Phase:

@@ -64,12 +64,14 @@ class Agreement(NamedTuple):
     `signals` are small tensors that travel beside the adapters in every round. `init(clients, round)` makes those of
     clients that begin with this round, `[K, …]`; `phases(signals, round)` returns each client's phase, which must all
     send the same; `step(own [R, …], heard [H, …], weights [R, H], round)` returns what the receivers hold after the
-    round's exchange. All three are pure.
+    round's exchange; `sound(heard [H, …])` tells of each sender, `[H]`, whether its signals are ones that an honest
+    client may hold. All four are pure.
     """
 
     init: Callable[[Sequence[int], int], Tensors]
     phases: Callable[[Tensors, int], list[Phase]]
     step: Callable[[Tensors, Tensors, Tensor, int], Tensors]
+    sound: Callable[[Tensors], Tensor]
 
 
 class Algorithm(NamedTuple):
@@ -224,6 +226,8 @@ class RoundRecord:
     evaluation: Evaluation | None = None
     failed_writes: int = 0  # of records and checkpoints, until this one was written, since the start
     skipped: int = 0  # rounds after this one that a peer was up in and passed over, since others were further
+    # (receiver, sender) of edges that counted and of which the receiver mixed nothing: too far from what others have
+    not_mixed: list[tuple[int, int]] = field(default_factory=list)
     state: State | None = field(default=None, repr=False, compare=False)  # after the round; never written as JSON
 
 

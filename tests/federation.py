@@ -122,17 +122,41 @@ def see_through(processes: Sequence[Any], errors: Path) -> None:
             process.kill()
 
 
-def play(made: Federation, recipes: Mapping[str, Sequence[str]], **options: Any) -> dict[str, list[Played]]:
+@dataclass(frozen=True)
+class Lie:
+    """A peer that sends a number in the place of each value of A."""
+
+    client: int
+    value: float
+
+    def told(self, payload: Mapping[str, Tensor], place: int = 0) -> dict[str, Tensor]:
+        """Return the payload `[K, …]` with the lie in the place of the client's own."""
+        found = {name: x.clone() if name.endswith(".A") else x for name, x in payload.items()}
+        for name, x in found.items():
+            if name.endswith(".A"):
+                x[place] = self.value
+        return found
+
+
+def play(
+    made: Federation,
+    recipes: Mapping[str, Sequence[str]],
+    lies: Mapping[str, Lie] | None = None,
+    **options: Any,
+) -> dict[str, list[Played]]:
     """Run each recipe with one process for each peer, all at once, one recipe after the other; return what came of it.
 
-    A recipe is overrides of `digits-demo`. Who was issued an own roster for it uses that. The processes are forked from
-    one that has imported what they need.
+    A recipe is overrides of `digits-demo`, in which one peer may lie. Who was issued an own roster for it uses that.
+    The processes are forked from one that has imported what they need.
     """
     forks = forking()
     out = made.folder / "played"
     peers = range(len(made.ports))
     together = forks.Barrier(len(peers), timeout=120)  # no peer may meet another that runs another recipe
-    processes = [forks.Process(target=_play, args=(made, client, recipes, out, together, options)) for client in peers]
+    processes = [
+        forks.Process(target=_play, args=(made, client, recipes, lies or {}, out, together, options))
+        for client in peers
+    ]
     see_through(processes, out / "errors")
     return {name: [_read(out / name / f"{client}") for client in peers] for name in recipes}
 
@@ -141,6 +165,7 @@ def _play(
     made: Federation,
     client: int,
     recipes: Mapping[str, Sequence[str]],
+    lies: Mapping[str, Lie],
     out: Path,
     together: Any,
     options: Mapping[str, Any],
@@ -166,6 +191,8 @@ def _play(
                 faults=run.job.faults,
                 **options,
             )
+            if (lie := lies.get(name)) is not None and lie.client == client:
+                _have_it_lie(swapper, lie)
             swapper.start(made.address(client))
             records, state = [], run.job.state
             for record in run_peer(run.job, swapper):
@@ -184,6 +211,11 @@ def _play(
         with (out / "errors").open("a") as file:
             file.write(f"peer {client}\n{traceback.format_exc()}\n")
         raise
+
+
+def _have_it_lie(swapper: Any, lie: Lie) -> None:
+    honest = swapper.swap
+    swapper.swap = lambda t, payload, *others: honest(t, lie.told(payload), *others)
 
 
 def _read(file: Path) -> Played:

@@ -10,6 +10,7 @@ Where the classification head is trained, a `Head` gives each row its client's w
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import hypot
 
 import torch
 from torch import Tensor, nn
@@ -233,3 +234,32 @@ def init_adapters(model: StackedModel, clients: int, seed: int) -> Tensors:
         for part, value in head.layer.named_parameters():
             adapters[f"{name}.{part}.head"] = value.detach().to(dtype).expand(clients, *value.shape)
     return adapters
+
+
+def frozen_norms(model: StackedModel) -> dict[str, tuple[float, float]]:
+    """Return the Frobenius norm of each frozen layer that carries a stack, by the site's name, and the site's scaling.
+
+    Where the head is trained, so too by the names of its parts: the norm of the layer's parts together, and 1. Sums are
+    in float64. A layer that keeps its weight in another form, as 4 bits, is asked what it does to unit vectors.
+    """
+    found = {name: (_layer_norm(site.layer), site.scaling) for name, site in model.sites.items()}
+    for name, head in model.heads.items():
+        parts = dict(head.layer.named_parameters())
+        found |= dict.fromkeys([f"{name}.{part}" for part in parts], (hypot(*map(_norm, parts.values())), 1.0))
+    return found
+
+
+def _norm(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64))
+
+
+@torch.no_grad()
+def _layer_norm(layer: nn.Module) -> float:
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    if type(layer) in (nn.Linear, Conv1D) and weight.is_floating_point():
+        return _norm(weight)
+    d_in, _ = _sizes("", layer)
+    dtype = next((x.dtype for x in layer.parameters() if x.is_floating_point()), torch.float32)
+    zero = layer(torch.zeros(1, d_in, dtype=dtype, device=weight.device))
+    unit = torch.eye(d_in, dtype=dtype, device=weight.device)
+    return hypot(*(_norm(layer(some) - zero) for some in unit.split(512)))

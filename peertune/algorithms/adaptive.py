@@ -44,6 +44,8 @@ PROBES = 16
 """Signs that a client mixes: as many measurements of the same graph."""
 REPORTERS = 64
 """Clients that report in a window, or all if there are fewer."""
+LARGEST = 1 + 1e-6
+"""What no mean of signs is above, but for rounding."""
 SLOWEST = 1 - 1e-6
 """The largest rho that is told from 1."""
 
@@ -113,7 +115,12 @@ def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> Agreeme
             probe = probes(window + 1, own["adaptive.client"].cpu().numpy()).to(probe.device)
         return own | {"adaptive.probe": probe, "adaptive.reports": reports, "adaptive.fallback": fallback}
 
-    return Agreement(init, phases, step)
+    def sound(heard: Tensors) -> Tensor:
+        """Means of signs lie between -1 and 1; a report may be NaN, a probe may not."""
+        probe, reports = heard["adaptive.probe"].abs(), heard["adaptive.reports"].abs()
+        return (probe <= LARGEST).all(1) & ~(reports > LARGEST).flatten(1).any(1)
+
+    return Agreement(init, phases, step, sound)
 
 
 @lru_cache(maxsize=4)

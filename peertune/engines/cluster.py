@@ -34,7 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from peertune.errors import Exit, PeertuneError, RunError
 from peertune.metrics import payload_bytes
-from peertune.round import Heard, Job, as_weights, run_rounds
+from peertune.round import Heard, Job, Refuse, exchanged, run_rounds
 from peertune.topology import clients_down, planned_weights
 from peertune.types import ALONE, Evaluation, Group, RoundRecord, Tensors
 
@@ -64,7 +64,7 @@ def run_cluster(job: Job) -> Iterator[RoundRecord]:
 
 
 _LISTS = ("clients", "loss", "grad_norm", "bytes_sent", "neighbours", "out_of_phase")
-_EDGES = ("edges", "failed_edges")
+_EDGES = ("edges", "failed_edges", "not_mixed")
 
 
 def _merged(own: RoundRecord, group: Group) -> RoundRecord:
@@ -89,16 +89,16 @@ def _merged(own: RoundRecord, group: Group) -> RoundRecord:
     return replace(own, **merged, seconds=seconds, evaluation=evaluation)
 
 
-def _exchange(job: Job, shares: Sequence[Sequence[int]], clients: Sequence[int], payload: Tensors, t: int) -> Heard:
+def _exchange(
+    job: Job, shares: Sequence[Sequence[int]], clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse
+) -> Heard:
     """Bring each process the adapters that its clients hear, and no others."""
-    matrix, failed = planned_weights(job.graph, job.faults, t)
+    matrix, _ = planned_weights(job.graph, job.faults, t)
     down = clients_down(job.faults, t)
     up = [np.array([client for client in share if client not in down], dtype=np.int64) for share in shares]
     heard = [np.union1d(matrix[own].indices, own) for own in up]
-    mine = heard[job.group.rank]
-    rows = as_weights(matrix[clients][:, mine], job.device)
-    failed = [edge for edge in failed if not set(edge).isdisjoint(shares[job.group.rank])]
-    return Heard(_swap(payload, up, heard, job.group), rows, mine.tolist(), failed)
+    mine = heard[job.group.rank].tolist()
+    return exchanged(job, clients, mine, _swap(payload, up, heard, job.group), t, refuse)
 
 
 def _swap(payload: Tensors, held: list[NDArray[np.int64]], heard: list[NDArray[np.int64]], group: Group) -> Tensors:

@@ -12,7 +12,7 @@ import torch
 from peertune.errors import Exit
 from peertune.net.pace import furthest_believed, silence_s
 from peertune.net.swap import Swapper
-from peertune.round import Heard, Job, run_round
+from peertune.round import Heard, Job, Refuse, run_round
 from peertune.topology import clients_down, delay_s, failed_edges, may_meet, partners_at, row_at
 from peertune.types import Batch, RoundRecord, Tensors
 
@@ -111,7 +111,7 @@ class _Exchange:
         start = agreement.init(job.clients, 0) if agreement else {}
         self.unknown = [name for name, x in start.items() if x.isnan().any()]  # where NaN has a meaning
 
-    def __call__(self, payload: Tensors, t: int) -> Heard:
+    def __call__(self, payload: Tensors, t: int, refuse: Refuse) -> Heard:
         graph, (me,) = self.job.graph, self.job.clients
         if (delay := delay_s(self.job.faults, me, t)) > 0:
             self.swapper.pause(delay)
@@ -119,7 +119,13 @@ class _Exchange:
             return Heard({}, torch.ones(1, 1, dtype=torch.float64, device=self.job.device), [me], [])
         row = row_at(graph, me, t)
         near = [other for other in row if other != me]
-        came = self.swapper.swap(t, payload, near, self.unknown)
+        first = torch.zeros(1, dtype=torch.int64, device=self.job.device)
+
+        def check(_: int, tensors: Tensors) -> str:
+            found = refuse({name: x.to(self.job.device) for name, x in tensors.items()}, first, first)
+            return f"round {t}: {found[0].why}; the edge fails" if found else ""
+
+        came = self.swapper.swap(t, payload, near, self.unknown, check)
         failed = [(min(me, other), max(me, other)) for other in near if other not in came]
         row[me] += sum(row.pop(other) for other in near if other not in came)
         heard = sorted([me, *came])

@@ -3,8 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from peertune.round import Heard, Job, as_weights, run_rounds
-from peertune.topology import planned_weights
+from peertune.round import Heard, Job, Refuse, exchanged, run_rounds
 from peertune.types import RoundRecord, Tensors
 
 
@@ -18,9 +17,6 @@ def simulate(job: Job) -> Iterator[RoundRecord]:
     return run_rounds(job, partial(_exchange, job))
 
 
-def _exchange(job: Job, clients: Sequence[int], payload: Tensors, t: int) -> Heard:
+def _exchange(job: Job, clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
     """Let everybody hear everybody; the round's mixing matrix says who takes what."""
-    matrix, failed = planned_weights(job.graph, job.faults, t)
-    if len(clients) < job.graph.clients:
-        matrix = matrix[clients][:, clients]
-    return Heard(payload, as_weights(matrix, job.device), clients, failed)
+    return exchanged(job, clients, clients, payload, t, refuse)

@@ -43,6 +43,10 @@ SETTLE_S = 5.0  # how much longer a peer asks for a verdict that it should not g
 STILL_HERE_S = 0.5  # between signs of life to a caller that waits
 
 
+Check = Callable[[int, Tensors], str]
+"""`check(client, tensors [1, …])`: why this isn't to be mixed; "" where it is."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where this peer is."""
@@ -72,6 +76,7 @@ class _Meeting:
 class _Offer:
     data: bytes
     layout: Layout
+    check: Check
 
 
 class _GoneError(Exception):
@@ -157,15 +162,21 @@ class Swapper(Node):
         self._step += 1
 
     def swap(
-        self, round: int, payload: Tensors, neighbours: Sequence[int], nan_in: Collection[str] = ()
+        self,
+        round: int,
+        payload: Tensors,
+        neighbours: Sequence[int],
+        nan_in: Collection[str] = (),
+        check: Check = lambda client, tensors: "",
     ) -> dict[int, Tensors]:
         """Swap `payload [1, …]` with these clients and return what came, `[1, …]` each, of those whose edge counts.
 
+        What `check` has something to say against costs the edge at both ends. It is called from several threads.
         Waits for a neighbour at most `patience_s`; for one that is itself waiting for somebody, a little longer than
         it will; for one that could not be reached before, PROBE_S; for one that can't be reached at all, not.
         """
         self._keep_watch()
-        offer = _Offer(encode(payload), layout(payload, nan_in))
+        offer = _Offer(encode(payload), layout(payload, nan_in), check)
         now = time.monotonic()
         with self._changed:
             self._round, self._doing, self._open = round, "swapping", True
@@ -400,7 +411,7 @@ class Swapper(Node):
                 call.cancel()
             offer = self._offers.get(round)
         queue.put(Chunk(hello=self._hello(round, purpose)))
-        there, assembler, attached = 0, None, False
+        there, assembler, attached, why = 0, None, False, ""
         try:
             for chunk in call:
                 match kind(chunk):
@@ -433,11 +444,20 @@ class Swapper(Node):
                             received = assembler.data()
                             tensors = decode(received, offer.layout)
                             self._count_bytes(client, len(offer.data), len(received))
+                            why = offer.check(client, tensors)
                             with self._changed:
                                 if meeting.verdict is not None:
                                     return there
-                                meeting.tensors, meeting.pledged = tensors, True
-                            queue.put(Chunk(verdict=Verdict(outcome=Verdict.HAVE)))
+                                if why:
+                                    meeting.calls.remove(call)  # over which the other end is told
+                                    meeting.final = True
+                                    self._settle(meeting, Verdict.PASSED)
+                                else:
+                                    meeting.tensors, meeting.pledged = tensors, True
+                            outcome = Verdict.REFUSED if why else Verdict.HAVE
+                            queue.put(Chunk(verdict=Verdict(outcome=outcome, reason=why[:200])))
+                    case "verdict" if why:
+                        break
                     case "verdict":
                         with self._changed:
                             if call in meeting.calls:  # settling cancels all others
@@ -447,7 +467,9 @@ class Swapper(Node):
                         queue.put(None)  # by which the other end knows that it arrived
                     case _:
                         raise WireError("sends a part that is not known")
-            return there
+        except grpc.RpcError:
+            if not why:  # which is what there is to say, however the call ended
+                raise
         except WireError as error:
             queue.put(Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200])))
             raise
@@ -461,6 +483,9 @@ class Swapper(Node):
                 self._changed.notify_all()
             if not call.done():
                 call.cancel()
+        if why:
+            raise WireError(why)
+        return there
 
     def _verdict(self, client: int, round: int, meeting: _Meeting, verdict: Verdict) -> None:
         """Take the called peer's verdict."""
@@ -600,6 +625,10 @@ class Swapper(Node):
                 case "verdict" if assembler is not None and chunk.verdict.outcome == Verdict.HAVE:
                     break
                 case "verdict":
+                    with self._changed:
+                        if not meeting.pledged:  # it won't take what it was sent in another call either
+                            meeting.final = True
+                            self._settle(meeting, Verdict.PASSED)
                     raise WireError(f"refuses what it was sent ({line(chunk.verdict.reason)})")
                 case _:
                     raise WireError("sends its parts in another order than total, data, verdict")
@@ -608,7 +637,12 @@ class Swapper(Node):
         received = assembler.data()
         tensors = decode(received, offer.layout)
         self._count_bytes(client, len(offer.data), len(received))
+        why = offer.check(client, tensors)
         with self._changed:
+            if meeting.verdict is None and why:
+                meeting.final = True
+                self._settle(meeting, Verdict.PASSED)
+                raise WireError(why)
             if meeting.verdict is None:
                 meeting.tensors = tensors
                 self._unheard.add((t, client))

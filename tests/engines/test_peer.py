@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from federation import Federation, Played, found, play
+from federation import Federation, Lie, Played, found, play
 
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import agreed, build
@@ -21,7 +21,8 @@ from peertune.errors import Exit
 from peertune.net.membership import Membership
 from peertune.net.swap import Swapper
 from peertune.recipe import load_recipe
-from peertune.types import RoundRecord, select
+from peertune.round import Heard, Refuse, exchanged, run_rounds
+from peertune.types import RoundRecord, Tensors, select
 
 SMALL = (
     "lora={r: 3, lora_alpha: 6, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}",
@@ -37,18 +38,28 @@ def recipe(peers: int, dtype: str, *more: str) -> list[str]:
     return [*SMALL, f"clients={peers}", f"model.dtype={dtype}", graph, "rounds=5", *more]
 
 
-def simulated(overrides: list[str]) -> list[RoundRecord]:
-    return list(simulate(build(load_recipe("digits-demo", overrides)).job))
+def simulated(overrides: list[str], lie: Lie | None = None) -> list[RoundRecord]:
+    job = build(load_recipe("digits-demo", overrides)).job
+    if lie is None:
+        return list(simulate(job))
+
+    def exchange(clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
+        return exchanged(job, clients, clients, lie.told(payload, lie.client), t, refuse)
+
+    return list(run_rounds(job, exchange))
 
 
-def assert_same(overrides: list[str], played: list[Played], tolerance: float) -> list[RoundRecord]:
-    """Hold the peers against the simulator, whose records are returned."""
-    records = simulated(overrides)
+def assert_same(
+    overrides: list[str], played: list[Played], tolerance: float, lie: Lie | None = None
+) -> list[RoundRecord]:
+    """Hold the peers, but for one that lies, against the simulator, whose records are returned."""
+    records = simulated(overrides, lie)
     state = records[-1].state
     assert state is not None
     for name, x in state.adapters.items():
         for client, peer in enumerate(played):
-            torch.testing.assert_close(peer.adapters[name][0], x[client], rtol=0, atol=tolerance)
+            if lie is None or client != lie.client:
+                torch.testing.assert_close(peer.adapters[name][0], x[client], rtol=0, atol=tolerance)
     for client, peer in enumerate(played):
         ours = [record for record in records if client in record.clients]
         assert [record["round"] for record in peer.records] == [record.round for record in ours]
@@ -56,6 +67,8 @@ def assert_same(overrides: list[str], played: list[Played], tolerance: float) ->
             near = [list(edge) for edge in record.edges if client in edge]
             lost = [list(edge) for edge in record.failed_edges if client in edge]
             assert (mine["edges"], mine["failed_edges"]) == (near, lost)
+            if lie is None or client != lie.client:
+                assert mine["not_mixed"] == [list(pair) for pair in record.not_mixed if pair[0] == client]
     return records
 
 
@@ -139,6 +152,38 @@ def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federati
     assert max(other) > 0.2  # nobody goes on without the slow one, but who is late by itself waits less
 
 
+LIES = {"called": Lie(3, 1e30), "calls": Lie(0, 1e30), "differs": Lie(3, 3.0)}
+
+
+def test_what_a_peer_lies_is_mixed_by_nobody_and_the_others_end_as_in_the_simulator(four: Federation) -> None:
+    recipes = {
+        lie: recipe(4, "float64", f"algorithm={{name: {method}}}", "graph.activation=1.0")
+        for lie, method in zip(LIES, ("dec_lora", "decaf", "dec_lora"), strict=True)
+    }
+    for name, played in play(four, recipes, LIES).items():
+        lie, liar = LIES[name], LIES[name].client
+        records = assert_same(recipes[name], played, 1e-12, lie)
+        for record in records:
+            his = {(min(k, liar), max(k, liar)) for k in range(4)} - {(liar, liar)}
+            if name == "differs":  # which counts, since the liar itself takes what it hears
+                assert not record.failed_edges
+                assert {pair for pair in record.not_mixed if pair[1] == liar} == {(k, liar) for k in range(3)}
+            else:
+                assert set(record.failed_edges) == his
+                assert record.not_mixed == []
+        losses = [loss for peer in played for record in peer.records for loss in record["loss"]]
+        assert max(losses) < 3
+
+
+def test_without_the_bound_one_lie_spoils_everybody() -> None:
+    alone = simulated(
+        recipe(4, "float64", "algorithm={name: dec_lora}", "graph.activation=1.0", "network.bound=false", "rounds=1"),
+        LIES["calls"],
+    )
+    assert alone[-1].state is not None
+    assert all(float(x.abs().max()) > 1e29 for name, x in alone[-1].state.adapters.items() if name.endswith(".A"))
+
+
 def test_peers_with_other_edges_in_a_file_of_one_name_are_told_apart(tmp_path: Path) -> None:
     path = tmp_path / "edges.csv"
     file_recipe = recipe(4, "float32", f"graph={{name: edges, path: {path}}}")
@@ -167,7 +212,8 @@ def test_the_table_of_what_must_agree_names_all_of_it() -> None:
     table = re.search(r"^`agreed` holds these texts.*?\n\n(\|.*?)\n\n", page, re.MULTILINE | re.DOTALL)
     assert table is not None
     named = [name for row in table[1].splitlines()[2:] for name in re.findall("`(.*?)`", row.split("|")[1])]
-    assert sorted(named) == sorted(agreed(build(load_recipe("digits-demo", recipe(4, "float32")), [0])))
+    unlike = recipe(4, "float32", "network.bound=false")  # what has its default is not named by all
+    assert sorted(named) == sorted(agreed(build(load_recipe("digits-demo", unlike), [0])))
 
 
 BEHIND = [  # rounds of the others, seconds for which this peer had heard nobody, the round that it goes on with

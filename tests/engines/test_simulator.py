@@ -304,7 +304,7 @@ def test_clients_that_are_out_of_phase_train_their_own_factor_and_say_so() -> No
         return [Phase(round, frozenset(f"{'A' if client in (1, 3) else 'B'}"), frozenset("AB")) for client in range(5)]
 
     job = made("head=frozen", "rounds=2").job
-    apart = Agreement(lambda *_: {}, phases, lambda own, *_: own)
+    apart = Agreement(lambda *_: {}, phases, lambda own, *_: own, lambda _: torch.ones(0, dtype=torch.bool))
     start = job.state.clone()
     for x in select(start.adapters, {"B"}).values():
         x.fill_(0.1)  # A has no gradient while B is 0

@@ -361,6 +361,38 @@ def test_a_duplicate_gets_the_same_payload_and_verdict_and_changes_nothing(three
         assert swappers[0]._meetings[0, 2].tensors is None
 
 
+@pytest.mark.parametrize("refusing", [0, 1])
+@pytest.mark.parametrize("silent", [[], [1]])
+def test_what_one_end_refuses_to_mix_fails_at_both_ends_at_once(
+    tmp_path: Path, refusing: int, silent: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = found(tmp_path, 2, silent=silent)
+    why = f"round 0: what client {1 - refusing} sent is too large"
+
+    def check(client: int, tensors: Tensors) -> str:
+        return why if same(tensors, payload(client)) else ""
+
+    with peers(made, [0]) as swappers, ThreadPoolExecutor(2) as pool:
+        swappers[1] = Swapper(Membership(made.peer(1), made.roster), AGREED, patience_s=20.0)
+        if not silent:
+            swappers[1].start(made.address(1))
+        begin = time.monotonic()
+        going = [
+            pool.submit(swappers[k].swap, 0, payload(k), [1 - k], (), *([check] if k == refusing else []))
+            for k in range(2)
+        ]
+        assert [one.result(30) for one in going] == [{}, {}]
+        assert time.monotonic() - begin < 15, "nobody waits for what is settled"
+        assert [(swappers[k].neighbours[1 - k].up, swappers[k].neighbours[1 - k].down) for k in range(2)] == [
+            (0, 1)
+        ] * 2
+        assert_all_heard(swappers, all_swap(swappers, 1), 1)
+        swappers[1].stop()
+    said = [record.getMessage() for record in caplog.records]
+    assert f"peer-{1 - refusing}: {why}" in said
+    assert any(line.startswith(f"peer-{refusing}: ") and why in line for line in said), "the other end knows why"
+
+
 HAVE = Chunk(verdict=Verdict(outcome=Verdict.HAVE))
 GOOD = encode(payload(2))
 NAN = encode({name: x * torch.nan for name, x in payload(2).items()})

@@ -1,0 +1,91 @@
+"""How near honest runs come to what is refused: whole runs of two recipes, by all methods, dense and sparse.
+
+Each is run as it is, and at ten times its learning rate until training itself diverges, if it does. What is kept: how
+many times a receiver's own (or the floor) whatever it heard was at most, by kind; the same for a client that begins
+when the others are done; and what was refused. `peertune.bounds` has the limits. Rows that `bound.jsonl` in the folder
+of the results has already are not run again.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Figure, figure
+from benchmarks.setup import overrides
+from peertune import build, load_recipe
+from peertune.algorithms.methods import ALGORITHMS
+from peertune.bounds import largest
+from peertune.errors import ModelError
+from peertune.metrics import entries
+from peertune.round import Heard, Job, Refuse, exchanged, run_rounds
+from peertune.topology import planned_weights
+from peertune.types import Tensors
+
+RECIPES = {"digits-demo": 5e-3, "tad-sst2-minilm": 2e-3}  # and their learning rates
+KEPT = Path("benchmarks/results/bound.jsonl")
+
+
+def run() -> list[Figure]:
+    """Run what has not been run, and return a figure for each row."""
+    KEPT.parent.mkdir(parents=True, exist_ok=True)
+    done = {row["row"]: row for row in map(json.loads, KEPT.read_text().splitlines())} if KEPT.exists() else {}
+    for recipe, rate, times, activation, method in rows():
+        row = f"{recipe} {method} p={activation} rate×{times}"
+        if row not in done:
+            done[row] = {"row": row, **watched(recipe, rate * times, activation, method)}
+            with KEPT.open("a") as file:
+                file.write(json.dumps(done[row]) + "\n")
+    return [
+        figure(f"{name}: largest {of}", [value], "×", note=f"{found['rounds']} rounds, {found['refused']} refused")
+        for name, found in done.items()
+        for of, value in (*found["heard"].items(), *((f"{of}, late", x) for of, x in found["late"].items()))
+    ]
+
+
+def rows() -> Iterator[tuple[str, float, int, float, str]]:
+    """Yield recipe, learning rate, by how much it is multiplied, activation and method."""
+    for (recipe, rate), times, activation, method in product(RECIPES.items(), (10, 1), (0.02, 1.0), ALGORITHMS):
+        if method != "local" or activation == 1.0:  # which sends nothing: once is enough
+            yield recipe, rate, times, activation, method
+
+
+def watched(recipe: str, rate: float, activation: float, method: str, *more: str) -> dict[str, Any]:
+    """Run a recipe and return what became of it."""
+    base = [] if recipe == "digits-demo" else [*overrides()[:-1]]
+    settings = (f"graph.activation={activation}", f"algorithm={{name: {method}}}", f"training.learning_rate={rate}")
+    job = build(load_recipe(recipe, [*base, *settings, "evaluate={every: 10000, rows: 20}", *more])).job
+    assert job.bound is not None
+    bound, own = job.bound, dict(job.state.adapters)
+    most: dict[str, float] = {}
+    said, rounds = "", 0
+
+    def exchange(clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
+        own.update({name: x for name, x in payload.items() if name in own})
+        matrix, _ = planned_weights(job.graph, job.faults, t)
+        i, j, _ = entries(torch.from_numpy(matrix.toarray()))
+        for of, times in largest(bound, own, payload, i[i != j], j[i != j]).items():
+            most[of] = max(most.get(of, 0.0), times)
+        return exchanged(job, clients, clients, payload, t, refuse)
+
+    refused = 0
+    try:
+        for record in run_rounds(job, exchange):
+            assert record.state is not None
+            rounds, refused = record.round + 1, refused + len(record.failed_edges) + len(record.not_mixed)
+            own.update(record.state.adapters)
+    except ModelError as error:
+        said = str(error)
+    return {"rounds": rounds, "ended": said, "refused": refused, "heard": most, "late": late(job, own)}
+
+
+def late(job: Job, trained: Tensors) -> dict[str, float]:
+    """Return what the trained adapters are to a client that begins."""
+    assert job.bound is not None
+    start = {name: x[:1] for name, x in job.state.adapters.items()}
+    senders = torch.arange(len(job.clients))
+    found = largest(job.bound, start, trained, torch.zeros_like(senders), senders)
+    return {of: times for of, times in found.items() if times < float("inf")}
