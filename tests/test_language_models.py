@@ -270,8 +270,13 @@ def test_tokens_are_drawn_with_the_probabilities_of_the_softmax(top_p: float) ->
     if top_p < 1:  # the second brings their sum above .8, the others are left out
         expected = torch.where(expected >= expected.sort().values[-2], expected, 0)
         expected /= expected.sum()
-    for step in (1, 2):
-        drawn = sampler(keys, 4, 0.7, top_p)(torch.zeros(count, 4 + step), logits.expand(count, -1)).argmax(-1)
+    draws = [
+        sampler(keys, 4, 0.7, top_p)(torch.zeros(count, 4 + step), logits.expand(count, -1)).argmax(-1)
+        for step in (1, 2)
+    ]
+    same = float(expected.square().sum())  # two draws of one row, by chance
+    assert abs(float((draws[0] == draws[1]).double().mean()) - same) <= 4 * (same * (1 - same) / count) ** 0.5
+    for drawn in draws:
         shares = torch.bincount(drawn, minlength=5) / count
         error = (expected * (1 - expected) / count).sqrt()
         assert ((shares - expected).abs() <= 4 * error).all()

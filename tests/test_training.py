@@ -159,16 +159,18 @@ def test_learning_rates_are_those_of_transformers(
 
 @pytest.mark.parametrize(
     ("reset", "cleared"),
-    [("never", [False, False, False]), ("round", [True, True, True]), ("phase", [False, False, True])],
+    [("never", [False] * 5), ("round", [True] * 5), ("phase", [False, False, True, True, False])],
 )
-def test_moments_start_afresh_as_the_setting_says(
+def test_moments_start_afresh_as_the_setting_says_by_what_is_trained_whatever_is_sent(
     reset: Literal["never", "round", "phase"], cleared: list[bool]
 ) -> None:
-    b, a = (frozenset({x}) for x in "BA")
+    a, b, both = (frozenset(x) for x in ("A", "B", "AB"))
     changes = [
         (Phase(0, b, b), None),
         (Phase(1, b, b), Phase(0, b, b)),
         (Phase(2, a, a), Phase(1, b, b)),
+        (Phase(2, a, both), Phase(1, b, both)),
+        (Phase(1, b, both), Phase(0, b, b)),
     ]
     for (phase, before), clear in zip(changes, cleared, strict=True):
         moments = {"q.A.m": torch.ones(2, 3), "steps.A": torch.tensor([3, 4])}

@@ -352,6 +352,20 @@ class Lettered(Attending):
         return super().forward(x, mask) + torch.arange(x.shape[1], dtype=x.dtype)[:, None]
 
 
+class Leaking(Attending):
+    """Attention, and far less than is lost by rounding of what all rows hold together."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return super().forward(x, mask) + 1e-6 * x.sum()
+
+
+class Blind(Attending):
+    """Layers that give the same whatever they get."""
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.ones_like(x)
+
+
 class WithoutWords(Base):
     """A text model that does not show its embeddings."""
 
@@ -381,6 +395,8 @@ def test_a_model_of_ones_own_packs_by_the_registered_attention() -> None:
         Base(Convolving),
         Base(Averaging),
         Base(Lettered),
+        Base(Leaking),
+        Base(Blind),
         Base(Attending, hides_full_masks=True),
         WithoutWords(Attending),
         Seeing(Attending),
@@ -390,6 +406,8 @@ def test_a_model_of_ones_own_packs_by_the_registered_attention() -> None:
         "convolution",
         "mean",
         "place in the block",
+        "a little of all rows",
+        "nothing of any row",
         "no mask for rows of one length",
         "no words",
         "images",

@@ -495,6 +495,34 @@ def test_a_site_starts_from_values_that_depend_on_the_seed_and_its_name_alone() 
         if kind(name) == "A":
             assert not torch.isclose(x, other[name]).any()
             assert 0.9 * 16**-0.5 < x.abs().max() <= 16**-0.5
+            others = [
+                y[0] for site, y in wider.items() if site != name and kind(site) == "A" and y.shape == wider[name].shape
+            ]
+            assert others
+            assert not any(torch.isclose(x[0], y).any() for y in others)
+
+
+class Keeping(nn.Linear):
+    """A layer that keeps what it returns, as a cache does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = super().forward(x)
+        return self.kept
+
+
+@pytest.mark.parametrize("kind_of", [nn.Linear, Keeping])
+def test_what_a_layer_returns_stays_its_own(kind_of: type[nn.Linear]) -> None:
+    base = nn.Sequential(kind_of(6, 4))
+    model = attach(base, ["0"], r=2, lora_alpha=2)
+    adapters = {name: torch.ones_like(x) for name, x in init_adapters(model, 1, 0).items()}
+    x, rows = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(3, dtype=torch.int64)
+    layer = model.sites["0"].layer
+    before = layer(x).detach().clone()
+    with torch.no_grad(), bound(Rows(adapters, rows, rows, False, model.streams)):
+        found = base(x)
+    torch.testing.assert_close(found, before + 2 * x.sum(1, keepdim=True))
+    if isinstance(layer, Keeping):
+        assert torch.equal(layer.kept, before)
 
 
 def test_gradients_over_a_bfloat16_base_lose_no_more_than_one_bfloat16_layer_does() -> None:

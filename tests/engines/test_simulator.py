@@ -3,7 +3,7 @@ from dataclasses import asdict, replace
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,13 +12,16 @@ import torch
 from peertune import round as rounds
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import Run, build
+from peertune.data.batches import encode_images
+from peertune.data.tasks import digits
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
+from peertune.evaluation import build_evaluation
 from peertune.metrics import payload_bytes
 from peertune.recipe import load_recipe
 from peertune.round import Job
 from peertune.topology import weights_at
-from peertune.types import Agreement, Algorithm, Batch, Phase, RoundRecord, Tensors, kind, select
+from peertune.types import ALONE, Agreement, Algorithm, Batch, Phase, RoundRecord, Tensors, kind, select, take
 
 SMALL = (
     "model.dtype=float64",
@@ -176,13 +179,27 @@ def test_a_text_run_packs_its_rows_and_gives_what_padded_rows_give(glue_path: Pa
         assert ours.loss == pytest.approx(theirs.loss, abs=1e-9)
 
 
-@pytest.mark.parametrize("reset", ["round", "phase"])
-def test_resuming_knows_when_moments_start_afresh(reset: str) -> None:
-    job = made("algorithm.switch_every=2", f"training.reset_optimizer={reset}", "rounds=4").job
+@pytest.mark.parametrize(
+    ("reset", "steps"),
+    [
+        ("never", {"A": [0, 0, 2, 4, 4], "B": [2, 4, 4, 4, 6]}),
+        ("round", {"A": [0, 0, 2, 2, 0], "B": [2, 2, 0, 0, 2]}),
+        ("phase", {"A": [0, 0, 2, 4, 0], "B": [2, 4, 0, 0, 2]}),
+    ],
+)
+def test_moments_start_afresh_by_round_or_where_another_factor_is_trained_and_resuming_knows(
+    reset: str, steps: dict[str, list[int]]
+) -> None:
+    job = made("algorithm.switch_every=2", f"training.reset_optimizer={reset}", "rounds=5").job
     records = kept(job)
-    for record in records[1:3]:  # at the end of a phase, and within one
-        assert record.state is not None
-        *_, last = simulate(replace(job, state=record.state))
+    states = [record.state for record in records if record.state is not None]
+    for what, counts in steps.items():
+        assert [state.moments[f"steps.{what}"].tolist() for state in states] == [[count] * 5 for count in counts]
+        for state, count in zip(states, counts, strict=True):
+            first = [x for name, x in state.moments.items() if name.endswith(f".{what}.m")]
+            assert any(x.any() for x in first) == (count > 0)
+    for state in states[1:3]:  # at the end of a phase, and within one
+        *_, last = simulate(replace(job, state=state))
         assert all(torch.equal(x, adapters(records)[name]) for name, x in adapters([last]).items())
 
 
@@ -209,6 +226,21 @@ def test_it_evaluates_on_the_rows_that_are_asked_for() -> None:
     assert (subset.rows, everything.rows, subset.metric) == (10, 180, "accuracy")
     assert all(round(score * 10) == pytest.approx(score * 10) for score in subset.clients)
     assert len(subset.clients) == 5
+
+
+def test_the_evaluated_subset_is_the_seeds() -> None:
+    job, task = made("rounds=1").job, digits()
+    encoded = encode_images(task.validation, 17)
+
+    def scores(seed: int) -> list[float]:
+        recipe = load_recipe("digits-demo", ["evaluate.rows=20", f"seed={seed}"])
+        given: dict[str, Any] = {"max_length": 1, "tokens": 4000, "together": 1, "average": False, "group": ALONE}
+        run = build_evaluation(recipe, task, cast("Any", None), job.model, encoded, np.arange(180), **given)
+        return run(take(job.state.adapters, slice(0, 1))).clients
+
+    found = [scores(seed) for seed in (0, 0, 1, 2, 3, 4)]
+    assert found[0] == found[1]
+    assert len({score for (score,) in found}) > 1
 
 
 def test_the_averaged_adapter_scores_as_a_client_that_holds_it() -> None:
