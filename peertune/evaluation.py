@@ -17,7 +17,7 @@ from peertune.generation import Decoding, cached_tokens, generate, pads_left
 from peertune.models import Base
 from peertune.recipe import Recipe
 from peertune.training import Read, evaluate, hits, predictions, row_losses
-from peertune.types import Evaluation, Group, Split, Task, Tensors, take
+from peertune.types import Evaluation, Group, Task, Tensors, take
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +89,7 @@ def _chosen(
     task: Task, base: Base, model: StackedModel, rows: NDArray[np.int64], max_length: int, tokens: int
 ) -> Predict:
     """Return what finds the likeliest word after each row's prompt."""
-    split = Split({"prompt": [task.validation.columns["prompt"][row] for row in rows]}, rows)
-    choices = encode_choices(base.tokenizer, split, task.words, max_length)
+    choices = encode_choices(base.tokenizer, task.validation.take(rows, task.inputs), task.words, max_length)
     losses = _read(model, choices, np.arange(len(choices)), tokens, row_losses)
     return lambda singles: losses(singles).reshape(len(singles), len(rows), -1).argmin(-1)
 
@@ -118,8 +117,7 @@ def _judged(
         raise RecipeError(
             f"task.metric: {task.metric} generates, and {type(base.model).__name__} can't from padded rows"
         )
-    split = Split({name: [task.validation.columns[name][row] for row in rows] for name in task.inputs}, rows)
-    prompts, long = encode_prompts(base.tokenizer, split, task.inputs, room)
+    prompts, long = encode_prompts(base.tokenizer, task.validation.take(rows, task.inputs), task.inputs, room)
     if long:
         log.warning(
             "%s of %s prompts have more than %d tokens and lose their beginning (evaluate.max_new_tokens)",

@@ -25,8 +25,8 @@ from peertune.types import Algorithm, Split, Task
 log = logging.getLogger(__name__)
 
 _TABLES: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
-    "task": (TASKS, ("seed",)),
-    "partition": (PARTITIONS, ()),
+    "task": (TASKS, ("seed", "missing_cells")),
+    "partition": (PARTITIONS, ("missing_cells",)),
     "graph": (GRAPHS, ("clients", "seed")),
     "algorithm": (ALGORITHMS, ("rho", "clients", "seed")),
 }
@@ -50,13 +50,13 @@ def graph_settings(recipe: Recipe) -> dict[str, Any]:
 def build_task(recipe: Recipe) -> Task:
     """Load the recipe's data."""
     log.info("loading the task %s", recipe.task.name)
-    task: Task = _make("task", recipe.task, seed=recipe.seed)
+    task: Task = _make("task", recipe.task, seed=recipe.seed, missing_cells=recipe.missing_cells)
     return task
 
 
 def build_partition(recipe: Recipe, task: Task) -> list[NDArray[np.int64]]:
     """Deal the training rows to the clients; return the rows of each."""
-    divide = _make("partition", recipe.partition)
+    divide = _make("partition", recipe.partition, missing_cells=recipe.missing_cells)
     parts: list[NDArray[np.int64]] = divide(task.train, recipe.clients, recipe.seed)
     return parts
 

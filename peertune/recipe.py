@@ -131,6 +131,7 @@ class Recipe(_Block):
     lora: Lora = Lora()
     head: Literal["frozen", "trained"] = "frozen"
     task: Part
+    missing_cells: Literal["refuse", "drop", "empty"] = "refuse"  # what is done with rows that lack a cell
     clients: int = Field(ge=1)
     partition: Part = Part(name="iid")
     graph: Part = Part(name="complete")

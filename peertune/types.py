@@ -24,9 +24,20 @@ class Split:
         str, Sequence[Any] | NDArray[Any]
     ]  # all that the source has, each of length N; images [N, C, H, W]
     labels: NDArray[Any]  # [N], class numbers (int64) or targets of a regression (float64)
+    numbers: NDArray[Any] | None = None  # [N], what the source calls each row; None: by its place, from 0
+    unit: str = "row"  # what these count: a row, or a line
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def called(self, row: int) -> str:
+        """Return what the source calls a row, such as `line 7`."""
+        return f"{self.unit} {row if self.numbers is None else self.numbers[row]}"
+
+    def take(self, rows: NDArray[Any], columns: Collection[str]) -> "Split":
+        """Return these rows, of these columns, each as a list."""
+        kept = {name: [self.columns[name][row] for row in rows.tolist()] for name in columns}
+        return Split(kept, self.labels[rows], rows if self.numbers is None else self.numbers[rows], self.unit)
 
 
 @dataclass(frozen=True)

@@ -219,12 +219,12 @@ def _with_data(recipe: "Recipe", data: Path) -> "Recipe":
     """Return the recipe with this party's rows in the place of the task's."""
     import inspect
 
-    from peertune.data.tasks import TASKS
+    from peertune.data.tasks import TASKS, hub_settings
 
     task = TASKS.get(recipe.task.name)
     if task is not None and "path" not in inspect.signature(task).parameters:
         raise RecipeError(f"--data: the task {recipe.task.name} is built in and reads no files; leave --data out")
-    own = {"path": str(data)} | ({"id": None} if "id" in recipe.task.settings else {})
+    own = dict.fromkeys(recipe.task.settings.keys() & hub_settings(recipe.task.name)) | {"path": str(data)}
     return recipe.model_copy(update={"task": recipe.task.model_copy(update=own)})
 
 

@@ -74,7 +74,8 @@ def encode_text(
     encoding = tokenizer(*texts, truncation=True, max_length=max_length, padding=False, return_attention_mask=False)
     lengths = np.array([len(row) for row in encoding["input_ids"]], dtype=np.int64)
     if not lengths.all():
-        raise DataError(f"task: row {rows[lengths.argmin()]} of the data has no tokens; remove empty rows")
+        empty = split.called(int(rows[lengths.argmin()]))
+        raise DataError(f"task: {empty} of the data has no tokens; remove empty rows")
     if lengths.max() > max_length:
         raise DataError(
             f"training.max_length: {max_length} leaves no room for text; give {int(lengths.max()) + 2} or more"

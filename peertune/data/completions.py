@@ -28,6 +28,7 @@ _A_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 class _Text:
     """One row in words."""
 
+    row: str  # what its source calls it
     prompt: str
     completion: str
     ends: bool  # whether the model is to stop after it, where the completion's words don't say so
@@ -59,8 +60,10 @@ def encode_words(
 ) -> Encoded:
     """Tokenise the prompt of each row, or of these, with the word of its class, which is what a model is to say."""
     rows = np.arange(len(split)) if rows is None else rows
-    said = ((split.columns["prompt"][row], words[split.labels[row]]) for row in rows.tolist())
-    texts = [_Text(prompt, word, False, True) for prompt, word in said]
+    texts = [
+        _Text(split.called(row), split.columns["prompt"][row], words[split.labels[row]], False, True)
+        for row in rows.tolist()
+    ]
     return _encode(tokenizer, texts, max_length, len(split), rows)
 
 
@@ -70,7 +73,11 @@ def encode_choices(tokenizer: Any, split: Split, words: Sequence[str], max_lengt
     All words of a row are said after the same prompt: it is cut as the longest asks for, and labels begin where the
     words first differ.
     """
-    texts = [_Text(prompt, word, False, True) for prompt in split.columns["prompt"] for word in words]
+    texts = [
+        _Text(split.called(row), prompt, word, False, True)
+        for row, prompt in enumerate(split.columns["prompt"])
+        for word in words
+    ]
     return _encode(tokenizer, texts, max_length, len(texts), np.arange(len(texts)), alike=len(words))
 
 
@@ -83,7 +90,7 @@ def encode_prompts(
     for row, (tokens, spans) in enumerate(_tokenise(tokenizer, texts, [text.prompt for text in texts])):
         words = np.flatnonzero(spans[:, 0] < spans[:, 1])
         if not len(words):
-            raise DataError(f"task: row {row}: a prompt without tokens; to generate, give each row a prompt")
+            raise DataError(f"task: {texts[row].row}: a prompt without tokens; to generate, give each row a prompt")
         tokens = tokens[: words[-1] + 1]  # a model goes on from words, not from what a tokenizer ends texts with
         if len(tokens) > max_length:
             long.append(row)
@@ -106,14 +113,14 @@ def _texts(tokenizer: Any, split: Split, inputs: Sequence[str], rows: Sequence[i
     columns = [split.columns[name] for name in inputs]
     match tuple(inputs):
         case ("messages",):
-            return [_spoken(tokenizer, row, columns[0][row]) for row in rows]
+            return [_spoken(tokenizer, split.called(row), columns[0][row]) for row in rows]
         case ("text",):
-            return [_Text("", columns[0][row], True, True) for row in rows]
+            return [_Text(split.called(row), "", columns[0][row], True, True) for row in rows]
         case _:
-            return [_Text(columns[0][row], columns[1][row], True, True) for row in rows]
+            return [_Text(split.called(row), columns[0][row], columns[1][row], True, True) for row in rows]
 
 
-def _spoken(tokenizer: Any, row: int, messages: Sequence[Mapping[str, str]]) -> _Text:
+def _spoken(tokenizer: Any, row: str, messages: Sequence[Mapping[str, Any]]) -> _Text:
     """Put a conversation in the words of the tokenizer's chat template."""
     template = tokenizer.chat_template
     if not template:
@@ -130,13 +137,13 @@ def _spoken(tokenizer: Any, row: int, messages: Sequence[Mapping[str, str]]) -> 
         whole = tokenizer.apply_chat_template(messages, **said)
     except Exception as error:  # a template raises whatever it likes, for roles in an order that it does not know
         reason = " ".join(str(error).split())[:120]
-        raise DataError(f"task: row {row}: the chat template refuses it ({reason})") from error
+        raise DataError(f"task: {row}: the chat template refuses it ({reason})") from error
     if not whole.startswith(prompt):
         raise DataError(
-            f"task: row {row}: the chat template writes a conversation's beginning otherwise once it is answered; "
+            f"task: {row}: the chat template writes a conversation's beginning otherwise once it is answered; "
             "use columns prompt and completion"
         )
-    return _Text(prompt, whole[len(prompt) :], False, False)
+    return _Text(row, prompt, whole[len(prompt) :], False, False)
 
 
 def _tokenise(tokenizer: Any, texts: Sequence[_Text], words: Sequence[str]) -> Iterator[tuple[Tokens, Tokens]]:
@@ -164,10 +171,10 @@ def _encode(
     """Tokenise the texts that have these numbers among `size` rows, of which each `alike` have one prompt."""
     rows: list[tuple[Tokens, int]] = []
     whole = [text.prompt + text.completion for text in texts]
-    for row, text, (tokens, spans) in zip(numbers, texts, _tokenise(tokenizer, texts, whole), strict=True):
+    for text, (tokens, spans) in zip(texts, _tokenise(tokenizer, texts, whole), strict=True):
         said = np.flatnonzero(spans[:, 1] > len(text.prompt))
         if not len(said):
-            raise DataError(f"task: row {row}: {text.completion!r:.60} has no tokens; give a completion that has some")
+            raise DataError(f"task: {text.row}: {text.completion!r:.60} has no tokens; give a completion that has some")
         if not text.ends:  # a token that the tokenizer puts after every text is no part of a word
             tokens = tokens[: said[-1] + 1]
         elif tokenizer.eos_token_id is not None and tokens[-1] != tokenizer.eos_token_id:
@@ -184,7 +191,7 @@ def _encode(
         mask = np.arange(len(own)) >= max(begin, 1)  # nothing comes before the first token to predict it from
         if not mask.any():
             said_one = f"{texts[place].completion!r:.60} is one token with none before it"
-            raise DataError(f"task: row {numbers[place]}: {said_one}; give a prompt")
+            raise DataError(f"task: {texts[place].row}: {said_one}; give a prompt")
         ids.append(own)
         labels.append(np.where(mask, own, UNLABELLED))
     return Encoded(

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peertune import draws
-from peertune.data.labels import number_labels
+from peertune.data.labels import Classes, number_labels
 from peertune.data.scores import OF_VALUES
-from peertune.data.sources import Columns, first_line, image_columns, load_from_hub, named_source
+from peertune.data.sources import first_line, image_columns, load_from_hub, named_source
+from peertune.data.tables import MissingCells, Table
 from peertune.errors import DataError, unknown
-from peertune.types import Split, Task
+from peertune.types import Task
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,12 @@ def images(
     train: str = "train",
     validation: str = "validation",
     shots: int | None = None,
-    classes: list[str] | dict[int | str, str] | None = None,
+    classes: Classes | None = None,
     templates: list[str] | None = None,
     metric: str = "accuracy",
     *,
     seed: int,
+    missing_cells: MissingCells = "refuse",
 ) -> Task:
     """Tell classes of images apart, by a head over the base, or with `templates` by the names of the classes.
 
@@ -65,7 +67,7 @@ def images(
 
     Raises DataError where the arguments, a folder, a column, a label or an image is wrong.
     """
-    name = named_source("images", path, id)
+    name = named_source("images", path, id, config, revision)
     where = f"task {name}"
     if metric in OF_VALUES and not (classes is None and templates is None and shots is None):
         raise DataError(f"{where}: metric {metric} is of values; leave out classes, templates and shots")
@@ -78,31 +80,25 @@ def images(
         raise DataError(f"{where}: templates is empty; give one or more, such as 'a photo of a {{}}'")
     if train == validation:
         raise DataError(f"{where}: train and validation are both {train}; hold some rows out, in a split of their own")
+    if path is not None and (image, label) != ("image", "label"):
+        raise DataError(f"{where}: image and label are columns of the hub; leave them out with path")
     if path is not None:
-        label = "label"
         source = _open_folder(where, Path(path).expanduser(), (train, validation))
     else:
-        source = _open_hub(where, load_from_hub(where, id or "", config, revision), (train, validation), image, label)
-    named = list(classes.values()) if isinstance(classes, dict) else classes
-    if named is not None and (len(named) < 2 or len(set(named)) < len(named)):
-        raise DataError(f"{where}: classes is {named}; give two or more different names")
-    if isinstance(classes, dict):
-        for split, columns in source.columns.items():
-            if label in columns:  # else told below, with all else that may be wrong with a column
-                columns[label] = _renamed(f"{where}: {split}", columns[label], source.classes, classes)
-    known = tuple(named or source.classes or ()) or None
-    names, splits = number_labels(where, source.columns, (), label, known, metric)
-    if named is None and templates and all(name.isdecimal() for name in names):
+        source = _open_hub(where, load_from_hub(where, id or "", config, revision), (train, validation), image)
+    others = () if path is not None else (image,)
+    names, splits = number_labels(where, source.tables, (), label, classes, metric, missing_cells, others)
+    if classes is None and templates and all(name.isdecimal() for name in names):
         raise DataError(f"{where}: the classes have numbers for names, which no text matches; name them in classes")
     kept = [np.arange(len(split)) for split in splits]
     if shots is not None:
         kept[0] = _few(where, splits[0].labels, names, shots, seed)
     made = []
     for split, rows, labelled in zip(source.images, kept, splits, strict=True):
-        pixels = Images(f"{where}: {split}", source.images[split], rows)
+        chosen = labelled.take(rows, [column for column in labelled.columns if column != image])
+        pixels = Images(f"{where}: {split}", source.images[split], np.asarray(chosen.numbers))
         pixels.check()
-        columns = {column: [values[row] for row in rows.tolist()] for column, values in labelled.columns.items()}
-        made.append(Split(columns | {"pixel_values": pixels}, labelled.labels[rows]))
+        made.append(replace(chosen, columns={**chosen.columns, "pixel_values": pixels}))
     return Task(
         name,
         ("pixel_values",),
@@ -195,9 +191,8 @@ class Pixels:
 class _Source(NamedTuple):
     """Where a task comes from, by split."""
 
-    columns: dict[str, Columns]  # all but the images
+    tables: dict[str, Table]  # of the hub, the column of images says only which are there
     images: dict[str, Sequence[Any]]  # of each a path, or the hub's `bytes` and `path`
-    classes: list[str] | None  # their names by number, where the source has them
 
 
 def _open_folder(where: str, folder: Path, splits: Sequence[str]) -> _Source:
@@ -213,37 +208,26 @@ def _open_folder(where: str, folder: Path, splits: Sequence[str]) -> _Source:
             raise DataError(f"{where}: {folder / split} holds no folders; put each class's images in one of its name")
         files = [sorted((folder / split / name).iterdir()) for name in names]
         images[split] = [file for inner in files for file in inner if not file.name.startswith(".")]
-    columns: dict[str, Columns] = {
-        split: {"label": [file.parent.name for file in files]} for split, files in images.items()
+    names = _folders(folder / splits[0])
+    classes = tuple(sorted(names, key=int) if all(map(str.isdecimal, names)) else names)
+    tables = {
+        split: Table({"label": [file.parent.name for file in files]}, np.arange(len(files)), classes={"label": classes})
+        for split, files in images.items()
     }
-    classes = _folders(folder / splits[0])
-    return _Source(columns, images, sorted(classes, key=int) if all(map(str.isdecimal, classes)) else classes)
+    return _Source(tables, images)
 
 
 def _folders(folder: Path) -> list[str]:
     return sorted(inner.name for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith("."))
 
 
-def _open_hub(where: str, found: Mapping[str, Any], splits: Sequence[str], image: str, label: str) -> _Source:
-    columns, images = {}, {}
+def _open_hub(where: str, found: Mapping[str, Any], splits: Sequence[str], image: str) -> _Source:
+    tables, images = {}, {}
     for split in splits:
         if split not in found:
             raise DataError(unknown(f"{where}: split", split, found))
-        columns[split], images[split] = image_columns(f"{where}: {split}", found[split], image)
-    return _Source(columns, images, getattr(found[splits[0]].features.get(label), "names", None))
-
-
-def _renamed(where: str, labels: list[Any], known: Sequence[str] | None, names: Mapping[int | str, str]) -> list[str]:
-    """Return the name that `names` gives to each label, by what the data call it."""
-    new = {str(called): name for called, name in names.items()}
-    called = [
-        known[label] if known is not None and isinstance(label, int) and 0 <= label < len(known) else str(label)
-        for label in labels
-    ]
-    for row, label in enumerate(called):
-        if label not in new:
-            raise DataError(unknown(f"{where}: row {row}: label", label, new))
-    return [new[label] for label in called]
+        tables[split], images[split] = image_columns(f"{where}: {split}", found[split], image)
+    return _Source(tables, images)
 
 
 def _few(where: str, labels: NDArray[Any], names: Sequence[str], shots: int, seed: int) -> NDArray[np.int64]:

@@ -1,107 +1,148 @@
-"""Labels: from what a column holds to the numbers of classes, or the targets of a regression."""
+"""Labels: from what a column holds to the numbers of classes, or the targets of a regression.
 
-import math
-from typing import Any
+What has a name is text, in whatever format it is stored: `01` is not `1`. Numbers are class numbers where the classes
+have no names, and else only in a column of a data set that says itself what its numbers stand for (see `tables`).
+"""
+
+import re
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peertune.data.scores import METRICS, OF_LANGUAGE, OF_VALUES
-from peertune.data.sources import Columns
+from peertune.data.tables import MissingCells, Table, whole, without_missing
 from peertune.errors import DataError, unknown
 from peertune.types import Split
+
+Classes = list[str] | dict[int | str, str]
+"""Names of classes by number, or by what the data call them, such as `{0: cat, 1: dog}`."""
+
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
 
 def number_labels(
     where: str,
-    splits: dict[str, Columns],
+    tables: Mapping[str, Table],
     inputs: tuple[str, ...],
     label: str,
-    classes: tuple[str, ...] | None,
+    classes: Classes | None,
     metric: str,
+    missing_cells: MissingCells,
+    others: tuple[str, ...] = (),
 ) -> tuple[tuple[str, ...], list[Split]]:
     """Check the columns of each split, number their labels, and return the names of the classes, and the splits.
 
-    `classes`, where known, is by number; otherwise `train`, the first split, tells. They are empty for a regression.
+    The names are those of `classes`, or else the source's own, or else what `train`, the first split, has; they are
+    empty for a regression. `inputs` are columns of text; cells of `others` must be there, too.
 
-    Raises DataError for a column that is missing or malformed, a label without a number, and a metric that does not
-    suit.
+    Raises DataError for a column or cell that is missing or malformed, a label without a number, and a metric that does
+    not suit.
     """
     suited = {name: METRICS[name] for name in METRICS if name not in OF_LANGUAGE}
     if metric not in suited:
         raise DataError(unknown(f"{where}: metric", metric, suited))
-    for split, columns in splits.items():
-        _check(f"{where}: {split}", columns, inputs, label)
-    labels: list[NDArray[Any]]
+    named = None if classes is None else _names(where, classes, metric)
+    tables = without_missing(where, tables, inputs, (*others, label), missing_cells)
+    for split, table in tables.items():
+        need_text(f"{where}: {split}", table, inputs)
     if metric in OF_VALUES:
-        classes = ()
-        labels = [_targets(f"{where}: {split}", columns[label]) for split, columns in splits.items()]
-    else:
-        if classes is None:
-            classes, numbers = _learn_classes(where, next(iter(splits.values()))[label])
-        else:
-            numbers = {str(number): number for number in range(len(classes))}
-            numbers |= {named: number for number, named in enumerate(classes)}
-        if metric == "f1" and len(classes) != 2:
-            raise DataError(f"{where}: metric f1 is for two classes and there are {len(classes)}, choose accuracy")
-        labels = [_number(f"{where}: {split}", columns[label], numbers) for split, columns in splits.items()]
-    return classes, [Split(columns, found) for columns, found in zip(splits.values(), labels, strict=True)]
+        targets = [_targets(f"{where}: {split}", table, label) for split, table in tables.items()]
+        return (), [table.split(found) for table, found in zip(tables.values(), targets, strict=True)]
+    texts = {split: _texts(f"{where}: {split}", table, label) for split, table in tables.items()}
+    first = next(iter(tables))
+    if named is None:
+        named = tables[first].classes.get(label) or _learn_classes(where, texts[first])
+    if named == tuple(map(str, range(len(named)))):  # numbers, which are the same as 3 and as 3.0
+        texts = {split: [text if whole(text) is None else str(whole(text)) for text in texts[split]] for split in texts}
+    if metric == "f1" and len(named) != 2:
+        raise DataError(f"{where}: metric f1 is for two classes and there are {len(named)}, choose accuracy")
+    numbers = {name: number for number, name in enumerate(named)}
+    if isinstance(classes, dict):
+        numbers = {str(called): numbers[name] for called, name in classes.items()}
+    splits = []
+    for split, table in tables.items():
+        for row, text in enumerate(texts[split]):
+            if text not in numbers:
+                place = f"{where}: {split}: {table.called(row)}: {label}"
+                raise DataError(_unknown_label(place, text, numbers, isinstance(classes, list)))
+        splits.append(table.split(np.array([numbers[text] for text in texts[split]], np.int64)))
+    return named, splits
 
 
-def _check(where: str, columns: Columns, inputs: tuple[str, ...], label: str) -> None:
-    if not any(columns.values()):
-        raise DataError(f"{where}: no rows, give at least one")
-    for column in (*inputs, label):
-        if column not in columns:
-            raise DataError(unknown(f"{where}: column", column, columns))
-    for column in inputs:
-        for row, value in enumerate(columns[column]):
+def need_text(where: str, table: Table, columns: tuple[str, ...]) -> None:
+    """Raise DataError for a cell of these columns that is no text."""
+    for column in columns:
+        for row, value in enumerate(table.columns[column]):
             if not isinstance(value, str):
-                raise DataError(f"{where}: row {row}: {column} is {value!r}, it must be text")
-    for row, value in enumerate(columns[label]):
-        if value is None or value == "" or value != value:
-            raise DataError(f"{where}: row {row}: {label} is missing, leave out rows without one")
+                raise DataError(f"{where}: {table.called(row)}: {column} is {value!r:.80}, it must be text")
+
+
+def _names(where: str, classes: Classes, metric: str) -> tuple[str, ...]:
+    named = tuple(classes.values() if isinstance(classes, dict) else classes)
+    if len(named) < 2 or len(set(named)) < len(named) or metric in OF_VALUES:
+        raise DataError(
+            f"{where}: classes is {list(named)}; give two or more different names, and none for a regression"
+        )
+    return named
+
+
+def _unknown_label(where: str, text: str, numbers: Mapping[str, int], listed: bool) -> str:
+    """Say that a label is no class, and what to do where the classes are `listed` and the data number them."""
+    if text == "-1":
+        return f"{where} is -1, which marks a row without one; leave it out, or write nothing there"
+    said = unknown(where, text, numbers)
+    if "did you mean" in said:
+        said += f" The classes are {', '.join(list(numbers)[:10])}" + (", …" if len(numbers) > 10 else "")
+    if listed and whole(text) is not None and any(whole(name) is None for name in numbers):
+        said += f"; name what the data number by task.classes={{{text}: NAME, …}}"
+    return said
+
+
+def _texts(where: str, table: Table, label: str) -> list[str]:
+    """Return the labels as text; a whole number has the same as 3 and as 3.0."""
+    for row, value in enumerate(table.columns[label]):
         if not isinstance(value, str | int | float):
-            raise DataError(f"{where}: row {row}: {label} is {value!r}, it must be a number or a name")
+            raise DataError(f"{where}: {table.called(row)}: {label} is {value!r:.80}, it must be a number or a name")
+    return [
+        str(whole(value)) if isinstance(value, float) and value.is_integer() else str(value)
+        for value in table.columns[label]
+    ]
 
 
-def _learn_classes(where: str, labels: list[Any]) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Return the names of the classes by number, and the number of each label as text."""
-    values = set(labels)
-    if any(isinstance(value, float) for value in values):
-        raise DataError(f"{where}: the labels are fractions, choose metric pearson or spearman for a regression")
-    if all(type(value) is int for value in values):
-        if values != set(range(len(values))):
-            shown = ", ".join(map(str, sorted(values)[:5])) + (", …" if len(values) > 5 else "")
+def _learn_classes(where: str, texts: list[str]) -> tuple[str, ...]:
+    """Return the names of the classes by number: numbers stand for themselves, names are sorted."""
+    values = set(texts)
+    numbers = [whole(value) for value in values]
+    if None not in numbers:
+        found = sorted(number for number in numbers if number is not None)
+        if found != list(range(len(found))):
+            shown = ", ".join(map(str, found[:5])) + (", …" if len(found) > 5 else "")
             raise DataError(
-                f"{where}: the labels are {shown}: number the classes from 0 without a gap, "
-                "and leave out rows without a label (often -1)"
+                f"{where}: the labels are {shown}: number the classes from 0 without a gap, name them all in classes, "
+                "or leave out rows without a label (often -1)"
             )
-        classes = tuple(map(str, sorted(values)))
+        classes = tuple(map(str, found))
+    elif all(_NUMBER.fullmatch(value) for value in values) and not all(float(value).is_integer() for value in values):
+        raise DataError(
+            f"{where}: the labels are fractions, choose metric pearson or spearman for a regression, "
+            "or name them in classes"
+        )
     else:
-        classes = tuple(sorted(map(str, values)))
+        classes = tuple(sorted(values))
     if len(classes) < 2:
         raise DataError(f"{where}: all rows of train have the label {classes[0]}, give at least two classes")
-    return classes, {named: number for number, named in enumerate(classes)}
+    return classes
 
 
-def _number(where: str, labels: list[Any], numbers: dict[str, int]) -> NDArray[np.int64]:
-    """Return the class numbers `[N]`."""
-    for row, label in enumerate(labels):
-        if str(label) == "-1" and "-1" not in numbers:
-            raise DataError(f"{where}: row {row}: label -1 marks a row without a label, leave it out")
-        if str(label) not in numbers:
-            raise DataError(unknown(f"{where}: row {row}: label", label, numbers))
-    return np.array([numbers[str(label)] for label in labels], np.int64)
-
-
-def _targets(where: str, labels: list[Any]) -> NDArray[np.float64]:
+def _targets(where: str, table: Table, label: str) -> NDArray[np.float64]:
     """Return the targets `[N]` of a regression."""
-    for row, label in enumerate(labels):
-        try:
-            finite = math.isfinite(float(label))
-        except (TypeError, ValueError):
-            finite = False
-        if not finite:
-            raise DataError(f"{where}: row {row}: label is {label!r}, a regression's must be a finite number")
-    return np.array(labels).astype(np.float64)
+    targets = np.zeros(len(table))
+    for row, value in enumerate(table.columns[label]):
+        number = (isinstance(value, str) and _NUMBER.fullmatch(value.strip())) or isinstance(value, int | float)
+        targets[row] = float(value) if number and not isinstance(value, bool) else np.nan
+        if not np.isfinite(targets[row]):
+            raise DataError(
+                f"{where}: {table.called(row)}: {label} is {value!r:.80}, a regression's must be a finite number"
+            )
+    return targets

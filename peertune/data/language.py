@@ -1,16 +1,18 @@
 """Tasks for causal language models."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from datetime import date
 from typing import Any
 
 import numpy as np
 
-from peertune.data.labels import number_labels
+from peertune.data.labels import Classes, need_text, number_labels
 from peertune.data.scores import JUDGES, OF_LANGUAGE, OF_VALUES
-from peertune.data.sources import Columns, named_source, open_source
+from peertune.data.sources import named_source, open_source, read_splits
+from peertune.data.tables import MissingCells, Table, need_columns, nested, whole, without_missing
 from peertune.errors import DataError, unknown
-from peertune.types import Split, Task
+from peertune.types import Task
 
 _FIELD = re.compile(r"\{([^{}\n]+)\}")
 
@@ -26,56 +28,54 @@ def instructions(
     completion: str | None = None,
     chat: bool = False,
     metric: str = "perplexity",
+    field: str | None = None,
+    *,
+    missing_cells: MissingCells = "refuse",
 ) -> Task:
     r"""Teach a causal language model to complete prompts, to answer in conversations, or to write text.
 
-    The data are in the folder `path` or are the hub's `id` (with its `config`, at `revision`), in one of three forms,
-    as Hugging Face's TRL has them: columns `prompt` and `completion`; a column `messages`, each a list of `role` and
-    `content`, of which the last is the assistant's and is learnt; or a column `text`. Other columns are put in words by
-    `prompt` and `completion`, such as `"Question: {question}\nAnswer:"` and `" {answer}"`. With `chat` a prompt and a
-    completion become a conversation of two messages. Conversations need a tokenizer with a chat template.
+    The data are in the folder `path`, where `field` says what in JSON files holds the rows, or are the hub's `id` (with
+    its `config`, at `revision`). They have one of three forms, as Hugging Face's TRL has them: columns `prompt` and
+    `completion`; a column `messages`, each a list of `role` and `content`, of which the last is the assistant's and is
+    learnt; or a column `text`. Other columns are put in words by `prompt` and `completion`, such as
+    `"Question: {question}\nAnswer:"` and `" {answer}"`. With `chat` a prompt and a completion become a conversation of
+    two messages. Conversations need a tokenizer with a chat template.
 
     `metric` is `perplexity`, `token_accuracy`, or one of those that generate: `exact_match` (the whole completion, but
     for space at its ends) and `last_number` (the last number of both agree, as GSM8K's answers are judged).
 
     Raises DataError where the arguments, a file, a column or a row is wrong.
     """
-    called = named_source("instructions", path, id)
+    called = named_source("instructions", path, id, config, revision, field)
     where = f"task {called}"
-    read, _ = open_source(where, path, id or "", config, revision, "")
     if metric not in OF_LANGUAGE:
         raise DataError(unknown(f"{where}: metric", metric, OF_LANGUAGE))
     if (prompt is None) != (completion is None):
         raise DataError(f"{where}: give both prompt and completion, or neither for the columns of these names")
-    forms, splits = [], []
-    for name in (train, validation):
-        source, place = read((name,)), f"{where}: {name}"
-        columns = source
-        if prompt is not None and completion is not None:
-            columns = {"prompt": _fill(place, prompt, source), "completion": _fill(place, completion, source)}
-        inputs = next((form for form in _FORMS if all(name in columns for name in form)), None)
-        if inputs is None:
-            raise DataError(
-                f"{place}: has no messages, no prompt and completion, no text, but {', '.join(columns)}; "
-                'say what is learnt, such as prompt="{question}" and completion="{answer}"'
-            )
-        rows = _FORMS[inputs](place, columns)
-        if chat and inputs != ("prompt", "completion"):
-            raise DataError(f"{where}: chat is for prompts and completions, and the columns are {', '.join(inputs)}")
+    read = open_source(where, path, id or "", config, revision, field)
+    tables = read_splits(where, read, train, validation)
+    if prompt is not None and completion is not None:
+        tables = _in_words(where, tables, {"prompt": prompt, "completion": completion}, missing_cells)
+        inputs: tuple[str, ...] = ("prompt", "completion")
+    else:
+        inputs = _form(where, tables)
+    if chat and inputs != ("prompt", "completion"):
+        raise DataError(f"{where}: chat is for prompts and completions, and the columns are {', '.join(inputs)}")
+    if inputs == ("text",) and metric in JUDGES:
+        raise DataError(f"{where}: metric {metric} needs prompts to go on from, and the rows are plain text")
+    tables = without_missing(where, tables, inputs[:-1], inputs[-1:], missing_cells)
+    for name, table in tables.items():
+        if inputs == ("messages",):
+            tables[name] = table.with_columns({"messages": _conversations(f"{where}: {name}", table)})
+            continue
+        need_text(f"{where}: {name}", table, inputs)
         if chat:
-            rows = {"messages": [_conversation(*pair) for pair in zip(*rows.values(), strict=True)]}
-            inputs = tuple(rows)
-        if inputs == ("text",) and metric in JUDGES:
-            raise DataError(f"{where}: metric {metric} needs prompts to go on from, and the rows are plain text")
-        size = len(next(iter(rows.values())))
-        forms.append(inputs)
-        splits.append(Split(source | rows, np.zeros(size)))  # no classes, to deal rows by, as a regression has none
-    if forms[0] != forms[1]:
-        raise DataError(
-            f"{where}: {train} has the columns {', '.join(forms[0])}, and {validation} {', '.join(forms[1])}; "
-            "give both in one form"
-        )
-    return Task(called, forms[0], (), splits[0], splits[1], metric, "complete")
+            pairs = zip(*(table.columns[column] for column in inputs), strict=True)
+            tables[name] = table.with_columns({"messages": [_conversation(*pair) for pair in pairs]})
+    inputs = ("messages",) if chat else inputs
+    # No classes, to deal rows by, as a regression has none.
+    made = [table.split(np.zeros(len(table))) for table in tables.values()]
+    return Task(called, inputs, (), made[0], made[1], metric, "complete")
 
 
 def label_words(
@@ -89,7 +89,10 @@ def label_words(
     train: str = "train",
     validation: str = "validation",
     metric: str = "accuracy",
-    classes: list[str] | None = None,
+    classes: Classes | None = None,
+    field: str | None = None,
+    *,
+    missing_cells: MissingCells = "refuse",
 ) -> Task:
     r"""Classify by a causal language model: the class whose word is the likeliest to follow the prompt.
 
@@ -102,92 +105,119 @@ def label_words(
 
     The data and errors are as for `instructions`.
     """
-    called = named_source("label_words", path, id)
+    called = named_source("label_words", path, id, config, revision, field)
     where = f"task {called}"
-    read, _ = open_source(where, path, id or "", config, revision, label)
     if len(words) < 2 or len(set(words)) < len(words) or not all(word.strip() for word in words):
         raise DataError(f"{where}: words is {words}; give two or more different ones, none of them empty")
     if metric in OF_VALUES or metric in OF_LANGUAGE:
         raise DataError(f"{where}: metric {metric} is not for classes, choose accuracy, f1 or matthews_correlation")
-    found = {}
-    for name in (train, validation):
-        columns = read((name,))
-        if label not in columns:
-            raise DataError(unknown(f"{where}: {name}: column", label, columns))
-        numbers = [int(value) if isinstance(value, bool) else value for value in columns[label]]
-        found[name] = columns | {"prompt": _fill(f"{where}: {name}", prompt, columns), label: numbers}
-    known = None if classes is None else tuple(classes)
-    if known is None and all(isinstance(value, int) for value in found[train][label]):
-        known = tuple(str(number) for number in range(len(words)))
-    names, splits = number_labels(where, found, ("prompt",), label, known, metric)
+    read = open_source(where, path, id or "", config, revision, field)
+    tables = read_splits(where, read, train, validation)
+    for name, table in tables.items():
+        need_columns(f"{where}: {name}", table, (label,))
+        numbers = [int(value) if isinstance(value, bool) else value for value in table.columns[label]]
+        tables[name] = table.with_columns({label: numbers})
+    tables = _in_words(where, tables, {"prompt": prompt}, missing_cells, label)
+    first = tables[train]
+    if classes is None and label not in first.classes and None not in map(whole, first.columns[label]):
+        classes = [str(number) for number in range(len(words))]
+    names, splits = number_labels(where, tables, ("prompt",), label, classes, metric, missing_cells)
     if len(names) != len(words):
         raise DataError(f"{where}: there are {len(names)} classes ({', '.join(names[:5])}) and {len(words)} words")
     return Task(called, ("prompt",), names, splits[0], splits[1], metric, "choose", tuple(words))
 
 
-def _fill(where: str, template: str, columns: Columns) -> list[str]:
-    """Put each row's values in the place of a template's `{column}`s; other braces stay."""
-    names = [name for name in _FIELD.findall(template) if name in columns or name.isidentifier()]
-    if not names:
-        raise DataError(f"{where}: {template!r} takes nothing from the rows; put a column's name in braces")
-    for name in names:
-        if name not in columns:
-            raise DataError(unknown(f"{where}: {template!r}: column", name, columns))
-        for row, value in enumerate(columns[name]):
-            if value is None or value != value:
-                raise DataError(f"{where}: row {row}: {name} is missing, leave out rows without one")
+def _in_words(
+    where: str, tables: Mapping[str, Table], templates: Mapping[str, str], rule: MissingCells, *learnt: str
+) -> dict[str, Table]:
+    """Return the tables with a column for each template: a row's values in the place of its `{column}`s.
 
+    Other braces stay. Raises DataError where a row lacks a value, or one of the columns `learnt`, by the rule.
+    """
+    columns: dict[str, list[str]] = {}
+    for name, table in tables.items():
+        for made, template in templates.items():
+            found = [field for field in _FIELD.findall(template) if field in table.columns or field.isidentifier()]
+            if not found:
+                raise DataError(
+                    f"{where}: {made}: {template!r} takes nothing from the rows; put a column's name in braces"
+                )
+            need_columns(f"{where}: {name}: {template!r}", table, found)
+            columns[made] = found
+    fields = tuple(dict.fromkeys(field for found in columns.values() for field in found))
+    tables = without_missing(where, tables, fields, learnt, rule)
+    for name, table in tables.items():
+        for field in fields:
+            for row, value in enumerate(table.columns[field]):
+                if not isinstance(value, str | int | float | date):
+                    raise DataError(f"{where}: {name}: {table.called(row)}: {field} is {value!r:.80}, which is no text")
+        tables[name] = table.with_columns(
+            {made: _filled(table, template, columns[made]) for made, template in templates.items()}
+        )
+    return tables
+
+
+def _filled(table: Table, template: str, names: Sequence[str]) -> list[str]:
     def filled(row: int) -> str:
-        return _FIELD.sub(lambda field: str(columns[field[1]][row]) if field[1] in names else field[0], template)
+        return _FIELD.sub(lambda field: str(table.columns[field[1]][row]) if field[1] in names else field[0], template)
 
-    return [filled(row) for row in range(len(columns[names[0]]))]
+    return [filled(row) for row in range(len(table))]
+
+
+_FORMS = (("messages",), ("prompt", "completion"), ("text",))
+
+
+def _form(where: str, tables: Mapping[str, Table]) -> tuple[str, ...]:
+    """Return which columns the rows of all splits are in."""
+    forms = {}
+    for name, table in tables.items():
+        need_columns(f"{where}: {name}", table, ())
+        form = next((form for form in _FORMS if all(column in table.columns for column in form)), None)
+        if form is None:
+            raise DataError(
+                f"{where}: {name}: has no messages, no prompt and completion, no text, but {', '.join(table.columns)}; "
+                'say what is learnt, such as prompt="{question}" and completion="{answer}"' + nested(table)
+            )
+        forms[name] = form
+    if len(set(forms.values())) > 1:
+        said = ", and ".join(f"{name} {', '.join(form)}" for name, form in forms.items())
+        raise DataError(f"{where}: {said.replace(' ', ' has the columns ', 1)}; give both in one form")
+    return next(iter(forms.values()))
 
 
 def _conversation(prompt: str, completion: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
 
 
-def _pairs(where: str, columns: Columns) -> dict[str, list[Any]]:
-    pairs = {name: columns[name] for name in ("prompt", "completion")}
-    for name, values in pairs.items():
-        _check_texts(where, name, values)
-    return pairs
+def _conversations(where: str, table: Table) -> list[list[dict[str, Any]]]:
+    """Return each row's messages, of which the last is the assistant's and says something."""
+    conversations = []
+    for row, messages in enumerate(table.columns["messages"]):
+        place = f"{where}: {table.called(row)}"
+        said = [_message(place, message) for message in messages] if isinstance(messages, list | tuple) else []
+        if len(said) < 2 or said[-1]["role"] != "assistant":
+            raise DataError(f"{place}: its last message must be the assistant's, after one of another role")
+        if not (said[-1].get("content") or "").strip() and not said[-1].get("tool_calls"):
+            raise DataError(f"{place}: the assistant's message is empty, leave the row out")
+        conversations.append(said)
+    return conversations
 
 
-def _plain(where: str, columns: Columns) -> dict[str, list[Any]]:
-    _check_texts(where, "text", columns["text"])
-    return {"text": columns["text"]}
+def _message(where: str, message: Any) -> dict[str, Any]:
+    """Return a message with its content as one text, and without what it says nothing of.
 
-
-def _messages(where: str, columns: Columns) -> dict[str, list[Any]]:
-    conversations = [list(messages) if isinstance(messages, list | tuple) else [] for messages in columns["messages"]]
-    if not conversations:
-        raise DataError(f"{where}: no rows, give at least one")
-    for row, messages in enumerate(conversations):
-        for message in messages:
-            if not isinstance(message, Mapping) or not all(
-                isinstance(message.get(x), str) for x in ("role", "content")
-            ):
-                raise DataError(f"{where}: row {row}: {message!r:.80} is no message, give its role and content")
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise DataError(f"{where}: row {row}: its last message must be the assistant's, after one of another role")
-        if not messages[-1]["content"].strip():
-            raise DataError(f"{where}: row {row}: the assistant's message is empty, leave the row out")
-    return {"messages": conversations}
-
-
-_FORMS: dict[tuple[str, ...], Callable[[str, Columns], dict[str, list[Any]]]] = {
-    ("messages",): _messages,
-    ("prompt", "completion"): _pairs,
-    ("text",): _plain,
-}
-
-
-def _check_texts(where: str, name: str, values: Sequence[Any]) -> None:
-    if not len(values):
-        raise DataError(f"{where}: no rows, give at least one")
-    for row, value in enumerate(values):
-        if not isinstance(value, str):
-            raise DataError(f"{where}: row {row}: {name} is {value!r}, it must be text")
-        if name != "prompt" and not value.strip():
-            raise DataError(f"{where}: row {row}: {name} is empty, leave the row out")
+    Content may be null or absent beside tool calls, and may be in parts of text, which follow one another as chat
+    templates write them.
+    """
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise DataError(f"{where}: {message!r:.80} is no message, give its role and content")
+    said = {key: value for key, value in message.items() if value is not None or key == "content"}
+    content = said.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise DataError(f"{where}: {part!r:.80} is no part of text, and other parts can't be learnt")
+        said["content"] = "".join(part["text"] for part in content)
+    elif not isinstance(content, str) and (content is not None or not said.get("tool_calls")):
+        raise DataError(f"{where}: {message!r:.80} is no message, give its role and content")
+    return said

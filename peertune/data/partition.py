@@ -7,15 +7,19 @@ seed gives the same partition, whatever else a run draws.
 Those that go by class refuse the labels of a regression, and rows without any.
 """
 
+import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from datetime import date
 
 import numpy as np
 from numpy.typing import NDArray
 
+from peertune.data.tables import MissingCells, missing
 from peertune.draws import generator
 from peertune.errors import DataError, unknown
 from peertune.types import Split
+
+log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 Partition = Callable[[Split, int, int], list[Rows]]
@@ -155,23 +159,39 @@ def disjoint_labels() -> Partition:
     return split_rows
 
 
-def column(by: str) -> Partition:
+def column(by: str, *, missing_cells: MissingCells = "refuse") -> Partition:
     """Keep together the rows that have the same value in a column, such as an author or a topic.
 
-    The values go to the clients from the most frequent to the rarest, each to the client with the fewest rows so far.
-    Nothing is random here: the seed changes nothing.
+    Values are the same that are written alike. They go to the clients from the most frequent to the rarest, each to the
+    client with the fewest rows so far. Nothing is random here: the seed changes nothing. By `missing_cells` rows
+    without a value are refused, go to nobody (`drop`), or belong together (`empty`).
     """
 
     def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
         _check_size("column", split, clients)
         if by not in split.columns:
             raise DataError(unknown("partition column: by", by, split.columns))
-        groups: dict[Any, list[int]] = {}
-        try:
-            for row, value in enumerate(split.columns[by]):
-                groups.setdefault(value, []).append(row)
-        except TypeError:
-            raise DataError(f"partition column: {by} holds lists, choose a column of texts or numbers") from None
+        groups: dict[str, list[int]] = {}
+        for row, value in enumerate(split.columns[by]):
+            if not isinstance(value, str | int | float | date | None):
+                raise DataError(
+                    f"partition column: {by} holds {type(value).__name__}s, choose a column of texts or numbers"
+                )
+            groups.setdefault("" if missing(value) else str(value), []).append(row)
+        lacking = groups.get("", [])
+        if lacking and missing_cells == "refuse":
+            raise DataError(
+                f"partition column: no {by} in {len(lacking):,} of {len(split):,} rows ({split.called(lacking[0])} "
+                "first); missing_cells=drop gives these rows to nobody, missing_cells=empty keeps them together"
+            )
+        if lacking and missing_cells == "drop":
+            del groups[""]
+            log.warning(
+                "partition column: no %s in %s of %s rows, which go to nobody (missing_cells)",
+                by,
+                f"{len(lacking):,}",
+                f"{len(split):,}",
+            )
         if len(groups) < clients:
             raise DataError(
                 f"partition column: {by} has {len(groups)} different values for {clients} clients, "

@@ -10,10 +10,11 @@ from typing import NamedTuple
 import numpy as np
 
 from peertune.data.images import images
-from peertune.data.labels import number_labels
+from peertune.data.labels import Classes, number_labels
 from peertune.data.language import instructions, label_words
 from peertune.data.scores import OF_VALUES
-from peertune.data.sources import Reader, named_source, open_source
+from peertune.data.sources import named_source, open_source, read_splits
+from peertune.data.tables import MissingCells
 from peertune.errors import DataError, unknown
 from peertune.types import Split, Task
 
@@ -43,12 +44,20 @@ _GLUE = {
 }
 
 
-def glue(config: str, path: str | None = None, revision: str | None = None, metric: str | None = None) -> Task:
+def glue(
+    config: str,
+    path: str | None = None,
+    revision: str | None = None,
+    metric: str | None = None,
+    field: str | None = None,
+    *,
+    missing_cells: MissingCells = "refuse",
+) -> Task:
     """One of the nine tasks of GLUE (Wang et al., ICLR 2019), with its own columns, class numbers and main metric.
 
     `config` is the hub's name of the task, such as `sst2`; `path` a folder to read in place of the hub's `nyu-mll/glue`
-    at `revision`. MNLI validates on its matched rows. Where GLUE has two metrics, `metric` is accuracy, or Pearson's
-    correlation, unless another is named.
+    at `revision`, where `field` says what in JSON files holds the rows. MNLI validates on its matched rows. Where GLUE
+    has two metrics, `metric` is accuracy, or Pearson's correlation, unless another is named.
 
     Raises DataError for an unknown config, a metric that does not suit it, and data that are missing or malformed.
     """
@@ -59,8 +68,19 @@ def glue(config: str, path: str | None = None, revision: str | None = None, metr
     metric = metric or known.metric
     if (metric in OF_VALUES) != (known.metric in OF_VALUES):
         raise DataError(f"{where}: metric {metric} does not suit its labels, leave it out for {known.metric}")
-    read, _ = open_source(where, path, "nyu-mll/glue", config, revision, "label")
-    return _task(f"glue/{config}", known.inputs, "label", known.classes, metric, read, known.validation)
+    if path is not None and revision is not None:
+        raise DataError(f"{where}: revision is of the hub; leave it out with path")
+    if path is None and field is not None:
+        raise DataError(f"{where}: field is of a folder's JSON files; give path, or leave it out")
+    tables = read_splits(
+        where, open_source(where, path, "nyu-mll/glue", config, revision, field), "train", *known.validation
+    )
+    tables = {  # rows that are not the hub's have the benchmark's numbers all the same
+        split: table.named("label", known.classes) if known.classes and "label" in table.columns else table
+        for split, table in tables.items()
+    }
+    names, splits = number_labels(where, tables, known.inputs, "label", None, metric, missing_cells)
+    return Task(f"glue/{config}", known.inputs, names, splits[0], splits[1], metric)
 
 
 def text(
@@ -72,28 +92,30 @@ def text(
     revision: str | None = None,
     validation: str = "validation",
     metric: str = "accuracy",
-    classes: list[str] | None = None,
+    classes: Classes | None = None,
+    field: str | None = None,
+    *,
+    missing_cells: MissingCells = "refuse",
 ) -> Task:
     """Classify or score any sentences or pairs of sentences.
 
     `inputs` names one or two columns of text, `label` the column to learn, `validation` the split to validate on; the
-    data are in the folder `path` or are the hub's `id` (with its `config`, at `revision`). Labels are numbers from 0,
-    or names, which are numbered in sorted order unless the hub's data set numbers them itself, or `classes` does: give
-    it where parties train on rows of their own, of which one may lack a class. With the metric `pearson` or `spearman`
-    labels are the targets of a regression.
+    data are in the folder `path`, where `field` says what in JSON files holds the rows, or are the hub's `id` (with its
+    `config`, at `revision`). Labels are numbers from 0, or names, which are numbered in sorted order unless the data
+    set numbers them itself, or `classes` does: a list of names by number, or by what the data call them, such as
+    `{0: ham, 1: spam}`. Give it where parties train on rows of their own, of which one may lack a class. With the
+    metric `pearson` or `spearman` labels are the targets of a regression.
 
     Raises DataError where the arguments, a file, a column or a label is wrong.
     """
-    name = named_source("text", path, id)
+    name = named_source("text", path, id, config, revision, field)
+    where = f"task {name}"
     if not 1 <= len(inputs) <= 2:
         raise DataError(f"task text: inputs names {len(inputs)} columns, give one or two")
-    if classes is not None and (len(classes) < 2 or len(set(classes)) < len(classes) or metric in OF_VALUES):
-        raise DataError(
-            f"task {name}: classes is {classes}; give two or more different names, and none for a regression"
-        )
-    read, known = open_source(f"task {name}", path, id or "", config, revision, label)
-    named = known if classes is None else tuple(classes)
-    return _task(name, tuple(inputs), label, named, metric, read, (validation,))
+    read = open_source(where, path, id or "", config, revision, field)
+    tables = read_splits(where, read, "train", validation)
+    names, splits = number_labels(where, tables, tuple(inputs), label, classes, metric, missing_cells)
+    return Task(name, tuple(inputs), names, splits[0], splits[1], metric)
 
 
 def digits() -> Task:
@@ -129,6 +151,17 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 
 
+def hub_settings(task: str) -> tuple[str, ...]:
+    """Return the settings of a task that say something only where its rows are the hub's."""
+    match task:
+        case "glue":
+            return ("revision",)
+        case "images":
+            return ("id", "config", "revision", "image", "label")
+        case _:
+            return ("id", "config", "revision")
+
+
 def _digits(first: int, last: int) -> Split:
     from sklearn.datasets import load_digits
 
@@ -136,17 +169,3 @@ def _digits(first: int, last: int) -> Split:
     kept = (labels >= first) & (labels <= last)
     pixels = (levels[kept] / 8 - 1).astype(np.float32).reshape(-1, 1, 8, 8)
     return Split({"pixel_values": pixels}, (labels[kept] - first).astype(np.int64))
-
-
-def _task(
-    name: str,
-    inputs: tuple[str, ...],
-    label: str,
-    classes: tuple[str, ...] | None,
-    metric: str,
-    read: Reader,
-    validation: tuple[str, ...],
-) -> Task:
-    splits = {"train": read(("train",)), validation[0]: read(validation)}
-    classes, (train, held_out) = number_labels(f"task {name}", splits, inputs, label, classes, metric)
-    return Task(name, inputs, classes, train, held_out, metric)

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,15 @@ def test_rows_encoded_alone_are_those_of_the_whole_split(own: list[int]) -> None
     assert [read(chosen[1], row) for row in own] == [read(chosen[0], row) for row in own]
 
 
-def test_errors_call_a_row_by_its_number_in_the_split() -> None:
-    split = split_of(prompt=["a", "b", "c"], completion=["1", "2", ""])
-    with pytest.raises(DataError, match="row 2: '' has no tokens"):
+def test_errors_call_a_row_what_its_source_calls_it() -> None:
+    split = split_of(prompt=["a", "b", ""], completion=["1", "2", ""])
+    with pytest.raises(DataError, match=r"^task: row 2: '' has no tokens"):
         encode_completions(make_tokenizer(), split, ("prompt", "completion"), 6, np.array([1, 2]))
+    split = replace(split, numbers=np.array([2, 5, 9]), unit="line")
+    with pytest.raises(DataError, match=r"^task: line 9: '' has no tokens"):
+        encode_completions(make_tokenizer(), split, ("prompt", "completion"), 6, np.array([1, 2]))
+    with pytest.raises(DataError, match=r"^task: line 9: a prompt without tokens"):
+        encode_prompts(make_tokenizer(), split.take(np.array([0, 2]), ["prompt"]), ("prompt", "prompt"), 6)
 
 
 def test_of_plain_text_all_is_learnt() -> None:

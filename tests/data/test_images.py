@@ -203,21 +203,19 @@ def test_the_hub_brings_its_own_names_and_its_images_wait(monkeypatch: pytest.Mo
     assert few.train.columns["place"] == [f"at {row}" for row in few.train.columns["pixel_values"].rows]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(
-    ("classes", "expected"),
-    [({8: "lily", 9: "rose", 10: "fern"}, [2, 0, 0, 1]), (["fern", "rose", "lily"], [0, 2, 2, 1])],
-)
-def test_numbers_for_names_are_named_by_what_they_are_called_or_in_their_order(
-    classes: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_numbers_for_names_are_named_by_what_they_are_called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     hub(monkeypatch, datasets.ClassLabel(names=["10", "9", "8"]), [0, 2, 2, 1], tmp_path)
     with pytest.raises(
         DataError, match=r"the classes have numbers for names, which no text matches; name them in class"
     ):
         from_hub(templates=[FLOWER])
-    task = from_hub(templates=[FLOWER], classes=classes)
-    assert task.train.labels.tolist() == expected
-    assert [task.classes[label] for label in expected] == ["fern", "lily", "lily", "rose"]
+    task = from_hub(templates=[FLOWER], classes={8: "lily", 9: "rose", 10: "fern"})
+    assert task.train.labels.tolist() == [2, 0, 0, 1]
+    assert [task.classes[label] for label in task.train.labels] == ["fern", "lily", "lily", "rose"]
+    with pytest.raises(
+        DataError, match=r"unknown name '10', choose from fern, .*; name what the data number by task.cl"
+    ):
+        from_hub(templates=[FLOWER], classes=["fern", "rose", "lily"])
 
 
 def test_names_without_numbers_are_numbered_in_sorted_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -231,8 +229,8 @@ def test_a_data_set_of_the_hub_that_does_not_fit_is_refused(monkeypatch: pytest.
     hub(monkeypatch, datasets.ClassLabel(names=["a", "b"]), [0, 1, -1], tmp_path)
     base: dict[str, Any] = {"id": "a/b", "image": "photo", "label": "kind", "validation": "test", "seed": 0}
     cases: tuple[tuple[dict[str, Any], str], ...] = (
-        ({}, "train: row 2: label -1 marks a row without a label"),
-        ({"classes": {"a": "x", "b": "y"}}, "train: row 2: label: unknown name '-1'"),
+        ({}, r"train: no kind in 1 of 3 rows \(row 2\); test: no kind in 1 of 3 rows .*=drop leaves these rows out$"),
+        ({"classes": {"a": "x", "c": "y"}, "missing_cells": "drop"}, "train: row 1: kind: unknown name 'b'"),
         ({"train": "trian"}, "split: unknown name 'trian', did you mean train"),
         ({"label": "kinds"}, "train: column: unknown name 'kinds', did you mean kind"),
         ({"label": "kinds", "classes": {"a": "x"}}, "give two or more different names"),
@@ -242,6 +240,25 @@ def test_a_data_set_of_the_hub_that_does_not_fit_is_refused(monkeypatch: pytest.
     for settings, message in cases:
         with pytest.raises(DataError, match=message):
             images(**{**base, **settings})
+
+
+def test_rows_without_an_image_or_a_label_are_counted_together_and_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    pictures = [{"bytes": encoded(draw((number, 0, 0))), "path": None} for number in range(5)]
+    columns = {"image": [None, *pictures[1:4], None], "label": [0, 1, None, 0, 1]}
+    split = datasets.Dataset.from_dict(columns, features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"train": split, "validation": split})
+    said = (
+        r"train: no image in 2 of 5 rows \(first row 0\), no label in 1 of 5 rows \(row 2\); validation: .*=drop leaves"
+    )
+    with pytest.raises(DataError, match=said):
+        images(id="some/data", seed=0)
+    task = images(id="some/data", seed=0, missing_cells="drop")
+    assert task.train.labels.tolist() == [1, 0]
+    assert [image.getpixel((5, 3))[0] for image in task.train.columns["pixel_values"]] == [1, 3]
+    assert task.train.called(1) == "row 3"
 
 
 def test_an_unreachable_hub_is_said_at_once() -> None:

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 
 from peertune.data.language import instructions, label_words
@@ -9,7 +10,7 @@ from peertune.data.partition import PARTITIONS
 from peertune.errors import DataError
 
 Rows = list[dict[str, Any]]
-PAIRS: Rows = [{"prompt": "one", "completion": " two"}, {"prompt": "", "completion": " three"}]
+PAIRS: Rows = [{"prompt": "one", "completion": " two"}, {"prompt": "two", "completion": " three"}]
 TURNS = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
 
 
@@ -45,6 +46,32 @@ def test_columns_are_put_in_words(tmp_path: Path) -> None:
     assert (chat.inputs, chat.train.columns["messages"]) == (("messages",), [said])
 
 
+def test_content_is_text_in_parts_or_nothing_beside_tool_calls(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    parts = [{"type": "text", "text": "what is "}, {"type": "text", "text": "1+1?"}]
+    first = {"role": "user", "content": parts, "name": None}
+    rows = [
+        [first, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        [first, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "2"}, TURNS[1]],
+    ]
+    task = instructions(folder(tmp_path, [{"messages": messages} for messages in rows]))
+    asked = {"role": "user", "content": "what is 1+1?"}
+    assert task.train.columns["messages"] == [[asked, *messages[1:]] for messages in rows]
+
+
+def test_what_a_data_set_numbers_is_put_in_words_by_its_names(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "mood": datasets.ClassLabel(names=["bad", "good"])})
+    made = datasets.Dataset.from_dict({"text": ["no", "yes"], "mood": [0, 1]}, features)
+    for split in ("train", "validation"):
+        made.to_parquet(tmp_path / f"{split}.parquet")
+    task = instructions(str(tmp_path), prompt="{text}", completion="{mood}")
+    assert task.train.columns["completion"] == ["bad", "good"]
+    words = label_words("{text}", "mood", ["awful", "fine"], str(tmp_path))
+    assert (words.classes, words.train.labels.tolist()) == (("bad", "good"), [0, 1])
+    with pytest.raises(DataError, match="unknown name 'bad', choose from x, y"):
+        label_words("{text}", "mood", ["awful", "fine"], str(tmp_path), classes=["x", "y"])
+
+
 def test_rows_can_be_dealt_by_a_column_and_not_by_classes_that_they_lack(tmp_path: Path) -> None:
     rows = [row | {"who": f"party {number % 2}"} for number, row in enumerate(PAIRS * 2)]
     task = instructions(folder(tmp_path, rows))
@@ -76,7 +103,7 @@ def test_labels_get_their_words(tmp_path: Path, labels: list[Any]) -> None:
     assert task.train.columns["prompt"] == ["0?", "1?", "2?"]
 
 
-def conversation(*roles: str, content: str = "x") -> Rows:
+def conversation(*roles: str, content: str | None = "x") -> Rows:
     return [{"messages": [{"role": role, "content": content} for role in roles]}]
 
 
@@ -87,19 +114,32 @@ def conversation(*roles: str, content: str = "x") -> Rows:
         (PAIRS, {"prompt": "{prompt}"}, "give both prompt and completion, or neither"),
         (PAIRS, {"prompt": "{promt}", "completion": "x"}, "train: '{promt}': column: unknown name 'promt'"),
         ([{"a": 1}], {}, "train: has no messages, no prompt and completion, no text, but a; say what is learnt"),
-        ([], {}, "train: has no messages"),
+        ([], {}, "train: no rows, give at least one"),
         ([{"text": "x"}], {"chat": True}, "chat is for prompts and completions, and the columns are text"),
-        ([{"text": "x"}, {"text": " "}], {}, "train: row 1: text is empty, leave the row out"),
-        ([{"text": None}], {}, "train: row 0: text is None, it must be text"),
-        ([{"prompt": "x", "completion": ""}], {}, "train: row 0: completion is empty, leave the row out"),
-        (conversation("user"), {}, "row 0: its last message must be the assistant's, after one of another role"),
-        (conversation("assistant"), {}, "row 0: its last message must be the assistant's"),
-        (conversation("user", "assistant", content=" "), {}, "row 0: the assistant's message is empty"),
-        ([{"messages": ["hello", "you"]}], {}, "row 0: 'hello' is no message, give its role and content"),
-        ([{"messages": None}], {}, "row 0: its last message"),
-        ([{"messages": 5}], {}, "row 0: its last message"),
+        ([{"text": "x"}, {"text": " "}], {}, "train: no text in 1 of 2 rows (line 2); validation: no text"),
+        ([{"text": 5}], {}, "train: line 1: text is 5, it must be text"),
+        ([{"prompt": "x", "completion": ""}], {"missing_cells": "empty"}, "train: no completion in 1 of 1 rows"),
+        (conversation("user"), {}, "line 1: its last message must be the assistant's, after one of another role"),
+        (conversation("assistant"), {}, "line 1: its last message must be the assistant's"),
+        (conversation("user", "assistant", content=" "), {}, "line 1: the assistant's message is empty"),
+        ([{"messages": ["hello", "you"]}], {}, "line 1: 'hello' is no message, give its role and content"),
+        ([{"messages": None}], {}, "train: no messages in 1 of 1 rows (line 1)"),
+        ([{"q": ["x"], "a": "y"}], {"prompt": "{q}", "completion": "{a}"}, "line 1: q is ['x'], which is no text"),
+        ([{"text": "x"}], {"validation": "train"}, "train and validation are both train; hold some rows out"),
+        ([{"text": "x"}], {"revision": "main"}, "config and revision are of the hub; leave them out with path"),
+        (
+            [{"messages": [{"role": "user", "content": [{"type": "image"}]}, TURNS[1]]}],
+            {},
+            "line 1: {'type': 'image'} is no part of text, and other parts can't be learnt",
+        ),
+        (
+            conversation("user", "assistant", content=None),
+            {},
+            "line 1: {'role': 'user', 'content': None} is no message",
+        ),
+        ([{"messages": 5}], {}, "line 1: its last message"),
         ([{"text": "x"}], {"metric": "exact_match"}, "exact_match needs prompts to go on from, and the rows are plain"),
-        ([{"q": "x", "a": None}], {"prompt": "{q}", "completion": "{a}"}, "train: row 0: a is missing, leave out rows"),
+        ([{"q": "x", "a": None}], {"prompt": "{q}", "completion": "{a}"}, "train: no a in 1 of 1 rows (line 1)"),
     ],
 )
 def test_what_is_wrong_with_instructions_is_said(

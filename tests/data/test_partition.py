@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -186,6 +187,25 @@ def test_rows_of_one_author_stay_together_and_sizes_even_out() -> None:
     split = Split({"author": authors}, np.zeros(13, np.int64))
     parts = PARTITIONS["column"]("author")(split, 2, 0)
     assert [sorted({authors[row] for row in part}) for part in parts] == [["a"], ["b", "c", "d"]]
+
+
+@pytest.mark.parametrize("nothing", [[None, nan, "", " "], [nan] * 4, [None] * 4])
+def test_rows_without_a_value_are_refused_left_out_or_kept_together(
+    nothing: list[Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    split = Split({"author": [*nothing, "a", "b", "a"]}, np.zeros(7))
+    with pytest.raises(DataError, match=r"^partition column: no author in 4 of 7 rows \(row 0 first\); missing_cells="):
+        PARTITIONS["column"]("author")(split, 2, 0)
+    left = PARTITIONS["column"]("author", missing_cells="drop")(split, 2, 0)
+    assert [part.tolist() for part in left] == [[4, 6], [5]]
+    assert "no author in 4 of 7 rows, which go to nobody (missing_cells)" in caplog.text
+    kept = PARTITIONS["column"]("author", missing_cells="empty")(split, 3, 0)
+    assert [part.tolist() for part in kept] == [[0, 1, 2, 3], [4, 6], [5]]
+
+
+def test_values_that_are_written_alike_belong_together() -> None:
+    parts = PARTITIONS["column"]("author")(Split({"author": [1, "1", 2, True]}, np.zeros(4)), 3, 0)
+    assert [part.tolist() for part in parts] == [[0, 1], [2], [3]]
 
 
 def test_a_regression_can_be_dealt_without_classes() -> None:

@@ -1,13 +1,11 @@
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
-from pyarrow import parquet
+from tabular import write
 
 from peertune.data.scores import JUDGES, METRICS, OF_LANGUAGE
 from peertune.data.tasks import TASKS, glue, public_digits, text
@@ -26,21 +24,6 @@ GLUE = {
     "stsb": (("sentence1", "sentence2"), (), "pearson"),
     "wnli": (("sentence1", "sentence2"), ("not_entailment", "entailment"), "accuracy"),
 }
-
-
-def write(file: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if file.suffix == ".parquet":
-        parquet.write_table(pa.table({name: list(values) for name, values in columns.items()}), file)
-    elif file.suffix == ".csv":
-        lines = [
-            ",".join(columns),
-            *(",".join(json.dumps(v) if "," in str(v) else str(v) for v in r.values()) for r in rows),
-        ]
-        file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    else:
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def folder(
@@ -122,20 +105,6 @@ def test_a_regression_has_targets_and_no_classes(suffix: str, tmp_path: Path) ->
     assert task.train.labels.tolist() == [0.5, 4.0, 2.25]
 
 
-def test_csv_fields_may_hold_commas_line_breaks_and_what_looks_like_nothing(tmp_path: Path) -> None:
-    content = '\ufefftext,label\n"one, two\nthree",0\nNA,1\n007,1\n\n'
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.csv").write_text(content, encoding="utf-8")
-    assert read(str(tmp_path)).train.columns["text"] == ["one, two\nthree", "NA", "007"]
-
-
-def test_json_lines_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    lines = '\ufeff{"text": "a", "label": 0}\n{"text": "b", "label": 1}\n'
-    for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-    assert read(str(tmp_path)).train.columns["text"] == ["a", "b"]
-
-
 def test_another_split_may_validate(tmp_path: Path) -> None:
     write(tmp_path / "train.csv", {"text": "ab", "label": [0, 1]})
     write(tmp_path / "dev.parquet", {"text": "abc", "label": [0, 1, 1]})
@@ -190,17 +159,27 @@ def test_predictions_that_are_not_finite_score_nothing(metric: str) -> None:
     [
         ([0, 1, -1], None, {}, "the labels are -1, 0, 1: number the classes from 0 without a gap, .* label"),
         ([1, 2], None, {}, "the labels are 1, 2: number the classes from 0 without a gap"),
-        ([0, 1], [0, -1], {}, "validation: row 1: label -1 marks a row without a label, leave it out$"),
-        ([0, 1], [0, 2], {}, "validation: row 1: label: unknown name '2', choose from 0, 1$"),
-        (["no", "yes"], ["no", "yess"], {}, "validation: row 1: label: unknown name 'yess', did you mean yes?"),
-        ([0, None], None, {}, "train: row 1: label is missing, leave out rows without one"),
-        ([0, [1]], None, {}, r"train: row 1: label is \[1\], it must be a number or a name"),
+        ([0, 1], [0, -1], {}, "validation: line 2: label is -1, which marks a row without one; leave it out"),
+        ([0, 1], [0, 2], {}, "validation: line 2: label: unknown name '2', choose from 0, 1$"),
+        (
+            ["no", "yes"],
+            ["no", "yess"],
+            {},
+            "line 2: label: unknown name 'yess', did you mean yes. The classes are no, yes$",
+        ),
+        (
+            [0, None],
+            None,
+            {},
+            "train: no label in 1 of 2 rows .line 2.; validation: .*=drop leaves these rows out$",
+        ),
+        ([0, [1]], None, {}, r"train: line 2: label is \[1\], it must be a number or a name"),
         ([0, 1], [], {}, "validation: no rows, give at least one"),
         ([], None, {}, "train: no rows, give at least one"),
         ([1.5, 2.5], None, {}, "the labels are fractions, choose metric pearson or spearman"),
         ([0, 0], None, {}, "all rows of train have the label 0, give at least two classes"),
         ([0, 1, 2], None, {"metric": "f1"}, "metric f1 is for two classes and there are 3, choose accuracy"),
-        (["a", 1], None, {"metric": "pearson"}, "train: row 0: label is 'a', a regression's must be a finite number"),
+        (["a", 1], None, {"metric": "pearson"}, "train: line 1: label is 'a', a regression's must be a finite number"),
         ([0, 1], None, {"metric": "acuracy"}, "metric: unknown name 'acuracy', did you mean accuracy?"),
         ([0, 1], None, {"validation": "dev"}, "holds none of dev.parquet, dev.csv, dev.jsonl, dev.json$"),
     ],
@@ -221,7 +200,7 @@ def test_a_class_out_of_range_of_glue_is_refused(tmp_path: Path) -> None:
     write(tmp_path / "train.csv", {"sentence": "abc", "label": [0, 1, 2]})
     write(tmp_path / "validation.csv", {"sentence": "abc", "label": [0, 1, 1]})
     with pytest.raises(
-        DataError, match=r"^task glue/sst2: train: row 2: label: unknown name '2', choose from 0, 1, neg"
+        DataError, match=r"^task glue/sst2: train: line 4: label: unknown name '2', choose from negative, positive$"
     ):
         glue("sst2", path=str(tmp_path))
 
@@ -236,24 +215,8 @@ def test_a_missing_folder_file_or_column_is_named(tmp_path: Path) -> None:
         text(["txet"], "label", path=path)
     with pytest.raises(DataError, match=r"train: column: unknown name 'gold', choose from label, text$"):
         text(["text"], "gold", path=path)
-    with pytest.raises(DataError, match=r"train: row 0: label is 0, it must be text$"):
+    with pytest.raises(DataError, match=r"train: line 1: label is 0, it must be text$"):
         text(["label"], "label", path=path)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "reason"),
-    [
-        ("train.csv", "text,label\na,0,1\n", "line 2 has 3 fields and the header 2"),
-        ("train.json", "[1, 2]\n", "line 1 is not a JSON object"),
-        ("train.jsonl", "{oops\n", "Expecting property name"),
-        ("train.parquet", "not parquet at all", "Parquet magic bytes not found"),
-    ],
-)
-def test_a_file_that_can_not_be_read_is_named(name: str, content: str, reason: str, tmp_path: Path) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=rf"{name} can't be read \(.*{reason}") as caught:
-        read(str(tmp_path))
-    assert "\n" not in str(caught.value)
 
 
 def test_arguments_that_contradict_each_other_are_refused() -> None:
