@@ -80,16 +80,19 @@ def start(
         raise RunError("peer start: give --out for a new run, or --resume for one that was begun")
     if (recipe is None) == (resume is None):
         raise RunError("peer start: give --recipe with --out; a resumed run has its own recipe")
-    with interruptible(), messages():
+    with interruptible(), messages(), ExitStack() as held:
         from peertune import tracking
         from peertune.assembly import agreed
         from peertune.engines.peer import ended, neighbours, run_peer
+        from peertune.files import locked
+        from peertune.net.incarnation import next_incarnation
         from peertune.net.membership import Membership
         from peertune.net.prometheus import served
         from peertune.net.standing import kept, known_before, standing
         from peertune.net.swap import Swapper
 
         membership = Membership(folder, roster, ca_fingerprint)
+        held.enter_context(locked(folder, "peer"))
         identity, members = membership.current()
         _introduce(identity, members)
         place = out or resume
@@ -116,6 +119,7 @@ def start(
                 insecure=insecure_loopback,
                 seats=job.graph.clients if members.own is None else len(near),
                 known=known_before(place),
+                incarnation=next_incarnation(folder),
             )
             keeps = keeper(run, place)
             current = partial(

@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 
@@ -14,6 +14,7 @@ from peertune.net import tls  # before grpc, whose settings it makes
 from peertune.net.allowance import Allowance
 from peertune.net.framing import kind, pack, unpack
 from peertune.net.identity import Identity
+from peertune.net.incarnation import Incarnation, clone
 from peertune.net.membership import Membership
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict
 from peertune.net.roster import MAX_ROSTER_BYTES, Member
@@ -70,6 +71,9 @@ class Neighbour:
     bytes_sent: int = 0
     bytes_received: int = 0
     clock_offset_s: float | None = None  # by how much its clock is ahead of this one
+    incarnation: int = 0  # the number of the start that was heard last; 0 where it did not say
+    nonce: int = 0  # drawn at that start
+    clones: int = 0  # times that another process spoke with its key
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,10 @@ class UnusableError(PeertuneError):
     """The other end and this one can't swap, and trying again won't help."""
 
 
+class CloneError(UnusableError):
+    """Another process speaks with the other end's key."""
+
+
 class SeatError(UnusableError):
     """There is nobody on the other end's seat, or nobody that can be called."""
 
@@ -96,7 +104,7 @@ class Node:
     """What a peer is to others, whatever they swap.
 
     `agreed` is what must be the same at all peers. Without TLS (`insecure`) only this machine is called. `known` is
-    what this peer knew of others when it last ran.
+    what this peer knew of others when it last ran, `incarnation` which of its starts this is.
     """
 
     def __init__(
@@ -106,11 +114,13 @@ class Node:
         *,
         insecure: bool = False,
         known: Mapping[int, Neighbour] | None = None,
+        incarnation: Incarnation | None = None,
     ) -> None:
         self.membership = membership
         self.me = membership.current()[0].client
         self.neighbours: dict[int, Neighbour] = dict(known or {})
         self._agreed, self._insecure = dict(agreed), insecure
+        self._incarnation = incarnation or Incarnation()
         self._changed = threading.Condition()  # guards all that follows
         self._round = 0
         self._channels: dict[int, tuple[Any, Any]] = {}
@@ -224,6 +234,7 @@ class Node:
 
     def _hello(self, round: int, purpose: "Hello.Purpose") -> Hello:
         roster = self.membership.current()[1]
+        own = Incarnation() if purpose in (Hello.CALL_BACK, Hello.ECHO) else self._incarnation
         return Hello(
             protocol=PROTOCOL,
             federation=roster.federation,
@@ -233,6 +244,8 @@ class Node:
             purpose=purpose,
             clock=time.time(),
             own_roster=roster.own is not None,
+            incarnation=own.number,
+            nonce=own.nonce,
         )
 
     def _check_hello(self, client: int, hello: Hello) -> None:
@@ -251,6 +264,27 @@ class Node:
             start = max(0, alike - 20)  # so that a line shows where they part
             here, there = (f"{'…' * bool(start)}{text[start : start + 80]}" for text in (here, there))
             raise UnusableError(f"{name[:40]} differs: {here} at {self.name(self.me)}, {there} at {self.name(client)}")
+
+    def _check_incarnation(self, client: int, hello: Hello) -> None:
+        """Take up which start of the other end speaks; raise CloneError where that proves that two do."""
+        said = Incarnation(hello.incarnation, hello.nonce)
+        with self._changed:
+            known = self._known(client)
+            proof = clone(Incarnation(known.incarnation, known.nonce), said)
+            if said.number and not proof:
+                known.incarnation, known.nonce = said.number, said.nonce
+        if proof:
+            self._refuse_clone(client, proof)
+
+    def _refuse_clone(self, client: int, proof: str) -> NoReturn:
+        """Count and tell a clone, and raise CloneError."""
+        with self._changed:
+            known = self._known(client)
+            known.clones += 1
+            first = known.clones == 1
+        if first:  # said once: status and metrics count the others
+            self._say(client, f"{proof}; one is refused. Have its owner stop the one that should not run, or revoke it")
+        raise CloneError(proof)
 
     def _differences(self, hello: Hello) -> list[tuple[str, str, str]]:
         """Return what must be the same and is not: name, here, there."""
@@ -293,10 +327,8 @@ class Node:
         known = self._known(client)
         details = error.details() if isinstance(error, grpc.RpcError) else None
         problem = line(details or str(error))
-        if isinstance(error, grpc.RpcError) and error.code() in (
-            grpc.StatusCode.FAILED_PRECONDITION,
-            grpc.StatusCode.CANCELLED,
-        ):
+        planned = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.CANCELLED)
+        if isinstance(error, CloneError) or (isinstance(error, grpc.RpcError) and error.code() in planned):
             known.problem = problem
             return
         if known.reached or known.problem != problem:

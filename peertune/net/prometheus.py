@@ -57,12 +57,16 @@ class _Standing(Collector):
         received = CounterMetricFamily(
             "peertune_bytes_received", "Bytes of payload received since the start.", labels=["peer"]
         )
+        clones = CounterMetricFamily(
+            "peertune_clones", "Times that another process spoke with the neighbour's key.", labels=["peer"]
+        )
         for peer, known in named:
+            clones.add_metric([peer], known["clones"])
             edges.add_metric([peer, "counted"], known["up"])
             edges.add_metric([peer, "failed"], known["down"])
             sent.add_metric([peer], known["bytes_sent"])
             received.add_metric([peer], known["bytes_received"])
-        yield from (edges, sent, received)
+        yield from (edges, sent, received, clones)
 
 
 @contextmanager

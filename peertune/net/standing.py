@@ -121,7 +121,11 @@ def known_before(run: Path) -> dict[int, "Neighbour"]:
     try:
         found = json.loads((run / _FILE).read_bytes())["neighbours"]
         return {
-            int(one["client"]): Neighbour(seen_at=float(one["seen_at"]))
+            int(one["client"]): Neighbour(
+                seen_at=float(one["seen_at"]),
+                incarnation=int(one.get("incarnation", 0)),
+                nonce=int(one.get("nonce", 0)),
+            )
             for one in found
             if one["seen_at"] is not None and isfinite(one["seen_at"])
         }

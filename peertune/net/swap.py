@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Generator, Iterable, Iterator,
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from queue import SimpleQueue
 from typing import Any
 
@@ -24,6 +25,7 @@ from peertune.errors import PeertuneError, WireError
 from peertune.net import tls  # before grpc, whose settings it makes
 from peertune.net.codec import Assembler, Layout, chunks, decode, encode, layout
 from peertune.net.framing import Part, data_of, kind, pack, unpack
+from peertune.net.incarnation import Incarnation
 from peertune.net.membership import Membership
 from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Neighbour, Node, SeatError, UnusableError, line, nobody
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict, Wait
@@ -63,6 +65,7 @@ class _Meeting:
 
     verdict: "Verdict.Outcome | None" = None  # COUNTED or PASSED, once; None while it is open
     tensors: Tensors | None = None
+    content: tuple[Incarnation, bytes] | None = None  # which start of the other end sent what first, as SHA-256
     pledged: bool = False  # the other end may have counted it: only its verdict can tell
     streams: int = 0  # through which payloads may be travelling now
     final: bool = False  # tried, and not to be tried again
@@ -89,7 +92,7 @@ class Swapper(Node):
     `agreed` is what must be the same at all peers. `patience_s` is how long a round waits for a neighbour. A planned
     fault cuts the wire itself: a dropped edge in the middle of its payload, a peer that is down for whoever calls.
     There is room for the calls of `seats` members, or as many as the roster has, if those are more. `known` is what
-    this peer knew of others when it last ran.
+    this peer knew of others when it last ran, `incarnation` which of its starts this is.
     """
 
     def __init__(
@@ -102,8 +105,9 @@ class Swapper(Node):
         insecure: bool = False,
         seats: int = 0,
         known: Mapping[int, Neighbour] | None = None,
+        incarnation: Incarnation | None = None,
     ) -> None:
-        super().__init__(membership, agreed, insecure=insecure, known=known)
+        super().__init__(membership, agreed, insecure=insecure, known=known, incarnation=incarnation)
         self._seats = max(seats, len(membership.current()[1].members))
         self._patience_s, self._faults = patience_s, faults
         self._step = 0
@@ -411,14 +415,17 @@ class Swapper(Node):
                 call.cancel()
             offer = self._offers.get(round)
         queue.put(Chunk(hello=self._hello(round, purpose)))
-        there, assembler, attached, why = 0, None, False, ""
+        speaks, why = Incarnation(), ""
+        there, assembler, attached = 0, None, False
         try:
             for chunk in call:
                 match kind(chunk):
                     case "hello":
                         there = chunk.hello.round
                         self._check_hello(client, chunk.hello)
+                        self._check_incarnation(client, chunk.hello)
                         self._saw(client, there)
+                        speaks = Incarnation(chunk.hello.incarnation, chunk.hello.nonce)
                         for roster in self._newer(chunk.hello):
                             queue.put(roster)
                     case "wait":
@@ -443,6 +450,7 @@ class Swapper(Node):
                         if not assembler.left_bytes:
                             received = assembler.data()
                             tensors = decode(received, offer.layout)
+                            self._check_content(client, meeting, speaks, received)
                             self._count_bytes(client, len(offer.data), len(received))
                             why = offer.check(client, tensors)
                             with self._changed:
@@ -536,6 +544,9 @@ class Swapper(Node):
                 yield Chunk(verdict=self._call_back(client))
             return
         self._check_hello(client, hello)
+        if not context.is_active():  # it may have been started again since
+            raise _GoneError
+        self._check_incarnation(client, hello)
         if hello.purpose != Hello.PING:
             self._saw(client, hello.round)
             with self._changed:  # who is further has gone on, with our verdicts or without
@@ -555,7 +566,8 @@ class Swapper(Node):
             yield Chunk(verdict=Verdict(outcome=Verdict.PASSED, round=self._round))
             return
         try:
-            outcome = yield from self._exchange(t, client, meeting, offer, requests, context)
+            speaks = Incarnation(hello.incarnation, hello.nonce)
+            outcome = yield from self._exchange(t, client, speaks, meeting, offer, requests, context)
         finally:
             with self._changed:
                 meeting.streams -= 1
@@ -594,7 +606,14 @@ class Swapper(Node):
                     del self._waiting[t, client]
 
     def _exchange(
-        self, t: int, client: int, meeting: _Meeting, offer: _Offer, requests: Iterator[Part], context: Any
+        self,
+        t: int,
+        client: int,
+        speaks: Incarnation,
+        meeting: _Meeting,
+        offer: _Offer,
+        requests: Iterator[Part],
+        context: Any,
     ) -> "Generator[Part, None, Verdict.Outcome]":
         """Send this end's payload while the other's comes, and return the verdict."""
         cut = any(
@@ -636,6 +655,7 @@ class Swapper(Node):
             raise WireError("says that it has what it was not sent")
         received = assembler.data()
         tensors = decode(received, offer.layout)
+        self._check_content(client, meeting, speaks, received)
         self._count_bytes(client, len(offer.data), len(received))
         why = offer.check(client, tensors)
         with self._changed:
@@ -647,6 +667,19 @@ class Swapper(Node):
                 meeting.tensors = tensors
                 self._unheard.add((t, client))
             return self._settle(meeting, Verdict.COUNTED)
+
+    def _check_content(self, client: int, meeting: _Meeting, speaks: Incarnation, received: memoryview) -> None:
+        """Raise CloneError where one start of the other end has sent something else for this round."""
+        if not speaks.number:
+            return
+        content = speaks, sha256(received).digest()
+        with self._changed:
+            if meeting.content is None or meeting.content[0] != speaks:
+                meeting.content = content
+            same = meeting.content == content
+        if not same:
+            said = f"start {speaks.number} sends two contents in one round"
+            self._refuse_clone(client, f"two processes with its key: {said}")
 
     def _has_heard(self, t: int, client: int) -> None:
         """Note that the caller has this end's verdict."""

@@ -215,6 +215,8 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "diagnostics": {},
         "seconds": {stage: fmean(record["seconds"].get(stage, 0.0) for record in records) for stage in stages},
         "evaluation": evaluation,
+        **{key: sum(record[key] for record in records) for key in ("failed_writes", "skipped")},
+        "not_mixed": chained("not_mixed"),
     }
 
 

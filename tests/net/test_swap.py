@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,9 @@ from peertune.errors import IdentityError
 from peertune.files import write_file
 from peertune.net import tls
 from peertune.net.codec import encode
+from peertune.net.incarnation import Incarnation
 from peertune.net.membership import Membership
-from peertune.net.node import METHOD
+from peertune.net.node import METHOD, Neighbour
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict
 from peertune.net.swap import Swapper
 from peertune.topology import GRAPHS
@@ -682,7 +683,7 @@ def test_a_revoked_peer_with_an_old_roster_learns_that_all_refuse_it_and_who_is_
 
         threading.Thread(target=forward, daemon=True).start()
         assert one[0].refusals([4]) == {}, "a port that is forwarded to nobody"
-        assert "Socket closed" in one[0].neighbours[4].problem
+        assert "refused" not in one[0].neighbours[4].problem, "it is there, and hangs up"
 
 
 def test_peers_that_differ_refuse_each_other(three: Federation) -> None:
@@ -690,3 +691,81 @@ def test_peers_that_differ_refuse_each_other(three: Federation) -> None:
         for swapper in (one | other).values():
             swapper.enter(0)
         assert one[0].refusals([1]) == {"peer-1": "seed differs: 0 at peer-0, 7 at peer-1"}
+
+
+# ---- two processes with one identity
+
+
+FIRST, COPY, LATER = Incarnation(1000, 1), Incarnation(1000, 2), Incarnation(1001, 3)
+
+
+def met(made: Federation, here: Swapper, incarnation: Incarnation | None, round: int, content: int) -> Neighbour | str:
+    """Have peer 1, of this start, swap `content` with peer 0 and stop; return what it knows then, or its problem."""
+    with peers(made, [1], incarnation=incarnation, patience_s=4.0) as there, ThreadPoolExecutor() as pool:
+        going = pool.submit(here.swap, round, payload(0, round), [1])
+        came = there[1].swap(round, payload(1, content), [0])
+        assert going.result(60).keys() == ({1} if came else set())
+        known = there[1].neighbours[0]
+        return known if came else known.problem
+
+
+def test_a_peer_that_is_started_again_makes_a_round_anew_with_other_contents(
+    three: Federation, caplog: pytest.LogCaptureFixture
+) -> None:
+    with peers(three, [0]) as swappers:
+        assert isinstance(met(three, swappers[0], FIRST, 0, content=0), Neighbour)
+        swappers[0].enter(1)
+        with peers(three, [1], incarnation=LATER) as again:  # from an older checkpoint
+            assert same(again[1].swap(0, payload(1, 9), [0])[0], payload(0))
+        assert isinstance(met(three, swappers[0], None, 1, content=1), Neighbour), "a version that does not say it"
+        known = swappers[0].neighbours[1]
+        assert (known.incarnation, known.nonce, known.clones) == (*asdict(LATER).values(), 0)
+    assert "two processes" not in caplog.text
+
+
+@pytest.mark.parametrize(("before", "after"), [(FIRST, COPY), (LATER, FIRST)])
+def test_a_copy_of_a_peer_is_refused_told_once_and_counted(
+    three: Federation, caplog: pytest.LogCaptureFixture, before: Incarnation, after: Incarnation
+) -> None:
+    with peers(three, [0], patience_s=4.0) as swappers:
+        assert isinstance(met(three, swappers[0], before, 0, content=0), Neighbour)
+        for t in (1, 2):
+            problem = met(three, swappers[0], after, t, content=t)
+            assert isinstance(problem, str)
+            assert problem.startswith("refuses (two processes with its key")
+        known = swappers[0].neighbours[1]
+        assert (known.incarnation, known.nonce) == (before.number, before.nonce)
+        assert known.clones >= 2
+        assert isinstance(met(three, swappers[0], before, 3, content=3), Neighbour), "who came first goes on"
+        said = [record.getMessage() for record in caplog.records]
+        assert len([line for line in said if line.startswith("peer-1: two processes with its key")]) == 1
+    with peers(three, [0], patience_s=4.0, known={1: replace(known)}) as again:
+        problem = met(three, again[0], after, 0, content=0)
+        assert isinstance(problem, str), "what was known outlives a restart"
+
+
+def test_one_start_that_sends_two_contents_for_a_round_is_a_copy_in_memory(three: Federation) -> None:
+    with peers(three, [0]) as swappers, ThreadPoolExecutor() as pool:
+        for t, number in ((0, 0), (1, 1000)):
+            going = offering(swappers[0], t, [2], pool)
+            answered = []
+            for content in (2, 2, 8):
+                data = encode(payload(2, content))
+                said = hello(t, incarnation=number, nonce=number)
+                answered += outcomes(call(three, 2, 0, iter([said, Chunk(total=len(data)), Chunk(data=data), HAVE])))
+            last = Verdict.REFUSED if number else Verdict.COUNTED
+            assert answered == [Verdict.COUNTED, Verdict.COUNTED, last]
+            assert same(going.result(20)[2], payload(2, 2)), "the first stays in use"
+            assert swappers[0].neighbours[2].clones == bool(number)
+
+
+def test_who_only_tries_whether_it_gets_through_says_nothing_of_its_start(three: Federation) -> None:
+    with peers(three, [0]) as swappers, peers(three, [1], incarnation=LATER) as there:
+        swappers[0].enter(0)
+        there[1].knock(0)
+        assert swappers[0].ask_rounds([1]) == {}
+        there[1].enter(0)
+        assert swappers[0].ask_rounds([1]) == {1: 0}
+        assert swappers[0].neighbours[1].incarnation == 1001
+        greeted = call(three, 2, 1, iter([hello(0, Hello.ECHO)]))[0].hello
+        assert (greeted.incarnation, greeted.nonce) == (0, 0)
