@@ -112,7 +112,9 @@ def simulate(name: str, clients: int, settings: dict[str, Any], rounds: int) -> 
     random = [float(ratio[:3].mean()) for ratio in shrunk]
     reached = next((t for t, left in enumerate(spread) if left[:3].mean() <= PER_CENT**2 * spread[0][:3].mean()), None)
     peak = _resident("VmHWM") - contacts.nbytes
-    by_rho = ceil(2 * log(PER_CENT) / log(value)) if value > 0 else 1
+    period = graph.period or 1
+    by_rho = ceil(2 * log(PER_CENT) / log(value)) if value > 1e-12 else period
+    bound = f"≤ {value:.6g}" if period == 1 else ""
     figures = [
         figure(f"making the graph ({where})", [making], "s"),
         figure(f"memory that it takes ({where})", [holding / 2**20], "MiB"),
@@ -127,7 +129,7 @@ def simulate(name: str, clients: int, settings: dict[str, Any], rounds: int) -> 
     figures += [
         figure(f"squared disagreement left by the first round ({where})", random[:1], "×", note="random start"),
         figure(f"the same by the trace of WᵀW ({where})", squares[:1], "×"),
-        figure(f"left by a later round ({where})", random[-1:], "×", f"≤ {value:.6g}", f"round {len(random)}; by rho"),
+        figure(f"left by a later round ({where})", random[-1:], "×", bound, f"round {len(random)}; by rho"),
     ]
     if graph.sides == (clients,):
         lost = [1 - float(ratio[3]) for ratio in shrunk]

@@ -141,7 +141,8 @@ def diagnostics(before: Before, after: Tensors, group: Group = ALONE) -> dict[st
 
     Returns `consensus_error_A`, `consensus_error_B`, `consensus_error_head` where there is a head, and `cross_term`,
     all after mixing; `mean_drift`, of the sent kinds, by mixing; and for each sent kind in which clients disagreed
-    `contraction_A` and so on, the squared consensus error after over that before: by gossip at most rho on average.
+    `contraction_A` and so on, the squared consensus error after over that before: by gossip at most rho on average,
+    where all rounds have one law.
     """
     mean = client_mean(after, group)
     found, crossed = _disagreement(after, mean, group)

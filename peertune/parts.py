@@ -19,7 +19,7 @@ from peertune.data.partition import PARTITIONS, counts
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
 from peertune.recipe import Part, Recipe, arguments
-from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, graph_near, rho, summary
+from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, graph_near, one_period, rho, summary
 from peertune.types import Algorithm, Split, Task
 
 log = logging.getLogger(__name__)
@@ -99,14 +99,17 @@ def label_counts(task: Task, split: Split, parts: Sequence[NDArray[np.int64]]) -
 
 
 def describe_graph(graph: Graph) -> dict[str, Any]:
-    """Return a graph's name and settings, its `GraphSummary`, and T* (None where it never mixes)."""
+    """Return a graph's name and settings, its `GraphSummary`, and T* (None where it never mixes).
+
+    Where rounds of different laws follow each other in a period, `one_period` says what the first leaves (see there).
+    """
     facts = summary(graph)
     try:
         interval: int | None = switching_interval(facts.rho)
     except RecipeError:  # no pair met in any draw
         interval = None
-    settings = {"name": graph.name, "activation": graph.activation, "weights": graph.weights}
-    return settings | vars(facts) | {"switching_interval": interval}
+    settings = {"name": graph.name, "activation": graph.activation, "weights": graph.weights, "period": graph.period}
+    return settings | vars(facts) | {"one_period": one_period(graph), "switching_interval": interval}
 
 
 def check_parts(recipe: Recipe) -> None:

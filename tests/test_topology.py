@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 
+from peertune.algorithms.schedules import switching_interval
 from peertune.draws import uniforms
 from peertune.errors import GraphError
+from peertune.parts import describe_graph
 from peertune.topology import (
     GRAPHS,
     WEIGHTS,
@@ -28,6 +30,7 @@ from peertune.topology import (
     mixing,
     mixing_weights,
     neighbourhoods,
+    one_period,
     pairs,
     partners_at,
     planned_weights,
@@ -422,7 +425,6 @@ def test_rho_of_known_and_of_drawn_rounds_follows_from_one_row_where_clients_mov
     rows, columns = np.divmod(np.arange(1, n), 40)
     grid = 1 - (4 - 2 * np.cos(2 * np.pi * rows / 30) - 2 * np.cos(2 * np.pi * columns / 40)) / 5
     assert rho(GRAPHS["torus"](clients=n, rows=30)) == pytest.approx((grid**2).max(), abs=1e-12)
-    assert rho(GRAPHS["exponential"](clients=2_048)) == pytest.approx(10 / 11)
     assert rho(GRAPHS["hypercube"](clients=2_048)) == pytest.approx((1 - 2 / 12) ** 2)
 
 
@@ -574,10 +576,57 @@ def test_rho_of_the_complete_graph_is_zero() -> None:
     assert rho(GRAPHS["complete"](clients=10)) == pytest.approx(0, abs=1e-12)
 
 
-def test_rho_of_the_exponential_graph_is_the_mean_over_its_period() -> None:
-    # The slowest disagreement lies between two halves whose numbers differ in one bit: one round of the log2 n removes
-    # it, the others leave it as it is.
-    assert rho(GRAPHS["exponential"](clients=8)) == pytest.approx(2 / 3)
+def test_rho_of_a_period_is_that_of_its_rounds_in_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "contacts.txt"
+    first, left, shown = [], [], []
+    for start in range(3):  # the same contacts, begun elsewhere: the long run can't tell
+        path.write_text("\n".join(f"{t},{(t + start) % 3},{(t + start) % 3 + 1}" for t in range(3)))
+        graph = GRAPHS["trace"](clients=4, path=path)
+        first.append(one_period(graph))
+        left.append(rho(graph))
+        shown.append(describe_graph(graph)["switching_interval"])
+        assert rho_draws(graph) == 0
+    assert left == pytest.approx([0.25 ** (1 / 3)] * 3)  # .63
+    assert first == pytest.approx([0.742954, 0.793701, 0.793701], abs=1e-6)
+    assert shown == [5, 5, 5]
+    assert [switching_interval(value) for value in first if value] == [6, 7, 7]
+
+
+def test_a_period_of_rounds_that_average_all_leaves_nothing() -> None:
+    for clients in (8, 2_048):
+        graph = GRAPHS["exponential"](clients=clients)
+        assert rho(graph) == pytest.approx(0, abs=1e-12)
+    assert one_period(GRAPHS["exponential"](clients=8)) == pytest.approx(0, abs=1e-12)
+    assert one_period(GRAPHS["ring"](clients=8)) is None
+
+
+def test_a_period_of_drawn_rounds_shrinks_the_second_moment_of_the_disagreement(tmp_path: Path) -> None:
+    path = tmp_path / "contacts.txt"
+    path.write_text("0,0,1\n1,1,2\n2,2,3\n")
+    certain, graph = (GRAPHS["trace"](clients=4, path=path, activation=p) for p in (1.0, 0.5))
+    both, apart = np.eye(16), np.kron(*[np.eye(4) - 1 / 4] * 2)
+    once = np.eye(4)
+    for t in range(3):  # each contact is kept or not, with the same probability
+        W = weights_at(certain, t).toarray()
+        both = (np.kron(W, W) / 2 + np.eye(16) / 2) @ both
+    assert rho(graph, 30_000) == pytest.approx(np.abs(np.linalg.eigvals(both @ apart)).max() ** (1 / 3), abs=2e-3)
+    for t in reversed(range(3)):
+        W = weights_at(certain, t).toarray()
+        once = W @ once @ W / 2 + once / 2
+    assert one_period(graph) == pytest.approx(np.linalg.eigvalsh(once - 1 / 4)[-1] ** (1 / 3), abs=2e-3)
+
+
+@pytest.mark.parametrize(("clients", "activation", "dense"), [(16, 0.5, 100), (64, 1.0, 50)])
+def test_rho_of_a_period_is_the_same_where_it_is_searched_for(
+    clients: int, activation: float, dense: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring = GRAPHS["ring"](clients=clients, activation=activation)
+    thirds = np.array_split(ring.edges_at(0), 3)
+    graph = replace(ring, period=3, edges_at=lambda t: thirds[t % 3], sides=())
+    directly = rho(graph, 90)
+    rho.cache_clear()
+    monkeypatch.setattr(mixing, "DENSE_CLIENTS", dense)
+    assert 1 - rho(graph, 90) == pytest.approx(1 - directly, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -623,8 +672,8 @@ def test_an_estimated_rho_agrees_with_the_formula_where_there_is_one() -> None:
 @pytest.mark.parametrize("weights", sorted(WEIGHTS))
 @pytest.mark.parametrize("activation", [0.4, 1.0])
 def test_rho_is_the_largest_eigenvalue_of_the_mean_of_the_rounds_themselves(weights: str, activation: float) -> None:
-    graph = GRAPHS["exponential"](clients=8, activation=activation, weights=weights)
-    draws = 30 if activation < 1 else 3
+    graph = GRAPHS["torus"](clients=8, activation=activation, weights=weights)
+    draws = 30 if activation < 1 else 1
     squares = [(W.T @ W).toarray() for W in (weights_at(graph, t) for t in range(draws))]
     assert rho(graph, draws) == pytest.approx(np.linalg.eigvalsh(np.mean(squares, axis=0) - 1 / 8)[-1])
 

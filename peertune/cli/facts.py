@@ -68,6 +68,8 @@ def graph(
     )
     print(f"activation, weights              {made.activation:g}, {made.weights}")
     print(f"rho                              {facts['rho']:.4f} ({how})")
+    if facts["one_period"] is not None:
+        print(f"the same of the first period     {facts['one_period']:.4f} (at most, of its {facts['period']} rounds)")
     print(f"spectral gap, 1 - rho            {facts['spectral_gap']:.4f}")
     print(f"T*, rounds between switches      {facts['switching_interval']}")
     print(f"mean neighbours per round        {facts['mean_neighbours']:.3f}")

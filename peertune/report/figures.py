@@ -149,7 +149,8 @@ OF_A_RUN: Mapping[str, _Kind] = {
     "contraction": _Kind(
         "Contraction against rho",
         "What a round's mixing left of the squared disagreement about a factor: 1 is nothing gained, 0 is full "
-        "agreement. For gossip the points' mean should be at most rho, the dashed line.",
+        "agreement. For gossip the points' mean should be at most rho, the dashed line; where different rounds follow "
+        "each other in a period, only in the long run.",
         run_figures.contraction,
     ),
 }

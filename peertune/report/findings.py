@@ -253,7 +253,12 @@ def _disagreement(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def worse_than_rho(seen: Facts) -> Finding | None:
-    """Measured contraction clearly above rho, its bound on average: edges fail, or the graph is not what was said."""
+    """Measured contraction clearly above rho, its bound on average: edges fail, or the graph is not what was said.
+
+    Where different rounds follow each other in a period, rho bounds none of them.
+    """
+    if seen.facts["graph"].get("period") not in (None, 1):
+        return None
     left, failed = seen.contraction, sum(len(record["failed_edges"]) for record in seen.records)
     if not seen.exchanges or len(left) < LEAST_ROUNDS or seen.method in NO_GOSSIP:
         return None

@@ -8,7 +8,7 @@ shrinks disagreement. `Fault` is what is planned to go wrong.
 
 from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, planned_weights
 from peertune.topology.graphs import GRAPHS
-from peertune.topology.mixing import rho, rho_draws, summary
+from peertune.topology.mixing import one_period, rho, rho_draws, summary
 from peertune.topology.near import graph_near, may_meet, neighbourhoods, partners_at, row_at
 from peertune.topology.weights import (
     WEIGHTS,
@@ -39,6 +39,7 @@ __all__ = [
     "may_meet",
     "mixing_weights",
     "neighbourhoods",
+    "one_period",
     "partners_at",
     "planned_weights",
     "rho",

@@ -1,15 +1,16 @@
 """How well a graph mixes."""
 
-from collections.abc import Iterator
-from functools import lru_cache
-from math import ceil
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from math import ceil, prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array
-from scipy.sparse.linalg import aslinearoperator
+from scipy.sparse import csr_array, vstack
+from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigs
 
+from peertune.draws import generator
 from peertune.topology.near import row_at
 from peertune.topology.pairs import MOST_PAIRED, pair_count
 from peertune.topology.weights import (
@@ -27,15 +28,22 @@ MOST_DRAWS = 100_000  # rounds drawn to estimate rho, where that is quick (alway
 LEAST_DRAWS = 16
 LEAST_MEETINGS = 1_000  # in all rounds drawn, up to 16: 3 % of the estimate of 1 - rho where clients seldom meet
 DRAWING_NS = 1e9  # the time that estimating rho may take, roughly; more clients get fewer draws
+IN_ORDER_WORK = 10_000_000_000  # entries that a period's product takes, up to which rho looks at the order of rounds
+ARNOLDI_STEPS = 40  # applications of a map in search of its largest eigenvalue, roughly
 CHUNK = 1_000_000  # edges and clients held at once while drawing many rounds
 
 
 @lru_cache(maxsize=16)  # it takes a second, and a method asks for it as well as a description of the graph
 def rho(graph: Graph, draws: int | None = None) -> float:
-    """Return `λ_max(E[WᵀW] - J)` in [0, 1], the factor by which a round of mixing shrinks the squared disagreement.
+    """Return in [0, 1] the factor by which a round of mixing shrinks the squared disagreement.
 
-    Exact, as the mean over a period, where every round is known before (`rho_draws` is 0); otherwise estimated from the
-    first `draws` rounds, `rho_draws(graph)` of them by default.
+    It is `λ_max(E[WᵀW] - J)` where all rounds have one law. Where they follow each other in a period of P rounds it is
+    the long run's: the spectral radius of `E[(W_P … W_1) ⊗ (W_P … W_1)]` on the disagreement, to the power 1 / P. A
+    period may leave more of the worst disagreement than the long run says, `one_period`; a round may leave all of it.
+
+    Exact where every round is known before (`rho_draws` is 0); otherwise estimated from the first `draws` rounds,
+    `rho_draws(graph)` of them by default. Of a period with an activation below 1 and more than 1,000 clients it is the
+    first formula's, with the mean over a period: as if its rounds came in random order.
 
     Where all clients are alike (`Graph.exchangeable`), `E[WᵀW] = a I + b J`, so rho is `(E tr WᵀW - 1) / (n - 1)` and
     the estimate is unbiased. Above 1,000 clients, where moving them round a grid changes nothing (`Graph.sides`), the
@@ -50,25 +58,45 @@ def rho(graph: Graph, draws: int | None = None) -> float:
     default = rho_draws(graph)
     exact = graph.period if default == 0 else None
     n, rounds = graph.clients, exact or draws or default
-    if graph.exchangeable and n > 1:
+    if _in_order(graph):
+        value = _long_run(graph, rounds)
+    elif graph.exchangeable and n > 1:
         value = (_mean_trace(graph, rounds) - 1) / (n - 1)
     elif n <= DENSE_CLIENTS:
         moment = _second_moment(graph, rounds)
         dense = moment if isinstance(moment, np.ndarray) else moment.toarray()
         value = np.linalg.eigvalsh(dense - 1 / n)[-1]
     elif graph.sides:
-        eigenvalues = np.fft.fftn(_first_row(graph, rounds, exact is not None).reshape(graph.sides)).real
-        value = eigenvalues.ravel()[1:].max()  # the first is J's, 1
+        value = _by_frequency(graph, _first_row(graph, rounds, exact is not None)).max()
     else:
         if exact:
             # The W of a known round may be dense (complete graph): it is applied twice, as forming WᵀW would cost n³.
-            stacked = aslinearoperator(stacked_weights(graph, range(rounds)))
-            moment = stacked.T @ stacked * (1 / rounds)
+            W = aslinearoperator(weights_at(graph, 0))
+            moment = W.T @ W
         else:
             moment = aslinearoperator(_second_moment(graph, rounds))
         ones = aslinearoperator(np.full((n, 1), n**-0.5))
         value = largest_eigenvalue(moment - ones @ ones.T, relative_to=1.0, tolerance=1e-4)
     return float(np.clip(value, 0.0, 1.0))
+
+
+def one_period(graph: Graph) -> float | None:
+    """Return what a round leaves of the worst squared disagreement, in the mean over the first period of P rounds.
+
+    It is `λ_max(E[ΦᵀΦ] - J)` to the power 1 / P, with `Φ = W_P … W_1`; at least `rho`. None where all rounds have one
+    law, above 1,000 clients, and where a neighbourhood alone is known.
+    """
+    n = graph.clients
+    if graph.known is not None or not _in_order(graph) or graph.period is None or n > DENSE_CLIENTS:
+        return None
+    if graph.activation == 1:
+        value = np.linalg.norm(_after_a_period(graph, np.eye(n)), 2) ** 2
+    else:
+        moment = np.eye(n) - 1 / n
+        for stacked in reversed(_draws_by_round(graph, rho_draws(graph))):
+            moment = _mean_square(stacked, moment)
+        value = np.linalg.eigvalsh(moment)[-1]
+    return float(np.clip(value, 0.0, 1.0) ** (1 / graph.period))
 
 
 def rho_draws(graph: Graph) -> int:
@@ -88,6 +116,8 @@ def rho_draws(graph: Graph) -> int:
     # Drawing an edge costs about 20 ns; a client with d active edges adds (d + 1)² products to WᵀW, about 5 ns each.
     neighbours = 2 * graph.activation * (pairs if graph.every_pair else len(graph.edges_at(0))) / n
     draw_ns = 20 * possible + 5 * n * (1 + neighbours) ** 2
+    if _in_order(graph):  # each draw is applied to matrices, 10 ns an entry
+        draw_ns += 10 * n**2 * (n**2 if n**2 <= DENSE_CLIENTS else ARNOLDI_STEPS)
     if graph.period is None:
         draw_ns += 40_000  # such edges are made one by one
     least = LEAST_DRAWS
@@ -115,6 +145,93 @@ def summary(graph: Graph) -> GraphSummary:
         spectral_gap=1 - value,
         draws=draws,
     )
+
+
+def _in_order(graph: Graph) -> bool:
+    """Whether rho looks at the order of rounds: they follow each other in a period, and it takes no minutes."""
+    if graph.period in (None, 1):
+        return False
+    n, period = graph.clients, graph.period or 1
+    if n > DENSE_CLIENTS:
+        return graph.activation == 1 and (bool(graph.sides) or period * n * ARNOLDI_STEPS <= IN_ORDER_WORK)
+    return period * n**2 <= IN_ORDER_WORK
+
+
+def _long_run(graph: Graph, rounds: int) -> float:
+    """Return the spectral radius, on the disagreement, of a period's `E[Φ ⊗ Φ]`, to the power of one over its length.
+
+    Of known rounds it is the square of that of Φ itself.
+    """
+    n, period = graph.clients, graph.period or 1
+    if graph.activation == 1 and n > DENSE_CLIENTS and graph.sides:  # all rounds have the same eigenvectors
+        each = (_by_frequency(graph, _dense(row_at(graph, 0, t), n)) for t in range(period))
+        radius = float(np.abs(prod(each)).max()) ** 2
+    elif graph.activation == 1:
+        radius = _spectral_radius(partial(_after_a_period, graph), n) ** 2
+    else:
+        drawn = _draws_by_round(graph, rounds)
+
+        def mean_square(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            moments = x.T.reshape(-1, n, n)
+            moments = moments - moments.mean(1, keepdims=True)
+            moments -= moments.mean(2, keepdims=True)
+            for stacked in drawn:
+                moments = np.stack([_mean_square(stacked, moment) for moment in moments])
+            return moments.reshape(x.T.shape).T
+
+        radius = _spectral_radius(mean_square, n * n)
+    return float(radius ** (1 / period))
+
+
+def _spectral_radius(apply: Callable[[NDArray[np.float64]], NDArray[np.float64]], size: int) -> float:
+    """Return the largest absolute eigenvalue of a linear map, which takes vectors `[size]` or columns `[size, k]`."""
+    if size <= DENSE_CLIENTS:
+        return float(np.abs(np.linalg.eigvals(apply(np.eye(size)))).max())
+    start = apply(generator(0, "eigenvector").standard_normal(size))
+    if np.linalg.norm(start) < 1e-12:
+        return 0.0
+    operator = LinearOperator((size, size), matvec=apply, dtype=np.float64)
+    found = eigs(operator, k=1, v0=start, ncv=ARNOLDI_STEPS, tol=1e-4, return_eigenvectors=False)
+    return float(np.abs(found).max())
+
+
+def _after_a_period(graph: Graph, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what a period of known rounds leaves of the disagreement of `x`, `[n]` or `[n, k]`."""
+    n = graph.clients
+    for stacked in _in_chunks(graph, graph.period or 1):
+        for start in range(0, stacked.shape[0], n):
+            x = stacked[start : start + n] @ (x - x.mean(axis=0))
+    return x
+
+
+def _draws_by_round(graph: Graph, rounds: int) -> list[csr_array]:
+    """Return for each round of a period its matrices in as many periods as `rounds` fill, below each other."""
+    n, period = graph.clients, graph.period or 1
+    periods = max(1, rounds // period)
+    drawn = csr_array(vstack(list(_in_chunks(graph, periods * period)), "csr"))
+    rows = np.arange(periods * period * n).reshape(periods, period, n)
+    return [csr_array(drawn[rows[:, t].ravel()]) for t in range(period)]
+
+
+def _mean_square(stacked: csr_array, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean of `W x Wᵀ` over the matrices `[R·n, n]` below each other; these are symmetric."""
+    n = len(x)
+    once = (stacked @ x).reshape(-1, n, n)  # each W x
+    beside = once.transpose(0, 2, 1).reshape(-1, n)  # each (W x)ᵀ, below each other
+    mean: NDArray[np.float64] = (stacked.T @ beside).T / len(once)
+    return mean
+
+
+def _by_frequency(graph: Graph, row: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the eigenvalues of a matrix that moving all clients round the grid leaves as it is, but for J's own, 1."""
+    eigenvalues: NDArray[np.float64] = np.fft.fftn(row.reshape(graph.sides)).real.ravel()[1:]
+    return eigenvalues
+
+
+def _dense(row: Mapping[int, float], n: int) -> NDArray[np.float64]:
+    values = np.zeros(n)
+    values[list(row)] = list(row.values())
+    return values
 
 
 def _by_rows(graph: Graph) -> bool:
