@@ -25,7 +25,7 @@ from peertune.data.batches import Encoded, encode_images, encode_text, training_
 from peertune.data.completions import encode_completions, encode_words
 from peertune.data.images import Images, prompts
 from peertune.errors import DataError, ModelError, RecipeError
-from peertune.evaluation import build_evaluation
+from peertune.evaluation import build_evaluation, evaluated_rows
 from peertune.memory import map_tensors_alone
 from peertune.models import Base, Purpose, load_base, load_processor, pick_device, pick_dtype
 from peertune.parts import (
@@ -74,6 +74,7 @@ class Run:
     labels: tuple[str, ...]  # names of the classes, by number
     held: list[list[int]]  # for each client, how many rows of each class it holds
     validation: list[int]  # how many rows of each class validate
+    evaluated: list[int]  # and how many of each of these are evaluated
     long: Mapping[str, int]  # for each split, how many rows were longer than `max_length`
 
     @cached_property
@@ -85,6 +86,7 @@ class Run:
             "graph": describe_graph(self.job.graph),
             "partition": {"labels": list(self.labels) or ["rows"], "rows": self.held},
             "validation": {"rows": sum(self.validation), "labels": self.validation if self.labels else []},
+            "evaluated": {"rows": sum(self.evaluated), "labels": self.evaluated if self.labels else []},
             "long_rows": dict(self.long),
             "parameters": {
                 "base": self.job.model.base.num_parameters(),  # type: ignore[operator]  # knows of 4 bits, too
@@ -173,6 +175,7 @@ def build(
         )
     if not len(held_out):
         raise DataError("training.long_rows: no row to validate on is short enough; raise training.max_length")
+    evaluated = evaluated_rows(recipe, held_out)
     together = clients_together(recipe)
     tokens = _tokens_per_pass(recipe, base, device)
     clients_per_pass = min(
@@ -202,7 +205,7 @@ def build(
             base,
             model,
             validation,
-            held_out,
+            evaluated,
             max_length=max_length,
             tokens=EVALUATION_FACTOR * tokens,
             together=together,
@@ -230,6 +233,7 @@ def build(
         task.classes,
         held=list(chain(*group.gather(label_counts(task, task.train, list(parts.values()))))),
         validation=label_counts(task, task.validation, [held_out])[0],
+        evaluated=label_counts(task, task.validation, [evaluated])[0],
         long=long,
     )
 

@@ -22,6 +22,14 @@ from peertune.types import Evaluation, Group, Task, Tensors, take
 log = logging.getLogger(__name__)
 
 
+def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return which of these `rows` of the validation split are evaluated: all, or the recipe's seeded subset."""
+    few = recipe.evaluate.rows
+    if few is None or few >= len(rows):
+        return rows
+    return np.sort(rows[draws.generator(recipe.seed, "evaluate").permutation(len(rows))[:few]])
+
+
 def build_evaluation(
     recipe: Recipe,
     task: Task,
@@ -38,13 +46,11 @@ def build_evaluation(
 ) -> Callable[[Tensors], Evaluation]:
     """Return what evaluates a stack `[K, …]`, and the average of all clients of the group where it is asked for.
 
-    `encoded` is the validation split, of which `rows` may be used. About `tokens` tokens go through the base at a time,
+    `encoded` is the validation split, of which `rows` are used. About `tokens` tokens go through the base at a time,
     in generation of up to `together` adapters; rows have `max_length` tokens at most.
 
     Raises RecipeError where the metric can't be had of this task or this base.
     """
-    if recipe.evaluate.rows is not None and recipe.evaluate.rows < len(rows):
-        rows = np.sort(rows[draws.generator(recipe.seed, "evaluate").permutation(len(rows))[: recipe.evaluate.rows]])
     labels = np.asarray(task.validation.labels)[rows]
     if task.metric in JUDGES:
         predict = _judged(recipe, task, base, model, encoded, rows, max_length, together)

@@ -149,6 +149,19 @@ class Recipe(_Block):
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
 
+NO_SETTINGS = (
+    "checkpoint.every",  # a run that is resumed ends in the same bits
+    "checkpoint.keep",
+    "report_to",
+    "training.tokens_per_pass",  # how batches are cut changes the order of sums, and results by rounding
+    "training.clients_per_pass",
+    "training.gradient_checkpointing",
+)
+"""Keys that change no result but by rounding: runs that differ only in these are runs of one recipe."""
+NO_SETTINGS_OF_A_SIMULATION = ("network.patience_s", "network.when_alone", "network.when_refused")
+"""The same where no peers wait for each other; among peers these decide which edges count."""
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML with the numbers of JSON, so `2e-3` is one, and `010` and `1:30` are text; no key may stand twice."""
 

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from peertune.report.runs import evaluated_labels
+
 Floats = NDArray[np.float64]
 Severity = Literal["problem", "notice", "good"]
 
@@ -35,7 +37,7 @@ INTERVAL_FACTOR = 2.0  # T* is a law up to a constant, and flat about its minimu
 HARDLY_RHO = 0.1  # below, clients all but agree after each round, and no phase is too short
 OUT_OF_PHASE = 0.05  # of client-rounds; a late report now and then does no harm
 ONE_CLASS = 0.98  # of the predictions
-LEAST_SKEW = 0.08  # by which the predictions' share must exceed the class's own in the validation set
+LEAST_SKEW = 0.08  # by which the predictions' share must exceed the class's own among the rows evaluated
 SPIKE = 3.0  # times a client's own running median; after a meeting a skewed client's loss may double
 SPIKE_WINDOW = 10  # rounds of the running median
 SPIKE_CLIENTS = 1 / 3  # of the clients at once: a meeting throws back one or two, a rate all
@@ -340,7 +342,7 @@ def out_of_phase(seen: Facts) -> Finding | None:
 
 def one_class(seen: Facts) -> Finding | None:
     """Clients whose model answers with one class."""
-    labels = np.array(seen.facts["validation"]["labels"], dtype=float)
+    labels = np.array(evaluated_labels(seen.recipe, seen.facts), dtype=float)
     if not seen.evaluated or not seen.evaluated[-1]["evaluation"]["top_share"] or labels.sum() == 0:
         return None
     expected, names = labels.max() / labels.sum(), seen.facts["partition"]["labels"]
@@ -356,7 +358,7 @@ def one_class(seen: Facts) -> Finding | None:
         "problem",
         "Some clients answer with one class",
         f"{_clients(stuck).capitalize()} of {len(shares)} gave {min(shares[k] for k in stuck):.0%} or more of their "
-        f"answers to one class, which is at most {expected:.0%} of the validation set. Their own rows: {named}"
+        f"answers to one class, which is at most {expected:.0%} of the rows evaluated. Their own rows: {named}"
         f"{', …' if len(stuck) > 3 else ''}.",
         "Let them hear more of the others: "
         + ("another algorithm.name than local, " if not seen.exchanges else "a higher graph.activation, more rounds, ")

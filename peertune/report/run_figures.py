@@ -28,7 +28,7 @@ from peertune.report.drawing import (
     thin,
     whole,
 )
-from peertune.report.runs import RunData
+from peertune.report.runs import RunData, evaluated_labels
 
 FACTORS = {"A": PALETTE[0], "B": PALETTE[1]}
 THREAD = "rgba(128,128,128,0.5)"  # of lines behind others
@@ -52,8 +52,8 @@ def score(run: RunData) -> go.Figure | None:
     drawn = _spread(rounds, clients, values, drawing.colour(run))
     if None not in average:
         drawn.append(line(rounds, average, "averaged adapter", drawing.colour(run), "round %{x}: %{y:.3f}", 2))
-    labels = run.facts.get("validation", {}).get("labels") or [0]
-    if metric([run]) == "accuracy" and sum(labels):
+    labels = evaluated_labels(run.recipe, run.facts)
+    if metric([run]) == "accuracy" and any(labels):
         constant = max(labels) / sum(labels)
         ends = {
             "x": rounds[[0, -1]],

@@ -18,7 +18,7 @@ import yaml
 
 from peertune import tracking
 from peertune.errors import RunError
-from peertune.recipe import flat
+from peertune.recipe import NO_SETTINGS, NO_SETTINGS_OF_A_SIMULATION, flat
 
 log = logging.getLogger(__name__)
 
@@ -160,15 +160,16 @@ def _joined(parts: Sequence[RunData], folder: Path) -> RunData:
     first, peers = parts[0], [part.facts["peers"][0] for part in parts]
     rounds = sorted({record["round"] for part in parts for record in part.records})
     by_round = [{record["round"]: record for record in part.records} for part in parts]
-    validation = [part.facts.get("validation") for part in parts]
     environments = [part.environment for part in parts]
     facts = {key: value for key, value in first.facts.items() if key != "peer"} | {"peers": peers}
     if "partition" in facts:
         rows = [row for part in parts for row in part.facts["partition"]["rows"]]
         facts["partition"] = facts["partition"] | {"rows": rows}
-    if any(other != validation[0] for other in validation):  # each has its own
-        labels = [sum(counts) for counts in zip(*(own["labels"] for own in validation if own), strict=True)]
-        facts["validation"] = {"rows": sum(own["rows"] for own in validation if own), "labels": labels}
+    for split in ("validation", "evaluated"):
+        own = [part.facts[split] for part in parts if split in part.facts]
+        if any(other != own[0] for other in own):  # each has its own
+            labels = [sum(counts) for counts in zip(*(held["labels"] for held in own), strict=True)]
+            facts[split] = {"rows": sum(held["rows"] for held in own), "labels": labels}
     return RunData(
         folder,
         first.name,
@@ -225,8 +226,26 @@ def settings(run: RunData) -> dict[str, Any]:
     return flat(run.recipe)
 
 
+def evaluated_labels(recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> list[int]:
+    """Return how many of the rows that are evaluated have each class; [] of values, and where a run does not say it.
+
+    A run without `evaluated` among its facts says it only where it evaluates all of its validation rows.
+    """
+    validation, few = facts.get("validation", {}), recipe.get("evaluate", {}).get("rows")
+    all_of_them = {} if few is not None and few < validation.get("rows", 0) else validation
+    return list(facts.get("evaluated", all_of_them).get("labels", []))
+
+
 def varying(runs: Sequence[RunData]) -> list[str]:
-    """Return the keys in which the runs differ, sorted; the seed is none of them."""
+    """Return the settings in which the runs differ, sorted; neither the seed nor what can't change a number is one."""
+    none = {"seed", *NO_SETTINGS}
+    if not any(run.facts.get("peers") for run in runs):
+        none |= set(NO_SETTINGS_OF_A_SIMULATION)
+    return [key for key in different(runs) if key not in none]
+
+
+def different(runs: Sequence[RunData]) -> list[str]:
+    """Return all keys in which the runs differ, sorted."""
     found = [settings(run) for run in runs]
-    keys = sorted({key for values in found for key in values} - {"seed"})
+    keys = sorted({key for values in found for key in values})
     return [key for key in keys if any(values.get(key) != found[0].get(key) for values in found)]

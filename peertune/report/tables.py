@@ -10,7 +10,7 @@ from scipy import stats
 
 from peertune.data.scores import LOWER_IS_BETTER
 from peertune.errors import RunError, unknown
-from peertune.report.runs import RunData, settings, varying
+from peertune.report.runs import RunData, different, settings, varying
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ mean, min, max: the clients' own models at the end; best: the best mean of all r
 the end, best average: at its best; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a
 client in the whole run; s: seconds"""
 _INTERVAL = "algorithm.switch_every"
-_AUTOMATIC = ("device", "model.dtype", "training.tokens_per_pass")
+_AUTOMATIC = ("device", "model.dtype")
 """Keys in which runs of one recipe may differ, by machine."""
 _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 """Keys in which runs may differ without being runs of different things."""
@@ -170,7 +170,7 @@ def _check_members(members: Sequence[RunData], by: Sequence[str]) -> None:
     for place, seed in enumerate(seeds):
         if seed in seeds[:place]:
             twins = [members[seeds.index(seed)], members[place]]
-            differ = varying(twins)
+            differ = different(twins)
             hint = f"they differ in {', '.join(differ)}: put that into --by" if differ else "give each run once"
             raise RunError(f"{twins[0].name} and {twins[1].name} have the same seed, {seed}; {hint}")
     pooled = [key for key in varying(members) if key not in (*by, *_AUTOMATIC, _INTERVAL)]
@@ -192,22 +192,45 @@ def _pair(rows: Sequence[dict[str, Any]], keys: Sequence[str], reference: str) -
     if key is None:
         values = sorted({str(value) for row in rows for value in row["by"].values()})
         raise RunError(f"--paired-with: no run has {reference}; choose from {', '.join(values)}")
-    block = key.partition(".")[0]
-
-    def agree(row: Row, other: Row) -> bool:
-        """Whether the two agree in all other keys; a setting of the same block may be one that one of them lacks."""
-        pairs = ((k, row["by"][k], other["by"][k]) for k in keys if k != key)
-        return all(a == b or (k.partition(".")[0] == block and None in (a, b)) for k, a, b in pairs)
-
     references = [row for row in rows if str(row["by"][key]) == reference]
+    alone = []
     for row in rows:
-        partners = [other for other in references if agree(row, other)]
+        partners = [other for other in references if not _apart(row, other, key)]
         if len(partners) > 1:
             raise RunError(
                 f"--paired-with: {reference} stands in {len(partners)} rows that {row['by']} could be paired with; "
                 "compare fewer runs, or choose --by"
             )
         row["paired"] = _paired(row, partners[0]) if partners and partners[0] is not row else None
+        if not partners:
+            alone.append(_in_the_way(row, references, key))
+        elif row["paired"] and not set(row["seeds"]) & set(partners[0]["seeds"]):
+            alone.append(f"{_named(row)} has seeds {row['seeds']}, and {_named(partners[0])} {partners[0]['seeds']}")
+    if len(references) == len(rows):
+        raise RunError(f"--paired-with: all rows have {key}={reference}; give runs of another value as well")
+    if len(alone) == len(rows) - len(references):
+        raise RunError(f"--paired-with: nothing pairs with {reference}: {'; '.join(alone)}")
+    for why in alone:
+        log.warning("--paired-with: %s; it is left out", why)
+
+
+def _apart(row: Row, other: Row, key: str) -> list[str]:
+    """Return the other keys in which two rows differ; one of the same block may be a setting that one of them lacks."""
+    block = key.partition(".")[0]
+    pairs = [(k, row["by"][k], other["by"][k]) for k in row["by"] if k != key]
+    return [k for k, a, b in pairs if a != b and not (k.partition(".")[0] == block and None in (a, b))]
+
+
+def _in_the_way(row: Row, references: Sequence[Row], key: str) -> str:
+    """Say in which settings the nearest of the references differs from a row that has no partner."""
+    nearest = min(references, key=lambda other: len(_apart(row, other, key)))
+    keys = _apart(row, nearest, key)
+    told = ", ".join(f"{k} is {row['by'][k]} here and {nearest['by'][k]} there" for k in keys)
+    return f"{_named(row)} and {_named(nearest)} differ: {told}"
+
+
+def _named(row: Row) -> str:
+    return str(row["runs"][0]) + (f" and {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else "")
 
 
 def _paired(row: Row, partner: Row) -> dict[str, dict[str, Any]]:

@@ -67,6 +67,9 @@ def make(
                 }
                 if due
                 else None,
+                "failed_writes": 0,
+                "skipped": 0,
+                "not_mixed": [],
             }
         )
     algorithm = {"name": method} | ({} if switch_every is None else {"switch_every": switch_every})

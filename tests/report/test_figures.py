@@ -54,6 +54,15 @@ def test_scores_are_the_records_own(make_run: Any) -> None:
     assert trace(figure, "always the commonest class").y[0] == 0.5
 
 
+def test_the_constant_answer_is_scored_on_the_rows_that_are_evaluated_or_not_at_all(make_run: Any) -> None:
+    run = make_run()
+    run.facts["evaluated"] = {"rows": 60, "labels": [45, 15, 0]}
+    assert trace(drawn(run)["score"], "always the commonest class").y == (0.75, 0.75)
+    del run.facts["evaluated"]
+    run.recipe["evaluate"] = {"rows": 60}  # of 180, and nobody knows which
+    assert "always the commonest class" not in [each.name for each in drawn(run)["score"].data]
+
+
 def test_phases_are_shaded_where_factors_train_in_turn_and_only_there(make_run: Any) -> None:
     shapes = drawn(make_run(rounds=10, switch_every=4))["consensus"].layout.shapes
     assert sorted((shape.x0, shape.x1, shape.name) for shape in shapes) == [

@@ -147,9 +147,17 @@ def test_clients_whose_reports_do_not_arrive_are_out_of_phase(tmp_path: Path) ->
 
 
 def test_clients_that_answer_with_one_class_are_named_with_their_rows() -> None:
-    findings = found(lived("clients=5", "partition={name: disjoint_labels}", "algorithm.name=local", "rounds=12"))
+    alone = ("clients=5", "partition={name: disjoint_labels}", "algorithm.name=local", "rounds=12")
+    findings = found(lived(*alone))
     assert "algorithm.name" in findings["one_class"].advice
     assert "100% 5 for client 0" in findings["one_class"].text
+    _, facts, records = lived(*alone)
+    last, labels = records[-1]["evaluation"], facts["evaluated"]["labels"]
+    assert (facts["evaluated"]["rows"], sum(labels), facts["validation"]["rows"]) == (last["rows"], 60, 180)
+    stuck = [score for score, share in zip(last["clients"], last["top_share"], strict=True) if share == 1]
+    assert stuck
+    assert set(stuck) <= {count / 60 for count in labels}  # each has one class's rows right, and no other
+    assert f"at most {max(labels) / 60:.0%} of the rows evaluated" in findings["one_class"].text
     assert findings["no_exchange"].severity == "notice"
     assert findings.keys() == {"one_class", "no_exchange"}  # disagreement is not what is wrong
 

@@ -90,6 +90,24 @@ def test_a_partner_agrees_in_all_other_blocks() -> None:
     assert found["tad_lora", 0.5]["mean"]["difference"] == pytest.approx(0.06)
 
 
+def test_traffic_and_time_are_of_the_whole_run_and_disagreement_is_the_last() -> None:
+    run = made("a", [(0.5, 0.5), (0.6, 0.6), (0.7, 0.7)])
+    for record, sent, seconds, error in zip(run.records, (1, 2, 6), (1.0, 2.0, 6.0), (4.0, 3.0, 0.5), strict=True):
+        record["bytes_sent"] = [sent * 1_000_000, sent * 3_000_000]
+        record["seconds"] = {"train": seconds, "mix": 0.5}
+        record["diagnostics"]["consensus_error_A"] = error
+    row = tables.summarise(run.records)
+    assert (row["rounds"], row["megabytes_sent"], row["seconds"]) == (3, 18.0, 10.5)
+    assert (row["consensus_error_A"], row["cross_term"]) == (0.5, 0.25)
+    assert (row["mean"], row["min"], row["max"], row["std"]) == pytest.approx((0.7, 0.6, 0.8, 0.1))
+
+
+def test_a_client_that_was_there_in_some_rounds_counts_among_those_that_sent() -> None:
+    run = made("a", [(0.5, 0.5), (0.6, 0.6)])
+    run.records[1] |= {"clients": [1], "bytes_sent": [2_000_000]}
+    assert tables.summarise(run.records)["megabytes_sent"] == 3.0
+
+
 def test_one_seed_has_no_spread_and_a_run_without_evaluation_no_score() -> None:
     (row,) = tables.compare([METHODS[0]])
     assert row["by"] == {"algorithm.name": "dec_lora"}
@@ -177,6 +195,53 @@ def test_a_reference_that_is_several_rows_is_refused() -> None:
     adf = [made(f"t{t}", [(0.5, 0.5)], algorithm={"name": "adf_lora", "switch_every": t}) for t in (3, 5)]
     with pytest.raises(RunError, match="--paired-with: adf_lora stands in 2 rows that"):
         tables.compare([METHODS[0], *adf], paired_with="adf_lora")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"report_to": ["wandb"]},
+        {"checkpoint": {"every": 1, "keep": 9}},
+        {"network": {"patience_s": 1.0, "when_alone": "wait", "when_refused": "train"}},
+        {"training": {"tokens_per_pass": 99, "clients_per_pass": 2, "gradient_checkpointing": True}},
+    ],
+)
+def test_what_can_not_change_a_number_tears_no_seeds_apart(
+    caplog: pytest.LogCaptureFixture, settings: dict[str, Any]
+) -> None:
+    alike = made("other", [(0.5, 0.5)], seed=1, **settings)
+    (row,) = tables.compare([METHODS[0], alike])
+    assert row["seeds"] == [0, 1]
+    rows = tables.compare([METHODS[0], alike, METHODS[3]], paired_with="dec_lora")
+    assert rows[1]["paired"]["mean"]["seeds"] == 1
+    assert caplog.messages == []
+    assert [row["by"] for row in tables.compare([METHODS[0], alike], by=["seed"])] == [{"seed": 0}, {"seed": 1}]
+
+
+def test_how_long_peers_wait_is_a_setting_of_theirs() -> None:
+    waited = [made(f"{s}", [(0.5, 0.5)], network={"patience_s": s, "bound": s > 1}) for s in (1.0, 9.0)]
+    assert [row["by"] for row in tables.compare(waited)] == [{"network.bound": False}, {"network.bound": True}]
+    for run in waited:
+        run.facts["peers"] = [{"client": 0, "name": "a", "federation": "f"}]
+    assert tables.compare(waited)[0]["by"] == {"network.bound": False, "network.patience_s": 1.0}
+
+
+def test_a_pairing_that_finds_no_pair_says_what_stands_in_the_way(caplog: pytest.LogCaptureFixture) -> None:
+    sparse = made("s", [(0.5, 0.5)], graph__activation=0.1, algorithm__name="tad_lora")
+    with pytest.raises(RunError) as caught:
+        tables.compare([METHODS[0], sparse], paired_with="dec_lora")
+    assert str(caught.value) == (
+        "--paired-with: nothing pairs with dec_lora: s and a0 differ: graph.activation is 0.1 here and 0.5 there"
+    )
+    rows = tables.compare([METHODS[0], METHODS[3], sparse], paired_with="dec_lora")
+    assert [row["paired"] is None for row in rows] == [True, False, True]
+    assert caplog.messages == [
+        "--paired-with: s and a0 differ: graph.activation is 0.1 here and 0.5 there; it is left out"
+    ]
+    with pytest.raises(RunError, match=r"nothing pairs with dec_lora: b1 has seeds \[1\], and a0 \[0\]"):
+        tables.compare([METHODS[0], METHODS[4]], paired_with="dec_lora")
+    with pytest.raises(RunError, match=r"all rows have algorithm\.name=dec_lora; give runs of another value as well"):
+        tables.compare(METHODS[:3], paired_with="dec_lora")
 
 
 def test_a_row_that_holds_more_than_seeds_is_named(caplog: pytest.LogCaptureFixture) -> None:
