@@ -29,6 +29,7 @@ from peertune.evaluation import build_evaluation, evaluated_rows
 from peertune.memory import map_tensors_alone
 from peertune.models import Base, Purpose, load_base, load_processor, pick_device, pick_dtype
 from peertune.parts import (
+    beyond_defaults,
     build_algorithm,
     build_faults,
     build_graph,
@@ -241,7 +242,8 @@ def build(
 def agreed(run: Run) -> dict[str, str]:
     """Return what must be the same at all peers of a run: name → value, or digest of what is long.
 
-    The base's weights count as they are in bfloat16, so that peers may hold them in different precision.
+    What has its default is left out, so that two versions, of which one lacks a setting, agree where it changes
+    nothing. The base's weights count as they are in bfloat16, so that peers may hold them in different precision.
     """
     recipe, job = run.resolved, run.job
     base = sha256()
@@ -257,16 +259,16 @@ def agreed(run: Run) -> dict[str, str]:
 
     return {
         "adapters": sha256(json.dumps(adapters, sort_keys=True).encode()).hexdigest()[:16],
-        "algorithm": json.dumps(recipe.algorithm.model_dump(), sort_keys=True),
+        "algorithm": json.dumps(beyond_defaults("algorithm", recipe.algorithm), sort_keys=True),
         "base": base.hexdigest()[:16],
         "clients": str(recipe.clients),
         "edges": digest(job.graph),
-        "graph": json.dumps(recipe.graph.model_dump(), sort_keys=True),
+        "graph": json.dumps(beyond_defaults("graph", recipe.graph), sort_keys=True),
         "labels": short(run.labels),
-        "lora": json.dumps(recipe.lora.model_dump(exclude={"lora_dropout"}), sort_keys=True),
+        "lora": json.dumps(recipe.lora.model_dump(exclude={"lora_dropout"}, exclude_defaults=True), sort_keys=True),
         "rounds": str(recipe.rounds),
         "seed": str(recipe.seed),
-        "task": short([run.asked[part] for part in ("form", "words", "templates")]),
+        "task": short({part: run.asked[part] for part in ("form", "words", "templates") if run.asked[part]}),
     } | ({} if recipe.network.bound else {"bound": "off"})
 
 

@@ -43,8 +43,24 @@ def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:
 
 
 def graph_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return what the recipe says of its graph, defaults written out: all from which it follows but files' contents."""
-    return {**_complete(recipe, "graph").model_dump(), "clients": recipe.clients, "seed": recipe.seed}
+    """Return what the recipe says of its graph beyond defaults: all from which it follows but files' contents."""
+    return {**beyond_defaults("graph", recipe.graph), "clients": recipe.clients, "seed": recipe.seed}
+
+
+def beyond_defaults(where: str, part: Part) -> dict[str, Any]:
+    """Return a part's name and those settings that are not their defaults, by key: what it is in every version.
+
+    A version that lacks a setting makes of the part what one that has it makes of its default.
+    """
+    defaults = part_defaults(where, part.name)
+    return {"name": part.name} | {key: value for key, value in part.settings.items() if value != defaults.get(key)}
+
+
+def part_defaults(where: str, name: str) -> dict[str, Any]:
+    """Return the defaults of a part's settings; {} of a name that is none."""
+    table, given = _TABLES[where]
+    parameters = inspect.signature(table[name]).parameters.values() if name in table else ()
+    return {p.name: p.default for p in parameters if p.name not in given and p.default is not p.empty}
 
 
 def build_task(recipe: Recipe) -> Task:

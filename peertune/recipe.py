@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
@@ -262,6 +263,14 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+@cache
+def block_defaults() -> Mapping[str, Any]:
+    """Return the defaults of what a recipe may leave out, by dotted key, as `resolved.yaml` has them."""
+    needed = {"model": {"name": ""}, "task": {"name": ""}, "clients": 1, "algorithm": {"name": ""}, "rounds": 1}
+    found = flat(Recipe.model_validate(needed).model_dump(mode="json"))
+    return {key: value for key, value in found.items() if key not in flat(needed)}
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     runs/<name>/
       recipe.yaml  resolved.yaml  environment.json     what was asked, what was run, on what
-      facts.json                                       what follows from the recipe: rho, who holds what, sizes
+      facts.json                                       its format, what follows from the recipe: rho, who holds what
       adapter/                                         what all adapters share: PEFT's config, head, labels
       rounds.jsonl                                     a RoundRecord a line: the truth; all else derives from it
       rounds/round-000012.safetensors                  its long lists, where it has any: of over 1,000 clients or edges
@@ -46,6 +46,9 @@ if TYPE_CHECKING:  # PEFT takes seconds to import, and most commands only read
 
 log = logging.getLogger(__name__)
 
+FORMAT = 1
+"""Of run directories and checkpoints, in `facts.json` and `meta.json`: grows when a version that does not know a change
+would misread them. All up to this one are read. Those without a number count as 0, and are as those of 1."""
 LONGEST_LIST = 1_000
 """Values up to which a list of a record stands in its line of `rounds.jsonl`; longer ones go to a file beside it."""
 _NUMBERS = ("clients", "edges", "failed_edges", "not_mixed", "out_of_phase")
@@ -110,7 +113,7 @@ def create(
         (beside / "recipe.yaml").write_text(recipe, encoding="utf-8")
         (beside / "resolved.yaml").write_text(resolved, encoding="utf-8")
         (beside / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-        (beside / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (beside / "facts.json").write_text(json.dumps({"format": FORMAT, **facts}, indent=2) + "\n")
         (beside / "adapter").mkdir()
         save_config(beside / "adapter", lora)
         shared = save({name: value.cpu().contiguous() for name, value in head.items()})
@@ -120,11 +123,28 @@ def create(
 
 
 def resolved(folder: Path) -> Path:
-    """Return the file of what was run. Raises RunError where the folder is none of a run."""
+    """Return the file of what was run. Raises RunError where the folder is no run, or one of a later format."""
     file = folder / "resolved.yaml"
     if not file.is_file():
         raise RunError(f"{folder}: is no run, it holds no resolved.yaml; give the folder of one")
+    check_format(folder, _facts(folder))
     return file
+
+
+def check_format(what: Path, said: Mapping[str, Any]) -> None:
+    """Raise RunError where a run or a checkpoint says that it is of a format that this version does not read."""
+    number = said.get("format", 0)
+    if type(number) is not int or not 0 <= number <= FORMAT:
+        raise RunError(f"{what}: is of format {number!r}, and this version reads 0 to {FORMAT}; use a newer peertune")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """Return what `facts.json` says; {} where it can't be read."""
+    try:
+        found = json.loads((folder / "facts.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def append(folder: Path, record: RoundRecord) -> None:
@@ -267,7 +287,8 @@ def save_checkpoint(folder: Path, state: State, keep: int, clients: Sequence[int
         (beside / name).write_bytes(data)
         shards = group.gather(shard)
         if group.rank == 0:
-            (beside / "meta.json").write_text(json.dumps({"round": state.round, "shards": shards}) + "\n")
+            meta = {"format": FORMAT, "round": state.round, "shards": shards}
+            (beside / "meta.json").write_text(json.dumps(meta) + "\n")
     if group.rank > 0:
         return
     unfinished = (folder / "checkpoints").glob(".round-*")  # of a process that was killed
@@ -285,8 +306,8 @@ def load_checkpoint(
     """Return the state of these clients, or of all, in the newest whole checkpoint, or None where there is none yet.
 
     It is on the CPU. A checkpoint that is damaged, or whose part that another process of the group reads is, is passed
-    over with a warning. Raises RunError where all are damaged, or where the newest does not fit the state `like` that
-    the run starts from.
+    over with a warning. Raises RunError where all are damaged, or where the newest is of a later format or does not fit
+    the state `like` that the run starts from.
     """
     (found, *_) = group.gather([str(checkpoint) for checkpoint in _checkpoints(folder)])
     for checkpoint in map(Path, found):
@@ -309,7 +330,8 @@ def load_checkpoint(
 
 def _read_checkpoint(checkpoint: Path, clients: Sequence[int] | None) -> State:
     """Return the state of these clients, or of all, out of the shards that hold them."""
-    meta = json.loads((checkpoint / "meta.json").read_text())
+    meta = dict(json.loads((checkpoint / "meta.json").read_text()))
+    check_format(checkpoint, meta)
     held = [list(map(int, shard["clients"])) for shard in meta["shards"]]
     places = {client: place for place, client in enumerate(sorted(chain(*held)) if clients is None else clients)}
     parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "signals": {}}
@@ -398,10 +420,7 @@ def export_all(run: Path, state: State, clients: Sequence[int], group: Group = A
 
 def peer(run: Path) -> dict[str, Any] | None:
     """Return which client of which federation a peer's run is of; None for a simulation."""
-    try:
-        found = json.loads((run / "facts.json").read_text()).get("peer")
-    except (OSError, ValueError, AttributeError):
-        return None
+    found = _facts(run).get("peer")
     return found if isinstance(found, dict) else None
 
 

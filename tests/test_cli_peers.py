@@ -21,7 +21,7 @@ from peertune.net.membership import Membership
 from peertune.net.own import Own
 from peertune.net.roster import sign_roster
 from peertune.net.swap import Swapper
-from peertune.parts import build_graph, graph_settings
+from peertune.parts import build_graph, graph_settings, part_defaults
 from peertune.recipe import load_recipe
 from peertune.topology import GraphSummary, Neighbourhood
 
@@ -218,7 +218,8 @@ def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mi
     with ca.opened(two.parties.ca) as authority:
         for client in range(2):
             known = Neighbourhood(client, "erdos_renyi", "0123", (np.array([[0, 1]]),), (), told)
-            own = Own(graph_settings(recipe), known)
+            defaults = part_defaults("graph", "erdos_renyi") if client else {}  # older rosters have them written out
+            own = Own(defaults | graph_settings(recipe), known)
             raw = sign_roster(authority.key, authority.certificate, 7, authority.members, own=own)
             two.own(client, "told").write_bytes(raw)
     for facts in meet(two, mine, "told", *settings):

@@ -480,7 +480,7 @@ def test_a_new_run_holds_what_was_asked_and_where_it_runs(run: Path) -> None:
     assert (run / "recipe.yaml").read_text(encoding="utf-8") == "# naïve\nrounds: 3\n"
     assert (run / "resolved.yaml").read_text() == "rounds: 3\n"
     assert json.loads((run / "environment.json").read_text()) == {"torch": "2"}
-    assert json.loads((run / "facts.json").read_text()) == {"graph": {"rho": 0.5}}
+    assert json.loads((run / "facts.json").read_text()) == {"format": tracking.FORMAT, "graph": {"rho": 0.5}}
     assert tracking.records(run) == []
     assert [path.name for path in run.parent.iterdir()] == ["one"]
 

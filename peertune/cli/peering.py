@@ -210,6 +210,9 @@ def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membe
 
 def _check_graph(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise RecipeError where the roster is for another graph than the recipe's, and say in what."""
+    from peertune.parts import part_defaults
+
+    there, here = (part_defaults("graph", str(said.get("name"))) | dict(said) for said in (there, here))
     differ = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
     if differ:
         asked, issued = (", ".join(f"{key} {said[key]}" for key in differ if key in said) for said in (here, there))

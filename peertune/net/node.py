@@ -21,7 +21,7 @@ from peertune.net.roster import MAX_ROSTER_BYTES, Member
 
 log = logging.getLogger(__name__)
 
-PROTOCOL = 1
+PROTOCOL = 2
 SERVICE = "peertune.v1.Peer"
 METHOD = f"/{SERVICE}/Swap"
 MESSAGE_BYTES = MAX_ROSTER_BYTES + 2**16  # the longest is a roster

@@ -18,7 +18,7 @@ import yaml
 
 from peertune import tracking
 from peertune.errors import RunError
-from peertune.recipe import NO_SETTINGS, NO_SETTINGS_OF_A_SIMULATION, flat
+from peertune.recipe import NO_SETTINGS, NO_SETTINGS_OF_A_SIMULATION, block_defaults, flat
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ def _read(folder: Path, name: str) -> RunData:
         raise RunError(
             f"{folder}: its resolved.yaml, facts.json or environment.json is missing or damaged; restore it"
         ) from None
+    tracking.check_format(folder, facts)
     peer = facts.get("peer")
     if isinstance(peer, dict) and peer.keys() >= {"client", "name", "federation"}:
         facts["peers"] = [peer]
@@ -222,8 +223,11 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def settings(run: RunData) -> dict[str, Any]:
-    """Return the recipe by dotted key: `graph.activation`, `algorithm.name`, `seed`."""
-    return flat(run.recipe)
+    """Return the recipe by dotted key: `graph.activation`, `algorithm.name`, `seed`.
+
+    A key that the run's version lacked has its default.
+    """
+    return {**block_defaults(), **flat(run.recipe)}
 
 
 def evaluated_labels(recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> list[int]:

@@ -207,6 +207,24 @@ def test_peers_with_other_classes_are_told_apart_however_many_there_are() -> Non
     assert len(labels(*many)) < 200  # messages show it whole
 
 
+def test_what_has_its_default_is_no_part_of_what_must_agree() -> None:
+    plain = [
+        "graph={name: complete}",
+        "algorithm={name: tad_lora, switch_every: adaptive}",
+        "lora={target_modules: [q_proj]}",
+    ]
+    written = [*plain, "graph.weights=metropolis", "algorithm.window_rounds=40", "lora.r=8", "lora.lora_alpha=16"]
+    said, same, other = (
+        agreed(build(load_recipe("digits-demo", [*recipe(4, "float32"), *overrides]), [0]))
+        for overrides in (plain, written, [*written, "graph.weights=uniform", "algorithm.window_rounds=41", "lora.r=9"])
+    )
+    assert said == same
+    assert said["algorithm"] == '{"name": "tad_lora", "switch_every": "adaptive"}'
+    assert (said["graph"], said["lora"]) == ('{"name": "complete"}', '{"target_modules": ["q_proj"]}')
+    assert said["task"] == '{"form": "classify"}'
+    assert {name for name in said if said[name] != other[name]} == {"algorithm", "graph", "lora", "adapters"}
+
+
 def test_the_table_of_what_must_agree_names_all_of_it() -> None:
     page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
     table = re.search(r"^`agreed` holds these texts.*?\n\n(\|.*?)\n\n", page, re.MULTILINE | re.DOTALL)

@@ -28,7 +28,7 @@ from peertune.net import tls
 from peertune.net.codec import encode
 from peertune.net.incarnation import Incarnation
 from peertune.net.membership import Membership
-from peertune.net.node import METHOD, Neighbour
+from peertune.net.node import METHOD, PROTOCOL, Neighbour
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict
 from peertune.net.swap import Swapper
 from peertune.topology import GRAPHS
@@ -323,7 +323,13 @@ def call(made: Federation, who: int, whom: int, requests: Iterator[Chunk], timeo
 
 
 def hello(round: int, purpose: int = Hello.SWAP, **other: Any) -> Chunk:
-    fields = {"protocol": 1, "federation": "trial", "agreed": AGREED, "round": round, "roster_serial": 99} | other
+    fields = {
+        "protocol": PROTOCOL,
+        "federation": "trial",
+        "agreed": AGREED,
+        "round": round,
+        "roster_serial": 99,
+    } | other
     return Chunk(hello=Hello(purpose=purpose, **fields))  # type: ignore[arg-type]
 
 

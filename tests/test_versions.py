@@ -1,0 +1,150 @@
+"""What a release reads, the next reads: runs that older versions left, and peers of which one is older.
+
+`data/formats/N` holds runs of three rounds as the last version before format N + 1 left them: a simulation of three
+clients, and both peers of a federation of two.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation import found
+from processes import finish_well, start
+from safetensors.torch import load_file
+
+from peertune import tracking
+from peertune.parts import part_defaults
+from peertune.recipe import block_defaults
+from peertune.report.runs import find_runs
+from peertune.tracking import FORMAT
+
+Call = Callable[..., tuple[int, str, str]]
+KEPT = Path(__file__).parent / "data" / "formats"
+FORMATS = sorted(int(folder.name) for folder in KEPT.iterdir())
+
+each_format = pytest.mark.parametrize("number", FORMATS)
+
+
+@pytest.fixture
+def old(number: int, tmp_path: Path) -> Path:
+    """The runs of a format, copied."""
+    return shutil.copytree(KEPT / str(number), tmp_path / "old")
+
+
+def last_round_undone(run: Path) -> bytes:
+    """Remove the checkpoint after the last round and all exports; return the records."""
+    shutil.rmtree(run / "checkpoints" / "round-000003")
+    shutil.rmtree(run / "adapters")
+    return (run / "rounds.jsonl").read_bytes()
+
+
+def assert_done_again(run: Path, before: bytes) -> None:
+    lines = (run / "rounds.jsonl").read_bytes().splitlines()
+    assert lines[:2] == before.splitlines()[:2]
+    assert [record["round"] for record in tracking.records(run)] == [0, 1, 2]
+    assert json.loads((run / "checkpoints" / "round-000003" / "meta.json").read_text())["format"] == FORMAT
+    assert (run / "adapters").is_dir()
+
+
+@each_format
+def test_runs_of_every_format_are_compared_reported_and_diagnosed(number: int, old: Path, peertune: Call) -> None:
+    code, out, err = peertune("compare", old, "--json")
+    assert (code, err) == (0, "")
+    assert sorted(len(row["runs"]) for row in json.loads(out)) == [1, 1]
+    code, out, err = peertune("report", old, "--out", "report.html")
+    assert (code, err) == (0, "")
+    assert out.startswith("the report on 2 runs is in")
+    code, out, err = peertune("diagnose", old, "--json")
+    assert (code, err) == (0, "")
+    assert all(json.loads(out).values())
+    simulation = next(run for run in find_runs([old]) if "peers" not in run.facts)
+    assert [record["failed_edges"] for record in simulation.records] == [[], [[0, 1]], []]
+
+
+@each_format
+@pytest.mark.parametrize(("run", "client"), [("simulation", "1"), ("simulation", "average"), ("peers/1", "1")])
+def test_runs_of_every_format_are_exported(number: int, old: Path, run: str, client: str, peertune: Call) -> None:
+    code, _, err = peertune("export", old / run, "--client", client, "--to", "adapter")
+    assert (code, err) == (0, "")
+    there = "average" if client == "average" else f"client-{int(client):03d}"
+    name = "adapter_model.safetensors"
+    kept, exported = load_file(old / run / "adapters" / there / name), load_file(Path("adapter", name))
+    assert all(exported[key].equal(x) for key, x in kept.items())
+    assert exported.keys() == kept.keys()
+
+
+@each_format
+def test_a_simulation_of_every_format_is_resumed(number: int, old: Path, peertune: Call) -> None:
+    before = last_round_undone(old / "simulation")
+    code, _, err = peertune("run", "--resume", old / "simulation")
+    assert code == 0, err
+    assert_done_again(old / "simulation", before)
+
+
+@each_format
+def test_peers_of_every_format_are_resumed_and_meet_again(number: int, old: Path, tmp_path: Path) -> None:
+    made = found(tmp_path, 2)
+    runs = [old / "peers" / str(client) for client in range(2)]
+    before = [last_round_undone(run) for run in runs]
+    finish_well(
+        [
+            start(tmp_path, "peer", "start", "--resume", str(run), "--roster", str(made.roster), "--dir", str(folder))
+            for run, folder in zip(runs, map(made.peer, range(2)), strict=True)
+        ]
+    )
+    for run, records in zip(runs, before, strict=True):
+        assert_done_again(run, records)
+        assert tracking.records(run)[2]["edges"] == [[0, 1]]
+
+
+@pytest.mark.parametrize("format", [FORMAT + 1, -1, "two", True, None])
+def test_what_is_of_a_later_format_is_refused_in_one_line_by_its_number(
+    format: Any, tmp_path: Path, peertune: Call
+) -> None:
+    run = shutil.copytree(KEPT / "0" / "simulation", tmp_path / "new")
+    meta = run / "checkpoints" / "round-000003" / "meta.json"
+    whole = meta.read_text()
+    meta.write_text(json.dumps(json.loads(whole) | {"format": format}))
+    said = f"is of format {format!r}, and this version reads 0 to {FORMAT}; use a newer peertune\n"
+    export = ["export", run, "--client", "0", "--to", "adapter"]
+    assert peertune(*export) == (2, "", f"peertune: {meta.parent}: {said}")
+    meta.write_text(whole)
+    facts = run / "facts.json"
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {"format": format}))
+    for words in (
+        ["run", "--resume", run],
+        ["peer", "doctor", "--resume", run],
+        export,
+        ["compare", run],
+        ["report", run],
+        ["diagnose", run],
+    ):
+        assert peertune(*words) == (2, "", f"peertune: {run}: {said}")
+    assert not (run / "report.html").exists()
+    assert not Path("adapter").exists()
+
+
+def test_defaults_that_peers_must_agree_on_stay() -> None:
+    """A version that has a setting leaves its default out of what peers compare, as one that lacks it does."""
+    metropolis = {"activation": 1.0, "weights": "metropolis"}
+    kept: dict[tuple[str, str], dict[str, Any]] = {
+        ("algorithm", "adf_lora"): {"switch_every": 5},
+        ("algorithm", "fedrot_lora"): {"strength": 0.5},
+        ("algorithm", "tad_lora"): {"switch_every": "auto", "window_rounds": 40},
+        ("graph", "bipartite"): {**metropolis, "left": None},
+        ("graph", "torus"): {**metropolis, "rows": None},
+        **{
+            ("graph", name): metropolis
+            for name in (
+                *("complete", "edges", "erdos_renyi", "exponential", "hypercube", "matching"),
+                *("path", "random_regular", "ring", "star", "trace"),
+            )
+        },
+    }
+    for (where, name), defaults in kept.items():
+        assert part_defaults(where, name).items() >= defaults.items(), f"{where} {name}: raise net.node.PROTOCOL"
+    lora = {"lora.r": 8, "lora.lora_alpha": 16, "lora.target_modules": ["query", "value"]}
+    assert {key: block_defaults()[key] for key in lora} == lora, "raise net.node.PROTOCOL"
