@@ -123,7 +123,8 @@ def _judged(
         raise RecipeError(
             f"task.metric: {task.metric} generates, and {type(base.model).__name__} can't from padded rows"
         )
-    prompts, long = encode_prompts(base.tokenizer, task.validation.take(rows, task.inputs), task.inputs, room)
+    split = task.validation.take(rows, task.validation.columns.keys())
+    prompts, long = encode_prompts(base.tokenizer, split, task.inputs, room)
     if long:
         log.warning(
             "%s of %s prompts have more than %d tokens and lose their beginning (evaluate.max_new_tokens)",

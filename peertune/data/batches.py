@@ -71,6 +71,9 @@ def encode_text(
     """
     rows = np.arange(len(split)) if rows is None else rows
     texts = [[split.columns[name][row] for row in rows.tolist()] for name in inputs]
+    first, last = put_around(tokenizer)
+    texts[0] = [text.removeprefix(first) for text in texts[0]]
+    texts[-1] = [text.removesuffix(last) for text in texts[-1]]
     encoding = tokenizer(*texts, truncation=True, max_length=max_length, padding=False, return_attention_mask=False)
     lengths = np.array([len(row) for row in encoding["input_ids"]], dtype=np.int64)
     if not lengths.all():
@@ -89,6 +92,16 @@ def encode_text(
         whole = tokenizer(*([text[row] for row in full] for text in texts), verbose=False)["input_ids"]
         full = [row for row, ids in zip(full, whole, strict=True) if len(ids) > max_length]
     return Encoded({}, tokens, padding, *end_to_end(len(split), rows, lengths), _labels(split), rows[full].tolist())
+
+
+def put_around(tokenizer: Any) -> tuple[str, str]:
+    """Return the token that a tokenizer puts before every text and the one that it puts after, as text; "" for none.
+
+    A text that has them already, as texts from chat templates do, would have them twice.
+    """
+    made = tokenizer("a", return_special_tokens_mask=True)
+    tokens, added = tokenizer.convert_ids_to_tokens(made["input_ids"]), made["special_tokens_mask"]
+    return (tokens[0] if added and added[0] else "", tokens[-1] if added and added[-1] else "")
 
 
 def end_to_end(

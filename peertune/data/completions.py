@@ -5,14 +5,15 @@ Prompt and completion are tokenised as one text; the completion's tokens are lab
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from peertune.data.batches import UNLABELLED, Encoded, end_to_end
+from peertune.data.batches import UNLABELLED, Encoded, end_to_end, put_around
+from peertune.data.chat import variables
 from peertune.errors import DataError
 from peertune.types import Split
 
@@ -86,7 +87,7 @@ def encode_prompts(
 ) -> tuple[list[Tokens], list[int]]:
     """Return the tokens of each row's prompt, its last `max_length` at most, and which rows were cut."""
     prompts, long = [], []
-    texts = _texts(tokenizer, split, inputs, range(len(split)))
+    texts = _once(tokenizer, _texts(tokenizer, split, inputs, range(len(split))))
     for row, (tokens, spans) in enumerate(_tokenise(tokenizer, texts, [text.prompt for text in texts])):
         words = np.flatnonzero(spans[:, 0] < spans[:, 1])
         if not len(words):
@@ -113,26 +114,21 @@ def _texts(tokenizer: Any, split: Split, inputs: Sequence[str], rows: Sequence[i
     columns = [split.columns[name] for name in inputs]
     match tuple(inputs):
         case ("messages",):
-            return [_spoken(tokenizer, split.called(row), columns[0][row]) for row in rows]
+            given = variables(tokenizer, split)
+            return [_spoken(tokenizer, split.called(row), columns[0][row], given(row)) for row in rows]
         case ("text",):
             return [_Text(split.called(row), "", columns[0][row], True, True) for row in rows]
         case _:
             return [_Text(split.called(row), columns[0][row], columns[1][row], True, True) for row in rows]
 
 
-def _spoken(tokenizer: Any, row: str, messages: Sequence[Mapping[str, Any]]) -> _Text:
-    """Put a conversation in the words of the tokenizer's chat template."""
-    template = tokenizer.chat_template
-    if not template:
-        raise DataError(
-            "task: messages need a tokenizer with a chat template, and the base's has none; "
-            "use a chat model, or columns prompt and completion"
-        )
+def _spoken(tokenizer: Any, row: str, messages: Sequence[Mapping[str, Any]], given: Mapping[str, Any]) -> _Text:
+    """Put a conversation in the words of the tokenizer's chat template, whose variables are `given`."""
     try:
-        template = tokenizer.get_chat_template()  # the default, where there are several
+        template = tokenizer.get_chat_template(tools=given.get("tools"))  # one for tools, or the default
         if "strftime_now" in template:
             template = _A_DAY + template
-        said = {"tokenize": False, "chat_template": template}
+        said = {"tokenize": False, "chat_template": template, **given}
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **said)
         whole = tokenizer.apply_chat_template(messages, **said)
     except Exception as error:  # a template raises whatever it likes, for roles in an order that it does not know
@@ -144,6 +140,20 @@ def _spoken(tokenizer: Any, row: str, messages: Sequence[Mapping[str, Any]]) -> 
             "use columns prompt and completion"
         )
     return _Text(row, prompt, whole[len(prompt) :], False, False)
+
+
+def _once(tokenizer: Any, texts: Sequence[_Text]) -> Sequence[_Text]:
+    """Return texts without what the tokenizer puts around every one, where they have it already."""
+    if not texts or not texts[0].special:
+        return texts
+    first, last = put_around(tokenizer)
+    found = []
+    for text in texts:
+        prompt, completion = text.prompt.removeprefix(first), text.completion.removesuffix(last)
+        found.append(
+            replace(text, prompt=prompt, completion=completion if text.prompt else completion.removeprefix(first))
+        )
+    return found
 
 
 def _tokenise(tokenizer: Any, texts: Sequence[_Text], words: Sequence[str]) -> Iterator[tuple[Tokens, Tokens]]:
@@ -170,6 +180,7 @@ def _encode(
 ) -> Encoded:
     """Tokenise the texts that have these numbers among `size` rows, of which each `alike` have one prompt."""
     rows: list[tuple[Tokens, int]] = []
+    texts = _once(tokenizer, texts)
     whole = [text.prompt + text.completion for text in texts]
     for text, (tokens, spans) in zip(texts, _tokenise(tokenizer, texts, whole), strict=True):
         said = np.flatnonzero(spans[:, 1] > len(text.prompt))

@@ -208,6 +208,17 @@ def test_rows_tokenised_alone_are_those_of_the_whole_split(tokenizer: Any) -> No
         assert encoded.labels[rows].tolist() == rows.tolist()
 
 
+def test_what_a_tokenizer_puts_around_a_text_stands_once_where_the_text_has_it_already(tokenizer: Any) -> None:
+    rows = {"left": ["a b", "[CLS] a b", "[CLS] a b"], "right": ["c", "c", "c [SEP]"]}
+    split = Split(rows, np.zeros(3, dtype=np.int64))
+    for columns in (("left",), ("left", "right")):
+        ids = pad(encode_text(tokenizer, split, columns, 64), np.arange(3))["input_ids"]
+        assert (ids == ids[0]).all()
+        assert ids[0].tolist().count(WORDS.index("[CLS]")) == 1
+    right = encode_text(tokenizer, split, ("right",), 64)
+    assert (right.lengths == 3).all()
+
+
 def test_a_row_without_tokens_is_refused_by_its_number() -> None:
     words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()

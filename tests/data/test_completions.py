@@ -124,6 +124,30 @@ def test_what_a_tokenizer_ends_texts_with_ends_completions_and_no_prompts() -> N
     assert read(words, 0) == ("<s>abc", "c")
 
 
+def test_what_a_tokenizer_puts_around_every_text_stands_once_in_those_that_have_it_already() -> None:
+    around = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = around
+    for inputs, rows in (
+        (("text",), {"text": ["one", "<s>one", "one</s>", "<s>one</s>"]}),
+        (("prompt", "completion"), {"prompt": ["q", "<s>q"], "completion": ["one", "one</s>"]}),
+        (("prompt", "completion"), {"prompt": ["", "<s>", ""], "completion": ["one", "one", "<s>one"]}),
+    ):
+        split = split_of(**rows)
+        encoded = encode_completions(tokenizer, split, inputs, 64)
+        (first, *others) = (read(encoded, row) for row in range(len(split)))
+        assert first[0].count("<s>") == first[0].count("</s>") == 1
+        assert others == [first] * len(others)
+    prompts, _ = encode_prompts(tokenizer, split_of(prompt=["q", "<s>q"], completion=["a", "a"]), inputs, 64)
+    assert [tokenizer.decode(prompt) for prompt in prompts] == ["<s>q"] * 2
+    words = encode_words(tokenizer, Split({"prompt": ["q", "<s>q"]}, np.array([0, 0])), ["no", "yes"], 64)
+    assert read(words, 0) == read(words, 1) == ("<s>qno", "no")
+    choices = encode_choices(tokenizer, Split({"prompt": ["q", "<s>q"]}, np.array([0, 0])), ["no", "yes"], 64)
+    assert [read(choices, row) for row in (0, 1)] == [read(choices, row) for row in (2, 3)]
+    plain = encode_completions(make_tokenizer(), split_of(text=["<s>one"]), ("text",), 64)
+    assert read(plain, 0)[0] == "<s>one</s>"  # where the tokenizer puts none, the text's own stays
+
+
 def test_words_are_said_after_the_same_prompt() -> None:
     split = Split({"prompt": ["abcdefgh"]}, np.array([0]))
     choices = encode_choices(make_tokenizer(), split, [" no", " probably"], 12)
