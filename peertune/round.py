@@ -45,6 +45,7 @@ class Heard(NamedTuple):
     weights: Tensor  # [K, H], what each receiver takes of each that was heard
     clients: Sequence[int]  # [H], who was heard
     failed: list[tuple[int, int]]  # edges, i < j, that were active and over which nothing came, of the receivers'
+    vacant: Sequence[tuple[int, int]] = ()  # and those at whose other end there is nobody
 
 
 Refuse = Callable[[Tensors, Tensor, Tensor], list[Refusal]]
@@ -121,7 +122,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
     loss, grad_norm = _train(job, state, clients, phases)
     trained = time.perf_counter()
     payload = select(state.adapters, phase.send)
-    heard, counted, senders, failed = exchange(payload | state.signals, state.round, _refusing(job, state))
+    heard, counted, senders, failed, vacant = exchange(payload | state.signals, state.round, _refusing(job, state))
     exchanged = time.perf_counter()
     weights, unmixed = _mixable(job, state, clients, Heard(heard, counted, senders, failed))
     bounded = time.perf_counter()
@@ -164,6 +165,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
         neighbours=neighbours,
         edges=metrics.edges(counted, clients, senders) if payload else [],
         failed_edges=failed if payload else [],
+        vacant_edges=list(vacant) if payload else [],
         not_mixed=unmixed,
         out_of_phase=[client for client, own in zip(clients, phases, strict=True) if own != phase],
         neighbourhood_cross_term=cross_terms,

@@ -51,7 +51,7 @@ FORMAT = 1
 would misread them. All up to this one are read. Those without a number count as 0, and are as those of 1."""
 LONGEST_LIST = 1_000
 """Values up to which a list of a record stands in its line of `rounds.jsonl`; longer ones go to a file beside it."""
-_NUMBERS = ("clients", "edges", "failed_edges", "not_mixed", "out_of_phase")
+_NUMBERS = ("clients", "edges", "failed_edges", "vacant_edges", "not_mixed", "out_of_phase")
 """Lists of clients' numbers, of which the line keeps the length; of measured values it keeps the mean."""
 
 

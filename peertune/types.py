@@ -235,6 +235,7 @@ class RoundRecord:
     diagnostics: dict[str, float]
     seconds: dict[str, float]  # by stage
     evaluation: Evaluation | None = None
+    vacant_edges: list[tuple[int, int]] = field(default_factory=list)  # active by the graph, to a seat without a member
     failed_writes: int = 0  # of records and checkpoints, until this one was written, since the start
     skipped: int = 0  # rounds after this one that a peer was up in and passed over, since others were further
     # (receiver, sender) of edges that counted and of which the receiver mixed nothing: too far from what others have

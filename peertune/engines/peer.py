@@ -90,7 +90,7 @@ def ended(records: Sequence[Mapping[str, Any]], *, whole: bool, refusals: Callab
     """
     if not whole:
         return Exit.REFUSED
-    tried = any(record["failed_edges"] for record in records)
+    tried = any(record["failed_edges"] or record["vacant_edges"] for record in records)
     if tried and not any(record["edges"] for record in records):
         return Exit.REFUSED if refusals() else Exit.ALONE
     made, skipped = len(records), sum(record["skipped"] for record in records)
@@ -126,7 +126,9 @@ class _Exchange:
             return f"round {t}: {found[0].why}; the edge fails" if found else ""
 
         came = self.swapper.swap(t, payload, near, self.unknown, check)
-        failed = [(min(me, other), max(me, other)) for other in near if other not in came]
+        lost = {other: (min(me, other), max(me, other)) for other in near if other not in came}
+        vacant = [edge for other, edge in lost.items() if self.swapper.vacant(other)]
+        failed = [edge for edge in lost.values() if edge not in vacant]
         row[me] += sum(row.pop(other) for other in near if other not in came)
         heard = sorted([me, *came])
         tensors = {
@@ -134,7 +136,7 @@ class _Exchange:
             for name, x in payload.items()
         }
         weights = torch.tensor([[row[client] for client in heard]], dtype=torch.float64, device=self.job.device)
-        return Heard(tensors, weights, heard, failed)
+        return Heard(tensors, weights, heard, failed, vacant)
 
 
 def _expected(job: Job, t: int) -> list[int]:

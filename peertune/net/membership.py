@@ -8,7 +8,7 @@ from pathlib import Path
 from peertune.errors import IdentityError, PeertuneError
 from peertune.files import write_file
 from peertune.net.identity import Identity, load_ca, load_identity
-from peertune.net.roster import MAX_ROSTER_BYTES, Roster, load_roster
+from peertune.net.roster import MAX_ROSTER_BYTES, Roster, claimed_serial, load_roster
 from peertune.net.trust import Trust, check_ca, keep_trust, read_trust, trusted
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Membership:
         Raises IdentityError for one the CA didn't sign, or a member's own.
         """
         identity, roster = self.current()
-        if raw == roster.raw or roster.own is not None:
+        if raw == roster.raw or roster.own is not None or claimed_serial(raw) <= roster.serial:
             return False
         found = load_roster(raw, identity.ca)  # not under the lock, since it may take long
         if found.own is not None:

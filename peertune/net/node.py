@@ -332,7 +332,7 @@ class Node:
             known.problem = problem
             return
         if known.reached or known.problem != problem:
-            wrong = isinstance(error, PeertuneError) and known.problem != problem
+            wrong = isinstance(error, PeertuneError) and known.problem != problem and not isinstance(error, SeatError)
             self._say(client, problem, logging.WARNING if wrong else logging.INFO)
         known.reached, known.problem = False, problem
 

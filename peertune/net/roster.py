@@ -22,6 +22,8 @@ A member's own roster lists those alone whom it may meet on a recipe's graph, an
 
 import base64
 import binascii
+import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +57,7 @@ MAX_ROSTER_BYTES = 4 * 2**20
 
 _HEADER = "# The members of a peertune federation, signed by its CA. Any change makes it invalid.\n"
 _MARK = b"signature: "
+_HEAD_BYTES = 1024  # in which the serial stands
 _ASK = "ask the CA for one made with peertune roster"
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -154,6 +157,12 @@ def sign_roster(
             what, mend = f"what client {own.known.client} must know of graph {own.known.name}", "choose a sparser graph"
         raise IdentityError(f"roster: {what} takes more than {MAX_ROSTER_BYTES // 2**20} MiB; {mend}")
     return data
+
+
+def claimed_serial(data: bytes) -> float:
+    """Return the serial that a roster claims near its beginning, unchecked and at little cost; infinity for none."""
+    found = re.search(rb"^serial: (\d{1,18})\r?$", data[:_HEAD_BYTES], re.MULTILINE)
+    return math.inf if found is None else int(found[1])
 
 
 def load_roster(data: bytes, ca: x509.Certificate) -> Roster:

@@ -70,7 +70,8 @@ class _Meeting:
     streams: int = 0  # through which payloads may be travelling now
     final: bool = False  # tried, and not to be tried again
     missed: bool = False  # the other end went on without this one
-    until: float = 0.0  # when this end gives up, on the monotonic clock
+    began: float = 0.0  # when this end came to it, on the monotonic clock
+    until: float = 0.0  # when this end gives up
     latest: float = 0.0  # to which that may be put off
     calls: list[Any] = field(default_factory=list)  # to be cancelled once it is settled
 
@@ -177,7 +178,8 @@ class Swapper(Node):
 
         What `check` has something to say against costs the edge at both ends. It is called from several threads.
         Waits for a neighbour at most `patience_s`; for one that is itself waiting for somebody, a little longer than
-        it will; for one that could not be reached before, PROBE_S; for one that can't be reached at all, not.
+        it will; for one that it gave up before, PROBE_S, unless that is heard meanwhile; for one that can't be reached
+        at all, not.
         """
         self._keep_watch()
         offer = _Offer(encode(payload), layout(payload, nan_in), check)
@@ -189,7 +191,7 @@ class Swapper(Node):
             self._meetings = {key: kept for key, kept in self._meetings.items() if key[0] > round - KEPT_ROUNDS}
             meetings = {client: self._meetings.setdefault((round, client), _Meeting()) for client in neighbours}
             for meeting in meetings.values():
-                meeting.until, meeting.latest = now + self._patience_s, now + 2 * self._patience_s
+                meeting.began, meeting.until, meeting.latest = now, now + self._patience_s, now + 2 * self._patience_s
             self._changed.notify_all()
         _at_once(lambda client: self._meet(round, client, meetings[client]), meetings)
         heard = {}
@@ -202,7 +204,7 @@ class Swapper(Node):
                     known.up += 1
                 else:
                     meeting.tensors = None
-                    known.down += 1
+                    known.down += not self.vacant(client)
             self._doing = "mixing"
         return heard
 
@@ -263,6 +265,11 @@ class Swapper(Node):
             _at_once(look, came)
         return dict(sorted(refusals.items())) if 2 * len(refusals) > len(seats) else {}
 
+    def vacant(self, client: int) -> bool:
+        """Whether nobody is on this seat, so that there is no edge to fail."""
+        member = self.membership.current()[1].by_client(client)
+        return member is None or not member.certificates
+
     def progress(self) -> Progress:
         """Return where this peer is."""
         with self._changed:
@@ -315,8 +322,6 @@ class Swapper(Node):
 
     def _meet(self, round: int, client: int, meeting: _Meeting) -> None:
         """See to it that the meeting is settled."""
-        with self._changed:
-            given_up = self._known(client).given_up
         identity, roster = self.membership.current()
         member = roster.by_client(client)
         dials = member is not None and member.address is not None
@@ -325,30 +330,27 @@ class Swapper(Node):
             meeting.final = True
         elif not dials and identity.address is None:
             meeting.final = True  # two that can only dial out
-        elif given_up:
-            meeting.until = meeting.latest = min(meeting.until, time.monotonic() + PROBE_S)
-        elif self.me > client:
-            self._await(meeting, min(meeting.until, time.monotonic() + FIRST_CALL_S))
+        elif self.me > client and not self._known(client).given_up:
+            self._await(client, meeting, FIRST_CALL_S)
         if (round, client) in self._waiting:  # its call has waited for this end, and goes on now
-            self._await(meeting, min(meeting.until, time.monotonic() + RETRY_S))
+            self._await(client, meeting, RETRY_S)
         tries = 0
         try:
-            while not self._over(meeting):
+            while not self._over(client, meeting):
                 if not dials or meeting.streams:
-                    self._await(meeting, min(meeting.until, time.monotonic() + RETRY_S))
+                    self._await(client, meeting, RETRY_S)
                     continue
                 tries += 1
                 self._try(round, client, meeting)
-                until = time.monotonic() + min(2.0, RETRY_S * 2**tries)
-                self._await(meeting, until if meeting.pledged else min(until, meeting.until))
+                self._await(client, meeting, min(2.0, RETRY_S * 2**tries))
         finally:
-            self._give_up(round, client, meeting, given_up)
+            self._give_up(round, client, meeting)
 
     def _try(self, round: int, client: int, meeting: _Meeting) -> None:
         """Call once, and keep what goes wrong."""
         try:
             purpose = Hello.SETTLE if meeting.pledged else Hello.SWAP
-            self._call(client, round, meeting, self._last(meeting), purpose)
+            self._call(client, round, meeting, self._last(client, meeting), purpose)
         except PeertuneError as error:  # WireError and UnusableError among them
             self._failed(client, error)
             meeting.final = True
@@ -360,7 +362,7 @@ class Swapper(Node):
             self._say(client, f"{type(error).__name__}: {error}", logging.ERROR)
             meeting.final = True
 
-    def _give_up(self, round: int, client: int, meeting: _Meeting, given_up: bool) -> None:
+    def _give_up(self, round: int, client: int, meeting: _Meeting) -> None:
         """Settle what is still open: without the other."""
         with self._changed:
             if meeting.verdict is not None:
@@ -369,23 +371,28 @@ class Swapper(Node):
                 self._say(client, f"whether it counts round {round} stays unknown; here it does not")
             self._settle(meeting, Verdict.PASSED)
             if not meeting.final and not self._hurried:
-                self._known(client).given_up = True
-                if not given_up:
-                    why = self._known(client).problem or "it was not ready in time"
+                known = self._known(client)
+                if not known.given_up:
+                    why = known.problem or "it was not ready in time"
                     self._say(client, f"round {round} goes on without it: {why}")
+                known.given_up = True
 
-    def _over(self, meeting: _Meeting) -> bool:
-        return meeting.verdict is not None or meeting.final or time.monotonic() >= self._last(meeting)
+    def _over(self, client: int, meeting: _Meeting) -> bool:
+        return meeting.verdict is not None or meeting.final or time.monotonic() >= self._last(client, meeting)
 
-    def _last(self, meeting: _Meeting) -> float:
-        """Return when this end gives up, on the monotonic clock."""
+    def _last(self, client: int, meeting: _Meeting) -> float:
+        """Return when this end gives up, on the monotonic clock: soon, for as long as the other is given up."""
         if meeting.pledged:  # what the other end decided must be known, if it can be
             return (self._hurried_at if self._hurried else meeting.latest) + SETTLE_S
-        return self._hurried_at if self._hurried else meeting.until
+        if self._hurried:
+            return self._hurried_at
+        return min(meeting.until, meeting.began + PROBE_S) if self._known(client).given_up else meeting.until
 
-    def _await(self, meeting: _Meeting, until: float) -> None:
+    def _await(self, client: int, meeting: _Meeting, seconds: float) -> None:
+        """Wait so long for what may settle a meeting, but not after it is over."""
+        until = time.monotonic() + seconds
         with self._changed:
-            while meeting.verdict is None and (left := until - time.monotonic()) > 0:
+            while meeting.verdict is None and (left := min(until, self._last(client, meeting)) - time.monotonic()) > 0:
                 if self._hurried and not meeting.pledged:
                     return
                 self._changed.wait(left)
@@ -726,8 +733,8 @@ class Swapper(Node):
                     return
                 now = time.monotonic()
                 late = [context for context, deadline in self._deadlines.items() if now > deadline]
-                for meeting in self._meetings.values():
-                    if meeting.verdict is None and now > self._last(meeting):
+                for (_, client), meeting in self._meetings.items():
+                    if meeting.verdict is None and now > self._last(client, meeting):
                         late += meeting.calls
             for call in late:
                 call.cancel()

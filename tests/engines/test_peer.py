@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +225,18 @@ def test_what_has_its_default_is_no_part_of_what_must_agree() -> None:
     assert {name for name in said if said[name] != other[name]} == {"algorithm", "graph", "lora", "adapters"}
 
 
+def test_a_seat_without_a_member_is_no_edge_that_failed(tmp_path: Path) -> None:
+    made = found(tmp_path, 2)
+    settings = recipe(4, "float32", "graph.activation=1.0", "rounds=1", "algorithm={name: dec_lora}")
+    run = build(load_recipe("digits-demo", settings), [0])
+    swapper = Swapper(Membership(made.peer(0), made.roster), {}, patience_s=0.5)
+    (record,) = run_peer(run.job, swapper)
+    swapper.stop()
+    assert (record.edges, record.failed_edges, record.vacant_edges) == ([], [(0, 1)], [(0, 2), (0, 3)])
+    alone = asdict(replace(record, failed_edges=[], state=None))
+    assert ended([alone], whole=True, refusals=dict) == Exit.ALONE
+
+
 def test_the_table_of_what_must_agree_names_all_of_it() -> None:
     page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
     table = re.search(r"^`agreed` holds these texts.*?\n\n(\|.*?)\n\n", page, re.MULTILINE | re.DOTALL)
@@ -321,5 +333,5 @@ ENDS: dict[
 @pytest.mark.parametrize("how", ENDS)
 def test_a_run_ends_well_only_if_enough_rounds_were_made_in_company(how: str) -> None:
     records, whole, refusals, end = ENDS[how]
-    like: dict[str, Any] = {"edges": [[0, 1]], "failed_edges": [], "skipped": 0}
+    like: dict[str, Any] = {"edges": [[0, 1]], "failed_edges": [], "vacant_edges": [], "skipped": 0}
     assert ended([like | record for record in records], whole=whole, refusals=lambda: refusals) == end

@@ -183,6 +183,24 @@ def test_a_peer_is_in_touch_with_whom_it_has_reached_until_an_edge_is_lost(three
         assert not swappers[0].in_touch([1, 2])
 
 
+def test_a_neighbour_that_was_given_up_and_is_heard_again_is_waited_for_as_before(
+    three: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peertune.net.swap.PROBE_S", 0.3)
+    with peers(three, range(2), patience_s=1.0) as swappers, ThreadPoolExecutor() as pool:
+        assert swappers[0].swap(0, payload(0), [1]) == {}
+        assert swappers[0].neighbours[1].given_up
+        swappers[0]._patience_s = 60.0
+        swappers[1].enter(1)  # trains, for longer than is waited for whom nobody hears
+        began = time.monotonic()
+        going = pool.submit(swappers[0].swap, 1, payload(0, 1), [1])
+        wait_until(lambda: time.monotonic() > began + 1.0)
+        assert not going.done()
+        assert same(swappers[1].swap(1, payload(1, 1), [0])[0], payload(0, 1))
+        assert same(going.result(20)[1], payload(1, 1))
+        assert not swappers[0].neighbours[1].given_up
+
+
 def test_a_neighbour_that_comes_late_is_waited_for(three: Federation) -> None:
     with peers(three, range(2)) as swappers, ThreadPoolExecutor() as pool:
         swappers[0].enter(4)
@@ -228,6 +246,8 @@ def test_a_seat_that_is_empty_or_can_only_dial_as_this_peer_costs_no_time(tmp_pa
     begin = time.monotonic()
     assert swapper.swap(0, payload(0), [1, 2, 7]) == {}
     assert time.monotonic() - begin < 5
+    assert {client: known.down for client, known in swapper.neighbours.items()} == {1: 1, 2: 0, 7: 0}
+    assert [swapper.vacant(client) for client in (1, 2, 7)] == [False, True, True]
     swapper.stop()
 
 
@@ -557,6 +577,20 @@ def test_a_neighbour_s_own_roster_is_not_taken_from_whoever_sends_it(tmp_path: P
             assert not membership.adopt(theirs)
             assert not membership.adopt(made.issue()), "nor all members', by a peer that has its own"
         assert file.read_bytes() == membership.current()[1].raw == before
+
+
+def test_an_old_roster_is_put_aside_before_its_signature_is_looked_at(tmp_path: Path) -> None:
+    made = found(tmp_path, 2)
+    old = made.roster.read_bytes()
+    new = made.issue()
+    membership = Membership(made.peer(0), made.roster)
+    unsigned = new.rpartition(b"signature: ")[0]
+    for raw in (old, old.replace(b"\n", b"\r\n"), unsigned, b"serial: 2\n" + b"[" * 2**21):
+        assert not membership.adopt(raw)
+    for raw in (unsigned.replace(b"serial: 2\n", b"serial: 3\n"), b"#" * 2000 + b"\nserial: 1\n", b""):
+        with pytest.raises(IdentityError, match=r"^roster: isn't signed"):
+            membership.adopt(raw)
+    assert membership.current()[1].raw == new
 
 
 def test_a_roster_of_another_graph_or_kind_is_for_the_next_start(
