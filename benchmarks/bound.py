@@ -2,8 +2,8 @@
 
 Each is run as it is, and at ten times its learning rate until training itself diverges, if it does. What is kept: how
 many times a receiver's own (or the floor) whatever it heard was at most, by kind; the same for a client that begins
-when the others are done; and what was refused. `peertune.bounds` has the limits. Rows that `bound.jsonl` in the folder
-of the results has already are not run again.
+when the others are done; what was refused; and the highest loss right after mixing, over the highest before.
+`peertune.bounds` has the limits. Rows that `bound.jsonl` in the folder of the results has already are not run again.
 """
 
 import json
@@ -61,7 +61,9 @@ def watched(recipe: str, rate: float, activation: float, method: str, *more: str
     assert job.bound is not None
     bound, own = job.bound, dict(job.state.adapters)
     most: dict[str, float] = {}
-    said, rounds = "", 0
+    said, rounds, rise = "", 0, 0.0
+    highest: dict[int, float] = {}
+    mixed: set[int] = set()
 
     def exchange(clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
         own.update({name: x for name, x in payload.items() if name in own})
@@ -77,9 +79,14 @@ def watched(recipe: str, rate: float, activation: float, method: str, *more: str
             assert record.state is not None
             rounds, refused = record.round + 1, refused + len(record.failed_edges) + len(record.not_mixed)
             own.update(record.state.adapters)
+            for client, loss in zip(record.clients, record.loss, strict=True):
+                if client in mixed:
+                    rise = max(rise, loss / highest[client])
+                highest[client] = max(highest.get(client, 0.0), loss)
+            mixed = {client for edge in record.edges for client in edge}
     except ModelError as error:
         said = str(error)
-    return {"rounds": rounds, "ended": said, "refused": refused, "heard": most, "late": late(job, own)}
+    return {"rounds": rounds, "ended": said, "refused": refused, "rise": rise, "heard": most, "late": late(job, own)}
 
 
 def late(job: Job, trained: Tensors) -> dict[str, float]:
