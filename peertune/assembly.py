@@ -61,6 +61,8 @@ COLUMNS = 128
 """Clients whose rows share a pass, times the rank: a vector meets the factors of all of them (see `Site`)."""
 CLIENTS_PER_PASS = 16
 """Clients that train at a time where the recipe leaves it open: gradients are held for these."""
+PEER_KEEPS = {"every": 1, "keep": 6}
+"""How a peer keeps checkpoints where the recipe leaves it open: it may have to fall back on one."""
 
 
 @dataclass(frozen=True)
@@ -223,8 +225,9 @@ def build(
         faults=faults,
         group=group,
     )
-    if peer and "every" not in recipe.checkpoint.model_fields_set:
-        recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})})
+    if peer:
+        left_open = {key: value for key, value in PEER_KEEPS.items() if key not in recipe.checkpoint.model_fields_set}
+        recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update=left_open)})
     return Run(
         job,
         _resolve(recipe, algorithm, base.revision, dtype, device, tokens, clients_per_pass),

@@ -5,6 +5,7 @@ PeertuneError
 ├── GraphError     a graph that can't be made or can't connect its clients
 ├── DataError      a task's data or a partition of it
 ├── ModelError     a base model, its sites or an adapter
+│   └── DivergedError  training came to numbers that it can't go on from
 ├── RunError       a run directory, a checkpoint, an export or another file
 ├── IdentityError  a name, a key, a certificate or a roster
 └── WireError      what another peer sent
@@ -48,6 +49,10 @@ class DataError(PeertuneError):
 
 class ModelError(PeertuneError):
     """A base model can't be loaded, or its layers can't carry the adapters."""
+
+
+class DivergedError(ModelError):
+    """A loss or an adapter is no longer finite, or a loss is far above all before."""
 
 
 class RunError(PeertuneError):

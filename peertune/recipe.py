@@ -99,7 +99,7 @@ class Checkpoint(_Block):
     """How often the state is kept, for `--resume`."""
 
     every: int = Field(10, ge=1)  # rounds; the last round always; where a peer's recipe leaves it open, 1
-    keep: int = Field(2, ge=1)  # newest checkpoints that stay on disk
+    keep: int = Field(2, ge=1)  # how many stay on disk: the newest two, then older ones; a peer's 6 where left open
 
 
 class PlannedFault(_Block):

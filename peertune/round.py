@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from torch import Tensor
 from peertune import bounds, metrics
 from peertune.adapters.stacked import StackedModel
 from peertune.bounds import Bound, Refusal
+from peertune.errors import DivergedError
 from peertune.topology import Fault, Graph, clients_down, drop_edges, planned_weights
 from peertune.training import Optim, Trained, reset_moments, train_local
 from peertune.types import (
@@ -74,6 +76,7 @@ class Job:
     evaluate_every: int
     clients_per_pass: int
     bound: Bound | None = None  # what may be mixed; None: everything
+    most_loss: float = inf  # training to a mean loss above it counts as diverged
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
 
@@ -113,6 +116,8 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
 
     Mixing goes from site to site, so that beside the stack only one site's new factors are held. The neighbourhoods'
     cross terms are measured in evaluated rounds only: on a dense graph of many clients they cost more than mixing.
+
+    Raises DivergedError, before anything is sent, where training diverged; `state` then is of no more use.
     """
     due = (state.round + 1) % job.evaluate_every == 0 or state.round + 1 == job.rounds
     algorithm = job.algorithm
@@ -120,6 +125,8 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
     phases = algorithm.phases(state.signals, state.round, state.clients)
     phase = _common(job, phases, state.round)
     loss, grad_norm = _train(job, state, clients, phases)
+    if float(loss.max()) > job.most_loss:
+        raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {state.round}")
     trained = time.perf_counter()
     payload = select(state.adapters, phase.send)
     heard, counted, senders, failed, vacant = exchange(payload | state.signals, state.round, _refusing(job, state))

@@ -276,7 +276,10 @@ def _written_together(folder: Path, group: Group) -> Iterator[Path]:
 
 
 def save_checkpoint(folder: Path, state: State, keep: int, clients: Sequence[int], group: Group = ALONE) -> None:
-    """Write a checkpoint of the state of these clients, a shard, and remove all checkpoints but the newest `keep`."""
+    """Write a checkpoint of the state of these clients, a shard, and remove all that are not among the `keep`.
+
+    The newest two stay, and of the older ones those that `_thinned` leaves.
+    """
     parts = {"adapters": state.adapters, "moments": state.moments, "signals": state.signals}
     data = save(
         {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
@@ -292,24 +295,50 @@ def save_checkpoint(folder: Path, state: State, keep: int, clients: Sequence[int
     if group.rank > 0:
         return
     unfinished = (folder / "checkpoints").glob(".round-*")  # of a process that was killed
-    for old in (*_checkpoints(folder)[keep:], *unfinished):
+    held = _checkpoints(folder)
+    stay = _thinned([_round(checkpoint) for checkpoint in held], keep)
+    for old in (*(checkpoint for checkpoint in held if _round(checkpoint) not in stay), *unfinished):
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _thinned(rounds: Sequence[int], keep: int) -> set[int]:
+    """Return which of the checkpoints of these `rounds`, the newest first, stay: `keep` of them.
+
+    The newest two and the oldest do. Of the others one goes that leaves the smallest gap, by the ratio of the ages
+    beside it. So ages come to grow by one factor from each to the next, and the whole run stays in reach.
+    """
+    stay = list(rounds)
+    while len(stay) > keep:
+        ages = [stay[0] - at for at in stay]
+        inner = range(2, len(stay) - 1)
+        del stay[min(inner, key=lambda n: ages[n + 1] / ages[n - 1]) if keep > 2 and inner else -1]
+    return set(stay)
+
+
+def _round(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("round-"))
+
+
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("round-*"), reverse=True)
+    return sorted((folder / "checkpoints").glob("round-*"), key=_round, reverse=True)
 
 
 def load_checkpoint(
-    folder: Path, like: State | None = None, clients: Sequence[int] | None = None, group: Group = ALONE
+    folder: Path,
+    like: State | None = None,
+    clients: Sequence[int] | None = None,
+    group: Group = ALONE,
+    before: int | None = None,
 ) -> State | None:
     """Return the state of these clients, or of all, in the newest whole checkpoint, or None where there is none yet.
 
+    With `before`, in the newest of those that have fewer rounds behind them.
     It is on the CPU. A checkpoint that is damaged, or whose part that another process of the group reads is, is passed
     over with a warning. Raises RunError where all are damaged, or where the newest is of a later format or does not fit
     the state `like` that the run starts from.
     """
-    (found, *_) = group.gather([str(checkpoint) for checkpoint in _checkpoints(folder)])
+    held = [checkpoint for checkpoint in _checkpoints(folder) if before is None or _round(checkpoint) < before]
+    (found, *_) = group.gather([str(checkpoint) for checkpoint in held])
     for checkpoint in map(Path, found):
         wrong, state = "", None
         try:

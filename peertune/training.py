@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peertune.adapters.stacked import StackedModel
-from peertune.errors import ModelError
+from peertune.errors import DivergedError, ModelError
 from peertune.types import Batch, Phase, State, Tensors, kind, select
 
 
@@ -166,8 +166,8 @@ def train_local(
     does not train get no gradient and stay bit for bit. `state` is stepped where it lies: a copy of thousands of
     adapters and their moments would double what they take.
 
-    Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and where
-    training diverged.
+    Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and
+    DivergedError where a loss or an adapter is not finite.
     """
     adapters = state.adapters
     trained = select(adapters, phase.train)
@@ -201,7 +201,7 @@ def train_local(
             "use model.dropout=false"
         )
     if not all(x.isfinite().all() for x in (*trained.values(), totals)):
-        raise ModelError(
+        raise DivergedError(
             f"training: a loss or an adapter is no longer finite after round {state.round}; "
             "lower training.learning_rate or training.max_grad_norm"
         )

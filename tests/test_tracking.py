@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 from typing import Any
@@ -259,6 +260,22 @@ def test_the_newest_checkpoints_are_kept(run: Path) -> None:
         tracking.save_checkpoint(run, state(t), 2, range(CLIENTS))
     assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["round-000010", "round-000011"]
     assert_same_bits(tracking.load_checkpoint(run), state(11))
+
+
+def test_of_older_checkpoints_those_stay_whose_ages_reach_back_over_the_whole_run(run: Path) -> None:
+    for keep in (3, 8):
+        held: list[int] = []
+        for t in range(1, 1001):
+            held = sorted(tracking._thinned([t, *held], keep), reverse=True)
+            assert held[:2] == [t, t - 1][: len(held)]
+            assert (len(held), held[-1]) == (min(t, keep), 1)
+        ages = [1000 - t for t in held[1:]]
+        assert keep == 3 or all(older <= 10 * newer for newer, older in pairwise(ages))
+    for t in range(1, 9):
+        tracking.save_checkpoint(run, state(t), 4, range(CLIENTS))
+    assert sorted(folder.name[-1] for folder in (run / "checkpoints").iterdir()) == ["1", "6", "7", "8"]
+    assert_same_bits(tracking.load_checkpoint(run, before=7), state(6))
+    assert tracking.load_checkpoint(run, before=1) is None
 
 
 def test_a_checkpoint_that_a_killed_process_left_unfinished_is_cleared_away(run: Path) -> None:

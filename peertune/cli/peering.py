@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from peertune.net.membership import Membership
     from peertune.net.roster import Roster
     from peertune.recipe import Recipe
+    from peertune.round import Job
+    from peertune.types import State
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,7 @@ def start(
                     when_alone=network.when_alone,
                     when_refused=network.when_refused,
                     records=kept_rounds,
+                    recall=partial(recalled, run.job, place),
                 )
                 whole = train(run, place, engine, go_on, keeps, swapper.hurry).round == job.rounds
                 records = kept_rounds()
@@ -189,6 +192,16 @@ def _introduce(identity: "Identity", roster: "Roster") -> None:
 
     log.info("%s is client %d of %s, roster %d", identity.name, identity.client, roster.federation, roster.serial)
     log.info("the CA's fingerprint is %s", fingerprint(public_key(roster.ca)))
+
+
+def recalled(job: "Job", folder: Path, before: int) -> "State | None":
+    """Return the newest state that is kept with fewer rounds behind it; the start is kept for ever."""
+    from peertune import tracking
+
+    kept = tracking.load_checkpoint(folder, job.state, job.clients, before=before)
+    if kept is not None:
+        return kept.to(job.device)
+    return job.state if before > 0 else None
 
 
 def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membership: "Membership") -> "Run":

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from peertune.errors import Exit
+from peertune.engines.fallback import Past
+from peertune.errors import DivergedError, Exit
 from peertune.net.pace import furthest_believed, silence_s
 from peertune.net.swap import Swapper
 from peertune.round import Heard, Job, Refuse, run_round
 from peertune.topology import clients_down, delay_s, failed_edges, may_meet, partners_at, row_at
-from peertune.types import Batch, RoundRecord, Tensors
+from peertune.types import Batch, RoundRecord, State, Tensors
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ def run_peer(
     when_alone: Literal["train", "wait"] = "train",
     when_refused: Literal["stop", "train"] = "stop",
     records: Callable[[], Sequence[Mapping[str, Any]]] = list,
+    recall: Callable[[int], State | None] | None = None,
 ) -> Iterator[RoundRecord]:
     """Run the rounds that are left of a peer's job and yield a record after each, as `simulate` does.
 
@@ -32,7 +34,9 @@ def run_peer(
     went on without it goes on from where they are, with the adapter that it has: after such a jump `record.state.round`
     is more than one beyond `record.round`. One that reaches nobody trains alone, or waits. One that its neighbours have
     refused for as long as a round waits for them ends before its last round. `records` returns those of the rounds
-    before, as JSON has them: from a peer that was restarted, others may still need the verdicts.
+    before, as JSON has them: from a peer that was restarted, others may still need the verdicts. Where training
+    diverges after it mixed, it goes on with what it was before: with what `recall(round)` returns, the newest state
+    that was kept with fewer rounds behind it.
     """
     (me,) = job.clients
     alone_since, met = time.monotonic(), False
@@ -46,16 +50,17 @@ def run_peer(
             log.warning("stops, as network.when_refused says: %s", in_words(refusals))
         return bool(refusals)
 
-    fastest_s = None
+    fastest_s, past = None, Past(recall, swapper.name)
     for before in records():
         counted, failed = ([i + j - me for i, j in before[key]] for key in ("edges", "failed_edges"))
         swapper.remember(before["round"], counted, failed)
+        past.add(before["round"], before["loss"], {*counted} - {j for _, j in before["not_mixed"]})
         fastest_s = _faster(fastest_s, before["seconds"])
     heard = swapper.last_heard()
     swapper.enter(job.state.round)  # from here on it answers
     job = replace(job, steps=_counted(job, swapper))
     state = replace(job.state.clone(), round=_caught_up(job, swapper, job.state.round, heard, fastest_s))
-    exchange = _Exchange(job, swapper)
+    exchange = _Exchange(job, swapper, past)
     while state.round < job.rounds:
         if me in clients_down(job.faults, state.round):
             state = replace(state, round=state.round + 1)
@@ -65,7 +70,12 @@ def run_peer(
         (phase,) = job.algorithm.phases(state.signals, state.round, 1)
         heard = swapper.last_heard()
         swapper.enter(state.round, phase)
-        state, record = run_round(job, state, job.clients, exchange)
+        try:
+            state, record = run_round(replace(job, most_loss=past.most_loss(state.round)), state, job.clients, exchange)
+        except DivergedError as error:
+            state = past.fall_back(state.round, error)
+            continue
+        past.add(record.round, record.loss, _mixed(record))
         fastest_s = _faster(fastest_s, record.seconds)
         here = state.round
         if swapper.passed_by(record.round):
@@ -105,8 +115,8 @@ def in_words(refusals: Mapping[str, str]) -> str:
 class _Exchange:
     """Swap with the round's neighbours, and take from each what the mixing matrix says."""
 
-    def __init__(self, job: Job, swapper: Swapper) -> None:
-        self.job, self.swapper = job, swapper
+    def __init__(self, job: Job, swapper: Swapper, past: Past) -> None:
+        self.job, self.swapper, self.past = job, swapper, past
         agreement = job.algorithm.agreement
         start = agreement.init(job.clients, 0) if agreement else {}
         self.unknown = [name for name, x in start.items() if x.isnan().any()]  # where NaN has a meaning
@@ -121,9 +131,11 @@ class _Exchange:
         near = [other for other in row if other != me]
         first = torch.zeros(1, dtype=torch.int64, device=self.job.device)
 
-        def check(_: int, tensors: Tensors) -> str:
-            found = refuse({name: x.to(self.job.device) for name, x in tensors.items()}, first, first)
-            return f"round {t}: {found[0].why}; the edge fails" if found else ""
+        def check(client: int, tensors: Tensors) -> str:
+            why = self.past.left_out(client, t)
+            if not why and (found := refuse({n: x.to(self.job.device) for n, x in tensors.items()}, first, first)):
+                why = found[0].why
+            return f"round {t}: {why}; the edge fails" if why else ""
 
         came = self.swapper.swap(t, payload, near, self.unknown, check)
         lost = {other: (min(me, other), max(me, other)) for other in near if other not in came}
@@ -137,6 +149,12 @@ class _Exchange:
         }
         weights = torch.tensor([[row[client] for client in heard]], dtype=torch.float64, device=self.job.device)
         return Heard(tensors, weights, heard, failed, vacant)
+
+
+def _mixed(record: RoundRecord) -> set[int]:
+    """Return from whom a peer mixed something in a round."""
+    (me,) = record.clients
+    return {i + j - me for i, j in record.edges} - {sender for _, sender in record.not_mixed}
 
 
 def _expected(job: Job, t: int) -> list[int]:

@@ -1,0 +1,143 @@
+"""A peer whose training diverges right after it mixed goes on with what it was before."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from math import inf
+
+import pytest
+import torch
+from federation import Federation, found
+
+from peertune.assembly import build
+from peertune.engines.fallback import EXPLODED, LEFT_OUT_ROUNDS, Past
+from peertune.engines.peer import run_peer
+from peertune.errors import DivergedError
+from peertune.net.membership import Membership
+from peertune.net.swap import Swapper
+from peertune.recipe import load_recipe
+from peertune.round import Job, run_round
+from peertune.types import State
+
+ERROR = DivergedError("training: the loss is 100 in round 9; a hint")
+
+
+def kept(*rounds: int) -> Callable[[int], State | None]:
+    states = {t: State({"q.A": torch.full((1, 2), float(t))}, {}, t) for t in rounds}
+    return lambda before: states.get(max((t for t in rounds if t < before), default=-1))
+
+
+def name(client: int) -> str:
+    return f"hospital-{client}"
+
+
+def test_a_loss_far_above_all_before_has_exploded_only_right_after_mixing_and_once_in_a_round() -> None:
+    past = Past(kept(0), name)
+    assert past.most_loss(0) == inf
+    past.add(0, [2.0], {1})
+    assert past.most_loss(1) == EXPLODED * 2.0
+    past.add(1, [0.5], set())
+    assert past.most_loss(2) == inf
+    past.add(2, [0.1], {1})
+    assert past.most_loss(7) == EXPLODED * 2.0, "whatever rounds it was down in between"
+    past.fall_back(7, ERROR)
+    assert past.most_loss(7) == inf, "once in a round"
+    without = Past(None, name)
+    without.add(0, [2.0], {1})
+    assert without.most_loss(1) == inf
+
+
+def test_it_goes_back_step_by_step_and_takes_nothing_from_whom_it_mixed_since(caplog: pytest.LogCaptureFixture) -> None:
+    past = Past(kept(0, 4, 8), name)
+    for t, mixed in enumerate([{5}, {5}, set(), set(), {2}, set(), {2}, set(), {1}]):
+        past.add(t, [1.0], mixed)
+    first = past.fall_back(9, ERROR)
+    assert (first.round, float(first.adapters["q.A"][0, 0])) == (9, 8.0)
+    assert past.left_out(1, 9 + LEFT_OUT_ROUNDS - 1)
+    assert not past.left_out(1, 9 + LEFT_OUT_ROUNDS)
+    assert not past.left_out(2, 9)
+    second = past.fall_back(9, ERROR)
+    assert float(second.adapters["q.A"][0, 0]) == 4.0
+    assert past.left_out(2, 9)
+    assert not past.left_out(5, 9)
+    assert float(past.fall_back(9, ERROR).adapters["q.A"][0, 0]) == 0.0
+    assert past.left_out(5, 9)
+    with pytest.raises(DivergedError):
+        past.fall_back(9, ERROR)
+    assert caplog.messages[0] == (
+        "round 9: training: the loss is 100 in round 9; goes on from what it was before round 8, and for now takes "
+        "nothing from hospital-1 until round 19"
+    )
+    past.add(19, [1.0], {1})
+    past.fall_back(20, ERROR)
+    assert past.left_out(1, 20 + 2 * LEFT_OUT_ROUNDS - 1), "twice as long the second time"
+    assert not past.left_out(1, 20 + 2 * LEFT_OUT_ROUNDS)
+
+
+def test_where_nothing_was_mixed_since_it_is_training_itself_that_diverges() -> None:
+    past = Past(kept(0, 4), name)
+    past.add(3, [1.0], {1})
+    past.add(4, [1.0], set())
+    with pytest.raises(DivergedError, match="the loss is 100"):
+        past.fall_back(5, ERROR)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    return found(tmp_path_factory.mktemp("two"), 2)
+
+
+@pytest.fixture
+def job() -> Job:
+    settings = ("clients=2", "rounds=5", "evaluate={every: 100, rows: 5}", "algorithm={name: local}")
+    small = "training={local_steps: 1, per_device_train_batch_size: 2}"
+    return build(load_recipe("digits-demo", [*settings, small]), [0]).job
+
+
+@pytest.fixture
+def swapper(made: Federation) -> Iterator[Swapper]:
+    one = Swapper(Membership(made.peer(0), made.roster), {}, patience_s=1.0)
+    yield one
+    one.stop()
+
+
+def spoilt(job: Job, value: float) -> Job:
+    """Return the job as it would be resumed in round 3 from what a neighbour has spoilt."""
+    draw = torch.Generator().manual_seed(0)
+    adapters = {name: value * torch.randn(x.shape, generator=draw) for name, x in job.state.adapters.items()}
+    return replace(job, state=State(adapters, job.state.clone().moments, 3))
+
+
+def before(*mixed: int) -> list[dict[str, object]]:
+    """Return records of three rounds, of which the last mixed."""
+    edges = [[[0, client] for client in mixed] if t == 2 else [] for t in range(3)]
+    common = {"loss": [1.0], "failed_edges": [], "not_mixed": [], "seconds": {"train": 1.0}}
+    return [{"round": t, "edges": edges[t], **common} for t in range(3)]
+
+
+@pytest.mark.parametrize("value", [1e30, 30.0])
+def test_a_peer_that_is_resumed_from_a_spoilt_checkpoint_goes_on_from_an_older_one(
+    job: Job, swapper: Swapper, value: float
+) -> None:
+    asked = []
+
+    def recall(rounds: int) -> State:
+        asked.append(rounds)
+        return replace(job.state, round=2)
+
+    records = list(run_peer(spoilt(job, value), swapper, records=lambda: before(1), recall=recall))
+    assert [record.round for record in records] == [3, 4]
+    assert max(loss for record in records for loss in record.loss) < 5
+    assert asked == [3]
+
+
+def test_a_peer_that_mixed_nothing_says_that_training_diverges(job: Job, swapper: Swapper) -> None:
+    with pytest.raises(DivergedError, match="no longer finite after round 3; lower training"):
+        list(run_peer(spoilt(job, 1e30), swapper, records=before, recall=lambda _: job.state))
+
+
+def test_what_exploded_is_not_sent(job: Job) -> None:
+    def exchange(*_: object) -> None:
+        raise AssertionError("something was sent")
+
+    with pytest.raises(DivergedError, match=r"the loss is .* in round 0"):
+        run_round(replace(job, most_loss=0.01), job.state.clone(), job.clients, exchange)  # type: ignore[arg-type]
