@@ -233,7 +233,7 @@ def build(
         _resolve(recipe, algorithm, base.revision, dtype, device, tokens, clients_per_pass),
         lora,
         base.head,
-        {"form": task.form, "metric": task.metric, "words": task.words, "templates": task.templates},
+        {"form": task.form, "metric": task.metric, "of": task.of, "words": task.words, "templates": task.templates},
         task.classes,
         held=list(chain(*group.gather(label_counts(task, task.train, list(parts.values()))))),
         validation=label_counts(task, task.validation, [held_out])[0],
@@ -271,7 +271,7 @@ def agreed(run: Run) -> dict[str, str]:
         "lora": json.dumps(recipe.lora.model_dump(exclude={"lora_dropout"}, exclude_defaults=True), sort_keys=True),
         "rounds": str(recipe.rounds),
         "seed": str(recipe.seed),
-        "task": short({part: run.asked[part] for part in ("form", "words", "templates") if run.asked[part]}),
+        "task": short({part: run.asked[part] for part in ("form", "words", "templates", "of") if run.asked[part]}),
     } | ({} if recipe.network.bound else {"bound": "off"})
 
 

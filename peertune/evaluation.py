@@ -11,7 +11,7 @@ from peertune import draws
 from peertune.adapters.stacked import StackedModel
 from peertune.data.batches import Encoded, validation_batches
 from peertune.data.completions import completions, encode_choices, encode_prompts
-from peertune.data.scores import JUDGES, METRICS
+from peertune.data.scores import JUDGES, scorer
 from peertune.errors import RecipeError
 from peertune.generation import Decoding, cached_tokens, generate, pads_left
 from peertune.models import Base
@@ -61,7 +61,7 @@ def build_evaluation(
         readers = {"perplexity": row_losses, "token_accuracy": hits}
         predict = _read(model, encoded, rows, tokens, readers.get(task.metric, predictions))
         labels = encoded.targets[rows] if task.form == "complete" else labels
-    score = METRICS[task.metric]
+    score = scorer(task)
 
     def run(adapters: Tensors) -> Evaluation:
         clients = len(next(iter(adapters.values())))
@@ -73,7 +73,7 @@ def build_evaluation(
         predicted = predict(singles) if singles else np.empty((0, len(rows)))
         scores = [score(own, labels) for own in predicted]
         top = [float(np.bincount(own).max() / len(rows)) for own in predicted[:clients] if task.classes]
-        return Evaluation(task.metric, scores[:clients], next(iter(scores[clients:]), None), len(rows), top)
+        return Evaluation(task.measured, scores[:clients], next(iter(scores[clients:]), None), len(rows), top)
 
     return run
 

@@ -58,6 +58,12 @@ class Task:
     form: Literal["classify", "complete", "choose", "match"] = "classify"
     words: tuple[str, ...] = ()  # to choose from, one for each class
     templates: tuple[str, ...] = ()  # to match an image against: `{}` stands for the name of a class
+    of: str | None = None  # the class that the metric is of, where it is of one
+
+    @property
+    def measured(self) -> str:
+        """What the scores are of, in words: `accuracy`, `f1 of fraud`."""
+        return self.metric if self.of is None else f"{self.metric} of {self.of}"
 
 
 @dataclass(frozen=True)
@@ -204,7 +210,7 @@ class Batch:
 class Evaluation:
     """How good the clients' own models are, and the model of the averaged adapter; fields as in `RoundRecord`."""
 
-    metric: str
+    metric: str  # what was measured: a key of METRICS, and the class that it is of
     clients: list[float]  # [K], each client's own model
     average: float | None  # the adapter averaged over the clients, factor by factor; None where nobody holds them all
     rows: int  # rows of the validation set that were used

@@ -78,6 +78,7 @@ def test_what_is_made_to_be_learnt_is_learnt(
     peertune: Call, folder: Path, tmp_path: Path, task: dict[str, Any], before: float, after: float
 ) -> None:
     records, _ = run(peertune, recipe_of(folder, task=task), tmp_path / "run")
+    assert records[-1]["evaluation"]["metric"] == task["metric"] + (" of 1" if task["metric"] == "f1" else "")
     scores = [*records[-1]["evaluation"]["clients"], records[-1]["evaluation"]["average"]]
     found = build(check_recipe(recipe_of(folder, task=task), "test"))
     start = found.job.evaluate(found.job.state.adapters)

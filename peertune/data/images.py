@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peertune import draws
 from peertune.data.labels import Classes, number_labels
-from peertune.data.scores import OF_VALUES
+from peertune.data.scores import OF_VALUES, Metric, read_metric
 from peertune.data.sources import first_line, image_columns, load_from_hub, named_source
 from peertune.data.tables import MissingCells, Table
 from peertune.errors import DataError, unknown
@@ -48,7 +48,7 @@ def images(
     shots: int | None = None,
     classes: Classes | None = None,
     templates: list[str] | None = None,
-    metric: str = "accuracy",
+    metric: Metric = "accuracy",
     *,
     seed: int,
     missing_cells: MissingCells = "refuse",
@@ -69,7 +69,7 @@ def images(
     """
     name = named_source("images", path, id, config, revision)
     where = f"task {name}"
-    if metric in OF_VALUES and not (classes is None and templates is None and shots is None):
+    if read_metric(where, metric)[0] in OF_VALUES and not (classes is None and templates is None and shots is None):
         raise DataError(f"{where}: metric {metric} is of values; leave out classes, templates and shots")
     if shots is not None and shots < 1:
         raise DataError(f"{where}: shots is {shots}, give at least 1")
@@ -87,7 +87,8 @@ def images(
     else:
         source = _open_hub(where, load_from_hub(where, id or "", config, revision), (train, validation), image)
     others = () if path is not None else (image,)
-    names, splits = number_labels(where, source.tables, (), label, classes, metric, missing_cells, others)
+    found = number_labels(where, source.tables, (), label, classes, metric, missing_cells, others)
+    names, splits = found.classes, found.splits
     if classes is None and templates and all(name.isdecimal() for name in names):
         raise DataError(f"{where}: the classes have numbers for names, which no text matches; name them in classes")
     kept = [np.arange(len(split)) for split in splits]
@@ -105,9 +106,10 @@ def images(
         names,
         train=made[0],
         validation=made[1],
-        metric=metric,
+        metric=found.metric,
         form="classify" if templates is None else "match",
         templates=tuple(templates or ()),
+        of=found.of,
     )
 
 

@@ -6,17 +6,28 @@ have no names, and else only in a column of a data set that says itself what its
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune.data.scores import METRICS, OF_LANGUAGE, OF_VALUES
+from peertune.data.scores import METRICS, OF_LANGUAGE, OF_VALUES, Metric, class_of, read_metric
 from peertune.data.tables import MissingCells, Table, whole, without_missing
 from peertune.errors import DataError, unknown
 from peertune.types import Split
 
 Classes = list[str] | dict[int | str, str]
 """Names of classes by number, or by what the data call them, such as `{0: cat, 1: dog}`."""
+
+
+class Labelled(NamedTuple):
+    """What `number_labels` makes of tables."""
+
+    classes: tuple[str, ...]  # names by number; empty for a regression
+    splits: list[Split]
+    metric: str  # a key of METRICS
+    of: str | None  # the class that it is of, where it is of one
+
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 
@@ -27,11 +38,11 @@ def number_labels(
     inputs: tuple[str, ...],
     label: str,
     classes: Classes | None,
-    metric: str,
+    metric: Metric,
     missing_cells: MissingCells,
     others: tuple[str, ...] = (),
-) -> tuple[tuple[str, ...], list[Split]]:
-    """Check the columns of each split, number their labels, and return the names of the classes, and the splits.
+) -> Labelled:
+    """Check the columns of each split, number their labels, and find the class that the metric is of.
 
     The names are those of `classes`, or else the source's own, or else what `train`, the first split, has; they are
     empty for a regression. `inputs` are columns of text; cells of `others` must be there, too.
@@ -39,6 +50,7 @@ def number_labels(
     Raises DataError for a column or cell that is missing or malformed, a label without a number, and a metric that does
     not suit.
     """
+    metric, of = read_metric(where, metric)
     suited = {name: METRICS[name] for name in METRICS if name not in OF_LANGUAGE}
     if metric not in suited:
         raise DataError(unknown(f"{where}: metric", metric, suited))
@@ -48,15 +60,15 @@ def number_labels(
         need_text(f"{where}: {split}", table, inputs)
     if metric in OF_VALUES:
         targets = [_targets(f"{where}: {split}", table, label) for split, table in tables.items()]
-        return (), [table.split(found) for table, found in zip(tables.values(), targets, strict=True)]
+        valued = [table.split(found) for table, found in zip(tables.values(), targets, strict=True)]
+        return Labelled((), valued, metric, None)
     texts = {split: _texts(f"{where}: {split}", table, label) for split, table in tables.items()}
     first = next(iter(tables))
     if named is None:
         named = tables[first].classes.get(label) or _learn_classes(where, texts[first])
     if named == tuple(map(str, range(len(named)))):  # numbers, which are the same as 3 and as 3.0
         texts = {split: [text if whole(text) is None else str(whole(text)) for text in texts[split]] for split in texts}
-    if metric == "f1" and len(named) != 2:
-        raise DataError(f"{where}: metric f1 is for two classes and there are {len(named)}, choose accuracy")
+    of = class_of(where, metric, of, named)
     numbers = {name: number for number, name in enumerate(named)}
     if isinstance(classes, dict):
         numbers = {str(called): numbers[name] for called, name in classes.items()}
@@ -67,7 +79,7 @@ def number_labels(
                 place = f"{where}: {split}: {table.called(row)}: {label}"
                 raise DataError(_unknown_label(place, text, numbers, isinstance(classes, list)))
         splits.append(table.split(np.array([numbers[text] for text in texts[split]], np.int64)))
-    return named, splits
+    return Labelled(named, splits, metric, of)
 
 
 def need_text(where: str, table: Table, columns: tuple[str, ...]) -> None:

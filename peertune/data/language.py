@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from peertune.data.labels import Classes, need_text, number_labels
-from peertune.data.scores import JUDGES, OF_LANGUAGE, OF_VALUES
+from peertune.data.scores import JUDGES, OF_LANGUAGE, OF_VALUES, Metric, read_metric
 from peertune.data.sources import named_source, open_source, read_splits
-from peertune.data.tables import MissingCells, Table, need_columns, nested, whole, without_missing
+from peertune.data.tables import MissingCells, Table, missing, need_columns, nested, whole, without_missing
 from peertune.errors import DataError, unknown
 from peertune.types import Task
 
+_TRUTHS = {"false": 0, "true": 1}
 _FIELD = re.compile(r"\{([^{}\n]+)\}")
 
 
@@ -88,7 +89,7 @@ def label_words(
     revision: str | None = None,
     train: str = "train",
     validation: str = "validation",
-    metric: str = "accuracy",
+    metric: Metric = "accuracy",
     classes: Classes | None = None,
     field: str | None = None,
     *,
@@ -109,22 +110,29 @@ def label_words(
     where = f"task {called}"
     if len(words) < 2 or len(set(words)) < len(words) or not all(word.strip() for word in words):
         raise DataError(f"{where}: words is {words}; give two or more different ones, none of them empty")
-    if metric in OF_VALUES or metric in OF_LANGUAGE:
-        raise DataError(f"{where}: metric {metric} is not for classes, choose accuracy, f1 or matthews_correlation")
+    if (named := read_metric(where, metric)[0]) in OF_VALUES | OF_LANGUAGE:
+        raise DataError(f"{where}: metric {named} is not for classes, choose accuracy, f1 or matthews_correlation")
     read = open_source(where, path, id or "", config, revision, field)
     tables = read_splits(where, read, train, validation)
     for name, table in tables.items():
         need_columns(f"{where}: {name}", table, (label,))
-        numbers = [int(value) if isinstance(value, bool) else value for value in table.columns[label]]
-        tables[name] = table.with_columns({label: numbers})
+        tables[name] = table.with_columns({label: _truths(table.columns[label])})
     tables = _in_words(where, tables, {"prompt": prompt}, missing_cells, label)
     first = tables[train]
     if classes is None and label not in first.classes and None not in map(whole, first.columns[label]):
         classes = [str(number) for number in range(len(words))]
-    names, splits = number_labels(where, tables, ("prompt",), label, classes, metric, missing_cells)
+    found = number_labels(where, tables, ("prompt",), label, classes, metric, missing_cells)
+    names, splits = found.classes, found.splits
     if len(names) != len(words):
         raise DataError(f"{where}: there are {len(names)} classes ({', '.join(names[:5])}) and {len(words)} words")
-    return Task(called, ("prompt",), names, splits[0], splits[1], metric, "choose", tuple(words))
+    return Task(called, ("prompt",), names, splits[0], splits[1], found.metric, "choose", tuple(words), of=found.of)
+
+
+def _truths(labels: list[Any]) -> list[Any]:
+    """Return 1 and 0 for true and false, however a format writes them, where there is nothing else."""
+    if any(str(value).lower() not in _TRUTHS for value in labels if not missing(value)):
+        return labels
+    return [value if missing(value) else _TRUTHS[str(value).lower()] for value in labels]
 
 
 def _in_words(

@@ -1,11 +1,18 @@
 """Scores: how good predictions are. `METRICS` names them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from peertune.errors import DataError, unknown
+from peertune.types import Task
+
+Metric = str | dict[str, str | int]
+"""A metric in a recipe: a name, or `{name: f1, of: fraud}` with the class that it is of."""
 
 
 def accuracy(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
@@ -13,10 +20,15 @@ def accuracy(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
     return float(np.mean(predictions == labels))
 
 
-def f1(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return the harmonic mean of precision and recall of class 1, 0 where it is never right; both `[N]` of 0 and 1."""
-    hits = np.sum((predictions == 1) & (labels == 1))
-    return float(2 * hits / max(np.sum(predictions == 1) + np.sum(labels == 1), 1))
+def f1(predictions: NDArray[Any], labels: NDArray[Any], of: int = 1) -> float:
+    """Return the harmonic mean of precision and recall of one class, 0 where it is never right; both `[N]` numbers."""
+    hits = np.sum((predictions == of) & (labels == of))
+    return float(2 * hits / max(np.sum(predictions == of) + np.sum(labels == of), 1))
+
+
+def macro_f1(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the mean F1 of the classes that are among the `[N]` predictions or labels, as scikit-learn has it."""
+    return float(np.mean([f1(predictions, labels, of) for of in np.union1d(predictions, labels)]))
 
 
 def matthews_correlation(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
@@ -71,6 +83,7 @@ def same_number(generated: str, reference: str) -> bool:
 METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
     "accuracy": accuracy,
     "f1": f1,
+    "macro_f1": macro_f1,
     "matthews_correlation": matthews_correlation,
     "pearson": pearson,
     "spearman": spearman,
@@ -79,8 +92,45 @@ METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
     "exact_match": accuracy,  # of judgements, 1 for right, which should all be 1
     "last_number": accuracy,
 }
+OF_CLASS = {"f1"}
 OF_VALUES = {"pearson", "spearman"}
 OF_LANGUAGE = {"perplexity", "token_accuracy", "exact_match", "last_number"}
 LOWER_IS_BETTER = {"perplexity"}
 JUDGES: dict[str, Callable[[str, str], bool]] = {"exact_match": same_text, "last_number": same_number}
 """Metrics that generate: `(generated, reference) → whether it is right`."""
+
+
+def read_metric(where: str, metric: Metric) -> tuple[str, str | None]:
+    """Return the name of a recipe's metric, and the class that it is of, where the recipe says it."""
+    if isinstance(metric, str):
+        return metric, None
+    if metric.keys() != {"name", "of"}:
+        raise DataError(f"{where}: metric is {metric}; give a name, or name and of, as in {{name: f1, of: CLASS}}")
+    name, of = str(metric["name"]), str(metric["of"])
+    if name in METRICS and name not in OF_CLASS:
+        raise DataError(f"{where}: metric {name} is of no one class; leave out of, or choose f1")
+    return name, of
+
+
+def class_of(where: str, metric: str, of: str | None, classes: Sequence[str]) -> str | None:
+    """Return the class that a metric is of: the one that is asked for, or 1 of 0 and 1, as in scikit-learn.
+
+    None for a metric that is of no one class. Raises DataError where classes have names and none is asked for.
+    """
+    if metric not in OF_CLASS:
+        return None
+    if of is None and tuple(classes) != ("0", "1"):
+        raise DataError(
+            f"{where}: metric {metric} is of one class; say of which of {', '.join(classes[:10])}, as in "
+            f"task.metric={{name: {metric}, of: {classes[-1]}}}, or choose macro_f1"
+        )
+    if of is not None and of not in classes:
+        raise DataError(unknown(f"{where}: metric {metric}: of", of, classes))
+    return of or "1"
+
+
+def scorer(task: Task) -> Callable[[NDArray[Any], NDArray[Any]], float]:
+    """Return what a task is scored by, from predictions and labels `[N]`."""
+    if task.of is None:
+        return METRICS[task.metric]
+    return partial(f1, of=task.classes.index(task.of))

@@ -12,7 +12,7 @@ import numpy as np
 from peertune.data.images import images
 from peertune.data.labels import Classes, number_labels
 from peertune.data.language import instructions, label_words
-from peertune.data.scores import OF_VALUES
+from peertune.data.scores import OF_CLASS, OF_VALUES, Metric, read_metric
 from peertune.data.sources import named_source, open_source, read_splits
 from peertune.data.tables import MissingCells
 from peertune.errors import DataError, unknown
@@ -48,7 +48,7 @@ def glue(
     config: str,
     path: str | None = None,
     revision: str | None = None,
-    metric: str | None = None,
+    metric: Metric | None = None,
     field: str | None = None,
     *,
     missing_cells: MissingCells = "refuse",
@@ -57,7 +57,7 @@ def glue(
 
     `config` is the hub's name of the task, such as `sst2`; `path` a folder to read in place of the hub's `nyu-mll/glue`
     at `revision`, where `field` says what in JSON files holds the rows. MNLI validates on its matched rows. Where GLUE
-    has two metrics, `metric` is accuracy, or Pearson's correlation, unless another is named.
+    has two metrics, `metric` is accuracy, or Pearson's correlation, unless another is named. F1 is of class 1.
 
     Raises DataError for an unknown config, a metric that does not suit it, and data that are missing or malformed.
     """
@@ -66,8 +66,11 @@ def glue(
     known = _GLUE[config]
     where = f"task glue/{config}"
     metric = metric or known.metric
-    if (metric in OF_VALUES) != (known.metric in OF_VALUES):
-        raise DataError(f"{where}: metric {metric} does not suit its labels, leave it out for {known.metric}")
+    named, of = read_metric(where, metric)
+    if (named in OF_VALUES) != (known.metric in OF_VALUES):
+        raise DataError(f"{where}: metric {named} does not suit its labels, leave it out for {known.metric}")
+    if named in OF_CLASS and of is None and len(known.classes) == 2:
+        metric = {"name": named, "of": known.classes[1]}
     if path is not None and revision is not None:
         raise DataError(f"{where}: revision is of the hub; leave it out with path")
     if path is None and field is not None:
@@ -79,8 +82,9 @@ def glue(
         split: table.named("label", known.classes) if known.classes and "label" in table.columns else table
         for split, table in tables.items()
     }
-    names, splits = number_labels(where, tables, known.inputs, "label", None, metric, missing_cells)
-    return Task(f"glue/{config}", known.inputs, names, splits[0], splits[1], metric)
+    found = number_labels(where, tables, known.inputs, "label", None, metric, missing_cells)
+    train, held_out = found.splits
+    return Task(f"glue/{config}", known.inputs, found.classes, train, held_out, found.metric, of=found.of)
 
 
 def text(
@@ -91,7 +95,7 @@ def text(
     config: str | None = None,
     revision: str | None = None,
     validation: str = "validation",
-    metric: str = "accuracy",
+    metric: Metric = "accuracy",
     classes: Classes | None = None,
     field: str | None = None,
     *,
@@ -104,7 +108,8 @@ def text(
     `config`, at `revision`). Labels are numbers from 0, or names, which are numbered in sorted order unless the data
     set numbers them itself, or `classes` does: a list of names by number, or by what the data call them, such as
     `{0: ham, 1: spam}`. Give it where parties train on rows of their own, of which one may lack a class. With the
-    metric `pearson` or `spearman` labels are the targets of a regression.
+    metric `pearson` or `spearman` labels are the targets of a regression. `f1` is of one class: `{name: f1, of: spam}`,
+    or class 1 where the classes are 0 and 1.
 
     Raises DataError where the arguments, a file, a column or a label is wrong.
     """
@@ -114,8 +119,9 @@ def text(
         raise DataError(f"task text: inputs names {len(inputs)} columns, give one or two")
     read = open_source(where, path, id or "", config, revision, field)
     tables = read_splits(where, read, "train", validation)
-    names, splits = number_labels(where, tables, tuple(inputs), label, classes, metric, missing_cells)
-    return Task(name, tuple(inputs), names, splits[0], splits[1], metric)
+    found = number_labels(where, tables, tuple(inputs), label, classes, metric, missing_cells)
+    train, held_out = found.splits
+    return Task(name, tuple(inputs), found.classes, train, held_out, found.metric, of=found.of)
 
 
 def digits() -> Task:

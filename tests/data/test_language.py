@@ -94,11 +94,15 @@ def test_both_splits_must_have_one_form(tmp_path: Path) -> None:
         instructions(path)
 
 
-@pytest.mark.parametrize("labels", [[0, 1, 1], [False, True, True], ["no", "yes", "yes"]])
-def test_labels_get_their_words(tmp_path: Path, labels: list[Any]) -> None:
+@pytest.mark.parametrize(
+    ("labels", "of"),
+    [([0, 1, 1], "1"), ([False, True, True], "1"), (["false", "TRUE", "True"], "1"), (["no", "yes", "yes"], "no")],
+)
+def test_labels_get_their_words(tmp_path: Path, labels: list[Any], of: str) -> None:
     rows = [{"a": f"{number}", "verdict": label} for number, label in enumerate(labels)]
-    task = label_words("{a}?", "verdict", [" No", " Yes"], folder(tmp_path, rows), metric="f1")
+    task = label_words("{a}?", "verdict", [" No", " Yes"], folder(tmp_path, rows), metric={"name": "f1", "of": of})
     assert (task.form, task.words, len(task.classes)) == ("choose", (" No", " Yes"), 2)
+    assert task.measured == f"f1 of {of}"
     assert task.train.labels.tolist() == [0, 1, 1]
     assert task.train.columns["prompt"] == ["0?", "1?", "2?"]
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tabular import write
+from sklearn.metrics import f1_score
+from tabular import FORMATS, write
 
-from peertune.data.scores import JUDGES, METRICS, OF_LANGUAGE
+from peertune.data.scores import JUDGES, METRICS, OF_LANGUAGE, scorer
 from peertune.data.tasks import TASKS, glue, public_digits, text
 from peertune.errors import DataError
 from peertune.types import Task
@@ -77,7 +78,7 @@ def test_glue_takes_its_second_metric(tmp_path: Path) -> None:
     write(tmp_path / "train.csv", {"sentence1": "ab", "sentence2": "cd", "label": [0, 1]})
     write(tmp_path / "validation.csv", {"sentence1": "ab", "sentence2": "cd", "label": ["equivalent", 0]})
     task = glue("mrpc", path=str(tmp_path), metric="f1")
-    assert task.metric == "f1"
+    assert (task.metric, task.of, task.measured) == ("f1", "equivalent", "f1 of equivalent")
     assert task.validation.labels.tolist() == [1, 0]
 
 
@@ -137,16 +138,40 @@ def test_metrics_of_a_small_example() -> None:
     predictions, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
     assert METRICS["accuracy"](predictions, labels) == pytest.approx(3 / 5)
     assert METRICS["f1"](predictions, labels) == pytest.approx(2 / 3)
+    assert METRICS["macro_f1"](predictions, labels) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert METRICS["macro_f1"](predictions, labels) == f1_score(labels, predictions, average="macro")
     assert METRICS["matthews_correlation"](predictions, labels) == pytest.approx(1 / 6)
     assert METRICS["pearson"](predictions, labels) == pytest.approx(1 / 6)
     assert METRICS["spearman"](np.array([1.0, 2.0, 9.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("metric", sorted(set(METRICS) - OF_LANGUAGE - {"accuracy"}))
+@pytest.mark.parametrize("metric", sorted(set(METRICS) - OF_LANGUAGE - {"accuracy", "macro_f1"}))
 def test_predictions_that_are_all_alike_score_nothing(metric: str) -> None:
     value = 0 if metric in {"f1", "matthews_correlation"} else 0.1
     assert METRICS[metric](np.full(7, value), np.array([0, 1, 0, 1, 0, 1, 1])) == 0
     assert METRICS[metric](np.full(7, value), np.zeros(7, np.int64)) == 0
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize(
+    ("labels", "metric", "of", "score"),
+    [
+        (["fraud", "legit"], {"name": "f1", "of": "fraud"}, "fraud", 0.0),
+        (["fraud", "legit"], {"name": "f1", "of": "legit"}, "legit", 6 / 7),
+        ([0, 1], "f1", "1", 6 / 7),
+        ([0, 1], {"name": "f1", "of": 0}, "0", 0.0),
+        (["a", "b", "c"], {"name": "f1", "of": "b"}, "b", 6 / 7),
+        (["fraud", "legit"], "macro_f1", None, 3 / 7),
+    ],
+)
+def test_f1_is_of_a_class_that_is_named(
+    labels: list[Any], metric: Any, of: str | None, score: float, suffix: str, tmp_path: Path
+) -> None:
+    task = read(folder(tmp_path, labels, [labels[0], labels[1], labels[1], labels[1]], suffix), metric=metric)
+    assert task.of == of
+    assert task.measured == ("macro_f1" if of is None else f"f1 of {of}")
+    answers = np.full(4, 1)  # never the first class
+    assert scorer(task)(answers, task.validation.labels) == pytest.approx(score)
 
 
 @pytest.mark.parametrize("metric", ["pearson", "spearman"])
@@ -178,7 +203,26 @@ def test_predictions_that_are_not_finite_score_nothing(metric: str) -> None:
         ([], None, {}, "train: no rows, give at least one"),
         ([1.5, 2.5], None, {}, "the labels are fractions, choose metric pearson or spearman"),
         ([0, 0], None, {}, "all rows of train have the label 0, give at least two classes"),
-        ([0, 1, 2], None, {"metric": "f1"}, "metric f1 is for two classes and there are 3, choose accuracy"),
+        (
+            [0, 1, 2],
+            None,
+            {"metric": "f1"},
+            "f1 is of one class; say of which of 0, 1, 2, as in .* or choose macro_f1",
+        ),
+        (["no", "yes"], None, {"metric": "f1"}, "say of which of no, yes, as in task.metric={name: f1, of: yes}, or"),
+        (
+            ["no", "yes"],
+            None,
+            {"metric": {"name": "f1", "of": "yess"}},
+            "f1: of: unknown name 'yess', did you mean ye",
+        ),
+        (
+            [0, 1],
+            None,
+            {"metric": {"name": "f1"}},
+            "metric is .*; give a name, or name and of, as in .name: f1",
+        ),
+        ([0, 1], None, {"metric": {"name": "accuracy", "of": 1}}, "metric accuracy is of no one class; leave out of"),
         (["a", 1], None, {"metric": "pearson"}, "train: line 1: label is 'a', a regression's must be a finite number"),
         ([0, 1], None, {"metric": "acuracy"}, "metric: unknown name 'acuracy', did you mean accuracy?"),
         ([0, 1], None, {"validation": "dev"}, "holds none of dev.parquet, dev.csv, dev.jsonl, dev.json$"),

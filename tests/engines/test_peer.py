@@ -246,6 +246,12 @@ def test_the_table_of_what_must_agree_names_all_of_it() -> None:
     assert sorted(named) == sorted(agreed(build(load_recipe("digits-demo", unlike), [0])))
 
 
+def test_peers_that_score_another_class_are_told_apart() -> None:
+    run = build(load_recipe("digits-demo", recipe(4, "float32")), [0])
+    said = [agreed(replace(run, asked={**run.asked, "of": of}))["task"] for of in (None, "fraud", "legit")]
+    assert said == ['{"form": "classify"}', *(f'{{"form": "classify", "of": "{of}"}}' for of in ("fraud", "legit"))]
+
+
 BEHIND = [  # rounds of the others, seconds for which this peer had heard nobody, the round that it goes on with
     ([50, 40, 5], 0.0, 40),  # the second furthest: no single one can drive it on
     ([50, 5, 0], 0.0, 5),
