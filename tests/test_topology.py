@@ -249,6 +249,20 @@ def test_a_row_that_loses_edges_is_that_of_the_matrix_that_lost_them(name: str, 
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-15)
 
 
+def test_a_planned_edge_fails_whichever_end_comes_first() -> None:
+    graph = GRAPHS["complete"](clients=4)
+    (one, failed), (other, same) = (planned_weights(graph, [Fault(1, 2, edge=edge)], 2) for edge in ((1, 3), (3, 1)))
+    assert failed == same == [(1, 3)]
+    assert one[1, 3] == other[1, 3] == 0
+    np.testing.assert_array_equal(one.toarray(), other.toarray())
+    assert [planned_weights(graph, [Fault(1, 2, edge=(3, 1))], t)[1] for t in (0, 1, 2, 3)] == [
+        [],
+        [(1, 3)],
+        [(1, 3)],
+        [],
+    ]
+
+
 def test_who_may_ever_meet_is_known_from_all_rounds(tmp_path: Path) -> None:
     path = tmp_path / "contacts.txt"
     path.write_text("0,0,1\n1,0,2\n3,1,2\n2,2,3\n")
@@ -467,6 +481,25 @@ def test_rules_on_possible_edges_give_an_inactive_edge_back_to_both_ends(name: s
         inactive = rows(graph.edges_at(t)) - rows(active_edges(graph, t))
         dropped = drop_edges(weights_at(always, t), np.array(sorted(inactive), dtype=np.int64).reshape(-1, 2))
         np.testing.assert_allclose(weights_at(graph, t).toarray(), dropped.toarray(), atol=1e-15)
+
+
+def test_laplacian_weights_of_a_trace_are_those_of_each_rounds_own_edges(tmp_path: Path) -> None:
+    path = tmp_path / "contacts.txt"
+    path.write_text("0,0,1\n1,0,1\n1,1,2\n1,1,3\n2,2,3\n2,0,1\n3,0,1\n3,1,2\n")
+    graph = GRAPHS["trace"](clients=4, path=path, weights="laplacian")
+    largest = [2.0, 4.0, 2.0, 3.0]  # λ_max(L) of an edge, a star of four, two edges apart and a path of three
+    for t in range(8):
+        expected = np.eye(4)
+        for i, j in graph.edges_at(t).tolist():
+            ends = np.zeros(4)
+            ends[i], ends[j] = 1, -1
+            expected -= 2 / (3 * largest[t % 4]) * np.outer(ends, ends)
+        np.testing.assert_allclose(weights_at(graph, t).toarray(), expected, atol=1e-15)
+        for client in range(4):
+            row = row_at(graph, client, t)
+            assert row == pytest.approx({other: x for other, x in enumerate(expected[client]) if x})
+    stacked = weights.stacked_weights(graph, range(2, 7)).toarray().reshape(5, 4, 4)
+    np.testing.assert_array_equal(stacked, [weights_at(graph, t).toarray() for t in range(2, 7)])
 
 
 def test_dropping_takes_edges_in_any_form_and_ignores_those_that_are_not_there() -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from peertune.adapters.stacked import attach, init_adapters
 from peertune.algorithms import mixers
 from peertune.algorithms.mixers import gossip, products, rotated
 from peertune.algorithms.schedules import both
@@ -160,10 +161,21 @@ def test_rows_of_a_are_orthogonal_and_as_long_as_at_the_start(seed: int) -> None
     torch.testing.assert_close(A @ A.mT, torch.eye(2, dtype=torch.float64).expand(3, 2, 2) / 3)
 
 
-def test_that_length_is_what_kaiming_uniform_gives() -> None:
-    torch.manual_seed(0)
-    A = torch.nn.init.kaiming_uniform_(torch.empty(64, 4096), a=5**0.5)
-    torch.testing.assert_close(A.norm(dim=1).mean(), torch.tensor(3**-0.5), rtol=1e-2, atol=0)
+def test_rows_of_a_start_as_long_as_products_leave_them() -> None:
+    model = attach(torch.nn.Sequential(torch.nn.Linear(4096, 64)), ["0"], r=64, lora_alpha=64)
+    start = init_adapters(model, 2, seed=0)
+    rows = {"site.A": start["0.A"].double(), "site.B": random_pairs(0, 2, 64, 4096, 64)["site.B"]}
+    mixed = products(rows, rows, random_weights(0, 2), A_ROUND)["site.A"]
+    torch.testing.assert_close(rows["site.A"].norm(dim=2).mean(), mixed.norm(dim=2).mean(), rtol=1e-2, atol=0)
+
+
+def test_what_rounding_alone_adds_to_a_product_is_no_direction_of_it() -> None:
+    pairs = single(random_pairs(0, 2, 2, 40, 30))
+    pairs["site.B"][..., 1] = 0
+    pairs["site.B"][1] = 0.7 * pairs["site.B"][0]  # the same direction but for rounding: the mean has rank 1
+    mixed = products(pairs, pairs, random_weights(0, 2), A_ROUND)
+    assert (mixed["site.B"][..., 0] != 0).any()
+    assert (mixed["site.B"][..., 1] == 0).all()
 
 
 @some

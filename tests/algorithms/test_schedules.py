@@ -61,7 +61,9 @@ def test_a_phase_knows_its_round() -> None:
     assert [schedule(7).round for schedule in schedules] == [7] * 4
 
 
-@pytest.mark.parametrize(("rho", "rounds"), [(0.0, 3), (0.155, 3), (0.646, 5), (0.913, 10), (0.955, 14)])
+@pytest.mark.parametrize(
+    ("rho", "rounds"), [(0.0, 3), (0.155, 3), (0.3, 4), (0.646, 5), (0.74, 6), (0.913, 10), (0.955, 14)]
+)
 def test_the_sparser_the_graph_the_longer_the_phase(rho: float, rounds: int) -> None:
     assert switching_interval(rho) == rounds
 
