@@ -1,6 +1,10 @@
 """`peer status`, `peer doctor` and metrics, with peers as real processes."""
 
 import json
+import os
+import resource
+import socket
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -133,6 +137,36 @@ def test_peers_that_finish_say_what_came_of_each_edge(two: Federation, peertune:
         assert (known["client"], known["up"], known["down"]) == (1 - client, 2, 0)
         assert known["bytes_sent"] == known["bytes_received"] > 0
         assert "round        2 of 2, finished " in peertune("peer", "status", run)[1]
+
+
+def test_a_stranger_s_connections_neither_end_a_peer_nor_keep_its_neighbour_out(two: Federation) -> None:
+    process = start(two.folder, *starting(two, 0))
+    resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (200, 256))  # before it has come to its own code
+    run = two.folder / "runs" / "0"
+    with ExitStack() as stack:
+        stack.callback(process.kill)
+        wait_until(lambda: standing(run)["doing"] == "waiting", process)
+        assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (256, 256), "raised as far as it goes"
+        idle = [stack.enter_context(socket.create_connection(("127.0.0.1", two.ports[0]), 60)) for _ in range(400)]
+        wait_until(lambda: sum(map(closed, idle)) >= 400 - 68, process)  # are turned away
+        assert len(os.listdir(f"/proc/{process.pid}/fd")) < 200
+        opened = time.time()
+        wait_until(lambda: standing(run)["written_at"] > opened, process)
+        other = start(two.folder, *starting(two, 1))
+        finish_well([process, other])  # it gets in once those who do not shake hands have been cut off
+        assert all(closed(connection) for connection in idle)
+    assert [record["edges"] for record in tracking.records(run)] == [[[0, 1]]] * 2
+
+
+def closed(connection: socket.socket) -> bool:
+    """Whether the other end has hung up."""
+    connection.settimeout(0.001)
+    try:
+        return connection.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
 
 
 def test_doctor_without_an_identity_goes_as_far_as_it_can(peertune: Call) -> None:

@@ -88,11 +88,13 @@ def start(
         from peertune.engines.peer import ended, neighbours, run_peer
         from peertune.files import locked
         from peertune.net.incarnation import next_incarnation
+        from peertune.net.limits import raise_open_files
         from peertune.net.membership import Membership
         from peertune.net.prometheus import served
         from peertune.net.standing import kept, known_before, standing
         from peertune.net.swap import Swapper
 
+        raise_open_files()
         membership = Membership(folder, roster, ca_fingerprint)
         held.enter_context(locked(folder, "peer"))
         identity, members = membership.current()

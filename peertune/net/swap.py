@@ -22,7 +22,7 @@ from typing import Any
 import grpc
 
 from peertune.errors import PeertuneError, WireError
-from peertune.net import tls  # before grpc, whose settings it makes
+from peertune.net import limits, tls  # before grpc, whose settings it makes
 from peertune.net.codec import Assembler, Layout, chunks, decode, encode, layout
 from peertune.net.framing import Part, data_of, kind, pack, unpack
 from peertune.net.incarnation import Incarnation
@@ -135,7 +135,9 @@ class Swapper(Node):
         self._echo_only = echo_only
         workers = 4 + STREAMS * self._seats
         self._server = grpc.server(
-            ThreadPoolExecutor(workers, thread_name_prefix="swap"), options=OPTIONS, maximum_concurrent_rpcs=workers
+            ThreadPoolExecutor(workers, thread_name_prefix="swap"),
+            options=[*OPTIONS, *limits.of_connections(self._seats)],
+            maximum_concurrent_rpcs=workers,
         )
         handler = grpc.stream_stream_rpc_method_handler(
             self._answer, request_deserializer=unpack, response_serializer=pack
