@@ -425,11 +425,14 @@ class Swapper(Node):
             offer = self._offers.get(round)
         queue.put(Chunk(hello=self._hello(round, purpose)))
         speaks, why = Incarnation(), ""
-        there, assembler, attached = 0, None, False
+        there, assembler, attached, greeted = 0, None, False, False
         try:
             for chunk in call:
+                if not greeted and kind(chunk) != "hello":
+                    raise WireError("does not begin with a greeting")
                 match kind(chunk):
                     case "hello":
+                        greeted = True
                         there = chunk.hello.round
                         self._check_hello(client, chunk.hello)
                         self._check_incarnation(client, chunk.hello)

@@ -8,80 +8,30 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, replace
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
 import torch
 from federation import Federation, found, free_ports
 from processes import wait_until
+from swapping import AGREED, all_swap, assert_all_heard, call, hello, offering, outcomes, payload, peers, same
 
 from peertune.errors import IdentityError
 from peertune.files import write_file
 from peertune.net import tls
 from peertune.net.codec import encode
-from peertune.net.incarnation import Incarnation
 from peertune.net.membership import Membership
-from peertune.net.node import METHOD, PROTOCOL, Neighbour
+from peertune.net.node import METHOD, PROTOCOL
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict
 from peertune.net.swap import Swapper
 from peertune.topology import GRAPHS
 from peertune.types import Tensors
-
-AGREED = {"rounds": "10", "seed": "0"}
-
-
-def payload(client: int, round: int = 0, size: int = 50) -> Tensors:
-    generator = torch.Generator().manual_seed(100 * round + client)
-    return {"q.A": torch.randn(1, 3, size, generator=generator), "q.B": torch.randn(1, size, 3, generator=generator)}
-
-
-def same(a: Tensors, b: Tensors) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-@contextmanager
-def peers(
-    made: Federation, clients: Sequence[int], rosters: Mapping[int, Path] | None = None, **options: Any
-) -> Iterator[dict[int, Swapper]]:
-    """Have these peers answer, each by its file of `rosters`, or by the one of all."""
-    with ExitStack() as stack:
-        swappers = {}
-        for client in clients:
-            settings: dict[str, Any] = {"agreed": AGREED, "patience_s": 20.0} | options
-            membership = Membership(made.peer(client), (rosters or {}).get(client, made.roster))
-            swapper = Swapper(membership, **settings)
-            stack.callback(swapper.stop)
-            stack.callback(swapper.hurry)
-            swapper.start(made.address(client))
-            swappers[client] = swapper
-        yield swappers
-
-
-def all_swap(swappers: dict[int, Swapper], round: int = 0, size: int = 50) -> dict[int, dict[int, Tensors]]:
-    """Have everybody swap with everybody in a round, at the same time."""
-    with ThreadPoolExecutor(len(swappers)) as pool:
-        going = {
-            client: pool.submit(
-                swapper.swap, round, payload(client, round, size), [other for other in swappers if other != client]
-            )
-            for client, swapper in swappers.items()
-        }
-        return {client: one.result(60) for client, one in going.items()}
-
-
-def assert_all_heard(
-    swappers: dict[int, Swapper], heard: dict[int, dict[int, Tensors]], round: int, size: int = 50
-) -> None:
-    for client, came in heard.items():
-        assert came.keys() == swappers.keys() - {client}
-        assert all(same(x, payload(other, round, size)) for other, x in came.items())
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +44,18 @@ def test_everybody_hears_everybody(three: Federation) -> None:
         for t in range(3):
             assert_all_heard(swappers, all_swap(swappers, t), t)
         assert swappers[0].neighbours[1].bytes_received == 3 * len(encode(payload(1)))
+
+
+def test_payloads_of_this_round_and_the_last_are_at_hand_and_no_others(three: Federation) -> None:
+    with peers(three, range(2)) as swappers:
+        for t in range(4):
+            all_swap(swappers, t)
+        said = [Chunk(total=len(GOOD)), Chunk(data=GOOD), HAVE]
+        for t, verdict in ((3, Verdict.COUNTED), (2, Verdict.COUNTED), (1, Verdict.PASSED), (0, Verdict.PASSED)):
+            answers = call(three, 1, 0, iter([hello(t), *(said if verdict == Verdict.COUNTED else [])]))
+            assert outcomes(answers) == [verdict]
+            sent = b"".join(chunk.data for chunk in answers)
+            assert sent == (encode(payload(0, t)) if verdict == Verdict.COUNTED else b"")
 
 
 def test_a_payload_of_many_chunks_arrives(three: Federation) -> None:
@@ -330,40 +292,6 @@ def test_connections_cut_in_mid_payload_are_made_again_and_both_ends_agree(tmp_p
 # ---- members that do not keep to the protocol
 
 
-def call(made: Federation, who: int, whom: int, requests: Iterator[Chunk], timeout_s: float = 10.0) -> list[Chunk]:
-    """Call a peer as another member, with these requests; return the answers."""
-    identity, roster = Membership(made.peer(who), made.roster).current()
-    member = roster.by_client(whom)
-    assert member is not None
-    with tls.secure_channel(identity, member) as channel:
-        stub = channel.stream_stream(
-            METHOD, request_serializer=Chunk.SerializeToString, response_deserializer=Chunk.FromString
-        )
-        return list(stub(requests, timeout=timeout_s))
-
-
-def hello(round: int, purpose: int = Hello.SWAP, **other: Any) -> Chunk:
-    fields = {
-        "protocol": PROTOCOL,
-        "federation": "trial",
-        "agreed": AGREED,
-        "round": round,
-        "roster_serial": 99,
-    } | other
-    return Chunk(hello=Hello(purpose=purpose, **fields))  # type: ignore[arg-type]
-
-
-def outcomes(answers: list[Chunk]) -> list[int]:
-    return [chunk.verdict.outcome for chunk in answers if chunk.WhichOneof("part") == "verdict"]
-
-
-def offering(swapper: Swapper, round: int, neighbours: Sequence[int], pool: ThreadPoolExecutor) -> Any:
-    """Have a peer wait for these neighbours in a round; return once it does."""
-    going = pool.submit(swapper.swap, round, payload(swapper.me, round), neighbours)
-    wait_until(lambda: (round, neighbours[0]) in swapper._meetings)
-    return going
-
-
 def test_a_stale_round_is_passed_and_a_future_one_waits_and_changes_nothing(three: Federation) -> None:
     with peers(three, [0], patience_s=5.0) as swappers:
         swappers[0].enter(5)
@@ -421,47 +349,52 @@ def test_what_one_end_refuses_to_mix_fails_at_both_ends_at_once(
 
 
 HAVE = Chunk(verdict=Verdict(outcome=Verdict.HAVE))
+ODD = Chunk(verdict=Verdict(outcome=9))  # type: ignore[arg-type]
 GOOD = encode(payload(2))
 NAN = encode({name: x * torch.nan for name, x in payload(2).items()})
-GARBAGE: dict[str, Callable[[], list[Chunk]]] = {
-    "nothing": list,
-    "no greeting": lambda: [Chunk(data=b"x")],
-    "no part": lambda: [Chunk()],
-    "another protocol": lambda: [hello(0, protocol=9)],
-    "another federation": lambda: [hello(0, federation="evil")],
-    "a forged line": lambda: [hello(0, agreed={"a\nb": "c\nd"})],
-    "many fields": lambda: [hello(0, agreed={str(k): "x" for k in range(50_000)})],
-    "huge total": lambda: [hello(0), Chunk(total=2**63)],
-    "no total": lambda: [hello(0), Chunk(data=GOOD)],
-    "two totals": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(total=len(GOOD))],
-    "empty chunk": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=b"")],
-    "too much": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=GOOD + b"x")],
-    "too little": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=GOOD[:-1]), HAVE],
-    "not a number": lambda: [hello(0), Chunk(total=len(NAN)), Chunk(data=NAN), HAVE],
-    "noise": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=random.Random(0).randbytes(len(GOOD))), HAVE],
-    "a forged roster": lambda: [hello(0), Chunk(roster=b"federation: trial\n")],
-    "another verdict": lambda: [hello(0), Chunk(total=len(GOOD)), Chunk(data=GOOD), Chunk(verdict=Verdict(outcome=9))],  # type: ignore[arg-type]
+NOISE = random.Random(0).randbytes(len(GOOD))
+TOTAL = Chunk(total=len(GOOD))
+UNGREETED = "does not begin with a greeting"
+DISORDER = "sends its parts in another order than total, data, verdict"
+GARBAGE: dict[str, tuple[list[Chunk], str]] = {  # what is sent, what is said of it
+    "nothing": ([], UNGREETED),
+    "no greeting": ([Chunk(data=b"x")], UNGREETED),
+    "no part": ([Chunk()], UNGREETED),
+    "another protocol": ([hello(0, protocol=9)], f"protocol differs: {PROTOCOL} at peer-0, 9 at peer-2"),
+    "another federation": ([hello(0, federation="evil")], "federation differs: trial at peer-0, evil at peer-2"),
+    "a forged line": ([hello(0, agreed={"a\nb": "c\nd"})], "a b differs: nothing at peer-0, c d at peer-2"),
+    "many fields": ([hello(0, agreed=dict.fromkeys(map(str, range(50_000)), "x"))], "names 50000 fields that must agr"),
+    "huge total": ([hello(0), Chunk(total=2**63)], "payload: 9223372036854775808 bytes are announced where 1200 to"),
+    "no total": ([hello(0), Chunk(data=GOOD)], DISORDER),
+    "two totals": ([hello(0), TOTAL, TOTAL], DISORDER),
+    "empty chunk": ([hello(0), TOTAL, Chunk(data=b"")], "payload: a chunk has 0 bytes where 1 to 1048576 are expected"),
+    "too much": ([hello(0), TOTAL, Chunk(data=GOOD + b"x")], "payload: a chunk has 1337 bytes where 1336 are left"),
+    "too little": ([hello(0), TOTAL, Chunk(data=GOOD[:-1]), HAVE], "payload: ends after 1335 bytes where 1336 were"),
+    "not a number": ([hello(0), TOTAL, Chunk(data=NAN), HAVE], "q.A: holds nan where finite values are expected"),
+    "noise": ([hello(0), TOTAL, Chunk(data=NOISE), HAVE], "header: is said to have 7106521602475165645 bytes where"),
+    "a forged roster": ([hello(0), Chunk(roster=b"federation: trial\n")], "sends a roster that can't be used"),
+    "another verdict": ([hello(0), TOTAL, Chunk(data=GOOD), ODD], "refuses what it was sent ()"),
 }
 
 
 @pytest.mark.parametrize("what", GARBAGE)
-def test_garbage_of_a_member_is_dropped_and_costs_nobody_else_anything(three: Federation, what: str) -> None:
+def test_garbage_of_a_member_is_dropped_and_costs_nobody_else_anything(
+    three: Federation, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    sent, said = GARBAGE[what]
     with peers(three, [0, 1]) as swappers, ThreadPoolExecutor() as pool:
         going = offering(swappers[0], 0, [2, 1], pool)
-        code, answers = grpc.StatusCode.OK, []
-        try:
-            answers = call(three, 2, 0, iter(GARBAGE[what]()), timeout_s=5.0)
-        except grpc.RpcError as error:
-            code = error.code()
-        assert code != grpc.StatusCode.UNKNOWN  # nothing of ours was raised
-        assert set(outcomes(answers)) <= {Verdict.REFUSED}
+        answers = call(three, 2, 0, iter(sent), timeout_s=20.0)
+        assert outcomes(answers) == [Verdict.REFUSED]
+        assert answers[-1].verdict.reason.startswith(said)
         begin = time.monotonic()
         assert same(swappers[1].swap(0, payload(1), [0])[0], payload(0))
         assert time.monotonic() - begin < 5
         assert not going.done() or 2 not in going.result()
         swappers[0].hurry()
         assert going.result(10).keys() == {1}
-        assert "\n" not in swappers[0].neighbours[2].problem if 2 in swappers[0].neighbours else True
+        lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith(f"peer-2: {said}")]
+        assert [line.isprintable() for line in lines] == [True], "told once, in one line"
 
 
 def test_a_member_that_says_nothing_is_cut_off_and_holds_few_streams(
@@ -692,120 +625,3 @@ def test_an_older_roster_is_refused_at_the_next_start(tmp_path: Path) -> None:
     made.roster.write_bytes(old)
     with pytest.raises(IdentityError, match="is roster 1, and this peer has had 2; get a newer one"):
         Membership(made.peer(0), made.roster)
-
-
-# ---- who is refused
-
-
-def test_a_revoked_peer_with_an_old_roster_learns_that_all_refuse_it_and_who_is_away_does_not(tmp_path: Path) -> None:
-    made = found(tmp_path, 4)
-    old = made.folder / "old.yaml"
-    old.write_bytes(made.roster.read_bytes())
-    made.parties.revoke("peer-3")
-    made.issue()
-    with peers(made, [0, 1]) as there, peers(made, [3], {3: old}, patience_s=1.0) as revoked:
-        assert there[0].refusals([1]) == {}, "who is starting refuses nobody"
-        for swapper in there.values():
-            swapper.enter(0)
-        why = "ends the handshake with this peer: revoked, or one roster is old"
-        assert revoked[3].refusals([0, 1]) == {"peer-0": why, "peer-1": why}
-        assert revoked[3].refusals([0, 1, 2]) == {"peer-0": why, "peer-1": why}, "most, and nobody else answers"
-        assert revoked[3].refusals([0, 2]) == {}, "one of two can't tell"
-        assert there[0].refusals([2]) == there[0].refusals([3]) == {}, "nobody is there, nobody has the seat"
-        assert there[0].refusals([1, 2]) == {}
-    made.parties.join("peer-4", f"127.0.0.1:{made.ports[3]}")
-    made.issue()
-    with socket.create_server(("127.0.0.1", made.ports[3])) as forwards, peers(made, [0]) as one:
-
-        def forward() -> None:
-            while True:
-                forwards.accept()[0].close()
-
-        threading.Thread(target=forward, daemon=True).start()
-        assert one[0].refusals([4]) == {}, "a port that is forwarded to nobody"
-        assert "refused" not in one[0].neighbours[4].problem, "it is there, and hangs up"
-
-
-def test_peers_that_differ_refuse_each_other(three: Federation) -> None:
-    with peers(three, [0]) as one, peers(three, [1], agreed=AGREED | {"seed": "7"}) as other:
-        for swapper in (one | other).values():
-            swapper.enter(0)
-        assert one[0].refusals([1]) == {"peer-1": "seed differs: 0 at peer-0, 7 at peer-1"}
-
-
-# ---- two processes with one identity
-
-
-FIRST, COPY, LATER = Incarnation(1000, 1), Incarnation(1000, 2), Incarnation(1001, 3)
-
-
-def met(made: Federation, here: Swapper, incarnation: Incarnation | None, round: int, content: int) -> Neighbour | str:
-    """Have peer 1, of this start, swap `content` with peer 0 and stop; return what it knows then, or its problem."""
-    with peers(made, [1], incarnation=incarnation, patience_s=4.0) as there, ThreadPoolExecutor() as pool:
-        going = pool.submit(here.swap, round, payload(0, round), [1])
-        came = there[1].swap(round, payload(1, content), [0])
-        assert going.result(60).keys() == ({1} if came else set())
-        known = there[1].neighbours[0]
-        return known if came else known.problem
-
-
-def test_a_peer_that_is_started_again_makes_a_round_anew_with_other_contents(
-    three: Federation, caplog: pytest.LogCaptureFixture
-) -> None:
-    with peers(three, [0]) as swappers:
-        assert isinstance(met(three, swappers[0], FIRST, 0, content=0), Neighbour)
-        swappers[0].enter(1)
-        with peers(three, [1], incarnation=LATER) as again:  # from an older checkpoint
-            assert same(again[1].swap(0, payload(1, 9), [0])[0], payload(0))
-        assert isinstance(met(three, swappers[0], None, 1, content=1), Neighbour), "a version that does not say it"
-        known = swappers[0].neighbours[1]
-        assert (known.incarnation, known.nonce, known.clones) == (*asdict(LATER).values(), 0)
-    assert "two processes" not in caplog.text
-
-
-@pytest.mark.parametrize(("before", "after"), [(FIRST, COPY), (LATER, FIRST)])
-def test_a_copy_of_a_peer_is_refused_told_once_and_counted(
-    three: Federation, caplog: pytest.LogCaptureFixture, before: Incarnation, after: Incarnation
-) -> None:
-    with peers(three, [0], patience_s=4.0) as swappers:
-        assert isinstance(met(three, swappers[0], before, 0, content=0), Neighbour)
-        for t in (1, 2):
-            problem = met(three, swappers[0], after, t, content=t)
-            assert isinstance(problem, str)
-            assert problem.startswith("refuses (two processes with its key")
-        known = swappers[0].neighbours[1]
-        assert (known.incarnation, known.nonce) == (before.number, before.nonce)
-        assert known.clones >= 2
-        assert isinstance(met(three, swappers[0], before, 3, content=3), Neighbour), "who came first goes on"
-        said = [record.getMessage() for record in caplog.records]
-        assert len([line for line in said if line.startswith("peer-1: two processes with its key")]) == 1
-    with peers(three, [0], patience_s=4.0, known={1: replace(known)}) as again:
-        problem = met(three, again[0], after, 0, content=0)
-        assert isinstance(problem, str), "what was known outlives a restart"
-
-
-def test_one_start_that_sends_two_contents_for_a_round_is_a_copy_in_memory(three: Federation) -> None:
-    with peers(three, [0]) as swappers, ThreadPoolExecutor() as pool:
-        for t, number in ((0, 0), (1, 1000)):
-            going = offering(swappers[0], t, [2], pool)
-            answered = []
-            for content in (2, 2, 8):
-                data = encode(payload(2, content))
-                said = hello(t, incarnation=number, nonce=number)
-                answered += outcomes(call(three, 2, 0, iter([said, Chunk(total=len(data)), Chunk(data=data), HAVE])))
-            last = Verdict.REFUSED if number else Verdict.COUNTED
-            assert answered == [Verdict.COUNTED, Verdict.COUNTED, last]
-            assert same(going.result(20)[2], payload(2, 2)), "the first stays in use"
-            assert swappers[0].neighbours[2].clones == bool(number)
-
-
-def test_who_only_tries_whether_it_gets_through_says_nothing_of_its_start(three: Federation) -> None:
-    with peers(three, [0]) as swappers, peers(three, [1], incarnation=LATER) as there:
-        swappers[0].enter(0)
-        there[1].knock(0)
-        assert swappers[0].ask_rounds([1]) == {}
-        there[1].enter(0)
-        assert swappers[0].ask_rounds([1]) == {1: 0}
-        assert swappers[0].neighbours[1].incarnation == 1001
-        greeted = call(three, 2, 1, iter([hello(0, Hello.ECHO)]))[0].hello
-        assert (greeted.incarnation, greeted.nonce) == (0, 0)
