@@ -51,6 +51,11 @@ def build_evaluation(
 
     Raises RecipeError where the metric can't be had of this task or this base.
     """
+    if recipe.evaluate.temperature and task.metric not in JUDGES:
+        raise RecipeError(
+            f"evaluate.temperature: nothing is generated for the metric {task.metric}; leave it out, "
+            f"or choose {' or '.join(sorted(JUDGES))}"
+        )
     labels = np.asarray(task.validation.labels)[rows]
     if task.metric in JUDGES:
         predict = _judged(recipe, task, base, model, encoded, rows, max_length, together)

@@ -96,14 +96,16 @@ def load_base(
     pooler) is drawn from the seed: weights normal with the model's `initializer_range`, biases zero. A `planned` base
     has no weights: it is made of the checkpoint's config alone, on the meta device.
 
-    Raises ModelError where the model isn't there, is damaged, or lacks more than a head and a pooler, where it can't
-    serve the purpose, and where it can't be quantised here.
+    Raises ModelError where the model isn't there, has no revisions, is damaged, or lacks more than a head and a pooler,
+    where it can't serve the purpose, and where it can't be quantised here.
     """
     quantized = {} if quantization is None or planned else in_four_bits(dtype, device)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     register_attention()
     source = str(MODELS.get(name, name))
+    if revision is not None and Path(source).is_dir():
+        raise ModelError(f"model.revision: {name} is no model of the hub and has no {revision}; leave it out")
     auto, described = _AUTO[purpose]
     headless = purpose in ("language", "match")
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}

@@ -179,6 +179,7 @@ def test_a_word_without_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
             "messages need a tokenizer with a chat template, and the base's has none",
         ),
         ({"model": {"quantization": "nf4"}}, "model.quantization: nf4 needs a CUDA device and this one is cpu"),
+        ({"evaluate": {"temperature": 0.7}}, "evaluate.temperature: nothing is generated for the metric perplexity"),
         ({"head": "trained"}, "head: a language model has no head to train; use head=frozen"),
         ({"task": {"metric": "exact_match"}, "evaluate": {"max_new_tokens": 96}}, "leaves no room for a prompt"),
         (

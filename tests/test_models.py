@@ -194,6 +194,13 @@ def test_weights_of_another_size_are_refused(bert: Path) -> None:
     assert "3 are missing or of another size, such as bert.encoder.layer.0.intermediate" in refusal(bert)
 
 
+@pytest.mark.parametrize("name", ["digits-vit", "FOLDER"])
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(bert: Path, name: str) -> None:
+    given: dict[str, Any] = {"classes": NAMES, "dtype": torch.float32, "device": CPU, "seed": 0}
+    with pytest.raises(ModelError, match=r"model\.revision: .* is no model of the hub and has no v2; leave it out"):
+        load_base(name.replace("FOLDER", str(bert)), revision="v2", purpose="text", **given)
+
+
 def test_an_architecture_without_a_classifier_of_the_kind_is_refused(bert: Path) -> None:
     assert "can't be loaded" in refusal(bert, image=True)
 
