@@ -408,7 +408,9 @@ def arguments(table: Mapping[str, Callable[..., Any]], part: Part, where: str, g
         try:
             values[name] = TypeAdapter(hints[name]).validate_python(part.settings[name], strict=True)
         except ValidationError as error:
-            first = error.errors()[0]
-            message = first["msg"]
-            raise RecipeError(f"{where}.{name}: {message[0].lower()}{message[1:]}, not {first['input']!r}") from None
+            first = max(error.errors(), key=lambda complaint: len(complaint["loc"]))  # of what came nearest
+            said = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+            if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+                said += "; put it in quotes"
+            raise RecipeError(f"{where}.{name}: {said}") from None
     return values

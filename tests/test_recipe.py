@@ -183,7 +183,7 @@ def test_numbers_are_those_of_json_and_all_else_is_text_and_what_is_written_is_r
 
 
 def test_an_argument_of_a_part_is_taken_as_it_is_or_refused() -> None:
-    def part(size: int, share: float = 0.5, names: list[str] | None = None) -> None: ...
+    def part(size: int, share: float = 0.5, names: list[str] | dict[int | str, str] | None = None) -> None: ...
 
     def given(**settings: Any) -> dict[str, Any]:
         return arguments({"part": part}, Part(name="part", **settings), "block", ())
@@ -192,6 +192,11 @@ def test_an_argument_of_a_part_is_taken_as_it_is_or_refused() -> None:
     for wrong in ({"size": "3"}, {"size": 3.0}, {"size": True}, {"size": 3, "share": "0.1"}, {"size": 3, "names": [1]}):
         with pytest.raises(RecipeError, match=r"^block\.(size|share|names).*: input should be a valid .*, not "):
             given(**wrong)
+    for names in (["a", False], {"a": False}):
+        with pytest.raises(
+            RecipeError, match=r"^block\.names: input should be a valid string, not False; put it in quo"
+        ):
+            given(size=3, names=names)
     with pytest.raises(RecipeError, match=r"block\.size: is missing, part needs it"):
         given()
     with pytest.raises(RecipeError, match=r"block\.sise: unknown key 'sise', did you mean size\? \(part takes names, "):

@@ -215,6 +215,18 @@ def test_what_is_wrong_with_a_chat_template_is_said(chat: str | None, messages: 
     assert said in str(error.value)
 
 
+def test_a_template_writes_tool_calls_and_nothing_for_content_that_is_null() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    asked = {"role": "user", "content": "Is None null?"}
+    split = split_of(messages=[[asked, {"role": "assistant", "content": None, "tool_calls": [call]}]])
+    calls = "{% for c in m.tool_calls %}<{{ c.function.name }}>{% endfor %}{{ eos_token }}{% endfor %}"
+    right = "{% for m in messages %}{{ m.content or '' }}" + calls
+    assert read(encode_completions(make_tokenizer(right), split, ("messages",), 64), 0)[1] == "<add></s>"
+    wrong = "{% for m in messages %}{{ m.content }}" + calls
+    with pytest.raises(DataError, match=r"^task: row 0: the chat template writes None for content that is null; giv"):
+        encode_completions(make_tokenizer(wrong), split, ("messages",), 64)
+
+
 def test_a_completion_without_tokens_is_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.Strip(left=False, right=True)
