@@ -84,6 +84,17 @@ STUDIES = ROOT / "docs" / "results.md"
 """Its sweeps differ in their keys alone: what they would run is checked, and the first of each runs in this process."""
 
 
+def test_the_demo_asks_for_what_its_numbers_depend_on() -> None:
+    (line,) = re.findall(r"^\t(.* sweep digits-demo .*\\\n.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    threads, _, command, recipe, *rest = shlex.split(line.replace("\\\n", " "))
+    assert (threads, command) == ("OMP_NUM_THREADS=1", "sweep")
+    runs = members(recipe, [word for word in rest if "=" in word])
+    assert len(runs) == 9
+    assert {(run.recipe.model.name, run.recipe.model.dtype, run.recipe.device) for run in runs} == {
+        ("digits-vit", "float32", "cpu")
+    }
+
+
 @pytest.mark.timeout(600)
 def test_the_studies_commands_run(peertune: Call, minilm: str, little_glue: Path) -> None:
     for words in commands(STUDIES):

@@ -289,7 +289,8 @@ def headings(keys: Sequence[str]) -> list[str]:
 def _with_spread(key: str, mean: float | None, std: float | None) -> str:
     if mean is None or std is None:
         return _cell(key, mean)
-    return f"{_cell(key, mean)} ± {std:{_form(key, mean)}}"
+    form = _pooled_form(key, mean)
+    return f"{mean:{form}} ± {std:{form}}"
 
 
 def _difference(found: Row) -> str:
@@ -303,6 +304,14 @@ def _cell(key: str, value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:{_form(key, value)}}" if isinstance(value, float) else str(value)
+
+
+def _pooled_form(key: str, value: float) -> str:
+    """Two digits: seeds scatter by more than a third one tells, and another processor may print another one."""
+    if key == "seconds":
+        return ".0f"
+    small = 0 < abs(value) < 0.1 and key not in (*SCORES, "min", "max")
+    return "#.2g" if small else ".2f"
 
 
 def _form(key: str, value: float) -> str:

@@ -126,8 +126,8 @@ def test_lines_say_mean_and_spread_and_intervals() -> None:
     rows = tables.compare(METHODS, by=["algorithm.name"], paired_with="dec_lora")
     assert tables.compared(rows, ["mean", "average"]) == [
         ["algorithm", "seeds", "mean", "average"],
-        ["dec_lora", "3", "0.700 ± 0.100", "0.800 ± 0.100"],
-        ["tad_lora", "3", "0.760 ± 0.135", "0.800 ± 0.100"],
+        ["dec_lora", "3", "0.70 ± 0.10", "0.80 ± 0.10"],
+        ["tad_lora", "3", "0.76 ± 0.13", "0.80 ± 0.10"],
     ]
     assert tables.paired(rows, ["mean"]) == [
         ["algorithm", "seeds", "mean"],
