@@ -131,10 +131,6 @@ def _spoken(tokenizer: Any, row: str, messages: Sequence[Mapping[str, Any]], giv
         said = {"tokenize": False, "chat_template": template, **given}
         prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, **said)
         whole = tokenizer.apply_chat_template(messages, **said)
-        nulls = 0
-        if "None" in whole and any(message.get("content", "") is None for message in messages):
-            filled = [{**message, "content": message.get("content") or ""} for message in messages]
-            nulls = whole.count("None") - tokenizer.apply_chat_template(filled, **said).count("None")
     except Exception as error:  # a template raises whatever it likes, for roles in an order that it does not know
         reason = " ".join(str(error).split())[:120]
         raise DataError(f"task: {row}: the chat template refuses it ({reason})") from error
@@ -143,8 +139,6 @@ def _spoken(tokenizer: Any, row: str, messages: Sequence[Mapping[str, Any]], giv
             f"task: {row}: the chat template writes a conversation's beginning otherwise once it is answered; "
             "use columns prompt and completion"
         )
-    if nulls > 0:
-        raise DataError(f"task: {row}: the chat template writes None for content that is null; give empty text there")
     return _Text(row, prompt, whole[len(prompt) :], False, False)
 
 
