@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo check test bench clean
+.PHONY: help install demo check quick test bench clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -32,6 +32,9 @@ check: .venv/developing  ## style, types and import layers
 # Tests start hundreds of processes; each takes what another has compiled, whatever the environment says.
 test: .venv/developing  ## the whole test suite
 	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
+
+quick: .venv/developing  ## the tests that start no process and no browser
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -m 'not thorough' --numprocesses 2 --dist worksteal
 
 bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some)
 	SST2=$(SST2) $(BIN)/python -m benchmarks $(PARTS)

@@ -4,11 +4,29 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tensors this small, threads wait more than they work
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from io import StringIO
 from pathlib import Path
 
 import pytest
+import sides
+
+sides.watch()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and sides.is_thorough(vars(item.module), item.fixturenames):
+            item.add_marker("thorough")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a quick test that starts a process: it belongs to the others."""
+    before = len(sides.started)
+    yield
+    if item.get_closest_marker("thorough") is None and (new := sides.started[before:]):
+        pytest.fail(f"starts {', '.join(new)}: mark it with pytest.mark.thorough, which `make quick` leaves out")
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import parties
-from processes import forking
+from processes import AT_MOST_S, forking
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -115,7 +115,7 @@ def see_through(processes: Sequence[Any], errors: Path) -> None:
         process.start()
     try:
         for process in processes:
-            process.join(280)
+            process.join(AT_MOST_S)
             assert process.exitcode == 0, errors.read_text() if errors.exists() else process
     finally:
         for process in processes:
@@ -152,7 +152,7 @@ def play(
     forks = forking()
     out = made.folder / "played"
     peers = range(len(made.ports))
-    together = forks.Barrier(len(peers), timeout=120)  # no peer may meet another that runs another recipe
+    together = forks.Barrier(len(peers), timeout=AT_MOST_S)  # no peer may meet another that runs another recipe
     processes = [
         forks.Process(target=_play, args=(made, client, recipes, lies or {}, out, together, options))
         for client in peers

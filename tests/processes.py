@@ -24,6 +24,10 @@ PROCESS = (
 )
 
 
+AT_MOST_S = 900.0
+"""How long is waited for what has to happen: no test ends sooner since a machine is slow, or has other work."""
+
+
 def forking() -> Any:
     """Return what makes processes, forked from one that is warm."""
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where it finds `warm`
@@ -109,17 +113,17 @@ def problems(said: str) -> str:
     return re.sub(f"(?m){stamp} WARNING ", "peertune: ", re.sub(f"(?m){stamp} INFO .*\n", "", said))
 
 
-def finish(process: Process, timeout_s: float = 120) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=timeout_s)
+def finish(process: Process) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=AT_MOST_S)
     assert process.returncode is not None
     return process.returncode, out, problems(err)
 
 
-def finish_well(processes: Sequence[Process], timeout_s: float = 200) -> None:
+def finish_well(processes: Sequence[Process]) -> None:
     """See all processes end with 0, and leave none behind."""
     try:
         for process in processes:
-            code, _, err = finish(process, timeout_s)
+            code, _, err = finish(process)
             assert code == 0, err
     finally:
         for process in processes:
@@ -128,7 +132,7 @@ def finish_well(processes: Sequence[Process], timeout_s: float = 200) -> None:
 
 def wait_until(happened: Callable[[], bool], process: Process | None = None, said: Callable[[], str] = str) -> None:
     """Wait for what has to happen while the process runs, if there is one; fail with what was `said` until then."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + AT_MOST_S
     while not happened():
         assert process is None or process.poll() is None, process.communicate()
         assert time.monotonic() < deadline, said()

@@ -21,6 +21,7 @@ from peertune.net.swap import Swapper
 from peertune.types import Tensors
 
 AGREED = {"rounds": "10", "seed": "0"}
+LONG_S = 300.0  # patience, and a limit, that no test comes near where all is well, on whatever machine
 
 
 def payload(client: int, round: int = 0, size: int = 50) -> Tensors:
@@ -40,7 +41,7 @@ def peers(
     with ExitStack() as stack:
         swappers = {}
         for client in clients:
-            settings: dict[str, Any] = {"agreed": AGREED, "patience_s": 20.0} | options
+            settings: dict[str, Any] = {"agreed": AGREED, "patience_s": LONG_S} | options
             membership = Membership(made.peer(client), (rosters or {}).get(client, made.roster))
             swapper = Swapper(membership, **settings)
             stack.callback(swapper.stop)
@@ -59,7 +60,7 @@ def all_swap(swappers: dict[int, Swapper], round: int = 0, size: int = 50) -> di
             )
             for client, swapper in swappers.items()
         }
-        return {client: one.result(60) for client, one in going.items()}
+        return {client: one.result(LONG_S) for client, one in going.items()}
 
 
 def assert_all_heard(
@@ -70,7 +71,7 @@ def assert_all_heard(
         assert all(same(x, payload(other, round, size)) for other, x in came.items())
 
 
-def call(made: Federation, who: int, whom: int, requests: Iterator[Chunk], timeout_s: float = 10.0) -> list[Chunk]:
+def call(made: Federation, who: int, whom: int, requests: Iterator[Chunk], timeout_s: float = LONG_S) -> list[Chunk]:
     """Call a peer as another member, with these requests; return the answers."""
     identity, roster = Membership(made.peer(who), made.roster).current()
     member = roster.by_client(whom)

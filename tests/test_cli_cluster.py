@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from federation import free_ports
-from processes import Command, Process, finish, start, wait_until
+from processes import AT_MOST_S, Command, Process, finish, start, wait_until
 from ranks import assert_same_adapters
 from safetensors.torch import load_file
 
@@ -63,7 +63,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.timeout(600)
 def test_a_shared_run_that_is_stopped_goes_on_in_any_number_of_processes_to_the_same_adapters(
     alone: Path, tmp_path: Path
 ) -> None:
@@ -112,7 +111,6 @@ def children(process: Process) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-@pytest.mark.timeout(600)
 def test_a_rank_that_is_killed_before_all_have_met_is_started_again_by_torchrun(alone: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
@@ -120,13 +118,12 @@ def test_a_rank_that_is_killed_before_all_have_met_is_started_again_by_torchrun(
     try:
         wait_until(lambda: len(children(process)) == 2, process)
         os.kill(random.Random(11).choice(children(process)), signal.SIGKILL)
-        assert process.wait(200) == 0, (tmp_path / "said").read_text()
+        assert process.wait(AT_MOST_S) == 0, (tmp_path / "said").read_text()
     finally:
         process.terminate()
     assert_same(run, alone)
 
 
-@pytest.mark.timeout(600)
 def test_a_run_of_which_a_rank_is_killed_ten_times_ends_the_same(alone: Path, tmp_path: Path) -> None:
     """By torchrun's agent, which starts all ranks again, the first time before they have met."""
     chance, run = random.Random(5), tmp_path / "run"
@@ -137,7 +134,7 @@ def test_a_run_of_which_a_rank_is_killed_ten_times_ends_the_same(alone: Path, tm
             wait_until(lambda ranks=ranks: all(rank.exists() for rank in ranks), process)  # type: ignore[misc]
             wait_until(lambda after=after: rounds(run) >= after, process)  # type: ignore[misc]
             os.kill(int(chance.choice(ranks).read_text()), signal.SIGKILL)
-        assert process.wait(200) == 0, (tmp_path / "said").read_text()
+        assert process.wait(AT_MOST_S) == 0, (tmp_path / "said").read_text()
     finally:
         process.terminate()
     assert {file.name for file in tmp_path.glob("10-*.pid")} == {"10-0.pid", "10-1.pid"}
@@ -215,7 +212,7 @@ def test_a_process_that_waits_for_the_others_can_be_stopped(tmp_path: Path) -> N
     process = by_hand(tmp_path, 0, 2, port, ["run", *RECIPE])
     wait_until(lambda: listens(port), process)
     process.send_signal(signal.SIGTERM)
-    assert finish(process, 20) == (130, "", "peertune: stopped before the first round; nothing was kept\n")
+    assert finish(process) == (130, "", "peertune: stopped before the first round; nothing was kept\n")
     assert list(tmp_path.iterdir()) == []
 
 

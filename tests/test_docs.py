@@ -95,7 +95,6 @@ def test_the_demo_asks_for_what_its_numbers_depend_on() -> None:
     }
 
 
-@pytest.mark.timeout(600)
 def test_the_studies_commands_run(peertune: Call, minilm: str, little_glue: Path) -> None:
     for words in commands(STUDIES):
         assert words[0] == "peertune"
@@ -112,7 +111,6 @@ def test_the_studies_commands_run(peertune: Call, minilm: str, little_glue: Path
         assert code == 0, f"{shlex.join(words)}\n{err}"
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", [page for page in pages_with("sh") if page != STUDIES], ids=lambda page: page.name)
 def test_every_command_of_the_page_runs(
     peertune: Call, page: Path, tmp_path: Path, minilm: str, little_glue: Path

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import Call
 from federation import free_ports
-from processes import finish, wait_until
+from processes import AT_MOST_S, finish, wait_until
 from ranks import assert_same_adapters
 
 from peertune.recipe import load_recipe
@@ -24,7 +24,6 @@ CLUSTER = EXAMPLES / "cluster"
 BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-@pytest.mark.timeout(900)  # nine processes, each of which takes 8 s of a CPU to import what it needs
 def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
     folder, rounds = tmp_path / "play", 32
     done = subprocess.run(
@@ -33,7 +32,7 @@ def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=840,
+        timeout=AT_MOST_S,
         check=False,
     )
     logs = "\n".join(f"{log.name}: {log.read_text()}" for log in sorted(folder.glob("*.log")))
@@ -149,7 +148,6 @@ def documents(name: str) -> dict[str, Any]:
     return {document["kind"]: document["spec"] for document in yaml.safe_load_all((CLUSTER / name).read_text())}
 
 
-@pytest.mark.timeout(600)
 def test_a_run_that_slurm_stops_goes_on_in_pods_to_the_same_adapters(peertune: Call, tmp_path: Path) -> None:
     """Each goes on with a run of its own in the same way, by the name that is the same in both here."""
     assert peertune("run", "digits-demo", *LITTLE, "--out", "alone")[0] == 0

@@ -113,13 +113,13 @@ def test_a_dtype_is_picked_by_name_or_by_what_the_hardware_multiplies() -> None:
 
 
 def test_an_unknown_model_is_refused_at_once_without_a_network() -> None:
-    start = time.perf_counter()
+    start = time.monotonic()
     message = refusal("nobody/has-this-model")
     assert message == (
         "model.name: nobody/has-this-model is no folder, is not in the local cache and can't be had from the hub; "
         "check the name, the network and HF_HUB_OFFLINE, or give model.name=FOLDER"
     )
-    assert time.perf_counter() - start < 5
+    assert time.monotonic() - start < 15  # what tries again takes longer
 
 
 def test_a_folder_without_a_config_is_refused(bert: Path) -> None:

@@ -128,7 +128,7 @@ def start(folder: Path, *words: str) -> processes.Command:
 
 
 def finish(process: processes.Command) -> tuple[int, str, str]:
-    return processes.finish(process, timeout_s=200)
+    return processes.finish(process)
 
 
 def records(run: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from processes import AT_MOST_S
 from safetensors.torch import load_file
 
 from peertune import tracking
@@ -161,9 +162,9 @@ class Thread(Group):
 
     def gather(self, value: Any) -> list[Any]:
         self.told[self.rank] = value
-        self.together.wait(20)
+        self.together.wait(AT_MOST_S)
         found = list(self.told)
-        self.together.wait(20)
+        self.together.wait(AT_MOST_S)
         return found
 
     def add(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,28 +1,34 @@
 """What a release reads, the next reads: runs that older versions left, and peers of which one is older.
 
 `data/formats/N` holds runs of three rounds as the last version before format N + 1 left them: a simulation of three
-clients, and both peers of a federation of two.
+clients, and both peers of a federation of two. `data/builds/protocol-N.zip` is the package as it was when protocol N
+began (`git archive`, without the weights of the built-in base).
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from federation import found
-from processes import finish_well, start
+from processes import AT_MOST_S, finish, finish_well, start
 from safetensors.torch import load_file
+from seeing import COLOURS, save_images, save_vit
 
 from peertune import tracking
+from peertune.net.node import PROTOCOL
 from peertune.parts import part_defaults
 from peertune.recipe import block_defaults
 from peertune.report.runs import find_runs
 from peertune.tracking import FORMAT
 
 Call = Callable[..., tuple[int, str, str]]
-KEPT = Path(__file__).parent / "data" / "formats"
+KEPT, BUILDS = (Path(__file__).parent / "data" / kept for kept in ("formats", "builds"))
 FORMATS = sorted(int(folder.name) for folder in KEPT.iterdir())
 
 each_format = pytest.mark.parametrize("number", FORMATS)
@@ -98,6 +104,48 @@ def test_peers_of_every_format_are_resumed_and_meet_again(number: int, old: Path
     for run, records in zip(runs, before, strict=True):
         assert_done_again(run, records)
         assert tracking.records(run)[2]["edges"] == [[0, 1]]
+
+
+def test_a_peer_of_the_oldest_version_of_this_protocol_meets_one_of_this_version(tmp_path: Path) -> None:
+    made = found(tmp_path, 2)
+    shutil.unpack_archive(BUILDS / f"protocol-{PROTOCOL}.zip", tmp_path / "old")
+    save_vit(tmp_path / "vit")
+    save_images(tmp_path / "images", dict.fromkeys(COLOURS, 4))
+    (tmp_path / "recipe.yaml").write_text(
+        f"model: {{name: {tmp_path}/vit, dtype: float32}}\n"
+        "lora: {r: 2, target_modules: [q_proj, v_proj]}\n"
+        f"task: {{name: images, path: {tmp_path}/images}}\n"
+        "clients: 2\n"
+        "algorithm: {name: tad_lora, switch_every: 2}\n"
+        "training: {local_steps: 1, per_device_train_batch_size: 2}\n"
+        "rounds: 3\n"
+        f"network: {{patience_s: {AT_MOST_S}}}\n"
+    )
+
+    def words(client: int) -> list[str]:
+        who = ["--roster", str(made.roster), "--dir", str(made.peer(client))]
+        return ["peer", "start", "--recipe", "recipe.yaml", *who, "--out", f"runs/{client}"]
+
+    code = "import peertune, sys; print(peertune.__file__, flush=True); from peertune.cli import main; main()"
+    older = subprocess.Popen(
+        [sys.executable, "-c", code, *words(0)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "old")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    newer = start(tmp_path, *words(1))
+    try:
+        for process in (newer, older):
+            code_, out, err = finish(process)
+            assert code_ == 0, err
+        assert out.startswith(str(tmp_path / "old"))
+    finally:
+        older.kill()
+        newer.kill()
+    for client in range(2):
+        assert [record["edges"] for record in tracking.records(tmp_path / "runs" / f"{client}")] == [[[0, 1]]] * 3
 
 
 @pytest.mark.parametrize("format", [FORMAT + 1, -1, "two", True, None])

@@ -285,7 +285,7 @@ def test_an_unreachable_hub_is_said_at_once() -> None:
         glue("wnli", revision="no-such-revision")
     with pytest.raises(DataError, match=f"^task text/peertune/nothing-of-this-name: {message}"):
         text(["text"], "label", id="peertune/nothing-of-this-name")
-    assert time.monotonic() - start_s < 5
+    assert time.monotonic() - start_s < 15  # what tries again takes longer
 
 
 def test_a_data_set_of_the_hub_brings_its_own_numbering(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from federation import Federation, found
-from processes import forking, wait_until
+from processes import AT_MOST_S, forking, wait_until
 
 from peertune import tracking
 
@@ -65,13 +65,13 @@ class Peers:
         for client in clients:
             self.signal(client, signal.SIGKILL)
         for client in clients:
-            self.running[client].join(30)
+            self.running[client].join(AT_MOST_S)
             assert self.running[client].exitcode == -signal.SIGKILL
 
-    def end(self, *clients: int, timeout_s: float = 120.0) -> None:
+    def end(self, *clients: int) -> None:
         """Wait until these have finished, as they should."""
         for client in clients:
-            self.running[client].join(timeout_s)
+            self.running[client].join(AT_MOST_S)
             assert self.running[client].exitcode == 0, self.log(client)
 
     def log(self, client: int) -> str:
@@ -144,7 +144,6 @@ def assert_whole(group: Peers, client: int, rounds: int) -> None:
     assert (run / "adapters" / f"client-{client:03d}" / "adapter_model.safetensors").exists()
 
 
-@pytest.mark.timeout(600)
 def test_fifty_kills_at_random_moments_stop_nobody_and_damage_nothing(tmp_path: Path) -> None:
     rounds, kills = 400, 50
     draw = random.Random(0)
@@ -217,7 +216,7 @@ def test_sigterm_finishes_the_round_and_resuming_goes_on(tmp_path: Path) -> None
         group.start(0, 1)
         group.wait_until(lambda: group.rounds(1) > 2)
         group.signal(1, signal.SIGTERM)
-        group.running[1].join(60)
+        group.running[1].join(AT_MOST_S)
         assert group.running[1].exitcode == 130
         state = tracking.load_checkpoint(group.run(1))
         assert state is not None
@@ -232,11 +231,11 @@ def test_late_peers_go_on_with_the_others(tmp_path: Path) -> None:
     rounds = 80
     with peers(found(tmp_path, 3), f"rounds={rounds}", "network.patience_s=2", "graph.activation=1.0") as group:
         group.start(0, 1)
-        group.wait_until(lambda: group.rounds(0) > 20)
+        group.wait_until(lambda: group.rounds(0) > 6)  # each takes 2 s, for the one that is not there
         group.start(2)
         group.end(*range(3))
         first = group.records(2)[0]
-        assert first["round"] > 15
+        assert first["round"] > 3
         assert any([0, 2] in record["edges"] for record in group.records(0))
         for client in range(3):
             assert_whole(group, client, rounds)
@@ -330,7 +329,8 @@ def test_a_network_that_falls_in_two_goes_on_in_both_halves_and_heals(tmp_path: 
     rounds = 120
     with two_networks(4) as networks:
         made = found(tmp_path, 4, hosts=[f"10.77.0.{number + 1}" for number in range(4)])
-        settings = (f"rounds={rounds}", "network.patience_s=3", "graph.activation=1.0")
+        # So long may a peer be kept from its work by others on this machine, and lose no edge in its half.
+        settings = (f"rounds={rounds}", "network.patience_s=15", "graph.activation=1.0")
         with peers(made, *settings, networks=networks) as group:
 
             def across(key: str) -> list[int]:

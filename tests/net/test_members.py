@@ -17,7 +17,7 @@ import grpc
 import pytest
 import torch
 from federation import Federation, found
-from swapping import AGREED, call, hello, offering, outcomes, payload, peers, same
+from swapping import AGREED, LONG_S, call, hello, offering, outcomes, payload, peers, same
 
 from peertune.net import tls
 from peertune.net.codec import encode
@@ -95,7 +95,7 @@ def test_a_lie_of_a_peer_that_is_called_costs_its_edge_and_nothing_else(three: F
         begin = time.monotonic()
         going = pool.submit(swappers[0].swap, 0, payload(0), [1, 2])
         assert same(swappers[1].swap(0, payload(1), [0])[0], payload(0))
-        heard = going.result(60)
+        heard = going.result(LONG_S)
         assert heard.keys() == {1}
         assert same(heard[1], payload(1))
         assert time.monotonic() - begin < 15, "it is not tried again"
@@ -118,7 +118,7 @@ def test_a_called_peer_cannot_put_off_the_end_of_a_round_for_ever(three: Federat
         begin = time.monotonic()
         going = pool.submit(swappers[0].swap, 0, payload(0), [2])
         try:
-            assert going.result(30) == {}, "it waits for twice the patience"
+            assert going.result(LONG_S) == {}, "it waits for twice the patience"
             assert time.monotonic() - begin >= 2.0
             assert came, "it was called"
         finally:
@@ -176,7 +176,7 @@ def met(made: Federation, here: Swapper, incarnation: Incarnation | None, round:
     with peers(made, [1], incarnation=incarnation, patience_s=4.0) as there, ThreadPoolExecutor() as pool:
         going = pool.submit(here.swap, round, payload(0, round), [1])
         came = there[1].swap(round, payload(1, content), [0])
-        assert going.result(60).keys() == ({1} if came else set())
+        assert going.result(LONG_S).keys() == ({1} if came else set())
         known = there[1].neighbours[0]
         return known if came else known.problem
 
@@ -227,7 +227,7 @@ def test_one_start_that_sends_two_contents_for_a_round_is_a_copy_in_memory(three
                 answered += outcomes(call(three, 2, 0, iter([said, Chunk(total=len(data)), Chunk(data=data), HAVE])))
             last = Verdict.REFUSED if number else Verdict.COUNTED
             assert answered == [Verdict.COUNTED, Verdict.COUNTED, last]
-            assert same(going.result(20)[2], payload(2, 2)), "the first stays in use"
+            assert same(going.result(LONG_S)[2], payload(2, 2)), "the first stays in use"
             assert swappers[0].neighbours[2].clones == bool(number)
 
 

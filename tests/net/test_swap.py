@@ -20,7 +20,7 @@ import pytest
 import torch
 from federation import Federation, found, free_ports
 from processes import wait_until
-from swapping import AGREED, all_swap, assert_all_heard, call, hello, offering, outcomes, payload, peers, same
+from swapping import AGREED, LONG_S, all_swap, assert_all_heard, call, hello, offering, outcomes, payload, peers, same
 
 from peertune.errors import IdentityError
 from peertune.files import write_file
@@ -67,15 +67,15 @@ def test_a_peer_that_can_only_dial_out_takes_part(tmp_path: Path) -> None:
     made = found(tmp_path, 3, silent=[0, 2])
     with peers(made, [1]) as listening:
         silent = {
-            client: Swapper(Membership(made.peer(client), made.roster), AGREED, patience_s=10.0) for client in (0, 2)
+            client: Swapper(Membership(made.peer(client), made.roster), AGREED, patience_s=LONG_S) for client in (0, 2)
         }
         heard = {}
         with ThreadPoolExecutor(3) as pool:
             one = pool.submit(listening[1].swap, 0, payload(1), [0, 2])
             for client, swapper in silent.items():
                 heard[client] = pool.submit(swapper.swap, 0, payload(client), [1])
-            assert one.result(30).keys() == {0, 2}
-            assert all(came.result(30).keys() == {1} for came in heard.values())
+            assert one.result(LONG_S).keys() == {0, 2}
+            assert all(came.result(LONG_S).keys() == {1} for came in heard.values())
 
 
 def test_a_clock_an_hour_wrong_does_not_matter(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_mismatch_costs_the_edge_at_once_and_names_the_field_at_both_ends(
     with peers(three, [0]) as one, peers(three, [1], agreed=AGREED | {"seed": "7"}) as other:
         begin = time.monotonic()
         assert all_swap(one | other) == {0: {}, 1: {}}
-        assert time.monotonic() - begin < 15
+        assert time.monotonic() - begin < LONG_S / 2
         assert "seed differs: 0 at peer-0, 7 at peer-1" in one[0].neighbours[1].problem
         assert "seed differs: 7 at peer-1, 0 at peer-0" in other[1].neighbours[0].problem
 
@@ -125,13 +125,13 @@ def test_of_long_texts_that_differ_is_told_where_they_part(three: Federation) ->
 
 
 def test_a_neighbour_that_is_not_there_costs_the_patience_once(three: Federation) -> None:
-    with peers(three, [0], patience_s=3.0) as swappers:
+    with peers(three, [0], patience_s=8.0) as swappers:
         taken = []
         for t in range(2):
             begin = time.monotonic()
             assert swappers[0].swap(t, payload(0, t), [1]) == {}
             taken.append(time.monotonic() - begin)
-        assert taken[0] >= 3.0 > taken[1]
+        assert taken[0] >= 8.0 > taken[1]
         assert swappers[0].neighbours[1].down == 2
 
 
@@ -159,7 +159,7 @@ def test_a_neighbour_that_was_given_up_and_is_heard_again_is_waited_for_as_befor
         wait_until(lambda: time.monotonic() > began + 1.0)
         assert not going.done()
         assert same(swappers[1].swap(1, payload(1, 1), [0])[0], payload(0, 1))
-        assert same(going.result(20)[1], payload(1, 1))
+        assert same(going.result(LONG_S)[1], payload(1, 1))
         assert not swappers[0].neighbours[1].given_up
 
 
@@ -170,7 +170,7 @@ def test_a_neighbour_that_comes_late_is_waited_for(three: Federation) -> None:
         wait_until(lambda: 1 in swappers[0].neighbours and swappers[0].neighbours[1].round == 5)
         assert not early.done()
         assert same(swappers[0].swap(5, payload(0, 5), [1])[1], payload(1, 5))
-        assert same(early.result(20)[0], payload(0, 5))
+        assert same(early.result(LONG_S)[0], payload(0, 5))
 
 
 def test_a_round_can_be_made_again_with_those_that_counted_it(three: Federation) -> None:
@@ -197,27 +197,27 @@ def test_a_neighbour_that_waits_for_a_dead_one_is_not_given_up(three: Federation
         ahead = pool.submit(swappers[0].swap, 1, payload(0, 1), [1])
         assert swappers[1].swap(0, payload(1), [2]) == {}  # takes all its patience, and so would take the other's
         assert same(swappers[1].swap(1, payload(1, 1), [0])[0], payload(0, 1))
-        assert same(ahead.result(20)[1], payload(1, 1))
+        assert same(ahead.result(LONG_S)[1], payload(1, 1))
 
 
 def test_a_seat_that_is_empty_or_can_only_dial_as_this_peer_costs_no_time(tmp_path: Path) -> None:
     made = found(tmp_path, 3, silent=[0, 1])
     made.parties.revoke("peer-2")
     made.issue()
-    swapper = Swapper(Membership(made.peer(0), made.roster), AGREED, patience_s=60.0)
+    swapper = Swapper(Membership(made.peer(0), made.roster), AGREED, patience_s=LONG_S)
     begin = time.monotonic()
     assert swapper.swap(0, payload(0), [1, 2, 7]) == {}
-    assert time.monotonic() - begin < 5
+    assert time.monotonic() - begin < LONG_S / 2
     assert {client: known.down for client, known in swapper.neighbours.items()} == {1: 1, 2: 0, 7: 0}
     assert [swapper.vacant(client) for client in (1, 2, 7)] == [False, True, True]
     swapper.stop()
 
 
 def test_a_peer_that_is_told_to_hurry_waits_for_nobody(three: Federation) -> None:
-    with peers(three, range(2), patience_s=60.0) as swappers, ThreadPoolExecutor() as pool:
+    with peers(three, range(2), patience_s=LONG_S) as swappers, ThreadPoolExecutor() as pool:
         going = offering(swappers[0], 0, [1], pool)
         swappers[0].hurry()
-        assert going.result(10) == {}
+        assert going.result(LONG_S) == {}
 
 
 def test_a_restarted_peer_still_has_its_verdicts(three: Federation) -> None:
@@ -280,8 +280,8 @@ def test_connections_cut_in_mid_payload_are_made_again_and_both_ends_agree(tmp_p
     size = 100_000  # 2.4 MB each way
     cuts = [draw.randrange(5_000, 4_800_000) for _ in range(12)]
     proxy = Proxy(port, made.ports[1], cuts)
-    caller = Swapper(Membership(made.peer(0), made.roster), AGREED, patience_s=40.0)
-    with peers(made, [1], patience_s=40.0) as swappers:
+    caller = Swapper(Membership(made.peer(0), made.roster), AGREED, patience_s=LONG_S)
+    with peers(made, [1], patience_s=LONG_S) as swappers:
         both = {0: caller, 1: swappers[1]}
         for t in range(8):
             assert_all_heard(both, all_swap(both, t, size), t, size)
@@ -328,7 +328,7 @@ def test_what_one_end_refuses_to_mix_fails_at_both_ends_at_once(
         return why if same(tensors, payload(client)) else ""
 
     with peers(made, [0]) as swappers, ThreadPoolExecutor(2) as pool:
-        swappers[1] = Swapper(Membership(made.peer(1), made.roster), AGREED, patience_s=20.0)
+        swappers[1] = Swapper(Membership(made.peer(1), made.roster), AGREED, patience_s=LONG_S)
         if not silent:
             swappers[1].start(made.address(1))
         begin = time.monotonic()
@@ -336,8 +336,8 @@ def test_what_one_end_refuses_to_mix_fails_at_both_ends_at_once(
             pool.submit(swappers[k].swap, 0, payload(k), [1 - k], (), *([check] if k == refusing else []))
             for k in range(2)
         ]
-        assert [one.result(30) for one in going] == [{}, {}]
-        assert time.monotonic() - begin < 15, "nobody waits for what is settled"
+        assert [one.result(LONG_S) for one in going] == [{}, {}]
+        assert time.monotonic() - begin < LONG_S / 2, "nobody waits for what is settled"
         assert [(swappers[k].neighbours[1 - k].up, swappers[k].neighbours[1 - k].down) for k in range(2)] == [
             (0, 1)
         ] * 2
@@ -389,10 +389,10 @@ def test_garbage_of_a_member_is_dropped_and_costs_nobody_else_anything(
         assert answers[-1].verdict.reason.startswith(said)
         begin = time.monotonic()
         assert same(swappers[1].swap(0, payload(1), [0])[0], payload(0))
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < LONG_S / 2
         assert not going.done() or 2 not in going.result()
         swappers[0].hurry()
-        assert going.result(10).keys() == {1}
+        assert going.result(LONG_S).keys() == {1}
         lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith(f"peer-2: {said}")]
         assert [line.isprintable() for line in lines] == [True], "told once, in one line"
 
@@ -408,7 +408,7 @@ def test_a_member_that_says_nothing_is_cut_off_and_holds_few_streams(
         silent = threading.Event()
 
         def nothing() -> Iterator[Chunk]:
-            silent.wait(20)
+            silent.wait(LONG_S)
             yield from ()
 
         with tls.secure_channel(identity, member) as channel:
@@ -416,7 +416,7 @@ def test_a_member_that_says_nothing_is_cut_off_and_holds_few_streams(
                 METHOD, request_serializer=Chunk.SerializeToString, response_deserializer=Chunk.FromString
             )
             codes = []
-            calls = [stub(nothing(), timeout=15.0) for _ in range(20)]
+            calls = [stub(nothing(), timeout=LONG_S) for _ in range(20)]
             assert_all_heard(swappers, all_swap(swappers), 0)  # the others go on meanwhile
             for one in calls:
                 with pytest.raises(grpc.RpcError) as error:
@@ -437,7 +437,7 @@ def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(
     rosters = {client: made.peer(client) / "roster.yaml" for client in (1, 2)}  # each has a file of its own
     for file in rosters.values():
         file.write_bytes(made.roster.read_bytes())
-    with peers(made, range(3), rosters, patience_s=3.0) as swappers:
+    with peers(made, range(3), rosters, patience_s=6.0) as swappers:
         assert_all_heard(swappers, all_swap(swappers), 0)
         made.parties.revoke("peer-2")
         made.issue()  # peer 0 alone has it
@@ -478,7 +478,7 @@ def test_an_own_roster_is_neither_passed_on_nor_taken_and_who_has_an_older_one_i
         def heard(t: int) -> list[list[int]]:
             with ThreadPoolExecutor(3) as pool:
                 going = [pool.submit(swappers[k].swap, t, payload(k, t), near[k]) for k in range(3)]
-                return [sorted(one.result(60)) for one in going]
+                return [sorted(one.result(LONG_S)) for one in going]
 
         assert heard(0) == near
         older = "peer-1: has roster 2, which is not passed on, and this peer 1; ask the CA for the newest"
@@ -582,7 +582,7 @@ def test_the_wait_for_verdicts_ends_when_all_have_them(three: Federation) -> Non
         for swapper in swappers.values():
             assert not swapper._unheard
             swapper.stop()
-        assert time.monotonic() - begin < 8
+        assert time.monotonic() - begin < 20  # three that waited in vain would take 30
 
 
 def test_what_a_failed_edge_brought_is_not_kept(three: Federation) -> None:
@@ -597,7 +597,7 @@ def test_what_a_failed_edge_brought_is_not_kept(three: Federation) -> None:
                 Chunk(verdict=Verdict(outcome=Verdict.REFUSED)),
             ]
             assert outcomes(call(three, 2, 0, iter(parts))) == [Verdict.REFUSED]
-            assert going.result(20) == {}
+            assert going.result(LONG_S) == {}
         assert all(meeting.tensors is None for meeting in swappers[0]._meetings.values())
 
 
@@ -606,13 +606,13 @@ def test_a_certificate_that_ends_costs_the_edge_and_no_traceback(
 ) -> None:
     made = found(tmp_path, 2)
     ended = made.parties.approve("peer-1", 1, datetime.now(UTC) - timedelta(days=3))
-    with peers(made, [0], patience_s=30.0) as swappers:
+    with peers(made, [0], patience_s=LONG_S) as swappers:
         identity, roster = swappers[0].membership.current()
         members = (roster.members[0], replace(roster.members[1], certificates=(ended,)))
         swappers[0].membership._current = identity, replace(roster, members=members)  # as it will be in three months
         begin = time.monotonic()
         assert swappers[0].swap(0, payload(0), [1]) == {}
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < LONG_S / 2
     assert "Traceback" not in capfd.readouterr().err
 
 

@@ -1,0 +1,31 @@
+"""Which tests are quick: those that start no process and no browser, and are not marked `thorough`."""
+
+import sys
+from collections.abc import Collection, Mapping
+from types import ModuleType
+from typing import Any
+
+STARTERS = {
+    *("elastic", "federation", "multiprocessing", "peertune.engines.cluster", "processes", "slurm", "subprocess"),
+}
+"""Modules by which tests start processes: whoever has something of theirs is taken to do so."""
+STARTS = {"os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
+
+started: list[str] = []
+"""What this process has started, but for `uname`, by which Python finds out what processor there is."""
+
+
+def watch() -> None:
+    """From here on, see what is started."""
+
+    def see(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in STARTS and "uname" not in str(arguments[0]):
+            started.append(f"{arguments[0]}")
+
+    sys.addaudithook(see)
+
+
+def is_thorough(names: Mapping[str, Any], fixtures: Collection[str]) -> bool:
+    """Whether a test of a module that has these names, and with these fixtures, starts processes or a browser."""
+    homes = {x.__name__ if isinstance(x, ModuleType) else getattr(x, "__module__", None) for x in names.values()}
+    return bool(homes & STARTERS) or "browser" in fixtures
