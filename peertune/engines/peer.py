@@ -96,13 +96,15 @@ def ended(records: Sequence[Mapping[str, Any]], *, whole: bool, refusals: Callab
     """Return how a peer's run ended, from its records; `whole` unless it ended before its last round.
 
     What passed before it met a neighbour since its start counts as passed while it was away. Only of a peer that was
-    alone is it asked who refuses it.
+    alone at the end is it asked who refuses it.
     """
     if not whole:
         return Exit.REFUSED
-    tried = any(record["failed_edges"] or record["vacant_edges"] for record in records)
-    if tried and not any(record["edges"] for record in records):
-        return Exit.REFUSED if refusals() else Exit.ALONE
+    met = [bool(r["edges"]) for r in records if r["edges"] or r["failed_edges"] or r["vacant_edges"]]
+    if met and not met[-1] and refusals():
+        return Exit.REFUSED
+    if met and not any(met):
+        return Exit.ALONE
     made, skipped = len(records), sum(record["skipped"] for record in records)
     return Exit.DONE if made and made >= ENOUGH * (made + skipped) else Exit.CUT_SHORT
 

@@ -282,8 +282,9 @@ class Node:
             known = self._known(client)
             known.clones += 1
             first = known.clones == 1
-        if first:  # said once: status and metrics count the others
-            self._say(client, f"{proof}; one is refused. Have its owner stop the one that should not run, or revoke it")
+        if first:  # said once, whatever else was said of it: status and metrics count the others
+            mend = "one is refused; have its owner stop the one that should not run, or revoke it"
+            log.warning("%s: %s; %s", self.name(client), proof, mend)
         raise CloneError(proof)
 
     def _differences(self, hello: Hello) -> list[tuple[str, str, str]]:

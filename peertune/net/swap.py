@@ -233,6 +233,8 @@ class Swapper(Node):
         def ask(client: int) -> None:
             try:
                 found[client] = self._call(client, 0, _Meeting(), time.monotonic() + wait_s, Hello.PING)
+            except SeatError as error:  # nothing was tried
+                found[client] = error
             except (grpc.RpcError, PeertuneError) as error:
                 self._failed(client, error)
                 found[client] = error

@@ -332,6 +332,8 @@ ENDS: dict[
     "without edges to have": ([{"edges": []}] * 3, True, {}, Exit.DONE),
     "one edge": ([{"edges": [], "failed_edges": [[0, 1]]}, {}], True, {"peer-1": "why"}, Exit.DONE),
     "refused": ([{"edges": [], "failed_edges": [[0, 1]]}], True, {"peer-1": "why"}, Exit.REFUSED),
+    "refused at the end": ([{}, {"edges": [], "failed_edges": [[0, 1]]}], True, {"peer-1": "why"}, Exit.REFUSED),
+    "alone at the end": ([{}, {"edges": [], "failed_edges": [[0, 1]]}, {"edges": []}], True, {}, Exit.DONE),
     "stopped, since refused": ([{}] * 5, False, {}, Exit.REFUSED),
 }
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from federation import Federation, found
 from processes import AT_MOST_S, forking, wait_until
 
 from peertune import tracking
+from peertune.errors import Exit
 
 RECIPE = (
     "digits-demo",
@@ -252,6 +254,44 @@ def test_a_peer_that_shall_not_be_alone_waits_for_company(tmp_path: Path) -> Non
         for client in (0, 1):
             assert_whole(group, client, rounds)
             assert all(record["edges"] == [[0, 1]] for record in group.records(client))
+
+
+def test_a_peer_goes_on_from_an_older_checkpoint_and_a_copy_of_its_disk_that_is_started_too_is_found_out(
+    tmp_path: Path,
+) -> None:
+    settings = ("rounds=5000", "network.patience_s=3", "faults=[{slow: 0, rounds: [0, 5000], delay_s: 0.1}]")
+    made = found(tmp_path, 2, silent=[1])
+    with peers(made, *settings, "graph.activation=1.0", "checkpoint.keep=6") as group:
+
+        def clones() -> int:
+            known = json.loads((group.run(0) / "status.json").read_text())["neighbours"]
+            return sum(int(one["clones"]) for one in known)
+
+        def meets_again(after: int) -> bool:
+            return any(record["edges"] and record["round"] > after for record in group.records(0))
+
+        group.start(0, 1)
+        group.wait_until(lambda: group.rounds(1) > 6)
+        group.kill(1)
+        shutil.copytree(made.peer(1), made.peer(2))
+        shutil.copytree(group.run(1), group.run(2))
+        for newest in sorted((group.run(1) / "checkpoints").glob("round-*"))[-3:]:
+            shutil.rmtree(newest)
+        group.start(1)
+        group.wait_until(partial(meets_again, group.rounds(0)))
+        assert clones() == 0
+        assert "two processes" not in group.log(0)
+
+        group.start(2)
+        ended = group.running
+        group.wait_until(lambda: any(ended[client].exitcode is not None for client in (1, 2)))
+        (out,) = (client for client in (1, 2) if ended[client].exitcode is not None)
+        assert ended[out].exitcode == Exit.REFUSED, group.log(out)
+        assert "stops, as network.when_refused says: refused by peer-0: refuses (two processes with" in group.log(out)
+        group.wait_until(partial(meets_again, group.rounds(0)))
+        assert ended[3 - out].exitcode is None, "the other goes on"
+        assert clones() >= 1
+        assert group.log(0).count("peer-1: two processes with its key") == 1
 
 
 def test_a_full_disk_costs_checkpoints_and_stops_nobody(tmp_path: Path) -> None:
