@@ -16,9 +16,10 @@ log = logging.getLogger(__name__)
 class Keeper:
     """Writes the records of a run, and a checkpoint of `clients` after each `every` rounds, of which it `keep`s some.
 
-    What can't be written is warned of and counted. A record waits to be written before the next one; a checkpoint is
-    left out, and tried again after the next round. The last state must be written, whatever it takes: `checkpoint`
-    raises RunError where it can't be. Of several processes, which write together, a failure ends each.
+    What can't be written is counted, and warned of once, until it can be again. A record waits to be written before the
+    next one; a checkpoint is left out, and tried again after the next round. The last state must be written, whatever
+    it takes: `checkpoint` raises RunError where it can't be. Of several processes, which write together, a failure ends
+    each.
     """
 
     def __init__(self, folder: Path, clients: Sequence[int], every: int, keep: int, group: Group = ALONE) -> None:
@@ -27,7 +28,7 @@ class Keeper:
         self._folder, self._clients, self._group = folder, clients, group
         self._every, self._keep = every, keep
         self._waiting: deque[RoundRecord] = deque()
-        self._problem = ""
+        self._failing = False
 
     def record(self, record: RoundRecord) -> None:
         """Add a record to those of the run."""
@@ -35,7 +36,7 @@ class Keeper:
         try:
             self._write_records()
         except RunError as error:
-            self._failed(error, "its record waits")
+            self._failed(error)
 
     def checkpoint(self, state: State, *, last: bool) -> None:
         """Keep a checkpoint of the state where one is due, and in any case of the `last`."""
@@ -47,22 +48,22 @@ class Keeper:
         except RunError as error:
             if last:
                 raise
-            self._failed(error, f"the newest checkpoint is that of round {self.round}")
+            self._failed(error)
             return
         self.round = state.round
-        if self._problem:
+        if self._failing:
             log.warning("%s can be written again: round %d is kept", self._folder, self.round)
-            self._problem = ""
+            self._failing = False
 
     def _write_records(self) -> None:
         while self._waiting:
             tracking.append(self._folder, self._waiting[0])
             self._waiting.popleft()
 
-    def _failed(self, error: RunError, so: str) -> None:
+    def _failed(self, error: RunError) -> None:
         if self._group.size > 1:
             raise error
         self.failed += 1
-        if str(error) != self._problem:  # said once
-            log.warning("%s; the run goes on, %s", error, so)
-        self._problem = str(error)
+        if not self._failing:
+            log.warning("%s; the run goes on, and tries again: the newest checkpoint is of round %d", error, self.round)
+        self._failing = True

@@ -89,12 +89,13 @@ def trusted(roster: Roster, trust: Trust) -> tuple[Roster, Trust]:
     }
     revoked = {*trust.revoked, *gone}
     back = [name for name, keys in listed.items() if not revoked.isdisjoint(keys)]
-    if back:
+    if back and roster.serial > trust.serial:
         log.warning(
             "roster %d lists revoked keys, which stay out, of %s: was the CA restored from a copy?",
             roster.serial,
             ", ".join(back),
         )
+    if back:
         roster = _without(roster, revoked)
     keys = {name: {key: until for key, until in own.items() if key not in revoked} for name, own in listed.items()}
     return roster, Trust(ca, roster.serial, roster.digest, keys, tuple(sorted(revoked)))
