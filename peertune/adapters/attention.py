@@ -18,6 +18,14 @@ from peertune.adapters.rows import current_rows
 from peertune.errors import ModelError
 from peertune.memory import device_type
 
+_UNKNOWN = {
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "indices": "sparse attention",
+    "block_indices": "sparse attention",
+}
+"""What models hand their attention that would change its result → what it is."""
+
 
 def attention(
     module: nn.Module,
@@ -28,17 +36,20 @@ def attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    position_bias: Tensor | None = None,
+    **others: Any,
 ) -> tuple[Tensor, None]:
     """Softmax attention: `query [b, heads, s, d]`, `key` and `value [b, groups, s, d]` → `[b, s, heads, d]`.
 
     Packed rows come as N blocks of S slots in the place of `b` and `s`. `attention_mask` is added to the scores and
-    holds causality and padding. Heads may share keys and values in groups. Raises ModelError for attention sinks, which
-    this function does not know.
+    holds causality and padding, and so is T5's `position_bias`. Heads may share keys and values in groups. Raises
+    ModelError for attention sinks and sparse attention, which this function does not know.
     """
-    if s_aux is not None:
-        raise ModelError(f"{type(module).__name__}: attention sinks are not supported")
+    for name, what in _UNKNOWN.items():
+        if others.get(name) is not None:
+            raise ModelError(f"model: {type(module).__name__} has {what}, which is not supported; choose another base")
+    if position_bias is not None:
+        attention_mask = position_bias if attention_mask is None else attention_mask + position_bias
     heads_per_group = query.shape[1] // key.shape[1]
     if heads_per_group > 1:
         key, value = key.repeat_interleave(heads_per_group, dim=1), value.repeat_interleave(heads_per_group, dim=1)

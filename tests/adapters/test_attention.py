@@ -1,13 +1,17 @@
 """Our attention against transformers' eager one."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 from transformers.models.bert.modeling_bert import eager_attention_forward as bert_attention
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward as gemma2_attention
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_attention
+from transformers.models.t5.modeling_t5 import eager_attention_forward as t5_attention
 
-from peertune.adapters.attention import attention
+from peertune.adapters.attention import attention, register_attention
 from peertune.adapters.dropout import keyed_dropout
 from peertune.adapters.rows import Rows, bound
 from peertune.errors import ModelError
@@ -119,6 +123,31 @@ def test_its_probabilities_are_dropped_by_key_in_training_only() -> None:
     assert torch.equal(still, plain)
 
 
-def test_attention_sinks_are_refused() -> None:
-    with pytest.raises(ModelError, match="Identity: attention sinks"):
-        attention(nn.Identity(), *tensors(), attention_mask=None, s_aux=torch.zeros(HEADS))
+@masks
+def test_biases_of_positions_are_added_as_t5s_are(mask: Tensor | None) -> None:
+    bias = torch.randn(1, HEADS, TOKENS, TOKENS, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    ours, _ = attention(nn.Identity(), *tensors(), mask, position_bias=bias)
+    theirs, _ = t5_attention(nn.Identity(), *tensors(), mask, position_bias=bias)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_a_t5_has_its_relative_positions() -> None:
+    register_attention()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T5EncoderModel(T5Config(vocab_size=9, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2)).eval()
+    with torch.no_grad():
+        for table in (x for name, x in model.named_parameters() if "relative" in name):
+            table.normal_(generator=torch.Generator().manual_seed(1))
+        inputs = {"input_ids": torch.tensor([[3, 4, 5, 6]]), "attention_mask": torch.tensor([[1, 1, 1, 0]])}
+        theirs = model(**inputs).last_hidden_state
+        model.set_attn_implementation("peertune")
+        torch.testing.assert_close(model(**inputs).last_hidden_state[:, :3], theirs[:, :3])
+
+
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "indices", "block_indices"])
+def test_what_it_does_not_know_is_refused(name: str) -> None:
+    given: dict[str, Any] = {"attention_mask": None, name: torch.zeros(HEADS)}
+    with pytest.raises(ModelError, match=r"model: Identity has (attention sinks|sparse attention), which is not supp"):
+        attention(nn.Identity(), *tensors(), **given)
+    attention(nn.Identity(), *tensors(), **given | {name: None})
