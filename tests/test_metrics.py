@@ -120,6 +120,12 @@ def test_clients_that_agree_before_mixing_have_no_contraction() -> None:
     assert not [name for name in diagnostics(before_mixing(stack), stack) if name.startswith("contraction")]
 
 
+@pytest.mark.parametrize(("apart", "measured"), [(1e-3, True), (1e-5, True), (2e-6, True), (5e-7, False)])
+def test_clients_agree_up_to_the_rounding_of_float32(apart: float, measured: bool) -> None:
+    stack = {"q.A": 7.0 * torch.tensor([[1 + apart], [1 - apart]], dtype=torch.float64)}
+    assert ("contraction_A" in diagnostics(before_mixing(stack), stack)) == measured
+
+
 @some
 @given(adapters, st.integers(0, 2**31))
 def test_a_neighbourhoods_cross_term_is_what_its_own_average_leaves_out(stack: Tensors, seed: int) -> None:

@@ -9,18 +9,18 @@ sent. `oscillation` is an effect, whatever the cause: the loss jumps where the t
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from math import log, sqrt
+from statistics import fmean
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from peertune.report.runs import evaluated_labels
+from peertune.data.scores import LOWER_IS_BETTER
+from peertune.report import advice
+from peertune.report.evidence import Facts, Floats
 
-Floats = NDArray[np.float64]
 Severity = Literal["problem", "notice", "good"]
 
 LEAST_ROUNDS = 10  # below, trends and standard errors mean nothing
@@ -45,6 +45,7 @@ SPIKE_ROUNDS = 2  # one such round is an accident
 RISEN = 1.1  # of a mean loss over that of the first round, and of a client's over what guessing costs
 RISEN_SHARE = 0.25  # of client-rounds after the start that cost more than guessing; at a fit rate there are none
 LOST_EDGES = 0.05  # of the edges that peers had; a restart of one of eight costs fewer
+LEAST_GAIN = 0.03  # of a score, from one evaluation to the next; of perplexity, the share by which it falls
 NORM_GROWTH = 30.0  # over the first round's norms; as the other factor grows, they may become some times as long
 NO_GOSSIP = {"decaf", "fedrot_lora"}  # they turn the factors while they mix, so rho does not bound their contraction
 
@@ -58,85 +59,6 @@ class Finding:
     title: str
     text: str  # a sentence or two, with the numbers
     advice: str  # what to change, by the recipe's keys; "" where there is nothing
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the checks look at: a resolved recipe, `facts.json` and the lines of `rounds.jsonl`."""
-
-    recipe: Mapping[str, Any]
-    facts: Mapping[str, Any]
-    records: Sequence[Mapping[str, Any]]
-
-    @property
-    def method(self) -> str:
-        """The algorithm's name."""
-        return str(self.recipe["algorithm"]["name"])
-
-    @property
-    def rho(self) -> float:
-        """The graph's."""
-        return float(self.facts["graph"]["rho"])
-
-    @property
-    def clients(self) -> int:
-        """How many there are."""
-        return int(self.recipe["clients"])
-
-    @cached_property
-    def numbers(self) -> list[int]:
-        """The K clients whose records these are: all, or peers of whom the directories were read."""
-        return sorted({client for record in self.records for client in record["clients"]})
-
-    @cached_property
-    def held(self) -> dict[int, Sequence[int]]:
-        """How many rows of each class each client holds, where that is known."""
-        owners = [peer["client"] for peer in self.facts.get("peers", [])] or range(self.clients)
-        return dict(zip(owners, self.facts["partition"]["rows"], strict=False))
-
-    @cached_property
-    def exchanges(self) -> bool:
-        """Whether anything is ever sent."""
-        return self.clients > 1 and any(record["send"] for record in self.records)
-
-    @cached_property
-    def loss(self) -> Floats:
-        """Each client's loss `[R, K]`, NaN where it wasn't there."""
-        return self.table("loss")
-
-    @cached_property
-    def mean_loss(self) -> Floats:
-        """The clients' mean `[R]`."""
-        return np.array([np.mean(record["loss"]) for record in self.records])
-
-    @cached_property
-    def trained(self) -> list[str]:
-        """The factors that each round trains: "A", "B" or "AB"."""
-        return ["".join(kind for kind in "AB" if kind in record["train"]) for record in self.records]
-
-    @cached_property
-    def contraction(self) -> Floats:
-        """Share of the squared disagreement about A and B that a round's mixing left, where it could be measured."""
-        rounds = [[r["diagnostics"].get(f"contraction_{kind}") for kind in "AB"] for r in self.records]
-        measured = [[value for value in values if value is not None] for values in rounds]
-        return np.array([np.mean(values) for values in measured if values])
-
-    @cached_property
-    def alone(self) -> NDArray[np.bool_]:
-        """Whether a client heard nobody in a round, `[R, K]`."""
-        return np.equal(self.table("neighbours"), 0)
-
-    @property
-    def evaluated(self) -> list[Mapping[str, Any]]:
-        """The records with an evaluation, in order."""
-        return [record for record in self.records if record["evaluation"]]
-
-    def table(self, key: str) -> Floats:
-        """Lay a list over the clients out as `[R, K]`, NaN for clients that weren't there."""
-        values = np.full((len(self.records), len(self.numbers)), np.nan)
-        for row, record in zip(values, self.records, strict=True):
-            row[np.searchsorted(self.numbers, record["clients"])] = record[key]
-        return values
 
 
 def diagnose(
@@ -167,8 +89,13 @@ def oscillation(seen: Facts) -> Finding | None:
         "The loss jumps when the trained factor changes",
         f"At {len(jumps)} switches the loss rose by {jump:.3g} ± {error:.1g} more than between rounds of the phases "
         f"about them, {jump / level:.0%} of its median of {level:.3g}.",
-        ("Keep the moments, training.reset_optimizer=never, or lower" if reset else "Lower")
-        + " training.learning_rate; longer phases (algorithm.switch_every) make the jumps rarer.",
+        advice.either(
+            [
+                *(["keep the moments with training.reset_optimizer=never"] if reset else []),
+                "lower training.learning_rate",
+                *advice.last_longer(seen),
+            ]
+        ),
     )
 
 
@@ -204,7 +131,7 @@ def phase_mismatch(seen: Facts) -> Finding | None:
         "Clients average one factor over different idle ones",
         f"In {len(idle)} of {len(seen.records)} rounds the idle factor was not sent, though clients disagreed about it "
         f"by {held:.3g}, against {mixed:.3g} about the one trained and averaged: what is averaged fits nobody's.",
-        "Send both factors: algorithm.name=tad_lora, or adf_lora; or let all clients meet in every round.",
+        advice.either([advice.send_both(seen), *advice.meet_more(seen)]),
     )
 
 
@@ -245,7 +172,13 @@ def no_contraction(seen: Facts) -> Finding | None:
         "problem",
         title,
         f"{what} {alone}{trend}",
-        "Raise graph.activation, choose a denser graph.name, add the missing edges, or run more rounds.",
+        advice.either(
+            [
+                *(["look for failing links"] if any(record["failed_edges"] for record in seen.records) else []),
+                *advice.meet_more(seen),
+                "run for more rounds",
+            ]
+        ),
     )
 
 
@@ -274,8 +207,17 @@ def worse_than_rho(seen: Facts) -> Finding | None:
         "Mixing is weaker than the graph promises",
         f"A round left {mean:.3f} ± {error:.1g} of the squared disagreement on average, at most {seen.rho:.3f} is "
         f"predicted (rho). {failed} edges failed and {used} were used, {used / len(seen.records):.3g} a round.",
-        "Look for failing links; set graph.activation to what the links really give, so that T* follows.",
+        advice.either(["look for failing links", *_real_activation(seen, used)]),
     )
+
+
+def _real_activation(seen: Facts, used: int) -> list[str]:
+    """Say with what activation the edges that were used are those that the graph promises."""
+    real = used / len(seen.records) / max(seen.facts["graph"]["edges"], 1e-9)
+    if not 0 < real < seen.recipe["graph"].get("activation", 1.0):
+        return []
+    follows = ", so that T* follows" if seen.method == "tad_lora" else ""
+    return [f"set graph.activation={real:.2g}, what the links really gave{follows}"]
 
 
 def lost_edges(seen: Facts) -> Finding | None:
@@ -293,8 +235,7 @@ def lost_edges(seen: Facts) -> Finding | None:
         "Swaps fail",
         f"Over {len(failed)} of {had} edges nothing came ({len(failed) / had:.0%}), most often with {_clients(worst)}. "
         "The mean of the adapters does not suffer, since an edge fails at both ends; mixing does.",
-        "Look at what those peers' logs say, and whether they can be reached. Raise network.patience_s where they are "
-        "slow, or restart within it.",
+        "Look at what those peers' logs say, and whether they can be reached." + advice.wait_longer(seen),
     )
 
 
@@ -319,7 +260,7 @@ def interval(seen: Facts) -> Finding | None:
         f"Phases are far {'shorter' if short else 'longer'} than T*",
         f"A phase lasts {length} round{'s' * (length > 1)}, where T* is {best} (rho = {seen.rho:.3f}): {why}."
         + (f" Factor {never[0]} was never trained." if never else ""),
-        f"Set algorithm.switch_every={best}" + (" with algorithm.name=tad_lora." if seen.method == "rolora" else "."),
+        advice.take_turns(seen, best),
     )
 
 
@@ -336,16 +277,15 @@ def out_of_phase(seen: Facts) -> Finding | None:
         "Clients train different factors at the same time",
         f"In {len(missed) / total:.1%} of client-rounds a client trained another factor than most, most often "
         f"{_clients(sorted(often))}: its reports on the graph had not arrived.",
-        "Raise algorithm.window_rounds, so that reports reach everybody within a window, or graph.activation.",
+        advice.either(advice.flood(seen)),
     )
 
 
 def one_class(seen: Facts) -> Finding | None:
     """Clients whose model answers with one class."""
-    labels = np.array(evaluated_labels(seen.recipe, seen.facts), dtype=float)
-    if not seen.evaluated or not seen.evaluated[-1]["evaluation"]["top_share"] or labels.sum() == 0:
+    expected, names = seen.constant, seen.facts["partition"]["labels"]
+    if not seen.evaluated or not seen.evaluated[-1]["evaluation"]["top_share"] or expected is None:
         return None
-    expected, names = labels.max() / labels.sum(), seen.facts["partition"]["labels"]
     shares = dict(zip(seen.evaluated[-1]["clients"], seen.evaluated[-1]["evaluation"]["top_share"], strict=False))
     stuck = [k for k, share in shares.items() if share >= ONE_CLASS and share - expected >= LEAST_SKEW]
     if not stuck:
@@ -360,9 +300,7 @@ def one_class(seen: Facts) -> Finding | None:
         f"{_clients(stuck).capitalize()} of {len(shares)} gave {min(shares[k] for k in stuck):.0%} or more of their "
         f"answers to one class, which is at most {expected:.0%} of the rows evaluated. Their own rows: {named}"
         f"{', …' if len(stuck) > 3 else ''}.",
-        "Let them hear more of the others: "
-        + ("another algorithm.name than local, " if not seen.exchanges else "a higher graph.activation, more rounds, ")
-        + "or a milder partition."
+        advice.hear_others(seen)
         if skewed
         else "Their rows are not that skewed: lower training.learning_rate, or train for more rounds.",
     )
@@ -423,8 +361,51 @@ def too_short(seen: Facts) -> Finding | None:
         "Too little to judge",
         f"There are {rounds} rounds and {evaluations} evaluations; trends need {LEAST_ROUNDS} rounds, and what the "
         "clients have learnt an evaluation.",
-        "Let the run go on, with more rounds or a smaller evaluate.every.",
+        "Let the run go on." if seen.ended < seen.recipe["rounds"] else f"Set rounds={LEAST_ROUNDS} or more.",
     )
+
+
+def still_learning(seen: Facts) -> Finding | None:
+    """A score that still rose from evaluation to evaluation when the run ended."""
+    last = seen.evaluated[-3:]
+    rounds = seen.recipe["rounds"]
+    if len(last) < 3 or len(seen.records) < LEAST_ROUNDS or seen.ended < rounds:
+        return None
+    metric = last[-1]["evaluation"]["metric"]
+    first, before, final = (fmean(record["evaluation"]["clients"]) for record in last)
+    lower = metric in LOWER_IS_BETTER
+    gains = [(a - b) / a if lower else b - a for a, b in ((first, before), (before, final))]
+    if min(gains) <= 0 or gains[1] < LEAST_GAIN:
+        return None
+    return Finding(
+        "still_learning",
+        "notice",
+        "The clients were still learning when the run ended",
+        f"Their {metric} went from {first:.3f} by {before:.3f} to {final:.3f} in the last three evaluations, after the "
+        f"rounds {', '.join(str(record['round']) for record in last)}."
+        + ("" if seen.constant is None or metric != "accuracy" else f" {_constant(seen.constant)}"),
+        f"Run for more rounds, such as rounds={2 * rounds}.",
+    )
+
+
+def nothing_learnt(seen: Facts) -> Finding | None:
+    """Clients that are right no more often than whoever always gives the same answer."""
+    if not seen.evaluated or len(seen.records) < LEAST_ROUNDS or seen.constant is None or one_class(seen):
+        return None
+    final = seen.evaluated[-1]["evaluation"]
+    if final["metric"] != "accuracy" or fmean(final["clients"]) > seen.constant:
+        return None
+    return Finding(
+        "nothing_learnt",
+        "problem",
+        "The clients know no more than one answer for all",
+        f"Their accuracy is {fmean(final['clients']):.3f} on average. {_constant(seen.constant)}",
+        "Run for more rounds, or with another training.learning_rate.",
+    )
+
+
+def _constant(score: float) -> str:
+    return f"Always the commonest class would score {score:.3f} on the same rows."
 
 
 def no_exchange(seen: Facts) -> Finding | None:
@@ -437,7 +418,7 @@ def no_exchange(seen: Facts) -> Finding | None:
         "Nobody talks to anybody",
         f"{seen.method} with {seen.clients} client{'s' * (seen.clients != 1)} sends nothing: each learns from its own "
         "rows alone, and disagreement is not judged.",
-        "To work together, give another algorithm.name and more clients." if seen.clients > 1 else "",
+        f"To work together, choose another algorithm.name than {seen.method}." if seen.clients > 1 else "",
     )
 
 
@@ -450,6 +431,8 @@ def healthy(seen: Facts) -> Finding:
         f"{scores.mean():.3f} on average, from {scores.min():.3f} to {scores.max():.3f}"
     )
     text += "." if final["average"] is None else f", the averaged adapter's {final['average']:.3f}."
+    if seen.constant is not None and final["metric"] == "accuracy":
+        text += f" {_constant(seen.constant)}"
     if len(seen.contraction) and seen.method not in NO_GOSSIP:
         text += f" A round leaves {seen.contraction.mean():.3f} of the squared disagreement; rho is {seen.rho:.3f}."
     return Finding("healthy", "good", "Nothing is wrong", text, "")
@@ -471,6 +454,8 @@ CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
     learning_rate,
     lost_edges,
     interval,
+    nothing_learnt,
+    still_learning,
     too_short,
     no_exchange,
 )

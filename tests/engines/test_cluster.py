@@ -11,7 +11,7 @@ from ranks import together
 
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import build
-from peertune.engines.cluster import share
+from peertune.engines.cluster import _merged, share
 from peertune.engines.simulator import simulate
 from peertune.errors import RunError
 from peertune.recipe import load_recipe
@@ -77,11 +77,24 @@ def test_processes_end_with_the_simulators_adapters_and_records(
         for tensor, x in state.adapters.items():
             torch.testing.assert_close(played[name].adapters[tensor], x, rtol=0, atol=1e-12)
         for own in played[name].records:
-            assert own == [{**record, "seconds": own[t]["seconds"]} for t, record in enumerate(played[name].records[0])]
+            assert own == played[name].records[0]
         for record, ours in zip(records, played[name].records[0], strict=True):
             theirs = as_json(record)
             assert ours["seconds"].keys() == theirs["seconds"].keys()
             assert_close(ours, theirs | {"seconds": ours["seconds"]}, f"{name}, round {record.round}")
+
+
+def test_a_stage_takes_as_long_as_in_its_slowest_process(simulated: dict[str, list[RoundRecord]]) -> None:
+    class Slower(Group):
+        """Another process, which takes twice as long to train and half as long to mix."""
+
+        def gather(self, value: Any) -> list[Any]:
+            slow = {stage: s * {"train": 2.0, "mix": 0.5}.get(stage, 1.0) for stage, s in value["seconds"].items()}
+            return [value, value | {"seconds": slow}]
+
+    own = simulated["ring"][0]
+    assert min(own.seconds.values()) > 0
+    assert _merged(own, Slower()).seconds == own.seconds | {"train": 2 * own.seconds["train"]}
 
 
 class Some(Group):

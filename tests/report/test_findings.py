@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peertune.assembly import build
 from peertune.engines.simulator import simulate
-from peertune.parts import build_graph
-from peertune.recipe import load_recipe
+from peertune.parts import build_graph, check_parts
+from peertune.recipe import check_recipe, load_recipe
+from peertune.report import advice
+from peertune.report.evidence import Facts
 from peertune.report.findings import Finding, diagnose
 from peertune.report.runs import RunData
 
@@ -51,8 +54,47 @@ def lived(*overrides: str, links: float | None = None) -> Lived:
     return recipe, facts, records
 
 
+DEMO = load_recipe("digits-demo").model_dump(mode="json")
+
+
+def check_possible(recipe: Mapping[str, Any], facts: Mapping[str, Any], advice: str) -> None:
+    """Hold advice against the recipe it is given for: what it names is there, and what it sets can be and is new."""
+    changed: dict[str, Any] = json.loads(json.dumps(recipe))
+    new = dict(re.findall(r"((?:[a-z]+\.)?[a-z_]+)=(\w+(?:\.\w+)*)", advice))
+    for key, value in sorted(new.items()):  # the algorithm's name before its settings
+        block, _, name = key.rpartition(".")
+        within = changed[block] if block else changed
+        if key == "algorithm.name":
+            within.clear()
+        before, within[name] = within.get(name), yaml.safe_load(value)
+        assert within[name] != before
+    check_parts(check_recipe(changed, advice))
+    for block, key in re.findall(r"([a-z]+)\.([a-z_]+)", advice):
+        assert key in recipe[block] or key in changed[block], advice
+    for key, value in re.findall(r"raise ([\w.]+) from ([\d.]+\d|\d)", advice, re.IGNORECASE):
+        block, _, name = key.partition(".")
+        assert f"{recipe[block][name]:g}" == value
+    if "raise graph.activation" in advice.lower():
+        assert recipe["graph"]["activation"] < 1
+    if "graph.path" in advice:
+        assert recipe["graph"]["name"] in ("edges", "trace")
+    if "denser graph" in advice:
+        assert recipe["graph"]["name"] != "complete"
+    if "another algorithm.name" in advice:
+        assert (recipe["clients"] > 1, recipe["algorithm"]["name"]) == (True, "local")
+    if "milder partition" in advice:
+        assert recipe["partition"]["name"] != "iid"
+        assert "peers" not in facts
+    turn = changed["algorithm"].get("switch_every")
+    if "switch_every" in advice and isinstance(turn, int):
+        assert 2 * turn <= changed["rounds"]
+
+
 def found(lived: Lived) -> dict[str, Finding]:
-    return {finding.name: finding for finding in diagnose(*lived)}
+    findings = {finding.name: finding for finding in diagnose(*lived)}
+    for finding in findings.values():
+        check_possible(lived[0], lived[1], finding.advice)
+    return findings
 
 
 @pytest.mark.parametrize(
@@ -71,9 +113,10 @@ def found(lived: Lived) -> dict[str, Finding]:
     ],
 )
 def test_in_a_run_in_which_nothing_is_wrong_nothing_is_found(overrides: tuple[str, ...]) -> None:
-    (finding,) = diagnose(*lived(*overrides))
-    assert (finding.name, finding.severity, finding.advice) == ("healthy", "good", "")
+    (finding,) = found(lived(*overrides)).values()
+    assert (finding.name, finding.severity) in {("healthy", "good"), ("still_learning", "notice")}
     assert "accuracy" in finding.text
+    assert "Always the commonest class would score 0." in finding.text
 
 
 def test_a_loss_that_jumps_at_switches_oscillates() -> None:
@@ -114,7 +157,9 @@ def test_clients_that_meet_too_rarely_to_agree_are_found_though_all_are_joined(t
     once = {3: [(0, 1)], 5: [(2, 3)], 7: [(4, 5)], 9: [(1, 2)], 13: [(3, 4)], 199: [(0, 5)]}
     finding = found(lived(trace(tmp_path, lambda t: once.get(t, []), 200)))["no_contraction"]
     assert finding.title == "Clients meet too rarely to agree"
-    assert "graph.activation" in finding.advice
+    assert finding.advice.startswith(
+        "Add edges to the file in graph.path, choose a denser graph.name"
+    )  # all are active
 
 
 def test_links_that_fail_make_mixing_worse_than_rho() -> None:
@@ -201,7 +246,8 @@ def settled(run: RunData, level: float = 1.0, fall: float = 0.0) -> list[dict[st
 
 def complete(recipe: Mapping[str, Any]) -> dict[str, Any]:
     training = {"learning_rate": 0.01, "max_grad_norm": 1.0, "reset_optimizer": "never"}
-    return {**recipe, "training": training}
+    whole = {**DEMO, **recipe, "training": {**DEMO["training"], **training}}
+    return json.loads(json.dumps(whole))  # type: ignore[no-any-return]  # of its own
 
 
 def names(run: RunData) -> set[str]:
@@ -235,6 +281,85 @@ def test_a_jump_is_found_at_its_size_and_not_below(make_run: MakeRun) -> None:
         assert ("oscillation" in names(run)) == there
 
 
+def scored(run: RunData, *scores: float, metric: str = "accuracy") -> set[str]:
+    """What is found where the last evaluations come to these."""
+    due = [record for record in run.records if record["evaluation"]]
+    for record, score in zip(due[-len(scores) :], scores, strict=True):
+        record["evaluation"] |= {"metric": metric, "clients": [score] * len(record["clients"])}
+    return names(run)
+
+
+def test_a_run_that_ends_while_it_still_learns_is_not_said_to_be_well(make_run: MakeRun) -> None:
+    run = make_run()
+    settled(run)
+    assert scored(run, 0.60, 0.67, 0.74) == {"still_learning"}
+    assert scored(run, 0.72, 0.73, 0.74) == {"healthy"}
+    assert scored(run, 0.75, 0.67, 0.74) == {"healthy"}
+    assert scored(run, 9.0, 7.0, 6.0, metric="perplexity") == {"still_learning"}
+    assert scored(run, 6.0, 7.0, 9.0, metric="perplexity") == {"healthy"}
+    run.recipe["rounds"] = 100  # it has not ended
+    assert scored(run, 0.60, 0.67, 0.74) == {"healthy"}
+
+
+def test_clients_that_score_no_more_than_one_answer_for_all_have_learnt_nothing(make_run: MakeRun) -> None:
+    run = make_run()
+    settled(run)
+    run.facts["evaluated"] = {"rows": 60, "labels": [45, 10, 5]}
+    assert scored(run, 0.7, 0.7, 0.75) == {"nothing_learnt"}
+    assert scored(run, 0.7, 0.7, 0.76) == {"healthy"}
+
+
+def test_gradients_are_said_to_explode_at_thirty_times_their_start_and_not_before(make_run: MakeRun) -> None:
+    run = make_run()
+    settled(run)
+    for growth, there in ((29.0, False), (31.0, True)):
+        for record in run.records:
+            record["grad_norm"] = [1.0] * 6
+        run.records[15]["grad_norm"] = [growth] * 6
+        assert ("learning_rate" in names(run)) == there
+
+
+def test_mixing_is_worse_than_rho_where_it_is_by_more_than_chance(make_run: MakeRun) -> None:
+    run = make_run(activation=0.5, rounds=20)
+    settled(run)
+    for spread, there in ((0.0, True), (0.6, False), (0.2, True)):  # about a mean of 0.76, where rho is 0.5
+        for t, record in enumerate(run.records):
+            record["diagnostics"] |= dict.fromkeys(("contraction_A", "contraction_B"), 0.76 + spread * (-1) ** t)
+        assert ("worse_than_rho" in names(run)) == there
+    for record in run.records:  # as bad as rho leaves room for
+        record["diagnostics"] |= dict.fromkeys(("contraction_A", "contraction_B"), 0.74)
+    assert "worse_than_rho" not in names(run)
+
+
+def facts(make_run: MakeRun, graph: Mapping[str, Any], **made: Any) -> Facts:
+    run = make_run(**made)
+    return Facts(complete(run.recipe | {"graph": graph}), run.facts, run.records)
+
+
+def test_advice_is_what_the_recipe_leaves_room_for(make_run: MakeRun) -> None:
+    full = facts(make_run, {"name": "complete", "activation": 1.0}, clients=1, method="local", switch_every=None)
+    assert advice.meet_more(full) == advice.last_longer(full) == []
+    assert advice.hear_others(full) == advice.either([]) == ""
+    ring = facts(make_run, {"name": "ring", "activation": 0.25}, rounds=24, switch_every=6)
+    assert advice.meet_more(ring) == ["raise graph.activation from 0.25", "choose a denser graph.name"]
+    assert advice.either(advice.meet_more(ring)) == "Raise graph.activation from 0.25 or choose a denser graph.name."
+    assert advice.last_longer(ring) == ["raise algorithm.switch_every from 6, so that jumps are rarer"]
+    assert advice.take_turns(ring, 12) == "Set algorithm.switch_every=12."
+    assert advice.take_turns(ring, 13) == (
+        "Set algorithm.switch_every=13 and rounds=26 or more or raise graph.activation from 0.25, "
+        "which makes T* shorter."
+    )
+    assert advice.last_longer(facts(make_run, {"name": "ring"}, rounds=24, switch_every=7)) == []
+    edges = facts(make_run, {"name": "edges", "activation": 1.0, "path": "edges.txt"})
+    assert advice.meet_more(edges) == ["add edges to the file in graph.path", "choose a denser graph.name"]
+    assert advice.send_both(edges).endswith("algorithm.name=tad_lora")
+    edges.facts["graph"]["switching_interval"] = None  # it never mixes
+    assert advice.send_both(edges).endswith("algorithm.name=adf_lora")
+    assert "network.patience_s" in advice.wait_longer(edges)
+    edges.recipe["network"]["patience_s"] = 86_400.0
+    assert advice.wait_longer(edges) == ""
+
+
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rounds=st.integers(0, 30),
@@ -244,14 +369,28 @@ def test_a_jump_is_found_at_its_size_and_not_below(make_run: MakeRun) -> None:
     switch_every=st.sampled_from([None, 1, 2, 7, "adaptive"]),
     metric=st.sampled_from(["accuracy", "pearson"]),
     interval=st.sampled_from([None, 1, 30]),
+    activation=st.sampled_from([0.3, 1.0]),
+    graph=st.sampled_from(["complete", "path"]),
+    partition=st.sampled_from(["iid", "shards"]),
     seed=st.integers(0, 2**16),
 )
 def test_no_check_fails_on_a_well_formed_run(
-    make_run: MakeRun, method: str, switch_every: Any, interval: int | None, seed: int, **drawn: Any
+    make_run: MakeRun,
+    method: str,
+    switch_every: Any,
+    interval: int | None,
+    seed: int,
+    graph: str,
+    partition: str,
+    **drawn: Any,
 ) -> None:
     run = make_run(method=method, seed=seed, switch_every=5 if switch_every == "adaptive" else switch_every, **drawn)
     draw = np.random.default_rng(seed)
-    run.recipe["algorithm"]["switch_every"] = switch_every
+    turns = {"switch_every": switch_every, "window_rounds": 40} if switch_every == "adaptive" else {}
+    turns = turns or ({} if switch_every is None else {"switch_every": switch_every})
+    run.recipe["algorithm"] = {"name": method} | (turns if method == "tad_lora" else {})
+    run.recipe["graph"] = {"name": graph if drawn["clients"] > 2 else "complete", "activation": drawn["activation"]}
+    run.recipe["partition"] = {"name": partition}
     run.facts["graph"]["switching_interval"] = interval
     for record in run.records:
         here = np.flatnonzero(draw.random(len(record["clients"])) < 0.9).tolist() or [0]
@@ -270,6 +409,7 @@ def test_no_check_fails_on_a_well_formed_run(
     assert findings
     assert ("good" in {finding.severity for finding in findings}) == (findings[0].name == "healthy")
     for finding in findings:
+        check_possible(complete(run.recipe), run.facts, finding.advice)
         assert finding.title
         assert not {"nan", "inf"} & set(re.split(r"[^a-z]+", finding.text))
         assert finding.text.endswith(".")
