@@ -1,9 +1,13 @@
+import os
 import resource
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from federation import found
 
 from peertune.net import limits
+from peertune.net.membership import Membership
 
 
 @pytest.fixture
@@ -25,3 +29,20 @@ def test_connections_are_two_for_each_member_and_a_few_and_take_half_of_the_file
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, files))
     most = [dict(limits.of_connections(seats))["grpc.max_allowed_incoming_connections"] for seats in (2, 100, 5_000)]
     assert most == [68, 264, 512]
+
+
+def test_a_roster_that_no_file_is_left_to_read_is_read_later(
+    tmp_path: Path, files: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("peertune.net.membership.LOOK_EVERY_S", 1e-9)  # at every look
+    made = found(tmp_path, 2)
+    membership = Membership(made.peer(0), made.roster)
+    made.issue()
+    os.close(number := os.open(os.devnull, os.O_RDONLY))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, files))  # none can be opened
+    serials = [membership.current()[1].serial for _ in range(3)]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (files, files))
+    assert serials == [1, 1, 1]
+    (said,) = caplog.messages
+    assert said.startswith(f"{made.roster}: can't be read (Too many open files); ")
+    assert membership.current()[1].serial == 2
