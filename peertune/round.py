@@ -79,6 +79,7 @@ class Job:
     most_loss: float = inf  # training to a mean loss above it counts as diverged
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
+    name: Callable[[int], str] = "client {}".format  # what a client is called in what is said of it
 
     @property
     def alone(self) -> bool:
@@ -223,10 +224,10 @@ def _tell(
         if (count := job.bound.told[them]) & (count - 1) == 0:
             often = "" if count == 1 else f" ({count} times by now)"
             log.warning(
-                "round %d: client %d sent client %d what isn't mixed: %s; %s%s",
+                "round %d: %s sent %s what isn't mixed: %s; %s%s",
                 round,
-                them,
-                clients[receiver],
+                job.name(them),
+                job.name(clients[receiver]),
                 why,
                 so,
                 often,

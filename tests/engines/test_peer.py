@@ -15,13 +15,14 @@ from federation import Federation, Lie, Played, found, play
 
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import agreed, build
+from peertune.bounds import Refusal
 from peertune.engines.peer import _caught_up, ended, run_peer
 from peertune.engines.simulator import simulate
 from peertune.errors import Exit
 from peertune.net.membership import Membership
 from peertune.net.swap import Swapper
 from peertune.recipe import load_recipe
-from peertune.round import Heard, Refuse, exchanged, run_rounds
+from peertune.round import Heard, Refuse, _tell, exchanged, run_rounds
 from peertune.types import RoundRecord, Tensors, select
 
 SMALL = (
@@ -173,6 +174,15 @@ def test_what_a_peer_lies_is_mixed_by_nobody_and_the_others_end_as_in_the_simula
                 assert record.not_mixed == []
         losses = [loss for peer in played for record in peer.records for loss in record["loss"]]
         assert max(losses) < 3
+
+
+def test_who_sent_what_isn_t_mixed_is_told_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    job = build(load_recipe("digits-demo", recipe(4, "float32")), [2]).job
+    for named in (job, replace(job, name="hospital-{}".format)):
+        _tell(named, 3, [Refusal(0, 1, "too large")], [2], [0, 3], "it stays out")
+    names = [("client 3", "client 2"), ("hospital-3", "hospital-2")]
+    said = [message.replace(" (2 times by now)", "") for message in caplog.messages]
+    assert said == [f"round 3: {a} sent {b} what isn't mixed: too large; it stays out" for a, b in names]
 
 
 def test_without_the_bound_one_lie_spoils_everybody() -> None:
