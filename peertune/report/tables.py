@@ -6,7 +6,7 @@ from math import sqrt
 from statistics import fmean, pstdev, stdev
 from typing import Any
 
-from scipy import stats
+from scipy.special import stdtrit
 
 from peertune.data.scores import LOWER_IS_BETTER
 from peertune.errors import RunError, unknown
@@ -241,7 +241,7 @@ def _paired(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
         differences = [own[key] - other[key] for own, other in both if key in own and key in other]
         low = high = None
         if len(differences) > 1:
-            half = stats.t.ppf(0.975, len(differences) - 1) * stdev(differences) / sqrt(len(differences))
+            half = stdtrit(len(differences) - 1, 0.975) * stdev(differences) / sqrt(len(differences))
             low, high = fmean(differences) - half, fmean(differences) + half
         middle = fmean(differences) if differences else None
         found[key] = {"difference": middle, "low": low, "high": high, "seeds": len(differences)}
