@@ -66,6 +66,7 @@ def random_graph(number: int) -> Graph:
             return GRAPHS["bipartite"](clients=clients, seed=number, activation=float(rng.uniform(0.4, 1)))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", range(50))
 def test_all_clients_switch_in_the_same_round_on_a_random_graph(number: int) -> None:
     graph = random_graph(number)
