@@ -468,7 +468,7 @@ def inputs(tmp_path: Path) -> Path:
 GLUE = "task={name: glue, config: sst2, path: inputs}"
 BAD = {
     "an unknown key": (["sed=1"], "digits-demo: sed: unknown key 'sed', did you mean seed?"),
-    "an unknown key of a block": (["lora.rank=1"], "lora.rank: unknown key 'rank', choose from lora_alpha"),
+    "an unknown key of a block": (["lora.rank=1"], "lora.rank: unknown key 'rank', did you mean lora.r?"),
     "an unknown key of a task": (
         ["task.confg=x"],
         "task.confg: unknown key 'confg' (digits takes no settings; task.confg=null leaves out",
