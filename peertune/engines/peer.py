@@ -78,8 +78,9 @@ def run_peer(
         past.add(record.round, record.loss, _mixed(record))
         fastest_s = _faster(fastest_s, record.seconds)
         here = state.round
-        if swapper.passed_by(record.round):
-            state = replace(state, round=_caught_up(job, swapper, here, heard, fastest_s))
+        if swapper.passed_by(record.round):  # who is in company is not behind because a single one says so
+            pace_s = None if record.edges else fastest_s
+            state = replace(state, round=_caught_up(job, swapper, here, heard, pace_s))
         skipped = [t for t in range(here, state.round) if met and me not in clients_down(job.faults, t)]
         yield replace(record, state=state, skipped=len(skipped))
         if record.edges:
@@ -181,14 +182,13 @@ def _faster(fastest_s: float | None, seconds: Mapping[str, float]) -> float:
     return took_s if fastest_s is None else min(fastest_s, took_s)
 
 
-def _caught_up(
-    job: Job, swapper: Swapper, round: int, before: Mapping[int, float], fastest_s: float | None = None
-) -> int:
+def _caught_up(job: Job, swapper: Swapper, round: int, before: Mapping[int, float], fastest_s: float | None) -> int:
     """Return the round to go on with: this one, or that of the others if they went on without this peer.
 
     A neighbour went on without it if the two had an edge in a round that the neighbour has behind it; the last of those
     rounds doesn't tell, since its payload is still at hand there. Where others are is what two of them say, or what a
-    single one can have come to since it was heard `before` (`net.pace`), so that none can drive the others on.
+    single one can have come to since it was heard `before`, so that none can drive the others on (`net.pace`; where
+    `fastest_s` is None, a single one is not believed).
     """
     heard = swapper.last_heard()
     there = swapper.ask_rounds(neighbours(job))
