@@ -19,8 +19,8 @@ def watch() -> None:
     """From here on, see what is started."""
 
     def see(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in STARTS and "uname" not in str(arguments[0]):
-            started.append(f"{arguments[0]}")
+        if event in STARTS and "uname" not in str(arguments[:1]):
+            started.append(f"{(*arguments, event)[0]}")  # a fork says nothing more
 
     sys.addaudithook(see)
 
