@@ -158,6 +158,8 @@ def _suspects(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, sen
     least that any receiver allows, no pair is looked at.
     """
     suspects = torch.zeros_like(receivers, dtype=torch.bool)
+    if not len(suspects):  # where nobody is heard: a process whose clients are all down
+        return suspects
     for site in _sites(bound, own, heard):
         mine = {of: _norms(x) for of, x in site.own.items()}
         came = {of: _norms(x) for of, x in site.heard.items()}

@@ -149,3 +149,10 @@ def test_signals_that_no_honest_client_holds_are_refused(signal: str, value: flo
     bound = Bound(BOUND.layers, agreement.sound)
     assert by_whom(honest(), honest() | signals, bound) == set()
     assert by_whom(honest(), honest() | lying, bound) == (of_the_liar() if refuses else set())
+
+
+def test_a_process_whose_clients_are_all_down_refuses_nobody() -> None:
+    nobody = {name: x[:0] for name, x in honest().items()}
+    pairs = torch.zeros(2, 0, dtype=torch.int64)
+    assert not refused(BOUND, nobody, nobody, *pairs)
+    assert not apart(BOUND, nobody, nobody, *pairs)
