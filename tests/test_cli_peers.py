@@ -257,7 +257,7 @@ def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mi
             raw = sign_roster(authority.key, authority.certificate, 7, authority.members, own=own)
             two.own(client, "told").write_bytes(raw)
     for facts in meet(two, mine, "told", *settings):
-        described = {"name": "erdos_renyi", "activation": 1.0, "weights": "metropolis"}
+        described = {"name": "erdos_renyi", "activation": 1.0, "weights": "metropolis", "period": 1, "one_period": None}
         assert facts["graph"] == described | vars(told) | {"switching_interval": switching_interval(0.84)}
     who = ["--roster", two.own(0, "told"), "--dir", two.peer(0)]
     words = ["--recipe", mine / "recipe.yaml", *who, *settings, "clients=9"]
