@@ -23,6 +23,8 @@ from peertune.topology import (
     Graph,
     GraphSummary,
     active_edges,
+    clients_down,
+    delay_s,
     digest,
     drop_edges,
     graph_near,
@@ -261,6 +263,14 @@ def test_a_planned_edge_fails_whichever_end_comes_first() -> None:
         [(1, 3)],
         [],
     ]
+
+
+def test_a_plan_says_who_is_down_and_who_is_slow_in_which_round() -> None:
+    faults = [Fault(1, 2, down=3), Fault(2, 3, slow=1, delay_s=0.5), Fault(2, 2, slow=1, delay_s=0.25)]
+    faults.append(Fault(1, 1, edge=(0, 1)))
+    assert [clients_down(faults, t) for t in range(4)] == [set(), {3}, {3}, set()]
+    assert [delay_s(faults, 1, t) for t in range(5)] == [0, 0, 0.75, 0.5, 0]
+    assert [delay_s(faults, client, 2) for client in (0, 2, 3)] == [0, 0, 0]
 
 
 def test_who_may_ever_meet_is_known_from_all_rounds(tmp_path: Path) -> None:
