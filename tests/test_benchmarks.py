@@ -58,6 +58,7 @@ def test_the_docs_quote_the_figures_that_were_measured(path: Path) -> None:
 
 
 @needs_sst2
+@pytest.mark.thorough
 def test_the_benchmark_of_many_clients_and_processes_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SST2", str(SST2))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -74,6 +75,7 @@ def test_the_machine_is_described() -> None:
     assert found["torch"] == torch.__version__
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", scale.SIMULATED)
 def test_the_benchmark_of_scale_measures_and_finds_what_rho_says(name: str) -> None:
     settings = scale.SIMULATED[name][1]
@@ -101,6 +103,7 @@ def test_decafs_benchmark_checks_and_beats_the_dense_svd() -> None:
     assert speed.value > 1
 
 
+@pytest.mark.thorough
 def test_the_benchmark_of_language_models_checks_and_measures(tmp_path: Path) -> None:
     language.save_base(tmp_path, language.Shape(32, 48, layers=2, heads=4, groups=2))
     setup = language.make(tmp_path, 32, "model.dtype=float32", "training.gradient_checkpointing=true")
