@@ -4,9 +4,11 @@ Each is run as it is, and at ten times its learning rate until training itself d
 many times a receiver's own (or the floor) whatever it heard was at most, by kind; the same for a client that begins
 when the others are done; what was refused; and the highest loss right after mixing, over the highest before.
 `peertune.bounds` has the limits. Rows that `bound.jsonl` in the folder of the results has already are not run again.
+Beside that, what bounding takes is timed in turn with mixing.
 """
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -14,23 +16,26 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import Figure, figure
+from benchmarks.measure import Figure, figure, ratios
 from benchmarks.setup import overrides
 from peertune import build, load_recipe
 from peertune.algorithms.methods import ALGORITHMS
-from peertune.bounds import largest
+from peertune.algorithms.mixers import gossip
+from peertune.bounds import Bound, apart, largest, refused
 from peertune.errors import ModelError
 from peertune.metrics import entries
-from peertune.round import Heard, Job, Refuse, exchanged, run_rounds
-from peertune.topology import planned_weights
-from peertune.types import Tensors
+from peertune.round import Heard, Job, Refuse, as_weights, exchanged, run_rounds
+from peertune.topology import GRAPHS, planned_weights, weights_at
+from peertune.types import Phase, Tensors
 
+COSTS = {10: 0.1, 1000: 0.1}  # clients, and how often two of them meet
 RECIPES = {"digits-demo": 5e-3, "tad-sst2-minilm": 2e-3}  # and their learning rates
 KEPT = Path("benchmarks/results/bound.jsonl")
 
 
 def run() -> list[Figure]:
     """Run what has not been run, and return a figure for each row."""
+    figures = [figure for clients, activation in COSTS.items() for figure in cost(clients, activation)]
     KEPT.parent.mkdir(parents=True, exist_ok=True)
     done = {row["row"]: row for row in map(json.loads, KEPT.read_text().splitlines())} if KEPT.exists() else {}
     for recipe, rate, times, activation, method in rows():
@@ -39,11 +44,40 @@ def run() -> list[Figure]:
             done[row] = {"row": row, **watched(recipe, rate * times, activation, method)}
             with KEPT.open("a") as file:
                 file.write(json.dumps(done[row]) + "\n")
-    return [
+    return figures + [
         figure(f"{name}: largest {of}", [value], "×", note=f"{found['rounds']} rounds, {found['refused']} refused")
         for name, found in done.items()
         for of, value in (*found["heard"].items(), *((f"{of}, late", x) for of, x in found["late"].items()))
     ]
+
+
+def cost(clients: int, activation: float, repeats: int = 5) -> list[Figure]:
+    """Time what is bounded of a site of MiniLM, rank 8, beside mixing it by gossip."""
+    draw, (r, d) = torch.Generator().manual_seed(0), (8, 384)
+    own = {
+        "q.A": torch.randn(clients, r, d, generator=draw) / (3 * d) ** 0.5,
+        "q.B": 0.1 * torch.randn(clients, d, r, generator=draw),
+    }
+    graph = GRAPHS["complete"](clients=clients, activation=activation)
+    weights = as_weights(weights_at(graph, 0), torch.device("cpu"))
+    i, j, _ = entries(weights)
+    pairs, bound, phase = (i[i != j], j[i != j]), Bound({"q": (20.0, 2.0)}), Phase(0, frozenset("AB"), frozenset("AB"))
+
+    def bounding() -> None:
+        if refused(bound, own, own, *pairs) or apart(bound, own, own, *pairs):
+            raise RuntimeError("something was refused")
+
+    actions = {"bounding": bounding, "mixing": lambda: gossip(own, own, weights, phase)}
+    taken: dict[str, list[float]] = {what: [] for what in actions}
+    torch.set_num_threads(1)
+    for turn, (what, action) in product(range(repeats + 1), actions.items()):
+        begin = time.process_time()
+        action()
+        if turn:
+            taken[what].append(1e3 * (time.process_time() - begin))
+    each = f"{clients:,} clients, {len(pairs[0]) / clients:.1f} neighbours each"
+    figures = [figure(f"{what} a site ({each})", times, "ms of one core") for what, times in taken.items()]
+    return [*figures, figure(f"bounding over mixing ({each})", ratios(taken["bounding"], taken["mixing"]), "×")]
 
 
 def rows() -> Iterator[tuple[str, float, int, float, str]]:

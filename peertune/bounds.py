@@ -154,15 +154,19 @@ def _pairs(receivers: Tensor, senders: Tensor, chosen: Tensor) -> list[tuple[int
 def _suspects(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders: Tensor, times: float) -> Tensor:
     """Return which pairs `[E]` may go beyond so many times what the receiver has; the others don't.
 
-    It takes the norms of factors only: `‖B_i A_j‖ ≤ ‖B_i‖ ‖A_j‖`. Where the largest norm that was heard is below the
-    least that any receiver allows, no pair is looked at.
+    It takes the norms of factors only: `‖B_i A_j‖ ≤ ‖B_i‖ ‖A_j‖`. These are summed in the factors' own precision, in a
+    tenth of the time, so a pair that comes within 1 % of a limit is a suspect, as is what overflows. Where the largest
+    norm that was heard is below the least that any receiver allows, no pair is looked at.
     """
-    suspects = torch.zeros_like(receivers, dtype=torch.bool)
+    suspects, times = torch.zeros_like(receivers, dtype=torch.bool), 0.99 * times
     if not len(suspects):  # where nobody is heard: a process whose clients are all down
         return suspects
     for site in _sites(bound, own, heard):
-        mine = {of: _norms(x) for of, x in site.own.items()}
-        came = {of: _norms(x) for of, x in site.heard.items()}
+        mine = {of: torch.linalg.vector_norm(x.flatten(1), dim=1).double() for of, x in site.own.items()}
+        came = {
+            of: mine[of] if x is site.own[of] else torch.linalg.vector_norm(x.flatten(1), dim=1).double()
+            for of, x in site.heard.items()
+        }
         product = times * site.floors["BA"] / site.scaling
         for of, norm in came.items():
             most = times * mine[of].clamp(min=site.floors[of])

@@ -126,7 +126,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
     phases = algorithm.phases(state.signals, state.round, state.clients)
     phase = _common(job, phases, state.round)
     loss, grad_norm = _train(job, state, clients, phases)
-    if float(loss.max()) > job.most_loss:
+    if bool((loss > job.most_loss).any()):
         raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {state.round}")
     trained = time.perf_counter()
     payload = select(state.adapters, phase.send)

@@ -14,6 +14,8 @@ from processes import forking
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peertune.round import Job
+
 
 @dataclass(frozen=True)
 class Together:
@@ -45,6 +47,7 @@ def _run(out: Path, rank: int, ranks: int, port: int, recipes: Mapping[str, Sequ
             for name, overrides in recipes.items():
                 recipe = load_recipe("digits-demo", overrides)
                 job = build(recipe, share(recipe.clients, group), group=group).job
+                job = spoilt(job, SPOILT[name]) if name in SPOILT else job
                 records, state = [], job.state
                 for record in run_cluster(job):
                     assert record.state is not None
@@ -57,6 +60,19 @@ def _run(out: Path, rank: int, ranks: int, port: int, recipes: Mapping[str, Sequ
         with (out / "errors").open("a") as file:
             file.write(f"rank {rank}\n{traceback.format_exc()}\n")
         raise
+
+
+SPOILT = {"far": 30.0, "apart": 3.0}
+"""Recipes of which the last client starts with this in the place of each value of A."""
+
+
+def spoilt(job: Job, value: float) -> Job:
+    """Return the job with what the last client starts with spoilt."""
+    state = job.state.clone()
+    for name, x in state.adapters.items():
+        if name.endswith(".A") and job.graph.clients - 1 in job.clients:
+            x[-1] = value
+    return replace(job, state=state)
 
 
 def assert_same_adapters(ours: Path, theirs: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from peertune.adapters.attention import register_attention
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.rows import Rows, bound
-from peertune.adapters.stacked import StackedModel, attach, init_adapters
+from peertune.adapters.stacked import StackedModel, attach, frozen_norms, init_adapters
 from peertune.data.batches import Encoded, pack_rows, training_steps
 from peertune.training import Optim, adamw, row_losses, train_local
 from peertune.types import Batch, Phase, State, Tensors, kind, select, take
@@ -102,6 +102,39 @@ def gpt2(p: float) -> nn.Module:
         attn_pdrop=p,
     )
     return transformers.GPT2ForSequenceClassification(config)
+
+
+class Coded(nn.Linear):
+    """A linear layer that keeps its weight in another form, as 4 bits would be."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.shape[1], weight.shape[0])
+        self.weight = nn.Parameter((16 * weight).to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 16, self.bias)
+
+
+def test_norms_are_those_of_the_frozen_layers_in_whatever_form_they_keep_their_weight() -> None:
+    base: Any = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=600, n_embd=16, n_layer=1, n_head=2, n_positions=8)
+    )
+    weights = torch.randint(-8, 8, (600, 16)).float() / 16
+    base.transformer.h[0].mlp.c_proj = Coded(weights[:16])
+    names = ["lm_head", "transformer.h.0.attn.c_attn", "transformer.h.0.mlp.c_proj"]
+    tied, conv = base.transformer.wte.weight, base.transformer.h[0].attn.c_attn.weight
+    found = frozen_norms(attach(base, names, r=2, lora_alpha=6))
+    expected = [torch.linalg.matrix_norm(x.detach().double()).item() for x in (tied, conv, weights[:16])]
+    assert [norm for norm, _ in found.values()] == pytest.approx(expected, rel=1e-6)
+    assert {scaling for _, scaling in found.values()} == {3.0}
+
+
+def test_a_heads_parts_have_the_norm_of_its_layer() -> None:
+    base = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    whole = torch.cat([x.detach().flatten() for x in base[1].parameters()]).double().norm().item()
+    found = frozen_norms(attach(base, ["0"], r=1, lora_alpha=1, head_names=["1"]))
+    assert found.keys() == {"0", "1.weight", "1.bias"}
+    assert [*found["1.weight"], *found["1.bias"]] == pytest.approx([whole, 1.0, whole, 1.0])
 
 
 def llama(p: float) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import together
+from ranks import SPOILT, spoilt, together
 
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import build
@@ -37,6 +37,7 @@ RECIPES |= {
     "ring": [*SMALL, "graph={name: ring, activation: 0.7}", "training.reset_optimizer=phase"],
     "pairs": [*SMALL, "graph={name: matching, probability: 0.6}", "head=frozen"],
     "many": [*SMALL, "clients=70", "graph={name: ring}", "rounds=2", "training.per_device_train_batch_size=1"],
+    **{name: [*SMALL, "graph.activation=1.0", "rounds=2"] for name in SPOILT},
     **{f"faults {name}": [*SMALL, f"algorithm={{name: {name}}}", f"faults={FAULTS}"] for name in ("decaf", "adf_lora")},
 }
 
@@ -63,7 +64,12 @@ def assert_close(ours: Any, theirs: Any, where: str) -> None:
 
 @pytest.fixture(scope="module")
 def simulated() -> dict[str, list[RoundRecord]]:
-    return {name: list(simulate(build(load_recipe("digits-demo", recipe)).job)) for name, recipe in RECIPES.items()}
+    jobs = {name: build(load_recipe("digits-demo", recipe)).job for name, recipe in RECIPES.items()}
+    jobs |= {name: spoilt(jobs[name], value) for name, value in SPOILT.items()}
+    records = {name: list(simulate(job)) for name, job in jobs.items()}
+    assert records["far"][0].failed_edges == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert records["apart"][0].not_mixed == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    return records
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
