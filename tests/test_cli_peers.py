@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from peertune.algorithms.schedules import switching_interval
 from peertune.errors import Exit, GraphError
 from peertune.net import authority as ca
 from peertune.net.membership import Membership
+from peertune.net.node import Neighbour
 from peertune.net.own import Own
 from peertune.net.roster import sign_roster
+from peertune.net.standing import kept
+from peertune.net.standing import standing as of_peer
 from peertune.net.swap import Swapper
 from peertune.parts import build_graph, graph_settings, part_defaults
 from peertune.recipe import load_recipe
@@ -167,6 +171,16 @@ def closed(connection: socket.socket) -> bool:
         return False
     except ConnectionResetError:
         return True
+
+
+def test_status_names_whose_key_another_process_has(two: Federation, peertune: Call, tmp_path: Path) -> None:
+    swapper = Swapper(Membership(two.peer(0), two.roster), {}, patience_s=1.0)
+    swapper.neighbours[1] = Neighbour(clones=1200)
+    with kept(tmp_path, partial(of_peer, swapper, rounds=2, local_steps=1, neighbours=[1])):
+        pass
+    assert peertune("peer", "status", tmp_path)[1].endswith(
+        "\npeer-1: another process spoke with its key, 1,200 times\n"
+    )
 
 
 def test_doctor_without_an_identity_goes_as_far_as_it_can(peertune: Call) -> None:

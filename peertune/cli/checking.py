@@ -61,6 +61,9 @@ def status(
     if failed := found.get("failed_writes"):
         print(f"disk         {failed} writes failed since the start; see that it has room, and can be written")
     print(_table(found["neighbours"]))
+    for known in found["neighbours"]:
+        if known.get("clones"):
+            print(f"{known['name']}: another process spoke with its key, {known['clones']:,} times")
 
 
 def _newest() -> Path:
