@@ -9,7 +9,7 @@ Beside that, what bounding takes is timed in turn with mixing.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,10 @@ def cost(clients: int, activation: float, repeats: int = 5) -> list[Figure]:
         if refused(bound, own, own, *pairs) or apart(bound, own, own, *pairs):
             raise RuntimeError("something was refused")
 
-    actions = {"bounding": bounding, "mixing": lambda: gossip(own, own, weights, phase)}
+    actions: dict[str, Callable[[], object]] = {
+        "bounding": bounding,
+        "mixing": lambda: gossip(own, own, weights, phase),
+    }
     taken: dict[str, list[float]] = {what: [] for what in actions}
     torch.set_num_threads(1)
     for turn, (what, action) in product(range(repeats + 1), actions.items()):

@@ -81,13 +81,6 @@ def test_one_factor_by_itself_is_held_against_the_receivers_two(of: str) -> None
     assert by_whom(own, {f"q.{of}": own[f"q.{of}"]}) == set()
 
 
-def test_where_nobody_hears_anybody_nothing_is_refused() -> None:
-    nobody = torch.zeros(0, dtype=torch.int64)
-    none = {name: x[:0] for name, x in honest().items()}  # as in a process all of whose clients are down
-    for own in (honest(), none):
-        assert refused(BOUND, own, own, nobody, nobody) == apart(BOUND, own, own, nobody, nobody) == []
-
-
 def test_at_the_start_where_every_product_is_zero_a_huge_factor_is_seen() -> None:
     own = honest(scale=0)
     for of in ("A", "B"):
