@@ -190,10 +190,10 @@ def _caught_up(job: Job, swapper: Swapper, round: int, before: Mapping[int, floa
     single one can have come to since it was heard `before`, so that none can drive the others on (`net.pace`; where
     `fastest_s` is None, a single one is not believed).
     """
-    heard = swapper.last_heard()
+    heard, now = swapper.last_heard(), time.time()  # before the asking, which is no silence
     there = swapper.ask_rounds(neighbours(job))
     ahead = {client: theirs for client, theirs in there.items() if theirs > round}
-    silence = silence_s(ahead, before, heard, time.time())
+    silence = silence_s(ahead, before, heard, now)
     target = min(furthest_believed(round, ahead, silence, fastest_s), job.rounds)
     left = {client: min(theirs, target) for client, theirs in ahead.items()}
     if not any(left.get(other, 0) > t + 1 for t in range(round, target - 1) for other in _expected(job, t)):

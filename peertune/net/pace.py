@@ -18,7 +18,7 @@ def furthest_believed(
     if not fastest_s:
         return believed
     possible = (
-        min(there, here + int(max(0.0, silence_s.get(client, 0.0)) / (fastest_s / 2)))
+        here + int(min(there - here, 2 * max(0.0, silence_s.get(client, 0.0)) / fastest_s))
         for client, there in claims.items()
     )
     return max(believed, *possible) if claims else believed

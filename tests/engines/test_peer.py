@@ -1,17 +1,20 @@
 """The simulator and real peers: one recipe, the same adapters, with and without faults."""
 
 import re
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from federation import Federation, Lie, Played, found, play
+from processes import AT_MOST_S, wait_until
+from swapping import LONG_S
 
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.assembly import agreed, build
@@ -275,20 +278,34 @@ BEHIND = [  # rounds of the others, seconds for which this peer had heard nobody
 ]
 
 
-def test_a_peer_that_fell_behind_goes_on_where_the_others_are(four: Federation) -> None:
+def test_a_peer_that_fell_behind_goes_on_where_the_others_are(
+    four: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = build(load_recipe("digits-demo", recipe(4, "float32", "graph.activation=1.0", "rounds=100")), [0]).job
+    now = 1e9
+    monkeypatch.setattr("peertune.engines.peer.time", SimpleNamespace(time=lambda: now))
     with ExitStack() as stack:
         swappers = [answering(stack, four, client, {}) for client in range(4)]
+        ask = swappers[0].ask_rounds
+
+        def slowly(clients: Sequence[int]) -> dict[int, int]:
+            nonlocal now
+            now += 1000.0  # how long the asking takes is no silence
+            return ask(clients)
+
+        swappers[0].ask_rounds = slowly  # type: ignore[method-assign,assignment]
         for there, away_s, goes_on_with in BEHIND:
             for swapper, at in zip(swappers[1:], there, strict=True):
                 swapper.enter(at)
             swappers[0].neighbours.clear()
-            before = dict.fromkeys(range(1, 4), time.time() - away_s)
+            before = dict.fromkeys(range(1, 4), now - away_s)
             assert _caught_up(job, swappers[0], 5, before, fastest_s=1.0) == goes_on_with, there
 
 
 def answering(stack: ExitStack, made: Federation, client: int, agreed: Mapping[str, str]) -> Swapper:
-    swapper = Swapper(Membership(made.peer(client), made.roster), agreed, patience_s=20.0)
+    """Have a peer answer, which waits for whoever it calls as long as a slow machine may take."""
+    swapper = Swapper(Membership(made.peer(client), made.roster), agreed, patience_s=LONG_S)
+    swapper.ask_rounds = partial(swapper.ask_rounds, wait_s=LONG_S)  # type: ignore[method-assign]
     stack.callback(swapper.stop)
     stack.callback(swapper.hurry)
     swapper.start(made.address(client))
@@ -302,11 +319,12 @@ def test_a_member_that_claims_a_far_round_costs_its_own_edges_and_moves_nobody(f
     with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
         answering(stack, four, 3, agreed(runs[0])).enter(10**9)  # to whoever calls, it has passed their rounds
         swappers = [answering(stack, four, client, agreed(run)) for client, run in enumerate(runs)]
-        # who is so fast could believe anything of anybody's silence
+        # who is so fast could believe anything of anybody's silence, but at its start has heard nobody
         fast = {"round": 0, "edges": [], "failed_edges": [], "loss": [1.0], "not_mixed": [], "seconds": {"train": 1e-9}}
-        made = [run_peer(run.job, swapper, records=lambda: [fast]) for run, swapper in zip(runs, swappers, strict=True)]
-        going = [pool.submit(list, records) for records in made]
-        for client, records in enumerate(one.result(100) for one in going):
+        going = [pool.submit(list, run_peer(runs[0].job, swappers[0], records=lambda: [fast]))]
+        wait_until(lambda: (0, 3) in swappers[0]._meetings)
+        going += [pool.submit(list, run_peer(runs[client].job, swappers[client])) for client in (1, 2)]
+        for client, records in enumerate(one.result(AT_MOST_S) for one in going):
             assert [record.round for record in records] == list(range(rounds))
             others = [tuple(sorted((client, other))) for other in honest if other != client]
             assert all(record.edges == others and record.failed_edges == [(client, 3)] for record in records)
@@ -326,7 +344,7 @@ def test_a_peer_that_is_passed_by_says_how_many_rounds_it_skipped(four: Federati
         first = next(records)
         assert (first.edges, first.skipped) == ([(0, 1), (0, 2), (0, 3)], 0)
         for swapper, swapped in zip(swappers[1:], others, strict=True):
-            assert swapped.result(60).keys() == {0}
+            assert swapped.result(AT_MOST_S).keys() == {0}
             swapper.enter(15)
         second = next(records)
         assert second.state is not None

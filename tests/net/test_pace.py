@@ -1,6 +1,6 @@
 """How far a neighbour's word can move a peer: whatever liars say, no further than honest ones could have come."""
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from peertune.net.pace import furthest_believed, silence_s
@@ -11,6 +11,8 @@ SECONDS = st.floats(0, 1e6)
 
 
 @given(st.integers(0, 10**6), CLAIMS, st.dictionaries(st.integers(0, 9), SECONDS), st.none() | st.floats(0, 1e4))
+@example(0, {1: 5}, {1: 1.0}, 5e-324)
+@example(0, {1: 5}, {1: 1e6}, 1e-310)
 def test_nobody_goes_back_nor_further_than_somebody_claims(
     here: int, claims: dict[int, int], silence: dict[int, float], fastest_s: float | None
 ) -> None:
