@@ -37,12 +37,13 @@ quick: .venv/developing  ## the tests that start no process and no browser
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m 'not thorough' --numprocesses 2 --dist worksteal
 
 # Beside the working tree, with a configuration of its own: mutmut reads which files from pyproject.toml alone.
-mutants: .venv/developing  ## how many small changes of FILES="peertune/..." do TESTS="tests/..." catch (not in CI)
+mutants: .venv/developing  ## how many small changes of FILES="peertune/..." do TESTS="tests/..." catch (ONLY='*3': a tenth of them; not in CI)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
 	rm -rf .mutants && mkdir .mutants && cp -r peertune tests docs examples README.md Makefile pyproject.toml .mutants
 	printf '\n[tool.mutmut]\nsource_paths = ["peertune"]\nonly_mutate = [$(foreach file,$(FILES),"$(file)",)]\n' >> .mutants/pyproject.toml
 	printf 'pytest_add_cli_args_test_selection = [$(foreach file,$(TESTS),"$(file)",)]\n' >> .mutants/pyproject.toml
-	cd .mutants && OMP_NUM_THREADS=1 ../$(BIN)/mutmut run --max-children 1 && ../$(BIN)/mutmut results
+	printf 'process_isolation = "forkserver"\n' >> .mutants/pyproject.toml  # a process that has used gRPC can't be forked
+	cd .mutants && OMP_NUM_THREADS=1 ../$(BIN)/mutmut run --max-children 1 $(if $(ONLY),'$(ONLY)') && ../$(BIN)/mutmut results | sed '/not checked/d'
 
 bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some)
 	SST2=$(SST2) $(BIN)/python -m benchmarks $(PARTS)

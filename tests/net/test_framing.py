@@ -16,6 +16,7 @@ def test_data_is_packed_as_protobuf_packs_it_and_read_back(length: int) -> None:
     data = data[:length]
     assert pack(memoryview(data)) == Chunk(data=data).SerializeToString()
     part = unpack(Chunk(data=data).SerializeToString())
+    assert isinstance(part, memoryview), "not a copy by protobuf"
     assert kind(part) == "data"
     assert data_of(part) == data
 

@@ -1,4 +1,5 @@
 import base64
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,7 @@ from parties import Federation
 
 from peertune.errors import GraphError, IdentityError
 from peertune.net import authority as ca
-from peertune.net.roster import MAX_ROSTER_BYTES, Roster, load_roster
+from peertune.net.roster import MAX_ROSTER_BYTES, Roster, claimed_serial, load_roster
 from peertune.topology import GRAPHS, digest, neighbourhoods, summary
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -63,6 +64,14 @@ def test_serials_grow(federation: Federation, roster: Roster) -> None:
     later = federation.roster(NOW)
     assert later.serial > roster.serial
     assert federation.roster(NOW).serial == later.serial + 1
+
+
+def test_the_serial_that_a_roster_claims_stands_near_its_beginning_or_is_beyond_all(roster: Roster) -> None:
+    for data in (roster.raw, roster.raw.replace(b"\n", b"\r\n")):
+        assert claimed_serial(data) == roster.serial
+    assert claimed_serial(b"serial: " + b"9" * 18) == 10**18 - 1
+    for none in (b"", b"serial: x\n", b"a: serial: 7\n", b"serial: " + b"9" * 19, b"#" * 1024 + b"\nserial: 7\n"):
+        assert claimed_serial(none) == math.inf
 
 
 def test_only_certificates_in_their_validity_count(federation: Federation, roster: Roster) -> None:
@@ -276,6 +285,8 @@ WRONG_OWN: dict[str, Callable[[dict[str, Any]], object]] = {
     "weights of too few rounds": lambda c: c["own"].update(weights=[[], []]),
     "weights of too few edges": lambda c: c["own"].update(weights=[[0.5]]),
     "a weight that is none": lambda c: c["own"].update(edges=["2-3"], weights=[[float("nan")]]),
+    "a weight below 0": lambda c: c["own"].update(edges=["2-3"], weights=[[-0.1]]),
+    "a weight above 1": lambda c: c["own"].update(edges=["2-3"], weights=[[1.1]]),
     "a weight of another type": lambda c: c["own"].update(edges=["2-3"], weights=[[1]]),
     "clients beyond counting": lambda c: c["own"]["summary"].update(clients=10**30),
     "a summary without rho": lambda c: c["own"]["summary"].pop("rho"),

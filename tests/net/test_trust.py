@@ -1,6 +1,7 @@
 """What a peer has come to trust outlasts a CA that was restored from a copy."""
 
 import json
+import re
 import shutil
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -11,9 +12,10 @@ from parties import Federation
 from peertune.errors import IdentityError, PeertuneError
 from peertune.files import write_file
 from peertune.net import authority as ca
+from peertune.net.certificates import fingerprint, public_key
 from peertune.net.membership import Membership
 from peertune.net.roster import load_roster
-from peertune.net.trust import FILE, Trust, read_trust
+from peertune.net.trust import FILE, Trust, check_ca, read_trust
 from peertune.topology import GRAPHS
 
 DAY = timedelta(days=1)
@@ -166,3 +168,24 @@ def test_it_is_kept_as_json_and_holds_no_more_than_the_roster(three: Federation)
         member.name: list(member.fingerprints) for member in roster.members
     }
     assert isinstance(read_trust(three.folder / "hospital-1"), Trust)
+
+
+def test_what_can_not_be_read_is_not_taken_for_none(three: Federation) -> None:
+    issue(three)
+    (three.folder / "hospital-1" / FILE).mkdir()
+    with pytest.raises(IdentityError, match=r"trusted.json: can't be read \(Is a directory\); let this peer read it"):
+        first(three)
+
+
+def test_the_cas_fingerprint_is_compared_however_it_is_written(three: Federation) -> None:
+    roster = three.roster()
+    ca = fingerprint(public_key(roster.ca))
+    for said in (ca, ca.upper(), ca.replace(" ", ":"), ca.replace(" ", ""), f" {ca}\n"):
+        check_ca(roster, said)
+    other = f"{ca[:-1]}{'1' if ca[-1] == '0' else '0'}"
+    told = f"the CA's fingerprint is {ca}, and --ca-fingerprint says {other}: it is another CA of the name hospitals; "
+    with pytest.raises(IdentityError, match=re.escape(told)):
+        check_ca(roster, other.replace(" ", ""))
+    for none in ("", ca[:-1], f"{ca}0", f"{ca[:-1]}g"):
+        with pytest.raises(IdentityError, match="give the 64 digits that peertune ca list shows"):
+            check_ca(roster, none)
