@@ -18,9 +18,8 @@ Products are never formed: `‖B A‖² = tr(BᵀB AAᵀ)`, of r × r matrices. 
 Pure functions of adapters `[R, …]` of receivers, `[H, …]` of those who were heard, and E pairs of them.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import sqrt
 from typing import NamedTuple
 
@@ -55,7 +54,6 @@ class Bound:
 
     layers: Mapping[str, tuple[float, float]]  # ‖W0‖ and s by site, or by a head's part without its kind
     sound: Callable[[Tensors], Tensor] | None = None  # whose signals are within their range, `[H, …]` → `[H]`
-    told: Counter[int] = field(default_factory=Counter, compare=False)  # how often each client was refused
 
 
 class _Measure(NamedTuple):

@@ -1,12 +1,11 @@
 """One round: local steps, exchange, mix. Every engine runs this and nothing else; only `exchange` differs."""
 
 import ctypes
-import logging
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from math import inf
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from peertune import bounds, metrics
 from peertune.adapters.stacked import StackedModel
+from peertune.allowance import Lines
 from peertune.bounds import Bound, Refusal
 from peertune.errors import DivergedError
 from peertune.topology import Fault, Graph, clients_down, drop_edges, planned_weights
@@ -36,8 +36,6 @@ from peertune.types import (
     by_site,
     select,
 )
-
-log = logging.getLogger(__name__)
 
 
 class Heard(NamedTuple):
@@ -79,7 +77,7 @@ class Job:
     most_loss: float = inf  # training to a mean loss above it counts as diverged
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
-    name: Callable[[int], str] = "client {}".format  # what a client is called in what is said of it
+    lines: Lines = field(default_factory=Lines, compare=False)  # what is logged of clients
 
     @property
     def alone(self) -> bool:
@@ -215,23 +213,10 @@ def exchanged(
 def _tell(
     job: Job, round: int, refusals: Sequence[Refusal], clients: Sequence[int], among: Sequence[int], so: str
 ) -> None:
-    """Say what was refused: of each client the first time, the second, the fourth, the eighth and so on."""
-    if job.bound is None:
-        return
+    """Say what was refused of whom."""
     for receiver, sender, why in refusals:
-        them = among[sender]
-        job.bound.told[them] += 1
-        if (count := job.bound.told[them]) & (count - 1) == 0:
-            often = "" if count == 1 else f" ({count} times by now)"
-            log.warning(
-                "round %d: %s sent %s what isn't mixed: %s; %s%s",
-                round,
-                job.name(them),
-                job.name(clients[receiver]),
-                why,
-                so,
-                often,
-            )
+        to = job.lines.name(clients[receiver])
+        job.lines.say(among[sender], f"round {round}: what it sent {to} isn't mixed: {why}; {so}")
 
 
 def _refusing(job: Job, state: State) -> Refuse:

@@ -58,7 +58,7 @@ def run_peer(
         fastest_s = _faster(fastest_s, before["seconds"])
     heard = swapper.last_heard()
     swapper.enter(job.state.round)  # from here on it answers
-    job = replace(job, steps=_counted(job, swapper), name=swapper.name)
+    job = replace(job, steps=_counted(job, swapper), lines=swapper.lines)
     state = replace(job.state.clone(), round=_caught_up(job, swapper, job.state.round, heard, fastest_s))
     exchange = _Exchange(job, swapper, past)
     while state.round < job.rounds:

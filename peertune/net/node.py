@@ -9,9 +9,9 @@ from typing import Any, NoReturn
 
 import grpc
 
+from peertune.allowance import Allowance, Lines, line
 from peertune.errors import PeertuneError, WireError
 from peertune.net import tls  # before grpc, whose settings it makes
-from peertune.net.allowance import Allowance
 from peertune.net.framing import kind, pack, unpack
 from peertune.net.identity import Identity
 from peertune.net.incarnation import Incarnation, clone
@@ -27,8 +27,6 @@ METHOD = f"/{SERVICE}/Swap"
 MESSAGE_BYTES = MAX_ROSTER_BYTES + 2**16  # the longest is a roster
 HELLO_FIELDS = 64  # that must agree, at most
 PROBE_S = 2.0  # how long a round waits for a neighbour that could not be reached in the one before
-LINES = 6  # of the log that a member may cause in a minute
-LINE = 300  # characters of such a line
 CALLS_BACK = 6  # that a member may ask for in a minute
 
 OPTIONS = [
@@ -119,13 +117,14 @@ class Node:
         self.membership = membership
         self.me = membership.current()[0].client
         self.neighbours: dict[int, Neighbour] = dict(known or {})
+        self.lines = Lines(self.name)
         self._agreed, self._insecure = dict(agreed), insecure
         self._incarnation = incarnation or Incarnation()
         self._changed = threading.Condition()  # guards all that follows
         self._round = 0
         self._channels: dict[int, tuple[Any, Any]] = {}
         self._calling_back: set[int] = set()
-        self._calls_back, self._lines = Allowance(CALLS_BACK), Allowance(LINES)
+        self._calls_back = Allowance(CALLS_BACK)
         self._outdated = 0  # serial of the roster of which it was said that the CA has a newer one
 
     def knock(
@@ -209,12 +208,6 @@ class Node:
                 log.debug("%s: called back at %s: %s", member.name, place, error)
         return SILENT
 
-    def _say(self, client: int, text: str, level: int = logging.WARNING) -> None:
-        """Log what a member caused: a whole line of at most LINE characters, and LINES of them a minute."""
-        if log.isEnabledFor(level) and (left := self._lines.take(client)):
-            more = "; more of it is left out for a minute" if left == 1 else ""
-            log.log(level, "%s%s", line(f"{self.name(client)}: {text}", LINE - len(more)), more)
-
     def _identify(self, context: Any) -> Member:
         """Return who calls, by its certificate."""
         roster = self.membership.current()[1]
@@ -258,7 +251,7 @@ class Node:
         if stays and hello.roster_serial > roster.serial != self._outdated:
             self._outdated = roster.serial  # said once, whatever others claim
             has = f"has roster {hello.roster_serial}, which is not passed on, and this peer {roster.serial}"
-            self._say(client, f"{has}; ask the CA for the newest")
+            self.lines.say(client, f"{has}; ask the CA for the newest")
         for name, here, there in self._differences(hello):
             alike = next((at for at, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), 0)
             start = max(0, alike - 20)  # so that a line shows where they part
@@ -308,7 +301,7 @@ class Node:
         """Take a newer roster, if the CA signed it."""
         try:
             if self.membership.adopt(raw):
-                self._say(client, f"sent roster {self.membership.current()[1].serial}, which is in use")
+                self.lines.say(client, f"sent roster {self.membership.current()[1].serial}, which is in use")
         except PeertuneError as error:
             raise WireError(f"sends a roster that can't be used ({error})") from None
 
@@ -318,7 +311,7 @@ class Node:
     def _saw(self, client: int, round: int, step: int = 0) -> None:
         known = self._known(client)
         if known.given_up and round >= self._round - 1:
-            self._say(client, f"is back, in round {round}")
+            self.lines.say(client, f"is back, in round {round}")
         known.round, known.step, known.seen_at = round, step, time.time()
         known.reached, known.problem = True, ""
         if round >= self._round - 1:  # one that lags behind is not waited for, until it is where the others are
@@ -334,7 +327,7 @@ class Node:
             return
         if known.reached or known.problem != problem:
             wrong = isinstance(error, PeertuneError) and known.problem != problem and not isinstance(error, SeatError)
-            self._say(client, problem, logging.WARNING if wrong else logging.INFO)
+            self.lines.say(client, problem, logging.WARNING if wrong else logging.INFO)
         known.reached, known.problem = False, problem
 
     def _count_bytes(self, client: int, sent: int, received: int) -> None:
@@ -384,8 +377,3 @@ def swap_on(channel: Any) -> Any:
 def _clock_offset_s(hello: Hello) -> float | None:
     """Return by how much the other end's clock is ahead of this one's."""
     return hello.clock - time.time() if 0 < hello.clock < 1e11 else None  # a time of these thousand years
-
-
-def line(text: str, longest: int = 200) -> str:
-    """Return what another end says as one short printable line."""
-    return "".join(c if c.isprintable() else " " for c in text[:longest])

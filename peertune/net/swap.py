@@ -21,13 +21,14 @@ from typing import Any
 
 import grpc
 
+from peertune.allowance import line
 from peertune.errors import PeertuneError, WireError
 from peertune.net import limits, tls  # before grpc, whose settings it makes
 from peertune.net.codec import Assembler, Layout, chunks, decode, encode, layout
 from peertune.net.framing import Part, data_of, kind, pack, unpack
 from peertune.net.incarnation import Incarnation
 from peertune.net.membership import Membership
-from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Neighbour, Node, SeatError, UnusableError, line, nobody
+from peertune.net.node import OPTIONS, PROBE_S, SERVICE, Neighbour, Node, SeatError, UnusableError, nobody
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict, Wait
 from peertune.topology import Fault, clients_down
 from peertune.types import Phase, Tensors
@@ -363,7 +364,7 @@ class Swapper(Node):
                 meeting.final, meeting.pledged = True, False
             self._failed(client, error)
         except Exception as error:  # whatever it is, it costs this edge and not the thread's silent end
-            self._say(client, f"{type(error).__name__}: {error}", logging.ERROR)
+            self.lines.say(client, f"{type(error).__name__}: {error}", logging.ERROR)
             meeting.final = True
 
     def _give_up(self, round: int, client: int, meeting: _Meeting) -> None:
@@ -372,13 +373,13 @@ class Swapper(Node):
             if meeting.verdict is not None:
                 return
             if meeting.pledged:
-                self._say(client, f"whether it counts round {round} stays unknown; here it does not")
+                self.lines.say(client, f"whether it counts round {round} stays unknown; here it does not")
             self._settle(meeting, Verdict.PASSED)
             if not meeting.final and not self._hurried:
                 known = self._known(client)
                 if not known.given_up:
                     why = known.problem or "it was not ready in time"
-                    self._say(client, f"round {round} goes on without it: {why}")
+                    self.lines.say(client, f"round {round} goes on without it: {why}")
                 known.given_up = True
 
     def _over(self, client: int, meeting: _Meeting) -> bool:
@@ -537,7 +538,7 @@ class Swapper(Node):
         except _GoneError:
             log.debug("%s hung up", member.name)
         except WireError as error:
-            self._say(client, str(error))
+            self.lines.say(client, str(error))
             self._known(client).problem = line(str(error))
             yield Chunk(verdict=Verdict(outcome=Verdict.REFUSED, reason=str(error)[:200], round=self._round))
         except UnusableError as error:

@@ -17,6 +17,7 @@ from processes import AT_MOST_S, wait_until
 from swapping import LONG_S
 
 from peertune.algorithms.methods import ALGORITHMS
+from peertune.allowance import LINES, Lines
 from peertune.assembly import agreed, build
 from peertune.bounds import Refusal
 from peertune.engines.peer import _caught_up, ended, run_peer
@@ -179,13 +180,16 @@ def test_what_a_peer_lies_is_mixed_by_nobody_and_the_others_end_as_in_the_simula
         assert max(losses) < 3
 
 
-def test_who_sent_what_isn_t_mixed_is_told_by_name(caplog: pytest.LogCaptureFixture) -> None:
+def test_who_sent_what_isn_t_mixed_is_told_by_name_and_as_often_as_all_else_of_a_member(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     job = build(load_recipe("digits-demo", recipe(4, "float32")), [2]).job
-    for named in (job, replace(job, name="hospital-{}".format)):
-        _tell(named, 3, [Refusal(0, 1, "too large")], [2], [0, 3], "it stays out")
-    names = [("client 3", "client 2"), ("hospital-3", "hospital-2")]
-    said = [message.replace(" (2 times by now)", "") for message in caplog.messages]
-    assert said == [f"round 3: {a} sent {b} what isn't mixed: too large; it stays out" for a, b in names]
+    for named in (job, replace(job, lines=Lines("hospital-{}".format))):
+        for _ in range(3 * LINES):
+            _tell(named, 3, [Refusal(0, 1, "too large")], [2], [0, 3], "it stays out")
+    names = [("client 3", "client 2")] * LINES + [("hospital-3", "hospital-2")] * LINES
+    said = [message.replace("; more of it is left out for a minute", "") for message in caplog.messages]
+    assert said == [f"{a}: round 3: what it sent {b} isn't mixed: too large; it stays out" for a, b in names]
 
 
 def test_without_the_bound_one_lie_spoils_everybody() -> None:

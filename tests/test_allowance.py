@@ -1,4 +1,4 @@
-from peertune.net.allowance import Allowance
+from peertune.allowance import Allowance
 
 
 def test_each_member_is_allowed_so_much_a_minute_and_what_is_left_is_told() -> None:
