@@ -23,9 +23,10 @@ from peertune.net.certificates import (
     make_request,
     new_key,
     public_key,
+    read_key,
     read_request,
 )
-from peertune.net.identity import load_ca, load_identity, request
+from peertune.net.identity import key_files, load_ca, load_identity, request
 from peertune.net.roster import Roster
 from peertune.topology import GRAPHS
 
@@ -103,6 +104,10 @@ def test_a_certificate_says_what_its_holder_may_do_and_no_more(federation: Feder
     assert (limits.critical, limits.value.ca) == (True, False)
     usage = leaf.extensions.get_extension_for_class(x509.KeyUsage)
     assert (usage.critical, usage.value.key_cert_sign, usage.value.digital_signature) == (True, False, True)
+    for made in (own, leaf):
+        may = made.extensions.get_extension_for_class(x509.KeyUsage).value
+        others = (may.content_commitment, may.key_encipherment, may.data_encipherment, may.key_agreement, may.crl_sign)
+        assert not any(others)
     purposes = leaf.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert set(purposes) == {ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH}
     (organisation,) = leaf.subject.get_attributes_for_oid(NameOID.ORGANIZATION_NAME)
@@ -141,6 +146,16 @@ def test_a_request_is_read_as_it_was_made(tmp_path: Path) -> None:
         assert (read.name, read.address, fingerprint(read.key)) == ("hospital-3", address, asked.fingerprint)
     assert re.fullmatch(r"([0-9a-f]{4} ){15}[0-9a-f]{4}", asked.fingerprint)
     assert asked.renews
+
+
+def test_each_request_has_a_key_of_its_own_and_what_is_no_key_of_a_request_stays_out(tmp_path: Path) -> None:
+    (tmp_path / "key-old.pem").write_bytes(b"somebody's own")
+    asked = [request(tmp_path, "hospital-3", None) for _ in range(3)]
+    assert [one.renews for one in asked] == [False, True, True]
+    files = key_files(tmp_path)
+    assert sorted(file.name for file in files) == ["key-2.pem", "key-3.pem", "key.pem"]
+    keys = {fingerprint(read_key(file.read_bytes(), file).public_key()) for file in files}
+    assert keys == {one.fingerprint for one in asked}
 
 
 def csr(key: ec.EllipticCurvePrivateKey, *names: x509.GeneralName) -> bytes:

@@ -283,6 +283,7 @@ WRONG_OWN: dict[str, Callable[[dict[str, Any]], object]] = {
     "a pair twice": lambda c: c["own"].update(edges=["3-4 3-4"]),
     "an end that is no client": lambda c: c["own"].update(edges=["3-9"]),
     "weights of too few rounds": lambda c: c["own"].update(weights=[[], []]),
+    "weights of too many rounds": lambda c: c["own"].update(weights=[[0.5, 0.5], [0.5, 0.5]]),
     "weights of too few edges": lambda c: c["own"].update(weights=[[0.5]]),
     "a weight that is none": lambda c: c["own"].update(edges=["2-3"], weights=[[float("nan")]]),
     "a weight below 0": lambda c: c["own"].update(edges=["2-3"], weights=[[-0.1]]),
