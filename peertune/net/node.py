@@ -71,6 +71,7 @@ class Neighbour:
     clock_offset_s: float | None = None  # by how much its clock is ahead of this one
     incarnation: int = 0  # the number of the start that was heard last; 0 where it did not say
     nonce: int = 0  # drawn at that start
+    keys: tuple[str, ...] = ()  # fingerprints of those that it had then
     clones: int = 0  # times that another process spoke with its key
 
 
@@ -261,11 +262,16 @@ class Node:
     def _check_incarnation(self, client: int, hello: Hello) -> None:
         """Take up which start of the other end speaks; raise CloneError where that proves that two do."""
         said = Incarnation(hello.incarnation, hello.nonce)
+        member = self.membership.current()[1].by_client(client)
+        keys = () if member is None else member.fingerprints
         with self._changed:
             known = self._known(client)
-            proof = clone(Incarnation(known.incarnation, known.nonce), said)
+            before = Incarnation(known.incarnation, known.nonce)
+            if set(known.keys).isdisjoint(keys):  # what other keys said, as a thief's may have, proves nothing
+                before = Incarnation()
+            proof = clone(before, said)
             if said.number and not proof:
-                known.incarnation, known.nonce = said.number, said.nonce
+                known.incarnation, known.nonce, known.keys = said.number, said.nonce, keys
         if proof:
             self._refuse_clone(client, proof)
 

@@ -216,6 +216,23 @@ def test_a_copy_of_a_peer_is_refused_told_once_and_counted(
         assert isinstance(problem, str), "what was known outlives a restart"
 
 
+def test_what_a_thief_said_of_its_start_does_not_keep_out_a_member_with_a_new_key(tmp_path: Path) -> None:
+    made = found(tmp_path, 3)
+    highest = Incarnation(2**62, 1)
+    with peers(made, [0], patience_s=4.0) as swappers:
+        assert isinstance(met(made, swappers[0], highest, 0, content=0), Neighbour)
+        assert isinstance(met(made, swappers[0], FIRST, 1, content=1), str), "of one key a lower number proves a copy"
+        for renews in (True, False):
+            if not renews:
+                made.parties.revoke("peer-1")
+            made.parties.join("peer-1", made.address(1))
+            made.issue()
+            came = met(made, swappers[0], FIRST, 2 + (not renews), content=2)
+            assert isinstance(came, str if renews else Neighbour), "while the old key holds, it counts"
+        known = swappers[0].neighbours[1]
+        assert (known.incarnation, known.nonce) == (FIRST.number, FIRST.nonce)
+
+
 def test_one_start_that_sends_two_contents_for_a_round_is_a_copy_in_memory(three: Federation) -> None:
     with peers(three, [0]) as swappers, ThreadPoolExecutor() as pool:
         for t, number in ((0, 0), (1, 1000)):

@@ -162,10 +162,13 @@ def test_what_it_knew_of_the_others_is_known_after_a_restart(
     three: Federation, swappers: list[Swapper], tmp_path: Path
 ) -> None:
     swapped(swappers, 0)
+    start = {"incarnation": 1000, "nonce": 7, "keys": ("1f0a",)}
+    vars(swappers[0].neighbours[1]).update(start)
     with kept(tmp_path, partial(of, swappers[0])):
         pass
     known = known_before(tmp_path)
     assert known.keys() == {1}, "nobody has heard peer 2"
+    assert start.items() <= vars(known[1]).items()
     again = Swapper(Membership(three.peer(0), three.roster), AGREED, patience_s=60, known=known)
     assert again.last_heard() == swappers[0].last_heard()
     assert not again.in_touch([1]), "it must be heard again to count as reached"
