@@ -81,6 +81,7 @@ def test_a_payload_comes_back_bit_for_bit_in_chunks_of_any_size(
     assert expected.body_bytes <= len(data) <= expected.max_bytes
     assert len(split(data)[1]) == expected.body_bytes
     assert encode(dict(reversed(payload.items()))) == data
+    assert safetensors.torch.save({name: x[0] for name, x in payload.items()}) == data
     decoded = decode(assembled(data, expected, size), expected)
     assert_same(decoded, payload)
     assert all(x.data_ptr() % 16 == 0 for x in decoded.values())
@@ -285,6 +286,11 @@ def test_an_announced_total_that_does_not_fit_is_refused_before_anything_is_allo
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:
         tracemalloc.stop()
+
+
+def test_the_least_and_the_most_that_an_encoding_may_take_are_taken() -> None:
+    for total in (58, LAYOUT.max_bytes):
+        assert Assembler(total, LAYOUT).left_bytes == total
 
 
 def test_chunks_that_are_empty_too_long_too_many_or_too_few_are_refused() -> None:

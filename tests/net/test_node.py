@@ -19,15 +19,12 @@ from peertune.net.incarnation import Incarnation
 from peertune.net.membership import Membership
 from peertune.net.node import (
     HELLO_FIELDS,
-    LINE,
-    LINES,
     PROTOCOL,
     CloneError,
     Neighbour,
     Node,
     SeatError,
     UnusableError,
-    line,
     nobody,
 )
 from peertune.net.peer_pb2 import Hello
@@ -73,11 +70,6 @@ def said(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     found = [(record.levelno, record.getMessage()) for record in caplog.records]
     caplog.clear()
     return found
-
-
-def test_what_others_say_becomes_a_short_printable_line() -> None:
-    assert line("a\nb\x1b[2Jc") == "a b [2Jc"
-    assert (line("x" * 300), line("abc", 2)) == ("x" * 200, "ab")
 
 
 def test_a_seat_is_empty_where_nobody_has_it_or_no_certificate_holds(node: Node) -> None:
@@ -225,20 +217,6 @@ def test_what_failed_is_told_when_it_begins_and_what_was_planned_is_not(
     assert said(caplog) == [(logging.WARNING, "hospital-2: seed differs")]
     node._failed(1, SeatError("nobody is there"))
     assert said(caplog) == [(logging.INFO, "hospital-2: nobody is there")]
-
-
-def test_a_member_causes_a_few_lines_of_a_certain_length_and_none_where_nobody_reads(
-    node: Node, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.ERROR):
-        for _ in range(LINES):
-            node._say(1, "nobody reads this")
-    for number in range(LINES + 3):
-        node._say(1, f"{number} {'x' * 1000}")
-    lines = [text for _, text in said(caplog)]
-    assert [text.partition(": ")[2][0] for text in lines] == list("012345")
-    assert [len(text) for text in lines] == [LINE] * LINES
-    assert [text.endswith("; more of it is left out for a minute") for text in lines] == [False] * 5 + [True]
 
 
 def test_a_copy_is_told_once_and_counted_and_changes_nothing_of_who_came_first(
