@@ -3,13 +3,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from inspect import Parameter, signature
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, diags_array
 from scipy.sparse.csgraph import connected_components
 
 from peertune.algorithms.schedules import switching_interval
@@ -28,6 +29,7 @@ from peertune.topology import (
     digest,
     drop_edges,
     graph_near,
+    graphs,
     may_meet,
     mixing,
     mixing_weights,
@@ -111,6 +113,20 @@ def test_a_factory_takes_the_common_settings_first_and_all_by_keyword(name: str)
     parameters = signature(GRAPHS[name]).parameters
     assert list(parameters)[:4] == ["clients", "seed", "activation", "weights"]
     assert all(parameter.kind is Parameter.KEYWORD_ONLY for parameter in parameters.values())
+
+
+@every_graph
+def test_a_graph_says_what_it_was_made_of(name: str, folder: Path) -> None:
+    plain = make(name, 4, folder)
+    assert (plain.seed, plain.activation, plain.weights) == (0, 1.0, "metropolis")
+    assert plain.name == (f"{name} ({folder / f'{name}-4.csv'})" if name in ("edges", "trace") else name)
+    made = make(name, 4, folder, seed=7, activation=0.5, weights="laplacian")
+    assert (made.seed, made.activation, made.weights) == (7, 0.5, "laplacian")
+    assert made.every_pair == (name == "complete")
+    assert made.exchangeable == (name in ("complete", "matching"))
+    cube = (2, 2, 2)
+    assert made.sides == {"ring": (6,), "torus": (3, 5), "hypercube": cube, "exponential": cube}.get(name, ())
+    assert not plain.edges_at(0).flags.writeable, "every round hands out the same array"
 
 
 @every_graph
@@ -269,6 +285,8 @@ def test_a_plan_says_who_is_down_and_who_is_slow_in_which_round() -> None:
     faults = [Fault(1, 2, down=3), Fault(2, 3, slow=1, delay_s=0.5), Fault(2, 2, slow=1, delay_s=0.25)]
     faults.append(Fault(1, 1, edge=(0, 1)))
     assert [clients_down(faults, t) for t in range(4)] == [set(), {3}, {3}, set()]
+    one_end = [planned_weights(GRAPHS["ring"](clients=5), faults, t)[1] for t in range(4)]
+    assert one_end == [[], [(0, 1), (2, 3), (3, 4)], [(2, 3), (3, 4)], []]
     assert [delay_s(faults, 1, t) for t in range(5)] == [0, 0, 0.75, 0.5, 0]
     assert [delay_s(faults, client, 2) for client in (0, 2, 3)] == [0, 0, 0]
 
@@ -446,9 +464,10 @@ def test_rho_of_known_and_of_drawn_rounds_follows_from_one_row_where_clients_mov
     assert 1 - rho(GRAPHS["ring"](clients=n)) == pytest.approx(1 - always.max(), rel=1e-8)
     found = rho(GRAPHS["ring"](clients=n, activation=p, weights="uniform"), 300)
     assert 1 - found == pytest.approx(1 - drawn.max(), rel=0.01)
-    rows, columns = np.divmod(np.arange(1, n), 40)
-    grid = 1 - (4 - 2 * np.cos(2 * np.pi * rows / 30) - 2 * np.cos(2 * np.pi * columns / 40)) / 5
-    assert rho(GRAPHS["torus"](clients=n, rows=30)) == pytest.approx((grid**2).max(), abs=1e-12)
+    for high, wide in ((30, 40), (40, 30)):
+        rows, columns = np.divmod(np.arange(1, n), wide)
+        grid = 1 - (4 - 2 * np.cos(2 * np.pi * rows / high) - 2 * np.cos(2 * np.pi * columns / wide)) / 5
+        assert rho(GRAPHS["torus"](clients=n, rows=high)) == pytest.approx((grid**2).max(), abs=1e-12)
     assert rho(GRAPHS["hypercube"](clients=2_048)) == pytest.approx((1 - 2 / 12) ** 2)
 
 
@@ -535,6 +554,7 @@ def test_small_graphs_have_the_edges_of_their_names(tmp_path: Path) -> None:
     assert edges("bipartite", clients=4, left=1) == {(0, 1), (0, 2), (0, 3)}
     assert edges("hypercube", clients=4) == {(0, 1), (2, 3), (0, 2), (1, 3)}
     assert edges("torus", clients=6) == {(0, 1), (1, 2), (0, 2), (3, 4), (4, 5), (3, 5), (0, 3), (1, 4), (2, 5)}
+    assert [GRAPHS["torus"](clients=clients).sides for clients in (4, 9, 12)] == [(2, 2), (3, 3), (3, 4)]
     assert np.bincount(GRAPHS["torus"](clients=12).edges_at(0).ravel()).tolist() == [4] * 12
     assert np.bincount(GRAPHS["random_regular"](clients=10, degree=4).edges_at(0).ravel()).tolist() == [4] * 10
 
@@ -543,6 +563,19 @@ def test_random_graphs_depend_on_the_seed() -> None:
     for name, setting in (("erdos_renyi", {"probability": 0.5}), ("random_regular", {"degree": 3})):
         drawn = [str(GRAPHS[name](clients=10, seed=seed, **setting).edges_at(0)) for seed in (0, 0, 1)]
         assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_random_graph_is_the_first_of_its_draws_that_connects_the_clients() -> None:
+    every, seed, attempts = pairs.all_pairs(7), 1, []
+    graph = GRAPHS["erdos_renyi"](clients=7, seed=seed, probability=0.3)
+    for attempt in range(100):
+        drawn = every[uniforms(seed, "erdos_renyi", attempt, every[:, 0], every[:, 1]) < 0.3]
+        attempts.append(rows(drawn))
+        joined = csr_array((np.ones(len(drawn)), tuple(drawn.T)), shape=(7, 7))
+        if connected_components(joined, directed=False)[0] == 1:
+            break
+    assert len(attempts) > 1
+    assert rows(graph.edges_at(0)) == attempts[-1]
 
 
 def test_one_client_needs_no_edges() -> None:
@@ -580,6 +613,17 @@ def test_no_available_pair_is_left_free_by_a_matching() -> None:
         for i in range(9):
             for j in range(i + 1, 9):
                 assert uniforms(5, "matching", t, i, j) >= 0.2 or {i, j} & busy
+
+
+def test_a_matching_goes_through_the_available_pairs_in_the_order_of_their_draws() -> None:
+    graph = GRAPHS["matching"](clients=7, seed=5, probability=0.6)
+    for t in range(20):
+        draws = sorted((float(uniforms(5, "matching", t, i, j)), i, j) for i, j in pairs.all_pairs(7).tolist())
+        meet: list[tuple[int, int]] = []
+        for draw, i, j in draws:
+            if draw < 0.6 and not {i, j} & {end for pair in meet for end in pair}:
+                meet.append((i, j))
+        assert rows(graph.edges_at(t)) == set(meet)
 
 
 def test_edges_come_from_a_file(tmp_path: Path) -> None:
@@ -641,6 +685,9 @@ def test_a_period_of_rounds_that_average_all_leaves_nothing() -> None:
         assert rho(graph) == pytest.approx(0, abs=1e-12)
     assert one_period(GRAPHS["exponential"](clients=8)) == pytest.approx(0, abs=1e-12)
     assert one_period(GRAPHS["ring"](clients=8)) is None
+    assert one_period(GRAPHS["matching"](clients=4, probability=0.5)) is None
+    assert one_period(GRAPHS["exponential"](clients=2_048)) is None
+    assert one_period(seen_by(GRAPHS["exponential"](clients=8), 3)) is None
 
 
 def test_a_period_of_drawn_rounds_shrinks_the_second_moment_of_the_disagreement(tmp_path: Path) -> None:
@@ -751,6 +798,69 @@ def test_a_sparse_complete_graph_has_no_bias_from_few_draws(clients: int) -> Non
 def test_fewer_rounds_are_drawn_for_more_clients() -> None:
     draws = [rho_draws(GRAPHS["complete"](clients=clients, activation=0.5)) for clients in (10, 100, 1000)]
     assert draws[0] == 100_000 > draws[1] > draws[2] >= 16
+
+
+@pytest.mark.parametrize(
+    ("name", "clients", "settings", "draws"),
+    [
+        ("ring", 10, {}, 0),
+        ("ring", 10, {"activation": 0.5}, 100_000),
+        ("ring", 1_000, {"activation": 0.5}, 25_000),
+        ("ring", 100_000, {"activation": 0.5}, 250),
+        ("complete", 100, {"activation": 0.5}, 727),
+        ("complete", 1_000, {"activation": 0.5}, 16),
+        ("complete", 4_000, {"activation": 0.5}, 4),  # the rows of 16 rounds of 1,000 clients
+        ("complete", 16_000, {"activation": 1e-7}, 16),  # of whom hardly any meet
+        ("complete", 100_000, {"activation": 1e-5}, 1),
+        ("complete", 200_000, {"activation": 1e-6}, 4_166),  # of single rows, as below
+        ("complete", 1_000_000, {"activation": 2e-5}, 47),
+        ("matching", 10, {"probability": 0.5}, 24_353),
+        ("matching", 400, {"probability": 0.5}, 608),
+        ("exponential", 32, {"activation": 0.5}, 2_437),  # in the order of a period
+        ("exponential", 256, {"activation": 0.5}, 38),
+        ("exponential", 1_024, {"activation": 0.5}, 45_955),  # as if in random order
+    ],
+)
+def test_as_many_rounds_are_drawn_as_take_a_second_or_so(
+    name: str, clients: int, settings: dict[str, Any], draws: int
+) -> None:
+    assert rho_draws(GRAPHS[name](clients=clients, **settings)) == draws
+
+
+def test_the_order_of_rounds_counts_where_it_can_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(clients: int, period: int, work: int, **settings: Any) -> bool:
+        monkeypatch.setattr(mixing, "IN_ORDER_WORK", work)
+        return mixing._in_order(replace(GRAPHS["ring"](clients=clients), period=period, **settings))
+
+    assert not looks(20, 1, 10**9)
+    assert [looks(20, 3, work) for work in (1_199, 1_200)] == [False, True]
+    assert [looks(20, 3, work, activation=0.5) for work in (1_199, 1_200)] == [False, True]
+    assert [looks(1_000, 2, work) for work in (1_999_999, 2_000_000)] == [False, True]
+    assert looks(1_001, 2, 0), "all rounds of a grid have the same eigenvectors"
+    assert [looks(1_001, 2, work, sides=()) for work in (80_079, 80_080)] == [False, True]
+    assert not looks(1_001, 2, 10**9, activation=0.5)
+
+
+def test_the_largest_eigenvalue_is_found_at_either_end_of_the_spectrum(caplog: pytest.LogCaptureFixture) -> None:
+    values = np.linspace(0, 1, 1_500)
+    for shift in (0.0, -3.0):
+        found = weights.largest_eigenvalue(diags_array(values + shift))
+        assert found == pytest.approx(1 + shift, abs=1e-6)
+        assert found <= 1 + shift + 1e-12
+    assert weights.largest_eigenvalue(diags_array(np.array([2.0, 5.0, 3.0]))) == pytest.approx(5, abs=1e-12)
+    assert weights.largest_eigenvalue(diags_array(np.full(9, -2.0))) == pytest.approx(-2, abs=1e-12)
+    assert not caplog.records, "it settled"
+
+
+def test_a_summary_of_known_rounds_is_exact(tmp_path: Path) -> None:
+    found = summary(GRAPHS["complete"](clients=6))
+    assert replace(found, rho=0.0, spectral_gap=1.0) == GraphSummary(6, 15.0, 5.0, 0.0, 0.0, 1.0, 0)
+    path = tmp_path / "contacts.txt"
+    path.write_text("0,0,1\n1,1,2\n1,0,1\n")
+    found = summary(GRAPHS["trace"](clients=3, path=path))
+    assert (found.edges, found.mean_neighbours, found.draws) == (1.5, 1.0, 0)
+    assert found.isolated_share == pytest.approx(1 / 6)
+    assert found.spectral_gap == 1 - found.rho
 
 
 def test_a_summary_says_what_a_graph_does() -> None:
@@ -890,6 +1000,22 @@ def test_a_summary_says_what_a_graph_does() -> None:
             "choose at most 100,000 clients, or a sparse graph such as random_regular",
         ),
         ("random_regular", {"clients": 4, "degree": 4}, "graph random_regular: degree is 4; choose 1 to 3"),
+        ("random_regular", {"clients": 4, "degree": 0}, "graph random_regular: degree is 0; choose 1 to 3"),
+        (
+            "bipartite",
+            {"clients": 4, "left": 0},
+            "graph bipartite: left is 0; choose 1 to 3, so that both sides have clients",
+        ),
+        (
+            "torus",
+            {"clients": 5, "rows": 5},
+            "graph torus: 5 clients don't fill 5 rows of 2 or more; choose a divisor above 1",
+        ),
+        (
+            "torus",
+            {"clients": 6, "rows": 1},
+            "graph torus: 6 clients don't fill 1 rows of 2 or more; choose a divisor above 1",
+        ),
         (
             "random_regular",
             {"clients": 4, "degree": 1},
@@ -950,6 +1076,25 @@ def test_a_round_of_too_many_pairs_is_refused_but_not_a_peers_own_row() -> None:
     assert sum(row_at(graph, 7, 0).values()) == pytest.approx(1)
     with pytest.raises(GraphError, match=r"150,000 clients have about 11,249,925,000 edges, and 10,000,000"):
         graph.edges_at(0)
+
+
+def test_what_is_the_most_is_allowed_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("1,0,1\n")
+    cases: list[tuple[ModuleType, str, int, Callable[[], Graph]]] = [
+        (pairs, "MOST_EDGES", 15, lambda: GRAPHS["complete"](clients=6)),
+        (pairs, "MOST_EDGES", 8, lambda: GRAPHS["complete"](clients=6, activation=0.5)),
+        (pairs, "MOST_PAIRED", 6, lambda: GRAPHS["matching"](clients=6, probability=0.5)),
+        (graphs, "MOST_EDGES", 8, lambda: GRAPHS["bipartite"](clients=6, left=2)),
+        (graphs, "MOST_ROUNDS", 2, lambda: GRAPHS["trace"](clients=2, path=path)),
+    ]
+    for module, limit, at, make in cases:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, limit, at)
+            make()
+            patch.setattr(module, limit, at - 1)
+            with pytest.raises(GraphError):
+                make()
 
 
 def test_a_trace_whose_rounds_would_fill_the_memory_is_refused(tmp_path: Path) -> None:

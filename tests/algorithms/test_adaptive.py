@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peertune import draws
-from peertune.algorithms.adaptive import PROBES, REPORTERS, adaptive, drawn_reporters
+from peertune.algorithms.adaptive import PROBES, REPORTERS, _spread, _trains_a, adaptive, drawn_reporters
 from peertune.algorithms.methods import ALGORITHMS
 from peertune.algorithms.schedules import switching_interval
 from peertune.errors import RecipeError
@@ -184,6 +184,83 @@ def test_sparse_weights_give_what_dense_ones_give() -> None:
         torch.testing.assert_close(sparse[name], x, equal_nan=True)
 
 
+def test_a_window_probes_then_reports_then_agrees() -> None:
+    agreement, W = adaptive(4, 5, 3, 0), torch.eye(3).double() / 2 + 1 / 6
+    signals = [agreement.init(range(3), 0)]
+    for t in range(4):
+        signals.append(agreement.step(signals[t], signals[t], W, t))
+    probes, reports = ([each[f"adaptive.{name}"] for each in signals] for name in ("probe", "reports"))
+    known = [~x.isnan().any(-1) for x in reports]
+    assert (probes[0].abs() == 1).all()
+    torch.testing.assert_close(probes[2], W @ W @ probes[0])
+    assert torch.equal(probes[3], probes[2])
+    assert torch.equal(probes[4], agreement.init(range(3), 4)["adaptive.probe"]), "signs of the next window"
+    assert not torch.equal(probes[4], probes[0])
+    assert not known[1].any()
+    assert torch.equal(known[2][:, 1], torch.eye(3) == 1), "each knows its own"
+    assert known[3][:, 1].all()
+    assert not known[3][:, 0].any()
+    assert torch.equal(reports[4][:, 0], probes[2].expand(3, 3, PROBES))
+    assert not known[4][:, 1].any()
+    assert signals[4]["adaptive.client"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("groups", "share", "phases"),
+    [
+        ([5], 0.5, [8]),  # 1 - share squared is rho: phases of 3 rounds
+        ([5], 0.1, [4]),  # 7
+        ([5], 0.05, [2]),  # 10
+        ([5], 1e-9, [2]),  # that never end
+        ([3, 3], 0.05, [2, 2]),  # half of all have reported
+        ([2, 4], 0.05, [4, 2]),  # fewer: as before
+        ([2, 1], 0.05, [2, 4]),  # one alone disagrees with nobody
+    ],
+)
+def test_a_window_has_as_many_phases_as_the_last_ones_reports_call_for(
+    groups: list[int], share: float, phases: list[int]
+) -> None:
+    W = torch.block_diag(*((1 - share) * torch.eye(n).double() + share / n for n in groups))
+    agreement = adaptive(24, 5, len(W), 0)
+    signals = agreement.init(range(len(W)), 0)
+    assert signals["adaptive.fallback"].tolist() == [4] * len(W)
+    for t in range(24):
+        signals = agreement.step(signals, signals, W, t)
+    expected = [count for n, count in zip(groups, phases, strict=True) for _ in range(n)]
+    assert signals["adaptive.fallback"].tolist() == expected
+    trained = [["A" in phase.train for phase in agreement.phases(signals, t)] for t in range(24, 48)]
+    assert [1 + sum(a != b for a, b in pairwise(own)) for own in zip(*trained, strict=True)] == expected
+
+
+def test_b_and_a_share_each_cycle_and_take_the_longer_half_in_turn() -> None:
+    def window(cycles: int, rounds: int) -> str:
+        return "".join("BA"[_trains_a(place, cycles, rounds)] for place in range(rounds))
+
+    assert window(1, 10) == "BBBBBAAAAA"
+    assert window(2, 10) == "BBBAABBAAA"
+    assert window(3, 9) == "BBABAABBA"
+    assert window(2, 7) == "BBAABAA"
+    assert window(4, 8) == "BABABABA"
+
+
+def test_disagreement_is_that_of_the_known_rows() -> None:
+    values = torch.randn(3, 5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    known = torch.tensor([[True] * 5, [True, False, True, True, False], [False] * 5])
+    values[~known] = torch.nan
+    expected = [float(sum((x - own.mean(0)).square().sum() for x in own)) for own in (values[0], values[1][known[1]])]
+    assert _spread(values, known).tolist() == pytest.approx([*expected, 0.0])
+
+
+def test_what_no_mean_of_signs_can_be_is_not_sound() -> None:
+    agreement = adaptive(WINDOW, 5, 6, 0)
+    signals = agreement.init(range(6), 0)
+    assert agreement.sound(signals).all()
+    probe, reports = signals["adaptive.probe"], signals["adaptive.reports"]
+    probe[1, 3], probe[2, 0], probe[3, 0] = torch.nan, -1.00001, 1 + 1e-7
+    reports[4, 1, 2, 5], reports[5, 0, 0, 0] = 1.00001, -1
+    assert agreement.sound(signals).tolist() == [True, False, False, True, False, True]
+
+
 def test_what_travels_does_not_grow_with_the_number_of_clients() -> None:
     few, many = (adaptive(WINDOW, 5, clients, 0).init([3], 0) for clients in (1_000, 100_000))
     assert {name: x.shape for name, x in few.items()} == {name: x.shape for name, x in many.items()}
@@ -215,9 +292,15 @@ def test_clients_that_never_meet_keep_the_first_interval() -> None:
 def test_a_window_must_have_room_to_measure_and_to_tell() -> None:
     with pytest.raises(RecipeError, match="window_rounds: 3 rounds are too few, give at least 4"):
         ALGORITHMS["tad_lora"](switch_every="adaptive", window_rounds=3)
+    assert ALGORITHMS["tad_lora"](switch_every="adaptive", window_rounds=4).settings["window_rounds"] == 4
 
 
 def test_the_settings_say_what_was_chosen() -> None:
     made = ALGORITHMS["tad_lora"](switch_every="adaptive", clients=4, seed=1)
     assert made.settings == {"switch_every": "adaptive", "window_rounds": 40}
     assert made.agreement is not None
+    own, same = (agreement.init([2], 45) for agreement in (made.agreement, adaptive(40, 5, 4, seed=1)))
+    for name, x in same.items():
+        torch.testing.assert_close(own[name], x, equal_nan=True)
+    assert ["A" in made.phase(t).train for t in (4, 5, 9, 10)] == [False, True, True, False]
+    assert all(made.phase(t).send == {"A", "B", "head"} for t in (4, 5))

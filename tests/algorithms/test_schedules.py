@@ -78,7 +78,8 @@ def test_settings_hold_what_was_resolved() -> None:
     assert ALGORITHMS["tad_lora"](switch_every=7).settings == {"switch_every": 7}
     assert ALGORITHMS["adf_lora"]().settings == {"switch_every": 5}
     assert ALGORITHMS["fedrot_lora"]().settings == {"strength": 0.5}
-    assert ALGORITHMS["decaf"]().settings == {}
+    for name in ("decaf", "dec_lora", "ffa_lora", "local", "rolora"):
+        assert ALGORITHMS[name]().settings == {}
 
 
 def test_rho_is_estimated_only_where_it_is_needed() -> None:
