@@ -53,7 +53,8 @@ class Past:
         Where that diverges as well, the next call returns an older one. Raises the error where nothing was mixed since,
         or there is nothing older: then it is training itself that diverges.
         """
-        state = self._recall(self._last[1] if self._last[0] == round else round) if self._recall else None
+        before = self._last[1] if self._last[0] == round else 1 + max(self._mixed, default=round - 1)
+        state = self._recall(before) if self._recall else None
         since = round if state is None else state.round
         suspects = sorted({client for t, clients in self._mixed.items() if t >= since for client in clients})
         if state is None or not suspects:

@@ -73,6 +73,13 @@ def test_it_goes_back_step_by_step_and_takes_nothing_from_whom_it_mixed_since(ca
     assert not past.left_out(1, 20 + 2 * LEFT_OUT_ROUNDS)
 
 
+def test_one_that_passed_over_rounds_goes_back_to_before_the_last_that_it_made() -> None:
+    past = Past(kept(0, 4, 5), name)
+    for t in range(5):
+        past.add(t, [1.0], {1})
+    assert float(past.fall_back(22, ERROR).adapters["q.A"][0, 0]) == 4.0, "what it has kept of round 5 is what diverged"
+
+
 def test_where_nothing_was_mixed_since_it_is_training_itself_that_diverges() -> None:
     past = Past(kept(0, 4), name)
     past.add(3, [1.0], {1})
