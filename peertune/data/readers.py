@@ -64,7 +64,7 @@ def _read_csv(file: Path) -> Table:
                 if row and len(row) != len(header):
                     raise ValueError(f"line {begun} has {len(row)} fields and the header {len(header)}")
                 if row:
-                    rows.append([None if field in _NAN else field for field in row])
+                    rows.append([None if field in NAN else field for field in row])
                     numbers.append(begun)
                 begun = reader.line_num + 1
         except csv.Error as error:
@@ -72,7 +72,7 @@ def _read_csv(file: Path) -> Table:
     return made({name: [row[place] for row in rows] for place, name in enumerate(header)}, numbers, "line")
 
 
-_NAN = ("nan", "NaN")
+NAN = ["nan", "NaN"]
 """How a CSV file has NaN."""
 
 

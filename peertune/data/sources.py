@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from peertune.data.readers import SUFFIXES, read_file
+from peertune.data.readers import NAN, SUFFIXES, read_file
 from peertune.data.tables import Columns, Table, made
 from peertune.errors import DataError, unknown
 
@@ -56,7 +56,10 @@ def read_splits(where: str, read: Reader, train: str, validation: str, *others: 
 
 
 def load_from_hub(where: str, hub_id: str, config: str | None, revision: str | None) -> dict[str, Any]:
-    """Return the splits of a data set of the hub, by name. Raises DataError where it can't be had."""
+    """Return the splits of a data set of the hub, by name. Raises DataError where it can't be had.
+
+    What CSV files hold is text, as in a folder's, where `datasets` would make 1 of `01`.
+    """
     import datasets
     from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
@@ -64,7 +67,13 @@ def load_from_hub(where: str, hub_id: str, config: str | None, revision: str | N
     datasets.logging.set_verbosity_error()
     disable_progress_bars()
     try:
-        return dict(datasets.load_dataset(hub_id, config, revision=revision))
+        found = dict(datasets.load_dataset(hub_id, config, revision=revision))
+        if any(split.info.builder_name == "csv" for split in found.values()):
+            kinds = {name: kind for split in found.values() for name, kind in split.features.items()}
+            text = {n: datasets.Value("string") if isinstance(k, datasets.Value) else k for n, k in kinds.items()}
+            asked: dict[str, Any] = {"features": datasets.Features(text), "keep_default_na": False, "na_values": NAN}
+            found = dict(datasets.load_dataset(hub_id, config, revision=revision, **asked))
+        return found
     except ConnectionError:
         reason = "not in the local cache and the hub can't be reached; give task.path=FOLDER"
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

@@ -7,6 +7,7 @@ import datasets
 import pytest
 from tabular import FORMATS, called, write_splits
 
+from peertune.data.tables import missing
 from peertune.data.tasks import glue, text
 from peertune.errors import DataError
 from peertune.types import Task
@@ -95,6 +96,19 @@ def test_a_data_set_that_numbers_its_classes_is_read_by_its_own_numbers(
     assert task.train.columns["label"] == ["1", "2", "2", "3", "3", "3"]
     other = text(["text"], "label", **where, missing_cells="drop", classes=["3", "2", "1", "0"])
     assert counts(other) == [3, 2, 1, 0], "by name, where the recipe has an order of its own"
+
+
+def test_what_a_csv_file_holds_is_text_when_it_is_read_by_its_id_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    columns = {"text": ["a", "b", "NA", "d"], "label": ["01", "02", "01", "1"], "gap": [None, "NaN", 1, 2.5]}
+    folder = write_splits(tmp_path / "data", "csv", columns)
+    task = text(["text"], "label", id=folder, classes=["1", "02", "01"])
+    assert task.train.labels.tolist() == [2, 1, 2, 0]
+    assert list(map(missing, task.train.columns["gap"])) == [True, True, False, False]
+    read = text(["text"], "label", path=folder, classes=["1", "02", "01"]).train.columns
+    assert [task.train.columns[name] for name in ("text", "label")] == [read[name] for name in ("text", "label")]
 
 
 @pytest.mark.parametrize("labels", [[0, 1, 1], ["equivalent", "not_equivalent", "1"], [0.0, 1.0, 1.0]])
