@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def pages_with(language: str) -> list[Path]:
 
 
 STUDIES = ROOT / "docs" / "results.md"
-"""Its sweeps differ in their keys alone: what they would run is checked, and the first of each runs in this process."""
+"""Its sweeps differ in their keys alone: what they would run is checked, and one or two of each run in this process."""
 
 
 def test_the_demo_asks_for_what_its_numbers_depend_on() -> None:
@@ -98,17 +99,18 @@ def test_the_demo_asks_for_what_its_numbers_depend_on() -> None:
 def test_the_studies_commands_run(peertune: Call, minilm: str, little_glue: Path) -> None:
     for words in commands(STUDIES):
         assert words[0] == "peertune"
+        asked = [words]
         if words[1] == "sweep":
             small = made_small(words, minilm, little_glue)
             place = next(n for n, word in enumerate(small) if word.startswith("--"))
             assert members(words[2], [word for word in words[3:] if "=" in word]), shlex.join(words)
-            settings = [
-                f"{key}={split_values(text)[0]}" for key, text in (word.split("=", 1) for word in small[3:place])
-            ]
-            out = f"{small[small.index('--out') + 1]}/first"
-            words = ["peertune", "run", small[2], *settings, "--out", out]
-        code, _, err = peertune(*words[1:])
-        assert code == 0, f"{shlex.join(words)}\n{err}"
+            grid = [word.split("=", 1) for word in small[3:place]]
+            runs = product(*([f"{key}={value}" for value in split_values(text)] for key, text in grid))
+            out = small[small.index("--out") + 1]
+            asked = [["peertune", "run", small[2], *run, "--out", f"{out}/{number}"] for number, run in enumerate(runs)]
+        for command in asked:
+            code, _, err = peertune(*command[1:])
+            assert code == 0, f"{shlex.join(command)}\n{err}"
 
 
 @pytest.mark.parametrize("page", [page for page in pages_with("sh") if page != STUDIES], ids=lambda page: page.name)

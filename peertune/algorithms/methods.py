@@ -15,6 +15,8 @@ from peertune.types import Algorithm
 
 FIRST_INTERVAL = 5
 """Rounds of a phase before anything is known of the graph: ADF-LoRA's."""
+WINDOW = 40
+"""Rounds in which clients come to an estimate of the graph's rho, where the recipe leaves it open."""
 
 
 def local() -> Algorithm:
@@ -61,7 +63,7 @@ def adf_lora(switch_every: int = FIRST_INTERVAL) -> Algorithm:
 
 def tad_lora(
     switch_every: int | Literal["auto", "adaptive"] = "auto",
-    window_rounds: int = 40,
+    window_rounds: int = WINDOW,
     rho: Callable[[], float] | None = None,
     clients: int = 1,
     seed: int = 0,
@@ -70,7 +72,7 @@ def tad_lora(
 
     With "auto" rho is the recipe's graph's. With "adaptive" the clients estimate it in windows of `window_rounds` from
     what they hear, and agree on the length for the next window by themselves (see `adaptive`); they begin with phases
-    of 5 rounds, and `window_rounds` has no meaning otherwise. The sparser the graph, the longer the phase.
+    of 5 rounds. The sparser the graph, the longer the phase.
 
     `rho`, `clients` and `seed` are no settings: the program hands them in. `rho` is a function that estimates the
     graph's rho, which takes seconds and is called only where `switch_every` is "auto".
@@ -79,12 +81,17 @@ def tad_lora(
     see `switching_interval`. "adaptive" is ours.
 
     Raises:
-        RecipeError: `switch_every` is below 1, or "auto" without `rho`, or "auto" on a graph that never mixes.
+        RecipeError: `switch_every` is below 1, or "auto" without `rho`, or "auto" on a graph that never mixes; or
+            `window_rounds` is asked for where nothing is estimated.
     """
     if switch_every == "adaptive":
         agreement = adaptive(window_rounds, FIRST_INTERVAL, clients, seed)
         settings = {"switch_every": switch_every, "window_rounds": window_rounds}
         return Algorithm(alternating(FIRST_INTERVAL, send="both"), gossip, settings, agreement)
+    if window_rounds != WINDOW:
+        raise RecipeError(
+            f"algorithm.window_rounds: is for switch_every=adaptive, and switch_every is {switch_every}; leave it out"
+        )
     if switch_every == "auto":
         if rho is None:
             raise RecipeError("switch_every: auto needs a graph to take it from, give a number of rounds")

@@ -295,6 +295,12 @@ def test_a_window_must_have_room_to_measure_and_to_tell() -> None:
     assert ALGORITHMS["tad_lora"](switch_every="adaptive", window_rounds=4).settings["window_rounds"] == 4
 
 
+@pytest.mark.parametrize("switch_every", ["auto", 3])
+def test_a_window_is_refused_where_nothing_is_estimated(switch_every: int | str) -> None:
+    with pytest.raises(RecipeError, match=f"window_rounds: is for .*adaptive, and switch_every is {switch_every}"):
+        ALGORITHMS["tad_lora"](switch_every=switch_every, window_rounds=20, rho=lambda: 0.5)
+
+
 def test_the_settings_say_what_was_chosen() -> None:
     made = ALGORITHMS["tad_lora"](switch_every="adaptive", clients=4, seed=1)
     assert made.settings == {"switch_every": "adaptive", "window_rounds": 40}
