@@ -79,6 +79,7 @@ class Run:
     validation: list[int]  # how many rows of each class validate
     evaluated: list[int]  # and how many of each of these are evaluated
     long: Mapping[str, int]  # for each split, how many rows were longer than `max_length`
+    left_out: Mapping[str, int]  # and how many were left out since they lack a cell
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -91,6 +92,7 @@ class Run:
             "validation": {"rows": sum(self.validation), "labels": self.validation if self.labels else []},
             "evaluated": {"rows": sum(self.evaluated), "labels": self.evaluated if self.labels else []},
             "long_rows": dict(self.long),
+            "missing_cells": dict(self.left_out),
             "parameters": {
                 "base": self.job.model.base.num_parameters(),  # type: ignore[operator]  # knows of 4 bits, too
                 "adapter": sum(x[0].numel() for x in adapters.values()),
@@ -239,6 +241,7 @@ def build(
         validation=label_counts(task, task.validation, [held_out])[0],
         evaluated=label_counts(task, task.validation, [evaluated])[0],
         long=long,
+        left_out={"train": task.train.left_out, "validation": task.validation.left_out},
     )
 
 

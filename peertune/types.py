@@ -5,7 +5,7 @@ Shape letters, the same everywhere: `K` clients in this stack, `n` clients in th
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ class Split:
     labels: NDArray[Any]  # [N], class numbers (int64) or targets of a regression (float64)
     numbers: NDArray[Any] | None = None  # [N], what the source calls each row; None: by its place, from 0
     unit: str = "row"  # what these count: a row, or a line
+    left_out: int = 0  # rows of the source that are not here, since they lack a cell
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -37,7 +38,8 @@ class Split:
     def take(self, rows: NDArray[Any], columns: Collection[str]) -> "Split":
         """Return these rows, of these columns, each as a list."""
         kept = {name: [self.columns[name][row] for row in rows.tolist()] for name in columns}
-        return Split(kept, self.labels[rows], rows if self.numbers is None else self.numbers[rows], self.unit)
+        numbers = rows if self.numbers is None else self.numbers[rows]
+        return replace(self, columns=kept, labels=self.labels[rows], numbers=numbers)
 
 
 @dataclass(frozen=True)

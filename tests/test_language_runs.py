@@ -114,12 +114,17 @@ def test_adapters_load_and_say_what_they_said(peertune: Call, folder: Path, tmp_
 def test_rows_that_are_too_long_are_counted_and_cut_or_left_out(
     peertune: Call, folder: Path, tmp_path: Path, long_rows: str
 ) -> None:
-    changes = {"training": {"max_length": 13, "long_rows": long_rows}, "rounds": 1}
-    _, err = run(peertune, recipe_of(folder, **changes), tmp_path / "run")  # a token for each letter, and the end
+    for split in ("train", "validation"):
+        rows = (folder / f"{split}.jsonl").read_text() + '{"prompt": "sky is"}\n' * (split == "train")
+        (tmp_path / f"{split}.jsonl").write_text(rows)
+    changes = {"training": {"max_length": 13, "long_rows": long_rows}, "rounds": 1, "missing_cells": "drop"}
+    recipe = recipe_of(folder, **changes, task={"path": str(tmp_path)})
+    _, err = run(peertune, recipe, tmp_path / "run")  # a token for each letter, and the end
     done = "cut" if long_rows == "cut" else "left out"
     assert f"32 of 64 rows of train have more than 13 tokens and are {done}" in " ".join(err.split())
     facts = json.loads((tmp_path / "run" / "facts.json").read_text())
     assert facts["long_rows"] == {"train": 32, "validation": 4}
+    assert facts["missing_cells"] == {"train": 1, "validation": 0}
     assert sum(map(sum, facts["partition"]["rows"])) == (64 if long_rows == "cut" else 32)
     assert facts["validation"]["rows"] == (8 if long_rows == "cut" else 4)
 

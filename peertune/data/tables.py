@@ -6,7 +6,7 @@ it is stored. The rule holds for every column that a task reads, and for the col
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,7 @@ class Table:
     numbers: NDArray[np.int64]  # [N], what the source calls each row
     unit: str = "row"  # what it counts
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a column: its names in their own order
+    left_out: int = 0  # rows of the source that are not here, since they lack a cell
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -41,11 +42,11 @@ class Table:
     def take(self, rows: NDArray[np.int64]) -> "Table":
         """Return these rows, in this order."""
         columns = {name: [values[row] for row in rows.tolist()] for name, values in self.columns.items()}
-        return Table(columns, self.numbers[rows], self.unit, self.classes)
+        return replace(self, columns=columns, numbers=self.numbers[rows])
 
     def with_columns(self, columns: Columns) -> "Table":
         """Return the same rows with these columns beside the others, or in their place."""
-        return Table(self.columns | columns, self.numbers, self.unit, self.classes)
+        return replace(self, columns=self.columns | columns)
 
     def named(self, column: str, names: Sequence[str]) -> "Table":
         """Put these names for the numbers in a column, and nothing for -1, which marks what has none."""
@@ -56,12 +57,12 @@ class Table:
                 return None
             return names[number] if number is not None and 0 <= number < len(names) else value
 
-        columns = self.columns | {column: [name(value) for value in self.columns[column]]}
-        return Table(columns, self.numbers, self.unit, {**self.classes, column: tuple(names)})
+        named = self.with_columns({column: [name(value) for value in self.columns[column]]})
+        return replace(named, classes={**self.classes, column: tuple(names)})
 
     def split(self, labels: NDArray[Any]) -> Split:
         """Return the rows as a task has them, with their labels `[N]`."""
-        return Split(self.columns, labels, self.numbers, self.unit)
+        return Split(self.columns, labels, self.numbers, self.unit, self.left_out)
 
 
 def made(
@@ -161,6 +162,8 @@ def without_missing(
     if told:
         log.warning("%s: %s; these rows are left out (missing_cells)", where, "; ".join(told))
     return {
-        split: table if len(whole_rows[split]) == len(table) else table.take(whole_rows[split])
+        split: replace(table.take(rows), left_out=table.left_out + len(table) - len(rows))
+        if len(rows := whole_rows[split]) < len(table)
+        else table
         for split, table in tables.items()
     }

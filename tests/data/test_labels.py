@@ -102,7 +102,8 @@ def test_what_a_csv_file_holds_is_text_when_it_is_read_by_its_id_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    columns = {"text": ["a", "b", "NA", "d"], "label": ["01", "02", "01", "1"], "gap": [None, "NaN", 1, 2.5]}
+    labels, gaps = ["01", "02", "01", "1"], [None, "NaN", 1, 2.5]
+    columns: dict[str, list[Any]] = {"text": ["a", "b", "NA", "d"], "label": labels, "gap": gaps}
     folder = write_splits(tmp_path / "data", "csv", columns)
     task = text(["text"], "label", id=folder, classes=["1", "02", "01"])
     assert task.train.labels.tolist() == [2, 1, 2, 0]

@@ -42,6 +42,7 @@ def test_rows_that_lack_a_cell_are_left_out_where_that_is_asked_for_and_told(
         task = text(["text"], "label", path=path, missing_cells="drop")
     assert list(task.train.columns["text"]) == ["a", "f", "g"]
     assert task.train.labels.tolist() == [0, 0, 1]
+    assert (task.train.left_out, task.validation.left_out) == (4, 4)
     assert [task.train.called(row) for row in range(3)] == [called(suffix, row) for row in (0, 5, 6)]
     assert "train: no text in 3 of 7 rows" in caplog.text
     assert "these rows are left out (missing_cells)" in caplog.text
@@ -97,7 +98,8 @@ def test_one_rule_holds_for_what_a_language_model_is_given(tmp_path: Path) -> No
     said = "no input in 2 of 3 rows (first row 1), no output in 1 of 3 rows (row 2)"
     with pytest.raises(DataError, match=re.escape(said)):
         instructions(**words)
-    assert instructions(**words, missing_cells="drop").train.columns["prompt"] == ["add\n1 2\n"]
+    kept = instructions(**words, missing_cells="drop").train
+    assert (kept.columns["prompt"], kept.left_out) == (["add\n1 2\n"], 2)
     with pytest.raises(DataError, match=r"train: no completion in 1 of 3 rows \(row 2\)"):
         instructions(**words, missing_cells="empty")
     task = instructions(**{**words, "completion": "{output}."}, missing_cells="empty")
