@@ -18,6 +18,7 @@ from peertune.files import write_file
 from peertune.net.incarnation import Incarnation
 from peertune.net.membership import Membership
 from peertune.net.node import (
+    CALLS_BACK,
     HELLO_FIELDS,
     PROTOCOL,
     CloneError,
@@ -27,7 +28,7 @@ from peertune.net.node import (
     UnusableError,
     nobody,
 )
-from peertune.net.peer_pb2 import Hello
+from peertune.net.peer_pb2 import Hello, Verdict
 
 AGREED = {"rounds": "10", "seed": "0"}
 START = Incarnation(1000, 7)
@@ -231,6 +232,7 @@ def test_a_copy_is_told_once_and_counted_and_changes_nothing_of_who_came_first(
     assert (known.incarnation, known.nonce, known.clones) == (1000, 1, 3)
     ((level, text),) = said(caplog)
     assert level == logging.WARNING
+    assert text.startswith("hospital-2: two processes with its key, of one start (number 1000)")
     assert text.endswith("; one is refused; have its owner stop the one that should not run, or revoke it")
     node._check_incarnation(1, Hello(incarnation=1001, nonce=3))
     assert (known.incarnation, known.nonce) == (1001, 3)
@@ -252,3 +254,19 @@ def test_a_newer_roster_is_passed_on_and_one_that_can_not_be_used_is_not_taken(n
     with pytest.raises(WireError, match=r"^sends a roster that can't be used \(roster: isn't signed; "):
         node._adopt(1, b"serial: 7\n")
     node._adopt(1, roster.raw)
+
+
+def test_who_asks_to_be_called_back_hears_one_of_few_reasons_and_may_ask_a_few_times_a_minute(node: Node) -> None:
+    def asked(client: int) -> str:
+        verdict = node._call_back(client)
+        assert verdict.outcome == Verdict.REFUSED
+        return verdict.reason
+
+    node._calling_back.add(1)
+    assert asked(1) == "is calling back already"
+    node._calling_back.discard(1)
+    silent = "got no answer from this peer there"
+    assert [asked(1) for _ in range(CALLS_BACK + 1)] == [silent] * CALLS_BACK + [
+        "was asked too often: ask again in a minute"
+    ]
+    assert asked(2) == silent, "another member, which has no address"

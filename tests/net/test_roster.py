@@ -15,6 +15,7 @@ from parties import Federation
 
 from peertune.errors import GraphError, IdentityError
 from peertune.net import authority as ca
+from peertune.net.own import _edges
 from peertune.net.roster import MAX_ROSTER_BYTES, Roster, claimed_serial, load_roster
 from peertune.topology import GRAPHS, digest, neighbourhoods, summary
 
@@ -57,6 +58,8 @@ def test_a_roster_says_who_is_a_member(federation: Federation, roster: Roster) -
     content = yaml.safe_load(roster.raw)
     assert list(content) == ["federation", "serial", "issued", "peers", "signature"]
     assert content["issued"] == "2026-03-01T12:00:00+00:00"
+    assert b"\n  name: hospital-1\n" in roster.raw
+    assert b"\n  - |\n    -----BEGIN CERTIFICATE-----\n" in roster.raw, "line by line"
     assert [peer["fingerprints"] for peer in content["peers"]] == [list(m.fingerprints) for m in roster.members]
 
 
@@ -321,3 +324,21 @@ def test_text_that_yaml_itself_stumbles_over_is_refused_in_one_line(six: Federat
     assert was in text
     with pytest.raises(IdentityError, match=r"^roster: is signed but can't be used: it is no YAML"):
         load_roster(signed(six, text.replace(was, becomes)), six.certificate)
+
+
+def test_edges_name_clients_below_their_number() -> None:
+    assert _edges("2-3 3-8", 9).tolist() == [[2, 3], [3, 8]]
+    assert _edges("", 9).shape == (0, 2)
+    with pytest.raises(IdentityError, match=r"^edges name client 9, of 9$"):
+        _edges("2-3 3-9", 9)
+
+
+def test_a_roster_that_would_be_too_large_is_refused_with_what_to_do(
+    six: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peertune.net.roster.MAX_ROSTER_BYTES", 1000)
+    with pytest.raises(IdentityError, match=r"^roster: 6 members takes more than .*; use fewer, or give each its own "):
+        six.roster(NOW)
+    whose = r"^roster: what client 0 must know of graph ring takes more than .*; choose a sparser graph$"
+    with pytest.raises(IdentityError, match=whose):
+        six.own_rosters(GRAPHS["ring"](clients=9), SETTINGS, NOW)

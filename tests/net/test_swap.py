@@ -220,6 +220,13 @@ def test_a_peer_that_is_told_to_hurry_waits_for_nobody(three: Federation) -> Non
         assert going.result(LONG_S) == {}
 
 
+def test_a_peer_that_pauses_is_said_to_wait(three: Federation) -> None:
+    swapper = Swapper(Membership(three.peer(0), three.roster), AGREED, patience_s=1.0)
+    swapper.enter(3)
+    swapper.pause(0.0)
+    assert (swapper.progress().doing, swapper.progress().round) == ("waiting", 3)
+
+
 def test_a_restarted_peer_still_has_its_verdicts(three: Federation) -> None:
     with peers(three, [0]) as swappers:
         swappers[0].enter(5)
