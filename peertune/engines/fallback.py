@@ -14,7 +14,11 @@ log = logging.getLogger(__name__)
 EXPLODED = 10.0
 """How many times the highest mean loss of all rounds before the loss is, right after mixing, that has exploded."""
 LEFT_OUT_ROUNDS = 10
-"""For how many rounds a peer takes nothing from whom it mixed before it fell back; twice as many each time."""
+"""For how many rounds a peer takes nothing from whom it mixed before it fell back; twice as many if it does so again.
+
+Of several each returns a round after the last, and whom it mixed without harm since begins anew: so in time one member
+that spoils whatever it is mixed into parts a peer from itself, and not from the others.
+"""
 
 
 class Past:
@@ -33,7 +37,10 @@ class Past:
         self._last = (-1, 0)  # the round in which it fell back, and on how many rounds
 
     def add(self, round: int, loss: Sequence[float], mixed: Collection[int]) -> None:
-        """Take up what a round came to, and from whom it mixed something."""
+        """Take up what a round came to, and from whom it mixed something; whom it mixed in the last did no harm."""
+        if self._last[0] != round:
+            for client in next(reversed(self._mixed.values()), ()):
+                del self._suspected[client]
         self._highest = max(self._highest, *loss)
         self._mixed[round] = mixed
 
@@ -59,10 +66,9 @@ class Past:
         suspects = sorted({client for t, clients in self._mixed.items() if t >= since for client in clients})
         if state is None or not suspects:
             raise error
-        for client in suspects:
-            if self._left_out.get(client, 0) <= round:  # else it is left out by now
-                self._left_out[client] = round + LEFT_OUT_ROUNDS * 2 ** self._suspected[client]
-                self._suspected[client] += 1
+        for place, client in enumerate(c for c in suspects if self._left_out.get(c, 0) <= round):
+            self._left_out[client] = round + LEFT_OUT_ROUNDS * 2 ** self._suspected[client] + place
+            self._suspected[client] += 1
         self._last = (round, state.round)
         log.warning(
             "round %d: %s; goes on from what it was before round %d, and for now takes nothing from %s",

@@ -67,6 +67,7 @@ def test_it_goes_back_step_by_step_and_takes_nothing_from_whom_it_mixed_since(ca
         "round 9: training: the loss is 100 in round 9; goes on from what it was before round 8, and for now takes "
         "nothing from hospital-1 until round 19"
     )
+    past.add(9, [1.0], set())
     past.add(19, [1.0], {1})
     past.fall_back(20, ERROR)
     assert past.left_out(1, 20 + 2 * LEFT_OUT_ROUNDS - 1), "twice as long the second time"
@@ -78,6 +79,23 @@ def test_one_that_passed_over_rounds_goes_back_to_before_the_last_that_it_made()
     for t in range(5):
         past.add(t, [1.0], {1})
     assert float(past.fall_back(22, ERROR).adapters["q.A"][0, 0]) == 4.0, "what it has kept of round 5 is what diverged"
+
+
+def test_one_that_spoils_all_that_it_is_mixed_into_parts_a_peer_from_itself_and_not_from_the_others() -> None:
+    past = Past(lambda before: State({}, {}, before - 1), name)
+    spoiler, met, spoilt, t = 1, dict.fromkeys(range(4), 0), 0, 0
+    while t < 1000:
+        mixed = {client for client in range(4) if not past.left_out(client, t)}
+        if spoiler in past._mixed.get(t - 1, ()) and past._last[0] != t:
+            past.fall_back(t, ERROR)
+            spoilt += 1
+            continue
+        past.add(t, [1.0], mixed)
+        met = {client: count + (client in mixed) for client, count in met.items()}
+        t += 1
+    assert 5 < spoilt < 9
+    assert met[spoiler] == spoilt + (spoiler in mixed)
+    assert min(count for client, count in met.items() if client != spoiler) > 800
 
 
 def test_where_nothing_was_mixed_since_it_is_training_itself_that_diverges() -> None:
