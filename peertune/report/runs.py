@@ -209,6 +209,7 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "send": records[0]["send"],
         **{key: chained(key) for key in ("clients", "loss", "grad_norm", "bytes_sent", "neighbours")},
         "edges": union("edges"),
+        "vacant_edges": union("vacant_edges"),
         "failed_edges": union("failed_edges"),
         "out_of_phase": [who for record in records if tuple(record["train"]) != train for who in record["clients"]],
         "neighbourhood_cross_term": None

@@ -219,6 +219,7 @@ browser = pytest.mark.skipif(
 )
 
 
+@pytest.mark.thorough
 @browser
 def test_figures_are_written_as_files_below_the_folder(make_run: Any, tmp_path: Path) -> None:
     runs = [make_run(name, rounds=3, every=0, method="local", seed=seed) for seed, name in enumerate(("../../a", ".."))]
