@@ -25,6 +25,7 @@ Severity = Literal["problem", "notice", "good"]
 
 LEAST_ROUNDS = 10  # below, trends and standard errors mean nothing
 WARM_UP = 5  # rounds at the start, whose loss falls steeply whatever else happens
+LEAST_EVALUATIONS = 3  # below, nobody can say whether a score still rises
 LEAST_SWITCHES = 4  # a standard error over fewer is a guess
 JUMP_ERRORS = 2.5  # standard errors; where moments go on over switches at most 2.4 was seen, with a size of 0.15
 JUMP_SIZE = 0.25  # of the median loss; where moments start afresh at a high rate 0.35 to 1.1 was seen
@@ -367,9 +368,9 @@ def too_short(seen: Facts) -> Finding | None:
 
 def still_learning(seen: Facts) -> Finding | None:
     """A score that still rose from evaluation to evaluation when the run ended."""
-    last = seen.evaluated[-3:]
+    last = seen.evaluated[-LEAST_EVALUATIONS:]
     rounds = seen.recipe["rounds"]
-    if len(last) < 3 or len(seen.records) < LEAST_ROUNDS or seen.ended < rounds:
+    if len(last) < LEAST_EVALUATIONS or len(seen.records) < LEAST_ROUNDS or seen.ended < rounds:
         return None
     metric = last[-1]["evaluation"]["metric"]
     first, before, final = (fmean(record["evaluation"]["clients"]) for record in last)
@@ -423,8 +424,8 @@ def no_exchange(seen: Facts) -> Finding | None:
 
 
 def healthy(seen: Facts) -> Finding:
-    """Give the key numbers of a run in which nothing is wrong."""
-    final = seen.evaluated[-1]["evaluation"]
+    """Give the key numbers of a run in which nothing is wrong, and say where that takes more evaluations to tell."""
+    final, evaluations = seen.evaluated[-1]["evaluation"], len(seen.evaluated)
     scores = np.array(final["clients"])
     text = (
         f"The loss went from {seen.mean_loss[0]:.3g} to {seen.mean_loss[-1]:.3g}; the clients' {final['metric']} is "
@@ -435,7 +436,15 @@ def healthy(seen: Facts) -> Finding:
         text += f" {_constant(seen.constant)}"
     if len(seen.contraction) and seen.method not in NO_GOSSIP:
         text += f" A round leaves {seen.contraction.mean():.3f} of the squared disagreement; rho is {seen.rho:.3f}."
-    return Finding("healthy", "good", "Nothing is wrong", text, "")
+    if evaluations >= LEAST_EVALUATIONS:
+        return Finding("healthy", "good", "Nothing is wrong", text, "")
+    return Finding(
+        "healthy",
+        "good",
+        "Nothing wrong is seen",
+        f"{text} Whether they still learn can't be told from {evaluations} evaluation{'s' * (evaluations > 1)}.",
+        f"Lower evaluate.every, so that there are {LEAST_EVALUATIONS} or more.",
+    )
 
 
 def _clients(numbers: Sequence[int]) -> str:

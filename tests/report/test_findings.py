@@ -301,6 +301,19 @@ def test_a_run_that_ends_while_it_still_learns_is_not_said_to_be_well(make_run: 
     assert scored(run, 0.60, 0.67, 0.74) == {"healthy"}
 
 
+@pytest.mark.parametrize(("every", "told"), [(24, False), (20, True)])
+def test_whether_a_run_still_learns_is_not_told_from_fewer_than_three_evaluations(
+    make_run: MakeRun, every: int, told: bool
+) -> None:
+    run = make_run(every=every)
+    settled(run)
+    scored(run, *[0.74] * (3 if told else 2))
+    (finding,) = diagnose(complete(run.recipe), run.facts, run.records)
+    assert (finding.title == "Nothing is wrong") == told
+    assert ("Whether they still learn can't be told from 2 evaluations." in finding.text) != told
+    assert ("evaluate.every" in finding.advice) != told
+
+
 def test_clients_that_score_no_more_than_one_answer_for_all_have_learnt_nothing(make_run: MakeRun) -> None:
     run = make_run()
     settled(run)
