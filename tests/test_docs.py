@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from peertune import ALGORITHMS, GRAPHS, PARTITIONS, TASKS
 from peertune.cli import app
+from peertune.errors import Exit
 from peertune.launch import COMMAND
 from peertune.recipe import Recipe
 from peertune.sweep import members, split_values
@@ -171,6 +172,17 @@ def test_the_architecture_page_names_every_module_and_no_other() -> None:
     named = {name.partition(".")[0] for row in rows for name in re.findall(r"`([a-z._]+)`", row)}
     there = {path.stem for path in (ROOT / "peertune").iterdir() if not path.name.startswith("_")} - {"recipes"}
     assert named == there
+
+
+def test_the_page_for_deploying_names_every_exit_code_and_its_unit_starts_again_after_faults_and_signals_only() -> None:
+    page = ROOT / "docs" / "deploy.md"
+    table = page.read_text().partition("## Exit codes")[2].partition("## While it runs")[0]
+    assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == sorted(Exit)
+    (unit,) = blocks(page, "ini")
+    said = dict(re.findall(r"^(\w+)=(.*)$", unit, re.MULTILINE))
+    others = sorted(set(Exit) - {Exit.DONE, Exit.FAULT, Exit.STOPPED})
+    assert [int(code) for code in said["RestartPreventExitStatus"].split()] == others
+    assert (said["Restart"], said["SuccessExitStatus"]) == ("on-failure", str(int(Exit.STOPPED)))
 
 
 def test_the_recipe_page_names_every_key_and_every_name_with_its_settings() -> None:

@@ -16,6 +16,7 @@ from typing import Literal
 from cryptography import x509
 
 from peertune.errors import IdentityError, PeertuneError
+from peertune.net import tls  # before grpc, whose settings it makes
 from peertune.net.certificates import federation_of, fingerprint, public_key, read_key
 from peertune.net.identity import key_files, load_ca, read_private
 from peertune.net.membership import Membership
@@ -163,7 +164,7 @@ def _visit(swapper: Swapper, member: Member, call_back: bool) -> _Visit:
         return _Visit(member, [about("outwards", "ok", "has no address: it is the one that calls")])
     host, _, port = member.address.rpartition(":")
     try:
-        places = sorted({str(place[4][0]) for place in socket.getaddrinfo(host.strip("[]"), int(port))})
+        places = sorted(map(str, tls.places(member.address)))
     except OSError as error:
         unknown = (
             f"{host}: can't be resolved ({error.strerror}); mend this machine's DNS, or have {member.name} correct it"
