@@ -15,7 +15,7 @@ from parties import Federation
 
 from peertune.errors import GraphError, IdentityError
 from peertune.net import authority as ca
-from peertune.net.own import _edges
+from peertune.net.own import _edges, _weights
 from peertune.net.roster import MAX_ROSTER_BYTES, Roster, claimed_serial, load_roster
 from peertune.topology import GRAPHS, digest, neighbourhoods, summary
 
@@ -286,11 +286,9 @@ WRONG_OWN: dict[str, Callable[[dict[str, Any]], object]] = {
     "a pair twice": lambda c: c["own"].update(edges=["3-4 3-4"]),
     "an end that is no client": lambda c: c["own"].update(edges=["3-9"]),
     "weights of too few rounds": lambda c: c["own"].update(weights=[[], []]),
-    "weights of too many rounds": lambda c: c["own"].update(weights=[[0.5, 0.5], [0.5, 0.5]]),
+    "weights of too many rounds": lambda c: c["own"].update(edges=["2-3 3-4"], weights=[[0.5, 0.5], [0.5, 0.5]]),
     "weights of too few edges": lambda c: c["own"].update(weights=[[0.5]]),
     "a weight that is none": lambda c: c["own"].update(edges=["2-3"], weights=[[float("nan")]]),
-    "a weight below 0": lambda c: c["own"].update(edges=["2-3"], weights=[[-0.1]]),
-    "a weight above 1": lambda c: c["own"].update(edges=["2-3"], weights=[[1.1]]),
     "a weight of another type": lambda c: c["own"].update(edges=["2-3"], weights=[[1]]),
     "clients beyond counting": lambda c: c["own"]["summary"].update(clients=10**30),
     "a summary without rho": lambda c: c["own"]["summary"].pop("rho"),
@@ -331,6 +329,13 @@ def test_edges_name_clients_below_their_number() -> None:
     assert _edges("", 9).shape == (0, 2)
     with pytest.raises(IdentityError, match=r"^edges name client 9, of 9$"):
         _edges("2-3 3-9", 9)
+
+
+@pytest.mark.parametrize("wrong", [[0.5], [0.5, 1.1], [-0.1, 0.5], [0.5, float("nan")], [0.5, 1], "0.5"])
+def test_weights_are_a_number_from_0_to_1_for_each_edge(wrong: object) -> None:
+    assert _weights([0.0, 1.0], 2).tolist() == [0.0, 1.0]
+    with pytest.raises(IdentityError, match="weights must be a number from 0 to 1 for each edge"):
+        _weights(wrong, 2)
 
 
 def test_a_roster_that_would_be_too_large_is_refused_with_what_to_do(
