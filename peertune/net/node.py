@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import grpc
@@ -71,7 +71,7 @@ class Neighbour:
     clock_offset_s: float | None = None  # by how much its clock is ahead of this one
     incarnation: int = 0  # the number of the start that was heard last; 0 where it did not say
     nonce: int = 0  # drawn at that start
-    keys: tuple[str, ...] = ()  # fingerprints of those that it had then
+    keys: list[str] = field(default_factory=list)  # fingerprints of those that it had then
     clones: int = 0  # times that another process spoke with its key
 
 
@@ -271,7 +271,7 @@ class Node:
                 before = Incarnation()
             proof = clone(before, said)
             if said.number and not proof:
-                known.incarnation, known.nonce, known.keys = said.number, said.nonce, keys
+                known.incarnation, known.nonce, known.keys = said.number, said.nonce, list(keys)
         if proof:
             self._refuse_clone(client, proof)
 

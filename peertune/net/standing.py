@@ -125,7 +125,7 @@ def known_before(run: Path) -> dict[int, "Neighbour"]:
                 seen_at=float(one["seen_at"]),
                 incarnation=int(one.get("incarnation", 0)),
                 nonce=int(one.get("nonce", 0)),
-                keys=tuple(map(str, one.get("keys", ()))),
+                keys=list(map(str, one.get("keys", ()))),
             )
             for one in found
             if one["seen_at"] is not None and isfinite(one["seen_at"])

@@ -162,7 +162,7 @@ def test_what_it_knew_of_the_others_is_known_after_a_restart(
     three: Federation, swappers: list[Swapper], tmp_path: Path
 ) -> None:
     swapped(swappers, 0)
-    start = {"incarnation": 1000, "nonce": 7, "keys": ("1f0a",)}
+    start = {"incarnation": 1000, "nonce": 7, "keys": ["1f0a"]}
     vars(swappers[0].neighbours[1]).update(start)
     with kept(tmp_path, partial(of, swappers[0])):
         pass
