@@ -1,5 +1,6 @@
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -15,7 +16,10 @@ from peertune.training import (
     Optimizer,
     adamw,
     clip,
+    evaluate,
+    hits,
     learning_rate,
+    predictions,
     reset_moments,
     row_losses,
     sgd,
@@ -203,6 +207,28 @@ def test_losses_of_a_half_precision_base_are_computed_in_float32() -> None:
     assert row_losses(logits[:, :1], rows_of(torch.tensor([0.5]))).dtype == torch.float32
 
 
+def test_a_language_models_row_counts_the_loss_and_the_hits_of_all_its_labels() -> None:
+    logits, labels = torch.randn(4, 3, dtype=torch.float64), torch.tensor([1, 0, 2, 1])
+    batch = replace(
+        rows_of(torch.zeros(3)),
+        inputs={"input_ids": torch.zeros(3, 4, dtype=torch.int64)},
+        labels=labels,
+        places=torch.tensor([0, 2, 5, 11]),  # two labels in the first row, one in each of the others
+    )
+    each = nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(row_losses(logits, batch), torch.stack([each[0] + each[1], each[2], each[3]]))
+    right = (logits.argmax(-1) == labels).double()
+    assert hits(logits, batch).tolist() == [float(right[0] + right[1]), float(right[2]), float(right[3])]
+    assert hits(nn.functional.one_hot(labels, 3).double(), batch).tolist() == [2, 1, 1]
+
+
+def test_a_prediction_is_the_likeliest_class_or_the_value() -> None:
+    logits = torch.tensor([[0.5, 2.0, 1.0], [3.0, -1.0, 0.0]])
+    assert predictions(logits, rows_of(torch.tensor([0, 0]))).tolist() == [1, 0]
+    values = predictions(logits[:, :1], rows_of(torch.tensor([0.0, 0.0])))
+    assert (values.dtype, values.tolist()) == (torch.float64, [0.5, 3.0])
+
+
 class Linear(nn.Module):
     """A base of one linear layer, whose dropout draws from PyTorch's global generator where `draws` says so."""
 
@@ -251,6 +277,27 @@ def test_training_steps_the_state_where_it_lies_and_no_kind_that_does_not_train(
     assert loss.shape == grad_norm.shape == (CLIENTS,)
     assert (grad_norm > 0).all()
     assert math.isclose(loss.mean().item(), math.log(3), rel_tol=0.5)
+
+
+def test_every_adapter_is_evaluated_on_every_row_without_dropout_and_in_the_rows_places() -> None:
+    base, generator = Linear(draws=True), torch.Generator().manual_seed(0)
+    plain = base.layer  # which a site wraps
+    model, state = start_of(base, sgd())
+    singles = [
+        {name: torch.randn(1, *x.shape[1:], generator=generator, dtype=x.dtype) for name, x in state.adapters.items()}
+        for _ in range(2)
+    ]
+    x = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    order = np.array([6, 2, 0, 5, 1, 3, 4])
+    parts = [
+        (replace(rows_of(torch.zeros(len(numbers), dtype=torch.int64)), inputs={"x": x[numbers]}), numbers)
+        for numbers in (order[:4], order[4:])
+    ]
+    found = evaluate(model, singles, parts, rows=7, read=lambda logits, batch: logits.sum(-1))
+    for row, single in zip(found, singles, strict=True):
+        update = single["layer.B"][0] @ single["layer.A"][0]
+        expected = x @ (plain.weight + update).T + plain.bias
+        np.testing.assert_allclose(row, expected.sum(-1).detach().numpy(), rtol=1e-12)
 
 
 def test_only_the_kinds_that_train_reach_the_optimizer() -> None:

@@ -191,7 +191,9 @@ def test_a_window_probes_then_reports_then_agrees() -> None:
         signals.append(agreement.step(signals[t], signals[t], W, t))
     probes, reports = ([each[f"adaptive.{name}"] for each in signals] for name in ("probe", "reports"))
     known = [~x.isnan().any(-1) for x in reports]
-    assert (probes[0].abs() == 1).all()
+    for client in range(3):
+        drawn = draws.uniforms(0, "probe", 0, client, np.arange(PROBES))  # the same wherever it is computed
+        assert probes[0][client].tolist() == np.where(drawn < 0.5, 1, -1).tolist()
     torch.testing.assert_close(probes[2], W @ W @ probes[0])
     assert torch.equal(probes[3], probes[2])
     assert torch.equal(probes[4], agreement.init(range(3), 4)["adaptive.probe"]), "signs of the next window"
