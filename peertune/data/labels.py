@@ -54,6 +54,8 @@ def number_labels(
     suited = {name: METRICS[name] for name in METRICS if name not in OF_LANGUAGE}
     if metric not in suited:
         raise DataError(unknown(f"{where}: metric", metric, suited))
+    if label in inputs:
+        raise DataError(told_already(where, label))
     named = None if classes is None else _names(where, classes, metric)
     tables = without_missing(where, tables, inputs, (*others, label), missing_cells)
     for split, table in tables.items():
@@ -80,6 +82,11 @@ def number_labels(
                 raise DataError(_unknown_label(place, text, numbers, isinstance(classes, list)))
         splits.append(table.split(np.array([numbers[text] for text in texts[split]], np.int64)))
     return Labelled(named, splits, metric, of)
+
+
+def told_already(where: str, label: str) -> str:
+    """Say that a model would be given what it is to learn."""
+    return f"{where}: {label} is what is learnt, and stands in what a model is given; leave it out there"
 
 
 def need_text(where: str, table: Table, columns: tuple[str, ...]) -> None:

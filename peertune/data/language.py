@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from peertune.data.labels import Classes, need_text, number_labels
+from peertune.data.labels import Classes, need_text, number_labels, told_already
 from peertune.data.scores import JUDGES, OF_LANGUAGE, OF_VALUES, Metric, read_metric
 from peertune.data.sources import named_source, open_source, read_splits
 from peertune.data.tables import MissingCells, Table, missing, need_columns, nested, whole, without_missing
@@ -112,6 +112,8 @@ def label_words(
         raise DataError(f"{where}: words is {words}; give two or more different ones, none of them empty")
     if (named := read_metric(where, metric)[0]) in OF_VALUES | OF_LANGUAGE:
         raise DataError(f"{where}: metric {named} is not for classes, choose accuracy, f1 or matthews_correlation")
+    if label in _FIELD.findall(prompt):
+        raise DataError(told_already(where, label))
     read = open_source(where, path, id or "", config, revision, field)
     tables = read_splits(where, read, train, validation)
     for name, table in tables.items():

@@ -7,6 +7,7 @@ import datasets
 import pytest
 from tabular import FORMATS, called, write_splits
 
+from peertune.data.language import label_words
 from peertune.data.tables import missing
 from peertune.data.tasks import glue, text
 from peertune.errors import DataError
@@ -96,6 +97,14 @@ def test_a_data_set_that_numbers_its_classes_is_read_by_its_own_numbers(
     assert task.train.columns["label"] == ["1", "2", "2", "3", "3", "3"]
     other = text(["text"], "label", **where, missing_cells="drop", classes=["3", "2", "1", "0"])
     assert counts(other) == [3, 2, 1, 0], "by name, where the recipe has an order of its own"
+
+
+def test_a_model_is_not_given_what_it_is_to_learn(tmp_path: Path) -> None:
+    folder = write_splits(tmp_path, "csv", {"text": ["a", "b"], "label": ["x", "y"]})
+    with pytest.raises(DataError, match="label is what is learnt, and stands in what a model is given"):
+        text(["text", "label"], "label", path=folder)
+    with pytest.raises(DataError, match="label is what is learnt, and stands in what a model is given"):
+        label_words("{text} is {label}:", "label", ["a", "b"], path=folder)
 
 
 def test_what_a_csv_file_holds_is_text_when_it_is_read_by_its_id_too(

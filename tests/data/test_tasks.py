@@ -260,7 +260,7 @@ def test_a_missing_folder_file_or_column_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train: column: unknown name 'gold', choose from label, text$"):
         text(["text"], "gold", path=path)
     with pytest.raises(DataError, match=r"train: line 1: label is 0, it must be text$"):
-        text(["label"], "label", path=path)
+        text(["label"], "text", path=path)
 
 
 def test_arguments_that_contradict_each_other_are_refused() -> None:
