@@ -356,13 +356,18 @@ def too_short(seen: Facts) -> Finding | None:
     rounds, evaluations = len(seen.records), len(seen.evaluated)
     if rounds >= LEAST_ROUNDS and evaluations:
         return None
+    advice = "Run it again: most of its rounds, or their evaluations, are not in its records."
+    if seen.ended < seen.recipe["rounds"]:
+        advice = "Let the run go on."
+    elif seen.recipe["rounds"] < LEAST_ROUNDS:
+        advice = f"Set rounds={LEAST_ROUNDS} or more."
     return Finding(
         "too_short",
         "notice",
         "Too little to judge",
         f"There are {rounds} rounds and {evaluations} evaluations; trends need {LEAST_ROUNDS} rounds, and what the "
         "clients have learnt an evaluation.",
-        "Let the run go on." if seen.ended < seen.recipe["rounds"] else f"Set rounds={LEAST_ROUNDS} or more.",
+        advice,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from peertune.assembly import build
@@ -386,6 +386,19 @@ def test_advice_is_what_the_recipe_leaves_room_for(make_run: MakeRun) -> None:
     graph=st.sampled_from(["complete", "path"]),
     partition=st.sampled_from(["iid", "shards"]),
     seed=st.integers(0, 2**16),
+)
+@example(  # rounds enough, and never evaluated
+    rounds=10,
+    clients=1,
+    every=0,
+    method="tad_lora",
+    switch_every=None,
+    metric="accuracy",
+    interval=None,
+    activation=0.3,
+    graph="complete",
+    partition="iid",
+    seed=0,
 )
 def test_no_check_fails_on_a_well_formed_run(
     make_run: MakeRun,
