@@ -33,7 +33,7 @@ check: .venv/developing  ## style, types and import layers
 test: .venv/developing  ## the whole test suite
 	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
-quick: .venv/developing  ## the tests that start no process and no browser
+quick: .venv/developing  ## the tests that start no process, no browser and no whole run
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m 'not thorough' --numprocesses 2 --dist worksteal
 
 # Beside the working tree, with a configuration of its own: mutmut reads which files from pyproject.toml alone.

@@ -1,4 +1,4 @@
-"""Which tests are quick: those that start no process and no browser, and are not marked `thorough`."""
+"""Which tests are quick: those that start no process, no browser and no whole run, and are not marked `thorough`."""
 
 import sys
 from collections.abc import Collection, Mapping
@@ -9,6 +9,8 @@ STARTERS = {
     *("elastic", "federation", "multiprocessing", "peertune.engines.cluster", "processes", "slurm", "subprocess"),
 }
 """Modules by which tests start processes: whoever has something of theirs is taken to do so."""
+TRAINERS = {"peertune.engines.simulator"}
+"""Modules by which they train whole runs."""
 STARTS = {"os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 
 started: list[str] = []
@@ -26,6 +28,6 @@ def watch() -> None:
 
 
 def is_thorough(names: Mapping[str, Any], fixtures: Collection[str]) -> bool:
-    """Whether a test of a module that has these names, and with these fixtures, starts processes or a browser."""
+    """Whether a test of a module that has these names, and with these fixtures, starts what takes long."""
     homes = {x.__name__ if isinstance(x, ModuleType) else getattr(x, "__module__", None) for x in names.values()}
-    return bool(homes & STARTERS) or "browser" in fixtures
+    return bool(homes & (STARTERS | TRAINERS)) or "browser" in fixtures

@@ -7,12 +7,15 @@ import processes
 import sides
 from processes import start
 
+from peertune import simulate
+
 
 def test_a_test_is_thorough_by_what_its_module_has_and_by_a_browser() -> None:
     assert sides.is_thorough({"subprocess": starter}, [])
     assert sides.is_thorough({"begin": start}, [])
     assert sides.is_thorough({"processes": processes}, [])
     assert sides.is_thorough({}, ["tmp_path", "browser"])
+    assert sides.is_thorough({"run": simulate}, [])
     assert not sides.is_thorough({"json": json, "Path": Path, "seconds": 1.0}, ["tmp_path"])
 
 
