@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 STREAMS = 3  # of one client at a time: each end may call, and ask something beside
 KEPT_ROUNDS = 64  # whose outcomes are remembered
 FIRST_CALL_S = 1.0  # how long the higher number leaves the first call to the lower
-MARGIN_S = 2.0  # how much longer to wait for one that waits than it does itself
+MARGIN_S = 2.0  # how much longer to wait for one that waits than it does itself, beside what its training then takes
 STALL_S = 30.0  # after which a caller that says nothing is cut off
 LINGER_S = 10.0  # how long a peer that is done answers those who may have missed its last verdicts
 RETRY_S = 0.2
@@ -121,6 +121,7 @@ class Swapper(Node):
         self._waiting: dict[tuple[int, int], int] = {}  # calls that wait for this end to be ready
         self._hurried = self._stopped = self._open = self._watching = self._echo_only = False
         self._hurried_at = 0.0
+        self._entered, self._margin_s = time.monotonic(), MARGIN_S
         self._doing = "starting"
         self._phase: Phase | None = None
         self._server: Any = None
@@ -162,7 +163,7 @@ class Swapper(Node):
         """Say that this peer works on `round` now, and what the round trains and sends."""
         with self._changed:
             self._round, self._step, self._doing, self._phase = round, 0, "training", phase
-            self._open = True
+            self._entered, self._open = time.monotonic(), True
             self._changed.notify_all()
 
     def stepped(self) -> None:
@@ -189,6 +190,7 @@ class Swapper(Node):
         now = time.monotonic()
         with self._changed:
             self._round, self._doing, self._open = round, "swapping", True
+            self._margin_s = MARGIN_S + 2 * (now - self._entered)  # one that waits in the round before has yet to train
             self._unheard = {(t, client) for t, client in self._unheard if t >= round - 1}
             self._offers = {t: kept for t, kept in self._offers.items() if t >= round - 1} | {round: offer}
             self._meetings = {key: kept for key, kept in self._meetings.items() if key[0] > round - KEPT_ROUNDS}
@@ -446,7 +448,7 @@ class Swapper(Node):
                     case "wait":
                         self._saw(client, chunk.wait.round, chunk.wait.step)
                         if chunk.wait.left_ms:  # it must not be given up for waiting as long as this end would
-                            longer = time.monotonic() + chunk.wait.left_ms / 1000 + MARGIN_S
+                            longer = time.monotonic() + chunk.wait.left_ms / 1000 + self._margin_s
                             meeting.until = min(max(meeting.until, longer), max(meeting.until, meeting.latest))
                     case "roster":
                         self._adopt(client, chunk.roster)
