@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Collection, Mapping
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -17,8 +18,9 @@ started: list[str] = []
 """What this process has started, but for `uname`, by which Python finds out what processor there is."""
 
 
+@cache
 def watch() -> None:
-    """From here on, see what is started."""
+    """From here on, see what is started: once, though tests that import `conftest` run it a second time."""
 
     def see(event: str, arguments: tuple[Any, ...]) -> None:
         if event in STARTS and "uname" not in str(arguments[:1]):

@@ -22,4 +22,4 @@ def test_a_test_is_thorough_by_what_its_module_has_and_by_a_browser() -> None:
 def test_what_a_test_starts_is_seen() -> None:
     before = len(sides.started)
     starter.run([sys.executable, "-c", ""], check=True)
-    assert set(sides.started[before:]) == {sys.executable}
+    assert sides.started[before:] == [sys.executable]
