@@ -233,11 +233,11 @@ def test_late_peers_go_on_with_the_others(tmp_path: Path) -> None:
     rounds = 80
     with peers(found(tmp_path, 3), f"rounds={rounds}", "network.patience_s=2", "graph.activation=1.0") as group:
         group.start(0, 1)
-        group.wait_until(lambda: group.rounds(0) > 6)  # each takes 2 s, for the one that is not there
+        group.wait_until(lambda: group.rounds(0) > 20)
         group.start(2)
         group.end(*range(3))
         first = group.records(2)[0]
-        assert first["round"] > 3
+        assert first["round"] > 15
         assert any([0, 2] in record["edges"] for record in group.records(0))
         for client in range(3):
             assert_whole(group, client, rounds)
