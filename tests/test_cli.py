@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import random
 import re
@@ -17,7 +18,7 @@ import pytest
 from processes import PROCESS, finish, start, wait_until
 
 from peertune.cli import app, main
-from peertune.cli.common import asked_to_stop, interruptible, lines
+from peertune.cli.common import asked_to_stop, interruptible, lines, messages
 from peertune.errors import RunError
 from peertune.launch import COMMAND
 from peertune.recipe import recipe_names
@@ -408,6 +409,14 @@ def test_every_command_says_a_line_at_once(done: Path, tmp_path: Path, words: li
         said = process.stdout.readline()
         process.kill()
     assert re.fullmatch(r"peertune: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d INFO starting\n", said)
+
+
+def test_after_a_command_a_program_that_imports_peertune_hears_as_much_of_it_as_before() -> None:
+    logger = logging.getLogger("peertune")
+    before = logger.level, list(logger.handlers)
+    with messages():
+        assert logger.level == logging.INFO
+    assert (logger.level, list(logger.handlers)) == before
 
 
 def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:

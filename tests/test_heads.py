@@ -1,6 +1,5 @@
 """A base's own head: whose outputs are in the order of the task's classes, or told."""
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +68,6 @@ def answers(model: Any) -> torch.Tensor:
     return found
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    """What was warned of: what else is told hangs on the level that an earlier test left."""
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_head_in_another_order_is_brought_in_the_order_of_the_classes_and_told(
     tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
@@ -83,7 +77,7 @@ def test_a_head_in_another_order_is_brought_in_the_order_of_the_classes_and_told
     torch.testing.assert_close(answers(base.model), answers(theirs)[:, [1, 2, 0]])
     assert torch.equal(*(x[next(iter(base.head))] for x in (base.head, base.model.state_dict())))
     assert base.model.config.id2label == dict(enumerate(CLASSES))
-    assert warnings_of(caplog) == [
+    assert caplog.messages == [
         f"model.name: {tmp_path}: the outputs of its head, Positive, NEGATIVE, neutral, are put in the order of the "
         "task's classes, negative, neutral, positive"
     ]
@@ -95,7 +89,7 @@ def test_a_head_of_other_names_stays_as_it_is_and_one_of_another_size_is_drawn_a
     theirs = save(tmp_path, "bert", ["LABEL_0", "LABEL_1", "LABEL_2"])
     torch.testing.assert_close(answers(loaded(tmp_path, CLASSES).model), answers(theirs))
     loaded(tmp_path, CLASSES[:2])
-    assert warnings_of(caplog) == [
+    assert caplog.messages == [
         f"model.name: {tmp_path}: the outputs of its head are called LABEL_0, LABEL_1, LABEL_2, and are taken for the "
         "classes negative, neutral, positive in this order; if that is wrong, give a copy whose config.json names them "
         "so (id2label)",
@@ -106,7 +100,7 @@ def test_a_head_of_other_names_stays_as_it_is_and_one_of_another_size_is_drawn_a
     loaded(tmp_path, CLASSES)
     theirs.bert.save_pretrained(tmp_path)  # without a head
     load(tmp_path, classes=4)
-    assert warnings_of(caplog) == []
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(

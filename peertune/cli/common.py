@@ -41,6 +41,7 @@ def messages() -> Iterator[None]:
     handler = logging.StreamHandler()
     form = "%(message)s" if sys.stderr.isatty() else "%(asctime)s %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(f"peertune: {form}", "%Y-%m-%d %H:%M:%S"))
+    level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO if leads() else logging.ERROR)
     logger.info("starting")
@@ -48,6 +49,7 @@ def messages() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def environment() -> dict[str, Any]:
