@@ -30,11 +30,14 @@ PARTS = (
     "protocol",
 )
 
+LONG = {"bound"}
+"""What takes many hours, and runs only where it is named."""
+
 
 def main() -> None:
     """Run each part in a process of its own, or, within such a process, one part."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all but {', '.join(LONG)}")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -54,7 +57,7 @@ def main() -> None:
     path = options.out / f"{datetime.date.today()}-{name}.json"
     results = json.loads(path.read_text()) if path.exists() else {"commits": {}, "figures": {}}
     results |= {"date": str(datetime.date.today()), "machine": found}
-    for part in options.parts or PARTS:
+    for part in options.parts or [part for part in PARTS if part not in LONG]:
         print(f"{part} …", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "benchmarks", "--here", part]
         process = subprocess.run(command, stdout=subprocess.PIPE, check=False)

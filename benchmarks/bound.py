@@ -2,7 +2,8 @@
 
 Each is run as it is, and at ten times its learning rate until training itself diverges, if it does. What is kept: how
 many times a receiver's own (or the floor) whatever it heard was at most, by kind; the same for a client that begins
-when the others are done; what was refused; and the highest loss right after mixing, over the highest before.
+when the others are done; what was refused, and in which round first; the highest loss right after mixing, over the
+highest before; and the accuracy at the end, on the recipe's first 200 test rows.
 `peertune.bounds` has the limits. Rows that `bound.jsonl` in the folder of the results has already are not run again.
 Beside that, what bounding takes is timed in turn with mixing.
 """
@@ -94,11 +95,13 @@ def watched(recipe: str, rate: float, activation: float, method: str, *more: str
     """Run a recipe and return what became of it."""
     base = [] if recipe == "digits-demo" else [*overrides()[:-1]]
     settings = (f"graph.activation={activation}", f"algorithm={{name: {method}}}", f"training.learning_rate={rate}")
-    job = build(load_recipe(recipe, [*base, *settings, "evaluate={every: 10000, rows: 20}", *more])).job
+    job = build(load_recipe(recipe, [*base, *settings, "evaluate={every: 10000, rows: 200}", *more])).job
     assert job.bound is not None
     bound, own = job.bound, dict(job.state.adapters)
     most: dict[str, float] = {}
     said, rounds, rise = "", 0, 0.0
+    first: int | None = None
+    accuracy: list[float] = []
     highest: dict[int, float] = {}
     mixed: set[int] = set()
 
@@ -114,7 +117,12 @@ def watched(recipe: str, rate: float, activation: float, method: str, *more: str
     try:
         for record in run_rounds(job, exchange):
             assert record.state is not None
-            rounds, refused = record.round + 1, refused + len(record.failed_edges) + len(record.not_mixed)
+            rounds, refusals = record.round + 1, len(record.failed_edges) + len(record.not_mixed)
+            if refusals and first is None:
+                first = record.round
+            refused += refusals
+            if record.evaluation is not None:
+                accuracy = record.evaluation.clients
             own.update(record.state.adapters)
             for client, loss in zip(record.clients, record.loss, strict=True):
                 if client in mixed:
@@ -123,7 +131,16 @@ def watched(recipe: str, rate: float, activation: float, method: str, *more: str
             mixed = {client for edge in record.edges for client in edge}
     except ModelError as error:
         said = str(error)
-    return {"rounds": rounds, "ended": said, "refused": refused, "rise": rise, "heard": most, "late": late(job, own)}
+    return {
+        "rounds": rounds,
+        "ended": said,
+        "refused": refused,
+        "refused_first": first,
+        "rise": rise,
+        "accuracy": accuracy,
+        "heard": most,
+        "late": late(job, own),
+    }
 
 
 def late(job: Job, trained: Tensors) -> dict[str, float]:

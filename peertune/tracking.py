@@ -51,7 +51,7 @@ FORMAT = 1
 would misread them. All up to this one are read. Those without a number count as 0, and are as those of 1."""
 LONGEST_LIST = 1_000
 """Values up to which a list of a record stands in its line of `rounds.jsonl`; longer ones go to a file beside it."""
-_NUMBERS = ("clients", "edges", "failed_edges", "vacant_edges", "not_mixed", "out_of_phase")
+_NUMBERS = ("clients", "edges", "failed_edges", "vacant_edges", "not_mixed", "out_of_phase", "suspects")
 """Lists of clients' numbers, of which the line keeps the length; of measured values it keeps the mean."""
 
 
@@ -332,7 +332,7 @@ def load_checkpoint(
 ) -> State | None:
     """Return the state of these clients, or of all, in the newest whole checkpoint, or None where there is none yet.
 
-    With `before`, in the newest of those that have fewer rounds behind them.
+    With `before`, in the newest of those that have fewer rounds behind them; None where these are damaged.
     It is on the CPU. A checkpoint that is damaged, or whose part that another process of the group reads is, is passed
     over with a warning. Raises RunError where all are damaged, or where the newest is of a later format or does not fit
     the state `like` that the run starts from.
@@ -350,7 +350,7 @@ def load_checkpoint(
             continue
         assert state is not None
         return state if like is None else _fitted(checkpoint, state, like)
-    if found:
+    if found and before is None:
         raise RunError(
             f"{folder}/checkpoints: every checkpoint is damaged; restore one, or start again with another --out"
         )

@@ -306,6 +306,7 @@ def test_a_run_with_nothing_but_damaged_checkpoints_is_refused(run: Path) -> Non
         damage(run / "checkpoints" / f"round-{t:06d}", how)
     with pytest.raises(RunError, match=r"one/checkpoints: every checkpoint is damaged; restore one, or start again"):
         tracking.load_checkpoint(run)
+    assert tracking.load_checkpoint(run, before=11) is None, "who goes back takes the start instead"
 
 
 @pytest.mark.parametrize(

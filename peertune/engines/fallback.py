@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from math import inf
 
@@ -19,6 +19,8 @@ LEFT_OUT_ROUNDS = 10
 Of several each returns a round after the last, and whom it mixed without harm since begins anew: so in time one member
 that spoils whatever it is mixed into parts a peer from itself, and not from the others.
 """
+SUSPECTED_ROUNDS = 10
+"""For how many rounds after it mixed something a peer holds that to be why it diverges; later it is training itself."""
 
 
 class Past:
@@ -36,11 +38,23 @@ class Past:
         self._left_out: dict[int, int] = {}  # client → until which round
         self._last = (-1, 0)  # the round in which it fell back, and on how many rounds
 
+    @property
+    def suspects(self) -> list[tuple[int, int, int]]:
+        """Whom it left out, until which round, and how often since it mixed them without harm, by client."""
+        return [(client, until, self._suspected[client]) for client, until in sorted(self._left_out.items())]
+
+    def suspect(self, suspects: Iterable[Sequence[int]]) -> None:
+        """Take up what `suspects` was before a restart."""
+        for client, until, times in suspects:
+            self._left_out[client], self._suspected[client] = until, times
+
     def add(self, round: int, loss: Sequence[float], mixed: Collection[int]) -> None:
         """Take up what a round came to, and from whom it mixed something; whom it mixed in the last did no harm."""
         if self._last[0] != round:
             for client in next(reversed(self._mixed.values()), ()):
                 del self._suspected[client]
+        else:  # what was mixed into what it fell back from is undone
+            self._mixed = {t: clients for t, clients in self._mixed.items() if t < self._last[1]}
         self._highest = max(self._highest, *loss)
         self._mixed[round] = mixed
 
@@ -57,15 +71,18 @@ class Past:
     def fall_back(self, round: int, error: DivergedError) -> State:
         """Return the newest state of before something was mixed, with which this round is made again.
 
-        Where that diverges as well, the next call returns an older one. Raises the error where nothing was mixed since,
-        or there is nothing older: then it is training itself that diverges.
+        Where that diverges as well, the next call returns an older one. Raises the error where nothing was mixed in the
+        last rounds, or there is nothing older: then it is training itself that diverges.
         """
-        before = self._last[1] if self._last[0] == round else 1 + max(self._mixed, default=round - 1)
-        state = self._recall(before) if self._recall else None
-        since = round if state is None else state.round
-        suspects = sorted({client for t, clients in self._mixed.items() if t >= since for client in clients})
-        if state is None or not suspects:
+        again = self._last[0] == round
+        recent = list(self._mixed) if again else list(self._mixed)[-SUSPECTED_ROUNDS:]
+        last = max((t for t in recent if self._mixed[t]), default=None)
+        if last is None or self._recall is None:
             raise error
+        state = self._recall(self._last[1] if again else 1 + last)
+        if state is None:
+            raise error
+        suspects = sorted({client for t, clients in self._mixed.items() if t >= state.round for client in clients})
         for place, client in enumerate(c for c in suspects if self._left_out.get(c, 0) <= round):
             self._left_out[client] = round + LEFT_OUT_ROUNDS * 2 ** self._suspected[client] + place
             self._suspected[client] += 1

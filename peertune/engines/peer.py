@@ -50,12 +50,13 @@ def run_peer(
             log.warning("stops, as network.when_refused says: %s", in_words(refusals))
         return bool(refusals)
 
-    fastest_s, past = None, Past(recall, swapper.name)
-    for before in records():
+    fastest_s, past, made = None, Past(recall, swapper.name), records()
+    for before in made:
         counted, failed = ([i + j - me for i, j in before[key]] for key in ("edges", "failed_edges"))
         swapper.remember(before["round"], counted, failed)
         past.add(before["round"], before["loss"], {*counted} - {j for _, j in before["not_mixed"]})
         fastest_s = _faster(fastest_s, before["seconds"])
+    past.suspect(made[-1]["suspects"] if made else ())
     heard = swapper.last_heard()
     swapper.enter(job.state.round)  # from here on it answers
     job = replace(job, steps=_counted(job, swapper), lines=swapper.lines)
@@ -82,7 +83,7 @@ def run_peer(
             pace_s = None if record.edges else fastest_s
             state = replace(state, round=_caught_up(job, swapper, here, heard, pace_s))
         skipped = [t for t in range(here, state.round) if met and me not in clients_down(job.faults, t)]
-        yield replace(record, state=state, skipped=len(skipped))
+        yield replace(record, state=state, skipped=len(skipped), suspects=past.suspects)
         if record.edges:
             alone_since, met = time.monotonic(), True
         elif shut_out():

@@ -1,5 +1,6 @@
 """A peer whose training diverges right after it mixed goes on with what it was before."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import inf
@@ -9,7 +10,7 @@ import torch
 from federation import Federation, found
 
 from peertune.assembly import build
-from peertune.engines.fallback import EXPLODED, LEFT_OUT_ROUNDS, Past
+from peertune.engines.fallback import EXPLODED, LEFT_OUT_ROUNDS, SUSPECTED_ROUNDS, Past
 from peertune.engines.peer import run_peer
 from peertune.errors import DivergedError
 from peertune.net.membership import Membership
@@ -98,12 +99,45 @@ def test_one_that_spoils_all_that_it_is_mixed_into_parts_a_peer_from_itself_and_
     assert min(count for client, count in met.items() if client != spoiler) > 800
 
 
-def test_where_nothing_was_mixed_since_it_is_training_itself_that_diverges() -> None:
-    past = Past(kept(0, 4), name)
-    past.add(3, [1.0], {1})
+def test_what_turns_out_rounds_after_it_was_mixed_is_suspected_still_and_later_it_is_training_itself() -> None:
+    for alone in (1, SUSPECTED_ROUNDS - 1, SUSPECTED_ROUNDS):
+        past = Past(kept(0, 4, 5, 6), name)
+        for t, mixed in enumerate([set(), set(), {2}, set(), {1}, *[set[int]()] * alone]):
+            past.add(t, [1.0], mixed)
+        if alone == SUSPECTED_ROUNDS:
+            with pytest.raises(DivergedError, match="the loss is 100"):
+                past.fall_back(5 + alone, ERROR)
+            continue
+        assert float(past.fall_back(5 + alone, ERROR).adapters["q.A"][0, 0]) == 4.0
+        assert [client for client, *_ in past.suspects] == [1]
+
+
+def test_what_was_undone_is_suspected_no_more() -> None:
+    past = Past(kept(0, 2), name)
+    for t, mixed in enumerate([{1}, set(), {2}]):
+        past.add(t, [1.0], mixed)
+    assert float(past.fall_back(3, ERROR).adapters["q.A"][0, 0]) == 2.0
+    past.add(3, [1.0], set())
+    assert float(past.fall_back(4, ERROR).adapters["q.A"][0, 0]) == 0.0, "of round 0, the last that it has mixed in"
     past.add(4, [1.0], set())
     with pytest.raises(DivergedError, match="the loss is 100"):
         past.fall_back(5, ERROR)
+
+
+def test_after_a_restart_it_knows_whom_it_left_out_and_for_how_long_the_next_time() -> None:
+    past = Past(kept(0), name)
+    past.add(1, [1.0], {1, 3})
+    past.fall_back(2, ERROR)
+    again = Past(kept(0), name)
+    again.suspect(json.loads(json.dumps(past.suspects)))
+    for t in (2, 2 + LEFT_OUT_ROUNDS - 1, 2 + LEFT_OUT_ROUNDS, 2 + LEFT_OUT_ROUNDS + 1):
+        assert [again.left_out(client, t) for client in range(4)] == [past.left_out(client, t) for client in range(4)]
+    assert again.suspects == past.suspects == [(1, 2 + LEFT_OUT_ROUNDS, 1), (3, 2 + LEFT_OUT_ROUNDS + 1, 1)]
+    for one in (past, again):
+        one.add(2, [1.0], set())
+        one.add(20, [1.0], {1})
+        one.fall_back(21, ERROR)
+        assert one.suspects[0] == (1, 21 + 2 * LEFT_OUT_ROUNDS, 2)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +169,7 @@ def spoilt(job: Job, value: float) -> Job:
 def before(*mixed: int) -> list[dict[str, object]]:
     """Return records of three rounds, of which the last mixed."""
     edges = [[[0, client] for client in mixed] if t == 2 else [] for t in range(3)]
-    common = {"loss": [1.0], "failed_edges": [], "not_mixed": [], "seconds": {"train": 1.0}}
+    common = {"loss": [1.0], "failed_edges": [], "not_mixed": [], "suspects": [], "seconds": {"train": 1.0}}
     return [{"round": t, "edges": edges[t], **common} for t in range(3)]
 
 
@@ -153,6 +187,13 @@ def test_a_peer_that_is_resumed_from_a_spoilt_checkpoint_goes_on_from_an_older_o
     assert [record.round for record in records] == [3, 4]
     assert max(loss for record in records for loss in record.loss) < 5
     assert asked == [3]
+    assert records[-1].suspects == [(1, 3 + LEFT_OUT_ROUNDS, 1)]
+
+
+def test_a_peer_that_is_resumed_still_takes_nothing_from_whom_it_left_out(job: Job, swapper: Swapper) -> None:
+    made = [*before()[:2], {**before()[2], "suspects": [[1, 99, 2]]}]
+    (record, *_) = run_peer(replace(job, state=replace(job.state, round=3)), swapper, records=lambda: made)
+    assert record.suspects == [(1, 99, 2)]
 
 
 def test_a_peer_that_mixed_nothing_says_that_training_diverges(job: Job, swapper: Swapper) -> None:

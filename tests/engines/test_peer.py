@@ -324,7 +324,15 @@ def test_a_member_that_claims_a_far_round_costs_its_own_edges_and_moves_nobody(f
         answering(stack, four, 3, agreed(runs[0])).enter(10**9)  # to whoever calls, it has passed their rounds
         swappers = [answering(stack, four, client, agreed(run)) for client, run in enumerate(runs)]
         # who is so fast could believe anything of anybody's silence, but at its start has heard nobody
-        fast = {"round": 0, "edges": [], "failed_edges": [], "loss": [1.0], "not_mixed": [], "seconds": {"train": 1e-9}}
+        fast = {
+            "round": 0,
+            "edges": [],
+            "failed_edges": [],
+            "loss": [1.0],
+            "not_mixed": [],
+            "suspects": [],
+            "seconds": {"train": 1e-9},
+        }
         going = [pool.submit(list, run_peer(runs[0].job, swappers[0], records=lambda: [fast]))]
         wait_until(lambda: (0, 3) in swappers[0]._meetings)
         going += [pool.submit(list, run_peer(runs[client].job, swappers[client])) for client in (1, 2)]
