@@ -144,7 +144,15 @@ def test_a_peer_whose_process_is_gone_does_not_run(swappers: list[Swapper], tmp_
     assert not (tmp_path / ".lock").exists(), "looking changes nothing"
     with locked(tmp_path, "run"):
         assert read(tmp_path)["running"]
+        for ended in ("finished", "stopped"):  # though the process is at work yet
+            (tmp_path / "status.json").write_text(json.dumps(of(swappers[0]) | {"doing": ended}))
+            assert not read(tmp_path)["running"]
     assert not read(tmp_path)["running"]
+
+
+def test_what_was_said_by_a_clock_that_was_set_back_since_was_said_just_now(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(json.dumps({"doing": "training", "written_at": time.time() + 3600}))
+    assert read(tmp_path)["age_s"] == 0
 
 
 def test_a_disk_that_fails_later_does_not_end_the_run(
@@ -204,11 +212,17 @@ def test_writes_that_failed_are_shown(swappers: list[Swapper], tmp_path: Path, p
 # ---- metrics
 
 
+LABELS = {"peertune_peer_info": {"federation", "name", "client"}, "peertune_doing": {"doing"}}
+LABELS |= {"peertune_edges_total": {"peer", "outcome"}}
+
+
 def samples(port: int) -> dict[tuple[str, tuple[str, ...]], float]:
     """Get the metrics: name and values of the labels → value."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30) as answer:
         families = text_string_to_metric_families(answer.read().decode())
-        return {(s.name, tuple(s.labels.values())): s.value for family in families for s in family.samples}
+        found = [sample for family in families for sample in family.samples]
+    assert all(not s.labels or s.labels.keys() == LABELS.get(s.name, {"peer"}) for s in found)
+    return {(s.name, tuple(s.labels.values())): s.value for s in found}
 
 
 def test_prometheus_reads_how_the_peer_stands(swappers: list[Swapper]) -> None:

@@ -22,7 +22,6 @@ from federation import Federation, found, free_ports
 from processes import wait_until
 from swapping import AGREED, LONG_S, all_swap, assert_all_heard, call, hello, offering, outcomes, payload, peers, same
 
-from peertune.errors import IdentityError
 from peertune.files import write_file
 from peertune.net import tls
 from peertune.net.codec import encode
@@ -501,76 +500,6 @@ def test_an_own_roster_is_neither_passed_on_nor_taken_and_who_has_an_older_one_i
         assert swappers[1].neighbours[2].bytes_received < 10_000
 
 
-def test_a_neighbour_s_own_roster_is_not_taken_from_whoever_sends_it(tmp_path: Path) -> None:
-    made = found(tmp_path, 3)
-    for kind in ("whole", "own"):
-        rosters = made.parties.own_rosters(GRAPHS["ring"](clients=3), {"name": "a ring"})
-        file = made.folder / f"{kind}.yaml"
-        before = made.roster.read_bytes() if kind == "whole" else rosters["peer-0"].raw
-        write_file(file, before)
-        membership = Membership(made.peer(0), file)
-        theirs = made.parties.own_rosters(GRAPHS["ring"](clients=3), {"name": "a ring"})["peer-1"].raw
-        if kind == "whole":
-            with pytest.raises(IdentityError, match="it is client 1's own"):
-                membership.adopt(theirs)
-        else:
-            assert not membership.adopt(theirs)
-            assert not membership.adopt(made.issue()), "nor all members', by a peer that has its own"
-        assert file.read_bytes() == membership.current()[1].raw == before
-
-
-def test_an_old_roster_is_put_aside_before_its_signature_is_looked_at(tmp_path: Path) -> None:
-    made = found(tmp_path, 2)
-    old = made.roster.read_bytes()
-    new = made.issue()
-    membership = Membership(made.peer(0), made.roster)
-    unsigned = new.rpartition(b"signature: ")[0]
-    for raw in (old, old.replace(b"\n", b"\r\n"), unsigned, b"serial: 2\n" + b"[" * 2**21):
-        assert not membership.adopt(raw)
-    for raw in (unsigned.replace(b"serial: 2\n", b"serial: 3\n"), b"#" * 2000 + b"\nserial: 1\n", b""):
-        with pytest.raises(IdentityError, match=r"^roster: isn't signed"):
-            membership.adopt(raw)
-    assert membership.current()[1].raw == new
-
-
-def test_a_roster_of_another_graph_or_kind_is_for_the_next_start(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    made = found(tmp_path, 3)
-    ring, path = GRAPHS["ring"](clients=3), GRAPHS["path"](clients=3)
-    file = made.own(0, "run")
-    write_file(file, made.parties.own_rosters(ring, {"name": "a graph"})["peer-0"].raw)
-    membership = Membership(made.peer(0), file)
-    for raw in (
-        made.parties.own_rosters(ring, {"name": "another graph"})["peer-0"].raw,
-        made.parties.own_rosters(path, {"name": "a graph"})[
-            "peer-0"
-        ].raw,  # a file of edges of the same name, with others
-        made.parties.roster().raw,
-    ):
-        write_file(file, raw)
-        assert membership.current()[1].serial == 2
-    began = "and this run began with an own roster for {'name': 'a graph'} with edges "
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 3
-    assert all(began in line and line.endswith("; stop and resume to change; going on with roster 2") for line in said)
-    assert said[0].startswith(f"{file}: is an own roster for {{'name': 'another graph'}} with edges ")
-    assert said[2].startswith(f"{file}: is the roster of all members, ")
-    write_file(file, newest := made.parties.own_rosters(ring, {"name": "a graph"})["peer-0"].raw)
-    assert membership.current()[1].raw == newest
-    write_file(file, made.parties.own_rosters(ring, {"name": "a graph"})["peer-1"].raw)
-    assert membership.current()[1].raw == newest
-    assert (
-        caplog.records[-1]
-        .getMessage()
-        .startswith(
-            f"{made.peer(0)}: is peer-0, client 0, and the roster is client 1's own; give this peer's; going on"
-        )
-    )
-    with pytest.raises(IdentityError, match="is peer-0, client 0, and the roster is client 1's own; give this peer's"):
-        Membership(made.peer(0), file)
-
-
 def test_without_tls_only_loopback_is_listened_at(three: Federation) -> None:
     from peertune.errors import PeertuneError
 
@@ -621,14 +550,3 @@ def test_a_certificate_that_ends_costs_the_edge_and_no_traceback(
         assert swappers[0].swap(0, payload(0), [1]) == {}
         assert time.monotonic() - begin < LONG_S / 2
     assert "Traceback" not in capfd.readouterr().err
-
-
-def test_an_older_roster_is_refused_at_the_next_start(tmp_path: Path) -> None:
-    made = found(tmp_path, 2)
-    old = made.roster.read_bytes()
-    made.parties.revoke("peer-1")
-    made.issue()
-    Membership(made.peer(0), made.roster)
-    made.roster.write_bytes(old)
-    with pytest.raises(IdentityError, match="is roster 1, and this peer has had 2; get a newer one"):
-        Membership(made.peer(0), made.roster)
