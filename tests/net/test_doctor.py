@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,11 @@ from federation import Federation, found, free_ports
 
 from peertune.errors import PeertuneError
 from peertune.files import write_file
-from peertune.net.doctor import Check, check_disk, check_identity, check_memory, check_network
+from peertune.net.doctor import Check, _compared, _inwards, check_disk, check_identity, check_memory, check_network
 from peertune.net.membership import Membership
-from peertune.net.node import METHOD, PROTOCOL, Knock
+from peertune.net.node import METHOD, PROTOCOL, UNTRIED, Knock
 from peertune.net.peer_pb2 import Chunk, Hello, Verdict
+from peertune.net.roster import Roster
 from peertune.net.swap import Swapper
 from peertune.net.tls import server_credentials
 from peertune.topology import GRAPHS
@@ -395,6 +397,105 @@ def test_a_certificate_that_ends_soon_is_to_be_renewed(tmp_path: Path, days: int
         )
 
 
+# ---- what is made of what was seen
+
+SEEN = Knock(0.0, 1, False, True, [], "")
+
+
+@pytest.fixture
+def roster(hospital: Path) -> Roster:
+    return Membership(hospital, hospital.parent / "roster.yaml").current()[1]
+
+
+def compared(roster: Roster, have_run: bool = True, **other: Any) -> list[tuple[str, str, str]]:
+    """Return what is said of a member of whom this was seen, by a peer with roster 1."""
+    checks = list(_compared(roster.members[0], replace(SEEN, **other), roster, have_run))
+    assert {check.member for check in checks} == {"hospital-1"}
+    return [(check.what, check.level, check.finding) for check in checks]
+
+
+SAME = ("run", "ok", "nothing that must be the same differs")
+
+
+@pytest.mark.parametrize(
+    ("offset_s", "level", "finding"),
+    [
+        (-4.6, "ok", "within 6 s of this one"),
+        (300.0, "ok", "within 301 s of this one"),
+        (301.0, "warning", "its clock is 5 minutes ahead of this one; set the one that is wrong"),
+        (-3600.0, "warning", "its clock is 60 minutes behind this one; set the one that is wrong"),
+    ],
+)
+def test_a_clock_may_be_minutes_wrong(roster: Roster, offset_s: float, level: str, finding: str) -> None:
+    assert compared(roster, clock_offset_s=offset_s) == [("clock", level, finding), SAME]
+    assert compared(roster, clock_offset_s=None) == [SAME]
+
+
+@pytest.mark.parametrize(
+    ("serial", "own", "level", "finding"),
+    [
+        (2, False, "warning", "has roster 2, here is 1; get that one, or start: peers pass it on"),
+        (2, True, "warning", "has roster 2, here is 1; ask the CA for the newest"),
+        (0, False, "ok", "has roster 0, here is 1; it takes up that in the next swap"),
+        (0, True, "warning", "has roster 0, here is 1; have the CA hand it its newest"),
+    ],
+)
+def test_of_another_roster_is_told_who_mends_it(
+    roster: Roster, serial: int, own: bool, level: str, finding: str
+) -> None:
+    found = compared(roster, clock_offset_s=None, roster_serial=serial, own_roster=own)
+    assert found == [("roster", level, finding), SAME]
+
+
+@pytest.mark.parametrize(
+    ("have_run", "other", "level", "finding"),
+    [
+        (True, {"takes_part": False}, "ok", "takes no part in a run now"),
+        (False, {}, "ok", "takes part in a run; give --recipe or --resume to compare"),
+        (
+            True,
+            {"differs": [("base", "a", "b"), ("seed", "0", "1")]},
+            "failed",
+            "differs in base: a here, b there; seed: 0 here, 1 there; give all peers one recipe and one base",
+        ),
+        (
+            False,
+            {"takes_part": False, "differs": [("protocol", "2", "1")]},
+            "failed",
+            "differs in protocol: 2 here, 1 there; give all peers one recipe and one base",
+        ),
+    ],
+)
+def test_runs_are_compared_where_both_have_one(
+    roster: Roster, have_run: bool, other: dict[str, Any], level: str, finding: str
+) -> None:
+    assert compared(roster, have_run, clock_offset_s=None, **other) == [("run", level, finding)]
+
+
+def test_who_gets_through_to_this_peer_is_told_of_each_and_no_way_at_all_is_a_failure(roster: Roster) -> None:
+    def inwards(*backs: str | None, address: str | None = "[::1]:7") -> list[tuple[str, str]]:
+        met = [
+            (replace(roster.members[0], name=f"hospital-{k}"), replace(SEEN, back=back)) for k, back in enumerate(backs)
+        ]
+        checks = list(_inwards(address, met))
+        assert {check.what for check in checks} == {"inwards"}
+        assert [check.member for check in checks if check.member] == [
+            f"hospital-{k}" for k, back in enumerate(backs) if back is not None and address
+        ]
+        return [(check.level, check.finding) for check in checks]
+
+    through = ("ok", "gets through to [::1]:7")
+    busy = ("warning", "did not call [::1]:7: it is calling back already")
+    shut = "can't call [::1]:7 (no way); open TCP port 7 inwards, or correct the address with peertune peer request"
+    nobody = ("warning", "nobody answers who could call [::1]:7; ask again when a neighbour runs")
+    assert inwards("", address=None) == [("ok", "this peer has no address: it is the one that calls")]
+    assert inwards() == inwards(None) == [nobody]
+    assert inwards("", None, "") == [through, through]
+    assert inwards("", "no way", UNTRIED["busy"]) == [through, ("warning", shut), busy], "some get through"
+    assert inwards("no way", "no way", UNTRIED["busy"]) == [("failed", shut), ("failed", shut), busy]
+    assert inwards(UNTRIED["busy"]) == [busy]
+
+
 # ---- this machine
 
 
@@ -403,4 +504,23 @@ def test_room_is_asked_for_in_units_of_checkpoints(tmp_path: Path) -> None:
     assert small.finding.endswith("GiB are free") or small.level == "warning"
     assert large.level == "warning"
     assert f"have {20 * 2**20:.1f} GiB, for 20 checkpoints" in large.finding
-    assert {check.what for check in check_memory()} <= {"memory"}
+    assert large.what == small.what == "disk"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"MemFree: 1 kB\nMemAvailable:    {2**20} kB\n", ["ok: 1.0 GiB of memory are free"]),
+        (f"MemAvailable: {2**19} kB\n", ["warning: 0.5 GiB of memory are free; have 1 GiB or more"]),
+        ("MemFree: 1 kB\n", []),
+        (None, []),
+    ],
+)
+def test_a_gib_of_memory_should_be_free_where_that_can_be_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str | None, said: list[str]
+) -> None:
+    assert {check.what for check in check_memory()} <= {"memory"}, "of this machine"
+    if text is not None:
+        (tmp_path / "meminfo").write_text(text)
+    monkeypatch.setattr("peertune.net.doctor.Path", {"/proc/meminfo": tmp_path / "meminfo"}.__getitem__)
+    assert [f"{check.level}: {check.finding}" for check in check_memory()] == said

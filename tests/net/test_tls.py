@@ -23,7 +23,7 @@ from peertune.errors import IdentityError
 from peertune.net.certificates import key_pem, new_key, pem, read_key
 from peertune.net.identity import Identity
 from peertune.net.roster import Member, Roster
-from peertune.net.tls import caller, check_loopback, secure_channel, server_credentials
+from peertune.net.tls import caller, check_loopback, is_there, places, secure_channel, server_credentials
 from peertune.topology import GRAPHS
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=100)
@@ -306,6 +306,17 @@ def test_a_client_does_not_speak_tls_1_2_either(federation: Federation, tmp_path
         assert heard == spoken
 
 
+def test_whether_a_member_is_there_is_told_without_its_taking_this_peer(federation: Federation, tmp_path: Path) -> None:
+    roster = federation.roster()
+    one, other, silent = (replace(member, address="localhost:1") for member in roster.members)
+    assert not is_there(one, 20), "nobody listens"
+    with serving(Server(federation.identity("hospital-1", roster), roster)) as port:
+        assert is_there(replace(one, address=f"localhost:{port}"), 20)
+        assert not is_there(replace(other, address=f"localhost:{port}"), 20), "somebody else"
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        assert not is_there(replace(silent, address=f"127.0.0.1:{mute.getsockname()[1]}"), 0.2)
+
+
 def test_a_member_cannot_make_another_member(federation: Federation, tmp_path: Path) -> None:
     roster = federation.roster()
     insider = federation.identity("hospital-2", roster)
@@ -358,8 +369,8 @@ def test_addresses_of_this_machine_alone(address: str) -> None:
 @pytest.mark.parametrize(
     ("address", "why"),
     [
-        ("0.0.0.0:1", "is not of this machine alone"),
-        ("[::]:1", "is not of this machine alone"),
+        ("0.0.0.0:1", "is not of this machine alone; without TLS give 127.0.0.1:1$"),
+        ("[::]:1", "is not of this machine alone; without TLS give 127.0.0.1:1$"),
         ("10.0.0.1:50051", "is not of this machine alone"),
         ("no-such-host.invalid:1", "can't be resolved"),
         ("127.0.0.1", "give host:port"),
@@ -371,14 +382,18 @@ def test_other_addresses_are_not(address: str, why: str) -> None:
 
 
 def test_a_name_of_this_machine_and_of_another_is_not_of_this_machine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    places = {"::1": socket.AF_INET6, "127.0.0.1": socket.AF_INET, "10.0.0.1": socket.AF_INET}
 
     def resolve(*names: str) -> None:  # as a resolver would: this machine's knows no such name
-        found = [(places[name], socket.SOCK_STREAM, 6, "", (name, 50051)) for name in names]
+        families = [socket.AF_INET6 if ":" in name else socket.AF_INET for name in names]
+        found = [
+            (family, socket.SOCK_STREAM, 6, "", (name, 50051)) for family, name in zip(families, names, strict=True)
+        ]
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
 
     resolve("::1", "127.0.0.1")
     assert check_loopback("both.example.org:50051") == "both.example.org:50051"
+    resolve("::1", "fe80::1%eth0", "127.0.0.1", "::1", "fe80::1%eth1")
+    assert list(map(str, places("both.example.org:50051"))) == ["::1", "fe80::1", "127.0.0.1"], "each once"
     for names in (("127.0.0.1", "10.0.0.1"), ("10.0.0.1", "127.0.0.1")):
         resolve(*names)
         with pytest.raises(IdentityError, match="is not of this machine alone"):
@@ -401,6 +416,19 @@ def test_no_credentials_are_made_where_grpc_was_imported_too_early() -> None:
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=True, env={})
     line = "gRPC was imported before peertune.net, so TLS 1.2 is open; import peertune.net first\n"
     assert (done.stdout, done.stderr) == (2 * line, "")
+
+
+def test_where_tls_1_2_is_open_no_side_gets_credentials(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    roster = federation.roster()
+    identity = federation.identity("hospital-1", roster)
+    monkeypatch.setattr("peertune.net.tls.TLS_13_ONLY", False)
+    told = r"^gRPC was imported before peertune\.net, so TLS 1\.2 is open; import peertune\.net first$"
+    with pytest.raises(IdentityError, match=told):
+        server_credentials(lambda: (identity, roster))
+    with pytest.raises(IdentityError, match=told):
+        secure_channel(identity, replace(roster.members[1], address="localhost:1"))
 
 
 def test_identity_loads_without_grpc_and_tls_without_torch() -> None:
