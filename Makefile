@@ -31,7 +31,7 @@ check: .venv/developing  ## style, types and import layers
 
 # Tests start hundreds of processes; each takes what another has compiled, whatever the environment says.
 test: .venv/developing  ## the whole test suite
-	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses 4 --dist loadscope --no-loadscope-reorder
 
 quick: .venv/developing  ## the tests that start no process, no browser and no whole run
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -m 'not thorough' --numprocesses 2 --dist worksteal

@@ -6,6 +6,7 @@ which process. That is what makes resuming, chunking clients and running them as
 The words come from the SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014), chained over the counters.
 """
 
+from functools import lru_cache
 from hashlib import blake2b
 from math import ceil
 
@@ -13,6 +14,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_ONES = 2**64 - 1
+
+
+@lru_cache(maxsize=64)
+def _first(seed: int, purpose: str) -> int:
+    """Return the word from which those of this seed and purpose follow."""
+    return int.from_bytes(blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
+
+
+def _chained(word: int, counter: int) -> int:
+    """Return `_mix` of a word and a counter by themselves: a tenth of the time that NumPy takes for one."""
+    x = (word + 0x9E3779B97F4A7C15 * (counter + 1)) & _ONES
+    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _ONES
+    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _ONES
+    return x ^ x >> 31
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -31,11 +47,14 @@ def words(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.uint64]:
     `seed` is any Python integer, `purpose` says what the words are for (two purposes share no draws), and `counters`
     are integers or arrays of them, such as client, round and step.
     """
-    digest = blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
-    word = np.array(int.from_bytes(digest, "little"), dtype=np.uint64)
-    for counter in counters:
-        with np.errstate(over="ignore"):
-            word = _mix(word + _GOLDEN * (np.asarray(counter).astype(np.uint64) + np.uint64(1)))
+    first, given = _first(seed, purpose), list(counters)
+    while given and isinstance(counter := given[0], int):
+        first = _chained(first, counter)
+        del given[0]
+    word = np.array(first, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        for x in given:
+            word = _mix(word + _GOLDEN * (np.asarray(x).astype(np.uint64) + np.uint64(1)))
     return word
 
 

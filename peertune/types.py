@@ -248,8 +248,8 @@ class RoundRecord:
     skipped: int = 0  # rounds after this one that a peer was up in and passed over, since others were further
     # (receiver, sender) of edges that counted and of which the receiver mixed nothing: too far from what others have
     not_mixed: list[tuple[int, int]] = field(default_factory=list)
-    # (client, round, times): a peer takes nothing from it before that round, after it fell back so often
-    suspects: list[tuple[int, int, int]] = field(default_factory=list)
+    # (receiver, sender, round, times): a peer takes nothing from the sender until that round; it fell back so often
+    suspects: list[tuple[int, int, int, int]] = field(default_factory=list)
     state: State | None = field(default=None, repr=False, compare=False)  # after the round; never written as JSON
 
 

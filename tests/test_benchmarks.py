@@ -101,6 +101,7 @@ def test_bytes_of_an_adapter_are_those_of_its_shapes() -> None:
     assert scale.adapter_bytes(*scale.ADAPTERS["MiniLM-L6"]) == 6 * 2 * 8 * (384 + 384) * 4
 
 
+@pytest.mark.thorough
 def test_decafs_benchmark_checks_and_beats_the_dense_svd() -> None:
     *_, speed = decaf.run(repeats=1)
     assert speed.value > 1
@@ -116,6 +117,7 @@ def test_the_benchmark_of_language_models_checks_and_measures(tmp_path: Path) ->
 
 
 @needs_sst2
+@pytest.mark.thorough
 class TestStep:
     """The comparison, on a tiny base."""
 

@@ -221,6 +221,7 @@ def test_a_ca_key_that_others_may_read_is_refused(ca: Call) -> None:
     assert not Path("roster.yaml").exists()
 
 
+@pytest.mark.thorough
 def test_each_member_gets_a_roster_of_its_own_for_a_recipe(ca: Call) -> None:
     for number in (1, 2, 3):
         name = f"hospital-{number}"

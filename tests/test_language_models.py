@@ -215,6 +215,7 @@ def make_decoding(**settings: Any) -> Decoding:
     return replace(Decoding(12, temperature=0.0, top_p=1.0, stop=(1,), pad=1, seed=3), **settings)
 
 
+@pytest.mark.thorough
 @every_model
 def test_generation_by_a_stack_equals_separate_peft_models(name: str) -> None:
     """Prompts of many lengths, all clients in one batch: as each prompt by itself with its client's model."""
@@ -249,6 +250,7 @@ def _until(text: list[int], stop: list[int]) -> list[int]:
     return text[: next((place for place, token in enumerate(text) if token in stop), len(text))]
 
 
+@pytest.mark.thorough
 def test_a_sampled_text_depends_on_no_other_row() -> None:
     model, adapters = make_stack("llama")
     prompts, _ = encode_prompts(make_tokenizer(), PROMPTS, ("prompt", "completion"), 64)

@@ -20,9 +20,12 @@ from peertune.recipe import Recipe, check_recipe, load_recipe
 GiB = 2**30
 
 
-def rows_of(folder: Path) -> Path:
+def rows_of(folder: Path, lengths: int = 4) -> Path:
     for name, count in (("train", 40), ("validation", 6)):
-        rows = [{"prompt": "a rose is " * (1 + i % 4), "completion": "a rose " * (2 + i % 3)} for i in range(count)]
+        rows = [
+            {"prompt": "a rose is " * (1 + i % lengths), "completion": "a rose " * (2 + i % max(1, lengths - 1))}
+            for i in range(count)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -33,6 +36,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("llama", "gpt2"):
         save(path / name, name)
     return path
+
+
+@pytest.fixture
+def even(folder: Path, tmp_path: Path) -> Path:
+    """A folder whose batches are all of one size: planning goes through one of them instead of three."""
+    (tmp_path / "llama").symlink_to(folder / "llama")
+    return rows_of(tmp_path, lengths=1)
 
 
 def recipe_of(folder: Path, base: str = "llama", **training: Any) -> Recipe:
@@ -144,8 +154,8 @@ def own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_bytes")
-def test_what_does_not_fit_is_refused_with_what_would(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(folder)
+def test_what_does_not_fit_is_refused_with_what_would(even: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(even)
     whole = plan(recipe)
     there = whole.total - whole.activations // 4
     monkeypatch.setattr(plans, "available_bytes", lambda _: there)
@@ -157,8 +167,8 @@ def test_what_does_not_fit_is_refused_with_what_would(folder: Path, monkeypatch:
 
 
 @pytest.mark.usefixtures("own_bytes")
-def test_advice_is_true(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(folder)
+def test_advice_is_true(even: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(even)
     whole = plan(recipe)
     there = int(0.45 * whole.total)
     monkeypatch.setattr(plans, "available_bytes", lambda _: there)

@@ -239,6 +239,7 @@ def test_a_peers_own_row_is_that_of_the_whole_matrix_to_the_bit(
         assert set(row) <= {client, *may_meet(graph, client)}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("activation", [0.003, 0.1, 0.8])
 def test_a_row_is_the_same_where_pairs_are_too_many_to_hold(activation: float, few_pairs: None) -> None:
     graph = GRAPHS["complete"](clients=90, activation=activation, seed=7)
@@ -426,6 +427,7 @@ def test_rounds_and_rho_are_the_same_where_pairs_are_too_many_to_hold(
     assert rho(graphs[1], 50) == before[1]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
@@ -448,6 +450,7 @@ def test_ten_thousand_clients_whose_pairs_are_drawn_take_memory_for_edges_alone(
     assert peak < 100e6  # all pairs alone are 800 MB
 
 
+@pytest.mark.thorough
 def test_rho_from_rows_alone_agrees_with_that_of_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = GRAPHS["complete"](clients=200, activation=0.02)
     whole = 1 - rho(graph, 200)
@@ -722,6 +725,7 @@ def test_rho_of_a_period_is_the_same_where_it_is_searched_for(
     assert 1 - rho(graph, 90) == pytest.approx(1 - directly, rel=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("probability", "value", "root", "isolated"),
     list(
@@ -746,6 +750,7 @@ def test_ten_clients_that_meet_at_random_mix_as_expected(
     assert found.isolated_share == pytest.approx(isolated, abs=0.01)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("probability", "gap"), list(zip(PROBABILITIES, [0.465, 0.363, 0.259, 0.171, 0.081, 0.043], strict=True))
 )
@@ -755,6 +760,7 @@ def test_ten_clients_that_meet_in_random_pairs_mix_as_expected(probability: floa
     assert rho(graph) == pytest.approx(1 - gap, rel=0.025)
 
 
+@pytest.mark.thorough
 def test_an_estimated_rho_agrees_with_the_formula_where_there_is_one() -> None:
     # Two clients either average (rho 0) or don't meet (rho 1).
     assert rho(GRAPHS["complete"](clients=2, activation=0.3)) == pytest.approx(0.7, abs=0.02)
@@ -790,6 +796,7 @@ def test_a_long_ring_gets_its_laplacian_weights_and_rho_in_closed_form() -> None
     assert 1 - rho(GRAPHS["ring"](clients=n, weights="laplacian")) == pytest.approx(1 - expected, rel=1e-3)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("clients", [10, 100, 600])
 def test_a_sparse_complete_graph_has_no_bias_from_few_draws(clients: int) -> None:
     # At such a p nearly all meetings are of two alone, who average: 1 - rho = n p / 2, less a term of order (n p)².
@@ -866,6 +873,7 @@ def test_a_summary_of_known_rounds_is_exact(tmp_path: Path) -> None:
     assert found.spectral_gap == 1 - found.rho
 
 
+@pytest.mark.thorough
 def test_a_summary_says_what_a_graph_does() -> None:
     found = summary(GRAPHS["star"](clients=5, activation=0.5, seed=4))
     assert (found.clients, found.edges, found.mean_neighbours) == (5, 4.0, 0.8)

@@ -56,7 +56,7 @@ def run_peer(
         swapper.remember(before["round"], counted, failed)
         past.add(before["round"], before["loss"], {*counted} - {j for _, j in before["not_mixed"]})
         fastest_s = _faster(fastest_s, before["seconds"])
-    past.suspect(made[-1]["suspects"] if made else ())
+    past.suspect(suspect for _, *suspect in (made[-1]["suspects"] if made else ()))
     heard = swapper.last_heard()
     swapper.enter(job.state.round)  # from here on it answers
     job = replace(job, steps=_counted(job, swapper), lines=swapper.lines)
@@ -83,7 +83,7 @@ def run_peer(
             pace_s = None if record.edges else fastest_s
             state = replace(state, round=_caught_up(job, swapper, here, heard, pace_s))
         skipped = [t for t in range(here, state.round) if met and me not in clients_down(job.faults, t)]
-        yield replace(record, state=state, skipped=len(skipped), suspects=past.suspects)
+        yield replace(record, state=state, skipped=len(skipped), suspects=[(me, *suspect) for suspect in past.suspects])
         if record.edges:
             alone_since, met = time.monotonic(), True
         elif shut_out():

@@ -220,6 +220,7 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "evaluation": evaluation,
         **{key: sum(record[key] for record in records) for key in ("failed_writes", "skipped")},
         "not_mixed": chained("not_mixed"),
+        "suspects": chained("suspects"),
     }
 
 

@@ -421,6 +421,7 @@ def train_on_budget(case: Case, budget: int, clients_together: int, packed: bool
     return state
 
 
+@pytest.mark.thorough
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(
     budget=st.integers(1, 120),

@@ -74,6 +74,7 @@ def test_all_clients_switch_in_the_same_round_on_a_random_graph(number: int) -> 
         assert len(set(seen.trained)) == 1, seen.round
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("before", "after"), [(0.6, 0.12), (0.12, 0.6)])
 def test_a_graph_whose_density_changes_half_way_changes_the_interval_for_all_at_once(
     before: float, after: float
@@ -136,6 +137,7 @@ def test_a_client_that_was_cut_off_is_back_in_phase_after_the_exchange_that_reac
     assert all(len(set(now)) == 1 for now in trained[back + 1 :])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("activation", [0.05, 0.1, 0.2, 0.5, 1.0])
 def test_the_interval_comes_near_to_that_of_the_graphs_rho(activation: float) -> None:
     graph = GRAPHS["complete"](clients=10, seed=5, activation=activation)

@@ -187,13 +187,13 @@ def test_a_peer_that_is_resumed_from_a_spoilt_checkpoint_goes_on_from_an_older_o
     assert [record.round for record in records] == [3, 4]
     assert max(loss for record in records for loss in record.loss) < 5
     assert asked == [3]
-    assert records[-1].suspects == [(1, 3 + LEFT_OUT_ROUNDS, 1)]
+    assert records[-1].suspects == [(0, 1, 3 + LEFT_OUT_ROUNDS, 1)]
 
 
 def test_a_peer_that_is_resumed_still_takes_nothing_from_whom_it_left_out(job: Job, swapper: Swapper) -> None:
-    made = [*before()[:2], {**before()[2], "suspects": [[1, 99, 2]]}]
+    made = [*before()[:2], {**before()[2], "suspects": [[0, 1, 99, 2]]}]
     (record, *_) = run_peer(replace(job, state=replace(job.state, round=3)), swapper, records=lambda: made)
-    assert record.suspects == [(1, 99, 2)]
+    assert record.suspects == [(0, 1, 99, 2)]
 
 
 def test_a_peer_that_mixed_nothing_says_that_training_diverges(job: Job, swapper: Swapper) -> None:

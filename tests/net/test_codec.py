@@ -634,6 +634,7 @@ def assert_is_one_printable_line(refusal: WireError, expected: Layout) -> None:
     assert len(str(refusal)) < 220 + max(map(len, expected.tensors))
 
 
+@pytest.mark.thorough
 def test_whatever_bytes_come_they_are_refused_or_mean_what_is_decoded() -> None:
     before = deepcopy(LAYOUTS)
     refused, accepted = Counter[str](), Counter[str]()
@@ -709,6 +710,7 @@ STREAMS: dict[str, Callable[[random.Random, bytes], Messages]] = {
 }
 
 
+@pytest.mark.thorough
 def test_whatever_chunks_come_they_are_refused_or_mean_what_is_decoded() -> None:
     rng = random.Random(1)
     refused, accepted = Counter[str](), Counter[str]()

@@ -104,6 +104,7 @@ def test_a_certificate_that_the_ca_issued_but_the_roster_lacks_is_nobodys(
     assert federation.roster(NOW).by_certificate(again, NOW) is not None
 
 
+@pytest.mark.thorough
 def test_a_roster_altered_in_any_byte_is_refused(federation: Federation, roster: Roster) -> None:
     start = roster.raw.rindex(b"signature: ")
     for place in range(len(roster.raw)):

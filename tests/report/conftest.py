@@ -70,6 +70,7 @@ def make(
                 "failed_writes": 0,
                 "skipped": 0,
                 "not_mixed": [],
+                "suspects": [],
             }
         )
     algorithm = {"name": method} | ({} if switch_every is None else {"switch_every": switch_every})

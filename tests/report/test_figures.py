@@ -141,6 +141,7 @@ def test_text_of_a_run_is_no_html_in_a_figure(make_run: Any) -> None:
         assert "<script" not in figure.figure.to_json()
 
 
+@pytest.mark.thorough
 def test_a_thousand_clients_stay_a_file_that_opens(make_run: Any) -> None:
     run = make_run(rounds=150, clients=1000, every=1, activation=0.002)
     found = drawn(run)

@@ -77,7 +77,7 @@ def test_put_together_they_say_what_a_simulation_says_but_for_what_nobody_knows(
     assert found.facts["validation"] == run.facts["validation"]
     for mine, record in zip(found.records, run.records, strict=True):
         evaluation = record["evaluation"] and record["evaluation"] | {"average": None}
-        of_peers = {"failed_writes": 0, "skipped": 0, "not_mixed": [], "vacant_edges": []}
+        of_peers = {"failed_writes": 0, "skipped": 0, "not_mixed": [], "suspects": [], "vacant_edges": []}
         assert mine == of_peers | record | {
             "diagnostics": {},
             "evaluation": evaluation,
