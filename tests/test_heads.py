@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from test_models import CPU, load, save_tokenizer, sizes, words
+from encoding import CPU, load, save_tokenizer, sizes, words
 from transformers import AutoModelForSequenceClassification
 
 from peertune.heads import order

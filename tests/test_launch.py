@@ -13,7 +13,7 @@ import pytest
 import submitit
 from conftest import Call
 from slurm import Cluster
-from test_sweep import SMALL, finish, records, start
+from sweeping import SMALL, finish, records, start
 from typer.testing import CliRunner
 
 from peertune import launch

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from encoding import CPU, NAMES, WORDS, load, save_tokenizer, sizes, words
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -25,30 +25,10 @@ from peertune.bases import digits_vit
 from peertune.data.tasks import public_digits
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
-from peertune.models import MODELS, Base, Purpose, load_base, pick_device, pick_dtype, usable_positions
+from peertune.models import MODELS, load_base, pick_device, pick_dtype, usable_positions
 from peertune.recipe import load_recipe
 from peertune.training import Optim, sgd, train_local
 from peertune.types import Batch, Phase, State
-
-CPU = torch.device("cpu")
-WORDS = ["[PAD]", "[UNK]", "[EOS]", "good", "bad", "film"]
-sizes: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-}
-words: dict[str, Any] = {"vocab_size": len(WORDS), "pad_token_id": 0, "max_position_embeddings": 12}
-
-
-NAMES = ["no", "yes", "maybe", "never", "always"]
-
-
-def load(name: str | Path, *, classes: int = 2, image: bool = False, seed: int = 0) -> Base:
-    purpose: Purpose = "image" if image else "text"
-    return load_base(
-        str(name), revision=None, purpose=purpose, classes=NAMES[:classes], dtype=torch.float32, device=CPU, seed=seed
-    )
 
 
 def refusal(name: str | Path, **given: Any) -> str:
@@ -59,14 +39,6 @@ def refusal(name: str | Path, **given: Any) -> str:
     assert "\n" not in message
     assert str(name) in message
     return message
-
-
-def save_tokenizer(folder: Path, **special: str) -> None:
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **special).save_pretrained(
-        folder
-    )
 
 
 @pytest.fixture

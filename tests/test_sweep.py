@@ -7,21 +7,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import processes
 import pytest
+from sweeping import SMALL, finish, records, start
 
 from peertune import sweep
 from peertune.errors import PeertuneError, RecipeError
-
-SMALL = [
-    "clients=4",
-    "partition={name: iid}",
-    "graph={name: complete, activation: 0.5}",
-    "training={local_steps: 1, per_device_train_batch_size: 2}",
-    "evaluate={every: 4, rows: 4}",
-]
 
 
 def names(*words: str) -> list[str]:
@@ -121,18 +113,6 @@ def test_a_sweep_takes_no_other_run_for_its_own(whole: Path) -> None:
     assert (code, out) == (2, "0 of 1 runs are finished in all\n")
     assert "holds a run with training.local_steps=1, not 2; give another --out" in err
     assert {file: file.stat().st_mtime_ns for file in whole.rglob("*")} == before
-
-
-def start(folder: Path, *words: str) -> processes.Command:
-    return processes.start(folder, "sweep", "digits-demo", *SMALL, *words)
-
-
-def finish(process: processes.Command) -> tuple[int, str, str]:
-    return processes.finish(process)
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) | {"seconds": None} for line in (run / "rounds.jsonl").read_text().splitlines()]
 
 
 GRID = ["algorithm.name=dec_lora,local", "seed=0,1", "rounds=40", "checkpoint.every=5"]
