@@ -4,7 +4,7 @@ Each is run as it is, and at ten times its learning rate until training itself d
 many times a receiver's own (or the floor) whatever it heard was at most, by kind; the same for a client that begins
 when the others are done; what was refused, and in which round first; the highest loss right after mixing, over the
 highest before; and the accuracy at the end, on the recipe's first 200 test rows.
-`peertune.bounds` has the limits. Rows that `bound.jsonl` in the folder of the results has already are not run again.
+`peertune.rounds.bounds` has the limits. Rows that `bound.jsonl` in the folder of the results has are not run again.
 Beside that, what bounding takes is timed in turn with mixing.
 """
 
@@ -20,12 +20,12 @@ import torch
 from benchmarks.measure import Figure, figure, ratios
 from benchmarks.setup import overrides
 from peertune import build, load_recipe
-from peertune.algorithms.methods import ALGORITHMS
-from peertune.algorithms.mixers import gossip
-from peertune.bounds import Bound, apart, largest, refused
 from peertune.errors import ModelError
-from peertune.metrics import entries
-from peertune.round import Heard, Job, Refuse, as_weights, exchanged, run_rounds
+from peertune.methods.catalogue import ALGORITHMS
+from peertune.methods.mixers import gossip
+from peertune.rounds.bounds import Bound, apart, largest, refused
+from peertune.rounds.metrics import entries
+from peertune.rounds.round import Heard, Job, Refuse, as_weights, exchanged, run_rounds
 from peertune.topology import GRAPHS, planned_weights, weights_at
 from peertune.types import Phase, Tensors
 

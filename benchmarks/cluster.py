@@ -13,8 +13,8 @@ import torch
 from benchmarks.measure import Figure, figure, ratios, timed
 from benchmarks.setup import dropout, make
 from peertune import simulate
-from peertune.assembly import Run
-from peertune.engines.cluster import joined, run_cluster, share, start
+from peertune.assembly.build import Run
+from peertune.engines.distributed import joined, run_cluster, share, start
 from peertune.types import ALONE, Group
 
 SIZES = (100, 1_000, 10_000)

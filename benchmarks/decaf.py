@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Figure, figure, interleaved, ratios
-from peertune.algorithms.mixers import products
+from peertune.methods.mixers import products
 from peertune.types import Phase, Tensors
 
 WIDTH, RANK, HEARD = 1024, 8, 11  # ten neighbours and oneself

@@ -2,7 +2,7 @@
 
 from benchmarks.measure import Figure, figure, interleaved
 from benchmarks.setup import make
-from peertune.training import train_local
+from peertune.rounds.training import train_local
 
 EVERY, LOCAL_STEPS = 10, 20  # as in the papers' recipes
 

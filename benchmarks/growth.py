@@ -6,8 +6,8 @@ Rounds of one local step are timed in turn for all sizes. Mixing's share is that
 from benchmarks.measure import Figure, copy_bandwidth, figure, ratios
 from benchmarks.setup import dropout, make
 from peertune import simulate
-from peertune.assembly import Run
-from peertune.metrics import payload_bytes
+from peertune.assembly.build import Run
+from peertune.rounds.metrics import payload_bytes
 
 SIZES = (10, 100, 1000)
 LOCAL_STEPS = 20

@@ -20,9 +20,9 @@ from torch import Tensor
 from benchmarks.measure import Figure, figure, interleaved, ratios
 from benchmarks.setup import model as minilm
 from peertune import build, load_recipe
-from peertune.assembly import Run
-from peertune.models import in_four_bits
-from peertune.training import train_local
+from peertune.assembly.build import Run
+from peertune.models.load import in_four_bits
+from peertune.rounds.training import train_local
 from peertune.types import Batch
 
 

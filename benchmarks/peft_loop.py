@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from peertune.assembly import Run
+from peertune.assembly.build import Run
 from peertune.types import Batch
 
 ClientRows = tuple[list[Tensor], Tensor]

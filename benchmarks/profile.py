@@ -4,7 +4,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.setup import dropout, make
 from benchmarks.table import percentages
-from peertune.training import train_local
+from peertune.rounds.training import train_local
 
 STEPS = 10
 KINDS = {

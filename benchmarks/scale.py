@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from benchmarks.measure import Figure, figure, interleaved, ratios, timed
-from peertune.algorithms.schedules import switching_interval
-from peertune.net.certificates import Request, issue, issue_ca, new_key
-from peertune.net.own import Own
-from peertune.net.roster import Member, load_roster, sign_roster
-from peertune.parts import build_algorithm, build_graph, describe_graph, graph_settings
+from peertune.assembly.registry import build_algorithm, build_graph, describe_graph, graph_settings
+from peertune.identity.certificates import Request, issue, issue_ca, new_key
+from peertune.identity.neighbour_roster import Own
+from peertune.identity.roster import Member, load_roster, sign_roster
+from peertune.methods.schedules import switching_interval
 from peertune.recipe import load_recipe
 from peertune.topology import GRAPHS, Graph, may_meet, neighbourhoods, rho, row_at, summary, weights_at
 

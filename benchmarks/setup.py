@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from peertune import build, load_recipe
-from peertune.assembly import Run
+from peertune.assembly.build import Run
 from peertune.types import ALONE, Group
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"

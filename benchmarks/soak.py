@@ -11,7 +11,7 @@ from statistics import median
 
 from benchmarks.measure import Figure, figure
 from benchmarks.wire import PEERS, federation
-from peertune import tracking
+from peertune.runs import tracking
 
 ROUNDS = 300
 KILLED = range(PEERS // 2, PEERS)  # the others are only stopped, so that their memory can be followed

@@ -19,8 +19,8 @@ from benchmarks.measure import Figure, figure, interleaved, matrix_product, rati
 from benchmarks.peft_loop import PeftLoop, client_rows
 from benchmarks.setup import dropout, make
 from peertune.adapters.stacked import StackedModel
-from peertune.assembly import Run
-from peertune.training import train_local
+from peertune.assembly.build import Run
+from peertune.rounds.training import train_local
 from peertune.types import Batch
 
 PAPERS_LENGTH = 128

@@ -1,6 +1,6 @@
 """What swapping costs: bytes beside the factors', goodput beside a bare stream's, and a round of eight peers."""
 
-import peertune.net  # noqa: F401  # first: gRPC reads its settings when it is imported
+import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
 
 # isort: split
 import multiprocessing
@@ -18,15 +18,15 @@ import torch
 
 from benchmarks.measure import Figure, figure, ratios, seconds
 from peertune.files import write_file
-from peertune.net import authority as ca
-from peertune.net import tls
-from peertune.net.certificates import bundle, read_request
-from peertune.net.codec import CHUNK_BYTES, encode
-from peertune.net.identity import request
-from peertune.net.membership import Membership
-from peertune.net.node import OPTIONS
-from peertune.net.swap import Swapper
+from peertune.identity import authority as ca
+from peertune.identity.certificates import bundle, read_request
+from peertune.identity.keys import request
+from peertune.identity.membership import Membership
 from peertune.types import Tensors
+from peertune.wire import tls
+from peertune.wire.codec import CHUNK_BYTES, encode
+from peertune.wire.node import OPTIONS
+from peertune.wire.swap import Swapper
 
 PEERS = 8
 LARGE = 64 * 2**20  # bytes of a payload that takes long enough to be timed: LLaMA-2-7B, r = 8 on query and value

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
-    from peertune.algorithms.methods import ALGORITHMS
-    from peertune.assembly import build
+    from peertune.assembly.build import build
     from peertune.data.partition import PARTITIONS
     from peertune.data.tasks import TASKS
     from peertune.engines.simulator import simulate
     from peertune.errors import PeertuneError
+    from peertune.methods.catalogue import ALGORITHMS
     from peertune.recipe import load_recipe
     from peertune.topology import GRAPHS
 
@@ -35,12 +35,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ALGORITHMS": "peertune.algorithms.methods",
+    "ALGORITHMS": "peertune.methods.catalogue",
     "GRAPHS": "peertune.topology",
     "PARTITIONS": "peertune.data.partition",
     "PeertuneError": "peertune.errors",
     "TASKS": "peertune.data.tasks",
-    "build": "peertune.assembly",
+    "build": "peertune.assembly.build",
     "load_recipe": "peertune.recipe",
     "simulate": "peertune.engines.simulator",
 }

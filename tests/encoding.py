@@ -7,7 +7,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from peertune.models import Base, Purpose, load_base
+from peertune.models.load import Base, Purpose, load_base
 
 CPU = torch.device("cpu")
 WORDS = ["[PAD]", "[UNK]", "[EOS]", "good", "bad", "film"]

@@ -17,8 +17,8 @@ from processes import AT_MOST_S, forking
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peertune.assembly.registry import build_graph, graph_settings
 from peertune.files import write_file
-from peertune.parts import build_graph, graph_settings
 from peertune.recipe import load_recipe
 
 _PORTS = range(16_000, 32_000)  # below those that systems give to callers, who could take one before it is listened at
@@ -172,10 +172,10 @@ def _play(
 ) -> None:
     import torch
 
-    from peertune.assembly import agreed, build
+    from peertune.assembly.build import agreed, build
     from peertune.engines.peer import run_peer
-    from peertune.net.membership import Membership
-    from peertune.net.swap import Swapper
+    from peertune.identity.membership import Membership
+    from peertune.wire.swap import Swapper
 
     torch.set_num_threads(1)
     try:

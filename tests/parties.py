@@ -7,10 +7,10 @@ from typing import Any
 
 from cryptography import x509
 
-from peertune.net import authority as ca
-from peertune.net.certificates import bundle, read_request
-from peertune.net.identity import Identity, load_identity, request
-from peertune.net.roster import Roster, load_roster
+from peertune.identity import authority as ca
+from peertune.identity.certificates import bundle, read_request
+from peertune.identity.keys import Identity, load_identity, request
+from peertune.identity.roster import Roster, load_roster
 from peertune.topology import Graph
 
 

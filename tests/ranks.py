@@ -14,7 +14,7 @@ from processes import forking
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peertune.round import Job
+from peertune.rounds.round import Job
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ def together(out: Path, ranks: int, recipes: Mapping[str, Sequence[str]]) -> dic
 
 
 def _run(out: Path, rank: int, ranks: int, port: int, recipes: Mapping[str, Sequence[str]]) -> None:
-    from peertune.assembly import build
-    from peertune.engines.cluster import joined, run_cluster, share
+    from peertune.assembly.build import build
+    from peertune.engines.distributed import joined, run_cluster, share
     from peertune.recipe import load_recipe
 
     torch.set_num_threads(1)

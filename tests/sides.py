@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 STARTERS = {
-    *("elastic", "federation", "multiprocessing", "peertune.engines.cluster", "processes", "slurm", "subprocess"),
+    *("elastic", "federation", "multiprocessing", "peertune.engines.distributed", "processes", "slurm", "subprocess"),
 }
 """Modules by which tests start processes: whoever has something of theirs is taken to do so."""
 TRAINERS = {"peertune.engines.simulator"}

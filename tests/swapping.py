@@ -1,6 +1,6 @@
 """Real servers over real TLS that swap small payloads, and calls of members that write their own requests."""
 
-import peertune.net  # noqa: F401  # first: gRPC reads its settings when it is imported
+import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
 
 # isort: split
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +13,12 @@ import torch
 from federation import Federation
 from processes import wait_until
 
-from peertune.net import tls
-from peertune.net.membership import Membership
-from peertune.net.node import METHOD, PROTOCOL
-from peertune.net.peer_pb2 import Chunk, Hello
-from peertune.net.swap import Swapper
+from peertune.identity.membership import Membership
 from peertune.types import Tensors
+from peertune.wire import tls
+from peertune.wire.node import METHOD, PROTOCOL
+from peertune.wire.peer_pb2 import Chunk, Hello
+from peertune.wire.swap import Swapper
 
 AGREED = {"rounds": "10", "seed": "0"}
 LONG_S = 300.0  # patience, and a limit, that no test comes near where all is well, on whatever machine

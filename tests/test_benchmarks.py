@@ -14,7 +14,7 @@ from benchmarks.peft_loop import PeftLoop, client_rows
 from benchmarks.setup import dropout, make, model
 from benchmarks.step import compare, useful_operations
 from benchmarks.table import table
-from peertune.training import train_local
+from peertune.rounds.training import train_local
 
 ROOT = Path(__file__).parents[1]
 SST2 = ROOT.parent / "shared/data/glue/sst2"

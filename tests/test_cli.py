@@ -20,8 +20,8 @@ from processes import PROCESS, finish, start, wait_until
 from peertune.cli import app, main
 from peertune.cli.common import asked_to_stop, interruptible, lines, messages
 from peertune.errors import RunError
-from peertune.launch import COMMAND
 from peertune.recipe import recipe_names
+from peertune.sweeps.launch import COMMAND
 
 SMALL = [
     "clients=4",

@@ -20,7 +20,7 @@ from processes import AT_MOST_S, Command, Process, finish, start, wait_until
 from ranks import assert_same_adapters
 from safetensors.torch import load_file
 
-from peertune.sweep import rounds_done as rounds
+from peertune.sweeps.grid import rounds_done as rounds
 
 RECIPE = [
     "digits-demo",

@@ -12,9 +12,9 @@ from cryptography import x509
 
 from peertune.cli import app
 from peertune.errors import IdentityError
-from peertune.net.identity import load_ca, load_identity
-from peertune.net.membership import Membership
-from peertune.net.roster import load_roster
+from peertune.identity.keys import load_ca, load_identity
+from peertune.identity.membership import Membership
+from peertune.identity.roster import load_roster
 
 Call = Callable[..., tuple[int, str, str]]
 

@@ -18,20 +18,20 @@ from federation import Federation, found, free_ports
 from processes import Command, finish, finish_well, start, wait_until
 from seeing import COLOURS, save_images, save_vit
 
-from peertune import tracking
-from peertune.algorithms.schedules import switching_interval
+from peertune.assembly.registry import build_graph, graph_settings, part_defaults
 from peertune.errors import Exit, GraphError
-from peertune.net import authority as ca
-from peertune.net.membership import Membership
-from peertune.net.node import Neighbour
-from peertune.net.own import Own
-from peertune.net.roster import sign_roster
-from peertune.net.standing import kept
-from peertune.net.standing import standing as of_peer
-from peertune.net.swap import Swapper
-from peertune.parts import build_graph, graph_settings, part_defaults
+from peertune.identity import authority as ca
+from peertune.identity.membership import Membership
+from peertune.identity.neighbour_roster import Own
+from peertune.identity.roster import sign_roster
+from peertune.methods.schedules import switching_interval
 from peertune.recipe import load_recipe
+from peertune.runs import tracking
 from peertune.topology import GraphSummary, Neighbourhood
+from peertune.wire.node import Neighbour
+from peertune.wire.status import kept
+from peertune.wire.status import standing as of_peer
+from peertune.wire.swap import Swapper
 
 Call = Callable[..., tuple[int, str, str]]
 SMALL = [

@@ -19,9 +19,9 @@ from typer.testing import CliRunner
 from peertune import ALGORITHMS, GRAPHS, PARTITIONS, TASKS
 from peertune.cli import app
 from peertune.errors import Exit
-from peertune.launch import COMMAND
 from peertune.recipe import Recipe
-from peertune.sweep import members, split_values
+from peertune.sweeps.grid import members, split_values
+from peertune.sweeps.launch import COMMAND
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

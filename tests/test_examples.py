@@ -17,7 +17,7 @@ from processes import AT_MOST_S, finish, wait_until
 from ranks import assert_same_adapters
 
 from peertune.recipe import load_recipe
-from peertune.sweep import rounds_done as rounds
+from peertune.sweeps.grid import rounds_done as rounds
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CLUSTER = EXAMPLES / "cluster"

@@ -19,9 +19,9 @@ from peertune.adapters.peft_format import find_sites
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import UNLABELLED, Encoded, training_steps, validation_batches
 from peertune.data.completions import encode_completions, encode_prompts
-from peertune.generation import Decoding, generate, sampler
-from peertune.models import in_four_bits
-from peertune.training import Optim, adamw, evaluate, hits, row_losses, train_local
+from peertune.models.generation import Decoding, generate, sampler
+from peertune.models.load import in_four_bits
+from peertune.rounds.training import Optim, adamw, evaluate, hits, row_losses, train_local
 from peertune.types import Batch, Phase, Split, State, Tensors, take
 
 K, R, ALPHA, RATE, ROWS = 3, 2, 4, 1e-2, 4

@@ -14,7 +14,7 @@ from speaking import CHAT, make_model, make_tokenizer, save
 from tokenizers import normalizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM
 
-from peertune.assembly import build
+from peertune.assembly.build import build
 from peertune.engines.simulator import simulate
 from peertune.recipe import check_recipe
 

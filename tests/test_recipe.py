@@ -12,7 +12,7 @@ from speaking import save as save_language_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-from peertune.assembly import build
+from peertune.assembly.build import build
 from peertune.data.tasks import _GLUE
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError

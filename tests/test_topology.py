@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from scipy.sparse import csr_array, diags_array
 from scipy.sparse.csgraph import connected_components
 
-from peertune.algorithms.schedules import switching_interval
-from peertune.draws import uniforms
+from peertune.assembly.registry import describe_graph
 from peertune.errors import GraphError
-from peertune.parts import describe_graph
+from peertune.methods.schedules import switching_interval
+from peertune.randomness import uniforms
 from peertune.topology import (
     GRAPHS,
     WEIGHTS,
@@ -31,7 +31,6 @@ from peertune.topology import (
     graph_near,
     graphs,
     may_meet,
-    mixing,
     mixing_weights,
     neighbourhoods,
     one_period,
@@ -41,6 +40,7 @@ from peertune.topology import (
     rho,
     rho_draws,
     row_at,
+    spectrum,
     summary,
     weights,
     weights_at,
@@ -454,7 +454,7 @@ def test_ten_thousand_clients_whose_pairs_are_drawn_take_memory_for_edges_alone(
 def test_rho_from_rows_alone_agrees_with_that_of_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     graph = GRAPHS["complete"](clients=200, activation=0.02)
     whole = 1 - rho(graph, 200)
-    monkeypatch.setattr(mixing, "MOST_PAIRED", 100)
+    monkeypatch.setattr(spectrum, "MOST_PAIRED", 100)
     assert 1 - rho(graph, 1_000) == pytest.approx(whole, rel=0.03)
     assert rho_draws(replace(graph, clients=10**6, activation=2e-5)) == 47
 
@@ -721,7 +721,7 @@ def test_rho_of_a_period_is_the_same_where_it_is_searched_for(
     graph = replace(ring, period=3, edges_at=lambda t: thirds[t % 3], sides=())
     directly = rho(graph, 90)
     rho.cache_clear()
-    monkeypatch.setattr(mixing, "DENSE_CLIENTS", dense)
+    monkeypatch.setattr(spectrum, "DENSE_CLIENTS", dense)
     assert 1 - rho(graph, 90) == pytest.approx(1 - directly, rel=1e-3)
 
 
@@ -785,7 +785,7 @@ def test_large_graphs_get_the_same_rho_without_a_dense_matrix(
     settings = {"probability": 0.05} if name == "erdos_renyi" else {}
     graph = GRAPHS[name](clients=150, activation=activation, **settings)
     dense = rho(graph, draws=50)
-    monkeypatch.setattr(mixing, "DENSE_CLIENTS", 100)
+    monkeypatch.setattr(spectrum, "DENSE_CLIENTS", 100)
     assert 1 - rho(graph, draws=50) == pytest.approx(1 - dense, rel=1e-4)
 
 
@@ -839,8 +839,8 @@ def test_as_many_rounds_are_drawn_as_take_a_second_or_so(
 
 def test_the_order_of_rounds_counts_where_it_can_be_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     def looks(clients: int, period: int, work: int, **settings: Any) -> bool:
-        monkeypatch.setattr(mixing, "IN_ORDER_WORK", work)
-        return mixing._in_order(replace(GRAPHS["ring"](clients=clients), period=period, **settings))
+        monkeypatch.setattr(spectrum, "IN_ORDER_WORK", work)
+        return spectrum._in_order(replace(GRAPHS["ring"](clients=clients), period=period, **settings))
 
     assert not looks(20, 1, 10**9)
     assert [looks(20, 3, work) for work in (1_199, 1_200)] == [False, True]

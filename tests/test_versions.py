@@ -20,12 +20,12 @@ from processes import AT_MOST_S, finish, finish_well, start
 from safetensors.torch import load_file
 from seeing import COLOURS, save_images, save_vit
 
-from peertune import tracking
-from peertune.net.node import PROTOCOL
-from peertune.parts import part_defaults
+from peertune.assembly.registry import part_defaults
 from peertune.recipe import block_defaults
 from peertune.report.runs import find_runs
-from peertune.tracking import FORMAT
+from peertune.runs import tracking
+from peertune.runs.tracking import FORMAT
+from peertune.wire.node import PROTOCOL
 
 Call = Callable[..., tuple[int, str, str]]
 KEPT, BUILDS = (Path(__file__).parent / "data" / kept for kept in ("formats", "builds"))

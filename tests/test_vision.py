@@ -16,7 +16,7 @@ from peft import PeftModel
 from processes import finish_well, start
 from seeing import COLOURS, save_clip, save_images, save_vit
 
-from peertune.assembly import agreed, build
+from peertune.assembly.build import agreed, build
 from peertune.errors import PeertuneError
 from peertune.recipe import check_recipe
 

@@ -25,9 +25,9 @@ from peertune.cli.peering import (
 from peertune.errors import Exit, PeertuneError, RunError
 
 if TYPE_CHECKING:
-    from peertune.assembly import Run
-    from peertune.net.doctor import Check
-    from peertune.net.membership import Membership
+    from peertune.assembly.build import Run
+    from peertune.identity.membership import Membership
+    from peertune.wire.doctor import Check
 
 SILENT_S = 15.0  # after which a peer that runs should have written again
 
@@ -45,7 +45,7 @@ def status(
 
       peertune peer status runs/x
     """
-    from peertune.net.standing import read
+    from peertune.wire.status import read
 
     folder = run or _newest()
     found = read(folder)
@@ -133,8 +133,8 @@ def doctor(
     if recipe is None and resume is None and (overrides or data is not None):
         raise RunError("peer doctor: overrides and --data go with --recipe or --resume")
     with interruptible(), messages():
-        from peertune import tracking
-        from peertune.net.doctor import Check, check_disk, check_identity, check_memory, check_network
+        from peertune.runs import tracking
+        from peertune.wire.doctor import Check, check_disk, check_identity, check_memory, check_network
 
         source = recipe if resume is None else tracking.resolved(resume)
         checks, membership = check_identity(folder, roster, ca_fingerprint)
@@ -174,7 +174,7 @@ def _build(
     source: str | Path, overrides: list[str], data: Path | None, membership: "Membership"
 ) -> "tuple[Run | None, Check]":
     """Make what the recipe says, as `peer start` does, and say how that went."""
-    from peertune.net.doctor import Check
+    from peertune.wire.doctor import Check
 
     try:
         run = build_own(source, overrides, data, membership)
@@ -184,7 +184,7 @@ def _build(
 
 
 def _agreed(run: "Run") -> dict[str, str]:
-    from peertune.assembly import agreed
+    from peertune.assembly.build import agreed
 
     return agreed(run)
 

@@ -58,7 +58,7 @@ def environment() -> dict[str, Any]:
 
     import torch
 
-    from peertune.models import pick_device, pick_dtype
+    from peertune.models.load import pick_device, pick_dtype
 
     device = pick_device("auto")
     return {

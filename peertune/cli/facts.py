@@ -48,7 +48,7 @@ def graph(
       peertune graph digits-demo graph.name=ring --png ring.png
     """
     with messages():
-        from peertune.parts import build_graph, describe_graph
+        from peertune.assembly.registry import build_graph, describe_graph
         from peertune.recipe import load_recipe
 
         made = build_graph(load_recipe(recipe, overrides or []))
@@ -86,7 +86,7 @@ def data(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = Fals
       peertune data digits-demo partition.alpha=1
     """
     with messages():
-        from peertune.parts import build_partition, build_task, label_counts
+        from peertune.assembly.registry import build_partition, build_task, label_counts
         from peertune.recipe import load_recipe
         from peertune.report.tables import text
 

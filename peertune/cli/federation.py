@@ -12,9 +12,9 @@ from peertune.cli.common import AsJson, Overrides, messages, print_json, progres
 from peertune.errors import IdentityError, RecipeError
 
 if TYPE_CHECKING:
-    from peertune.net.authority import Authority
-    from peertune.net.certificates import Request
-    from peertune.net.roster import Member
+    from peertune.identity.authority import Authority
+    from peertune.identity.certificates import Request
+    from peertune.identity.roster import Member
 
 ca_app = typer.Typer(
     no_args_is_help=True,
@@ -54,8 +54,8 @@ def init(
 
       peertune ca init --federation hospitals
     """
-    from peertune.net.authority import create_authority
-    from peertune.net.certificates import fingerprint, public_key
+    from peertune.identity.authority import create_authority
+    from peertune.identity.certificates import fingerprint, public_key
 
     made = create_authority(folder, federation)
     until = made.certificate.not_valid_after_utc
@@ -88,9 +88,9 @@ def approve(
       peertune ca approve hospital-3.request.pem --days 30
     """
     from peertune.files import write_file
-    from peertune.net import authority as ca
-    from peertune.net.certificates import bundle, fingerprint, read_request
-    from peertune.net.identity import read_file
+    from peertune.identity import authority as ca
+    from peertune.identity.certificates import bundle, fingerprint, read_request
+    from peertune.identity.keys import read_file
 
     asked = read_request(read_file(request), request)
     printed = fingerprint(asked.key)
@@ -120,7 +120,7 @@ def approve(
 
 def _what_approval_does(authority: "Authority", request: "Request") -> str:
     """Say in a line what approving a request changes."""
-    from peertune.net.certificates import fingerprint
+    from peertune.identity.certificates import fingerprint
 
     member = authority.by_name(request.name)
     if member is None:
@@ -155,7 +155,7 @@ def renew(
 
       peertune ca renew hospital-3
     """
-    from peertune.net import authority as ca
+    from peertune.identity import authority as ca
 
     with ca.opened(folder) as before:
         after, certificate = ca.renew(before, name, days)
@@ -177,7 +177,7 @@ def revoke(
 
       peertune ca revoke hospital-3
     """
-    from peertune.net import authority as ca
+    from peertune.identity import authority as ca
 
     with ca.opened(folder) as before:
         ca.keep(folder, ca.revoke(before, name))
@@ -192,7 +192,7 @@ def list_members(folder: Authorities = Path("ca"), as_json: AsJson = False) -> N
 
       peertune ca list
     """
-    from peertune.net import authority as ca
+    from peertune.identity import authority as ca
 
     with ca.opened(folder) as authority:
         pass
@@ -263,7 +263,7 @@ def roster(
       peertune roster --serial-above 12
     """
     from peertune.files import write_file
-    from peertune.net import authority as ca
+    from peertune.identity import authority as ca
 
     if recipe is not None:
         _own_rosters(recipe, overrides or [], folder, out or Path("rosters"), above, as_json)
@@ -291,9 +291,9 @@ def _print_roster(authority: "Authority", key: str, what: str, out: Path, as_jso
 
 def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, above: int, as_json: bool) -> None:
     """Issue to each member its own roster, all in a folder, which takes the place of those of before."""
+    from peertune.assembly.registry import build_graph, graph_settings
     from peertune.files import write_file, written_folder
-    from peertune.net import authority as ca
-    from peertune.parts import build_graph, graph_settings
+    from peertune.identity import authority as ca
     from peertune.recipe import load_recipe
 
     place = out.resolve()
@@ -338,8 +338,8 @@ def request_certificate(
 
       peertune peer request --name hospital-3 --address hospital-3.example.org:50051
     """
-    from peertune.net.certificates import fingerprint, public_key
-    from peertune.net.identity import load_ca, request
+    from peertune.identity.certificates import fingerprint, public_key
+    from peertune.identity.keys import load_ca, request
 
     asked = request(folder, name, address)
     try:

@@ -16,12 +16,12 @@ from peertune.cli.running import begin, check_same, keeper, print_summary, train
 from peertune.errors import Exit, RecipeError, RunError
 
 if TYPE_CHECKING:
-    from peertune.assembly import Run
-    from peertune.net.identity import Identity
-    from peertune.net.membership import Membership
-    from peertune.net.roster import Roster
+    from peertune.assembly.build import Run
+    from peertune.identity.keys import Identity
+    from peertune.identity.membership import Membership
+    from peertune.identity.roster import Roster
     from peertune.recipe import Recipe
-    from peertune.round import Job
+    from peertune.rounds.round import Job
     from peertune.types import State
 
 log = logging.getLogger(__name__)
@@ -83,16 +83,16 @@ def start(
     if (recipe is None) == (resume is None):
         raise RunError("peer start: give --recipe with --out; a resumed run has its own recipe")
     with interruptible(), messages(), ExitStack() as held:
-        from peertune import tracking
-        from peertune.assembly import agreed
+        from peertune.assembly.build import agreed
         from peertune.engines.peer import ended, neighbours, run_peer
         from peertune.files import locked
-        from peertune.net.incarnation import next_incarnation
-        from peertune.net.limits import raise_open_files
-        from peertune.net.membership import Membership
-        from peertune.net.prometheus import served
-        from peertune.net.standing import kept, known_before, standing
-        from peertune.net.swap import Swapper
+        from peertune.identity.incarnation import next_incarnation
+        from peertune.identity.membership import Membership
+        from peertune.runs import tracking
+        from peertune.wire.limits import raise_open_files
+        from peertune.wire.prometheus import served
+        from peertune.wire.status import kept, known_before, standing
+        from peertune.wire.swap import Swapper
 
         raise_open_files()
         membership = Membership(folder, roster, ca_fingerprint)
@@ -190,7 +190,7 @@ def _tell(place: Path, records: "Sequence[Mapping[str, Any]]", end: Exit, rounds
 
 def _introduce(identity: "Identity", roster: "Roster") -> None:
     """Say who this peer is, and whose word for that counts."""
-    from peertune.net.certificates import fingerprint, public_key
+    from peertune.identity.certificates import fingerprint, public_key
 
     log.info("%s is client %d of %s, roster %d", identity.name, identity.client, roster.federation, roster.serial)
     log.info("the CA's fingerprint is %s", fingerprint(public_key(roster.ca)))
@@ -198,7 +198,7 @@ def _introduce(identity: "Identity", roster: "Roster") -> None:
 
 def recalled(job: "Job", folder: Path, before: int) -> "State | None":
     """Return the newest state that is kept with fewer rounds behind it; the start is kept for ever."""
-    from peertune import tracking
+    from peertune.runs import tracking
 
     kept = tracking.load_checkpoint(folder, job.state, job.clients, before=before)
     if kept is not None:
@@ -208,8 +208,8 @@ def recalled(job: "Job", folder: Path, before: int) -> "State | None":
 
 def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membership: "Membership") -> "Run":
     """Make this party's part of a recipe. Raises PeertuneError where it can't be run."""
-    from peertune.assembly import build
-    from peertune.parts import graph_settings
+    from peertune.assembly.build import build
+    from peertune.assembly.registry import graph_settings
     from peertune.recipe import load_recipe
 
     identity, roster = membership.current()
@@ -225,7 +225,7 @@ def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membe
 
 def _check_graph(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise RecipeError where the roster is for another graph than the recipe's, and say in what."""
-    from peertune.parts import part_defaults
+    from peertune.assembly.registry import part_defaults
 
     there, here = (part_defaults("graph", str(said.get("name"))) | dict(said) for said in (there, here))
     differ = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
@@ -252,7 +252,7 @@ def _with_data(recipe: "Recipe", data: Path) -> "Recipe":
 
 def where_to_listen(address: str | None, listen: str | None, insecure: bool) -> str | None:
     """Return where to answer those who call this address: on all of this machine's, or loopback; None: nowhere."""
-    from peertune.net.certificates import check_address
+    from peertune.identity.certificates import check_address
 
     if listen is not None:
         return check_address(listen)

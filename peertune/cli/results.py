@@ -181,21 +181,21 @@ def export(
         raise RunError("--private: goes with --push")
     number = None if client == "average" else int(client)
     with messages():
-        from peertune import publish, tracking
         from peertune.report.card import card
         from peertune.report.runs import find_runs
+        from peertune.runs import hub, tracking
 
         if push is not None:
-            publish.check_push(push)
+            hub.check_push(push)
         state = tracking.load_checkpoint(run)
         if state is None:
             raise RunError(f"{run}: holds no checkpoint; give the folder of a run that has got to its first one")
         (data,) = find_runs([tracking.resolved(run).parent])
         with tracking.exported(run, state, number, to) as folder:
-            precision = publish.merge(run, folder) if merge else None
+            precision = hub.merge(run, folder) if merge else None
             readme = card(data, push or to.name, number, state.round, precision)
             (folder / "README.md").write_text(readme, encoding="utf-8")
-            address = None if push is None else publish.push(folder, push, private=private)
+            address = None if push is None else hub.push(folder, push, private=private)
     what = "the average" if number is None else f"client {number}"
     print(f"{what} of {run}{f', merged into its base in {precision},' if merge else ''} is in {to}")
     if address is not None:

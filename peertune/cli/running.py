@@ -28,11 +28,11 @@ from peertune.errors import Exit, RunError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from peertune.assembly import Run
-    from peertune.keeping import Keeper
-    from peertune.plan import Plan
+    from peertune.assembly.build import Run
+    from peertune.planning.memory_plan import Plan
     from peertune.recipe import Recipe
-    from peertune.round import Job
+    from peertune.rounds.round import Job
+    from peertune.runs.keeping import Keeper
     from peertune.types import Group, RoundRecord, State
 
 
@@ -93,9 +93,9 @@ def run(
     if resume is None and out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise RunError("run: give an --out, which torchrun's next start goes on with")
     with interruptible(), messages():
-        from peertune import tracking
-        from peertune.engines.cluster import joined, run_cluster
+        from peertune.engines.distributed import joined, run_cluster
         from peertune.engines.simulator import simulate
+        from peertune.runs import tracking
 
         with joined(rendezvous_s) as group:
             if out is not None and _again(out, group):
@@ -115,7 +115,7 @@ def run(
 
 def _launch(workers: int, words: list[str], out: Path | None, resume: Path | None, as_json: bool) -> NoReturn:
     """Start the same in so many processes, and end as they do."""
-    from peertune.engines.cluster import launch
+    from peertune.engines.distributed import launch
 
     if "RANK" in os.environ:
         raise RunError("--workers: torchrun started this process and its like already; leave it out")
@@ -129,7 +129,7 @@ def _again(out: Path, group: "Group") -> bool:
 
     Machines count their own restarts. A launch without a name, `none`, is known by its count alone.
     """
-    from peertune import tracking
+    from peertune.runs import tracking
 
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     counted = any(group.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
@@ -138,8 +138,8 @@ def _again(out: Path, group: "Group") -> bool:
 
 def _resumed(folder: Path, recipe: str | None, overrides: list[str], group: "Group") -> "Run":
     """Make the run of this directory again."""
-    from peertune import tracking
     from peertune.recipe import load_recipe
+    from peertune.runs import tracking
 
     if group.rank == 0:
         tracking.resolved(folder)
@@ -153,8 +153,8 @@ def _resumed(folder: Path, recipe: str | None, overrides: list[str], group: "Gro
 
 def _begun(out: Path | None, recipe: str, overrides: list[str], group: "Group") -> "tuple[Path, Run]":
     """Make a new run and its directory."""
-    from peertune import tracking
     from peertune.recipe import load_recipe
+    from peertune.runs import tracking
 
     folder = Path(group.gather(str(out or _free(Path("runs") / Path(recipe).stem)))[0])
     if group.rank == 0:
@@ -168,8 +168,8 @@ def _begun(out: Path | None, recipe: str, overrides: list[str], group: "Group") 
 
 def _built(recipe: "Recipe", group: "Group") -> "Run":
     """Make the part of this process in a run, once it is sure that all processes make parts of the same."""
-    from peertune.assembly import agreed, build
-    from peertune.engines.cluster import check_alike, check_devices, share
+    from peertune.assembly.build import agreed, build
+    from peertune.engines.distributed import check_alike, check_devices, share
 
     if group.size == 1:
         return build(recipe)
@@ -185,9 +185,9 @@ def _print_estimate(recipe: str, overrides: list[str], as_json: bool) -> None:
     from dataclasses import asdict
 
     from peertune.errors import ModelError
-    from peertune.estimate import estimate, trial
-    from peertune.models import pick_device
-    from peertune.plan import check_fits, plan
+    from peertune.models.load import pick_device
+    from peertune.planning.memory_plan import check_fits, plan
+    from peertune.planning.trial import estimate, trial
     from peertune.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides)
@@ -237,8 +237,8 @@ def _print_plan(planned: "Plan") -> None:
 
 def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[str], **facts: object) -> None:
     """Make the run directory."""
-    from peertune import tracking
     from peertune.recipe import as_yaml, recipe_text
+    from peertune.runs import tracking
 
     asked = " ".join(shlex.join([recipe, *overrides]).split())  # on one line, whatever was typed
     tracking.create(
@@ -255,7 +255,7 @@ def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[s
 
 def keeper(run: "Run", folder: Path) -> "Keeper":
     """Return what keeps the records and checkpoints of a run."""
-    from peertune.keeping import Keeper
+    from peertune.runs.keeping import Keeper
 
     checkpoint = run.resolved.checkpoint
     return Keeper(folder, run.job.clients, checkpoint.every, checkpoint.keep, run.job.group)
@@ -277,8 +277,8 @@ def train(
 
     import torch
 
-    from peertune import tracking
-    from peertune.report_to import reporting
+    from peertune.runs import tracking
+    from peertune.runs.trackers import reporting
 
     job = run.job
     leading = job.group.rank == 0
@@ -352,8 +352,8 @@ def check_same(resolved: "Recipe", folder: Path) -> None:
 
 def print_summary(folder: Path, as_json: bool, **more: object) -> None:
     """Print one row for the run; as JSON with what `more` there is to say."""
-    from peertune import tracking
     from peertune.report.tables import COLUMNS, SUMMARISED, cells, summarise, text
+    from peertune.runs import tracking
 
     row = {"run": folder.name, **summarise(tracking.records(folder, SUMMARISED))}
     if as_json:

@@ -22,7 +22,7 @@ from peertune.cli.common import (
 from peertune.errors import Exit, RunError
 
 if TYPE_CHECKING:
-    from peertune.sweep import Member, Progress
+    from peertune.sweeps.grid import Member, Progress
 
 
 class Where(StrEnum):
@@ -91,8 +91,8 @@ def sweep(
     if not queued and (slurm or detach):
         raise RunError(f"{'--slurm' if slurm else '--detach'}: goes with --launcher slurm")
     with messages():
-        from peertune import launch
-        from peertune import sweep as sweeps
+        from peertune.sweeps import grid as sweeps
+        from peertune.sweeps import launch
 
         with interruptible():
             whole = sweeps.members(recipe, grid)
@@ -173,9 +173,9 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
     if not as_json:
         print(_LINE.format("run", "time", "MiB", "MB sent", "", width=width).rstrip())
 
-    from peertune.estimate import Trial, cost_key, estimate
-    from peertune.launch import COMMAND, last_words
-    from peertune.sweep import finished
+    from peertune.planning.trial import Trial, cost_key, estimate
+    from peertune.sweeps.grid import finished
+    from peertune.sweeps.launch import COMMAND, last_words
 
     trials: dict[str, Trial] = {}
     rows: list[dict[str, Any]] = []

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peertune.data.tables import MissingCells, missing
-from peertune.draws import generator
 from peertune.errors import DataError, unknown
+from peertune.randomness import generator
 from peertune.types import Split
 
 log = logging.getLogger(__name__)

@@ -11,11 +11,11 @@ import torch
 
 from peertune.engines.fallback import Past
 from peertune.errors import DivergedError, Exit
-from peertune.net.pace import furthest_believed, silence_s
-from peertune.net.swap import Swapper
-from peertune.round import Heard, Job, Refuse, run_round
+from peertune.rounds.round import Heard, Job, Refuse, run_round
 from peertune.topology import clients_down, delay_s, failed_edges, may_meet, partners_at, row_at
 from peertune.types import Batch, RoundRecord, State, Tensors
+from peertune.wire.pace import furthest_believed, silence_s
+from peertune.wire.swap import Swapper
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def _caught_up(job: Job, swapper: Swapper, round: int, before: Mapping[int, floa
 
     A neighbour went on without it if the two had an edge in a round that the neighbour has behind it; the last of those
     rounds doesn't tell, since its payload is still at hand there. Where others are is what two of them say, or what a
-    single one can have come to since it was heard `before`, so that none can drive the others on (`net.pace`; where
+    single one can have come to since it was heard `before`, so that none can drive the others on (`wire.pace`; where
     `fastest_s` is None, a single one is not believed).
     """
     heard, now = swapper.last_heard(), time.time()  # before the asking, which is no silence

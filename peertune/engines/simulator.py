@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from peertune.round import Heard, Job, Refuse, exchanged, run_rounds
+from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
 from peertune.types import RoundRecord, Tensors
 
 

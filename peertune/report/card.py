@@ -10,12 +10,12 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from peertune import tracking
 from peertune.adapters.peft_format import LOADERS
 from peertune.errors import RunError
-from peertune.models import MODELS
+from peertune.models.load import MODELS
 from peertune.report.runs import RunData
 from peertune.report.tables import summarise
+from peertune.runs import tracking
 
 _DATA = {"glue": "nyu-mll/glue"}  # task → where its data are on the hub, if the recipe does not say
 _ONE_BY_ONE = 50  # clients whose rows are told one by one
@@ -158,7 +158,7 @@ def _code(run: RunData, purpose: str, name: str, merged: str | None) -> str:
         return "\n".join([*imports, "", f"model = {loader}.from_pretrained({json.dumps(name)})", tokenizer]).rstrip()
     where = [json.dumps(model["name"] if _on_the_hub(model) else Path(model["name"]).name)]
     if model["name"] in MODELS:
-        imports.append("from peertune.models import MODELS")
+        imports.append("from peertune.models.load import MODELS")
         where = [f"MODELS[{where[0]}]"]
     if _on_the_hub(model):
         where.append(f"revision={json.dumps(model['revision'])}")

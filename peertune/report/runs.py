@@ -16,9 +16,9 @@ from typing import Any
 
 import yaml
 
-from peertune import tracking
 from peertune.errors import RunError
 from peertune.recipe import NO_SETTINGS, NO_SETTINGS_OF_A_SIMULATION, block_defaults, flat
+from peertune.runs import tracking
 
 log = logging.getLogger(__name__)
 

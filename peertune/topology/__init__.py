@@ -8,8 +8,8 @@ shrinks disagreement. `Fault` is what is planned to go wrong.
 
 from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, planned_weights
 from peertune.topology.graphs import GRAPHS
-from peertune.topology.mixing import one_period, rho, rho_draws, summary
-from peertune.topology.near import graph_near, may_meet, neighbourhoods, partners_at, row_at
+from peertune.topology.neighbourhood import graph_near, may_meet, neighbourhoods, partners_at, row_at
+from peertune.topology.spectrum import one_period, rho, rho_draws, summary
 from peertune.topology.weights import (
     WEIGHTS,
     Graph,

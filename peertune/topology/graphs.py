@@ -15,8 +15,8 @@ import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune.draws import uniforms, words
 from peertune.errors import GraphError
+from peertune.randomness import uniforms, words
 from peertune.topology.pairs import MOST_EDGES, Edges, all_pairs, drawn_pairs, need_few, need_paired
 from peertune.topology.weights import Graph, Rule, as_edges, need_clients, unreachable
 

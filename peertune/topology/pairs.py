@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune.draws import happens
 from peertune.errors import GraphError
+from peertune.randomness import happens
 
 Edges = NDArray[np.int64]
 

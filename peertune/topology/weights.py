@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.linalg import eigvalsh_tridiagonal
 from scipy.sparse import csgraph, csr_array, diags_array
 
-from peertune.draws import generator, happens
 from peertune.errors import GraphError, unknown
+from peertune.randomness import generator, happens
 from peertune.topology.pairs import MOST_EDGES, Edges, drawn_pairs, need_few, need_paired, pair_count
 
 log = logging.getLogger(__name__)

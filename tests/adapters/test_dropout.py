@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peertune import draws
+from peertune import randomness
 from peertune.adapters.dropout import KeyedDropout, keyed_dropout
 from peertune.adapters.rows import Rows, bound
 from peertune.data.batches import pack_rows
@@ -20,7 +20,7 @@ from peertune.types import Packing
 
 def make_keys(rows: int, step: int = 0, client: int = 0) -> Tensor:
     """Keys as training makes them."""
-    return torch.from_numpy(draws.words(0, "dropout", client, step, torch.arange(rows).numpy()).view("int64"))
+    return torch.from_numpy(randomness.words(0, "dropout", client, step, torch.arange(rows).numpy()).view("int64"))
 
 
 def make_rows(keys: Tensor, packing: Packing | None = None) -> Rows:

@@ -15,7 +15,7 @@ from peertune.adapters.matching import match_names
 from peertune.adapters.peft_format import find_sites, save_adapter
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import Encoded, training_steps
-from peertune.training import Optim, adamw, row_losses, train_local
+from peertune.rounds.training import Optim, adamw, row_losses, train_local
 from peertune.types import Batch, Phase, State, Tensors, take
 
 K, R, ALPHA, CLASSES = 3, 2, 3, 4

@@ -22,7 +22,7 @@ from peertune.adapters.peft_format import find_sites
 from peertune.adapters.rows import Rows, bound, current_rows
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import Encoded, pack_rows, validation_batches
-from peertune.training import evaluate, row_losses
+from peertune.rounds.training import evaluate, row_losses
 from peertune.types import Batch, Tensors, take
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.

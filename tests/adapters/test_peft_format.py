@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from peertune import tracking
 from peertune.adapters.peft_format import find_sites
-from peertune.assembly import Run, build
+from peertune.assembly.build import Run, build
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
 from peertune.recipe import check_recipe
+from peertune.runs import tracking
 from peertune.types import Batch, State
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.

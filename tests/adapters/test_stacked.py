@@ -21,7 +21,7 @@ from peertune.adapters.peft_format import find_sites
 from peertune.adapters.rows import Rows, bound
 from peertune.adapters.stacked import StackedModel, attach, frozen_norms, init_adapters
 from peertune.data.batches import Encoded, pack_rows, training_steps
-from peertune.training import Optim, adamw, row_losses, train_local
+from peertune.rounds.training import Optim, adamw, row_losses, train_local
 from peertune.types import Batch, Phase, State, Tensors, kind, select, take
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.

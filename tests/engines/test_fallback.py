@@ -9,15 +9,15 @@ import pytest
 import torch
 from federation import Federation, found
 
-from peertune.assembly import build
+from peertune.assembly.build import build
 from peertune.engines.fallback import EXPLODED, LEFT_OUT_ROUNDS, SUSPECTED_ROUNDS, Past
 from peertune.engines.peer import run_peer
 from peertune.errors import DivergedError
-from peertune.net.membership import Membership
-from peertune.net.swap import Swapper
+from peertune.identity.membership import Membership
 from peertune.recipe import load_recipe
-from peertune.round import Job, run_round
+from peertune.rounds.round import Job, run_round
 from peertune.types import State
+from peertune.wire.swap import Swapper
 
 ERROR = DivergedError("training: the loss is 100 in round 9; a hint")
 

@@ -16,18 +16,18 @@ from federation import Federation, Lie, Played, found, play
 from processes import AT_MOST_S, wait_until
 from swapping import LONG_S
 
-from peertune.algorithms.methods import ALGORITHMS
 from peertune.allowance import LINES, Lines
-from peertune.assembly import agreed, build
-from peertune.bounds import Refusal
+from peertune.assembly.build import agreed, build
 from peertune.engines.peer import _caught_up, ended, run_peer
 from peertune.engines.simulator import simulate
 from peertune.errors import Exit
-from peertune.net.membership import Membership
-from peertune.net.swap import Swapper
+from peertune.identity.membership import Membership
+from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
-from peertune.round import Heard, Refuse, _tell, exchanged, run_rounds
+from peertune.rounds.bounds import Refusal
+from peertune.rounds.round import Heard, Refuse, _tell, exchanged, run_rounds
 from peertune.types import RoundRecord, Tensors, select
+from peertune.wire.swap import Swapper
 
 SMALL = (
     "lora={r: 3, lora_alpha: 6, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}",

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from peertune import round as rounds
-from peertune.algorithms.methods import ALGORITHMS
-from peertune.assembly import Run, build
+from peertune.assembly.build import Run, build
+from peertune.assembly.evaluation import evaluated_rows
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
-from peertune.evaluation import evaluated_rows
-from peertune.metrics import payload_bytes
+from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
-from peertune.round import Job
+from peertune.rounds import round as rounds
+from peertune.rounds.metrics import payload_bytes
+from peertune.rounds.round import Job
 from peertune.topology import weights_at
 from peertune.types import Agreement, Algorithm, Batch, Phase, RoundRecord, Tensors, kind, select
 

@@ -14,9 +14,9 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from peertune.assembly import build
+from peertune.assembly.build import build
+from peertune.assembly.registry import build_graph, check_parts
 from peertune.engines.simulator import simulate
-from peertune.parts import build_graph, check_parts
 from peertune.recipe import check_recipe, load_recipe
 from peertune.report import advice
 from peertune.report.evidence import Facts

@@ -1,0 +1,158 @@
+"""The parts of a recipe that are chosen by name; the only reader of the tables of names.
+
+They are made without a base model, so that a graph or a partition can be looked at in a second.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peertune.data.partition import PARTITIONS, counts
+from peertune.data.tasks import TASKS
+from peertune.errors import RecipeError
+from peertune.methods.catalogue import ALGORITHMS
+from peertune.methods.schedules import switching_interval
+from peertune.recipe import Part, Recipe, arguments
+from peertune.runs import trackers
+from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, graph_near, one_period, rho, summary
+from peertune.types import Algorithm, Split, Task
+
+log = logging.getLogger(__name__)
+
+_TABLES: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
+    "task": (TASKS, ("seed", "missing_cells")),
+    "partition": (PARTITIONS, ("missing_cells",)),
+    "graph": (GRAPHS, ("clients", "seed")),
+    "algorithm": (ALGORITHMS, ("rho", "clients", "seed")),
+}
+"""Block of a recipe → its table, and the parameters that the program supplies."""
+
+
+def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:
+    """Make the recipe's graph, or what is known of it where only one client's neighbourhood is."""
+    if known is None:
+        graph: Graph = _make("graph", recipe.graph, clients=recipe.clients, seed=recipe.seed)
+        return graph
+    settings = _complete(recipe, "graph").settings
+    return graph_near(known, seed=recipe.seed, activation=settings["activation"], weights=settings["weights"])
+
+
+def graph_settings(recipe: Recipe) -> dict[str, Any]:
+    """Return what the recipe says of its graph beyond defaults: all from which it follows but files' contents."""
+    return {**beyond_defaults("graph", recipe.graph), "clients": recipe.clients, "seed": recipe.seed}
+
+
+def beyond_defaults(where: str, part: Part) -> dict[str, Any]:
+    """Return a part's name and those settings that are not their defaults, by key: what it is in every version.
+
+    A version that lacks a setting makes of the part what one that has it makes of its default.
+    """
+    defaults = part_defaults(where, part.name)
+    return {"name": part.name} | {key: value for key, value in part.settings.items() if value != defaults.get(key)}
+
+
+def part_defaults(where: str, name: str) -> dict[str, Any]:
+    """Return the defaults of a part's settings; {} of a name that is none."""
+    table, given = _TABLES[where]
+    parameters = inspect.signature(table[name]).parameters.values() if name in table else ()
+    return {p.name: p.default for p in parameters if p.name not in given and p.default is not p.empty}
+
+
+def build_task(recipe: Recipe) -> Task:
+    """Load the recipe's data."""
+    log.info("loading the task %s", recipe.task.name)
+    task: Task = _make("task", recipe.task, seed=recipe.seed, missing_cells=recipe.missing_cells)
+    return task
+
+
+def build_partition(recipe: Recipe, task: Task) -> list[NDArray[np.int64]]:
+    """Deal the training rows to the clients; return the rows of each."""
+    divide = _make("partition", recipe.partition, missing_cells=recipe.missing_cells)
+    parts: list[NDArray[np.int64]] = divide(task.train, recipe.clients, recipe.seed)
+    return parts
+
+
+def build_algorithm(recipe: Recipe, graph: Graph) -> Algorithm:
+    """Make the recipe's method for this graph."""
+    given = {"rho": partial(rho, graph), "clients": recipe.clients, "seed": recipe.seed}
+    algorithm: Algorithm = _make("algorithm", recipe.algorithm, **given)
+    return algorithm
+
+
+def build_faults(recipe: Recipe) -> list[Fault]:
+    """Make the recipe's plan of faults. Raises RecipeError for one that names no client or can't be."""
+    faults = []
+    for number, planned in enumerate(recipe.faults):
+        where = f"faults[{number}]"
+        named = [*(planned.edge or []), *(client for client in (planned.down, planned.slow) if client is not None)]
+        if sum(value is not None for value in (planned.edge, planned.down, planned.slow)) != 1:
+            raise RecipeError(f"{where}: give one of edge: [i, j], down: i and slow: i")
+        if planned.rounds[0] > planned.rounds[1]:
+            raise RecipeError(f"{where}.rounds: {planned.rounds}, the first round comes first")
+        if not all(0 <= client < recipe.clients for client in named) or len(set(named)) < len(named):
+            raise RecipeError(f"{where}: clients {named}; give different ones from 0 to {recipe.clients - 1}")
+        edge = (planned.edge[0], planned.edge[1]) if planned.edge else None
+        first, last = planned.rounds
+        faults.append(Fault(first, last, edge, planned.down, planned.slow, planned.delay_s))
+    starts = {fault.first for fault in faults if fault.down is not None and fault.first < recipe.rounds}
+    for t in sorted(starts):  # the only rounds in which the number of those that are down can reach its height
+        if len(clients_down(faults, t)) == recipe.clients:
+            raise RecipeError(f"faults: all clients are down in round {t}; leave one up")
+    return faults
+
+
+def label_counts(task: Task, split: Split, parts: Sequence[NDArray[np.int64]]) -> list[list[int]]:
+    """Return how many rows of each class each part of a split holds; of a regression, how many rows."""
+    if not task.classes:
+        return [[len(part)] for part in parts]
+    per_label: list[list[int]] = counts(split, parts, len(task.classes)).tolist()
+    return per_label
+
+
+def describe_graph(graph: Graph) -> dict[str, Any]:
+    """Return a graph's name and settings, its `GraphSummary`, and T* (None where it never mixes).
+
+    Where rounds of different laws follow each other in a period, `one_period` says what the first leaves (see there).
+    """
+    facts = summary(graph)
+    try:
+        interval: int | None = switching_interval(facts.rho)
+    except RecipeError:  # no pair met in any draw
+        interval = None
+    settings = {"name": graph.name, "activation": graph.activation, "weights": graph.weights, "period": graph.period}
+    return settings | vars(facts) | {"one_period": one_period(graph), "switching_interval": interval}
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Raise PeertuneError for names, settings, graphs and trackers that can't be; nothing is loaded."""
+    trackers.check(recipe.report_to)
+    for where, (table, given) in _TABLES.items():
+        arguments(table, getattr(recipe, where), where, given)
+    build_graph(recipe)
+    build_faults(recipe)
+    _make("algorithm", recipe.algorithm, rho=lambda: 0.0, clients=recipe.clients, seed=recipe.seed)
+
+
+def resolved_parts(recipe: Recipe, algorithm: Algorithm) -> dict[str, Part]:
+    """Return the parts with every default written out, and what is automatic as it came out for this algorithm."""
+    complete = {where: _complete(recipe, where) for where in _TABLES}
+    return complete | {"algorithm": Part(name=recipe.algorithm.name, **algorithm.settings)}
+
+
+def _complete(recipe: Recipe, where: str) -> Part:
+    """Return a part of the recipe with every default written out."""
+    part: Part = getattr(recipe, where)
+    return Part(name=part.name, **arguments(_TABLES[where][0], part, where, _TABLES[where][1]))
+
+
+def _make(where: str, part: Part, **given: Any) -> Any:
+    """Call the factory of the part's name with the recipe's settings, and what it asks for of `given`."""
+    table, supplied = _TABLES[where]
+    settings = arguments(table, part, where, supplied)
+    asked = inspect.signature(table[part.name]).parameters
+    return table[part.name](**settings, **{name: value for name, value in given.items() if name in asked})

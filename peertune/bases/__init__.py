@@ -1,1 +1,0 @@
-"""Base models that come with the package."""

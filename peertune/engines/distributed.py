@@ -1,0 +1,364 @@
+"""All clients in several processes on torch.distributed, each with a base of its own and its share of the stack.
+
+It runs the simulator's rounds and comes to the same adapters; only the exchange differs. Processes are called by their
+rank, as torchrun numbers them. Each knows everybody's part of a round's exchange without being told, since the mixing
+matrix is a pure function of the round: what goes from one to another is one message, of exactly the adapters that the
+other's clients hear.
+"""
+
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from functools import partial
+from hashlib import sha256
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not re-exported
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from peertune.errors import Exit, PeertuneError, RunError
+from peertune.rounds.metrics import payload_bytes
+from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
+from peertune.topology import clients_down, planned_weights
+from peertune.types import ALONE, Evaluation, Group, RoundRecord, Tensors
+
+log = logging.getLogger(__name__)
+
+
+def share(clients: int, group: Group) -> range:
+    """Return the clients of this process: neighbouring ones, as evenly as can be.
+
+    Raises RunError for more processes than clients.
+    """
+    if group.size > clients:
+        raise RunError(f"clients: {clients}, for {group.size} processes; start {clients} at most")
+    each, more = divmod(clients, group.size)
+    first = group.rank * each + min(group.rank, more)
+    return range(first, first + each + (group.rank < more))
+
+
+def run_cluster(job: Job) -> Iterator[RoundRecord]:
+    """Run the rounds that are left of a job that is dealt among `job.group`, and yield a record after each.
+
+    The record is of all clients, and the same in all processes but for `record.state`, which is of the job's own.
+    """
+    shares = job.group.gather(list(job.clients))
+    for record in run_rounds(job, partial(_exchange, job, shares)):
+        yield _merged(record, job.group)
+
+
+_LISTS = ("clients", "loss", "grad_norm", "bytes_sent", "neighbours", "out_of_phase")
+_EDGES = ("edges", "failed_edges", "not_mixed")
+
+
+def _merged(own: RoundRecord, group: Group) -> RoundRecord:
+    """Put the parts of a record together, by rank, which is by client."""
+    told = {name: getattr(own, name) for name in (*_LISTS, *_EDGES, "neighbourhood_cross_term", "seconds")}
+    parts = group.gather(told | {"evaluation": own.evaluation and vars(own.evaluation)})
+    evaluation = own.evaluation
+    if evaluation is not None:
+        scores = [part["evaluation"] for part in parts]
+        evaluation = Evaluation(
+            evaluation.metric,
+            [score for part in scores for score in part["clients"]],
+            next(part["average"] for part in scores if part["average"] is not None),
+            evaluation.rows,
+            [top for part in scores for top in part["top_share"]],
+        )
+    merged: dict[str, Any] = {name: [value for part in parts for value in part[name]] for name in _LISTS}
+    merged |= {name: sorted({(i, j) for part in parts for i, j in part[name]}) for name in _EDGES}
+    cross_terms = [part["neighbourhood_cross_term"] for part in parts]
+    merged["neighbourhood_cross_term"] = None if cross_terms[0] is None else [x for part in cross_terms for x in part]
+    seconds = {stage: max(part["seconds"][stage] for part in parts) for stage in own.seconds}
+    return replace(own, **merged, seconds=seconds, evaluation=evaluation)
+
+
+def _exchange(
+    job: Job, shares: Sequence[Sequence[int]], clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse
+) -> Heard:
+    """Bring each process the adapters that its clients hear, and no others."""
+    matrix, _ = planned_weights(job.graph, job.faults, t)
+    down = clients_down(job.faults, t)
+    up = [np.array([client for client in share if client not in down], dtype=np.int64) for share in shares]
+    heard = [np.union1d(matrix[own].indices, own) for own in up]
+    mine = heard[job.group.rank].tolist()
+    return exchanged(job, clients, mine, _swap(payload, up, heard, job.group), t, refuse)
+
+
+def _swap(payload: Tensors, held: list[NDArray[np.int64]], heard: list[NDArray[np.int64]], group: Group) -> Tensors:
+    """Return the rows `heard[rank]` of the payload, whose rows `held[rank]` this process has.
+
+    All processes know all of both. Where each hears all rows of all others, these are gathered in one go; elsewhere
+    each pair that has something to tell swaps one message.
+    """
+    me, size = group.rank, payload_bytes(payload)
+    if not size:
+        return {}
+    device = next(iter(payload.values())).device
+    parts = [np.intersect1d(heard[me], rows) for rows in held]  # what comes from each
+    gathered = group.size > 1 and all(len(rows) == sum(map(len, held)) for rows in heard)
+    if gathered:
+        most = max(map(len, held)) * size
+        own = torch.zeros(most, dtype=torch.uint8, device=device)
+        _write(own, payload, np.arange(len(held[me])))
+        came = [torch.empty_like(own) for _ in held]
+        with _others():
+            dist.all_gather(came, own)
+    else:
+        came = [torch.empty(len(rows) * size, dtype=torch.uint8, device=device) for rows in parts]
+        messages = []
+        for other in range(group.size):
+            places = np.searchsorted(held[me], np.intersect1d(held[me], heard[other]))
+            if other != me and len(places):
+                message = torch.empty(len(places) * size, dtype=torch.uint8, device=device)
+                _write(message, payload, places)
+                messages.append(dist.P2POp(dist.isend, message, other))
+            if other != me and len(parts[other]):
+                messages.append(dist.P2POp(dist.irecv, came[other], other))
+        with _others():
+            for work in dist.batch_isend_irecv(messages) if messages else []:
+                work.wait()
+    tensors = {name: x.new_empty((len(heard[me]), *x.shape[1:])) for name, x in payload.items()}
+    for rank, rows in enumerate(parts):
+        places = np.searchsorted(heard[me], rows)
+        if rank == me:
+            for name, x in payload.items():
+                tensors[name][places] = x
+        elif len(rows):
+            _read(came[rank], tensors, slice(places[0], places[-1] + 1))
+    return tensors
+
+
+def _write(message: Tensor, payload: Tensors, places: NDArray[np.int64]) -> None:
+    """Write these rows into a message of bytes, one tensor after the other."""
+    start = 0
+    for x in payload.values():
+        data = x[torch.from_numpy(places).to(x.device)].reshape(-1).view(torch.uint8)
+        message[start : start + len(data)] = data
+        start += len(data)
+
+
+def _read(message: Tensor, tensors: Tensors, places: slice) -> None:
+    """Read such a message into neighbouring rows."""
+    start = 0
+    for x in tensors.values():
+        data = x[places].view(-1).view(torch.uint8)
+        data.copy_(message[start : start + len(data)])
+        start += len(data)
+
+
+class _GoneError(RunError):
+    """Another process is gone."""
+
+
+@contextmanager
+def _others() -> Iterator[None]:
+    """Say in one line that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise _GoneError("another process of the run is gone; see what it said, and go on with --resume") from error
+
+
+@dataclass(frozen=True)
+class Processes(Group):
+    """The processes that torch.distributed joined."""
+
+    rank: int
+    size: int
+
+    def add(self, x: Tensor) -> Tensor:
+        """Return the sum of what the processes give, to the same bits in all of them."""
+        total = x.clone()
+        with _others():
+            dist.all_reduce(total)
+        return total
+
+    def concat(self, x: Tensor) -> Tensor:
+        """Return what the processes give, by rank one below the other: `[m, …]`, of which m may differ."""
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        with _others():
+            dist.all_gather(lengths, torch.tensor([len(x)]))
+        own = x.new_zeros((int(max(lengths)), *x.shape[1:]))
+        own[: len(x)] = x
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        with _others():
+            dist.all_gather(parts, own)
+        return torch.cat([part[:length] for part, length in zip(parts, map(int, lengths), strict=True)])
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what each process gives, by rank, as JSON brings it back."""
+        own = torch.frombuffer(bytearray(json.dumps(value).encode() + b"\n"), dtype=torch.uint8)
+        return [json.loads(line) for line in bytes(self.concat(own).numpy()).splitlines()]
+
+
+def check_alike(group: Group, what: Mapping[str, Any]) -> None:
+    """Raise RunError where the processes don't hold the same, name by name, of what JSON can hold."""
+    told = group.gather({"what": dict(what), "host": socket.gethostname()})
+    first = told[0]["what"]
+    for rank, own in enumerate(told):
+        for name, value in own["what"].items():
+            if value != first.get(name):
+                raise RunError(
+                    f"rank {rank} ({own['host']}): {name} is {value}, and {first.get(name)} at rank 0; "
+                    "give all processes the same"
+                )
+
+
+def check_devices(device: str, group: Group) -> None:
+    """Open the way between the GPUs where processes have one each. Raises RunError where that can't be."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if device == "cpu" or not gpus:
+        return
+    if device.startswith("cuda:"):
+        raise RunError(f"device: {device} for {group.size} processes; use device=cuda, each takes its own")
+    if gpus < here:
+        raise RunError(f"device: {gpus} GPUs for {here} processes; start {gpus} on this machine, or use device=cpu")
+    group.add(torch.zeros(1, device="cuda"))  # NCCL wants all processes in its first call, which an exchange may not be
+
+
+def _store(host: str, port: str, rank: int, size: int, deadline: float) -> Store:
+    """Return the store where the processes meet, at this place: rank 0's, or torchrun's where that has one.
+
+    Here and in `_meeting` Python waits, not the store, which would hear of no signal until all have come to it.
+    """
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise ValueError("MASTER_ADDR and MASTER_PORT must be rank 0's host and a port there")
+    store = partial(
+        TCPStore,
+        host,
+        int(port),
+        size,
+        timeout=timedelta(seconds=min(300.0, max(1.0, deadline - time.monotonic()))),
+        wait_for_workers=False,
+        use_libuv=os.environ.get("USE_LIBUV", "0" if sys.platform == "win32" else "1") == "1",
+    )
+    if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store(is_master=True)
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return store(is_master=False)
+        except OSError as error:
+            _wait(deadline, 0.1, str(error))
+
+
+def _meeting(store: Store, rank: int, size: int, deadline: float) -> str:
+    """Return a name for this meeting of the processes, the same in all of them and in no meeting before.
+
+    After a restart the store still holds what was written before, and nothing tells one start from another. So each
+    process writes a name of its own, and what all of them have read alike is the meeting.
+    """
+    store.set(f"here/{rank}", uuid4().hex)
+    agreed, names = "", [f"here/{other}" for other in range(size)]
+    while True:
+        if store.check(names):
+            here = sha256(b" ".join(store.multi_get(names))).hexdigest()
+            if store.add(f"read/{here}", int(here != agreed)) == size:
+                return here
+            agreed = here
+        _wait(deadline, 0.05 + size / 200)  # the more they are, the more each asks one store for
+
+
+def _wait(deadline: float, pause_s: float, why: str = "") -> None:
+    """Wait a moment. Raises TimeoutError after the deadline."""
+    if time.monotonic() > deadline:
+        raise TimeoutError(why)
+    time.sleep(pause_s)
+
+
+@contextmanager
+def joined(timeout_s: float = 600) -> Iterator[Group]:
+    """Join the processes that torchrun started, as its environment says; without it there is one.
+
+    What a process has to say against going on, rank 0 says for it; the others end without a word, with exit code 2.
+    Raises RunError where the processes don't meet within the time, and where one of them is gone.
+    """
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield ALONE
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    host, port = (os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    try:
+        log.info("waiting for %d processes at %s:%s", size, host, port)
+        deadline = time.monotonic() + timeout_s
+        store = _store(host, port, rank, size, deadline)
+        store = PrefixStore(_meeting(store, rank, size, deadline), store)
+        backend = "gloo"
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=size)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        late = f" within {timeout_s:g} s" if isinstance(error, TimeoutError) else ""
+        said = f" ({str(error).splitlines()[0]})" if str(error) else ""
+        message = (
+            f"rank {rank}: {size} processes did not meet at {host}:{port}{late}{said}; see that all were started, and "
+            f"that {socket.gethostname()} reaches that address"
+        )
+        if rank == 0:
+            raise RunError(message) from error
+        log.error(message)
+        sys.exit(Exit.INPUT)
+    try:
+        yield Processes(rank, size)
+    except (_GoneError, KeyboardInterrupt) as error:  # torchrun stops those that are left
+        if rank == 0 and store.check(["said"]):
+            raise RunError(store.get("said").decode()) from None
+        if rank > 0 and isinstance(error, _GoneError):
+            sys.exit(Exit.INPUT)
+        raise
+    except (PeertuneError, OSError) as error:
+        if rank == 0:
+            raise
+        store.set("said", f"rank {rank}: {error}")
+        sys.exit(Exit.INPUT)
+    finally:
+        dist.destroy_process_group()
+
+
+def launch(processes: int, words: Sequence[str]) -> int:
+    """Start `peertune` with these words in so many processes on this machine, as torchrun does; return an exit code."""
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # they finish the round
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    logging.disable()  # what fails, the messages of the processes say
+    try:
+        start(processes, sys.executable, "-m", "peertune", *words)
+    except SignalException:
+        return 130
+    except ChildFailedError as error:
+        _, failure = error.get_first_failure()
+        return failure.exitcode if failure.exitcode > 0 else 1
+    return 0
+
+
+def start(processes: int, entry: Callable[..., Any] | str, *arguments: Any) -> dict[int, Any]:
+    """Run a function, or a program, in so many processes on this machine, and return what it returns, by rank."""
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    found: dict[int, Any] = elastic_launch(config, entry)(*arguments)
+    return found

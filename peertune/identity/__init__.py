@@ -1,0 +1,1 @@
+"""Who is who in a federation: certificates, the roster that the CA signs, and what a peer keeps of both."""

@@ -1,0 +1,293 @@
+"""The roster: the members of a federation with their certificates, signed by its CA.
+
+    federation: hospitals
+    serial: 4                            # one more than the last one's: the newest counts
+    issued: '2026-01-27T10:00:00+00:00'
+    peers:
+    - client: 0                          # 0, 1, 2 …, in order of approval, for ever
+      name: hospital-1
+      address: hospital-1.example.org:50051   # null: it can only dial out
+      fingerprints:                      # of its keys, to compare by telephone
+      - 0f5c 9b1e …
+      certificates:                      # none: it was revoked, or they have expired
+      - |
+        -----BEGIN CERTIFICATE-----
+        …
+    signature: MEUCIQ…                   # over all bytes above, checked before they are parsed
+
+The certificates in the roster, not the CA, are what peers trust: who isn't in it is nobody.
+
+A member's own roster lists only those whom it may meet on a recipe's graph, and itself: see
+`peertune.identity.neighbour_roster`.
+"""
+
+import base64
+import binascii
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import cached_property
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from peertune.errors import IdentityError
+from peertune.identity.certificates import (
+    check_address,
+    check_issued,
+    check_name,
+    federation_of,
+    fingerprint,
+    holds_at,
+    pem,
+    public_key,
+)
+
+if TYPE_CHECKING:  # its graph takes half a second to import, and who has no own roster does without
+    from peertune.identity.neighbour_roster import Own
+
+MAX_ROSTER_BYTES = 4 * 2**20
+
+_HEADER = "# The members of a peertune federation, signed by its CA. Any change makes it invalid.\n"
+_MARK = b"signature: "
+_HEAD_BYTES = 1024  # in which the serial stands
+_ASK = "ask the CA for one made with peertune roster"
+Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+
+
+@dataclass(frozen=True)
+class Member:
+    """A seat in the federation."""
+
+    client: int  # its number, for ever
+    name: str
+    address: str | None  # host:port; None: it can only dial out
+    certificates: tuple[x509.Certificate, ...]  # in order of issue; none: revoked, or all have expired
+
+    @property
+    def fingerprints(self) -> tuple[str, ...]:
+        """The fingerprints of its keys, each once."""
+        return tuple(dict.fromkeys(fingerprint(public_key(certificate)) for certificate in self.certificates))
+
+    def valid(self, now: datetime | None = None) -> tuple[x509.Certificate, ...]:
+        """Return the certificates in their validity."""
+        now = now or datetime.now(UTC)
+        return tuple(certificate for certificate in self.certificates if holds_at(certificate, now))
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The members of a federation, as its CA signed them."""
+
+    federation: str
+    serial: int  # grows with every roster the CA issues
+    members: tuple[Member, ...]  # by client number; all, from 0, or in a member's own roster itself and its neighbours
+    issued: datetime
+    ca: x509.Certificate = field(repr=False)  # whose signature it bears
+    raw: bytes = field(repr=False)  # as read, to pass on
+    digest: str  # SHA-256 of what is signed
+    own: "Own | None" = None  # in a member's own roster
+
+    def by_name(self, name: str) -> Member | None:
+        """Return the member of that name, or None."""
+        return next((member for member in self.members if member.name == name), None)
+
+    def by_client(self, client: int) -> Member | None:
+        """Return the member with that number, or None."""
+        return self._seats.get(client)
+
+    def by_certificate(self, certificate: x509.Certificate, now: datetime | None = None) -> Member | None:
+        """Return the member with that very certificate, if it is in its validity, or None."""
+        if not holds_at(certificate, now or datetime.now(UTC)):
+            return None
+        return self._holders.get(certificate.fingerprint(hashes.SHA256()))
+
+    @cached_property
+    def _seats(self) -> dict[int, Member]:
+        return {member.client: member for member in self.members}
+
+    @cached_property
+    def _holders(self) -> dict[bytes, Member]:
+        return {
+            certificate.fingerprint(hashes.SHA256()): member
+            for member in self.members
+            for certificate in member.certificates
+        }
+
+
+def sign_roster(
+    key: ec.EllipticCurvePrivateKey,
+    ca: x509.Certificate,
+    serial: int,
+    members: Sequence[Member],
+    now: datetime | None = None,
+    own: "Own | None" = None,
+) -> bytes:
+    """Return a roster as peers read it, with the certificates that haven't expired.
+
+    Of all members in their order, or with `own` of that member and of whom it may meet. Raises IdentityError where it
+    would be too large.
+    """
+    now = now or datetime.now(UTC)
+    kept = [
+        Member(m.client, m.name, m.address, tuple(c for c in m.certificates if c.not_valid_after_utc >= now))
+        for m in members
+    ]
+    content = {
+        "federation": federation_of(ca),
+        "serial": serial,
+        "issued": now.isoformat(timespec="seconds"),
+        **({} if own is None else {"own": own.entry()}),
+        "peers": [entry(member) for member in kept],
+    }
+    signed = (_HEADER + dump(content)).encode()
+    data = signed + _MARK + base64.b64encode(key.sign(signed, ec.ECDSA(hashes.SHA256()))) + b"\n"
+    if len(data) > MAX_ROSTER_BYTES:
+        if own is None:
+            what, mend = f"{len(members):,} members", "use fewer, or give each its own with peertune roster --recipe"
+        else:
+            what, mend = f"what client {own.known.client} must know of graph {own.known.name}", "choose a sparser graph"
+        raise IdentityError(f"roster: {what} takes more than {MAX_ROSTER_BYTES // 2**20} MiB; {mend}")
+    return data
+
+
+def claimed_serial(data: bytes) -> float:
+    """Return the serial that a roster claims near its beginning, unchecked and at little cost; infinity for none."""
+    found = re.search(rb"^serial: (\d{1,18})\r?$", data[:_HEAD_BYTES], re.MULTILINE)
+    return math.inf if found is None else int(found[1])
+
+
+def load_roster(data: bytes, ca: x509.Certificate) -> Roster:
+    """Read a roster. Raises IdentityError for one that this CA didn't sign as it stands, or that contradicts itself."""
+    if len(data) > MAX_ROSTER_BYTES:
+        raise IdentityError(f"roster: is larger than {MAX_ROSTER_BYTES // 2**20} MiB; {_ASK}")
+    lines = data.replace(b"\r\n", b"\n")  # a roster may come by mail
+    signed, mark, signature = lines.rpartition(b"\n" + _MARK)
+    signed += b"\n"
+    key = public_key(ca)
+    if not mark:
+        raise IdentityError(f"roster: isn't signed; {_ASK}")
+    try:
+        key.verify(base64.b64decode(signature.strip(), validate=True), signed, ec.ECDSA(hashes.SHA256()))
+    except (InvalidSignature, binascii.Error):
+        raise IdentityError(
+            f"roster: isn't as the CA of {federation_of(ca)} signed it: altered, or of another CA; {_ASK}"
+        ) from None
+    try:  # what follows would be a mistake of the CA
+        found = yaml.load(signed, Loader)
+        kinds: dict[str, tuple[type, ...]] = {
+            "federation": (str,),
+            "serial": (int,),
+            "issued": (str,),
+            "peers": (list,),
+        }
+        content = checked(found, kinds | ({"own": (dict,)} if isinstance(found, dict) and "own" in found else {}))
+        if content["federation"] != federation_of(ca) or content["serial"] < 1:
+            raise IdentityError("federation or serial is not the CA's")
+        issued = datetime.fromisoformat(content["issued"])
+        if issued.tzinfo is None:
+            raise IdentityError("issued has no time zone")
+        members = tuple(from_entry(value, ca) for value in content["peers"])
+        own = _own(content["own"]) if "own" in content else None
+        check_seats(members, own)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, IdentityError) as error:
+        reason = error if isinstance(error, IdentityError) else "it is no YAML, or a time is none"
+        raise IdentityError(f"roster: is signed but can't be used: {reason}; {_ASK}") from None
+    return Roster(content["federation"], content["serial"], members, issued, ca, data, sha256(signed).hexdigest(), own)
+
+
+def _own(value: object) -> "Own":
+    from peertune.identity.neighbour_roster import Own
+
+    return Own.from_entry(value)
+
+
+# ---- members as YAML, in rosters and in the CA's own folder
+
+
+class _Dumper(_SafeDumper):  # type: ignore[misc]  # of two kinds, as libyaml is there or not
+    """Writes certificates line by line."""
+
+    def ignore_aliases(self, data: object) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def dump(content: Mapping[str, Any]) -> str:
+    """Return YAML."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+def entry(member: Member) -> dict[str, Any]:
+    """Return a member as YAML has it."""
+    return {
+        "client": member.client,
+        "name": member.name,
+        "address": member.address,
+        "fingerprints": list(member.fingerprints),
+        "certificates": [pem(certificate).decode() for certificate in member.certificates],
+    }
+
+
+def from_entry(value: object, ca: x509.Certificate) -> Member:
+    """Read a member. Raises IdentityError for what `entry` would not have made."""
+    kinds: dict[str, tuple[type, ...]] = {"client": (int,), "name": (str,), "address": (str, type(None))}
+    found = checked(value, kinds | {"fingerprints": (list,), "certificates": (list,)})
+    name = check_name(found["name"])
+    try:
+        certificates = tuple(x509.load_pem_x509_certificate(text.encode()) for text in found["certificates"])
+    except (ValueError, AttributeError):
+        raise IdentityError(f"{name}: a certificate can't be read") from None
+    member = Member(found["client"], name, found["address"], certificates)
+    if member.address is not None:
+        check_address(member.address)
+    if any(check_issued(certificate, ca) != name for certificate in certificates):
+        raise IdentityError(f"{name}: a certificate is another member's")
+    if found["fingerprints"] != list(member.fingerprints):
+        raise IdentityError(f"{name}: its fingerprints are not those of its certificates")
+    return member
+
+
+def checked(value: object, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+    """Return a mapping with exactly these keys and types. Raises IdentityError for anything else."""
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
+        raise IdentityError(f"there must be exactly {', '.join(kinds)}")
+    for key, kind in kinds.items():
+        if type(value[key]) not in kind:
+            raise IdentityError(f"{key} must be {' or '.join(each.__name__ for each in kind)}")
+    return value
+
+
+def check_seats(members: Sequence[Member], own: "Own | None" = None) -> None:
+    """Raise IdentityError where two members share a name or an address, or a number is not where it must be.
+
+    All members have the numbers 0, 1, 2 …; those of a member's own roster grow, and its own is among them.
+    """
+    for what, values in (
+        ("name", [member.name for member in members]),
+        ("address", [member.address for member in members if member.address is not None]),
+    ):
+        if twice := [value for value, count in Counter(values).items() if count > 1]:
+            raise IdentityError(f"two members share the {what} {twice[0]}")
+    clients = [member.client for member in members]
+    if own is None and clients != list(range(len(clients))):
+        raise IdentityError("client numbers are not 0, 1, 2 …")
+    if own is not None and clients != sorted({own.known.client, *own.known.others} & set(clients)):
+        raise IdentityError("client numbers don't grow, or one is no neighbour's")
+    if own is not None and own.known.client not in clients:
+        raise IdentityError(f"client {own.known.client} is not among them")

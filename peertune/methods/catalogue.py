@@ -1,0 +1,136 @@
+"""The methods, one factory each: a schedule and a mixer.
+
+A factory's signature is its schema: `{name: adf_lora, switch_every: 3}` in a recipe is
+`ALGORITHMS["adf_lora"](switch_every=3)`. All clients start from one A, drawn from the recipe's seed, and B = 0.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from peertune.errors import RecipeError
+from peertune.methods.adaptive import adaptive
+from peertune.methods.mixers import gossip, products, rotated
+from peertune.methods.schedules import alternating, both, only_b, silent, switching_interval
+from peertune.types import Algorithm
+
+FIRST_INTERVAL = 5
+"""Rounds of a phase before anything is known of the graph: ADF-LoRA's."""
+WINDOW = 40
+"""Rounds in which clients come to an estimate of the graph's rho, where the recipe leaves it open."""
+
+
+def local() -> Algorithm:
+    """Each client trains both factors alone and sends nothing: what a client reaches without the others."""
+    return Algorithm(silent(), gossip, {})
+
+
+def dec_lora() -> Algorithm:
+    """Dec-LoRA: train, send and average both factors in every round, `X_i ← Σ_j W_ij X_j` for X = A, B.
+
+    Source: arXiv 2501.15361; the DLoRA of arXiv 2505.21382. The paper's W is fixed; ours may change with the round.
+    """
+    return Algorithm(both(), gossip, {})
+
+
+def ffa_lora() -> Algorithm:
+    """FFA-LoRA: A stays at its common start, B is trained, sent and averaged. Half the traffic, no cross term.
+
+    Source: arXiv 2403.12313, with a server; without one it is the DLoRA-FA of arXiv 2505.21382.
+    """
+    return Algorithm(only_b(), gossip, {})
+
+
+def rolora() -> Algorithm:
+    """RoLoRA: B and A train in turn, each for one round, and the trained one is sent and averaged.
+
+    Source: arXiv 2502.01755. Differs from the paper: there a server keeps the idle factor common to all; without one,
+    clients hold different idle factors. The phase follows the global round, never a client's own counter.
+    """
+    return Algorithm(alternating(1, send="trained"), gossip, {})
+
+
+def adf_lora(switch_every: int = FIRST_INTERVAL) -> Algorithm:
+    """ADF-LoRA: B and A train in turn, each for `switch_every` rounds; both are sent and averaged in every round.
+
+    Source: arXiv 2511.18291, where pairs of clients meet and take the mean of the two; here W is what the graph gives.
+    That B trains first is our choice: A has no gradient while B = 0.
+
+    Raises:
+        RecipeError: `switch_every` is below 1.
+    """
+    return Algorithm(alternating(switch_every, send="both"), gossip, {"switch_every": switch_every})
+
+
+def tad_lora(
+    switch_every: int | Literal["auto", "adaptive"] = "auto",
+    window_rounds: int = WINDOW,
+    rho: Callable[[], float] | None = None,
+    clients: int = 1,
+    seed: int = 0,
+) -> Algorithm:
+    """TAD-LoRA: ADF-LoRA with the length of a phase taken from the graph, `T* = max(1, round(3 / sqrt(1 - rho)))`.
+
+    With "auto" rho is the recipe's graph's. With "adaptive" the clients estimate it in windows of `window_rounds` from
+    what they hear, and agree on the length for the next window by themselves (see `adaptive`); they begin with phases
+    of 5 rounds. The sparser the graph, the longer the phase.
+
+    `rho`, `clients` and `seed` are no settings: the program hands them in. `rho` is a function that estimates the
+    graph's rho, which takes seconds and is called only where `switch_every` is "auto".
+
+    Source: arXiv 2602.00451, whose law is `T* ~ 1 / sqrt(1 - rho)`. Not stated in the paper: the constant, for which
+    see `switching_interval`. "adaptive" is ours.
+
+    Raises:
+        RecipeError: `switch_every` is below 1, or "auto" without `rho`, or "auto" on a graph that never mixes; or
+            `window_rounds` is asked for where nothing is estimated.
+    """
+    if switch_every == "adaptive":
+        agreement = adaptive(window_rounds, FIRST_INTERVAL, clients, seed)
+        settings = {"switch_every": switch_every, "window_rounds": window_rounds}
+        return Algorithm(alternating(FIRST_INTERVAL, send="both"), gossip, settings, agreement)
+    if window_rounds != WINDOW:
+        raise RecipeError(
+            f"algorithm.window_rounds: is for switch_every=adaptive, and switch_every is {switch_every}; leave it out"
+        )
+    if switch_every == "auto":
+        if rho is None:
+            raise RecipeError("switch_every: auto needs a graph to take it from, give a number of rounds")
+        switch_every = switching_interval(rho())
+    return Algorithm(alternating(switch_every, send="both"), gossip, {"switch_every": switch_every})
+
+
+def decaf() -> Algorithm:
+    """DeCAF: train and send both factors; average their products, `B_i A_i ← SVD_r(Σ_j W_ij B_j A_j)`.
+
+    Source: arXiv 2505.21382. Differs from the paper: it mixes before the local update of a step, a round here mixes
+    after its local steps. Not stated in the paper, as far as we know it: how singular values are split between the
+    factors; see `products`.
+    """
+    return Algorithm(both(), products, {})
+
+
+def fedrot_lora(strength: float = 0.5) -> Algorithm:
+    """FedRot-LoRA: train and send both factors; turn each heard pair towards one's own by a rotation, then average.
+
+    `strength` 0 does not turn, which is Dec-LoRA; 1 turns all the way. The paper finds .4 to .6 best and 1 harmful.
+    Source: arXiv 2602.23638. Differs from the paper: it aligns to a server's reference; see `rotated`.
+
+    Raises:
+        RecipeError: `strength` lies outside [0, 1].
+    """
+    if not 0 <= strength <= 1:
+        raise RecipeError(f"strength: {strength} is out of range, give a number from 0 to 1")
+    return Algorithm(both(), rotated(strength), {"strength": strength})
+
+
+ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
+    "adf_lora": adf_lora,
+    "decaf": decaf,
+    "dec_lora": dec_lora,
+    "fedrot_lora": fedrot_lora,
+    "ffa_lora": ffa_lora,
+    "local": local,
+    "rolora": rolora,
+    "tad_lora": tad_lora,
+}
+"""Name in a recipe → factory."""

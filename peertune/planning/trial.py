@@ -1,0 +1,123 @@
+"""What a run would take, by trying a little of it: time, memory and traffic."""
+
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from peertune.assembly.build import CLIENTS_PER_PASS, build
+from peertune.assembly.registry import build_algorithm, build_graph
+from peertune.recipe import Recipe
+from peertune.rounds.metrics import payload_bytes
+from peertune.rounds.training import train_local
+from peertune.topology import active_edges
+from peertune.types import Tensors, kind, select, take
+
+STEPS = 3
+"""Local steps that are tried; the first warms up."""
+ROWS = 200
+"""Validation rows that are tried."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What was measured with one base, task and batch size."""
+
+    start_s: float  # to load everything
+    step_s: float  # a local step, for each client
+    evaluation_s: float  # one client's
+    memory_bytes: int  # the most that was held while training some clients
+    client_bytes: int  # what each client takes beyond that
+    kind_bytes: Mapping[str, int]  # of an adapter on the wire
+    signal_bytes: int  # what travels beside it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one run would take."""
+
+    seconds: float
+    memory_bytes: int
+    sent_bytes: int  # by all clients together, in the whole run
+
+
+def trial(recipe: Recipe) -> Trial:
+    """Build the recipe and try a few steps and an evaluation. Its memory is this process's: use a fresh one."""
+    started = time.perf_counter()
+    rows = min(ROWS, recipe.evaluate.rows or ROWS)
+    run = build(recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"rows": rows})}))
+    job = run.job
+    loaded = time.perf_counter()
+    clients = range(job.clients_per_pass)
+    part = job.state.take(slice(0, len(clients))).clone()
+    phase = job.algorithm.phase(0)
+    taken = []
+    for batches in islice(job.steps(clients, 0), STEPS):
+        begun = time.perf_counter()
+        train_local(job.model, part, [batches], phase, job.optim, 0)
+        taken.append(time.perf_counter() - begun)
+    begun = time.perf_counter()
+    seen = job.evaluate(take(part.adapters, slice(0, 1)))  # the client and the average of one
+    evaluated = (time.perf_counter() - begun) / 2
+    whole = min(recipe.evaluate.rows or sys.maxsize, sum(run.validation))
+    one = take(job.state.adapters, slice(0, 1))
+    return Trial(
+        start_s=loaded - started,
+        step_s=min(taken[1:] or taken) / len(clients),
+        evaluation_s=evaluated * whole / seen.rows,
+        memory_bytes=_peak_bytes(job.device),
+        client_bytes=_bytes(one) + _bytes(take(job.state.moments, slice(0, 1))),
+        kind_bytes={what: payload_bytes(select(one, {what})) for what in sorted({kind(name) for name in one})},
+        signal_bytes=payload_bytes(job.state.signals),
+    )
+
+
+def estimate(recipe: Recipe, measured: Trial) -> Estimate:
+    """Say what a run takes that has the same base, task, batches and clients as the one that was tried.
+
+    Traffic is exact, up to edges that fail; memory and time are of this machine, and leave out mixing and what is
+    measured of it, which is little but for `decaf` and for dense graphs of hundreds of clients.
+    """
+    graph = build_graph(recipe)
+    algorithm = build_algorithm(recipe, graph)
+    sent = 0
+    for t in range(recipe.rounds):
+        kinds = algorithm.phase(t).send & measured.kind_bytes.keys()
+        each = sum(measured.kind_bytes[what] for what in kinds) + measured.signal_bytes
+        sent += 2 * len(active_edges(graph, t)) * each if kinds else 0
+    evaluations = -(-recipe.rounds // recipe.evaluate.every)
+    steps = recipe.rounds * recipe.training.local_steps
+    clients_per_pass = min(recipe.clients, recipe.training.clients_per_pass or CLIENTS_PER_PASS)
+    return Estimate(
+        seconds=measured.start_s
+        + steps * recipe.clients * measured.step_s
+        + evaluations * (recipe.clients + 1) * measured.evaluation_s,
+        memory_bytes=measured.memory_bytes + (recipe.clients - clients_per_pass) * measured.client_bytes,
+        sent_bytes=sent,
+    )
+
+
+def cost_key(recipe: Recipe) -> str:
+    """Return what a trial depends on: runs with the same key need only one."""
+    values = recipe.model_dump(mode="json", exclude={"graph", "partition", "rounds", "seed", "checkpoint", "report_to"})
+    method = recipe.algorithm
+    values["algorithm"] = method.name, method.settings.get("switch_every") == "adaptive"  # what trains and travels
+    values["evaluate"] = values["evaluate"]["rows"]
+    for free in ("learning_rate", "local_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps"):
+        del values["training"][free]
+    return str(values)
+
+
+def _bytes(tensors: Tensors) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors.values())
+
+
+def _peak_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,1 @@
+"""One round of training, and what is measured and allowed in it."""

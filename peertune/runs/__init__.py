@@ -1,0 +1,1 @@
+"""What a run leaves behind, and who else is told of it."""

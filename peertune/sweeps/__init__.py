@@ -1,0 +1,1 @@
+"""Grids of runs, each a process, on this machine or in a queue."""

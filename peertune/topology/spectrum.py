@@ -1,0 +1,285 @@
+"""How well a graph mixes."""
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array, vstack
+from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigs
+
+from peertune.randomness import generator
+from peertune.topology.neighbourhood import row_at
+from peertune.topology.pairs import MOST_PAIRED, pair_count
+from peertune.topology.weights import (
+    DENSE_CLIENTS,
+    Graph,
+    GraphSummary,
+    degrees,
+    largest_eigenvalue,
+    listed,
+    stacked_weights,
+    weights_at,
+)
+
+MOST_DRAWS = 100_000  # rounds drawn to estimate rho, where that is quick (always at n = 10)
+LEAST_DRAWS = 16
+LEAST_MEETINGS = 1_000  # in all rounds drawn, up to 16: 3 % of the estimate of 1 - rho where clients seldom meet
+DRAWING_NS = 1e9  # the time that estimating rho may take, roughly; more clients get fewer draws
+IN_ORDER_WORK = 10_000_000_000  # entries that a period's product takes, up to which rho looks at the order of rounds
+ARNOLDI_STEPS = 40  # applications of a map in search of its largest eigenvalue, roughly
+CHUNK = 1_000_000  # edges and clients held at once while drawing many rounds
+
+
+@lru_cache(maxsize=16)  # it takes a second, and a method asks for it as well as a description of the graph
+def rho(graph: Graph, draws: int | None = None) -> float:
+    """Return in [0, 1] the factor by which a round of mixing shrinks the squared disagreement.
+
+    It is `λ_max(E[WᵀW] - J)` where all rounds have one law. Where they follow each other in a period of P rounds it is
+    the long run's: the spectral radius of `E[(W_P … W_1) ⊗ (W_P … W_1)]` on the disagreement, to the power 1 / P. A
+    period may leave more of the worst disagreement than the long run says, `one_period`; a round may leave all of it.
+
+    Exact where every round is known before (`rho_draws` is 0); otherwise estimated from the first `draws` rounds,
+    `rho_draws(graph)` of them by default. Of a period with an activation below 1 and more than 1,000 clients it is the
+    first formula's, with the mean over a period: as if its rounds came in random order.
+
+    Where all clients are alike (`Graph.exchangeable`), `E[WᵀW] = a I + b J`, so rho is `(E tr WᵀW - 1) / (n - 1)` and
+    the estimate is unbiased. Above 1,000 clients, where moving them round a grid changes nothing (`Graph.sides`), the
+    eigenvalues of `E[WᵀW]` are the Fourier transform of its first row, in a moment for a million clients. Elsewhere
+    rho is the largest eigenvalue of a sample's mean: too high, and the more so the sparser the graph and the fewer the
+    draws; `largest_eigenvalue` says what is lost on sparse graphs of great length.
+
+    Of a graph of which a neighbourhood alone is known, it is what was found by who has all of it.
+    """
+    if graph.known is not None:
+        return graph.known.summary.rho
+    default = rho_draws(graph)
+    exact = graph.period if default == 0 else None
+    n, rounds = graph.clients, exact or draws or default
+    if _in_order(graph):
+        value = _long_run(graph, rounds)
+    elif graph.exchangeable and n > 1:
+        value = (_mean_trace(graph, rounds) - 1) / (n - 1)
+    elif n <= DENSE_CLIENTS:
+        moment = _second_moment(graph, rounds)
+        dense = moment if isinstance(moment, np.ndarray) else moment.toarray()
+        value = np.linalg.eigvalsh(dense - 1 / n)[-1]
+    elif graph.sides:
+        value = _by_frequency(graph, _first_row(graph, rounds, exact is not None)).max()
+    else:
+        if exact:
+            # The W of a known round may be dense (complete graph): it is applied twice, as forming WᵀW would cost n³.
+            W = aslinearoperator(weights_at(graph, 0))
+            moment = W.T @ W
+        else:
+            moment = aslinearoperator(_second_moment(graph, rounds))
+        ones = aslinearoperator(np.full((n, 1), n**-0.5))
+        value = largest_eigenvalue(moment - ones @ ones.T, relative_to=1.0, tolerance=1e-4)
+    return float(np.clip(value, 0.0, 1.0))
+
+
+def one_period(graph: Graph) -> float | None:
+    """Return what a round leaves of the worst squared disagreement, in the mean over the first period of P rounds.
+
+    It is `λ_max(E[ΦᵀΦ] - J)` to the power 1 / P, with `Φ = W_P … W_1`; at least `rho`. None where all rounds have one
+    law, above 1,000 clients, and where a neighbourhood alone is known.
+    """
+    n = graph.clients
+    if graph.known is not None or not _in_order(graph) or graph.period is None or n > DENSE_CLIENTS:
+        return None
+    if graph.activation == 1:
+        value = np.linalg.norm(_after_a_period(graph, np.eye(n)), 2) ** 2
+    else:
+        moment = np.eye(n) - 1 / n
+        for stacked in reversed(_draws_by_round(graph, rho_draws(graph))):
+            moment = _mean_square(stacked, moment)
+        value = np.linalg.eigvalsh(moment)[-1]
+    return float(np.clip(value, 0.0, 1.0) ** (1 / graph.period))
+
+
+def rho_draws(graph: Graph) -> int:
+    """Return how many rounds `rho` draws by default: 0 where it is exact, or up to 100,000, a second or so of work.
+
+    At least 16, or where clients are alike, as many as have the rows of 16 rounds of 1,000 clients. Where any two of
+    more than 100,000 may meet, only one client's row is drawn of each round, at least 16 of them as well.
+    """
+    if graph.activation == 1 and graph.period is not None:
+        return 0
+    n = graph.clients
+    if _by_rows(graph):
+        # A row takes n draws for its client and for each that it meets, about 10 ns each.
+        return max(int(10 * DRAWING_NS / (10 * n * (1 + graph.activation * n))), LEAST_DRAWS)
+    pairs = pair_count(n)
+    possible = len(graph.edges_at(0)) if graph.period is not None and not graph.every_pair else pairs
+    # Drawing an edge costs about 20 ns; a client with d active edges adds (d + 1)² products to WᵀW, about 5 ns each.
+    neighbours = 2 * graph.activation * (pairs if graph.every_pair else len(graph.edges_at(0))) / n
+    draw_ns = 20 * possible + 5 * n * (1 + neighbours) ** 2
+    if _in_order(graph):  # each draw is applied to matrices, 10 ns an entry
+        draw_ns += 10 * n**2 * (n**2 if n**2 <= DENSE_CLIENTS else ARNOLDI_STEPS)
+    if graph.period is None:
+        draw_ns += 40_000  # such edges are made one by one
+    least = LEAST_DRAWS
+    if graph.exchangeable:
+        meetings = max(n * neighbours / 2, 1)
+        least = min(LEAST_DRAWS, max(LEAST_DRAWS * DENSE_CLIENTS // n, ceil(LEAST_MEETINGS / meetings), 1))
+    return min(max(int(DRAWING_NS / draw_ns), least), MOST_DRAWS)
+
+
+def summary(graph: Graph) -> GraphSummary:
+    """Measure a graph. Neighbours are exact for a graph with a period; see `rho` for the rest. Raises GraphError."""
+    if graph.known is not None:
+        return graph.known.summary
+    draws, value = rho_draws(graph), rho(graph)
+    if graph.every_pair:
+        counts = np.full((1, graph.clients), graph.clients - 1)
+    else:
+        counts = np.stack([degrees(graph.clients, graph.edges_at(t)) for t in range(graph.period or draws)])
+    return GraphSummary(
+        clients=graph.clients,
+        edges=float(counts.sum(axis=1).mean() / 2),
+        mean_neighbours=float(graph.activation * counts.mean()),
+        isolated_share=float(np.mean((1 - graph.activation) ** counts)),
+        rho=value,
+        spectral_gap=1 - value,
+        draws=draws,
+    )
+
+
+def _in_order(graph: Graph) -> bool:
+    """Whether rho looks at the order of rounds: they follow each other in a period, and it takes no minutes."""
+    if graph.period in (None, 1):
+        return False
+    n, period = graph.clients, graph.period or 1
+    if n > DENSE_CLIENTS:
+        return graph.activation == 1 and (bool(graph.sides) or period * n * ARNOLDI_STEPS <= IN_ORDER_WORK)
+    return period * n**2 <= IN_ORDER_WORK
+
+
+def _long_run(graph: Graph, rounds: int) -> float:
+    """Return the spectral radius, on the disagreement, of a period's `E[Φ ⊗ Φ]`, to the power of one over its length.
+
+    Of known rounds it is the square of that of Φ itself.
+    """
+    n, period = graph.clients, graph.period or 1
+    if graph.activation == 1 and n > DENSE_CLIENTS and graph.sides:  # all rounds have the same eigenvectors
+        each = (_by_frequency(graph, _dense(row_at(graph, 0, t), n)) for t in range(period))
+        radius = float(np.abs(prod(each)).max()) ** 2
+    elif graph.activation == 1:
+        radius = _spectral_radius(partial(_after_a_period, graph), n) ** 2
+    else:
+        drawn = _draws_by_round(graph, rounds)
+
+        def mean_square(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            moments = x.T.reshape(-1, n, n)
+            moments = moments - moments.mean(1, keepdims=True)
+            moments -= moments.mean(2, keepdims=True)
+            for stacked in drawn:
+                moments = np.stack([_mean_square(stacked, moment) for moment in moments])
+            return moments.reshape(x.T.shape).T
+
+        radius = _spectral_radius(mean_square, n * n)
+    return float(radius ** (1 / period))
+
+
+def _spectral_radius(apply: Callable[[NDArray[np.float64]], NDArray[np.float64]], size: int) -> float:
+    """Return the largest absolute eigenvalue of a linear map, which takes vectors `[size]` or columns `[size, k]`."""
+    if size <= DENSE_CLIENTS:
+        return float(np.abs(np.linalg.eigvals(apply(np.eye(size)))).max())
+    start = apply(generator(0, "eigenvector").standard_normal(size))
+    if np.linalg.norm(start) < 1e-12:
+        return 0.0
+    operator = LinearOperator((size, size), matvec=apply, dtype=np.float64)
+    found = eigs(operator, k=1, v0=start, ncv=ARNOLDI_STEPS, tol=1e-4, return_eigenvectors=False)
+    return float(np.abs(found).max())
+
+
+def _after_a_period(graph: Graph, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what a period of known rounds leaves of the disagreement of `x`, `[n]` or `[n, k]`."""
+    n = graph.clients
+    for stacked in _in_chunks(graph, graph.period or 1):
+        for start in range(0, stacked.shape[0], n):
+            x = stacked[start : start + n] @ (x - x.mean(axis=0))
+    return x
+
+
+def _draws_by_round(graph: Graph, rounds: int) -> list[csr_array]:
+    """Return for each round of a period its matrices in as many periods as `rounds` fill, below each other."""
+    n, period = graph.clients, graph.period or 1
+    periods = max(1, rounds // period)
+    drawn = csr_array(vstack(list(_in_chunks(graph, periods * period)), "csr"))
+    rows = np.arange(periods * period * n).reshape(periods, period, n)
+    return [csr_array(drawn[rows[:, t].ravel()]) for t in range(period)]
+
+
+def _mean_square(stacked: csr_array, x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the mean of `W x Wᵀ` over the matrices `[R·n, n]` below each other; these are symmetric."""
+    n = len(x)
+    once = (stacked @ x).reshape(-1, n, n)  # each W x
+    beside = once.transpose(0, 2, 1).reshape(-1, n)  # each (W x)ᵀ, below each other
+    mean: NDArray[np.float64] = (stacked.T @ beside).T / len(once)
+    return mean
+
+
+def _by_frequency(graph: Graph, row: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the eigenvalues of a matrix that moving all clients round the grid leaves as it is, but for J's own, 1."""
+    eigenvalues: NDArray[np.float64] = np.fft.fftn(row.reshape(graph.sides)).real.ravel()[1:]
+    return eigenvalues
+
+
+def _dense(row: Mapping[int, float], n: int) -> NDArray[np.float64]:
+    values = np.zeros(n)
+    values[list(row)] = list(row.values())
+    return values
+
+
+def _by_rows(graph: Graph) -> bool:
+    """Whether a whole round has too many pairs to be drawn."""
+    return graph.every_pair and graph.clients > MOST_PAIRED
+
+
+def _mean_trace(graph: Graph, rounds: int) -> float:
+    """Return the mean of tr WᵀW, the sum of the squares of W's entries, over the first rounds."""
+    n = graph.clients
+    if _by_rows(graph):  # all clients' rows have one law
+        rows = [row_at(graph, t % n, t).values() for t in range(rounds)]
+        return n * sum(x**2 for row in rows for x in row) / rounds
+    return sum(float(np.square(stacked.data).sum()) for stacked in _in_chunks(graph, rounds)) / rounds
+
+
+def _first_row(graph: Graph, rounds: int, exact: bool) -> NDArray[np.float64]:
+    """Return the first row of E[WᵀW], `[n]`, of a graph whose clients are the points of a grid, all alike.
+
+    Of a sample's mean all rows give it, each moved so that its client comes first.
+    """
+    if exact:
+        known = (weights_at(graph, t) for t in range(rounds))
+        moment = sum(W[[0]] @ W for W in known).tocoo() / rounds  # W is symmetric
+    else:
+        moment = _second_moment(graph, rounds).tocoo()
+    rows, columns = moment.coords
+    place, stride = np.zeros(moment.nnz, dtype=np.int64), 1
+    for side in reversed(graph.sides):
+        place += (columns // stride - rows // stride) % side * stride
+        stride *= side
+    first: NDArray[np.float64] = np.bincount(place, moment.data, graph.clients) / moment.shape[0]
+    return first
+
+
+def _second_moment(graph: Graph, rounds: int) -> Any:
+    """Return the mean of WᵀW over the first rounds, `[n, n]`, dense or sparse."""
+    n, total = graph.clients, 0
+    for stacked in _in_chunks(graph, rounds):
+        full = n <= DENSE_CLIENTS and stacked.nnz > 0.1 * stacked.shape[0] * n
+        stacked = stacked.toarray() if full else stacked
+        total = total + stacked.T @ stacked
+    return total / rounds
+
+
+def _in_chunks(graph: Graph, rounds: int) -> Iterator[csr_array]:
+    """Yield the mixing matrices of the first rounds, as many below each other as can be held."""
+    held = graph.activation * pair_count(graph.clients) if not listed(graph) else len(graph.edges_at(0))
+    step = max(1, int(CHUNK // (graph.clients + held)))
+    for start in range(0, rounds, step):
+        yield stacked_weights(graph, range(start, min(start + step, rounds)))

@@ -1,0 +1,115 @@
+"""Several processes and the simulator: one recipe, the same adapters and records."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import SPOILT, spoilt, together
+
+from peertune.assembly.build import build
+from peertune.engines.distributed import _merged, share
+from peertune.engines.simulator import simulate
+from peertune.errors import RunError
+from peertune.methods.catalogue import ALGORITHMS
+from peertune.recipe import load_recipe
+from peertune.types import Group, RoundRecord
+
+SMALL = (
+    "model.dtype=float64",
+    "clients=5",
+    "lora={r: 3, lora_alpha: 6, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}",
+    "partition={name: iid}",
+    "graph={name: complete, activation: 0.5}",
+    "training={learning_rate: 5e-3, local_steps: 1, per_device_train_batch_size: 3}",
+    "rounds=4",
+    "evaluate={every: 3, rows: 10}",
+)
+DOWN = "{down: 4, rounds: [0, 1]}, {down: 3, rounds: [1, 1]}, {down: 0, rounds: [2, 2]}"
+FAULTS = f"[{{edge: [0, 1], rounds: [1, 2]}}, {DOWN}]"
+RECIPES = {method: [*SMALL, f"algorithm={{name: {method}}}"] for method in ALGORITHMS}
+RECIPES |= {
+    "adaptive": [*SMALL, "algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}", "rounds=9"],
+    "always": [*SMALL, "graph.activation=1.0"],
+    "changing": [*SMALL, "clients=8", "graph={name: exponential}"],
+    "ring": [*SMALL, "graph={name: ring, activation: 0.7}", "training.reset_optimizer=phase"],
+    "pairs": [*SMALL, "graph={name: matching, probability: 0.6}", "head=frozen"],
+    "many": [*SMALL, "clients=70", "graph={name: ring}", "rounds=2", "training.per_device_train_batch_size=1"],
+    **{name: [*SMALL, "graph.activation=1.0", "rounds=2"] for name in SPOILT},
+    **{f"faults {name}": [*SMALL, f"algorithm={{name: {name}}}", f"faults={FAULTS}"] for name in ("decaf", "adf_lora")},
+}
+
+
+def as_json(record: RoundRecord) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(json.dumps(asdict(replace(record, state=None))))
+    del values["state"]
+    return values
+
+
+def assert_close(ours: Any, theirs: Any, where: str) -> None:
+    """Hold what JSON can hold against each other, numbers up to rounding."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys(), where
+        for key, value in theirs.items():
+            assert_close(ours[key], value, f"{where}.{key}")
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs), where
+        for number, pair in enumerate(zip(ours, theirs, strict=True)):
+            assert_close(*pair, f"{where}[{number}]")
+    else:
+        assert ours == (pytest.approx(theirs, rel=1e-9, abs=1e-12) if isinstance(theirs, float) else theirs), where
+
+
+@pytest.fixture(scope="module")
+def simulated() -> dict[str, list[RoundRecord]]:
+    jobs = {name: build(load_recipe("digits-demo", recipe)).job for name, recipe in RECIPES.items()}
+    jobs |= {name: spoilt(jobs[name], value) for name, value in SPOILT.items()}
+    records = {name: list(simulate(job)) for name, job in jobs.items()}
+    assert records["far"][0].failed_edges == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert records["apart"][0].not_mixed == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    return records
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_processes_end_with_the_simulators_adapters_and_records(
+    simulated: dict[str, list[RoundRecord]], ranks: int, tmp_path: Path
+) -> None:
+    played = together(tmp_path / "out", ranks, RECIPES)
+    for name, records in simulated.items():
+        state = records[-1].state
+        assert state is not None
+        for tensor, x in state.adapters.items():
+            torch.testing.assert_close(played[name].adapters[tensor], x, rtol=0, atol=1e-12)
+        for own in played[name].records:
+            assert own == played[name].records[0]
+        for record, ours in zip(records, played[name].records[0], strict=True):
+            theirs = as_json(record)
+            assert ours["seconds"].keys() == theirs["seconds"].keys()
+            assert_close(ours, theirs | {"seconds": ours["seconds"]}, f"{name}, round {record.round}")
+
+
+def test_a_stage_takes_as_long_as_in_its_slowest_process(simulated: dict[str, list[RoundRecord]]) -> None:
+    class Slower(Group):
+        """Another process, which takes twice as long to train and half as long to mix."""
+
+        def gather(self, value: Any) -> list[Any]:
+            slow = {stage: s * {"train": 2.0, "mix": 0.5}.get(stage, 1.0) for stage, s in value["seconds"].items()}
+            return [value, value | {"seconds": slow}]
+
+    own = simulated["ring"][0]
+    assert min(own.seconds.values()) > 0
+    assert _merged(own, Slower()).seconds == own.seconds | {"train": 2 * own.seconds["train"]}
+
+
+class Some(Group):
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+def test_clients_are_dealt_evenly_to_neighbouring_processes() -> None:
+    assert [list(share(7, Some(rank, 3))) for rank in range(3)] == [[0, 1, 2], [3, 4], [5, 6]]
+    assert [list(share(3, Some(rank, 3))) for rank in range(3)] == [[0], [1], [2]]
+    with pytest.raises(RunError, match="clients: 7, for 8 processes; start 7 at most"):
+        share(7, Some(0, 8))

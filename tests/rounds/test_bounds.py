@@ -1,0 +1,158 @@
+"""What may be mixed: payloads that would spoil a receiver are refused, and those of honest clients are not."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from peertune.methods.adaptive import adaptive
+from peertune.rounds.bounds import FAR, NEAR, Bound, apart, refused
+from peertune.types import Tensors
+
+CLIENTS, RANK, SIZE = 5, 4, 32
+BOUND = Bound({"q": (5.0, 2.0), "out.weight": (3.0, 1.0), "out.bias": (3.0, 1.0)})
+LIAR = 2
+
+
+def honest(scale: float = 0.1) -> Tensors:
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(CLIENTS, *shape, generator=draw)
+
+    return {
+        "q.A": normal(RANK, SIZE) / (3 * SIZE) ** 0.5,
+        "q.B": scale * normal(SIZE, RANK),
+        "out.weight.head": normal(3, SIZE),
+        "out.bias.head": 0.01 * normal(3),
+    }
+
+
+def everybody() -> tuple[Tensor, Tensor]:
+    pairs = torch.tensor([(i, j) for i in range(CLIENTS) for j in range(CLIENTS) if i != j])
+    return pairs[:, 0], pairs[:, 1]
+
+
+def by_whom(own: Tensors, heard: Tensors, bound: Bound = BOUND) -> set[tuple[int, int]]:
+    return {(found.receiver, found.sender) for found in refused(bound, own, heard, *everybody())}
+
+
+def of_the_liar() -> set[tuple[int, int]]:
+    return {(i, LIAR) for i in range(CLIENTS) if i != LIAR}
+
+
+def gauge(x: Tensors) -> None:
+    """Other coordinates of the same product, with condition 1e8."""
+    M = torch.diag(torch.tensor([1e4, 1e-4, 1.0, 1.0], dtype=torch.float64))
+    x["q.B"][LIAR] = x["q.B"][LIAR] @ M
+    x["q.A"][LIAR] = M.inverse() @ x["q.A"][LIAR]
+
+
+LIES: dict[str, Callable[[Tensors], object]] = {
+    "a huge A beside B = 0": lambda x: (x["q.A"][LIAR].mul_(1e30), x["q.B"][LIAR].zero_()),
+    "a huge B beside A = 0": lambda x: (x["q.B"][LIAR].mul_(1e30), x["q.A"][LIAR].zero_()),
+    "both, a thousand times": lambda x: (x["q.A"][LIAR].mul_(1e3), x["q.B"][LIAR].mul_(1e3)),
+    "other coordinates": gauge,
+    "values of 1e300": lambda x: x["q.A"][LIAR].fill_(1e300),
+    "one value of 1e300": lambda x: x["q.B"][LIAR, 0, :1].fill_(1e300),
+    "a value that is no number": lambda x: x["q.B"][LIAR, 0, :1].fill_(torch.nan),
+    "infinity": lambda x: x["q.A"][LIAR, 0, :1].fill_(torch.inf),
+    "a huge head": lambda x: x["out.weight.head"][LIAR].mul_(1e30),
+    "a huge bias": lambda x: x["out.bias.head"][LIAR].fill_(1e6),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_would_spoil_a_receiver_is_refused_by_all_and_nothing_else_is(lie: str) -> None:
+    own = {name: x.double() for name, x in honest().items()}
+    heard = {name: x.clone() for name, x in own.items()}
+    LIES[lie](heard)
+    assert by_whom(own, heard) == of_the_liar()
+    assert by_whom(own, own) == set()
+
+
+@pytest.mark.parametrize("of", ["A", "B"])
+def test_one_factor_by_itself_is_held_against_the_receivers_two(of: str) -> None:
+    own = honest()
+    heard = {f"q.{of}": own[f"q.{of}"].clone()}
+    heard[f"q.{of}"][LIAR] *= 1e30  # whose square is none in float32
+    assert by_whom(own, heard) == of_the_liar()
+    assert by_whom(own, {f"q.{of}": own[f"q.{of}"]}) == set()
+
+
+def test_at_the_start_where_every_product_is_zero_a_huge_factor_is_seen() -> None:
+    own = honest(scale=0)
+    for of in ("A", "B"):
+        heard = {name: x.clone() for name, x in own.items()}
+        heard[f"q.{of}"][LIAR] = 1e5
+        assert by_whom(own, heard) == of_the_liar()
+    assert by_whom(own, honest()) == set(), "one that begins late takes what the others have learnt"
+
+
+def test_factors_within_their_own_bounds_are_refused_for_their_product_with_the_receivers() -> None:
+    own = honest()
+    own["q.A"] *= 50
+    own["q.B"] *= 50  # of receivers, who have the right to large ones
+    aligned = {name: x.clone() for name, x in own.items()}
+    aligned["q.A"] *= FAR / 2
+    aligned["q.B"] *= FAR / 2
+    found = refused(BOUND, own, aligned, torch.tensor([0]), torch.tensor([0]))
+    assert [one.why.split(" is ")[0] for one in found] == ["q: B_j A_j"]
+
+
+def test_products_are_those_of_the_factors_themselves() -> None:
+    own = honest(scale=10)
+    heard = {name: 300 * x.flip(0) for name, x in own.items() if name == "q.A"}
+    (found,) = refused(BOUND, own, heard, torch.tensor([1]), torch.tensor([0]))
+    product, mixed = (
+        2.0 * torch.linalg.matrix_norm(own["q.B"][1].double() @ x)
+        for x in (own["q.A"][1].double(), heard["q.A"][0].double())
+    )
+    assert found.why == f"q: B_i A_j is {mixed:.3g}, and {FAR * product:.3g} is the most that is mixed here"
+
+
+def test_what_the_others_do_not_have_is_left_out_and_what_they_have_is_not() -> None:
+    own, heard = honest(), honest()
+    heard["q.A"][LIAR] *= 2 * NEAR
+    assert by_whom(own, heard) == set()
+    found = apart(BOUND, own, heard, *everybody())
+    assert {(one.receiver, one.sender) for one in found} == of_the_liar()
+    heard["q.A"] = 2 * NEAR * honest()["q.A"]  # of everybody: who has far less is the one that is behind
+    assert apart(BOUND, own, heard, *everybody()) == []
+
+
+def test_of_two_voices_neither_is_the_one_to_go_by() -> None:
+    own, heard = honest(), honest()
+    heard["q.A"][LIAR] *= 2 * NEAR
+    assert apart(BOUND, own, heard, torch.tensor([0, 1]), torch.tensor([LIAR, 0])) == []
+    found = apart(BOUND, own, heard, torch.tensor([0, 0, 1]), torch.tensor([LIAR, 1, 0]))
+    assert [(one.receiver, one.sender) for one in found] == [(0, LIAR)]
+
+
+@pytest.mark.parametrize(
+    ("signal", "value", "refuses"),
+    [
+        ("adaptive.probe", 1e30, True),
+        ("adaptive.probe", torch.nan, True),
+        ("adaptive.reports", -1e30, True),
+        ("adaptive.reports", torch.inf, True),
+        ("adaptive.reports", torch.nan, False),
+        ("adaptive.reports", -1.0, False),
+    ],
+)
+def test_signals_that_no_honest_client_holds_are_refused(signal: str, value: float, refuses: bool) -> None:
+    agreement = adaptive(8, first=5, clients=CLIENTS, seed=0)
+    signals = agreement.init(range(CLIENTS), 0)
+    lying = {name: x.clone() for name, x in signals.items()}
+    lying[signal][LIAR].view(-1)[3] = value
+    bound = Bound(BOUND.layers, agreement.sound)
+    assert by_whom(honest(), honest() | signals, bound) == set()
+    assert by_whom(honest(), honest() | lying, bound) == (of_the_liar() if refuses else set())
+
+
+def test_a_process_whose_clients_are_all_down_refuses_nobody() -> None:
+    nobody = {name: x[:0] for name, x in honest().items()}
+    pairs = torch.zeros(2, 0, dtype=torch.int64)
+    assert not refused(BOUND, nobody, nobody, *pairs)
+    assert not apart(BOUND, nobody, nobody, *pairs)

@@ -1,0 +1,390 @@
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from peertune.adapters.stacked import attach, init_adapters
+from peertune.errors import ModelError
+from peertune.rounds.training import (
+    Optim,
+    Optimizer,
+    adamw,
+    clip,
+    evaluate,
+    hits,
+    learning_rate,
+    predictions,
+    reset_moments,
+    row_losses,
+    sgd,
+    train_local,
+)
+from peertune.types import Batch, Phase, State, Tensors, kind, take
+
+CLIENTS = 3
+SHAPES = {"q.A": (2, 5), "q.B": (4, 2), "v.A": (2, 5), "v.B": (4, 2), "out.weight.head": (3, 4), "out.bias.head": (3,)}
+PHASES = [frozenset({"B", "head"}), frozenset({"A", "head"}), frozenset({"A", "B"})]
+
+
+def tensors(generator: torch.Generator, clients: int = CLIENTS) -> Tensors:
+    shapes = SHAPES.items()
+    return {name: torch.randn(clients, *shape, generator=generator, dtype=torch.float64) for name, shape in shapes}
+
+
+def each_alone(kind_of: Any, start: Tensors, steps: list[tuple[Tensors, float]], **settings: Any) -> list[Tensors]:
+    """Step every client's parameters by a PyTorch optimiser of its own."""
+    results = []
+    for client in range(len(start["q.A"])):
+        params = {name: x[client].clone().requires_grad_() for name, x in start.items()}
+        optimizer = kind_of(params.values(), lr=1.0, foreach=False, **settings)
+        for grads, rate in steps:
+            for name, x in params.items():
+                x.grad = grads[name][client].clone() if name in grads else None
+            optimizer.param_groups[0]["lr"] = rate
+            optimizer.step()
+        results.append({name: x.detach() for name, x in params.items()})
+    return results
+
+
+def walk(seed: int, count: int) -> list[tuple[Tensors, float]]:
+    """Gradients of alternating phases, and a learning rate for each step."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (
+            {name: x for name, x in tensors(generator).items() if kind(name) in PHASES[step // 3 % 3]},
+            0.05 / (1 + step),
+        )
+        for step in range(count)
+    ]
+
+
+def own_memory(tensors: Tensors) -> Tensors:
+    """The same values, no two clients' in one place."""
+    return State(tensors, {}, 0).clone().adapters
+
+
+def together(optimizer: Optimizer, start: Tensors, steps: list[tuple[Tensors, float]]) -> tuple[Tensors, Tensors]:
+    params = {name: x.clone() for name, x in start.items()}
+    moments = own_memory(optimizer.init(params))
+    for grads, rate in steps:
+        optimizer.update(params, grads, moments, rate)
+    return params, moments
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_over_a_stack_is_adamw_for_each_client(decay: float) -> None:
+    start, steps = tensors(torch.Generator().manual_seed(0)), walk(1, 40)
+    stepped, moments = together(adamw(0.8, 0.95, 1e-6, decay), start, steps)
+    alone = each_alone(torch.optim.AdamW, start, steps, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay)
+    for client, expected in enumerate(alone):
+        for name, x in expected.items():
+            torch.testing.assert_close(stepped[name][client], x, rtol=0, atol=1e-12)
+    assert {name: moments[f"steps.{name}"].tolist() for name in ("A", "B", "head")} == {
+        "A": [25] * CLIENTS,
+        "B": [27] * CLIENTS,
+        "head": [28] * CLIENTS,
+    }
+
+
+@pytest.mark.parametrize(("momentum", "decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.1), (0.0, 0.1)])
+def test_sgd_over_a_stack_is_sgd_for_each_client(momentum: float, decay: float) -> None:
+    start, steps = tensors(torch.Generator().manual_seed(0)), walk(1, 40)
+    stepped, _ = together(sgd(momentum, decay), start, steps)
+    alone = each_alone(torch.optim.SGD, start, steps, momentum=momentum, weight_decay=decay)
+    for client, expected in enumerate(alone):
+        for name, x in expected.items():
+            torch.testing.assert_close(stepped[name][client], x, rtol=0, atol=1e-12)
+
+
+def test_clients_of_different_step_counts_share_a_stack() -> None:
+    optimizer, start = adamw(), tensors(torch.Generator().manual_seed(0), clients=2)
+    first, both = walk(1, 7), walk(2, 5)
+    old, old_moments = together(optimizer, take(start, slice(0, 1)), [(take(g, slice(0, 1)), lr) for g, lr in first])
+    new = take(start, slice(1, 2))
+    new_moments = optimizer.init(new)
+    params = {name: torch.cat([x, new[name]]) for name, x in old.items()}
+    moments = {name: torch.cat([x, new_moments[name]]) for name, x in old_moments.items()}
+    for grads, rate in both:
+        optimizer.update(params, take(grads, slice(0, 2)), moments, rate)
+    for client, steps in enumerate(([*first, *both], both)):
+        own = [(take(g, slice(client, client + 1)), lr) for g, lr in steps]
+        (expected,) = each_alone(torch.optim.AdamW, take(start, slice(client, client + 1)), own, weight_decay=0.0)
+        for name, x in expected.items():
+            torch.testing.assert_close(params[name][client], x, rtol=0, atol=1e-12)
+    assert moments["steps.B"].tolist() == [7, 3]
+
+
+@pytest.mark.parametrize("max_norm", [0.5, 5.0, 100.0])
+def test_clipping_is_pytorchs_for_each_client(max_norm: float) -> None:
+    grads = tensors(torch.Generator().manual_seed(0))
+    grads["q.A"][1] *= 50
+    grads["q.B"][2] = 0
+    expected = [[x[client].clone() for x in grads.values()] for client in range(CLIENTS)]
+    before = [[x.clone() for x in own] for own in expected]
+    for own in expected:
+        params = [nn.Parameter(torch.zeros_like(x)) for x in own]
+        for param, x in zip(params, own, strict=True):
+            param.grad = x
+        nn.utils.clip_grad_norm_(params, max_norm, foreach=False)
+    norms = [sum(float(x.square().sum()) for x in own) ** 0.5 for own in before]
+    torch.testing.assert_close(clip(grads, max_norm), torch.tensor(norms, dtype=torch.float64), rtol=0, atol=1e-12)
+    for client, own in enumerate(expected):
+        for x, y in zip(grads.values(), own, strict=True):
+            torch.testing.assert_close(x[client], y, rtol=0, atol=1e-14)
+
+
+def test_a_norm_of_zero_leaves_gradients_as_they_are() -> None:
+    grads = tensors(torch.Generator().manual_seed(0))
+    before = {name: x.clone() for name, x in grads.items()}
+    clip(grads, 0.0)
+    assert all(torch.equal(grads[name], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 12), (5, 12), (12, 12), (0, 1)])
+def test_learning_rates_are_those_of_transformers(
+    shape: Literal["constant", "linear", "cosine"], warmup: int, steps: int
+) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
+    name = "constant_with_warmup" if shape == "constant" else shape
+    schedule = cast("Any", transformers.get_scheduler)(name, optimizer, warmup, steps)
+    rate = learning_rate(shape, 0.3, warmup, steps)
+    for step in range(steps):
+        assert rate(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-15)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("reset", "cleared"),
+    [("never", [False] * 5), ("round", [True] * 5), ("phase", [False, False, True, True, False])],
+)
+def test_moments_start_afresh_as_the_setting_says_by_what_is_trained_whatever_is_sent(
+    reset: Literal["never", "round", "phase"], cleared: list[bool]
+) -> None:
+    a, b, both = (frozenset(x) for x in ("A", "B", "AB"))
+    changes = [
+        (Phase(0, b, b), None),
+        (Phase(1, b, b), Phase(0, b, b)),
+        (Phase(2, a, a), Phase(1, b, b)),
+        (Phase(2, a, both), Phase(1, b, both)),
+        (Phase(1, b, both), Phase(0, b, b)),
+    ]
+    for (phase, before), clear in zip(changes, cleared, strict=True):
+        moments = {"q.A.m": torch.ones(2, 3), "steps.A": torch.tensor([3, 4])}
+        expected = {name: x * (not clear) for name, x in moments.items()}
+        places = {name: x.data_ptr() for name, x in moments.items()}
+        reset_moments(moments, reset, phase, before)
+        assert all(torch.equal(x, expected[name]) and x.dtype == expected[name].dtype for name, x in moments.items())
+        assert {name: x.data_ptr() for name, x in moments.items()} == places
+
+
+def rows_of(labels: Tensor) -> Batch:
+    zeros = torch.zeros(len(labels), dtype=torch.int64)
+    return Batch({}, labels, zeros, zeros.double(), zeros)
+
+
+def test_a_rows_loss_is_cross_entropy_over_classes() -> None:
+    logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = torch.stack([-row.log_softmax(0)[label] for row, label in zip(logits, labels, strict=True)])
+    torch.testing.assert_close(row_losses(logits, rows_of(labels)), expected, rtol=0, atol=1e-14)
+
+
+def test_a_rows_loss_is_the_squared_error_where_labels_are_no_classes() -> None:
+    logits, labels = torch.tensor([[1.0], [2.0]]), torch.tensor([0.5, 4.0])
+    assert row_losses(logits, rows_of(labels)).tolist() == [0.25, 4.0]
+
+
+def test_losses_of_a_half_precision_base_are_computed_in_float32() -> None:
+    logits = torch.tensor([[1.0, -1.0]], dtype=torch.bfloat16)
+    assert row_losses(logits, rows_of(torch.tensor([0]))).dtype == torch.float32
+    assert row_losses(logits[:, :1], rows_of(torch.tensor([0.5]))).dtype == torch.float32
+
+
+def test_a_language_models_row_counts_the_loss_and_the_hits_of_all_its_labels() -> None:
+    logits, labels = torch.randn(4, 3, dtype=torch.float64), torch.tensor([1, 0, 2, 1])
+    batch = replace(
+        rows_of(torch.zeros(3)),
+        inputs={"input_ids": torch.zeros(3, 4, dtype=torch.int64)},
+        labels=labels,
+        places=torch.tensor([0, 2, 5, 11]),  # two labels in the first row, one in each of the others
+    )
+    each = nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(row_losses(logits, batch), torch.stack([each[0] + each[1], each[2], each[3]]))
+    right = (logits.argmax(-1) == labels).double()
+    assert hits(logits, batch).tolist() == [float(right[0] + right[1]), float(right[2]), float(right[3])]
+    assert hits(nn.functional.one_hot(labels, 3).double(), batch).tolist() == [2, 1, 1]
+
+
+def test_a_prediction_is_the_likeliest_class_or_the_value() -> None:
+    logits = torch.tensor([[0.5, 2.0, 1.0], [3.0, -1.0, 0.0]])
+    assert predictions(logits, rows_of(torch.tensor([0, 0]))).tolist() == [1, 0]
+    values = predictions(logits[:, :1], rows_of(torch.tensor([0.0, 0.0])))
+    assert (values.dtype, values.tolist()) == (torch.float64, [0.5, 3.0])
+
+
+class Linear(nn.Module):
+    """A base of one linear layer, whose dropout draws from PyTorch's global generator where `draws` says so."""
+
+    def __init__(self, draws: bool = False) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.layer = nn.Linear(5, 3, dtype=torch.float64)
+        self.draws = draws
+
+    def forward(self, x: Tensor) -> Any:
+        if self.draws:
+            x = nn.functional.dropout(x, 0.1, self.training)
+        return transformers.modeling_outputs.SequenceClassifierOutput(logits=self.layer(x))
+
+
+def batches(steps: int, scale: float = 1.0) -> Iterator[list[Batch]]:
+    generator = np.random.default_rng(0)
+    for _ in range(steps):
+        clients = torch.arange(CLIENTS).repeat_interleave(4)
+        x = scale * torch.from_numpy(generator.normal(size=(4 * CLIENTS, 5)))
+        labels = torch.from_numpy(generator.integers(0, 3, 4 * CLIENTS))
+        yield [Batch({"x": x}, labels, clients, torch.full((4 * CLIENTS,), 0.25), torch.arange(4 * CLIENTS))]
+
+
+def start_of(base: nn.Module, optimizer: Optimizer) -> tuple[Any, State]:
+    model = attach(base, ["layer"], r=2, lora_alpha=2, base_dropout=True)
+    adapters = init_adapters(model, CLIENTS, 0)
+    return model, State(adapters, optimizer.init(adapters), 0).clone()
+
+
+@pytest.mark.parametrize("trained", ["A", "B"])
+def test_training_steps_the_state_where_it_lies_and_no_kind_that_does_not_train(trained: str) -> None:
+    optim = Optim(adamw(weight_decay=0.1), lambda step: 0.1, 1.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    state.adapters["layer.B"].fill_(0.1)
+    everything = state.adapters | state.moments
+    before, places = State(everything, {}, 0).clone().adapters, {name: x.data_ptr() for name, x in everything.items()}
+    phase = Phase(0, frozenset({trained}), frozenset({trained}))
+    loss, grad_norm = train_local(model, state, batches(3), phase, optim, first_step=0)
+    changed = {name for name, x in everything.items() if not torch.equal(x, before[name])}
+    assert changed == {f"layer.{trained}", f"layer.{trained}.m", f"layer.{trained}.v", f"steps.{trained}"}
+    assert {name: x.data_ptr() for name, x in (state.adapters | state.moments).items()} == places
+    assert state.moments[f"steps.{trained}"].tolist() == [3] * CLIENTS
+    assert not any(x.requires_grad or x.grad is not None for x in everything.values())
+    assert loss.shape == grad_norm.shape == (CLIENTS,)
+    assert (grad_norm > 0).all()
+    assert math.isclose(loss.mean().item(), math.log(3), rel_tol=0.5)
+
+
+def test_every_adapter_is_evaluated_on_every_row_without_dropout_and_in_the_rows_places() -> None:
+    base, generator = Linear(draws=True), torch.Generator().manual_seed(0)
+    plain = base.layer  # which a site wraps
+    model, state = start_of(base, sgd())
+    singles = [
+        {name: torch.randn(1, *x.shape[1:], generator=generator, dtype=x.dtype) for name, x in state.adapters.items()}
+        for _ in range(2)
+    ]
+    x = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    order = np.array([6, 2, 0, 5, 1, 3, 4])
+    parts = [
+        (replace(rows_of(torch.zeros(len(numbers), dtype=torch.int64)), inputs={"x": x[numbers]}), numbers)
+        for numbers in (order[:4], order[4:])
+    ]
+    found = evaluate(model, singles, parts, rows=7, read=lambda logits, batch: logits.sum(-1))
+    for row, single in zip(found, singles, strict=True):
+        update = single["layer.B"][0] @ single["layer.A"][0]
+        expected = x @ (plain.weight + update).T + plain.bias
+        np.testing.assert_allclose(row, expected.sum(-1).detach().numpy(), rtol=1e-12)
+
+
+def test_only_the_kinds_that_train_reach_the_optimizer() -> None:
+    seen: list[set[str]] = []
+
+    def update(params: Tensors, grads: Tensors, moments: Tensors, rate: float) -> None:
+        seen.append({kind(name) for name in grads})
+
+    optim = Optim(Optimizer(lambda _: {}, update), lambda step: 0.1, 1.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    for kinds in ({"A"}, {"B"}, {"A", "B"}):
+        train_local(model, state, batches(2), Phase(0, frozenset(kinds), frozenset()), optim, first_step=0)
+        assert seen[-2:] == [kinds, kinds]
+
+
+def test_a_chunk_is_trained_in_the_memory_of_the_whole_stack() -> None:
+    optim = Optim(adamw(), lambda step: 0.1, 1.0, "never")
+    model, whole = start_of(Linear(), optim.optimizer)
+    phase = Phase(0, frozenset("AB"), frozenset("AB"))
+    chunked = whole.clone()
+    together = train_local(model, whole, batches(3), phase, optim, first_step=0)
+    for clients in (slice(0, 1), slice(1, 3)):
+        parts = [[only(clients, batch) for batch in step] for step in batches(3)]
+        own = train_local(model, chunked.take(clients), parts, phase, optim, first_step=0)
+        for ours, theirs in zip(own, together, strict=True):
+            torch.testing.assert_close(ours, theirs[clients], rtol=0, atol=1e-12)
+    for name, x in (chunked.adapters | chunked.moments).items():
+        torch.testing.assert_close(x, (whole.adapters | whole.moments)[name], rtol=0, atol=1e-12)
+
+
+def only(clients: slice, batch: Batch) -> Batch:
+    """These clients' rows of a batch."""
+    own = (batch.clients >= clients.start) & (batch.clients < clients.stop)
+    inputs = {name: x[own] for name, x in batch.inputs.items()}
+    places = batch.clients[own] - clients.start
+    return Batch(inputs, batch.labels[own], places, batch.weights[own], batch.keys[own])
+
+
+@pytest.mark.parametrize("optimizer", [adamw(), sgd(momentum=0.9)], ids=["adamw", "sgd"])
+def test_a_start_that_clients_share_is_never_trained_before_it_is_cloned(optimizer: Optimizer) -> None:
+    model, _ = start_of(Linear(), optimizer)
+    adapters = init_adapters(model, CLIENTS, 0)
+    shared = State(adapters, optimizer.init(adapters), 0)
+    for name, x in (shared.adapters | shared.moments).items():
+        assert x.untyped_storage().nbytes() * CLIENTS == x.numel() * x.element_size() or name.startswith("steps.")
+    optim = Optim(optimizer, lambda step: 0.1, 0.0, "never")
+    with pytest.raises(RuntimeError, match="single memory location"):
+        train_local(model, shared, batches(1), Phase(0, frozenset("B"), frozenset("B")), optim, first_step=0)
+
+
+def test_steps_are_counted_from_the_runs_start() -> None:
+    asked: list[int] = []
+
+    def rate(step: int) -> float:
+        asked.append(step)
+        return 0.0
+
+    optim = Optim(sgd(), rate, 0.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    train_local(model, state, batches(3), Phase(7, frozenset("B"), frozenset("B")), optim, first_step=21)
+    assert asked == [21, 22, 23]
+
+
+def test_a_base_that_draws_from_the_global_generator_is_refused() -> None:
+    optim = Optim(sgd(), lambda step: 0.1, 0.0, "never")
+    model, state = start_of(Linear(draws=True), optim.optimizer)
+    with pytest.raises(ModelError, match=r"use model\.dropout=false"):
+        train_local(model, state, batches(1), Phase(0, frozenset("B"), frozenset("B")), optim, first_step=0)
+
+
+def test_training_that_diverges_stops_with_a_hint() -> None:
+    optim = Optim(sgd(), lambda step: 1e200, 0.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    with pytest.raises(ModelError, match=r"no longer finite after round 0; lower training\.learning_rate"):
+        train_local(model, state, batches(4, 1e200), Phase(0, frozenset("AB"), frozenset("AB")), optim, first_step=0)
+
+
+def test_adamw_in_float32_takes_the_steps_of_torch_from_the_first() -> None:
+    start = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    optimizer, ours = adamw(), {"x.A": start.clone()}
+    theirs = start.clone().requires_grad_()
+    reference = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.0)
+    moments = own_memory(optimizer.init(ours))
+    for step in range(5):
+        grad = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(step))
+        optimizer.update(ours, {"x.A": grad}, moments, 1e-3)
+        theirs.grad = grad.clone()
+        reference.step()
+        # A correction computed in float32 would be off by 1e-5 of a step at first; a float's own rounding is 6e-8.
+        torch.testing.assert_close(ours["x.A"], theirs.detach(), rtol=2e-7, atol=2e-9)

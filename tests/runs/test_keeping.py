@@ -1,0 +1,137 @@
+"""Records and checkpoints where the disk is full or files can't be opened: real limits of the kernel, not a mock."""
+
+import json
+import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from peertune.errors import RunError
+from peertune.runs import tracking
+from peertune.runs.keeping import Keeper
+from peertune.types import Group, RoundRecord, State
+
+
+def state(round: int) -> State:
+    return State({"q.A": torch.full((2, 3, 500), float(round))}, {}, round)
+
+
+def record(round: int) -> RoundRecord:
+    return RoundRecord(round, ["A"], ["A"], [0, 1], [1.0, 1.0], [1.0, 1.0], [0, 0], [0, 0], [], [], [], None, {}, {})
+
+
+@contextmanager
+def limited(kind: int, soft: int) -> Iterator[None]:
+    """Hold this process to a limit."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (soft, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
+
+
+def next_file() -> int:
+    """The number that the next file to be opened has."""
+    os.close(number := os.open(os.devnull, os.O_RDONLY))
+    return number
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    (tmp_path / "rounds.jsonl").touch()
+    (tmp_path / "facts.json").write_text("{}")
+    return tmp_path
+
+
+def rounds(run: Path) -> list[int]:
+    return [json.loads(line)["round"] for line in (run / "rounds.jsonl").read_text().splitlines()]
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").glob("*"))
+
+
+def make(keeper: Keeper, *made: int, last: bool = False) -> None:
+    for t in made:
+        keeper.record(record(t))
+        keeper.checkpoint(state(t + 1), last=last)
+
+
+LIMITS = {
+    "no room for a checkpoint": lambda run: limited(resource.RLIMIT_FSIZE, 8_000),
+    "no room for half a record": lambda run: limited(resource.RLIMIT_FSIZE, (run / "rounds.jsonl").stat().st_size + 99),
+    "no file can be opened": lambda run: limited(resource.RLIMIT_NOFILE, next_file()),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_what_can_t_be_written_is_warned_of_once_and_made_up_for(
+    run: Path, limit: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    keeper = Keeper(run, range(2), every=1, keep=2)
+    make(keeper, 0)
+    with LIMITS[limit](run):
+        make(keeper, 1, 2)
+    assert keeper.failed >= 2
+    assert checkpoints(run) == ["round-000001"]
+    assert rounds(run) == ([0, 1, 2] if "checkpoint" in limit else [0])
+    problem = "can't be written (File too large)" if "room" in limit else "can't be written (Too many open files)"
+    (said,) = caplog.messages
+    assert problem in said
+    assert said.endswith("; the run goes on, and tries again: the newest checkpoint is of round 1")
+    failed = keeper.failed
+    make(keeper, 3)
+    assert checkpoints(run) == ["round-000001", "round-000004"]
+    assert rounds(run) == [0, 1, 2, 3]
+    assert caplog.messages[-1] == f"{run} can be written again: round 4 is kept"
+    counts = [line["failed_writes"] for line in tracking.records(run)]
+    assert counts[0] == 0
+    assert counts[-1] == keeper.failed == failed
+    loaded = tracking.load_checkpoint(run)
+    assert loaded is not None
+    assert loaded.round == 4
+
+
+def test_a_checkpoint_waits_for_the_records_before_it(run: Path) -> None:
+    keeper = Keeper(run, range(2), every=1, keep=2)
+    (run / "rounds.jsonl").unlink()
+    (run / "rounds.jsonl").mkdir()  # a place that can't be written
+    make(keeper, 0)
+    assert checkpoints(run) == []
+
+
+def test_only_a_last_state_that_can_t_be_written_ends_the_run(run: Path) -> None:
+    keeper = Keeper(run, range(2), every=10, keep=2)
+    with limited(resource.RLIMIT_FSIZE, 8_000):
+        make(keeper, *range(5))
+        assert keeper.failed == 0, "none was due"
+        with pytest.raises(RunError, match=r"round-000006: can't be written \(File too large\)"):
+            make(keeper, 5, last=True)
+    assert rounds(run) == list(range(6))
+    make(keeper, 6, last=True)
+    assert checkpoints(run) == ["round-000007"]
+
+
+def test_a_checkpoint_that_is_due_is_tried_again_after_the_next_round(run: Path) -> None:
+    keeper = Keeper(run, range(2), every=5, keep=2)
+    make(keeper, *range(4))
+    with limited(resource.RLIMIT_FSIZE, 8_000):
+        make(keeper, 4)
+    make(keeper, *range(5, 12))
+    assert checkpoints(run) == ["round-000006", "round-000010"]
+
+
+def test_of_several_processes_none_goes_on_without_the_others(run: Path) -> None:
+    class Two(Group):
+        size = 2
+
+    keeper = Keeper(run, range(2), every=1, keep=2, group=Two())
+    (run / "rounds.jsonl").unlink()
+    (run / "rounds.jsonl").mkdir()
+    with pytest.raises(RunError, match=r"rounds.jsonl: can't be written"):
+        keeper.record(record(0))

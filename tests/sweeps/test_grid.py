@@ -1,0 +1,208 @@
+"""Sweeps: the grid as values, and real sweeps of real processes that are killed and go on."""
+
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+from sweeping import SMALL, finish, records, start
+
+from peertune.errors import PeertuneError, RecipeError
+from peertune.sweeps import grid
+
+
+def names(*words: str) -> list[str]:
+    return [member.name for member in grid.members("digits-demo", words)]
+
+
+def test_a_grid_is_every_combination_and_its_last_key_changes_fastest() -> None:
+    assert names("algorithm.name=dec_lora,tad_lora", "rounds=2", "seed=0,1") == [
+        "algorithm.name=dec_lora,seed=0",
+        "algorithm.name=dec_lora,seed=1",
+        "algorithm.name=tad_lora,seed=0",
+        "algorithm.name=tad_lora,seed=1",
+    ]
+    last = grid.members("digits-demo", ["algorithm.name=dec_lora,tad_lora", "rounds=2", "seed=0,1"])[-1]
+    assert (last.recipe.algorithm.name, last.recipe.rounds, last.recipe.seed) == ("tad_lora", 2, 1)
+    assert names("rounds=2") == ["rounds=2"]
+
+
+def test_commas_inside_brackets_and_quotes_separate_nothing() -> None:
+    word = "algorithm={name: dec_lora},{name: adf_lora, switch_every: 3}"
+    first, second = grid.members("digits-demo", [word])
+    assert (first.recipe.algorithm.name, second.recipe.algorithm.settings) == ("dec_lora", {"switch_every": 3})
+    assert (first.name, second.name) == ("algorithm=-name-dec_lora", "algorithm=-name-adf_lora-switch_every-3")
+    (one,) = grid.members("digits-demo", ["lora.target_modules=[q_proj, v_proj]"])
+    assert one.recipe.lora.target_modules == ["q_proj", "v_proj"]
+    (quoted,) = grid.members("digits-demo", ["model.name='a,b'"])
+    assert quoted.recipe.model.name == "a,b"
+
+
+def test_paths_that_would_come_to_one_name_stay_apart() -> None:
+    assert len(set(names("model.name=a/b,a-b"))) == 2
+
+
+def test_names_stay_short_and_apart() -> None:
+    paths = ",".join(f"/data/{'very' * 60}/{letter}" for letter in "ab")
+    first, second = names(f"model.name={paths}")
+    assert first != second
+    assert max(len(first), len(second)) < 200
+    assert "/" not in first + second
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 5, 9])
+def test_shards_are_disjoint_and_together_the_whole(of: int) -> None:
+    whole = grid.members("digits-demo", ["seed=0,1,2,3,4,5,6"])
+    parts = [grid.shard(whole, f"{number}/{of}") for number in range(1, of + 1)]
+    assert sorted(member.name for part in parts for member in part) == sorted(member.name for member in whole)
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["sed=0,1"], "digits-demo: sed: unknown key 'sed', did you mean seed?"),
+        (["graph.activation=0.1,high"], "graph.activation"),
+        (["seed="], "sweep: 'seed=' gives no values; write key=a,b,c, such as seed=0,1,2"),
+        (["seed=0,,1"], "gives no values"),
+        (["seed"], "gives no values"),
+        (["seed=0,0"], "sweep: seed=0 stands twice; give each value once"),
+        (["training.learning_rate=1e-3,0.001"], "sweep: training.learning_rate=0.001 stands twice"),
+        (["algorithm.switch_every=0,1"], "switch_every: 0 rounds is too short, give at least 1"),
+        (["seed=0,1", "seed=2"], "sweep: seed stands twice; give its values in one place"),
+        (["algorithm.name=dec_lora,tadlora"], "algorithm.name: unknown name 'tadlora', did you mean tad_lora?"),
+        (["algorithm={name: dec_lora, switch_every: 3}"], "unknown key 'switch_every'"),
+        (["graph.name=ring,hypercube"], "graph hypercube: clients is 10, not a power of two"),
+    ],
+)
+def test_a_grid_that_can_not_be_is_refused_as_a_whole(words: list[str], complaint: str) -> None:
+    with pytest.raises(PeertuneError) as caught:
+        grid.members("digits-demo", words)
+    assert complaint in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_a_part_that_is_none_is_refused(part: str) -> None:
+    with pytest.raises(RecipeError, match="is no part; write i/k with i from 1 to k"):
+        grid.shard([], part)
+
+
+def test_what_settings_come_to_is_no_conflict_and_other_settings_are(whole: Path) -> None:
+    run = whole / "algorithm.name=local,seed=1"
+    same, other, automatic = (
+        grid.members(
+            "digits-demo", [*SMALL, "algorithm.name=local", "seed=1", "rounds=40", "checkpoint.every=5", *more]
+        )
+        for more in ((), ("lora.r=2",), ("training.tokens_per_pass=auto",))
+    )
+    assert grid.conflict(run, same[0].recipe) is None
+    assert grid.conflict(run, automatic[0].recipe) is None
+    assert grid.conflict(run.parent / "nothing", other[0].recipe) is None
+    assert grid.conflict(run, other[0].recipe) == f"{run}: holds a run with lora.r=4, not 2; give another --out"
+    assert grid.conflict(whole, same[0].recipe) == f"{whole}: is in the way and is no run; give another --out"
+
+
+def test_a_sweep_takes_no_other_run_for_its_own(whole: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
+    words = [word.replace("dec_lora,local", "dec_lora,decaf") for word in GRID]
+    code, out, err = finish(start(whole.parent, *words, "training.local_steps=2", "--out", "all", "--shard", "1/4"))
+    assert (code, out) == (2, "0 of 1 runs are finished in all\n")
+    assert "holds a run with training.local_steps=1, not 2; give another --out" in err
+    assert {file: file.stat().st_mtime_ns for file in whole.rglob("*")} == before
+
+
+GRID = ["algorithm.name=dec_lora,local", "seed=0,1", "rounds=40", "checkpoint.every=5"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    code, out, err = finish(start(folder, *GRID, "--out", "all", "--jobs", "2"))
+    assert (code, err) == (0, "")
+    assert out == "4 of 4 runs are finished in all\n"
+    return folder / "all"
+
+
+def test_a_sweep_leaves_a_run_directory_for_each_combination(whole: Path) -> None:
+    runs = sorted(path.name for path in whole.iterdir() if path.is_dir())
+    assert runs == [f"algorithm.name={name},seed={seed}" for name in ("dec_lora", "local") for seed in (0, 1)]
+    assert all(len(records(whole / run)) == 40 for run in runs)
+    assert all((whole / run / "adapters" / "average").is_dir() for run in runs)
+
+
+def test_a_sweep_that_is_finished_has_nothing_to_do(whole: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in whole.rglob("*")}
+    code, out, err = finish(start(whole.parent, *GRID, "--out", "all", "--json"))
+    assert (code, err) == (0, "")
+    assert {run["status"] for run in json.loads(out)} == {"finished"}
+    assert {file: file.stat().st_mtime_ns for file in whole.rglob("*")} == before
+
+
+def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+    words = [*GRID, "--out", "all", "--shard", "1/2"]
+    process = start(tmp_path, *words)
+    lines = tmp_path / "all" / "algorithm.name=dec_lora,seed=0" / "rounds.jsonl"
+    processes.wait_until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 2, process)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 130
+    assert out == "0 of 2 runs are finished in all\n"
+    assert err.splitlines() == [
+        "peertune: stopping after these rounds; once more to go back to the last checkpoints",
+        "peertune: stopped; go on with the same command",
+    ]
+    assert 2 <= len(records(lines.parent)) < 40
+    assert [path.name for path in (tmp_path / "all").iterdir() if path.is_dir()] == [lines.parent.name]
+    code, _, err = finish(start(tmp_path, *words, "--jobs", "2"))
+    assert (code, err) == (0, "")
+    for run in (f"algorithm.name={name},seed=0" for name in ("dec_lora", "local")):
+        assert records(tmp_path / "all" / run) == records(whole / run)
+
+
+def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
+    code, out, err = finish(start(tmp_path, "rounds=1", "lora.r=2,999", "--out", "all"))
+    assert code == 2
+    assert out == "1 of 2 runs are finished in all\n"
+    (line,) = err.splitlines()
+    assert line.startswith("peertune: lora.r=999: lora.r: 999 is above the size of ")
+    assert [path.name for path in (tmp_path / "all").iterdir()] == ["lora.r=2"]
+
+
+def test_a_full_disk_is_one_line_for_each_run_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+    words = ["sweep", "digits-demo", *SMALL, "rounds=1", "seed=0,1", "--out", "all"]
+    limited = f"ulimit -f 40; exec {shlex.quote(sys.executable)} -m peertune {shlex.join(words)}"  # blocks of 1 KiB
+    done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "0 of 2 runs are finished in all\n")
+    assert [line.partition(": can't be written (")[0] for line in processes.problems(done.stderr).splitlines()] == [
+        f"peertune: seed={seed}: all/seed={seed}/checkpoints/round-000001" for seed in (0, 1)
+    ]
+    assert not list((tmp_path / "all").rglob(".round*"))
+
+
+def test_a_run_that_was_killed_is_resumed_by_its_sweep(whole: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(whole, tmp_path / "all"))
+    run = copy / "algorithm.name=local,seed=1"
+    shutil.rmtree(run / "adapters")
+    shutil.rmtree(run / "checkpoints" / "round-000040")
+    code, _, err = finish(start(tmp_path, *GRID, "--out", "all", "--shard", "4/4"))
+    assert (code, err) == (0, "")
+    assert records(run) == records(whole / run.name)
+    assert (run / "adapters").is_dir()
+
+
+def test_a_dry_run_lists_the_runs_and_writes_nothing(whole: Path, tmp_path: Path) -> None:
+    code, out, _ = finish(start(whole.parent, *GRID, "--out", "all", "--dry-run", "--json"))
+    assert code == 0
+    rows = json.loads(out)
+    assert [row["run"] for row in rows] == [member.name for member in grid.members("digits-demo", [*SMALL, *GRID])]
+    assert all(row["finished"] and row["seconds"] > 0 and row["memory_bytes"] > 1e7 for row in rows)
+    sent = {row["run"]: sum(map(sum, ([r["bytes_sent"] for r in records(whole / row["run"])]))) for row in rows}
+    assert {row["run"]: row["sent_bytes"] for row in rows} == sent
+    code, out, _ = finish(start(tmp_path, "rounds=1", "seed=0,1", "--out", "none", "--dry-run"))
+    assert code == 0
+    assert "2 of 2 runs are left" in out
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+
+from peertune import randomness
+
+
+def test_a_draw_depends_on_its_seed_purpose_and_counters_and_nothing_else() -> None:
+    alone = randomness.uniforms(3, "edge", 7, 2, 5)
+    randomness.uniforms(3, "edge", 1, 1, 1)
+    together = randomness.uniforms(3, "edge", 7, np.array([0, 2, 4]), np.array([1, 5, 9]))
+    assert alone == together[1]
+    others = [
+        randomness.uniforms(4, "edge", 7, 2, 5),
+        randomness.uniforms(3, "epoch", 7, 2, 5),
+        randomness.uniforms(3, "edge", 8, 2, 5),
+        randomness.uniforms(3, "edge", 7, 5, 2),
+        randomness.uniforms(3, "edge", 7, 2),
+    ]
+    assert len({float(x) for x in [alone, *others]}) == 6
+
+
+def test_uniforms_are_uniform_and_neighbouring_counters_are_unrelated() -> None:
+    u = randomness.uniforms(0, "test", np.arange(1000)[:, None], np.arange(200))
+    counts = np.histogram(u, bins=50, range=(0, 1))[0]
+    expected = u.size / 50
+    assert ((counts - expected) ** 2 / expected).sum() < 90  # chi-squared with 49 degrees, p about 3e-4
+    for a, b in ((u[:-1], u[1:]), (u[:, :-1], u[:, 1:]), (u[0::2], u[1::2])):
+        assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4 / np.sqrt(a.size)
+
+
+@pytest.mark.parametrize("chance", [1e-300, 1e-9, 0.1, 0.5, np.nextafter(0.5, 1), np.nextafter(1, 0), 1.0])
+def test_what_happens_is_what_the_uniforms_say(chance: float) -> None:
+    counters = 7, np.arange(300)[:, None], np.arange(200)
+    expected = randomness.uniforms(3, "edge", *counters) < chance
+    np.testing.assert_array_equal(randomness.happens(chance, 3, "edge", *counters), expected)
+    one = float(randomness.uniforms(3, "edge", 7, 2, 5))
+    assert not randomness.happens(one, 3, "edge", 7, 2, 5)
+    assert randomness.happens(float(np.nextafter(one, 1)), 3, "edge", 7, 2, 5)
+
+
+def test_words_broadcast_their_counters_and_accept_any_seed() -> None:
+    assert randomness.words(-1, "x", np.zeros((4, 1)), np.zeros(3)).shape == (4, 3)
+    assert randomness.words(10**30, "x").shape == ()
+
+
+def test_a_generator_gives_the_same_stream_each_time_it_is_made() -> None:
+    first, again = (randomness.generator(5, "epoch", 1, 2).permutation(100) for _ in range(2))
+    other = randomness.generator(5, "epoch", 1, 3).permutation(100)
+    assert (first == again).all()
+    assert (first != other).any()
+
+
+@pytest.mark.parametrize("counter", [0, 1, 2**31, 2**63 - 1])
+def test_large_counters_are_told_apart(counter: int) -> None:
+    assert randomness.words(0, "x", counter) != randomness.words(0, "x", counter - 1 if counter else 1)

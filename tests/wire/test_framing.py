@@ -1,0 +1,51 @@
+from google.protobuf.message import DecodeError
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peertune.wire.framing import data_of, kind, pack, unpack
+from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
+
+some = settings(max_examples=200, deadline=None, derandomize=True)
+lengths = st.one_of(st.integers(0, 300), st.sampled_from([127, 128, 16_383, 16_384, 2**20, 2**21]))
+
+
+@some
+@given(lengths)
+def test_data_is_packed_as_protobuf_packs_it_and_read_back(length: int) -> None:
+    data = bytes(range(256)) * (length // 256 + 1)
+    data = data[:length]
+    assert pack(memoryview(data)) == Chunk(data=data).SerializeToString()
+    part = unpack(Chunk(data=data).SerializeToString())
+    assert isinstance(part, memoryview), "not a copy by protobuf"
+    assert kind(part) == "data"
+    assert data_of(part) == data
+
+
+def test_other_chunks_are_protobufs_own() -> None:
+    for chunk in (
+        Chunk(),
+        Chunk(hello=Hello(federation="x", agreed={"a": "b"})),
+        Chunk(wait=Wait(round=3)),
+        Chunk(total=7),
+        Chunk(verdict=Verdict(reason="no")),
+        Chunk(roster=b"\x22"),
+    ):
+        assert pack(chunk) == chunk.SerializeToString()
+        assert unpack(pack(chunk)) == chunk
+        assert kind(chunk) == chunk.WhichOneof("part")
+
+
+@some
+@given(st.binary(max_size=40))
+def test_any_message_is_read_as_protobuf_reads_it(tail: bytes) -> None:
+    for message in (b"\x22" + tail, tail):
+        try:
+            expected = Chunk.FromString(message)
+        except DecodeError:
+            expected = Chunk()
+        part = unpack(message)
+        assert kind(part) == expected.WhichOneof("part")
+        if kind(part) == "data":
+            assert data_of(part) == expected.data
+        else:
+            assert part == expected
