@@ -75,8 +75,7 @@ class Past:
         last rounds, or there is nothing older: then it is training itself that diverges.
         """
         again = self._last[0] == round
-        recent = list(self._mixed) if again else list(self._mixed)[-SUSPECTED_ROUNDS:]
-        last = max((t for t in recent if self._mixed[t]), default=None)
+        last = max((t for t in list(self._mixed)[-SUSPECTED_ROUNDS:] if self._mixed[t]), default=None)
         if last is None or self._recall is None:
             raise error
         state = self._recall(self._last[1] if again else 1 + last)

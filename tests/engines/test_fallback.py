@@ -33,7 +33,9 @@ def name(client: int) -> str:
 
 def test_a_loss_far_above_all_before_has_exploded_only_right_after_mixing_and_once_in_a_round() -> None:
     past = Past(kept(0), name)
-    assert past.most_loss(0) == inf
+    assert (past.most_loss(0), past.left_out(1, 0)) == (inf, "")
+    past.add(0, [0.5], {1})
+    assert past.most_loss(1) == EXPLODED * 0.5
     past.add(0, [2.0], {1})
     assert past.most_loss(1) == EXPLODED * 2.0
     past.add(1, [0.5], set())
@@ -73,6 +75,25 @@ def test_it_goes_back_step_by_step_and_takes_nothing_from_whom_it_mixed_since(ca
     past.fall_back(20, ERROR)
     assert past.left_out(1, 20 + 2 * LEFT_OUT_ROUNDS - 1), "twice as long the second time"
     assert not past.left_out(1, 20 + 2 * LEFT_OUT_ROUNDS)
+
+
+def test_whom_it_left_out_until_this_round_it_leaves_out_again_if_it_goes_back_before_it_mixed_that(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    past = Past(kept(4, 8), name)
+    for t, mixed in enumerate([set(), set(), set(), set(), set(), {1}, set(), set(), {1}]):
+        past.add(t, [1.0], mixed)
+    past.fall_back(9, ERROR)
+    past.add(9, [1.0], set())
+    past.add(18, [1.0], {2})
+    past.fall_back(19, DivergedError("no hint"))
+    assert not past.left_out(1, 19)
+    past.fall_back(19, DivergedError("no hint"))
+    assert past.left_out(1, 19)
+    assert caplog.messages[-1] == (
+        "round 19: no hint; goes on from what it was before round 4, and for now takes nothing from "
+        "hospital-1 until round 39, hospital-2 until round 29"
+    )
 
 
 def test_one_that_passed_over_rounds_goes_back_to_before_the_last_that_it_made() -> None:
