@@ -89,7 +89,7 @@ def apart(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders
     What the others have is the median of what a receiver and all that it heard hold, where these are three or more.
     `receivers [E]` and `senders [E]` are all pairs that would be mixed.
     """
-    voices = torch.bincount(receivers, minlength=len(next(iter(own.values())))) + 1
+    voices = torch.bincount(receivers) + 1
     suspects = _suspects(bound, own, heard, receivers, senders, NEAR) & (voices >= VOICES)[receivers]
     if not suspects.any():
         return []
@@ -128,7 +128,7 @@ class _Worst:
         """Hold a measure against so many times what is allowed for, `[E]`."""
         most = times * than
         self.beyond |= ~((measure.value <= most) & measure.value.isfinite())
-        ratio = (measure.value / most).nan_to_num(nan=torch.inf)
+        ratio = (measure.value / most).nan_to_num(nan=torch.inf, posinf=torch.inf)
         more = ratio > self.ratio
         for kept, new in ((self.ratio, ratio), (self.value, measure.value), (self.most, most)):
             kept[more] = new[more]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from peertune.methods.adaptive import adaptive
-from peertune.rounds.bounds import FAR, NEAR, Bound, apart, refused
+from peertune.rounds.bounds import FAR, NEAR, SHARE, Bound, apart, largest, refused
 from peertune.types import Tensors
 
 CLIENTS, RANK, SIZE = 5, 4, 32
@@ -112,6 +112,112 @@ def test_products_are_those_of_the_factors_themselves() -> None:
     assert found.why == f"q: B_i A_j is {mixed:.3g}, and {FAR * product:.3g} is the most that is mixed here"
 
 
+def test_what_is_just_as_much_as_the_bound_passes_and_what_is_more_does_not() -> None:
+    own = {"q.A": torch.zeros(1, RANK, SIZE), "q.B": torch.zeros(1, SIZE, RANK)}
+    own["q.A"][0, 0, 0] = own["q.B"][0, 0, 0] = 4.0
+    for times, most in ((FAR, []), (FAR + 0.1, ["q.A is 400, and 400 is the most that is mixed here"])):
+        heard = {"q.A": times * own["q.A"]}
+        assert [one.why for one in refused(BOUND, own, heard, *torch.zeros(2, 1, dtype=torch.int64))] == most
+
+
+@pytest.mark.parametrize(
+    ("lie", "worst"),
+    [
+        (lambda x: x["q.B"][LIAR, 0, :1].fill_(torch.nan), "q.B is nan"),
+        (lambda x: x["q.A"][LIAR, 0, :1].fill_(torch.inf), "q.A is inf"),
+        (lambda x: (x["q.A"][LIAR].mul_(1e3), x["out.bias.head"][LIAR].fill_(900)), "q.A is 1.1"),  # ten, five times
+        (lambda x: (x["q.A"][LIAR].mul_(1e3), x["out.bias.head"][LIAR].fill_(1e4)), "out.bias.head is 1.73e+04"),
+    ],
+)
+def test_of_all_that_is_too_much_the_worst_is_told(lie: Callable[[Tensors], object], worst: str) -> None:
+    own, heard = honest(), honest()
+    lie(heard)
+    assert {one.why[: len(worst)] for one in refused(BOUND, own, heard, *everybody())} == {worst}
+
+
+def test_the_largest_are_told_by_kind_and_for_products_in_times_of_the_receivers_own_or_the_floor() -> None:
+    own = {name: 0.01 * x.double() for name, x in honest().items()}
+    norms = {name: torch.linalg.vector_norm(x.flatten(1), dim=1).tolist() for name, x in own.items()}
+    A, B = own["q.A"], own["q.B"]
+    mine, into, out_of, theirs = (float((B[i] @ A[j]).norm()) for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)))
+    low = Bound({"q": (1e-9, 2.0), "out.weight": (1e-9, 1.0), "out.bias": (10.0, 1.0)})
+    pair = (torch.tensor([0]), torch.tensor([1]))
+    one = largest(low, own, own, *pair)
+    assert one == pytest.approx(
+        {
+            "A": norms["q.A"][1] / (RANK / 3) ** 0.5,
+            "B": norms["q.B"][1] / norms["q.B"][0],
+            "products": max(into, out_of, theirs) / mine,
+            "head": max(norms["out.weight.head"][1] / norms["out.weight.head"][0], norms["out.bias.head"][1] / 10),
+        }
+    )
+    other = largest(low, own, own, pair[1], pair[0])
+    both = largest(low, own, own, torch.cat(pair), torch.cat(pair[::-1]))
+    assert both == pytest.approx({of: max(times, other[of]) for of, times in one.items()})
+    high = Bound({**BOUND.layers, "q": (1e3, 2.0)})
+    assert largest(high, own, {"q.B": B}, *pair) == pytest.approx(
+        {"B": norms["q.B"][1] / (3**0.5 * SHARE * 1e3 / 2), "products": 2 * out_of / (SHARE * 1e3)}
+    )
+    assert largest(low, own, own, *torch.zeros(2, 0, dtype=torch.int64)) == {}
+
+
+def measured(own: Tensors, heard: Tensors, i: int, j: int) -> dict[str, tuple[float, float]]:
+    """What is bounded of a pair, products formed, and what the receiver has of it."""
+    norms = {name: (float(x[j].norm()), float(own[name][i].norm())) for name, x in heard.items()}
+    mine, theirs = ({name: x[k] for name, x in of.items()} for of, k in ((own, i), (heard, j)))
+    for names, left, right in (("ij", mine, theirs), ("ji", theirs, mine), ("jj", theirs, theirs)):
+        if "q.B" in left and "q.A" in right:
+            norms[names] = (float((left["q.B"] @ right["q.A"]).norm()), float((mine["q.B"] @ mine["q.A"]).norm()))
+    return norms
+
+
+@pytest.mark.parametrize("sent", [("q.A", "q.B"), ("q.A",), ("q.B",), ("q.A", "q.B", "out.weight.head")])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_what_passes_is_what_does_where_every_product_is_formed(sent: tuple[str, ...], rank: int) -> None:
+    draw, pairs, seen = (
+        torch.Generator().manual_seed(0),
+        list(zip(*(x.tolist() for x in everybody()), strict=True)),
+        [0, 0],
+    )
+    shapes = {"out.weight.head": (2, 3), "q.A": (rank, 3), "q.B": (4, rank)}
+
+    def scaled(least: float, most: float, *shape: int) -> Tensor:
+        times = 10 ** (least + (most - least) * torch.rand(CLIENTS, 1, 1, generator=draw).double())
+        return times * torch.randn(CLIENTS, *shape, generator=draw).double()
+
+    for _ in range(25):
+        base, scaling = float(scaled(-1, 2, 1, 1)[0].abs()), float(scaled(-1, 1, 1, 1)[0].abs())
+        own = {name: scaled(-2, 2, *shape) for name, shape in shapes.items()}
+        heard = {name: scaled(-2, 3, *shapes[name]) for name in sent}
+        floors = {"q.A": (rank / 3) ** 0.5, "q.B": 3**0.5 * SHARE * base / scaling, "out.weight.head": base}
+        all_of = {pair: measured(own, heard, *pair) for pair in pairs}
+        least = {
+            pair: {what: max(mine, floors.get(what, SHARE * base / scaling)) for what, (_, mine) in of.items()}
+            for pair, of in all_of.items()
+        }
+        bound = Bound({"out.weight": (base, 1.0), "q": (base, scaling)})
+        far = {pair for pair, of in all_of.items() if any(x > FAR * least[pair][what] for what, (x, _) in of.items())}
+        assert by_whom(own, heard, bound) == far
+        near = set()
+        for i, j in pairs:
+            for what, (value, mine) in all_of[i, j].items():
+                median = sorted([mine, *(of[what][0] for (to, _), of in all_of.items() if to == i)])[(CLIENTS - 1) // 2]
+                near |= {(i, j)} if value > NEAR * max(least[i, j][what], median) else set()
+        assert {one[:2] for one in apart(bound, own, heard, *everybody())} == near
+        seen = [seen[0] + len(far), seen[1] + len(near)]
+    assert all(25 < count < 475 for count in seen)
+
+
+@pytest.mark.parametrize(("voices", "out"), [(5, {4}), (4, {2, 3})])
+def test_what_the_others_have_is_the_lower_median(voices: int, out: set[int]) -> None:
+    own, heard = honest(), honest()
+    for client, times in enumerate((1, 1, 40, 40, 2000)):
+        heard["q.A"][client] = times * own["q.A"][0]
+    senders = torch.arange(1, voices)
+    found = apart(BOUND, own, heard, torch.zeros_like(senders), senders)
+    assert {one.sender for one in found} == out
+
+
 def test_what_the_others_do_not_have_is_left_out_and_what_they_have_is_not() -> None:
     own, heard = honest(), honest()
     heard["q.A"][LIAR] *= 2 * NEAR
@@ -149,6 +255,14 @@ def test_signals_that_no_honest_client_holds_are_refused(signal: str, value: flo
     bound = Bound(BOUND.layers, agreement.sound)
     assert by_whom(honest(), honest() | signals, bound) == set()
     assert by_whom(honest(), honest() | lying, bound) == (of_the_liar() if refuses else set())
+    heard = honest() | lying
+    heard["q.A"][1] *= 1e30  # another's
+    found = refused(bound, honest(), heard, *everybody())
+    assert {(one.sender, one.why.partition(" is ")[0]) for one in found} == {
+        (1, "q.A"),
+        *([(LIAR, "signals are out of their range")] if refuses else []),
+    }
+    assert len(found) == len({one[:2] for one in found}) == (8 if refuses else 4)
 
 
 def test_a_process_whose_clients_are_all_down_refuses_nobody() -> None:
