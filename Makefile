@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo check quick test mutants bench clean
+.PHONY: help install demo check quick test mutants bench same clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -47,6 +47,9 @@ mutants: .venv/developing  ## how many small changes of FILES="peertune/..." do 
 
 bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some)
 	SST2=$(SST2) $(BIN)/python -m benchmarks $(PARTS)
+
+same: .venv/developing  ## whether the working tree comes to the same bits as OLD=COMMIT, by all methods and engines (minutes)
+	$(BIN)/python -m benchmarks.same $(OLD)
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .mutants .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
