@@ -360,11 +360,11 @@ def test_a_model_that_is_there_and_empty_is_filled(hub: Hub, digits: Path, tmp_p
 PUSH = """
 import sys
 from pathlib import Path
-from peertune import publish
 from peertune.errors import PeertuneError
+from peertune.runs import hub
 for name in sys.argv[1:]:
     try:
-        publish.push(Path("out"), name, private=name.endswith("private"))
+        hub.push(Path("out"), name, private=name.endswith("private"))
     except PeertuneError as error:
         print(name, error)
 """

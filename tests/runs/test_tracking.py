@@ -507,7 +507,7 @@ def test_a_new_run_holds_what_was_asked_and_where_it_runs(run: Path) -> None:
 def test_only_one_process_at_a_time_works_on_a_run(run: Path) -> None:
     code = f"""
 from pathlib import Path
-from peertune import tracking
+from peertune.runs import tracking
 with tracking.locked(Path({str(run)!r})):
     print("in")
 """

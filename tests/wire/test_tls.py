@@ -424,7 +424,7 @@ def test_where_tls_1_2_is_open_no_side_gets_credentials(
     roster = federation.roster()
     identity = federation.identity("hospital-1", roster)
     monkeypatch.setattr("peertune.wire.tls.TLS_13_ONLY", False)
-    told = r"^gRPC was imported before peertune\.net, so TLS 1\.2 is open; import peertune\.net first$"
+    told = r"^gRPC was imported before peertune\.wire, so TLS 1\.2 is open; import peertune\.wire first$"
     with pytest.raises(IdentityError, match=told):
         server_credentials(lambda: (identity, roster))
     with pytest.raises(IdentityError, match=told):
