@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 
 from peertune.adapters.stacked import attach, init_adapters
-from peertune.errors import ModelError
+from peertune.errors import DivergedError, ModelError
 from peertune.rounds.training import (
     Optim,
     Optimizer,
@@ -102,6 +102,14 @@ def test_sgd_over_a_stack_is_sgd_for_each_client(momentum: float, decay: float) 
             torch.testing.assert_close(stepped[name][client], x, rtol=0, atol=1e-12)
 
 
+def test_by_default_sgd_steps_down_the_gradient_and_remembers_nothing() -> None:
+    start, ((grads, rate), *_) = tensors(torch.Generator().manual_seed(0)), walk(1, 1)
+    stepped, moments = together(sgd(), start, [(grads, rate)])
+    assert moments == {}
+    for name, grad in grads.items():
+        torch.testing.assert_close(stepped[name], start[name] - rate * grad, rtol=0, atol=1e-15)
+
+
 def test_clients_of_different_step_counts_share_a_stack() -> None:
     optimizer, start = adamw(), tensors(torch.Generator().manual_seed(0), clients=2)
     first, both = walk(1, 7), walk(2, 5)
@@ -147,7 +155,7 @@ def test_a_norm_of_zero_leaves_gradients_as_they_are() -> None:
 
 
 @pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
-@pytest.mark.parametrize(("warmup", "steps"), [(0, 12), (5, 12), (12, 12), (0, 1)])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 12), (5, 12), (11, 12), (12, 12), (0, 1)])
 def test_learning_rates_are_those_of_transformers(
     shape: Literal["constant", "linear", "cosine"], warmup: int, steps: int
 ) -> None:
@@ -159,6 +167,8 @@ def test_learning_rates_are_those_of_transformers(
         assert rate(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-15)
         optimizer.step()
         schedule.step()
+    ends_at = 0.3 if shape == "constant" else 0.0
+    assert [rate(step) for step in (steps + (warmup == steps), steps + 5)] == pytest.approx([ends_at] * 2, abs=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -328,6 +338,34 @@ def test_a_chunk_is_trained_in_the_memory_of_the_whole_stack() -> None:
         torch.testing.assert_close(x, (whole.adapters | whole.moments)[name], rtol=0, atol=1e-12)
 
 
+def test_micro_batches_of_a_step_add_up_whoevers_rows_they_hold() -> None:
+    optim = Optim(adamw(), lambda step: 0.1, 0.5, "never")
+    model, whole = start_of(Linear(), optim.optimizer)
+    phase, cut = Phase(0, frozenset("AB"), frozenset("AB")), whole.clone()
+    expected = train_local(model, whole, batches(3), phase, optim, first_step=0)
+    parts = [[rows_at(batch, torch.tensor(at)) for at in ROWS] for (batch,) in batches(3)]
+    for ours, theirs in zip(train_local(model, cut, parts, phase, optim, first_step=0), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+    for name, x in (cut.adapters | cut.moments).items():
+        torch.testing.assert_close(x, (whole.adapters | whole.moments)[name], rtol=0, atol=1e-12)
+
+
+ROWS = [[5], [8, 9, 4, 10], [0, 1, 6, 7], [2, 11], [3]]
+"""Rows of three clients with four each."""
+
+
+def rows_at(batch: Batch, rows: Tensor) -> Batch:
+    inputs = {name: x[rows] for name, x in batch.inputs.items()}
+    return Batch(inputs, batch.labels[rows], batch.clients[rows], batch.weights[rows], batch.keys[rows])
+
+
+def test_no_steps_come_to_nothing() -> None:
+    optim = Optim(sgd(), lambda step: 0.1, 0.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    loss, grad_norm = train_local(model, state, [], Phase(0, frozenset("B"), frozenset("B")), optim, first_step=0)
+    assert loss.tolist() == grad_norm.tolist() == [0.0] * CLIENTS
+
+
 def only(clients: slice, batch: Batch) -> Batch:
     """These clients' rows of a batch."""
     own = (batch.clients >= clients.start) & (batch.clients < clients.stop)
@@ -373,6 +411,13 @@ def test_training_that_diverges_stops_with_a_hint() -> None:
     model, state = start_of(Linear(), optim.optimizer)
     with pytest.raises(ModelError, match=r"no longer finite after round 0; lower training\.learning_rate"):
         train_local(model, state, batches(4, 1e200), Phase(0, frozenset("AB"), frozenset("AB")), optim, first_step=0)
+
+
+def test_an_adapter_that_the_last_step_spoils_is_seen_before_a_loss_says_so() -> None:
+    optim = Optim(sgd(), lambda step: math.inf, 0.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    with pytest.raises(DivergedError, match="after round 0"):
+        train_local(model, state, batches(1), Phase(0, frozenset("B"), frozenset("B")), optim, first_step=0)
 
 
 def test_adamw_in_float32_takes_the_steps_of_torch_from_the_first() -> None:
