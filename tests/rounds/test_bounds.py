@@ -172,20 +172,16 @@ def measured(own: Tensors, heard: Tensors, i: int, j: int) -> dict[str, tuple[fl
 
 
 @pytest.mark.parametrize("sent", [("q.A", "q.B"), ("q.A",), ("q.B",), ("q.A", "q.B", "out.weight.head")])
-@pytest.mark.parametrize("rank", [1, 2])
-def test_what_passes_is_what_does_where_every_product_is_formed(sent: tuple[str, ...], rank: int) -> None:
-    draw, pairs, seen = (
-        torch.Generator().manual_seed(0),
-        list(zip(*(x.tolist() for x in everybody()), strict=True)),
-        [0, 0],
-    )
-    shapes = {"out.weight.head": (2, 3), "q.A": (rank, 3), "q.B": (4, rank)}
+def test_what_passes_is_what_does_where_every_product_is_formed(sent: tuple[str, ...]) -> None:
+    pairs = [(i, j) for i in range(CLIENTS) for j in range(CLIENTS) if i != j]
+    draw, seen = torch.Generator().manual_seed(0), [0, 0]
 
     def scaled(least: float, most: float, *shape: int) -> Tensor:
         times = 10 ** (least + (most - least) * torch.rand(CLIENTS, 1, 1, generator=draw).double())
         return times * torch.randn(CLIENTS, *shape, generator=draw).double()
 
-    for _ in range(25):
+    for rank in [1, 2] * 6:
+        shapes = {"out.weight.head": (2, 3), "q.A": (rank, 3), "q.B": (4, rank)}
         base, scaling = float(scaled(-1, 2, 1, 1)[0].abs()), float(scaled(-1, 1, 1, 1)[0].abs())
         own = {name: scaled(-2, 2, *shape) for name, shape in shapes.items()}
         heard = {name: scaled(-2, 3, *shapes[name]) for name in sent}
@@ -205,7 +201,7 @@ def test_what_passes_is_what_does_where_every_product_is_formed(sent: tuple[str,
                 near |= {(i, j)} if value > NEAR * max(least[i, j][what], median) else set()
         assert {one[:2] for one in apart(bound, own, heard, *everybody())} == near
         seen = [seen[0] + len(far), seen[1] + len(near)]
-    assert all(25 < count < 475 for count in seen)
+    assert 0 < min(seen) <= max(seen) < 12 * len(pairs)
 
 
 @pytest.mark.parametrize(("voices", "out"), [(5, {4}), (4, {2, 3})])
