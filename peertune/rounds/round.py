@@ -113,73 +113,68 @@ def run_rounds(job: Job, exchange: Callable[[Sequence[int], Tensors, int, Refuse
 def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange) -> tuple[State, RoundRecord]:
     """Run one round for the K `clients` of `state`, **in place**, evaluate where it is due, and say what was done.
 
-    Mixing goes from site to site, so that beside the stack only one site's new factors are held. The neighbourhoods'
-    cross terms are measured in evaluated rounds only: on a dense graph of many clients they cost more than mixing.
+    It trains, exchanges, mixes, and measures what was sent and what came of it. The neighbourhoods' cross terms are
+    measured in evaluated rounds only: on a dense graph of many clients they cost more than mixing.
 
     Raises DivergedError, before anything is sent, where training diverged; `state` then is of no more use.
     """
     due = (state.round + 1) % job.evaluate_every == 0 or state.round + 1 == job.rounds
-    algorithm = job.algorithm
-    started = time.perf_counter()
-    phases = algorithm.phases(state.signals, state.round, state.clients)
+    watch = _Watch()
+    phases = job.algorithm.phases(state.signals, state.round, state.clients)
     phase = _common(job, phases, state.round)
-    loss, grad_norm = _train(job, state, clients, phases)
-    if bool((loss > job.most_loss).any()):
-        raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {state.round}")
-    trained = time.perf_counter()
+    trained = _train(job, state, clients, phases)
+    watch.lap("train")
     payload = select(state.adapters, phase.send)
-    heard, counted, senders, failed, vacant = exchange(payload | state.signals, state.round, _refusing(job, state))
-    exchanged = time.perf_counter()
-    weights, unmixed = _mixable(job, state, clients, Heard(heard, counted, senders, failed))
-    bounded = time.perf_counter()
-    before = metrics.before_mixing(payload, job.group)
-    cross_terms = None
-    if due:
-        cross_terms = metrics.neighbourhood_cross_terms({name: heard[name] for name in payload}, weights)
-    measured = time.perf_counter()
-    for own in by_site(state.adapters):
-        mixed = algorithm.mix(own, {name: heard[name] for name in own if name in heard}, weights, phase)
-        for name, x in own.items():
-            if mixed[name] is not x:
-                x.copy_(mixed[name])
-    signals = state.signals
-    if algorithm.agreement is not None:
-        signals = algorithm.agreement.step(signals, {name: heard[name] for name in signals}, weights, state.round)
-    done = time.perf_counter()
-    neighbours = metrics.neighbours(counted) if payload else [0] * len(loss)
-    diagnostics = {} if job.alone else metrics.diagnostics(before, state.adapters, job.group)
-    ended = time.perf_counter()
-    seconds = {
-        "train": trained - started,
-        "exchange": exchanged - trained,
-        "mix": done - measured + bounded - exchanged,
-        "metrics": ended - done + measured - bounded,
-    }
+    came = exchange(payload | state.signals, state.round, _refusing(job, state))
+    watch.lap("exchange")
+    weights, unmixed = _mixable(job, state, clients, came)
+    watch.lap("mix")
+    cross_terms = metrics.neighbourhood_cross_terms(select(came.tensors, phase.send), weights) if due else None
+    before = None if job.alone else metrics.before_mixing(payload, job.group)
+    watch.lap("metrics")
+    state = _mix(job, state, came.tensors, weights, phase)
+    watch.lap("mix")
+    neighbours = metrics.neighbours(came.weights) if payload else [0] * state.clients
+    diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group)
+    watch.lap("metrics")
     evaluation = None
     if due:
         evaluation = job.evaluate(state.adapters)
-        seconds["evaluate"] = time.perf_counter() - ended
-    state = replace(state, round=state.round + 1, signals=signals)
+        watch.lap("evaluate")
     return state, RoundRecord(
         round=state.round - 1,
         train=sorted(phase.train),
         send=sorted(phase.send),
         clients=list(clients),
-        loss=loss.tolist(),
-        grad_norm=grad_norm.tolist(),
-        bytes_sent=metrics.bytes_sent(payload | signals, neighbours),
+        loss=trained.loss.tolist(),
+        grad_norm=trained.grad_norm.tolist(),
+        bytes_sent=metrics.bytes_sent(payload | state.signals, neighbours),
         neighbours=neighbours,
-        edges=metrics.edges(counted, clients, senders) if payload else [],
-        failed_edges=failed if payload else [],
-        vacant_edges=list(vacant) if payload else [],
+        edges=metrics.edges(came.weights, clients, came.clients) if payload else [],
+        failed_edges=came.failed if payload else [],
+        vacant_edges=list(came.vacant) if payload else [],
         not_mixed=unmixed,
         out_of_phase=[client for client, own in zip(clients, phases, strict=True) if own != phase],
         neighbourhood_cross_term=cross_terms,
         diagnostics=diagnostics,
-        seconds=seconds,
+        seconds=watch.seconds,
         evaluation=evaluation,
         state=state,
     )
+
+
+class _Watch:
+    """Adds up the seconds of each stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap as this stage's."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
 
 
 def exchanged(
@@ -250,6 +245,22 @@ def _mixable(job: Job, state: State, clients: Sequence[int], came: Heard) -> tup
     return (dense.to_sparse() if weights.is_sparse else dense), pairs
 
 
+def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, phase: Phase) -> State:
+    """Mix what was heard into the adapters, **in place**, and return the state of the next round.
+
+    It goes from site to site, so that beside the stack only one site's new factors are held.
+    """
+    for own in by_site(state.adapters):
+        mixed = job.algorithm.mix(own, {name: heard[name] for name in own if name in heard}, weights, phase)
+        for name, x in own.items():
+            if mixed[name] is not x:
+                x.copy_(mixed[name])
+    signals, agreement = state.signals, job.algorithm.agreement
+    if agreement is not None:
+        signals = agreement.step(signals, {name: heard[name] for name in signals}, weights, state.round)
+    return replace(state, round=state.round + 1, signals=signals)
+
+
 def _common(job: Job, phases: list[Phase], round: int) -> Phase:
     """Return the phase that most clients of all processes are in; of several, the first client's."""
     if job.algorithm.agreement is None:
@@ -283,6 +294,8 @@ def _train(job: Job, state: State, clients: Sequence[int], phases: list[Phase]) 
                 state.put(places, part)
             result.loss[places], result.grad_norm[places] = trained
             _give_back_memory()
+    if bool((result.loss > job.most_loss).any()):
+        raise DivergedError(f"training: the loss is {float(result.loss.max()):.3g} in round {state.round}")
     return result
 
 

@@ -1,6 +1,6 @@
 """Local training and evaluation of a stack: the only place, beside the network, where values change in place."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -169,28 +169,14 @@ def train_local(
     Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and
     DivergedError where a loss or an adapter is not finite.
     """
-    adapters = state.adapters
-    trained = select(adapters, phase.train)
-    grads: Tensors = {}
+    adapters, grads = state.adapters, dict[str, Tensor]()
     first = next(iter(adapters.values()))
     totals = torch.zeros(len(first), dtype=torch.float64, device=first.device)
     norms = torch.zeros_like(totals)
     global_draws = _generator_state(totals.device)
     count = 0
     for count, batches in enumerate(steps, start=1):
-        for batch in batches:
-            # Only the clients of this batch pass through autograd: its cost does not grow with the stack.
-            part = slice(int(batch.clients.min()), int(batch.clients.max()) + 1)
-            params = {name: x[part].detach().requires_grad_(name in trained) for name, x in adapters.items()}
-            batch = replace(batch, clients=batch.clients - part.start).to(totals.device)
-            losses = row_losses(model(params, batch, training=True), batch) * batch.weights
-            losses.sum().backward()
-            received = {name: param.grad for name, param in params.items() if param.grad is not None}
-            for name, grad in received.items():
-                if name not in grads:
-                    grads[name] = torch.zeros_like(adapters[name])
-                grads[name][part] += grad
-            totals[part].index_add_(0, batch.clients, losses.detach().double())
+        add_gradients(model, adapters, batches, phase.train, grads, totals)
         norms += clip(grads, optim.max_grad_norm) if grads else 0
         optim.optimizer.update(adapters, grads, state.moments, optim.rate(first_step + count - 1))
         for grad in grads.values():
@@ -200,12 +186,40 @@ def train_local(
             "model: it draws dropout that can't be keyed by row, so results would depend on history; "
             "use model.dropout=false"
         )
-    if not all(x.isfinite().all() for x in (*trained.values(), totals)):
+    if not all(x.isfinite().all() for x in (*select(adapters, phase.train).values(), totals)):
         raise DivergedError(
             f"training: a loss or an adapter is no longer finite after round {state.round}; "
             "lower training.learning_rate or training.max_grad_norm"
         )
     return Trained(totals / max(1, count), norms / max(1, count))
+
+
+def add_gradients(
+    model: StackedModel,
+    adapters: Tensors,
+    batches: Iterable[Batch],
+    kinds: Collection[str],
+    grads: Tensors,
+    losses: Tensor,
+) -> None:
+    """Add the gradients of these kinds over one step's micro-batches to `grads`, and the losses to `losses [K]`.
+
+    Both are the sums of what they were and of each client's own mean over its rows. A name that `grads` lacks is made.
+    """
+    trained = select(adapters, kinds)
+    for batch in batches:
+        # Only the clients of this batch pass through autograd: its cost does not grow with the stack.
+        part = slice(int(batch.clients.min()), int(batch.clients.max()) + 1)
+        params = {name: x[part].detach().requires_grad_(name in trained) for name, x in adapters.items()}
+        batch = replace(batch, clients=batch.clients - part.start).to(losses.device)
+        found = row_losses(model(params, batch, training=True), batch) * batch.weights
+        found.sum().backward()
+        received = {name: param.grad for name, param in params.items() if param.grad is not None}
+        for name, grad in received.items():
+            if name not in grads:
+                grads[name] = torch.zeros_like(adapters[name])
+            grads[name][part] += grad
+        losses[part].index_add_(0, batch.clients, found.detach().double())
 
 
 def _generator_state(device: torch.device) -> Tensor:
