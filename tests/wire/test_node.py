@@ -7,11 +7,12 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any
 
 import grpc
 import pytest
 from parties import Federation
+from wires import Context, Failed
 
 from peertune.errors import IdentityError, WireError
 from peertune.files import write_file
@@ -56,17 +57,6 @@ def node(federation: Federation, caplog: pytest.LogCaptureFixture) -> Iterator[N
         yield peer(federation)
 
 
-class Failed(grpc.RpcError):  # type: ignore[misc]  # as gRPC fails
-    def __init__(self, status: grpc.StatusCode, said: str) -> None:
-        self.status, self.said = status, said
-
-    def code(self) -> grpc.StatusCode:
-        return self.status
-
-    def details(self) -> str:
-        return self.said
-
-
 def said(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str]]:
     found = [(record.levelno, record.getMessage()) for record in caplog.records]
     caplog.clear()
@@ -97,19 +87,12 @@ def test_without_tls_only_this_machine_is_called(federation: Federation) -> None
 def test_without_tls_a_caller_is_whom_it_claims_to_be_among_the_others(
     federation: Federation, claimed: str, taken: int | None
 ) -> None:
-    class Context:
-        def invocation_metadata(self) -> list[tuple[str, str]]:
-            return [("peertune-client", claimed)]
-
-        def abort(self, code: grpc.StatusCode, why: str) -> NoReturn:
-            raise Failed(code, why)
-
     node = peer(federation, insecure=True)
     if taken is not None:
-        assert node._identify(Context()).client == taken
+        assert node._identify(Context(claimed)).client == taken
         return
     with pytest.raises(Failed) as error:
-        node._identify(Context())
+        node._identify(Context(claimed))
     assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
     told = "refuses this peer, which is not in its roster 1: revoked, or one roster is old"
     assert error.value.details() == told

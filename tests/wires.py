@@ -1,0 +1,101 @@
+"""What stands for gRPC where a test looks at one end of a call, in this process and without a server."""
+
+import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
+
+# isort: split
+from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NoReturn
+
+import grpc
+
+from peertune.wire.peer_pb2 import Chunk
+from peertune.wire.swap import Swapper
+
+
+class Failed(grpc.RpcError):  # type: ignore[misc]  # as gRPC fails
+    def __init__(self, status: grpc.StatusCode, said: str = "") -> None:
+        self.status, self.said = status, said
+
+    def code(self) -> grpc.StatusCode:
+        return self.status
+
+    def details(self) -> str:
+        return self.said
+
+
+GONE = Failed(grpc.StatusCode.UNAVAILABLE, "gone")
+
+
+class Context:
+    """Of a call that a client makes without TLS, and that it does not end."""
+
+    def __init__(self, client: int | str) -> None:
+        self.client = client
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return [("peertune-client", f"{self.client}")]
+
+    def is_active(self) -> bool:
+        return True
+
+    def abort(self, code: grpc.StatusCode, why: str) -> NoReturn:
+        raise Failed(code, why)
+
+
+Said = Chunk | Exception | Callable[[], object]
+"""A part, what the call fails with, or what happens meanwhile."""
+
+
+def requests(parts: Sequence[Said]) -> Iterator[Chunk]:
+    for part in parts:
+        if isinstance(part, Chunk):
+            yield part
+        elif isinstance(part, Exception):
+            raise part
+        else:
+            part()
+
+
+def called(swapper: Swapper, client: int, *parts: Said) -> Generator[Chunk, None, None]:
+    """Call a peer as this client with these parts, and yield what it answers."""
+    for part in swapper._answer(requests(parts), Context(client)):
+        yield part if isinstance(part, Chunk) else Chunk(data=bytes(part))
+
+
+class Script:
+    """A client that answers the calls of a peer as it is written, one after the other, and the last of it for ever."""
+
+    def __init__(self, swapper: Swapper, *answers: Sequence[Said]) -> None:
+        self.calls: list[Call] = []
+        self._answers = answers
+        swapper._stub = lambda client: self._call  # type: ignore[method-assign]
+
+    def _call(self, sent: Iterator[Any], **options: Any) -> "Call":
+        answer = self._answers[min(len(self.calls), len(self._answers) - 1)]
+        self.calls.append(Call(answer, sent, options))
+        return self.calls[-1]
+
+
+class Call:
+    """A call as the caller has it; `sent` is what it says in it, once it is over."""
+
+    def __init__(self, answer: Sequence[Said], sent: Iterator[Any], options: dict[str, Any]) -> None:
+        self.options = options
+        self._answer, self._sent, self._cancelled = answer, sent, False
+
+    def __iter__(self) -> Iterator[Chunk]:
+        for part in requests(self._answer):
+            if self._cancelled:
+                raise Failed(grpc.StatusCode.CANCELLED, "cancelled here")
+            yield part
+
+    def cancel(self) -> None:
+        self._cancelled = True
+
+    def done(self) -> bool:
+        return True
+
+    @cached_property
+    def sent(self) -> list[Chunk]:
+        return [part if isinstance(part, Chunk) else Chunk(data=bytes(part)) for part in self._sent]
