@@ -1,6 +1,7 @@
 import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
 
 # isort: split
+import errno
 import socket
 import threading
 import time
@@ -19,6 +20,7 @@ from federation import Federation, found, free_ports
 
 from peertune.errors import PeertuneError
 from peertune.files import write_file
+from peertune.identity.certificates import fingerprint, public_key
 from peertune.identity.membership import Membership
 from peertune.identity.roster import Roster
 from peertune.topology import GRAPHS
@@ -229,6 +231,27 @@ def test_a_name_that_nobody_knows_is_a_failure(tmp_path: Path) -> None:
     assert checks["peer-1 name"].finding.startswith("nowhere.invalid: can't be resolved (")
 
 
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [(TimeoutError("timed out"), "timed out"), (OSError(errno.EHOSTUNREACH, "No route to host"), "No route to host")],
+)
+def test_a_way_that_is_shut_is_told_with_the_port_to_open_and_not_waited_at(
+    three: Federation, monkeypatch: pytest.MonkeyPatch, error: OSError, why: str
+) -> None:
+    def shut(place: tuple[str, int], timeout: float) -> None:
+        assert place[0] == "127.0.0.1"
+        assert timeout <= 5
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", shut)
+    checks = examined(three)
+    assert levels(checks) == {"peer-1 outwards": "failed", "peer-2 outwards": "failed", "inwards": "warning"}
+    port = three.ports[1]
+    assert checks["peer-1 outwards"].finding == (
+        f"127.0.0.1:{port}: no way through ({why}); open TCP port {port} outwards here, inwards at peer-1"
+    )
+
+
 @contextmanager
 def answering(made: Federation, client: int, answer: list[Chunk]) -> Iterator[None]:
     """Have a program that is none of ours, but holds a member's key, answer in its place."""
@@ -358,6 +381,8 @@ def test_a_member_in_good_standing_passes(hospital: Path) -> None:
     )
     assert membership is not None
     assert checks["roster"].finding == "hospital-1 is client 0 of hospitals, roster 1"
+    printed = fingerprint(public_key(membership.current()[1].ca))
+    assert f"the CA of hospitals with the fingerprint {printed}; is it the one that " in checks["certificate"].finding
 
 
 def test_each_part_of_an_identity_is_looked_at_though_another_fails(hospital: Path) -> None:

@@ -228,7 +228,7 @@ def test_a_caller_sends_its_own_and_takes_the_verdict_of_the_other(federation: F
 
 
 PAYLOAD = whole(1)
-BROKEN = [hello(0), *PAYLOAD, GONE]  # after which this end has promised to ask
+BROKEN: list[Said] = [hello(0), *PAYLOAD, GONE]  # after which this end has promised to ask
 
 
 @pytest.mark.parametrize(
@@ -259,11 +259,13 @@ def test_a_caller_that_is_told_to_hurry_still_learns_what_became_of_what_it_prom
     ends: list[Said] = [COUNTED, GONE]
     for then in ends:
         swapper = peer(federation)
-        script = Script(swapper, [hello(0), *PAYLOAD, swapper.hurry, then], [hello(0), COUNTED])
+        hurried: list[Said] = [hello(0), *PAYLOAD, swapper.hurry, then]
+        script = Script(swapper, hurried, [hello(0), COUNTED])
         assert same(swapper.swap(0, payload(0), [1])[1], payload(1))
         assert len(script.calls) == 1 + (then is GONE)
     swapper = peer(federation)
-    script = Script(swapper, [hello(0), *PAYLOAD[:2], swapper.hurry, *PAYLOAD[2:], COUNTED])
+    sooner: list[Said] = [hello(0), *PAYLOAD[:2], swapper.hurry, *PAYLOAD[2:], COUNTED]
+    script = Script(swapper, sooner)
     assert swapper.swap(0, payload(0), [1]) == {}, "nothing was promised yet"
     assert len(script.calls) == 1
     assert swapper.swap(1, payload(0), [1]) == {}
