@@ -9,6 +9,9 @@ from typing import Any, NoReturn
 
 import grpc
 
+from peertune.identity.keys import Identity
+from peertune.identity.roster import Member
+from peertune.wire.node import METHOD, Node
 from peertune.wire.peer_pb2 import Chunk
 from peertune.wire.swap import Swapper
 
@@ -64,12 +67,30 @@ def called(swapper: Swapper, client: int, *parts: Said) -> Generator[Chunk, None
 
 
 class Script:
-    """A client that answers the calls of a peer as it is written, one after the other, and the last of it for ever."""
+    """Who answers the calls of a peer as it is written, one after the other, and the last of it for ever."""
 
-    def __init__(self, swapper: Swapper, *answers: Sequence[Said]) -> None:
+    def __init__(self, node: Node, *answers: Sequence[Said]) -> None:
         self.calls: list[Call] = []
+        self.dialled: list[Member | None] = []
         self._answers = answers
-        swapper._stub = lambda client: self._call  # type: ignore[method-assign]
+        node._dial = self._dial  # type: ignore[method-assign]
+
+    def _dial(self, identity: Identity, member: Member | None) -> "Script":
+        self.dialled.append(member)
+        return self
+
+    def __enter__(self) -> "Script":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """As a channel is closed."""
+
+    def stream_stream(self, method: str, **how: object) -> "Callable[..., Call]":
+        assert method == METHOD
+        return self._call
 
     def _call(self, sent: Iterator[Any], **options: Any) -> "Call":
         answer = self._answers[min(len(self.calls), len(self._answers) - 1)]

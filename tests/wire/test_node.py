@@ -5,16 +5,19 @@ import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is 
 # isort: split
 import logging
 import math
+import socket
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 from parties import Federation
-from wires import Context, Failed
+from wires import GONE, Context, Failed, Said, Script
 
-from peertune.errors import IdentityError, WireError
+from peertune.errors import IdentityError, PeertuneError, WireError
 from peertune.files import write_file
 from peertune.identity.incarnation import Incarnation
 from peertune.identity.membership import Membership
@@ -23,13 +26,14 @@ from peertune.wire.node import (
     HELLO_FIELDS,
     PROTOCOL,
     CloneError,
+    Knock,
     Neighbour,
     Node,
     SeatError,
     UnusableError,
     nobody,
 )
-from peertune.wire.peer_pb2 import Hello, Verdict
+from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
 
 AGREED = {"rounds": "10", "seed": "0"}
 START = Incarnation(1000, 7)
@@ -253,3 +257,115 @@ def test_who_asks_to_be_called_back_hears_one_of_few_reasons_and_may_ask_a_few_t
         "was asked too often: ask again in a minute"
     ]
     assert asked(2) == silent, "another member, which has no address"
+
+
+# ---- knocking
+
+
+def knocked(node: Node, *answer: Said, **options: Any) -> tuple[Knock, Script]:
+    script = Script(node, answer)
+    return node.knock(1, 7.0, **options), script
+
+
+def greets(**other: Any) -> Chunk:
+    said: dict[str, Any] = {"protocol": PROTOCOL, "federation": "hospitals", "agreed": AGREED, "roster_serial": 3}
+    return Chunk(hello=Hello(**said | other))
+
+
+def test_who_knocks_says_that_it_only_tries_and_learns_how_the_other_differs(node: Node) -> None:
+    knock, script = knocked(node, greets(clock=time.time() + 3600, own_roster=True, agreed={"seed": "1"}))
+    assert knock.clock_offset_s is not None
+    assert abs(knock.clock_offset_s - 3600) < 60
+    differs = [("rounds", "10", "nothing"), ("seed", "0", "1")]
+    assert replace(knock, clock_offset_s=None) == Knock(None, 3, True, True, differs, None)
+    (call,), (member,) = script.calls, script.dialled
+    assert call.options == {"timeout": 7.0, "metadata": []}
+    assert [part.hello.purpose for part in call.sent] == [Hello.ECHO]
+    assert member == node.membership.current()[1].by_client(1)
+    assert node.neighbours == {}, "nothing else changes"
+
+
+def test_runs_are_compared_where_both_ends_have_one(federation: Federation, node: Node) -> None:
+    other = {"protocol": 9, "federation": "evil"}
+    both = [("federation", "hospitals", "evil"), ("protocol", f"{PROTOCOL}", "9")]
+    silent, _ = knocked(node, greets(agreed={}, **other))
+    assert (silent.takes_part, silent.differs) == (False, both)
+    looking = Node(node.membership, {})
+    looks, _ = knocked(looking, greets(agreed={"seed": "1"}, **other))
+    assert (looks.takes_part, looks.differs) == (True, both)
+
+
+@pytest.mark.parametrize(
+    ("answer", "back"),
+    [
+        (Verdict(outcome=Verdict.HAVE), ""),
+        (Verdict(outcome=Verdict.REFUSED, reason="a\nb"), "a b"),
+        (Verdict(outcome=Verdict.REFUSED), "it does not say why"),
+    ],
+)
+def test_who_asks_to_be_called_back_learns_what_came_of_it(node: Node, answer: Verdict, back: str) -> None:
+    knock, script = knocked(node, greets(), Chunk(verdict=answer), call_back=True, address="[::1]:9")
+    assert knock.back == back
+    assert [part.hello.purpose for part in script.calls[0].sent] == [Hello.CALL_BACK]
+    assert [member and member.address for member in script.dialled] == ["[::1]:9"]
+
+
+def test_where_nobody_answers_as_a_peer_knocking_is_one_line(federation: Federation, node: Node) -> None:
+    for said, why in (
+        (Failed(grpc.StatusCode.UNAVAILABLE, "no route\nto host"), "^no route to host$"),
+        (Failed(grpc.StatusCode.UNAVAILABLE), r"^StatusCode\.UNAVAILABLE$"),
+        (Chunk(verdict=Verdict()), "^does not begin with a greeting$"),
+    ):
+        with pytest.raises(PeertuneError, match=why):
+            knocked(node, said)
+    open_node = peer(federation, insecure=True)
+    _, script = knocked(open_node, greets())
+    assert script.calls[0].options["metadata"] == [("peertune-client", "0")]
+
+
+def test_a_peer_calls_back_at_the_first_places_of_an_address_and_from_outside_at_no_private_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Federation(tmp_path)
+    made.join("hospital-1", "one.example.org:1")
+    made.join("hospital-2", "two.example.org:2")
+    write_file(tmp_path / "roster.yaml", made.roster().raw)
+    private, public = ["10.0.0.1", "fd00::1", "10.0.0.2", "10.0.0.3"], ["8.8.8.8"]
+    silent, not_private = "got no answer from this peer there", "does not call private addresses, since its own is none"
+    come = [greets()]
+    for own, theirs, answers, why, tried in (
+        (public, public, [come], "", ["8.8.8.8:2"]),
+        (public, [*public, *private], [come], not_private, []),
+        ([*public, *private], private, [[GONE], come], "", ["10.0.0.1:2", "[fd00::1]:2"]),
+        (private, private, [[GONE]], silent, ["10.0.0.1:2", "[fd00::1]:2", "10.0.0.2:2"]),
+        (private, [], [come], silent, []),
+    ):
+        where = {"one.example.org": own, "two.example.org": theirs}
+
+        def resolved(host: str, port: int, where: Any = where, **_: object) -> list[tuple[Any, ...]]:
+            if not where[host]:
+                raise OSError("no such name")
+            return [(0, 0, 0, "", (place, port)) for place in where[host]]
+
+        monkeypatch.setattr(socket, "getaddrinfo", resolved)
+        node = peer(made)
+        script = Script(node, *answers)
+        found = node._call_back(1)
+        assert (found.outcome, found.reason) == (Verdict.REFUSED if why else Verdict.HAVE, why)
+        assert [member and member.address for member in script.dialled] == tried
+        assert all(call.options["timeout"] <= 5 for call in script.calls)
+        assert node._calling_back == set()
+
+
+def test_a_channel_is_made_anew_when_the_roster_changes_whom_it_calls(tmp_path: Path) -> None:
+    made = Federation(tmp_path, "hospital-1")
+    made.join("hospital-2", "10.0.0.1:1")
+    write_file(tmp_path / "roster.yaml", made.roster().raw)
+    node = peer(made)
+    script = Script(node, [greets()])
+    for address in ("10.0.0.1:1", "10.0.0.1:2"):
+        made.join("hospital-2", address)
+        write_file(tmp_path / "roster.yaml", made.roster().raw)
+        for _ in range(2):
+            list(node._stub(1)(iter([])))
+    assert [member and member.address for member in script.dialled] == ["10.0.0.1:1", "10.0.0.1:2"]
