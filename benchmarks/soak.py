@@ -11,7 +11,7 @@ from statistics import median
 
 from benchmarks.measure import Figure, figure
 from benchmarks.wire import PEERS, federation
-from peertune.runs import tracking
+from peertune.runs import records
 
 ROUNDS = 300
 KILLED = range(PEERS // 2, PEERS)  # the others are only stopped, so that their memory can be followed
@@ -89,8 +89,8 @@ def _rounds(folder: Path, client: int) -> int:
 
 def _lost(folder: Path, client: int) -> float:
     """Return the share of a peer's edges that failed."""
-    records = tracking.records(folder / "runs" / f"{client}")
-    failed, counted = (sum(len(record[key]) for record in records) for key in ("failed_edges", "edges"))
+    found = records.read(folder / "runs" / f"{client}")
+    failed, counted = (sum(len(record[key]) for record in found) for key in ("failed_edges", "edges"))
     return failed / max(1, failed + counted)
 
 

@@ -383,6 +383,26 @@ except SystemExit:
     raise AssertionError(f"the fastest of {len(seconds)} calls took {min(seconds):.2f} s")
 
 
+def test_what_looks_at_runs_loads_no_torch(tmp_path: Path) -> None:
+    run = Path(__file__).parent / "data" / "formats" / "0" / "simulation"
+    code = """
+import sys
+from peertune.cli import main
+run = sys.argv[1]
+for words in (["compare"], ["diagnose"], ["report", "--out", "x.html"]):
+    sys.argv = ["peertune", words[0], run, *words[1:]]
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, words
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, check=True, cwd=tmp_path)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "peertune.report.html" in loaded
+    assert not {"torch", "transformers", "peft", "datasets"} & loaded
+
+
 @pytest.mark.parametrize(
     "words",
     [

@@ -26,7 +26,7 @@ from peertune.identity.neighbour_roster import Own
 from peertune.identity.roster import sign_roster
 from peertune.methods.schedules import switching_interval
 from peertune.recipe import load_recipe
-from peertune.runs import tracking
+from peertune.runs import checkpoints, records
 from peertune.topology import GraphSummary, Neighbourhood
 from peertune.wire.node import Neighbour
 from peertune.wire.status import kept
@@ -159,7 +159,7 @@ def test_a_stranger_s_connections_neither_end_a_peer_nor_keep_its_neighbour_out(
         other = start(two.folder, *starting(two, 1))
         finish_well([process, other])  # it gets in once those who do not shake hands have been cut off
         assert all(closed(connection) for connection in idle)
-    assert [record["edges"] for record in tracking.records(run)] == [[[0, 1]]] * 2
+    assert [record["edges"] for record in records.read(run)] == [[[0, 1]]] * 2
 
 
 def closed(connection: socket.socket) -> bool:
@@ -237,7 +237,7 @@ def meet(made: Federation, mine: Path, name: str, *settings: str) -> list[dict[s
     finish_well(commands)
     for client in range(2):
         run = made.folder / "runs" / f"{name}-{client}"
-        assert [record["edges"] for record in tracking.records(run)] == [[[0, 1]]] * 3
+        assert [record["edges"] for record in records.read(run)] == [[[0, 1]]] * 3
     return [json.loads((made.folder / "runs" / f"{name}-{client}" / "facts.json").read_text()) for client in range(2)]
 
 
@@ -313,7 +313,7 @@ def test_a_revoked_peer_that_starts_with_an_old_roster_stops_and_says_who_refuse
         said = json.loads(out)
         assert 0 < said["rounds"] == said["rounds_up"] < 100_000
         assert said["exit"] == Exit.REFUSED
-        state = tracking.load_checkpoint(run)
+        state = checkpoints.load(run)
         assert state is not None
         assert state.round == said["rounds"], "nothing is lost"
         assert standing(run)["doing"] == "stopped"

@@ -23,8 +23,8 @@ from seeing import COLOURS, save_images, save_vit
 from peertune.assembly.registry import part_defaults
 from peertune.recipe import block_defaults
 from peertune.report.runs import find_runs
-from peertune.runs import tracking
-from peertune.runs.tracking import FORMAT
+from peertune.runs import records
+from peertune.runs.directory import FORMAT
 from peertune.wire.node import PROTOCOL
 
 Call = Callable[..., tuple[int, str, str]]
@@ -50,7 +50,7 @@ def last_round_undone(run: Path) -> bytes:
 def assert_done_again(run: Path, before: bytes) -> None:
     lines = (run / "rounds.jsonl").read_bytes().splitlines()
     assert lines[:2] == before.splitlines()[:2]
-    assert [record["round"] for record in tracking.records(run)] == [0, 1, 2]
+    assert [record["round"] for record in records.read(run)] == [0, 1, 2]
     assert json.loads((run / "checkpoints" / "round-000003" / "meta.json").read_text())["format"] == FORMAT
     assert (run / "adapters").is_dir()
 
@@ -101,9 +101,9 @@ def test_peers_of_every_format_are_resumed_and_meet_again(number: int, old: Path
             for run, folder in zip(runs, map(made.peer, range(2)), strict=True)
         ]
     )
-    for run, records in zip(runs, before, strict=True):
-        assert_done_again(run, records)
-        assert tracking.records(run)[2]["edges"] == [[0, 1]]
+    for run, others in zip(runs, before, strict=True):
+        assert_done_again(run, others)
+        assert records.read(run)[2]["edges"] == [[0, 1]]
 
 
 def test_a_peer_of_the_oldest_version_of_this_protocol_meets_one_of_this_version(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_peer_of_the_oldest_version_of_this_protocol_meets_one_of_this_version
         older.kill()
         newer.kill()
     for client in range(2):
-        assert [record["edges"] for record in tracking.records(tmp_path / "runs" / f"{client}")] == [[[0, 1]]] * 3
+        assert [record["edges"] for record in records.read(tmp_path / "runs" / f"{client}")] == [[[0, 1]]] * 3
 
 
 @pytest.mark.parametrize("format", [FORMAT + 1, -1, "two", True, None])

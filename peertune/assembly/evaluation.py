@@ -16,8 +16,9 @@ from peertune.errors import RecipeError
 from peertune.models.generation import Decoding, cached_tokens, generate, pads_left
 from peertune.models.load import Base
 from peertune.recipe import Recipe
+from peertune.rounds.record import Evaluation
 from peertune.rounds.training import Read, evaluate, hits, predictions, row_losses
-from peertune.types import Evaluation, Group, Task, Tensors, take
+from peertune.types import Group, Task, Tensors, take
 
 log = logging.getLogger(__name__)
 

@@ -133,10 +133,10 @@ def doctor(
     if recipe is None and resume is None and (overrides or data is not None):
         raise RunError("peer doctor: overrides and --data go with --recipe or --resume")
     with interruptible(), messages():
-        from peertune.runs import tracking
+        from peertune.runs import directory
         from peertune.wire.doctor import Check, check_disk, check_identity, check_memory, check_network
 
-        source = recipe if resume is None else tracking.resolved(resume)
+        source = recipe if resume is None else directory.resolved(resume)
         checks, membership = check_identity(folder, roster, ca_fingerprint)
         checks += check_memory()
         run: Run | None = None

@@ -88,7 +88,7 @@ def start(
         from peertune.files import locked
         from peertune.identity.incarnation import next_incarnation
         from peertune.identity.membership import Membership
-        from peertune.runs import tracking
+        from peertune.runs import directory, records
         from peertune.wire.limits import raise_open_files
         from peertune.wire.prometheus import served
         from peertune.wire.status import kept, known_before, standing
@@ -102,17 +102,17 @@ def start(
         place = out or resume
         assert place is not None
         if out is not None:
-            tracking.check_free(out)
-        source = tracking.resolved(place) if recipe is None else recipe
+            directory.check_free(out)
+        source = directory.resolved(place) if recipe is None else recipe
         run = build_own(source, overrides or [], data, membership)
         who = {"client": identity.client, "name": identity.name, "federation": members.federation}
         if out is not None and recipe is not None:
             begin(run, out, "peer start --recipe", recipe, overrides or [], peer=who)
         else:
             check_same(run.resolved, place)
-            if (was := tracking.peer(place)) != who:
+            if (was := directory.peer(place)) != who:
                 raise RunError(f"{place}: is a run of {was or 'a simulation'}, not of {who}; give this peer's own")
-        with tracking.locked(place), ExitStack() as watched:
+        with directory.locked(place), ExitStack() as watched:
             job, network = run.job, run.resolved.network
             near = neighbours(job)
             swapper = Swapper(
@@ -141,7 +141,7 @@ def start(
                 swapper.start(address)
             try:
                 go_on = f"peertune peer start --resume {place} and the options of before"
-                kept_rounds = partial(tracking.records, place)
+                kept_rounds = partial(records.read, place)
                 engine = partial(
                     run_peer,
                     swapper=swapper,
@@ -151,8 +151,8 @@ def start(
                     recall=partial(recalled, run.job, place),
                 )
                 whole = train(run, place, engine, go_on, keeps, swapper.hurry).round == job.rounds
-                records = kept_rounds()
-                end = ended(records, whole=whole, refusals=lambda: swapper.refusals(near))
+                done = kept_rounds()
+                end = ended(done, whole=whole, refusals=lambda: swapper.refusals(near))
             except BaseException:
                 swapper.hurry()
                 raise
@@ -162,7 +162,7 @@ def start(
                 except KeyboardInterrupt:  # the run is whole: only others may still wait for a verdict
                     swapper.hurry()
                     swapper.stop()
-            _tell(place, records, end, job.rounds, as_json)
+            _tell(place, done, end, job.rounds, as_json)
             if not whole:
                 sys.exit(end)
     if end != Exit.DONE:
@@ -198,9 +198,9 @@ def _introduce(identity: "Identity", roster: "Roster") -> None:
 
 def recalled(job: "Job", folder: Path, before: int) -> "State | None":
     """Return the newest state that is kept with fewer rounds behind it; the start is kept for ever."""
-    from peertune.runs import tracking
+    from peertune.runs import checkpoints
 
-    kept = tracking.load_checkpoint(folder, job.state, job.clients, before=before)
+    kept = checkpoints.load(folder, job.state, job.clients, before=before)
     if kept is not None:
         return kept.to(job.device)
     return job.state if before > 0 else None

@@ -183,15 +183,15 @@ def export(
     with messages():
         from peertune.report.card import card
         from peertune.report.runs import find_runs
-        from peertune.runs import hub, tracking
+        from peertune.runs import checkpoints, directory, exports, hub
 
         if push is not None:
             hub.check_push(push)
-        state = tracking.load_checkpoint(run)
+        state = checkpoints.load(run)
         if state is None:
             raise RunError(f"{run}: holds no checkpoint; give the folder of a run that has got to its first one")
-        (data,) = find_runs([tracking.resolved(run).parent])
-        with tracking.exported(run, state, number, to) as folder:
+        (data,) = find_runs([directory.resolved(run).parent])
+        with exports.written(run, state, number, to) as folder:
             precision = hub.merge(run, folder) if merge else None
             readme = card(data, push or to.name, number, state.round, precision)
             (folder / "README.md").write_text(readme, encoding="utf-8")

@@ -31,9 +31,10 @@ if TYPE_CHECKING:
     from peertune.assembly.build import Run
     from peertune.planning.memory_plan import Plan
     from peertune.recipe import Recipe
+    from peertune.rounds.record import RoundRecord
     from peertune.rounds.round import Job
     from peertune.runs.keeping import Keeper
-    from peertune.types import Group, RoundRecord, State
+    from peertune.types import Group, State
 
 
 def run(
@@ -95,7 +96,7 @@ def run(
     with interruptible(), messages():
         from peertune.engines.distributed import joined, run_cluster
         from peertune.engines.simulator import simulate
-        from peertune.runs import tracking
+        from peertune.runs import directory
 
         with joined(rendezvous_s) as group:
             if out is not None and _again(out, group):
@@ -105,7 +106,7 @@ def run(
             else:
                 assert recipe is not None
                 folder, run = _begun(out, recipe, overrides or [], group)
-            with tracking.locked(folder) if group.rank == 0 else nullcontext():
+            with directory.locked(folder) if group.rank == 0 else nullcontext():
                 there = f" --workers {group.size}" if group.size > 1 else ""
                 engine = simulate if group.size == 1 else run_cluster
                 train(run, folder, engine, f"peertune run --resume {folder}{there}", keeper(run, folder))
@@ -129,24 +130,24 @@ def _again(out: Path, group: "Group") -> bool:
 
     Machines count their own restarts. A launch without a name, `none`, is known by its count alone.
     """
-    from peertune.runs import tracking
+    from peertune.runs import directory
 
     launch = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     counted = any(group.gather(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))))
-    return bool(group.gather((counted or launch != "none") and tracking.launched(out, launch))[0])
+    return bool(group.gather((counted or launch != "none") and directory.launched(out, launch))[0])
 
 
 def _resumed(folder: Path, recipe: str | None, overrides: list[str], group: "Group") -> "Run":
     """Make the run of this directory again."""
     from peertune.recipe import load_recipe
-    from peertune.runs import tracking
+    from peertune.runs import directory
 
     if group.rank == 0:
-        tracking.resolved(folder)
-    tracking.check_shared(folder, group)
+        directory.resolved(folder)
+    directory.check_shared(folder, group)
     if recipe is not None and "=" in recipe:  # no recipe, its first override
         overrides, recipe = [recipe, *overrides], None
-    run = _built(load_recipe(recipe or tracking.resolved(folder), overrides), group)
+    run = _built(load_recipe(recipe or directory.resolved(folder), overrides), group)
     check_same(run.resolved, folder)
     return run
 
@@ -154,12 +155,12 @@ def _resumed(folder: Path, recipe: str | None, overrides: list[str], group: "Gro
 def _begun(out: Path | None, recipe: str, overrides: list[str], group: "Group") -> "tuple[Path, Run]":
     """Make a new run and its directory."""
     from peertune.recipe import load_recipe
-    from peertune.runs import tracking
+    from peertune.runs import directory
 
     folder = Path(group.gather(str(out or _free(Path("runs") / Path(recipe).stem)))[0])
     if group.rank == 0:
-        tracking.check_free(folder)  # before the minutes that loading may take
-    tracking.check_shared(folder.parent, group)
+        directory.check_free(folder)  # before the minutes that loading may take
+    directory.check_shared(folder.parent, group)
     run = _built(load_recipe(recipe, overrides), group)
     if group.rank == 0:
         begin(run, folder, "run", recipe, overrides)
@@ -238,10 +239,10 @@ def _print_plan(planned: "Plan") -> None:
 def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[str], **facts: object) -> None:
     """Make the run directory."""
     from peertune.recipe import as_yaml, recipe_text
-    from peertune.runs import tracking
+    from peertune.runs import directory
 
     asked = " ".join(shlex.join([recipe, *overrides]).split())  # on one line, whatever was typed
-    tracking.create(
+    directory.create(
         folder,
         recipe=f"# asked for: peertune {command} {asked}\n{recipe_text(recipe)}",
         resolved=as_yaml(run.resolved.model_dump(mode="json")),
@@ -277,17 +278,17 @@ def train(
 
     import torch
 
-    from peertune.runs import tracking
+    from peertune.runs import checkpoints, exports, records
     from peertune.runs.trackers import reporting
 
     job = run.job
     leading = job.group.rank == 0
-    state = tracking.load_checkpoint(folder, job.state, job.clients, job.group)
+    state = checkpoints.load(folder, job.state, job.clients, job.group)
     if state is not None:
         state = state.to(job.device)
         job = replace(job, state=state)
     if leading:
-        tracking.rewind(folder, job.state.round)
+        records.rewind(folder, job.state.round)
     state = job.state
     keeper.round = state.round
     try:
@@ -312,7 +313,7 @@ def train(
                     raise KeyboardInterrupt
             if state.round < job.rounds:  # the engine ended before the last round
                 keeper.checkpoint(state, last=True)
-        tracking.export_all(folder, state, job.clients, job.group)
+        exports.write_all(folder, state, job.clients, job.group)
         return state
     except KeyboardInterrupt:
         if leading:
@@ -353,9 +354,9 @@ def check_same(resolved: "Recipe", folder: Path) -> None:
 def print_summary(folder: Path, as_json: bool, **more: object) -> None:
     """Print one row for the run; as JSON with what `more` there is to say."""
     from peertune.report.tables import COLUMNS, SUMMARISED, cells, summarise, text
-    from peertune.runs import tracking
+    from peertune.runs import records
 
-    row = {"run": folder.name, **summarise(tracking.records(folder, SUMMARISED))}
+    row = {"run": folder.name, **summarise(records.read(folder, SUMMARISED))}
     if as_json:
         print_json({**row, **more, "folder": str(folder)})
         return

@@ -3,13 +3,15 @@
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from peertune.errors import DataError, unknown
-from peertune.types import Task
+
+if TYPE_CHECKING:  # it knows torch, which reports do without
+    from peertune.types import Task
 
 Metric = str | dict[str, str | int]
 """A metric in a recipe: a name, or `{name: f1, of: fraud}` with the class that it is of."""
@@ -129,7 +131,7 @@ def class_of(where: str, metric: str, of: str | None, classes: Sequence[str]) ->
     return of or "1"
 
 
-def scorer(task: Task) -> Callable[[NDArray[Any], NDArray[Any]], float]:
+def scorer(task: "Task") -> Callable[[NDArray[Any], NDArray[Any]], float]:
     """Return what a task is scored by, from predictions and labels `[N]`."""
     if task.of is None:
         return METRICS[task.metric]

@@ -34,9 +34,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from peertune.errors import Exit, PeertuneError, RunError
 from peertune.rounds.metrics import payload_bytes
+from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
 from peertune.topology import clients_down, planned_weights
-from peertune.types import ALONE, Evaluation, Group, RoundRecord, Tensors
+from peertune.types import ALONE, Group, Tensors
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,10 @@ import torch
 
 from peertune.engines.fallback import Past
 from peertune.errors import DivergedError, Exit
+from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, run_round
 from peertune.topology import clients_down, delay_s, failed_edges, may_meet, partners_at, row_at
-from peertune.types import Batch, RoundRecord, State, Tensors
+from peertune.types import Batch, State, Tensors
 from peertune.wire.pace import furthest_believed, silence_s
 from peertune.wire.swap import Swapper
 

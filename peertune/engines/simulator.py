@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
-from peertune.types import RoundRecord, Tensors
+from peertune.types import Tensors
 
 
 def simulate(job: Job) -> Iterator[RoundRecord]:

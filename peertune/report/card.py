@@ -15,7 +15,7 @@ from peertune.errors import RunError
 from peertune.models.load import MODELS
 from peertune.report.runs import RunData
 from peertune.report.tables import summarise
-from peertune.runs import tracking
+from peertune.runs import directory
 
 _DATA = {"glue": "nyu-mll/glue"}  # task → where its data are on the hub, if the recipe does not say
 _ONE_BY_ONE = 50  # clients whose rows are told one by one
@@ -32,7 +32,7 @@ def card(run: RunData, name: str, client: int | None, round: int, merged: str | 
         lora = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     except (OSError, ValueError):
         raise RunError(f"{run.folder}/adapter: is missing or damaged; give the folder of a run") from None
-    recipe, purpose = run.recipe, tracking.purpose(run.folder)
+    recipe, purpose = run.recipe, directory.purpose(run.folder)
     evaluated = [record for record in run.records if record["round"] < round and record["evaluation"]]
     row, score = summarise(evaluated), _score(evaluated[-1], client) if evaluated else None
     task = "/".join([recipe["task"]["name"], *filter(None, [recipe["task"].get("config")])])

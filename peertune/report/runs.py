@@ -18,7 +18,7 @@ import yaml
 
 from peertune.errors import RunError
 from peertune.recipe import NO_SETTINGS, NO_SETTINGS_OF_A_SIMULATION, block_defaults, flat
-from peertune.runs import tracking
+from peertune.runs import directory, records
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +93,11 @@ def _read(folder: Path, name: str) -> RunData:
         raise RunError(
             f"{folder}: its resolved.yaml, facts.json or environment.json is missing or damaged; restore it"
         ) from None
-    tracking.check_format(folder, facts)
+    directory.check_format(folder, facts)
     peer = facts.get("peer")
     if isinstance(peer, dict) and peer.keys() >= {"client", "name", "federation"}:
         facts["peers"] = [peer]
-    return RunData(folder, name, recipe, facts, environment, tracking.records(folder))
+    return RunData(folder, name, recipe, facts, environment, records.read(folder))
 
 
 # ---- peers, each with its own part of a run

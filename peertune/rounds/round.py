@@ -21,21 +21,10 @@ from peertune.allowance import Lines
 from peertune.errors import DivergedError
 from peertune.rounds import bounds, metrics
 from peertune.rounds.bounds import Bound, Refusal
+from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.rounds.training import Optim, Trained, reset_moments, train_local
 from peertune.topology import Fault, Graph, clients_down, drop_edges, planned_weights
-from peertune.types import (
-    ALONE,
-    Algorithm,
-    Batch,
-    Evaluation,
-    Group,
-    Phase,
-    RoundRecord,
-    State,
-    Tensors,
-    by_site,
-    select,
-)
+from peertune.types import ALONE, Algorithm, Batch, Group, Phase, State, Tensors, by_site, select
 
 
 class Heard(NamedTuple):

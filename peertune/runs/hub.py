@@ -18,7 +18,7 @@ from peertune.errors import ModelError, RunError
 from peertune.models.heads import head_config
 from peertune.models.load import MODELS
 from peertune.recipe import load_recipe
-from peertune.runs import tracking
+from peertune.runs import directory
 
 
 def merge(run: Path, folder: Path) -> str:
@@ -32,8 +32,8 @@ def merge(run: Path, folder: Path) -> str:
     Raises ModelError where the base can't be had or is stored quantised, and where a weight comes out that is not
     finite.
     """
-    recipe, labels = load_recipe(tracking.resolved(run)), json.loads((folder / "labels.json").read_text("utf-8"))
-    base, companion = _load(recipe.model.name, recipe.model.revision, tracking.purpose(run), labels)
+    recipe, labels = load_recipe(directory.resolved(run)), json.loads((folder / "labels.json").read_text("utf-8"))
+    base, companion = _load(recipe.model.name, recipe.model.revision, directory.purpose(run), labels)
     model: Any = merge_adapter(base, folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):  # else `transformers` adds the adapter once more
         (folder / name).unlink()

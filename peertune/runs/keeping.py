@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from peertune.errors import RunError
-from peertune.runs import tracking
-from peertune.types import ALONE, Group, RoundRecord, State
+from peertune.rounds.record import RoundRecord
+from peertune.runs import checkpoints, records
+from peertune.types import ALONE, Group, State
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Keeper:
             return
         try:
             self._write_records()  # first: a run can't go on from a checkpoint that lacks records of before
-            tracking.save_checkpoint(self._folder, state, self._keep, self._clients, self._group)
+            checkpoints.save(self._folder, state, self._keep, self._clients, self._group)
         except RunError as error:
             if last:
                 raise
@@ -57,7 +58,7 @@ class Keeper:
 
     def _write_records(self) -> None:
         while self._waiting:
-            tracking.append(self._folder, self._waiting[0])
+            records.append(self._folder, self._waiting[0])
             self._waiting.popleft()
 
     def _failed(self, error: RunError) -> None:

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 from peertune.errors import RecipeError
 from peertune.recipe import Recipe, Tracker, flat
-from peertune.types import RoundRecord
+from peertune.rounds.record import RoundRecord
 
 log = logging.getLogger(__name__)
 

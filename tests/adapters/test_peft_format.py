@@ -20,7 +20,7 @@ from peertune.assembly.build import Run, build
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
 from peertune.recipe import check_recipe
-from peertune.runs import tracking
+from peertune.runs import directory, exports
 from peertune.types import Batch, State
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
@@ -187,7 +187,7 @@ def train(tmp_path: Path, architecture: str, lacking: str, *, head: str, targets
     run = build(recipe)
     *_, last = simulate(run.job)
     assert last.state is not None
-    tracking.create(
+    directory.create(
         tmp_path / "run",
         recipe="",
         resolved="",
@@ -197,7 +197,7 @@ def train(tmp_path: Path, architecture: str, lacking: str, *, head: str, targets
         head=run.head,
         labels=run.labels,
     )
-    tracking.export_all(tmp_path / "run", last.state, run.job.clients)
+    exports.write_all(tmp_path / "run", last.state, run.job.clients)
     return run, last.state
 
 

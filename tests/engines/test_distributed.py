@@ -15,7 +15,8 @@ from peertune.engines.simulator import simulate
 from peertune.errors import RunError
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
-from peertune.types import Group, RoundRecord
+from peertune.rounds.record import RoundRecord
+from peertune.types import Group
 
 SMALL = (
     "model.dtype=float64",

@@ -25,8 +25,9 @@ from peertune.identity.membership import Membership
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
 from peertune.rounds.bounds import Refusal
+from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Heard, Refuse, _tell, exchanged, run_rounds
-from peertune.types import RoundRecord, Tensors, select
+from peertune.types import Tensors, select
 from peertune.wire.swap import Swapper
 
 SMALL = (

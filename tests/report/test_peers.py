@@ -16,7 +16,7 @@ from peertune.report.findings import diagnose
 from peertune.report.html import page
 from peertune.report.runs import RunData, find_runs
 from peertune.report.tables import compare
-from peertune.types import RoundRecord
+from peertune.rounds.record import RoundRecord
 
 LISTS = ("loss", "grad_norm", "bytes_sent", "neighbours", "neighbourhood_cross_term")
 TRAINING = {"learning_rate": 0.01, "max_grad_norm": 1.0, "reset_optimizer": "never"}

@@ -17,6 +17,7 @@ from peertune.adapters.stacked import attach, init_adapters
 from peertune.errors import DivergedError
 from peertune.methods.schedules import alternating, both, silent
 from peertune.rounds.bounds import NEAR, Bound, Refusal
+from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.rounds.round import (
     DENSE_UP_TO,
     Exchange,
@@ -31,18 +32,7 @@ from peertune.rounds.round import (
 from peertune.rounds.training import Optim, sgd
 from peertune.topology import Fault, weights_at
 from peertune.topology.graphs import complete, path, ring
-from peertune.types import (
-    Agreement,
-    Algorithm,
-    Batch,
-    Evaluation,
-    Group,
-    Phase,
-    RoundRecord,
-    State,
-    Tensors,
-    select,
-)
+from peertune.types import Agreement, Algorithm, Batch, Group, Phase, State, Tensors, select
 
 CLIENTS = 5
 MOMENTUM = 0.9

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from peertune.errors import RunError
-from peertune.runs import tracking
+from peertune.rounds.record import RoundRecord
+from peertune.runs import checkpoints, records
 from peertune.runs.keeping import Keeper
-from peertune.types import Group, RoundRecord, State
+from peertune.types import Group, State
 
 
 def state(round: int) -> State:
@@ -52,7 +53,7 @@ def rounds(run: Path) -> list[int]:
     return [json.loads(line)["round"] for line in (run / "rounds.jsonl").read_text().splitlines()]
 
 
-def checkpoints(run: Path) -> list[str]:
+def kept(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("*"))
 
 
@@ -78,7 +79,7 @@ def test_what_can_t_be_written_is_warned_of_once_and_made_up_for(
     with LIMITS[limit](run):
         make(keeper, 1, 2)
     assert keeper.failed == (2 if "checkpoint" in limit else 4)
-    assert checkpoints(run) == ["round-000001"]
+    assert kept(run) == ["round-000001"]
     assert rounds(run) == ([0, 1, 2] if "checkpoint" in limit else [0])
     problem = "can't be written (File too large)" if "room" in limit else "can't be written (Too many open files)"
     (said,) = caplog.messages
@@ -86,13 +87,13 @@ def test_what_can_t_be_written_is_warned_of_once_and_made_up_for(
     assert said.endswith("; the run goes on, and tries again: the newest checkpoint is of round 1")
     failed = keeper.failed
     make(keeper, 3)
-    assert checkpoints(run) == ["round-000001", "round-000004"]
+    assert kept(run) == ["round-000001", "round-000004"]
     assert rounds(run) == [0, 1, 2, 3]
     assert caplog.messages[-1] == f"{run} can be written again: round 4 is kept"
-    counts = [line["failed_writes"] for line in tracking.records(run)]
+    counts = [line["failed_writes"] for line in records.read(run)]
     assert counts[0] == 0
     assert counts[-1] == keeper.failed == failed
-    loaded = tracking.load_checkpoint(run)
+    loaded = checkpoints.load(run)
     assert loaded is not None
     assert loaded.round == 4
     with LIMITS[limit](run):
@@ -105,7 +106,7 @@ def test_a_checkpoint_waits_for_the_records_before_it(run: Path) -> None:
     (run / "rounds.jsonl").unlink()
     (run / "rounds.jsonl").mkdir()  # a place that can't be written
     make(keeper, 0)
-    assert checkpoints(run) == []
+    assert kept(run) == []
 
 
 def test_only_a_last_state_that_can_t_be_written_ends_the_run(run: Path) -> None:
@@ -117,7 +118,7 @@ def test_only_a_last_state_that_can_t_be_written_ends_the_run(run: Path) -> None
             make(keeper, 5, last=True)
     assert rounds(run) == list(range(6))
     make(keeper, 6, last=True)
-    assert checkpoints(run) == ["round-000007"]
+    assert kept(run) == ["round-000007"]
 
 
 def test_a_checkpoint_that_is_due_is_tried_again_after_the_next_round(run: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_checkpoint_that_is_due_is_tried_again_after_the_next_round(run: Path)
     with limited(resource.RLIMIT_FSIZE, 8_000):
         make(keeper, 4, 5, 6)
     make(keeper, *range(7, 12))
-    assert checkpoints(run) == ["round-000008", "round-000010"]
+    assert kept(run) == ["round-000008", "round-000010"]
 
 
 def test_of_several_processes_a_checkpoint_names_the_part_of_each(run: Path) -> None:

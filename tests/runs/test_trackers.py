@@ -7,8 +7,8 @@ from peertune.assembly.build import build
 from peertune.assembly.registry import check_parts
 from peertune.errors import RecipeError
 from peertune.recipe import Part, Recipe, load_recipe
+from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.runs import trackers
-from peertune.types import Evaluation, RoundRecord
 
 RECORD = RoundRecord(
     round=2,

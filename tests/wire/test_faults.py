@@ -21,7 +21,7 @@ from federation import Federation, found
 from processes import AT_MOST_S, forking, wait_until
 
 from peertune.errors import Exit
-from peertune.runs import tracking
+from peertune.runs import checkpoints, records
 
 RECIPE = (
     "digits-demo",
@@ -81,7 +81,7 @@ class Peers:
         return file.read_text() if file.exists() else ""
 
     def records(self, client: int) -> list[dict[str, Any]]:
-        return tracking.records(self.run(client)) if (self.run(client) / "rounds.jsonl").exists() else []
+        return records.read(self.run(client)) if (self.run(client) / "rounds.jsonl").exists() else []
 
     def rounds(self, client: int) -> int:
         """The round after the last one recorded."""
@@ -140,7 +140,7 @@ def assert_whole(group: Peers, client: int, rounds: int) -> None:
     numbers = [json.loads(line)["round"] for line in lines]
     assert numbers == sorted(set(numbers))
     assert numbers[-1] == rounds - 1
-    state = tracking.load_checkpoint(run)
+    state = checkpoints.load(run)
     assert state is not None
     assert state.round == rounds
     assert (run / "adapters" / f"client-{client:03d}" / "adapter_model.safetensors").exists()
@@ -158,7 +158,7 @@ def test_fifty_kills_at_random_moments_stop_nobody_and_damage_nothing(tmp_path: 
             before = group.kept(victim)
             time.sleep(draw.uniform(0, 0.3))  # a random moment of its round, of mixing, of writing
             group.kill(victim)
-            state = tracking.load_checkpoint(group.run(victim))
+            state = checkpoints.load(group.run(victim))
             assert state is not None
             assert state.round >= max(before, group.rounds(victim) - 1)  # at most the round in progress is lost
             resumed.append(state.round)
@@ -220,7 +220,7 @@ def test_sigterm_finishes_the_round_and_resuming_goes_on(tmp_path: Path) -> None
         group.signal(1, signal.SIGTERM)
         group.running[1].join(AT_MOST_S)
         assert group.running[1].exitcode == 130
-        state = tracking.load_checkpoint(group.run(1))
+        state = checkpoints.load(group.run(1))
         assert state is not None
         assert state.round == group.rounds(1)
         group.start(1)

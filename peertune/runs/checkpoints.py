@@ -1,0 +1,146 @@
+"""The checkpoints of a run: its state after a round, in shards, and which of them stay.
+
+Several processes write a shard each. A run can go on from a checkpoint in any number of processes.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from hashlib import file_digest, sha256
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as as_safetensors
+
+from peertune.errors import RunError
+from peertune.runs.directory import FORMAT, check_format, written_together
+from peertune.types import ALONE, Group, State, Tensors
+
+log = logging.getLogger(__name__)
+
+
+def save(folder: Path, state: State, keep: int, clients: Sequence[int], group: Group = ALONE) -> None:
+    """Write a checkpoint of the state of these clients, a shard, and remove all that are not among the `keep`.
+
+    The newest two stay, and of the older ones those that `_thinned` leaves.
+    """
+    parts = {"adapters": state.adapters, "moments": state.moments, "signals": state.signals}
+    data = as_safetensors(
+        {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
+    )
+    name = f"state-{group.rank:03d}.safetensors"
+    shard = {"file": name, "clients": list(clients), "sha256": sha256(data).hexdigest()}
+    with written_together(folder / "checkpoints" / f"round-{state.round:06d}", group) as beside:
+        (beside / name).write_bytes(data)
+        shards = group.gather(shard)
+        if group.rank == 0:
+            meta = {"format": FORMAT, "round": state.round, "shards": shards}
+            (beside / "meta.json").write_text(json.dumps(meta) + "\n")
+    if group.rank > 0:
+        return
+    unfinished = (folder / "checkpoints").glob(".round-*")  # of a process that was killed
+    held = _checkpoints(folder)
+    stay = _thinned([_round(checkpoint) for checkpoint in held], keep)
+    for old in (*(checkpoint for checkpoint in held if _round(checkpoint) not in stay), *unfinished):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _thinned(rounds: Sequence[int], keep: int) -> set[int]:
+    """Return which of the checkpoints of these `rounds`, the newest first, stay: `keep` of them.
+
+    The newest two and the oldest do. Of the others one goes that leaves the smallest gap, by the ratio of the ages
+    beside it. So ages come to grow by one factor from each to the next, and the whole run stays in reach.
+    """
+    stay = list(rounds)
+    while len(stay) > keep:
+        ages = [stay[0] - at for at in stay]
+        inner = range(2, len(stay) - 1)
+        del stay[min(inner, key=lambda n: ages[n + 1] / ages[n - 1]) if keep > 2 and inner else -1]
+    return set(stay)
+
+
+def _round(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("round-"))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((folder / "checkpoints").glob("round-*"), key=_round, reverse=True)
+
+
+def load(
+    folder: Path,
+    like: State | None = None,
+    clients: Sequence[int] | None = None,
+    group: Group = ALONE,
+    before: int | None = None,
+) -> State | None:
+    """Return the state of these clients, or of all, in the newest whole checkpoint, or None where there is none yet.
+
+    With `before`, in the newest of those that have fewer rounds behind them; None where these are damaged.
+    It is on the CPU. A checkpoint that is damaged, or whose part that another process of the group reads is, is passed
+    over with a warning. Raises RunError where all are damaged, or where the newest is of a later format or does not fit
+    the state `like` that the run starts from.
+    """
+    held = [checkpoint for checkpoint in _checkpoints(folder) if before is None or _round(checkpoint) < before]
+    (found, *_) = group.gather([str(checkpoint) for checkpoint in held])
+    for checkpoint in map(Path, found):
+        wrong, state = "", None
+        try:
+            state = _read(checkpoint, clients)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            wrong = str(error) or type(error).__name__
+        if any(told := group.gather(wrong)):
+            log.warning("%s is damaged and passed over (%s)", checkpoint, next(filter(None, told)))
+            continue
+        assert state is not None
+        return state if like is None else _fitted(checkpoint, state, like)
+    if found and before is None:
+        raise RunError(
+            f"{folder}/checkpoints: every checkpoint is damaged; restore one, or start again with another --out"
+        )
+    return None
+
+
+def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
+    """Return the state of these clients, or of all, out of the shards that hold them."""
+    meta = dict(json.loads((checkpoint / "meta.json").read_text()))
+    check_format(checkpoint, meta)
+    held = [list(map(int, shard["clients"])) for shard in meta["shards"]]
+    places = {client: place for place, client in enumerate(sorted(chain(*held)) if clients is None else clients)}
+    parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "signals": {}}
+    for shard, own in zip(meta["shards"], held, strict=True):
+        wanted = [row for row, client in enumerate(own) if client in places]
+        if not wanted:
+            continue
+        file = checkpoint / Path(shard["file"]).name
+        with file.open("rb") as stream:
+            if file_digest(stream, "sha256").hexdigest() != shard["sha256"]:
+                raise ValueError(f"the contents of {file.name} are not what was written")
+        rows = slice(wanted[0], wanted[-1] + 1)  # neighbours, as they were dealt
+        to = torch.tensor([places[client] for client in own[rows]])
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  # it is no mapping
+                part, _, rest = name.partition("/")
+                x = tensors.get_slice(name)[rows]
+                if rest not in parts[part]:  # of its own, aligned memory: kernels round by alignment
+                    parts[part][rest] = x.new_empty((len(places), *x.shape[1:]))
+                parts[part][rest][to] = x
+    return State(parts["adapters"], parts["moments"], int(meta["round"]), parts["signals"])
+
+
+def _fitted(checkpoint: Path, state: State, like: State) -> State:
+    """Return the state with its tensors in the order of `like`, in which norms add up to the same bits."""
+    parts = [(state.adapters, like.adapters), (state.moments, like.moments), (state.signals, like.signals)]
+    for have, want in parts:
+        for name in sorted(have.keys() | want.keys()):
+            shapes = [tuple(part[name].shape) if name in part else None for part in (have, want)]
+            if shapes[0] != shapes[1]:
+                raise RunError(
+                    f"{checkpoint}: {name} is {shapes[0]} where the recipe makes {shapes[1]}; "
+                    "resume with the run's own recipe"
+                )
+    adapters, moments, signals = ({name: have[name] for name in want} for have, want in parts)
+    return State(adapters, moments, state.round, signals)

@@ -1,0 +1,165 @@
+"""The run directory: what a run leaves behind, and what it resumes from.
+
+    runs/<name>/
+      recipe.yaml  resolved.yaml  environment.json     what was asked, what was run, on what
+      facts.json                                       its format, what follows from the recipe: rho, who holds what
+      adapter/                                         what all adapters share: PEFT's config, head, labels
+      rounds.jsonl                                     a RoundRecord a line: the truth; all else derives from it
+      rounds/round-000012.safetensors                  its long lists, where it has any: of over 1,000 clients or edges
+      checkpoints/round-000120/                        state-000.safetensors and meta.json, whole or not there
+      adapters/client-000/ … adapters/average/         each loads with PeftModel.from_pretrained
+
+Files and folders appear whole or not at all: they are written beside their place and renamed into it. Only
+`rounds.jsonl` grows; a line that was cut off counts as not written.
+
+Several processes (`Group`) write a shard of a checkpoint each, and the adapters of their own clients; a folder appears
+when all have written. A run can go on from a checkpoint in any number of processes.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from peertune import files
+from peertune.errors import RunError
+from peertune.files import reported, written_folder
+
+if TYPE_CHECKING:  # torch and PEFT take seconds to import, and most commands only read
+    from peft import LoraConfig
+    from torch import Tensor
+
+    from peertune.types import Group
+
+FORMAT = 1
+"""Of run directories and checkpoints, in `facts.json` and `meta.json`: grows when a version that does not know a change
+would misread them. All up to this one are read. Those without a number count as 0, and are as those of 1."""
+
+
+def check_free(folder: Path) -> None:
+    """Raise RunError where there is something in the place of a new run directory."""
+    with reported(folder):
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise RunError(f"{folder}: is there already; give another --out, or go on with --resume {folder}")
+
+
+def check_shared(folder: Path, group: "Group") -> None:
+    """Raise RunError where a process of the group does not see the folder that rank 0 sees, and makes if need be."""
+    if group.size == 1:
+        return
+    token = folder / f".seen-{group.gather(uuid4().hex)[0]}"
+    if group.rank == 0:
+        with reported(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            token.touch()
+    group.gather("")
+    seen = group.gather(token.exists())
+    if group.rank == 0:
+        token.unlink()
+    if not all(seen):
+        rank = seen.index(False)
+        raise RunError(f"{folder}: rank {rank} doesn't see it; give an --out on a disk that all machines share")
+
+
+def launched(folder: Path, launch: str) -> bool:
+    """Return whether the run was begun by torchrun's launch of this name."""
+    try:
+        found = json.loads((folder / "environment.json").read_text())
+        return bool(found["launch"] == launch)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def locked(folder: Path) -> AbstractContextManager[None]:
+    """Keep other processes from working on the same run. Raises RunError where one does already."""
+    return files.locked(folder, "run")
+
+
+def create(
+    folder: Path,
+    *,
+    recipe: str,
+    resolved: str,
+    environment: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    lora: "LoraConfig",
+    head: "Mapping[str, Tensor]",
+    labels: Sequence[str],
+) -> None:
+    """Make the run directory. Raises RunError where something is there already, or it can't be written."""
+    from safetensors.torch import save
+
+    from peertune.adapters.peft_format import save_config
+
+    check_free(folder)
+    with written_folder(folder) as beside:
+        (beside / "recipe.yaml").write_text(recipe, encoding="utf-8")
+        (beside / "resolved.yaml").write_text(resolved, encoding="utf-8")
+        (beside / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+        (beside / "facts.json").write_text(json.dumps({"format": FORMAT, **facts}, indent=2) + "\n")
+        (beside / "adapter").mkdir()
+        save_config(beside / "adapter", lora)
+        shared = save({name: value.cpu().contiguous() for name, value in head.items()})
+        (beside / "adapter" / "head.safetensors").write_bytes(shared)
+        (beside / "adapter" / "labels.json").write_text(json.dumps(list(labels)) + "\n", encoding="utf-8")
+        (beside / "rounds.jsonl").touch()
+
+
+def resolved(folder: Path) -> Path:
+    """Return the file of what was run. Raises RunError where the folder is no run, or one of a later format."""
+    file = folder / "resolved.yaml"
+    if not file.is_file():
+        raise RunError(f"{folder}: is no run, it holds no resolved.yaml; give the folder of one")
+    check_format(folder, _facts(folder))
+    return file
+
+
+def check_format(what: Path, said: Mapping[str, Any]) -> None:
+    """Raise RunError where a run or a checkpoint says that it is of a format that this version does not read."""
+    number = said.get("format", 0)
+    if type(number) is not int or not 0 <= number <= FORMAT:
+        raise RunError(f"{what}: is of format {number!r}, and this version reads 0 to {FORMAT}; use a newer peertune")
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """Return what `facts.json` says; {} where it can't be read."""
+    try:
+        found = json.loads((folder / "facts.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def peer(run: Path) -> dict[str, Any] | None:
+    """Return which client of which federation a peer's run is of; None for a simulation."""
+    found = _facts(run).get("peer")
+    return found if isinstance(found, dict) else None
+
+
+def purpose(run: Path) -> str:
+    """Return what the run's models are for, in the hub's words. Raises RunError where the run does not say it."""
+    try:
+        form = json.loads((run / "facts.json").read_text()).get("task", {}).get("form")
+        task = json.loads((run / "adapter" / "adapter_config.json").read_text())["task_type"]
+        known = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation", None: "image-classification"}
+        return "zero-shot-image-classification" if form == "match" else known[task]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise RunError(f"{run}: its facts.json or adapter is missing or damaged; restore it") from None
+
+
+@contextmanager
+def written_together(folder: Path, group: "Group") -> Iterator[Path]:
+    """Yield a folder that all processes write into; it takes the place of `folder` when all have written.
+
+    Nobody goes on before it has: a process that ended would have its launcher stop the others in the middle of that.
+    """
+    with written_folder(folder) if group.rank == 0 else nullcontext() as made:
+        beside = Path(group.gather(made and str(made.absolute()))[0])
+        if not beside.is_dir():
+            raise RunError(f"{beside}: isn't there; give an --out on a disk that all machines share")
+        with reported(folder):
+            yield beside
+        group.gather("")
+    group.gather("")

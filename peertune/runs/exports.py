@@ -1,0 +1,82 @@
+"""Adapters out of a run, each a folder in PEFT's format."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from peertune.errors import RunError
+from peertune.files import reported, written_folder
+from peertune.runs.directory import peer, written_together
+from peertune.types import ALONE, Group, State, Tensors
+
+
+@contextmanager
+def written(run: Path, state: State, client: int | None, to: Path) -> Iterator[Path]:
+    """Yield a folder with one client's adapter, or the average of all where `client` is None, in PEFT's format.
+
+    It takes the place of `to` when all is done that is to be done with it, and vanishes otherwise. Raises RunError for
+    a client that isn't there or a folder that is there already.
+    """
+    clients = _clients(run, state)
+    if client is not None and client not in clients:
+        raise RunError(f"client {client}: {_who(run, clients)}")
+    if client is None and len(clients) < 2 and peer(run) is not None:
+        raise RunError(f"average: {_who(run, clients)}; give --client {clients[0]}")
+    with reported(to):
+        if to.exists():
+            raise RunError(f"{to}: is there already; give another folder")
+    write = _adapter_writer(run)
+    with written_folder(to) as beside:
+        write(beside, _adapter(state, None if client is None else clients.index(client)))
+        yield beside
+
+
+def write_all(run: Path, state: State, clients: Sequence[int], group: Group = ALONE) -> None:
+    """Write `adapters/`: those of these clients, of whom the state is, and the average; of a peer its own."""
+    write = _adapter_writer(run)
+    with written_together(run / "adapters", group) as beside:
+        for place, client in enumerate(clients):
+            write(beside / f"client-{client:03d}", _adapter(state, place))
+        if peer(run) is None:
+            average = {name: group.mean(x) for name, x in state.adapters.items()}
+            if group.rank == 0:
+                write(beside / "average", average)
+
+
+def _clients(run: Path, state: State) -> Sequence[int]:
+    """Return the numbers of the clients whose adapters the state holds."""
+    own = peer(run)
+    return range(state.clients) if own is None else [int(own["client"])]
+
+
+def _who(run: Path, clients: Sequence[int]) -> str:
+    if peer(run) is None:
+        return f"the run has clients 0 to {clients[-1]}"
+    return f"the run is of client {clients[0]} alone"
+
+
+def _adapter_writer(run: Path) -> Callable[[Path, Tensors], None]:
+    """Return what writes an adapter into a folder, with all that the adapters of a run share."""
+    from peft import LoraConfig
+
+    from peertune.adapters.peft_format import save_adapter
+
+    try:
+        lora = LoraConfig.from_pretrained(str(run / "adapter"))
+        head = load((run / "adapter" / "head.safetensors").read_bytes())
+        labels = (run / "adapter" / "labels.json").read_bytes()
+    except (OSError, ValueError, SafetensorError):
+        raise RunError(f"{run}/adapter: is missing or damaged; give the folder of a run") from None
+
+    def write(folder: Path, adapter: Tensors) -> None:
+        save_adapter(folder, adapter, head=head, lora=lora)
+        (folder / "labels.json").write_bytes(labels)
+
+    return write
+
+
+def _adapter(state: State, place: int | None) -> Tensors:
+    return {name: x.mean(0) if place is None else x[place] for name, x in state.adapters.items()}
