@@ -98,8 +98,8 @@ def outcomes(answers: list[Chunk]) -> list[int]:
     return [chunk.verdict.outcome for chunk in answers if chunk.WhichOneof("part") == "verdict"]
 
 
-def offering(swapper: Swapper, round: int, neighbours: Sequence[int], pool: ThreadPoolExecutor) -> Any:
+def offering(swapper: Swapper, round: int, neighbours: Sequence[int], pool: ThreadPoolExecutor, *more: Any) -> Any:
     """Have a peer wait for these neighbours in a round; return once it does."""
-    going = pool.submit(swapper.swap, round, payload(swapper.me, round), neighbours)
-    wait_until(lambda: (round, neighbours[0]) in swapper._meetings)
+    going = pool.submit(swapper.swap, round, payload(swapper.me, round), neighbours, *more)
+    wait_until(lambda: going.done() or (round, neighbours[0]) in swapper._meetings)
     return going

@@ -44,15 +44,23 @@ def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swap, "RETRY_S", 0.001)
 
 
+started: list[Swapper] = []
+
+
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
+    """Threads for peers to swap in; at the end all are told to hurry, so that a test that fails ends, too."""
     with ThreadPoolExecutor(4) as made:
         yield made
+        for swapper in started:
+            swapper.hurry()
+    started.clear()
 
 
 def peer(made: Federation, client: int = 0, patience_s: float = LONG_S, **options: Any) -> Swapper:
     membership = Membership(made.folder / f"peer-{client}", made.folder / "roster.yaml")
-    return Swapper(membership, AGREED, patience_s=patience_s, **{"insecure": True} | options)
+    started.append(Swapper(membership, AGREED, patience_s=patience_s, **{"insecure": True} | options))
+    return started[-1]
 
 
 def whole(client: int, round: int = 0) -> list[Chunk]:
@@ -183,11 +191,7 @@ def test_what_the_called_end_will_not_mix_is_refused_and_the_edge_over(
     federation: Federation, pool: ThreadPoolExecutor
 ) -> None:
     swapper = peer(federation)
-    going = pool.submit(
-        swapper.swap, 0, payload(0), [2], (), lambda client, tensors: f"{client} is odd: {len(tensors)}"
-    )
-    while (0, 2) not in swapper._meetings:
-        time.sleep(0.001)
+    going = offering(swapper, 0, [2], pool, (), lambda client, tensors: f"{client} is odd: {len(tensors)}")
     answers = list(called(swapper, 2, hello(0), *whole(2), HAVE))
     assert answers[-1].verdict == Verdict(outcome=Verdict.REFUSED, reason="2 is odd: 2", round=0)
     assert going.result(LONG_S) == {}
