@@ -11,7 +11,7 @@ import grpc
 
 from peertune.identity.keys import Identity
 from peertune.identity.roster import Member
-from peertune.wire.node import METHOD, Node
+from peertune.wire.node import METHOD, Node, SeatError, nobody
 from peertune.wire.peer_pb2 import Chunk
 from peertune.wire.swap import Swapper
 
@@ -76,6 +76,8 @@ class Script:
         node._dial = self._dial  # type: ignore[method-assign]
 
     def _dial(self, identity: Identity, member: Member | None) -> "Script":
+        if missing := nobody(member):
+            raise SeatError(missing)
         self.dialled.append(member)
         return self
 

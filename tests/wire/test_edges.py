@@ -21,11 +21,11 @@ from wires import GONE, Failed, Said, Script, called
 from peertune.files import write_file
 from peertune.identity.membership import Membership
 from peertune.topology import Fault
-from peertune.types import Tensors
+from peertune.types import Phase, Tensors
 from peertune.wire import swap
 from peertune.wire.codec import encode
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
-from peertune.wire.swap import KEPT_ROUNDS, Swapper
+from peertune.wire.swap import KEPT_ROUNDS, Progress, Swapper
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +196,41 @@ def test_what_the_called_end_will_not_mix_is_refused_and_the_edge_over(
     assert answers[-1].verdict == Verdict(outcome=Verdict.REFUSED, reason="2 is odd: 2", round=0)
     assert going.result(LONG_S) == {}
     assert outcomes(list(called(swapper, 2, hello(0)))) == [Verdict.PASSED]
+
+
+@pytest.mark.parametrize("parts", [[Chunk()], [whole(2)[1]], [whole(2)[0]] * 2, [HAVE], [hello(0)]])
+def test_what_a_caller_sends_out_of_order_is_refused(
+    federation: Federation, pool: ThreadPoolExecutor, parts: list[Chunk]
+) -> None:
+    swapper = peer(federation)
+    going = offering(swapper, 0, [2], pool)
+    *_, last = called(swapper, 2, hello(0), *parts)
+    why = "refuses what it was sent ()" if parts == [HAVE] else "sends its parts in another order than total, data, "
+    assert last.verdict.outcome == Verdict.REFUSED
+    assert last.verdict.reason.startswith(why)
+    assert going.result(LONG_S) == {} if parts == [HAVE] else not going.done()
+
+
+def test_a_peer_says_what_it_does(federation: Federation, pool: ThreadPoolExecutor) -> None:
+    swapper = peer(federation)
+    phase = Phase(3, frozenset({"B"}), frozenset({"A", "B"}))
+    assert swapper.progress() == Progress("starting", 0, 0, None)
+    swapper.enter(3, phase)
+    for step in (1, 2):
+        swapper.stepped()
+        assert swapper.progress() == Progress("training", 3, step, phase)
+    going = offering(swapper, 3, [2], pool)
+    assert swapper.progress() == Progress("waiting", 3, 2, phase), "for the other end"
+    call = called(swapper, 2, hello(3), *whole(2, 3), HAVE)
+    assert next(islice(call, 1, None)).total
+    assert swapper.progress().doing == "swapping"
+    list(call)
+    assert going.result(LONG_S).keys() == {2}
+    assert swapper.progress() == Progress("mixing", 3, 2, phase)
+    swapper.enter(4)
+    assert swapper.progress() == Progress("training", 4, 0, None)
+    swapper.pause(0.0)
+    assert swapper.progress().doing == "waiting"
 
 
 def test_a_peer_that_is_done_waits_for_those_who_lack_its_verdict_and_not_for_ever(
@@ -390,6 +425,25 @@ def test_the_higher_of_two_leaves_the_first_call_to_the_lower_unless_that_was_gi
     swapper.neighbours[0].given_up = True
     assert same(swapper.swap(1, payload(1, 1), [0])[0], payload(0, 1))
     assert len(script.calls) == 1
+
+
+def test_who_is_asked_where_it_is_says_so_and_who_refuses_says_why(federation: Federation) -> None:
+    swapper = peer(federation)
+    script = Script(swapper, [hello(4)])
+    assert swapper.ask_rounds([1, 2, 7], 7.0) == {1: 4, 2: 4}
+    assert [[part.hello.purpose for part in call.sent] for call in script.calls] == [[Hello.PING]] * 2
+    assert all(6 < call.options["timeout"] <= 7 for call in script.calls)
+    assert swapper.refusals([1, 2, 7]) == {}
+    for answer, why in (
+        (Failed(grpc.StatusCode.UNAUTHENTICATED, "refuses\nthis peer"), "refuses this peer"),
+        (hello(0, federation="evil"), "federation differs: trial at peer-0, evil at peer-1"),
+        (GONE, None),
+    ):
+        swapper = peer(federation)
+        Script(swapper, [answer])
+        assert swapper.ask_rounds([1]) == {}
+        assert swapper.refusals([1, 7]) == ({} if why is None else {"peer-1": why})
+    assert 7 not in swapper.neighbours, "nobody has that seat"
 
 
 # ---- the server

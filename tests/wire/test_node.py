@@ -129,6 +129,7 @@ def test_what_differs_is_refused_by_its_name_the_federation_and_the_protocol_bef
         ),
         ({"agreed": {"base": "x", "a": "y"}}, "a differs: nothing at hospital-1, y at hospital-2"),
         ({"agreed": {"seed": "1"}}, "seed differs: 0 at hospital-1, 1 at hospital-2"),
+        ({"agreed": {"seed": "01"}}, "seed differs: 0 at hospital-1, 01 at hospital-2"),
     ):
         with pytest.raises(UnusableError) as error:
             node._check_hello(1, greeting(node, **other))
@@ -241,6 +242,20 @@ def test_a_newer_roster_is_passed_on_and_one_that_can_not_be_used_is_not_taken(n
     with pytest.raises(WireError, match=r"^sends a roster that can't be used \(roster: isn't signed; "):
         node._adopt(1, b"serial: 7\n")
     node._adopt(1, roster.raw)
+
+
+def test_who_sent_a_newer_roster_is_told_once_it_is_in_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = Federation(tmp_path, "hospital-1", "hospital-2")
+    write_file(tmp_path / "roster.yaml", made.roster().raw)
+    node = peer(made)
+    for _ in range(2):
+        node._adopt(1, newer := made.roster().raw)
+        assert node.membership.current()[1].raw == newer
+        node._adopt(1, newer)
+    assert [text for _, text in said(caplog) if text.startswith("hospital-2")] == [
+        "hospital-2: sent roster 2, which is in use",
+        "hospital-2: sent roster 3, which is in use",
+    ]
 
 
 def test_who_asks_to_be_called_back_hears_one_of_few_reasons_and_may_ask_a_few_times_a_minute(node: Node) -> None:
