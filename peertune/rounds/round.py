@@ -1,7 +1,5 @@
 """One round: local steps, exchange, mix. Every engine runs this and nothing else; only `exchange` differs."""
 
-import ctypes
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +17,7 @@ from torch import Tensor
 from peertune.adapters.stacked import StackedModel
 from peertune.allowance import Lines
 from peertune.errors import DivergedError
+from peertune.memory import give_back_free
 from peertune.rounds import bounds, metrics
 from peertune.rounds.bounds import Bound, Refusal
 from peertune.rounds.record import Evaluation, RoundRecord
@@ -282,7 +281,7 @@ def _train(job: Job, state: State, clients: Sequence[int], phases: list[Phase]) 
             if isinstance(places, Tensor):
                 state.put(places, part)
             result.loss[places], result.grad_norm[places] = trained
-            _give_back_memory()
+            give_back_free()
     if bool((result.loss > job.most_loss).any()):
         raise DivergedError(f"training: the loss is {float(result.loss.max()):.3g} in round {state.round}")
     return result
@@ -299,10 +298,3 @@ def as_weights(matrix: csr_array, device: torch.device) -> Tensor:
     places = torch.stack([torch.from_numpy(x).long() for x in matrix.tocoo().coords])
     weights = torch.sparse_coo_tensor(places, torch.from_numpy(matrix.data), matrix.shape, check_invariants=False)
     return weights.coalesce().to(device)
-
-
-def _give_back_memory() -> None:
-    """Have glibc return what it holds free: micro-batches of many sizes fragment it, by a gigabyte in 200 steps."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
