@@ -7,51 +7,33 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune import randomness
-from peertune.adapters.stacked import StackedModel
+from peertune.assembly.encoding import EncodedTask
+from peertune.assembly.loading import Loaded, clients_together
+from peertune.assembly.registry import Parts
 from peertune.data.batches import Encoded, validation_batches
 from peertune.data.completions import completions, encode_choices, encode_prompts
 from peertune.data.scores import JUDGES, scorer
 from peertune.errors import RecipeError
 from peertune.models.generation import Decoding, cached_tokens, generate, pads_left
-from peertune.models.load import Base
 from peertune.recipe import Recipe
 from peertune.rounds.record import Evaluation
 from peertune.rounds.training import Read, evaluate, hits, predictions, row_losses
-from peertune.types import Group, Task, Tensors, take
+from peertune.types import Task, Tensors, take
 
 log = logging.getLogger(__name__)
 
-
-def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return which of these `rows` of the validation split are evaluated: all, or the recipe's seeded subset."""
-    few = recipe.evaluate.rows
-    if few is None or few >= len(rows):
-        return rows
-    return np.sort(rows[randomness.generator(recipe.seed, "evaluate").permutation(len(rows))[:few]])
+EVALUATION_FACTOR = 2
+"""How many times more tokens go through together in evaluation, which keeps nothing for a backward pass."""
 
 
 def build_evaluation(
-    recipe: Recipe,
-    task: Task,
-    base: Base,
-    model: StackedModel,
-    encoded: Encoded,
-    rows: NDArray[np.int64],
-    *,
-    max_length: int,
-    tokens: int,
-    together: int,
-    average: bool,
-    group: Group,
+    recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask
 ) -> Callable[[Tensors], Evaluation]:
-    """Return what evaluates a stack `[K, …]`, and the average of all clients of the group where it is asked for.
-
-    `encoded` is the validation split, of which `rows` are used. About `tokens` tokens go through the base at a time,
-    in generation of up to `together` adapters; rows have `max_length` tokens at most.
+    """Return what evaluates a stack `[K, …]`, and, but at a peer, the average of all clients of the group.
 
     Raises RecipeError where the metric can't be had of this task or this base.
     """
+    task, group, rows, average = parts.task, parts.group, encoded.evaluated, not parts.peer
     if recipe.evaluate.temperature and task.metric not in JUDGES:
         raise RecipeError(
             f"evaluate.temperature: nothing is generated for the metric {task.metric}; leave it out, "
@@ -59,14 +41,14 @@ def build_evaluation(
         )
     labels = np.asarray(task.validation.labels)[rows]
     if task.metric in JUDGES:
-        predict = _judged(recipe, task, base, model, encoded, rows, max_length, together)
+        predict = _judged(recipe, task, loaded, encoded)
         labels = np.ones(len(rows))
     elif task.form == "choose":
-        predict = _chosen(task, base, model, rows, max_length, tokens)
+        predict = _chosen(task, loaded, encoded)
     else:
         readers = {"perplexity": row_losses, "token_accuracy": hits}
-        predict = _read(model, encoded, rows, tokens, readers.get(task.metric, predictions))
-        labels = encoded.targets[rows] if task.form == "complete" else labels
+        predict = _read(loaded, encoded.validation, rows, readers.get(task.metric, predictions))
+        labels = encoded.validation.targets[rows] if task.form == "complete" else labels
     score = scorer(task)
 
     def run(adapters: Tensors) -> Evaluation:
@@ -88,8 +70,9 @@ Predict = Callable[[list[Tensors]], NDArray[Any]]
 """`predict(singles)` returns what the metric compares with the labels, `[len(singles), rows]`."""
 
 
-def _read(model: StackedModel, encoded: Encoded, rows: NDArray[np.int64], tokens: int, read: Read) -> Predict:
+def _read(loaded: Loaded, encoded: Encoded, rows: NDArray[np.int64], read: Read) -> Predict:
     """Return what reads each row's logits."""
+    model, tokens = loaded.model, EVALUATION_FACTOR * loaded.tokens
 
     def predict(singles: list[Tensors]) -> NDArray[Any]:
         return evaluate(model, singles, validation_batches(encoded, rows, tokens, model.packs), len(rows), read)
@@ -97,26 +80,18 @@ def _read(model: StackedModel, encoded: Encoded, rows: NDArray[np.int64], tokens
     return predict
 
 
-def _chosen(
-    task: Task, base: Base, model: StackedModel, rows: NDArray[np.int64], max_length: int, tokens: int
-) -> Predict:
+def _chosen(task: Task, loaded: Loaded, encoded: EncodedTask) -> Predict:
     """Return what finds the likeliest word after each row's prompt."""
-    choices = encode_choices(base.tokenizer, task.validation.take(rows, task.inputs), task.words, max_length)
-    losses = _read(model, choices, np.arange(len(choices)), tokens, row_losses)
+    rows = encoded.evaluated
+    split = task.validation.take(rows, task.inputs)
+    choices = encode_choices(loaded.base.tokenizer, split, task.words, encoded.max_length)
+    losses = _read(loaded, choices, np.arange(len(choices)), row_losses)
     return lambda singles: losses(singles).reshape(len(singles), len(rows), -1).argmin(-1)
 
 
-def _judged(
-    recipe: Recipe,
-    task: Task,
-    base: Base,
-    model: StackedModel,
-    encoded: Encoded,
-    rows: NDArray[np.int64],
-    max_length: int,
-    together: int,
-) -> Predict:
+def _judged(recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask) -> Predict:
     """Return what says of each row whether the text that is generated is right."""
+    base, rows, max_length, together = loaded.base, encoded.evaluated, encoded.max_length, clients_together(recipe)
     settings = recipe.evaluate
     positions = base.positions
     room = max_length if positions is None else min(max_length, positions - settings.max_new_tokens)
@@ -125,7 +100,7 @@ def _judged(
             f"evaluate.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt: "
             f"the base takes {positions} tokens"
         )
-    if base.model.device.type != "meta" and not pads_left(base.model, base.tokenizer.pad_token_id):
+    if not loaded.planned and not pads_left(base.model, base.tokenizer.pad_token_id):
         raise RecipeError(
             f"task.metric: {task.metric} generates, and {type(base.model).__name__} can't from padded rows"
         )
@@ -138,7 +113,7 @@ def _judged(
             f"{len(rows):,}",
             room,
         )
-    right, ends = completions(base.tokenizer, encoded, rows.tolist())
+    right, ends = completions(base.tokenizer, encoded.validation, rows.tolist())
     decoding = Decoding(
         settings.max_new_tokens,
         settings.temperature,
@@ -150,7 +125,7 @@ def _judged(
     judge, tokens = JUDGES[task.metric], cached_tokens(base.model)
 
     def predict(singles: list[Tensors]) -> NDArray[Any]:
-        made = generate(model, singles, prompts, decoding, together=together, tokens=tokens)
+        made = generate(loaded.model, singles, prompts, decoding, together=together, tokens=tokens)
         said = [base.tokenizer.batch_decode(texts, skip_special_tokens=True) for texts in made]
         return np.array([[judge(*pair) for pair in zip(texts, right, strict=True)] for texts in said])
 

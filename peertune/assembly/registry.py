@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from peertune.methods.schedules import switching_interval
 from peertune.recipe import Part, Recipe, arguments
 from peertune.runs import trackers
 from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, graph_near, one_period, rho, summary
-from peertune.types import Algorithm, Split, Task
+from peertune.types import ALONE, Algorithm, Group, Split, Task
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,39 @@ _TABLES: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
     "algorithm": (ALGORITHMS, ("rho", "clients", "seed")),
 }
 """Block of a recipe → its table, and the parameters that the program supplies."""
+
+
+class Parts(NamedTuple):
+    """The first step of `build`: what the recipe chooses by name, and for whom."""
+
+    task: Task
+    graph: Graph
+    faults: Sequence[Fault]
+    algorithm: Algorithm
+    clients: Sequence[int]  # all, a process's share of them, or one, a peer
+    rows: Mapping[int, NDArray[np.int64]]  # client → its training rows
+    group: Group  # the processes that share the clients
+    peer: bool  # whether there are other clients, and nobody here who holds them
+
+
+def build_parts(
+    recipe: Recipe,
+    clients: Sequence[int] | None = None,
+    own_data: bool = False,
+    *,
+    known: Neighbourhood | None = None,
+    group: Group = ALONE,
+) -> Parts:
+    """Make all parts, for these clients; the arguments are those of `build`."""
+    trackers.check(recipe.report_to)
+    task = build_task(recipe)
+    graph = build_graph(recipe, known)
+    faults = build_faults(recipe)
+    clients = range(recipe.clients) if clients is None else clients
+    dealt = dict.fromkeys(clients, np.arange(len(task.train))) if own_data else build_partition(recipe, task)
+    rows = {client: dealt[client] for client in clients}
+    peer = group.size == 1 and len(clients) < recipe.clients
+    return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, group, peer)
 
 
 def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:

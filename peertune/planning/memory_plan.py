@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from peertune.adapters.rows import Rows, bound
-from peertune.assembly.build import TOKENS_PER_PASS, build, clients_together
+from peertune.assembly.build import build
+from peertune.assembly.loading import TOKENS_PER_PASS, clients_together
 from peertune.data.scores import JUDGES
 from peertune.errors import PeertuneError, RunError
 from peertune.memory import LiveBytes, Most, available_bytes, meta_stands_for, resident_bytes

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from peertune.assembly.build import Run, build
-from peertune.assembly.evaluation import evaluated_rows
+from peertune.assembly.encoding import evaluated_rows
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
 from peertune.methods.catalogue import ALGORITHMS

@@ -1,0 +1,124 @@
+"""The third step of `build`: the task's rows as the base reads them, and which of these each client has."""
+
+import logging
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peertune import randomness
+from peertune.assembly.registry import Parts
+from peertune.data.batches import Encoded, encode_images, encode_text
+from peertune.data.completions import encode_completions, encode_words
+from peertune.data.images import Images
+from peertune.errors import DataError, ModelError
+from peertune.models.load import Base, load_processor
+from peertune.recipe import Recipe
+from peertune.types import Split, Task
+
+log = logging.getLogger(__name__)
+
+
+class EncodedTask(NamedTuple):
+    """Both splits of a task; rows that nobody here uses have no tokens."""
+
+    train: Encoded
+    validation: Encoded
+    max_length: int  # tokens that a row may have
+    long: Mapping[str, int]  # for each split, how many rows of all clients were longer
+    held: Mapping[int, NDArray[np.int64]]  # client → the rows of `train` that it trains on
+    validating: NDArray[np.int64]  # the rows of `validation` that are used
+    evaluated: NDArray[np.int64]  # those of them that are evaluated
+
+
+def encode(recipe: Recipe, parts: Parts, base: Base) -> EncodedTask:
+    """Encode what these clients train on, and what validates; tell of rows that are too long.
+
+    Raises DataError where a client, or validation, is left without a row, and ModelError for a tokenizer that is not
+    the base's.
+    """
+    max_length = _max_length(recipe, base)
+    own = np.sort(np.concatenate(list(parts.rows.values())))
+    train, validation = _encode(recipe, parts.task, base, max_length, own)
+    long = {"train": sum(parts.group.gather(len(train.long))), "validation": len(validation.long)}
+    _tell_long(recipe, long, {"train": sum(parts.group.gather(len(own))), "validation": len(validation)}, max_length)
+    held = {client: _without_long(recipe, train, rows) for client, rows in parts.rows.items()}
+    validating = _without_long(recipe, validation, np.arange(len(validation)))
+    if empty := [client for client, rows in held.items() if not len(rows)]:
+        raise DataError(
+            f"training.long_rows: client {empty[0]} has no row of up to {max_length} tokens; "
+            "raise training.max_length, or use training.long_rows=cut"
+        )
+    if not len(validating):
+        raise DataError("training.long_rows: no row to validate on is short enough; raise training.max_length")
+    return EncodedTask(train, validation, max_length, long, held, validating, evaluated_rows(recipe, validating))
+
+
+def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return which of these `rows` of the validation split are evaluated: all, or the recipe's seeded subset."""
+    few = recipe.evaluate.rows
+    if few is None or few >= len(rows):
+        return rows
+    return np.sort(rows[randomness.generator(recipe.seed, "evaluate").permutation(len(rows))[:few]])
+
+
+def _max_length(recipe: Recipe, base: Base) -> int:
+    """Return how many tokens a row may have: by the recipe, and by what the base can take."""
+    if base.tokenizer is None:
+        return recipe.training.max_length
+    asked = recipe.training.max_length
+    return int(min(asked, asked if base.positions is None else base.positions, base.tokenizer.model_max_length))
+
+
+def _encode(recipe: Recipe, task: Task, base: Base, max_length: int, own: NDArray[np.int64]) -> tuple[Encoded, Encoded]:
+    """Encode the `own` rows of the training split, and the validation split."""
+    images, process = task.inputs == ("pixel_values",), None
+    if isinstance(task.train.columns.get("pixel_values"), Images):
+        process = load_processor(recipe.model.name, revision=recipe.model.revision, config=base.model.config)
+
+    def encode(split: Split, rows: NDArray[np.int64] | None = None) -> Encoded:
+        match task.form:
+            case "complete":
+                return encode_completions(base.tokenizer, split, task.inputs, max_length, rows)
+            case "choose":
+                return encode_words(base.tokenizer, split, task.words, max_length, rows)
+        if images:
+            return encode_images(split, base.tokens_per_image, process)
+        return encode_text(base.tokenizer, split, task.inputs, max_length, rows)
+
+    if not images:
+        log.info("tokenising %s rows", f"{len(own) + len(task.validation):,}")
+    splits = encode(task.train, own), encode(task.validation)
+    for encoded in () if images else splits:
+        _check_tokens(recipe, base, encoded)
+    return splits
+
+
+def _check_tokens(recipe: Recipe, base: Base, encoded: Encoded) -> None:
+    """Raise ModelError where the tokenizer makes tokens that the base does not know."""
+    highest = int(encoded.tokens["input_ids"].max())
+    if highest >= base.model.config.get_text_config().vocab_size:
+        raise ModelError(
+            f"model.name: {recipe.model.name}: its tokenizer makes tokens that it has no embedding for, such as "
+            f"{base.tokenizer.convert_ids_to_tokens(highest)!r}; give a base with its own tokenizer"
+        )
+
+
+def _tell_long(recipe: Recipe, long: Mapping[str, int], rows: Mapping[str, int], max_length: int) -> None:
+    """Warn of rows that are too long, of so many of each split."""
+    done = "cut" if recipe.training.long_rows == "cut" else "left out"
+    for name, count in long.items():
+        if count:
+            log.warning(
+                "%s of %s rows of %s have more than %d tokens and are %s (training.max_length, training.long_rows)",
+                f"{count:,}",
+                f"{rows[name]:,}",
+                name,
+                max_length,
+                done,
+            )
+
+
+def _without_long(recipe: Recipe, encoded: Encoded, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    return rows if recipe.training.long_rows == "cut" else np.setdiff1d(rows, encoded.long)

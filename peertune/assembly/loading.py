@@ -1,0 +1,153 @@
+"""The second step of `build`: a base with sites for the clients' adapters, and how much goes through it together."""
+
+from typing import Any, NamedTuple
+
+import torch
+from peft import LoraConfig, TaskType
+from transformers.pytorch_utils import Conv1D
+
+from peertune.adapters.matching import match_names
+from peertune.adapters.peft_format import find_sites
+from peertune.adapters.stacked import Forward, StackedModel, attach
+from peertune.data.images import prompts
+from peertune.errors import DataError, RecipeError
+from peertune.memory import map_tensors_alone
+from peertune.models.load import Base, Purpose, load_base, pick_device, pick_dtype
+from peertune.recipe import Recipe
+from peertune.types import Task
+
+TOKENS_PER_PASS = {"cpu": 1536, "cuda": 65536}
+"""Tokens that go through the base together where the recipe leaves it open: enough to fill the device, few enough to
+fit."""
+LANGUAGE_TOKENS_PER_PASS = {"cpu": 1536, "cuda": 8192}
+"""The same for language models, which are larger, and have logits for each token of a completion."""
+LOGITS_BYTES = 2**33
+"""What a language model's logits and their gradients may take: 12 bytes a label and word in training, 10 in evaluation,
+which has twice the tokens."""
+COLUMNS = 128
+"""Clients whose rows share a pass, times the rank: a vector meets the factors of all of them (see `Site`)."""
+
+
+class Loaded(NamedTuple):
+    """The base that all clients share, and where it computes."""
+
+    base: Base
+    model: StackedModel  # the base with its sites
+    lora: LoraConfig  # what PEFT needs to load an adapter
+    device: torch.device  # in a plan the one that it is for
+    dtype: torch.dtype
+    tokens: int  # about how many go through together in training
+
+    @property
+    def planned(self) -> bool:
+        """Whether the base has sizes and no weights."""
+        return bool(self.base.model.device.type == "meta")
+
+
+def load(recipe: Recipe, task: Task, *, planned: bool = False) -> Loaded:
+    """Load the recipe's base for this task; where it is `planned`, without weights. Raises what `load_base` raises."""
+    purpose = _purpose(task)
+    if recipe.head == "trained" and purpose in _HEADLESS:
+        raise RecipeError(f"head: {_HEADLESS[purpose]} has no head to train; use head=frozen")
+    device = pick_device(recipe.device, planned=planned)
+    dtype = pick_dtype(recipe.model.dtype, device)
+    base = load_base(
+        recipe.model.name,
+        revision=recipe.model.revision,
+        purpose=purpose,
+        classes=task.classes,
+        dtype=dtype,
+        device=device,
+        seed=recipe.seed,
+        quantization=recipe.model.quantization,
+        planned=planned,
+    )
+    lora = _lora_config(recipe, base, purpose)
+    model = _with_sites(recipe, task, base)
+    if recipe.training.gradient_checkpointing:
+        map_tensors_alone()  # who computes twice to save memory has no use for a heap with holes
+    return Loaded(base, model, lora, device, dtype, _tokens_per_pass(recipe, base, device))
+
+
+def clients_together(recipe: Recipe) -> int:
+    """Return how many clients' rows may share a pass."""
+    return max(1, COLUMNS // recipe.lora.r)
+
+
+_HEADLESS = {"language": "a language model", "match": "a task with templates"}
+
+
+def _purpose(task: Task) -> Purpose:
+    """Return what the task needs a base for."""
+    match task.form:
+        case "match":
+            return "match"
+        case "complete" | "choose":
+            return "language"
+        case _:
+            return "image" if task.inputs == ("pixel_values",) else "text"
+
+
+def _lora_config(recipe: Recipe, base: Base, purpose: Purpose) -> LoraConfig:
+    """Say in PEFT's words what the adapters are; heads and what else the checkpoint lacks travel with them."""
+    return LoraConfig(
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
+        lora_dropout=recipe.lora.lora_dropout,
+        target_modules=recipe.lora.target_modules,
+        modules_to_save=list(base.head_roots) or None,
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in base.model.modules()),
+        base_model_name_or_path=recipe.model.name,
+        revision=recipe.model.revision or base.revision,
+        task_type={"language": TaskType.CAUSAL_LM, "text": TaskType.SEQ_CLS}.get(purpose),
+        inference_mode=True,
+    )
+
+
+def _with_sites(recipe: Recipe, task: Task, base: Base) -> StackedModel:
+    """Put the recipe's sites into the base, and heads of the clients' own where these are trained."""
+    without = (base.output_name,) if base.output_name else base.head_roots
+    return attach(
+        base.model,
+        find_sites(base.model, recipe.lora.target_modules, without),
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.lora_alpha,
+        lora_dropout=recipe.lora.lora_dropout,
+        head_names=_head_layers(base) if recipe.head == "trained" else (),
+        base_dropout=recipe.model.dropout,
+        output_name=base.output_name,
+        checkpointing=recipe.training.gradient_checkpointing,
+        forward=_matching(task, base) if task.form == "match" else None,
+    )
+
+
+def _head_layers(base: Base) -> list[str]:
+    """Return the layers of the head; attach() refuses those that aren't linear."""
+    return [
+        name
+        for root in base.head_roots
+        for name, layer in base.model.get_submodule(root).named_modules(prefix=root)
+        if any(True for _ in layer.parameters(recurse=False))
+    ]
+
+
+def _matching(task: Task, base: Base) -> Forward:
+    """Return what matches images with the names of the classes. Raises DataError where these are too long."""
+    tokens = base.tokenizer(prompts(task), padding=True, return_tensors="pt")
+    config: Any = base.model.config
+    longest, most = tokens["input_ids"].shape[1], config.text_config.max_position_embeddings
+    if longest > most:
+        raise DataError(
+            f"task.templates: {longest} tokens with the longest name, and the base takes {most}; shorten them"
+        )
+    return match_names(tokens["input_ids"], tokens["attention_mask"], len(task.templates))
+
+
+def _tokens_per_pass(recipe: Recipe, base: Base, device: torch.device) -> int:
+    """Return about how many tokens go through the base together: by the recipe, or what the device has room for."""
+    if recipe.training.tokens_per_pass != "auto":
+        return recipe.training.tokens_per_pass
+    if base.output_name is None:
+        return TOKENS_PER_PASS[device.type]
+    words: int = base.model.get_output_embeddings().out_features
+    return max(1, min(LANGUAGE_TOKENS_PER_PASS[device.type], LOGITS_BYTES // (24 * words)))
