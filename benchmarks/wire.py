@@ -1,8 +1,5 @@
 """What swapping costs: bytes beside the factors', goodput beside a bare stream's, and a round of eight peers."""
 
-import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
-
-# isort: split
 import multiprocessing
 import socket
 import tempfile
@@ -13,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 import torch
 
 from benchmarks.measure import Figure, figure, ratios, seconds
@@ -26,6 +22,7 @@ from peertune.types import Tensors
 from peertune.wire import tls
 from peertune.wire.codec import CHUNK_BYTES, encode
 from peertune.wire.node import OPTIONS
+from peertune.wire.rpc import grpc
 from peertune.wire.swap import Swapper
 
 PEERS = 8

@@ -6,12 +6,8 @@
 ...     print(record.round, record.loss)
 """
 
-import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-# Where bitsandbytes is installed, PEFT imports it, and it complains of a CPU kernel that is of no use here.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 if TYPE_CHECKING:
     from peertune.assembly.build import build

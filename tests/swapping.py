@@ -1,8 +1,5 @@
 """Real servers over real TLS that swap small payloads, and calls of members that write their own requests."""
 
-import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
-
-# isort: split
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager

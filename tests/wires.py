@@ -1,18 +1,14 @@
 """What stands for gRPC where a test looks at one end of a call, in this process and without a server."""
 
-import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
-
-# isort: split
 from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
-
-import grpc
 
 from peertune.identity.keys import Identity
 from peertune.identity.roster import Member
 from peertune.wire.node import METHOD, Node, SeatError, nobody
 from peertune.wire.peer_pb2 import Chunk
+from peertune.wire.rpc import grpc
 from peertune.wire.swap import Swapper
 
 

@@ -1,4 +1,4 @@
-"""The bridge to Hugging Face PEFT: its rules for choosing layers, and its format for one client's adapter."""
+"""The bridge to Hugging Face PEFT, its home: its rules for choosing layers, and its format for one client's adapter."""
 
 import json
 import logging
@@ -9,14 +9,22 @@ from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peertune.errors import ModelError
 from peertune.types import Tensors, kind
+
+# Where bitsandbytes is installed, PEFT imports it, and it complains of a CPU kernel that is of no use here.
+_complaints = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_complaints.disabled = True
+from peft import LoraConfig as LoraConfig  # noqa: E402
+from peft import PeftModel  # noqa: E402
+from peft import TaskType as TaskType  # noqa: E402
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists  # noqa: E402
+
+_complaints.disabled = False
 
 log = logging.getLogger(__name__)
 

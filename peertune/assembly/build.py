@@ -9,9 +9,9 @@ from itertools import chain
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
+from peertune.adapters.peft_format import LoraConfig
 from peertune.adapters.stacked import frozen_norms, init_adapters
 from peertune.assembly.encoding import EncodedTask, encode
 from peertune.assembly.evaluation import build_evaluation

@@ -3,11 +3,10 @@
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, TaskType
 from transformers.pytorch_utils import Conv1D
 
 from peertune.adapters.matching import match_names
-from peertune.adapters.peft_format import find_sites
+from peertune.adapters.peft_format import LoraConfig, TaskType, find_sites
 from peertune.adapters.stacked import Forward, StackedModel, attach
 from peertune.data.images import prompts
 from peertune.errors import DataError, RecipeError

@@ -28,9 +28,9 @@ from peertune.errors import RunError
 from peertune.files import reported, written_folder
 
 if TYPE_CHECKING:  # torch and PEFT take seconds to import, and most commands only read
-    from peft import LoraConfig
     from torch import Tensor
 
+    from peertune.adapters.peft_format import LoraConfig
     from peertune.types import Group
 
 FORMAT = 1

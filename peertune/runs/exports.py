@@ -60,9 +60,7 @@ def _who(run: Path, clients: Sequence[int]) -> str:
 
 def _adapter_writer(run: Path) -> Callable[[Path, Tensors], None]:
     """Return what writes an adapter into a folder, with all that the adapters of a run share."""
-    from peft import LoraConfig
-
-    from peertune.adapters.peft_format import save_adapter
+    from peertune.adapters.peft_format import LoraConfig, save_adapter
 
     try:
         lora = LoraConfig.from_pretrained(str(run / "adapter"))

@@ -20,7 +20,7 @@ from peertune.identity.certificates import federation_of, fingerprint, public_ke
 from peertune.identity.keys import key_files, load_ca, read_private
 from peertune.identity.membership import Membership
 from peertune.identity.roster import Member, Roster
-from peertune.wire import tls  # before grpc, whose settings it makes
+from peertune.wire import tls
 from peertune.wire.node import UNTRIED, Knock
 from peertune.wire.swap import Swapper
 

@@ -7,17 +7,16 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-import grpc
-
 from peertune.allowance import Allowance, Lines, line
 from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation, clone
 from peertune.identity.keys import Identity
 from peertune.identity.membership import Membership
 from peertune.identity.roster import MAX_ROSTER_BYTES, Member
-from peertune.wire import tls  # before grpc, whose settings it makes
+from peertune.wire import tls
 from peertune.wire.framing import kind, pack, unpack
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
+from peertune.wire.rpc import grpc
 
 log = logging.getLogger(__name__)
 

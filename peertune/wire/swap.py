@@ -19,19 +19,18 @@ from hashlib import sha256
 from queue import SimpleQueue
 from typing import Any
 
-import grpc
-
 from peertune.allowance import line
 from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation
 from peertune.identity.membership import Membership
 from peertune.topology import Fault, clients_down
 from peertune.types import Phase, Tensors
-from peertune.wire import limits, tls  # before grpc, whose settings it makes
+from peertune.wire import limits, tls
 from peertune.wire.codec import Assembler, Layout, chunks, decode, encode, layout
 from peertune.wire.framing import Part, data_of, kind, pack, unpack
 from peertune.wire.node import OPTIONS, PROBE_S, SERVICE, Neighbour, Node, SeatError, UnusableError, nobody
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
+from peertune.wire.rpc import grpc
 
 log = logging.getLogger(__name__)
 

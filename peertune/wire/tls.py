@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
-import grpc
 from cryptography import x509
 
 from peertune.errors import IdentityError
 from peertune.identity.certificates import check_address, pem
 from peertune.identity.keys import Identity
 from peertune.identity.roster import Member, Roster
-from peertune.wire import TLS_13_ONLY
+from peertune.wire.rpc import TLS_13_ONLY, grpc
 
 _NAMED = "grpc.ssl_target_name_override"  # whose name the certificate must bear
 
@@ -125,4 +124,6 @@ def _anchors(certificates: Sequence[bytes], whose: str) -> bytes:
 
 def _check_tls() -> None:
     if not TLS_13_ONLY:
-        raise IdentityError("gRPC was imported before peertune.wire, so TLS 1.2 is open; import peertune.wire first")
+        raise IdentityError(
+            "gRPC was imported before peertune.wire.rpc, so TLS 1.2 is open; import peertune.wire.rpc first"
+        )

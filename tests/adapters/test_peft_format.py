@@ -1,6 +1,8 @@
 """PEFT chooses the same layers, and reads what we write."""
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -260,3 +262,11 @@ def test_peft_reads_every_adapter_with_its_head_and_gives_the_stacks_logits(
         torch.testing.assert_close(theirs, answers[adapter], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(answers["client-000"], answers["client-001"], rtol=1e-3)
     assert all(x.any() for x in state.adapters.values())
+
+
+def test_what_bitsandbytes_says_while_peft_imports_it_is_not_heard_and_later_words_are(tmp_path: Path) -> None:
+    said = "import logging\nlogging.getLogger('bitsandbytes.backends.cpu.ops').warning('no kernel')\n"
+    (tmp_path / "bitsandbytes.py").write_text(f"{said}class nn:\n    pass\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r})\nimport peertune.adapters.peft_format, bitsandbytes\n{said}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["no kernel"]

@@ -1,6 +1,3 @@
-import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
-
-# isort: split
 import errno
 import socket
 import threading
@@ -13,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import grpc
 import parties
 import pytest
 from federation import Federation, found, free_ports
@@ -27,6 +23,7 @@ from peertune.topology import GRAPHS
 from peertune.wire.doctor import Check, _compared, _inwards, check_disk, check_identity, check_memory, check_network
 from peertune.wire.node import METHOD, PROTOCOL, UNTRIED, Knock
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
+from peertune.wire.rpc import grpc
 from peertune.wire.swap import Swapper
 from peertune.wire.tls import server_credentials
 

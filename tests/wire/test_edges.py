@@ -1,8 +1,5 @@
 """What becomes of one edge at each of its ends, part by part; test_swap has the same between real servers."""
 
-import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
-
-# isort: split
 import logging
 import threading
 import time
@@ -11,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
-import grpc
 import pytest
 import torch
 from parties import Federation
@@ -25,6 +21,7 @@ from peertune.types import Phase, Tensors
 from peertune.wire import swap
 from peertune.wire.codec import encode
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
+from peertune.wire.rpc import grpc
 from peertune.wire.swap import KEPT_ROUNDS, Progress, Swapper
 
 

@@ -1,8 +1,5 @@
 """Members that are not what they seem: called peers that lie, those that are refused, and copies of a peer."""
 
-import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
-
-# isort: split
 import random
 import socket
 import threading
@@ -13,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
 from federation import Federation, found
@@ -25,6 +21,7 @@ from peertune.wire import tls
 from peertune.wire.codec import encode
 from peertune.wire.node import OPTIONS, PROTOCOL, SERVICE, Neighbour
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
+from peertune.wire.rpc import grpc
 from peertune.wire.swap import Swapper
 
 HAVE = Chunk(verdict=Verdict(outcome=Verdict.HAVE))

@@ -1,8 +1,5 @@
 """How a peer greets others, and what it comes to know of them: without a wire, which test_swap and test_doctor have."""
 
-import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
-
-# isort: split
 import logging
 import math
 import socket
@@ -12,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 from parties import Federation
 from wires import GONE, Context, Failed, Said, Script
@@ -34,6 +30,7 @@ from peertune.wire.node import (
     nobody,
 )
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
+from peertune.wire.rpc import grpc
 
 AGREED = {"rounds": "10", "seed": "0"}
 START = Incarnation(1000, 7)

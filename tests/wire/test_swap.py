@@ -1,8 +1,5 @@
 """Swaps between real servers over real TLS: what counts, what doesn't, and that both ends agree on it."""
 
-import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
-
-# isort: split
 import logging
 import random
 import socket
@@ -15,7 +12,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import grpc
 import pytest
 import torch
 from federation import Federation, found, free_ports
@@ -30,6 +26,7 @@ from peertune.wire import tls
 from peertune.wire.codec import encode
 from peertune.wire.node import METHOD, PROTOCOL
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
+from peertune.wire.rpc import grpc
 from peertune.wire.swap import Swapper
 
 

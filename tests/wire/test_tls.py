@@ -1,6 +1,4 @@
-import peertune.wire  # noqa: F401  # first: gRPC reads its settings when it is imported
-
-# isort: split
+import re
 import socket
 import ssl
 import subprocess
@@ -12,7 +10,6 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-import grpc
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
@@ -24,6 +21,7 @@ from peertune.identity.certificates import key_pem, new_key, pem, read_key
 from peertune.identity.keys import Identity
 from peertune.identity.roster import Member, Roster
 from peertune.topology import GRAPHS
+from peertune.wire.rpc import grpc
 from peertune.wire.tls import caller, check_loopback, is_there, places, secure_channel, server_credentials
 
 LONG_AGO = datetime.now(UTC) - timedelta(days=100)
@@ -400,6 +398,7 @@ def test_a_name_of_this_machine_and_of_another_is_not_of_this_machine_alone(monk
             check_loopback("both.example.org:50051")
 
 
+OPEN = "gRPC was imported before peertune.wire.rpc, so TLS 1.2 is open; import peertune.wire.rpc first"
 LATE = """
 import grpc
 from peertune.errors import IdentityError
@@ -414,8 +413,7 @@ for make in (lambda: tls.server_credentials(lambda: None), lambda: tls.secure_ch
 
 def test_no_credentials_are_made_where_grpc_was_imported_too_early() -> None:
     done = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=True, env={})
-    line = "gRPC was imported before peertune.wire, so TLS 1.2 is open; import peertune.wire first\n"
-    assert (done.stdout, done.stderr) == (2 * line, "")
+    assert (done.stdout, done.stderr) == (2 * f"{OPEN}\n", "")
 
 
 def test_where_tls_1_2_is_open_no_side_gets_credentials(
@@ -424,7 +422,7 @@ def test_where_tls_1_2_is_open_no_side_gets_credentials(
     roster = federation.roster()
     identity = federation.identity("hospital-1", roster)
     monkeypatch.setattr("peertune.wire.tls.TLS_13_ONLY", False)
-    told = r"^gRPC was imported before peertune\.wire, so TLS 1\.2 is open; import peertune\.wire first$"
+    told = f"^{re.escape(OPEN)}$"
     with pytest.raises(IdentityError, match=told):
         server_credentials(lambda: (identity, roster))
     with pytest.raises(IdentityError, match=told):
@@ -433,11 +431,12 @@ def test_where_tls_1_2_is_open_no_side_gets_credentials(
 
 def test_identity_loads_without_grpc_and_tls_without_torch() -> None:
     code = (
-        "import sys, peertune.identity.authority; print('grpc' in sys.modules); "
+        "import os, sys, peertune.identity.authority, peertune.wire.limits; "
+        "print('grpc' in sys.modules, *(key for key in os.environ if 'GRPC' in key)); "
         "import peertune.wire.tls; print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={}).stdout
     first, _, rest = done.partition("\n")
-    assert first == "False"
+    assert first == "False", "nor is anything set for it"
     assert "grpc" in rest.split()
     assert "torch" not in rest.split()
