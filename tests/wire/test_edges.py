@@ -208,6 +208,32 @@ def test_what_a_caller_sends_out_of_order_is_refused(
     assert going.result(LONG_S) == {} if parts == [HAVE] else not going.done()
 
 
+@pytest.mark.parametrize(
+    ("parts", "why"),
+    [
+        ([], "does not begin with a greeting"),
+        ([Chunk()], "does not begin with a greeting"),
+        ([HAVE], "does not begin with a greeting"),
+        ([hello(0, protocol=9)], "protocol differs: "),
+    ],
+)
+def test_who_does_not_greet_as_a_peer_of_this_run_is_refused(
+    federation: Federation, parts: list[Chunk], why: str
+) -> None:
+    swapper = peer(federation)
+    swapper.enter(5)
+    *_, last = called(swapper, 2, *parts)
+    assert (last.verdict.outcome, last.verdict.round) == (Verdict.REFUSED, 5)
+    assert last.verdict.reason.startswith(why)
+
+
+def test_who_only_tries_is_greeted_and_called_back_where_it_asks_for_that(federation: Federation) -> None:
+    swapper = peer(federation)
+    assert kinds(list(called(swapper, 2, hello(0, Hello.ECHO)))) == ["hello"]
+    assert kinds(list(called(swapper, 2, hello(0, Hello.CALL_BACK)))) == ["hello", "verdict"]
+    assert swapper.neighbours == {}
+
+
 def test_a_peer_says_what_it_does(federation: Federation, pool: ThreadPoolExecutor) -> None:
     swapper = peer(federation)
     phase = Phase(3, frozenset({"B"}), frozenset({"A", "B"}))
