@@ -106,7 +106,7 @@ def report(
     with messages():
         from peertune.files import write_file
         from peertune.report.figures import write_figures
-        from peertune.report.findings import diagnose as find
+        from peertune.report.findings.diagnosis import diagnose as find
         from peertune.report.html import page
         from peertune.report.runs import find_runs
 
@@ -138,7 +138,7 @@ def diagnose(
     with messages():
         from dataclasses import asdict
 
-        from peertune.report.findings import diagnose as find
+        from peertune.report.findings.diagnosis import diagnose as find
         from peertune.report.runs import find_runs
 
         found = {run.name: find(run.recipe, run.facts, run.records) for run in find_runs(runs)}

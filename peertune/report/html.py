@@ -21,7 +21,7 @@ from plotly.offline import get_plotlyjs
 from peertune.errors import RunError
 from peertune.report.drawing import metric, theme
 from peertune.report.figures import Figure, of_a_run, of_runs
-from peertune.report.findings import Finding
+from peertune.report.findings.finding import Finding
 from peertune.report.runs import RunData, settings
 from peertune.report.tables import compare, compared, summarise
 

@@ -18,9 +18,10 @@ from peertune.assembly.build import build
 from peertune.assembly.registry import build_graph, check_parts
 from peertune.engines.simulator import simulate
 from peertune.recipe import check_recipe, load_recipe
-from peertune.report import advice
-from peertune.report.evidence import Facts
-from peertune.report.findings import Finding, diagnose
+from peertune.report.findings import advice
+from peertune.report.findings.diagnosis import diagnose
+from peertune.report.findings.evidence import Facts
+from peertune.report.findings.finding import Finding
 from peertune.report.runs import RunData
 
 SMALL = (

@@ -12,7 +12,7 @@ from PIL import Image
 
 from peertune.report.drawing import theme
 from peertune.report.figures import OF_A_RUN, OF_RUNS
-from peertune.report.findings import Finding
+from peertune.report.findings.finding import Finding
 from peertune.report.html import page
 
 HOSTILE = """</script></style><script>document.title = "hit"</script><img src=x onerror='document.title="hit"'>"""

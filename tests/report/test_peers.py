@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from peertune.report.figures import of_a_run
-from peertune.report.findings import diagnose
+from peertune.report.findings.diagnosis import diagnose
 from peertune.report.html import page
 from peertune.report.runs import RunData, find_runs
 from peertune.report.tables import compare

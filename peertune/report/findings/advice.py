@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from peertune.report.evidence import Facts
+from peertune.report.findings.evidence import Facts
 
 LONGEST_PATIENCE_S = 86_400.0
 
