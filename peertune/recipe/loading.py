@@ -1,0 +1,109 @@
+"""Recipes loaded from files or by name, with overrides, and checked before anything else is loaded."""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from peertune.errors import RecipeError, unknown
+from peertune.recipe.hints import explain
+from peertune.recipe.schema import Recipe, Training
+from peertune.recipe.text import NOT_YAML, read_yaml
+
+
+def recipe_names() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
+    return sorted(
+        file.name.removesuffix(".yaml") for file in files("peertune.recipes").iterdir() if file.name.endswith(".yaml")
+    )
+
+
+def recipe_text(recipe: str | Path) -> str:
+    """Return the text of a recipe, by path or by the name of a shipped one. Raises RecipeError where there is none."""
+    path = Path(recipe)
+    if str(recipe) in recipe_names():
+        return files("peertune.recipes").joinpath(f"{recipe}.yaml").read_text(encoding="utf-8")
+    try:
+        if path.suffix not in (".yaml", ".yml") and not path.exists():
+            raise RecipeError(unknown("recipe", recipe, recipe_names()))
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise RecipeError(
+            f"{recipe}: can't be read ({reason}); give a recipe's path or a name that `peertune recipes` lists"
+        ) from None
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe by path or shipped name and apply overrides such as `graph.activation=0.02`.
+
+    An override's value is YAML. Raises RecipeError, in one line, for a file that isn't there or isn't YAML, for unknown
+    keys (with the nearest match), wrong types and values out of range. Parts chosen by name are checked by `build`.
+    """
+    values = _parse(recipe_text(recipe), str(recipe))
+    for override in overrides:
+        _override(values, override)
+    return check_recipe(values, str(recipe))
+
+
+def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
+    """Make a recipe of plain values; errors name the key and begin with `where`."""
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {explain(error)}") from None
+    if (idle := _without_effect(recipe)) is not None:
+        raise RecipeError(f"{where}: {idle}")
+    return recipe
+
+
+def _without_effect(recipe: Recipe) -> str | None:
+    """Return what is wrong where a setting is asked for that another one leaves without effect."""
+    optim = recipe.training.optim
+    for other, keys in {"adamw": ("adam_beta1", "adam_beta2", "adam_epsilon"), "sgd": ("momentum",)}.items():
+        for key in keys:
+            if other != optim and getattr(recipe.training, key) != Training.model_fields[key].default:
+                return (
+                    f"training.{key}: is a setting of {other}, and training.optim is {optim}; "
+                    f"leave it out, or use training.optim={other}"
+                )
+    steps = recipe.rounds * recipe.training.local_steps
+    if recipe.training.warmup_steps >= steps:
+        return (
+            f"training.warmup_steps: {recipe.training.warmup_steps} steps of warm-up leave none of the run's {steps} "
+            f"(rounds · training.local_steps) at the full rate; give at most {steps - 1}"
+        )
+    if recipe.evaluate.top_p < 1 and not recipe.evaluate.temperature:
+        return "evaluate.top_p: at evaluate.temperature 0 nothing is sampled; give a temperature, or leave top_p out"
+    return None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        values = read_yaml(text)
+    except NOT_YAML as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" line {mark.line + 1}:" if mark else ""
+        reason = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise RecipeError(f"{where}:{line} not YAML ({reason})") from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of blocks, such as `model:` and `task:`")
+    return values
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise RecipeError(f"override {override!r}: write key=value, such as graph.activation=0.02")
+    *blocks, last = key.split(".")
+    for block in blocks:
+        inner = values.setdefault(block, {})
+        if not isinstance(inner, dict):
+            raise RecipeError(f"override {override!r}: {block} is no block, it has the value {inner!r}")
+        values = inner
+    try:
+        values[last] = read_yaml(text)
+    except NOT_YAML:
+        raise RecipeError(f"override {override!r}: the value is not YAML; quote it") from None

@@ -1,0 +1,48 @@
+"""Parts chosen by name: their arguments, held against the signature of the factory of that name."""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from peertune.errors import RecipeError, unknown
+from peertune.recipe.hints import unknown_key
+from peertune.recipe.schema import Part
+
+
+def arguments(table: Mapping[str, Callable[..., Any]], part: Part, where: str, given: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of `table[part.name]` that the recipe sets or leaves at their defaults.
+
+    `given` are the parameters that the program supplies, which are no settings. Raises RecipeError for an unknown name,
+    an unknown, missing or wrongly typed argument.
+    """
+    if part.name not in table:
+        raise RecipeError(unknown(f"{where}.name", part.name, table))
+    factory = table[part.name]
+    hints = get_type_hints(factory)
+    parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name not in given}
+    for key in part.settings:
+        if key not in parameters:
+            takes = f"takes {', '.join(sorted(parameters))}" if parameters else "takes no settings"
+            problem = unknown_key(f"{where}.{key}", parameters)
+            if "did you mean" in problem:
+                raise RecipeError(f"{problem} ({part.name} {takes})")
+            problem = problem.split(", choose")[0].rstrip(", ")
+            raise RecipeError(f"{problem} ({part.name} {takes}; {where}.{key}=null leaves out what the recipe sets)")
+    values = {}
+    for name, parameter in parameters.items():
+        if name not in part.settings:
+            if parameter.default is parameter.empty:
+                raise RecipeError(f"{where}.{name}: is missing, {part.name} needs it")
+            values[name] = parameter.default
+            continue
+        try:
+            values[name] = TypeAdapter(hints[name]).validate_python(part.settings[name], strict=True)
+        except ValidationError as error:
+            first = max(error.errors(), key=lambda complaint: len(complaint["loc"]))  # of what came nearest
+            said = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+            if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+                said += "; put it in quotes"
+            raise RecipeError(f"{where}.{name}: {said}") from None
+    return values

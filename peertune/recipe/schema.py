@@ -1,0 +1,169 @@
+"""What a recipe is made of: its blocks, their keys, types, ranges and defaults.
+
+Names are those of PEFT's `LoraConfig` and Hugging Face's `TrainingArguments` where they have one.
+"""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+
+
+def _trackers(value: Any) -> Any:
+    """Take what the Trainer takes: the name of one tracker, or `none`."""
+    return ([] if value == "none" else [value]) if isinstance(value, str) else value
+
+
+class _Block(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Part(BaseModel):
+    """A part chosen by name, with the arguments of its factory; an argument that is null has its default."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The arguments that were given."""
+        return {key: value for key, value in (self.model_extra or {}).items() if value is not None}
+
+
+class Model(_Block):
+    """The frozen base."""
+
+    name: str  # hub id, folder or built-in name
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"  # auto: bfloat16 where the hardware has it
+    quantization: Literal["nf4"] | None = None  # 4-bit NormalFloat with double quantisation, as in QLoRA; CUDA only
+    dropout: bool = True  # whether the base's own dropout is on in training
+
+
+class Lora(_Block):
+    """The adapters; PEFT's names and rules."""
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(16, gt=0)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: list[str] | str = ["query", "value"]
+
+
+class Training(_Block):
+    """Local training; the same for all clients."""
+
+    learning_rate: float = Field(1e-3, gt=0)
+    local_steps: int = Field(10, ge=1)  # per round
+    per_device_train_batch_size: int = Field(32, ge=1)  # rows of one client in one step
+    max_length: int = Field(128, ge=2)  # tokens
+    long_rows: Literal["cut", "drop"] = "cut"  # what is done with rows of more; either way they are counted
+    optim: Literal["adamw", "sgd"] = "adamw"
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    adam_epsilon: float = Field(1e-8, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)  # of sgd
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)  # each client's own gradient; 0 leaves it
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    reset_optimizer: Literal["never", "round", "phase"] = "never"
+    tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # about so many in one pass
+    clients_per_pass: int | None = Field(None, ge=1)  # clients trained at a time; null: 16
+    gradient_checkpointing: bool = False  # layers keep their inputs alone and compute twice
+
+
+class Evaluate(_Block):
+    """When and on what the clients' models are evaluated."""
+
+    every: int = Field(10, ge=1)  # rounds; the last round always
+    rows: int | None = Field(None, ge=1)  # a seeded subset of the validation set; null: all of it
+    max_new_tokens: int = Field(256, ge=1)  # where the metric generates
+    temperature: float = Field(0.0, ge=0)  # 0: always the likeliest token
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class Checkpoint(_Block):
+    """How often the state is kept, for `--resume`."""
+
+    every: int = Field(10, ge=1)  # rounds; the last round always; where a peer's recipe leaves it open, 1
+    keep: int = Field(2, ge=1)  # how many stay on disk: the newest two, then older ones; a peer's 6 where left open
+
+
+class PlannedFault(_Block):
+    """Something that goes wrong in the rounds from the first to the last, both included; one of `edge`, `down`, `slow`.
+
+    An edge over which nothing comes, a client that is down and comes back with what it had, a client that takes
+    `delay_s` longer. In a simulation a slow client changes nothing.
+    """
+
+    rounds: list[Annotated[int, Field(ge=0)]] = Field(min_length=2, max_length=2)
+    edge: list[int] | None = Field(None, min_length=2, max_length=2)
+    down: int | None = None
+    slow: int | None = None
+    delay_s: float = Field(0.0, ge=0)
+
+
+class Network(_Block):
+    """How clients deal with each other; in a simulation there is nobody to wait for."""
+
+    patience_s: float = Field(300.0, gt=0, le=86_400)  # how long a round waits for a neighbour before it does without
+    when_alone: Literal["train", "wait"] = "train"  # what a peer does that reaches nobody
+    when_refused: Literal["stop", "train"] = "stop"  # what a peer does that its neighbours refuse
+    bound: bool = True  # whether what lies far beyond a receiver's own adapter is refused; in simulations, too
+
+
+class Recipe(_Block):
+    """A run, whole."""
+
+    model: Model
+    lora: Lora = Lora()
+    head: Literal["frozen", "trained"] = "frozen"
+    task: Part
+    missing_cells: Literal["refuse", "drop", "empty"] = "refuse"  # what is done with rows that lack a cell
+    clients: int = Field(ge=1)
+    partition: Part = Part(name="iid")
+    graph: Part = Part(name="complete")
+    algorithm: Part
+    training: Training = Training()
+    rounds: int = Field(ge=1)
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    network: Network = Network()
+    faults: list[PlannedFault] = []  # to study what failures do; real peers follow the same plan
+    report_to: Annotated[
+        list[Tracker], BeforeValidator(_trackers)
+    ] = []  # experiment trackers, where their packages are installed
+    seed: int = Field(0, ge=0)
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+
+
+NO_SETTINGS = (
+    "checkpoint.every",  # a run that is resumed ends in the same bits
+    "checkpoint.keep",
+    "report_to",
+    "training.tokens_per_pass",  # how batches are cut changes the order of sums, and results by rounding
+    "training.clients_per_pass",
+    "training.gradient_checkpointing",
+)
+"""Keys that change no result but by rounding: runs that differ only in these are runs of one recipe."""
+NO_SETTINGS_OF_A_SIMULATION = ("network.patience_s", "network.when_alone", "network.when_refused")
+"""The same where no peers wait for each other; among peers these decide which edges count."""
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested values by dotted key: `{"graph": {"activation": 1}}` → `{"graph.activation": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+@cache
+def block_defaults() -> Mapping[str, Any]:
+    """Return the defaults of what a recipe may leave out, by dotted key, as `resolved.yaml` has them."""
+    needed = {"model": {"name": ""}, "task": {"name": ""}, "clients": 1, "algorithm": {"name": ""}, "rounds": 1}
+    found = flat(Recipe.model_validate(needed).model_dump(mode="json"))
+    return {key: value for key, value in found.items() if key not in flat(needed)}
