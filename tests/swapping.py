@@ -98,5 +98,5 @@ def outcomes(answers: list[Chunk]) -> list[int]:
 def offering(swapper: Swapper, round: int, neighbours: Sequence[int], pool: ThreadPoolExecutor, *more: Any) -> Any:
     """Have a peer wait for these neighbours in a round; return once it does."""
     going = pool.submit(swapper.swap, round, payload(swapper.me, round), neighbours, *more)
-    wait_until(lambda: going.done() or (round, neighbours[0]) in swapper._meetings)
+    wait_until(lambda: going.done() or (round, neighbours[0]) in swapper.meetings.held)
     return going

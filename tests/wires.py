@@ -58,7 +58,7 @@ def requests(parts: Sequence[Said]) -> Iterator[Chunk]:
 
 def called(swapper: Swapper, client: int, *parts: Said) -> Generator[Chunk, None, None]:
     """Call a peer as this client with these parts, and yield what it answers."""
-    for part in swapper._answer(requests(parts), Context(client)):
+    for part in swapper.answering.answer(requests(parts), Context(client)):
         yield part if isinstance(part, Chunk) else Chunk(data=bytes(part))
 
 

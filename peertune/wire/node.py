@@ -118,10 +118,10 @@ class Node:
         self.me = membership.current()[0].client
         self.neighbours: dict[int, Neighbour] = dict(known or {})
         self.lines = Lines(self.name)
-        self._agreed, self._insecure = dict(agreed), insecure
+        self._agreed, self.insecure = dict(agreed), insecure
         self._incarnation = incarnation or Incarnation()
-        self._changed = threading.Condition()  # guards all that follows
-        self._round = 0
+        self.changed = threading.Condition()  # guards all that follows
+        self.round = self.step = 0  # where this peer is
         self._channels: dict[int, tuple[Any, Any]] = {}
         self._calling_back: set[int] = set()
         self._calls_back = Allowance(CALLS_BACK)
@@ -142,8 +142,8 @@ class Node:
         theirs, back, offset = None, None, None
         try:
             with self._dial(identity, member) as channel:
-                hello = self._hello(0, Hello.CALL_BACK if call_back else Hello.ECHO)
-                for chunk in swap_on(channel)(iter([Chunk(hello=hello)]), timeout=wait_s, metadata=self._claim()):
+                hello = self.hello(0, Hello.CALL_BACK if call_back else Hello.ECHO)
+                for chunk in swap_on(channel)(iter([Chunk(hello=hello)]), timeout=wait_s, metadata=self.claim()):
                     if kind(chunk) == "hello":
                         theirs, offset = chunk.hello, _clock_offset_s(chunk.hello)
                     elif kind(chunk) == "verdict":
@@ -172,12 +172,12 @@ class Node:
         """Return when each that ever was heard was heard last, in seconds since the epoch."""
         return {client: known.seen_at for client, known in dict(self.neighbours).items() if known.seen_at is not None}
 
-    def _call_back(self, client: int) -> Verdict:
+    def call_back(self, client: int) -> Verdict:
         """Try whether this peer gets through to the caller at its address in the roster, once at a time.
 
         The answer is one of few: what else there is within this peer's network is nobody's business.
         """
-        with self._changed:
+        with self.changed:
             if client in self._calling_back:
                 return Verdict(outcome=Verdict.REFUSED, reason=UNTRIED["busy"])
             self._calling_back.add(client)
@@ -185,7 +185,7 @@ class Node:
             why = self._why_silent(client) if self._calls_back.take(client) else UNTRIED["often"]
             return Verdict(outcome=Verdict.REFUSED, reason=why) if why else Verdict(outcome=Verdict.HAVE)
         finally:
-            with self._changed:
+            with self.changed:
                 self._calling_back.discard(client)
 
     def _why_silent(self, client: int) -> str:
@@ -208,10 +208,10 @@ class Node:
                 log.debug("%s: called back at %s: %s", member.name, place, error)
         return SILENT
 
-    def _identify(self, context: Any) -> Member:
+    def identify(self, context: Any) -> Member:
         """Return who calls, by its certificate."""
         roster = self.membership.current()[1]
-        if self._insecure:
+        if self.insecure:
             claimed = dict(context.invocation_metadata()).get("peertune-client", "")
             member = roster.by_client(int(claimed)) if claimed.isdecimal() and len(claimed) < 8 else None
         else:
@@ -222,10 +222,12 @@ class Node:
         assert member is not None
         return member
 
-    def _claim(self) -> list[tuple[str, str]]:
-        return [("peertune-client", str(self.me))] if self._insecure else []
+    def claim(self) -> list[tuple[str, str]]:
+        """Return what says who calls, where no certificate does."""
+        return [("peertune-client", str(self.me))] if self.insecure else []
 
-    def _hello(self, round: int, purpose: "Hello.Purpose") -> Hello:
+    def hello(self, round: int, purpose: "Hello.Purpose") -> Hello:
+        """Return this end's greeting."""
         roster = self.membership.current()[1]
         own = Incarnation() if purpose in (Hello.CALL_BACK, Hello.ECHO) else self._incarnation
         return Hello(
@@ -241,11 +243,11 @@ class Node:
             nonce=own.nonce,
         )
 
-    def _check_hello(self, client: int, hello: Hello) -> None:
+    def check_hello(self, client: int, hello: Hello) -> None:
         """Raise UnusableError where the other end differs in what must be the same, and name it."""
         if len(hello.agreed) > HELLO_FIELDS:
             raise WireError(f"names {len(hello.agreed)} fields that must agree, where {HELLO_FIELDS} are enough")
-        self._known(client).clock_offset_s = _clock_offset_s(hello)
+        self.known(client).clock_offset_s = _clock_offset_s(hello)
         roster = self.membership.current()[1]
         stays = hello.own_roster or roster.own is not None
         if stays and hello.roster_serial > roster.serial != self._outdated:
@@ -258,13 +260,13 @@ class Node:
             here, there = (f"{'…' * bool(start)}{text[start : start + 80]}" for text in (here, there))
             raise UnusableError(f"{name[:40]} differs: {here} at {self.name(self.me)}, {there} at {self.name(client)}")
 
-    def _check_incarnation(self, client: int, hello: Hello) -> None:
+    def check_incarnation(self, client: int, hello: Hello) -> None:
         """Take up which start of the other end speaks; raise CloneError where that proves that two do."""
         said = Incarnation(hello.incarnation, hello.nonce)
         member = self.membership.current()[1].by_client(client)
         keys = () if member is None else member.fingerprints
-        with self._changed:
-            known = self._known(client)
+        with self.changed:
+            known = self.known(client)
             before = Incarnation(known.incarnation, known.nonce)
             if set(known.keys).isdisjoint(keys):  # what other keys said, as a thief's may have, proves nothing
                 before = Incarnation()
@@ -272,12 +274,12 @@ class Node:
             if said.number and not proof:
                 known.incarnation, known.nonce, known.keys = said.number, said.nonce, list(keys)
         if proof:
-            self._refuse_clone(client, proof)
+            self.refuse_clone(client, proof)
 
-    def _refuse_clone(self, client: int, proof: str) -> NoReturn:
+    def refuse_clone(self, client: int, proof: str) -> NoReturn:
         """Count and tell a clone, and raise CloneError."""
-        with self._changed:
-            known = self._known(client)
+        with self.changed:
+            known = self.known(client)
             known.clones += 1
             first = known.clones == 1
         if first:  # said once, whatever else was said of it: status and metrics count the others
@@ -296,13 +298,13 @@ class Node:
             if own.get(name) != theirs.get(name)
         ]
 
-    def _newer(self, hello: Hello) -> Iterator[Chunk]:
+    def newer(self, hello: Hello) -> Iterator[Chunk]:
         """Pass on this end's roster where it is newer than the other's, and neither is a member's own."""
         roster = self.membership.current()[1]
         if hello.roster_serial < roster.serial and roster.own is None and not hello.own_roster:
             yield Chunk(roster=roster.raw)
 
-    def _adopt(self, client: int, raw: bytes) -> None:
+    def adopt(self, client: int, raw: bytes) -> None:
         """Take a newer roster, if the CA signed it."""
         try:
             if self.membership.adopt(raw):
@@ -310,20 +312,23 @@ class Node:
         except PeertuneError as error:
             raise WireError(f"sends a roster that can't be used ({error})") from None
 
-    def _known(self, client: int) -> Neighbour:
+    def known(self, client: int) -> Neighbour:
+        """Return what is known of a client."""
         return self.neighbours.setdefault(client, Neighbour())
 
-    def _saw(self, client: int, round: int, step: int = 0) -> None:
-        known = self._known(client)
-        if known.given_up and round >= self._round - 1:
+    def saw(self, client: int, round: int, step: int = 0) -> None:
+        """Note that a client was heard, and where it is."""
+        known = self.known(client)
+        if known.given_up and round >= self.round - 1:
             self.lines.say(client, f"is back, in round {round}")
         known.round, known.step, known.seen_at = round, step, time.time()
         known.reached, known.problem = True, ""
-        if round >= self._round - 1:  # one that lags behind is not waited for, until it is where the others are
+        if round >= self.round - 1:  # one that lags behind is not waited for, until it is where the others are
             known.given_up = False
 
-    def _failed(self, client: int, error: Exception) -> None:
-        known = self._known(client)
+    def failed(self, client: int, error: Exception) -> None:
+        """Note why a client could not be reached or used, and tell it where it is new."""
+        known = self.known(client)
         details = error.details() if isinstance(error, grpc.RpcError) else None
         problem = line(details or str(error))
         planned = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.CANCELLED)
@@ -335,18 +340,19 @@ class Node:
             self.lines.say(client, problem, logging.WARNING if wrong else logging.INFO)
         known.reached, known.problem = False, problem
 
-    def _count_bytes(self, client: int, sent: int, received: int) -> None:
-        known = self._known(client)
-        with self._changed:
+    def count_bytes(self, client: int, sent: int, received: int) -> None:
+        """Count a payload each way."""
+        known = self.known(client)
+        with self.changed:
             known.bytes_sent += sent
             known.bytes_received += received
 
-    def _stub(self, client: int) -> Any:
+    def stub(self, client: int) -> Any:
         """Return how to call the client, over a channel that is made anew when certificates change."""
         identity, roster = self.membership.current()
         member = roster.by_client(client)
         key = (identity, member)
-        with self._changed:
+        with self.changed:
             channel, made_with = self._channels.get(client, (None, None))
             if channel is None or made_with != key:
                 new = self._dial(identity, member)
@@ -356,13 +362,18 @@ class Node:
                 self._channels[client] = channel, key
         return swap_on(channel)
 
+    def close(self) -> None:
+        """Close all channels."""
+        for channel, _ in self._channels.values():
+            channel.close()
+
     def _dial(self, identity: Identity, member: Member | None) -> Any:
         missing = nobody(member)
         if member is None or missing:
             raise SeatError(missing)
         if member.address is None:
             raise SeatError("has no address in the roster")
-        if self._insecure:
+        if self.insecure:
             return grpc.insecure_channel(tls.check_loopback(member.address), OPTIONS)
         return tls.secure_channel(identity, member, OPTIONS)
 

@@ -335,7 +335,7 @@ def test_a_member_that_claims_a_far_round_costs_its_own_edges_and_moves_nobody(f
             "seconds": {"train": 1e-9},
         }
         going = [pool.submit(list, run_peer(runs[0].job, swappers[0], records=lambda: [fast]))]
-        wait_until(lambda: (0, 3) in swappers[0]._meetings)
+        wait_until(lambda: (0, 3) in swappers[0].meetings.held)
         going += [pool.submit(list, run_peer(runs[client].job, swappers[client])) for client in (1, 2)]
         for client, records in enumerate(one.result(AT_MOST_S) for one in going):
             assert [record.round for record in records] == list(range(rounds))

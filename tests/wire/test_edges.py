@@ -18,11 +18,13 @@ from peertune.files import write_file
 from peertune.identity.membership import Membership
 from peertune.topology import Fault
 from peertune.types import Phase, Tensors
-from peertune.wire import swap
+from peertune.wire import answering, calling, meeting
 from peertune.wire.codec import encode
+from peertune.wire.edge import Edge
+from peertune.wire.meeting import KEPT_ROUNDS, Meeting
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
 from peertune.wire.rpc import grpc
-from peertune.wire.swap import KEPT_ROUNDS, Progress, Swapper
+from peertune.wire.swap import Progress, Swapper
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have calls made again at once."""
-    monkeypatch.setattr(swap, "RETRY_S", 0.001)
+    monkeypatch.setattr(calling, "RETRY_S", 0.001)
 
 
 started: list[Swapper] = []
@@ -98,22 +100,22 @@ def test_the_called_end_counts_an_edge_and_keeps_its_verdict_until_it_was_heard(
         assert same(going.result(LONG_S)[2], payload(2, t))
     known = swapper.neighbours[2]
     assert (known.up, known.down, known.bytes_sent) == (2, 0, 2 * len(encode(payload(0))))
-    assert swapper._unheard == set()
+    assert swapper.meetings.unheard() == set()
 
     offering(swapper, 2, [2], pool)
     assert outcomes(list(called(swapper, 2, hello(2), *whole(2, 2), HAVE, GONE))) == [Verdict.COUNTED]
     for again in (Hello.PING, Hello.SWAP):
         list(islice(called(swapper, 2, hello(2, again)), 2))
-        assert swapper._unheard == {(2, 2)}, "it may not have the verdict"
+        assert swapper.meetings.unheard() == {(2, 2)}, "it may not have the verdict"
     assert outcomes(list(called(swapper, 2, hello(2, Hello.SETTLE)))) == [Verdict.COUNTED]
-    assert swapper._unheard == set()
-    assert swapper._serving[2] == 0
+    assert swapper.meetings.unheard() == set()
+    assert swapper.answering._serving[2] == 0
 
 
 def test_who_calls_early_is_told_where_this_peer_is_and_how_long_it_waits_itself(
     federation: Federation, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swap, "STILL_HERE_S", 0.0)
+    monkeypatch.setattr(answering, "STILL_HERE_S", 0.0)
     swapper = peer(federation)
     with pytest.raises(Failed) as error:
         list(called(swapper, 2, hello(3)))
@@ -133,7 +135,7 @@ def test_who_calls_early_is_told_where_this_peer_is_and_how_long_it_waits_itself
         )
         for call in early:
             call.close()
-        assert (swapper._waiting, swapper._serving[2]) == ({}, 0)
+        assert (swapper.meetings.waiting, swapper.answering._serving[2]) == ({}, 0)
     going = offering(swapper, 2, [3], pool)
     early_one = called(swapper, 2, hello(3))
     _, waits = next(early_one), next(early_one).wait
@@ -261,14 +263,14 @@ def test_a_peer_that_is_done_waits_for_those_who_lack_its_verdict_and_not_for_ev
 ) -> None:
     for patience_s, told in ((0.3, False), (LONG_S, True)):
         swapper = peer(federation, patience_s=patience_s)
-        swapper._unheard.add((0, 2))
+        swapper.meetings.held[0, 2] = Meeting(Edge(verdict=Verdict.COUNTED, unheard=True))
         if told:
             swapper.hurry()
         began = time.monotonic()
         ended = pool.submit(swapper.stop)
         ended.result(LONG_S)
         assert told or time.monotonic() - began >= patience_s
-        assert swapper._unheard == {(0, 2)}
+        assert swapper.meetings.unheard() == {(0, 2)}
 
 
 # ---- the end that calls
@@ -286,7 +288,11 @@ def test_a_caller_sends_its_own_and_takes_the_verdict_of_the_other(federation: F
     assert (sent[0].hello.purpose, sent[-1].verdict) == (Hello.SWAP, Verdict(outcome=Verdict.HAVE))
     assert b"".join(part.data for part in sent) == encode(payload(0))
     known = swapper.neighbours[1]
-    assert (known.up, known.bytes_received, swapper._meetings[0, 1].streams) == (1, len(encode(payload(1))), 0)
+    assert (known.up, known.bytes_received, swapper.meetings.held[0, 1].edge.streams) == (
+        1,
+        len(encode(payload(1))),
+        frozenset(),
+    )
 
 
 PAYLOAD = whole(1)
@@ -337,7 +343,7 @@ def test_a_caller_that_is_told_to_hurry_still_learns_what_became_of_what_it_prom
 def test_what_stays_unknown_does_not_count_and_is_told(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(swap, "SETTLE_S", 0.1)
+    monkeypatch.setattr(meeting, "SETTLE_S", 0.1)
     swapper = peer(federation, patience_s=0.1)
     script = Script(swapper, BROKEN, [GONE])
     assert swapper.swap(0, payload(0), [1]) == {}
@@ -418,17 +424,18 @@ def test_what_a_caller_will_not_mix_it_refuses_and_a_fault_of_this_end_costs_the
 def test_a_call_is_made_again_after_longer_and_longer_and_every_two_seconds_in_the_end(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swap, "RETRY_S", 0.2)
+    monkeypatch.setattr(calling, "RETRY_S", 0.2)
     swapper = peer(federation)
     script = Script(swapper, [GONE])
     waits: list[float] = []
 
-    def wait(client: int, meeting: Any, seconds: float) -> None:
+    def wait(client: int, meeting: Meeting, seconds: float) -> None:
         assert client == 1
         waits.append(seconds)
-        meeting.final = len(waits) == 5
+        if len(waits) == 5:
+            swapper.meetings.do(meeting, Edge.unusable)
 
-    swapper._await = wait  # type: ignore[method-assign]
+    swapper.meetings.wait = wait  # type: ignore[method-assign]
     assert swapper.swap(0, payload(0), [1]) == {}
     assert waits == [0.4, 0.8, 1.6, 2.0, 2.0]
     assert len(script.calls) == 5
@@ -438,7 +445,7 @@ def test_a_call_is_made_again_after_longer_and_longer_and_every_two_seconds_in_t
 def test_the_higher_of_two_leaves_the_first_call_to_the_lower_unless_that_was_given_up(
     federation: Federation, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(swap, "FIRST_CALL_S", LONG_S)
+    monkeypatch.setattr(calling, "FIRST_CALL_S", LONG_S)
     swapper = peer(federation, 1)
     script = Script(swapper, [hello(1), *whole(0, 1), COUNTED])
     going = offering(swapper, 0, [0], pool)
@@ -486,7 +493,7 @@ def test_a_server_has_room_for_each_seat_s_calls_and_one_watch(
         made["calls"] = options["maximum_concurrent_rpcs"]
         return server(pool, **options)
 
-    monkeypatch.setattr(swap, "ThreadPoolExecutor", counting)
+    monkeypatch.setattr(answering, "ThreadPoolExecutor", counting)
     monkeypatch.setattr(grpc, "server", serving)
     before = [thread.name for thread in threading.enumerate()].count("swap-watch")
     for seats, room in ((0, 16), (9, 31)):

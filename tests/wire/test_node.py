@@ -74,12 +74,12 @@ def test_a_seat_is_empty_where_nobody_has_it_or_no_certificate_holds(node: Node)
     assert [node.name(client) for client in (0, 2, 3)] == ["hospital-1", "hospital-3", "client 3"]
     for client, why in ((2, "is revoked in the roster"), (3, "nobody has this seat"), (0, "has no address")):
         with pytest.raises(SeatError, match=why):
-            node._stub(client)
+            node.stub(client)
 
 
 def test_without_tls_only_this_machine_is_called(federation: Federation) -> None:
     with pytest.raises(IdentityError, match=r"^10\.0\.0\.1:50051: is not of this machine alone"):
-        peer(federation, insecure=True)._stub(1)
+        peer(federation, insecure=True).stub(1)
 
 
 @pytest.mark.parametrize(
@@ -90,19 +90,19 @@ def test_without_tls_a_caller_is_whom_it_claims_to_be_among_the_others(
 ) -> None:
     node = peer(federation, insecure=True)
     if taken is not None:
-        assert node._identify(Context(claimed)).client == taken
+        assert node.identify(Context(claimed)).client == taken
         return
     with pytest.raises(Failed) as error:
-        node._identify(Context(claimed))
+        node.identify(Context(claimed))
     assert error.value.code() == grpc.StatusCode.UNAUTHENTICATED
     told = "refuses this peer, which is not in its roster 1: revoked, or one roster is old"
     assert error.value.details() == told
-    assert (node._claim(), peer(federation)._claim()) == ([("peertune-client", "0")], [])
+    assert (node.claim(), peer(federation).claim()) == ([("peertune-client", "0")], [])
 
 
 def test_a_greeting_says_who_speaks_and_one_that_only_tries_nothing_of_its_start(node: Node) -> None:
     for purpose in (Hello.SWAP, Hello.SETTLE, Hello.PING, Hello.ECHO, Hello.CALL_BACK):
-        hello = node._hello(4, purpose)
+        hello = node.hello(4, purpose)
         assert (hello.protocol, hello.federation, dict(hello.agreed)) == (PROTOCOL, "hospitals", AGREED)
         assert (hello.round, hello.roster_serial, hello.purpose, hello.own_roster) == (4, 1, purpose, False)
         assert abs(hello.clock - time.time()) < 60
@@ -111,13 +111,13 @@ def test_a_greeting_says_who_speaks_and_one_that_only_tries_nothing_of_its_start
 
 
 def greeting(node: Node, **other: Any) -> Hello:
-    hello = node._hello(0, Hello.SWAP)
+    hello = node.hello(0, Hello.SWAP)
     hello.MergeFrom(Hello(**other))
     return hello
 
 
 def test_what_differs_is_refused_by_its_name_the_federation_and_the_protocol_before_all_else(node: Node) -> None:
-    node._check_hello(1, greeting(node))
+    node.check_hello(1, greeting(node))
     for other, why in (
         ({"protocol": 9, "agreed": {"a": "y"}}, f"protocol differs: {PROTOCOL} at hospital-1, 9 at hospital-2"),
         (
@@ -129,34 +129,34 @@ def test_what_differs_is_refused_by_its_name_the_federation_and_the_protocol_bef
         ({"agreed": {"seed": "01"}}, "seed differs: 0 at hospital-1, 01 at hospital-2"),
     ):
         with pytest.raises(UnusableError) as error:
-            node._check_hello(1, greeting(node, **other))
+            node.check_hello(1, greeting(node, **other))
         assert str(error.value) == why
     lacks = greeting(node)
     del lacks.agreed["seed"]
     with pytest.raises(UnusableError, match=r"^seed differs: 0 at hospital-1, nothing at hospital-2$"):
-        node._check_hello(1, lacks)
+        node.check_hello(1, lacks)
     most = greeting(node, agreed={f"{number}": "x" for number in range(HELLO_FIELDS - len(AGREED))})
     with pytest.raises(UnusableError):
-        node._check_hello(1, most)
+        node.check_hello(1, most)
     most.agreed["more"] = "x"
     with pytest.raises(WireError, match="names 65 fields that must agree, where 64 are enough"):
-        node._check_hello(1, most)
+        node.check_hello(1, most)
 
 
 @pytest.mark.parametrize(("ahead_s", "known"), [(3600.0, True), (-3600.0, True), (-math.inf, False), (1e11, False)])
 def test_how_far_ahead_its_clock_is_is_known_of_a_time_of_these_thousand_years(
     node: Node, ahead_s: float, known: bool
 ) -> None:
-    hello = node._hello(0, Hello.SWAP)
+    hello = node.hello(0, Hello.SWAP)
     hello.clock = max(0.0, time.time() + ahead_s)
-    node._check_hello(1, hello)
+    node.check_hello(1, hello)
     offset = node.neighbours[1].clock_offset_s
     assert (offset is not None and abs(offset - ahead_s) < 60) == known
 
 
 def test_of_a_newer_roster_that_is_not_passed_on_is_told_once(node: Node, caplog: pytest.LogCaptureFixture) -> None:
     for serial, own in ((2, False), (1, True), (2, True), (2, True), (9, True)):
-        node._check_hello(1, greeting(node, roster_serial=serial, own_roster=own))
+        node.check_hello(1, greeting(node, roster_serial=serial, own_roster=own))
     has = "hospital-2: has roster 2, which is not passed on, and this peer 1; ask the CA for the newest"
     assert said(caplog) == [(logging.WARNING, has)]
 
@@ -164,19 +164,19 @@ def test_of_a_newer_roster_that_is_not_passed_on_is_told_once(node: Node, caplog
 def test_who_is_heard_is_reached_and_waited_for_again_unless_it_lags(
     node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
-    node._round = 5
+    node.round = 5
     known = node.neighbours[1] = Neighbour(given_up=True, problem="away")
     assert (node.in_touch([1, 2]), node.last_heard()) == (False, {})
-    node._saw(1, 3, step=2)
+    node.saw(1, 3, step=2)
     assert (known.round, known.step, known.reached, known.problem, known.given_up) == (3, 2, True, "", True)
     assert not node.in_touch([1]), "an edge was lost since"
     assert said(caplog) == []
     before = time.time()
-    node._saw(1, 4)
+    node.saw(1, 4)
     assert (known.step, known.given_up, node.in_touch([1]), node.in_touch([2])) == (0, False, True, False)
     assert before <= node.last_heard()[1] <= time.time()
     assert said(caplog) == [(logging.WARNING, "hospital-2: is back, in round 4")]
-    node._saw(1, 5)
+    node.saw(1, 5)
     assert said(caplog) == [], "it was not away"
 
 
@@ -190,55 +190,55 @@ def test_what_failed_is_told_when_it_begins_and_what_was_planned_is_not(
         Failed(grpc.StatusCode.CANCELLED, "settled"),
         CloneError("two processes"),
     ):
-        node._failed(1, planned)
+        node.failed(1, planned)
         assert known.reached
         assert known.problem == (planned.said if isinstance(planned, Failed) else "two processes")
     assert said(caplog) == []
-    node._failed(1, away)
-    node._failed(1, away)
+    node.failed(1, away)
+    node.failed(1, away)
     assert (known.reached, known.problem) == (False, "no route to host")
     assert said(caplog) == [(logging.INFO, "hospital-2: no route to host")]
-    node._failed(1, wrong)
-    node._failed(1, wrong)
+    node.failed(1, wrong)
+    node.failed(1, wrong)
     assert said(caplog) == [(logging.WARNING, "hospital-2: seed differs")]
-    node._failed(1, SeatError("nobody is there"))
+    node.failed(1, SeatError("nobody is there"))
     assert said(caplog) == [(logging.INFO, "hospital-2: nobody is there")]
 
 
 def test_a_copy_is_told_once_and_counted_and_changes_nothing_of_who_came_first(
     node: Node, caplog: pytest.LogCaptureFixture
 ) -> None:
-    node._check_incarnation(1, Hello(incarnation=1000, nonce=1))
-    node._check_incarnation(1, Hello())
+    node.check_incarnation(1, Hello(incarnation=1000, nonce=1))
+    node.check_incarnation(1, Hello())
     for _ in range(3):
         with pytest.raises(CloneError, match="two processes with its key, of one start"):
-            node._check_incarnation(1, Hello(incarnation=1000, nonce=2))
+            node.check_incarnation(1, Hello(incarnation=1000, nonce=2))
     known = node.neighbours[1]
     assert (known.incarnation, known.nonce, known.clones) == (1000, 1, 3)
     ((level, text),) = said(caplog)
     assert level == logging.WARNING
     assert text.startswith("hospital-2: two processes with its key, of one start (number 1000)")
     assert text.endswith("; one is refused; have its owner stop the one that should not run, or revoke it")
-    node._check_incarnation(1, Hello(incarnation=1001, nonce=3))
+    node.check_incarnation(1, Hello(incarnation=1001, nonce=3))
     assert (known.incarnation, known.nonce) == (1001, 3)
 
 
 def test_bytes_are_counted_of_each_both_ways(node: Node) -> None:
     for sent, received in ((1, 10), (2, 20)):
-        node._count_bytes(1, sent, received)
+        node.count_bytes(1, sent, received)
     assert (node.neighbours[1].bytes_sent, node.neighbours[1].bytes_received) == (3, 30)
 
 
 def test_a_newer_roster_is_passed_on_and_one_that_can_not_be_used_is_not_taken(node: Node) -> None:
     roster = node.membership.current()[1]
     passed = [
-        list(node._newer(Hello(roster_serial=serial, own_roster=own)))
+        list(node.newer(Hello(roster_serial=serial, own_roster=own)))
         for serial, own in ((0, False), (1, False), (0, True))
     ]
     assert [[chunk.roster for chunk in chunks] for chunks in passed] == [[roster.raw], [], []]
     with pytest.raises(WireError, match=r"^sends a roster that can't be used \(roster: isn't signed; "):
-        node._adopt(1, b"serial: 7\n")
-    node._adopt(1, roster.raw)
+        node.adopt(1, b"serial: 7\n")
+    node.adopt(1, roster.raw)
 
 
 def test_who_sent_a_newer_roster_is_told_once_it_is_in_use(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -246,9 +246,9 @@ def test_who_sent_a_newer_roster_is_told_once_it_is_in_use(tmp_path: Path, caplo
     write_file(tmp_path / "roster.yaml", made.roster().raw)
     node = peer(made)
     for _ in range(2):
-        node._adopt(1, newer := made.roster().raw)
+        node.adopt(1, newer := made.roster().raw)
         assert node.membership.current()[1].raw == newer
-        node._adopt(1, newer)
+        node.adopt(1, newer)
     assert [text for _, text in said(caplog) if text.startswith("hospital-2")] == [
         "hospital-2: sent roster 2, which is in use",
         "hospital-2: sent roster 3, which is in use",
@@ -257,7 +257,7 @@ def test_who_sent_a_newer_roster_is_told_once_it_is_in_use(tmp_path: Path, caplo
 
 def test_who_asks_to_be_called_back_hears_one_of_few_reasons_and_may_ask_a_few_times_a_minute(node: Node) -> None:
     def asked(client: int) -> str:
-        verdict = node._call_back(client)
+        verdict = node.call_back(client)
         assert verdict.outcome == Verdict.REFUSED
         return verdict.reason
 
@@ -362,7 +362,7 @@ def test_a_peer_calls_back_at_the_first_places_of_an_address_and_from_outside_at
         monkeypatch.setattr(socket, "getaddrinfo", resolved)
         node = peer(made)
         script = Script(node, *answers)
-        found = node._call_back(1)
+        found = node.call_back(1)
         assert (found.outcome, found.reason) == (Verdict.REFUSED if why else Verdict.HAVE, why)
         assert [member and member.address for member in script.dialled] == tried
         assert all(call.options["timeout"] <= 5 for call in script.calls)
@@ -379,5 +379,5 @@ def test_a_channel_is_made_anew_when_the_roster_changes_whom_it_calls(tmp_path: 
         made.join("hospital-2", address)
         write_file(tmp_path / "roster.yaml", made.roster().raw)
         for _ in range(2):
-            list(node._stub(1)(iter([])))
+            list(node.stub(1)(iter([])))
     assert [member and member.address for member in script.dialled] == ["10.0.0.1:1", "10.0.0.1:2"]

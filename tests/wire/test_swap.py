@@ -144,11 +144,11 @@ def test_a_peer_is_in_touch_with_whom_it_has_reached_until_an_edge_is_lost(three
 def test_a_neighbour_that_was_given_up_and_is_heard_again_is_waited_for_as_before(
     three: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peertune.wire.swap.PROBE_S", 0.3)
+    monkeypatch.setattr("peertune.wire.meeting.PROBE_S", 0.3)
     with peers(three, range(2), patience_s=1.0) as swappers, ThreadPoolExecutor() as pool:
         assert swappers[0].swap(0, payload(0), [1]) == {}
         assert swappers[0].neighbours[1].given_up
-        swappers[0]._patience_s = 60.0
+        swappers[0].meetings.patience_s = 60.0
         swappers[1].enter(1)  # trains, for longer than is waited for whom nobody hears
         began = time.monotonic()
         going = pool.submit(swappers[0].swap, 1, payload(0, 1), [1])
@@ -303,7 +303,7 @@ def test_a_stale_round_is_passed_and_a_future_one_waits_and_changes_nothing(thre
         with pytest.raises(grpc.RpcError) as error:
             call(three, 2, 0, iter([hello(10**12)]), timeout_s=2.0)
         assert error.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-        assert (swappers[0]._round, swappers[0]._meetings) == (5, {})
+        assert (swappers[0].round, swappers[0].meetings.held) == (5, {})
 
 
 def test_a_duplicate_gets_the_same_payload_and_verdict_and_changes_nothing(three: Federation) -> None:
@@ -316,7 +316,7 @@ def test_a_duplicate_gets_the_same_payload_and_verdict_and_changes_nothing(three
             assert outcomes(answers) == [Verdict.COUNTED]
             assert b"".join(chunk.data for chunk in answers) == encode(payload(0))
         assert same(heard[0][2], payload(2))
-        assert swappers[0]._meetings[0, 2].tensors is None
+        assert swappers[0].meetings.held[0, 2].edge.brought is None
 
 
 @pytest.mark.parametrize("refusing", [0, 1])
@@ -403,7 +403,7 @@ def test_garbage_of_a_member_is_dropped_and_costs_nobody_else_anything(
 def test_a_member_that_says_nothing_is_cut_off_and_holds_few_streams(
     three: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peertune.wire.swap.STALL_S", 1.0)
+    monkeypatch.setattr("peertune.wire.answering.STALL_S", 1.0)
     with peers(three, [0, 1]) as swappers:
         identity, roster = Membership(three.peer(2), three.roster).current()
         member = roster.by_client(0)
@@ -513,7 +513,7 @@ def test_the_wait_for_verdicts_ends_when_all_have_them(three: Federation) -> Non
             all_swap(swappers, t)
         begin = time.monotonic()
         for swapper in swappers.values():
-            assert not swapper._unheard
+            assert not swapper.meetings.unheard()
             swapper.stop()
         assert time.monotonic() - begin < 20  # three that waited in vain would take 30
 
@@ -531,7 +531,7 @@ def test_what_a_failed_edge_brought_is_not_kept(three: Federation) -> None:
             ]
             assert outcomes(call(three, 2, 0, iter(parts))) == [Verdict.REFUSED]
             assert going.result(LONG_S) == {}
-        assert all(meeting.tensors is None for meeting in swappers[0]._meetings.values())
+        assert all(meeting.edge.brought is None for meeting in swappers[0].meetings.held.values())
 
 
 def test_a_certificate_that_ends_costs_the_edge_and_no_traceback(
