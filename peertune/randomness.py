@@ -13,30 +13,30 @@ from math import ceil
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ONES = 2**64 - 1
 
 
 @lru_cache(maxsize=64)
-def _first(seed: int, purpose: str) -> int:
+def _start(seed: int, purpose: str) -> int:
     """Return the word from which those of this seed and purpose follow."""
     return int.from_bytes(blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest(), "little")
 
 
 def _chained(word: int, counter: int) -> int:
     """Return `_mix` of a word and a counter by themselves: a tenth of the time that NumPy takes for one."""
-    x = (word + 0x9E3779B97F4A7C15 * (counter + 1)) & _ONES
-    x = ((x ^ x >> 30) * 0xBF58476D1CE4E5B9) & _ONES
-    x = ((x ^ x >> 27) * 0x94D049BB133111EB) & _ONES
+    x = (word + _GOLDEN * (counter + 1)) & _ONES
+    x = ((x ^ x >> 30) * _FIRST) & _ONES
+    x = ((x ^ x >> 27) * _SECOND) & _ONES
     return x ^ x >> 31
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Finalise the words, in place where they are an array."""
     x ^= x >> np.uint64(30)
-    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x *= np.uint64(_FIRST)
     x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
+    x *= np.uint64(_SECOND)
     x ^= x >> np.uint64(31)
     return x
 
@@ -47,14 +47,14 @@ def words(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.uint64]:
     `seed` is any Python integer, `purpose` says what the words are for (two purposes share no draws), and `counters`
     are integers or arrays of them, such as client, round and step.
     """
-    first, given = _first(seed, purpose), list(counters)
+    first, given = _start(seed, purpose), list(counters)
     while given and isinstance(counter := given[0], int):
         first = _chained(first, counter)
         del given[0]
     word = np.array(first, dtype=np.uint64)
     with np.errstate(over="ignore"):
         for x in given:
-            word = _mix(word + _GOLDEN * (np.asarray(x).astype(np.uint64) + np.uint64(1)))
+            word = _mix(word + np.uint64(_GOLDEN) * (np.asarray(x).astype(np.uint64) + np.uint64(1)))
     return word
 
 

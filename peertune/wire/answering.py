@@ -13,7 +13,7 @@ from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation
 from peertune.topology import Fault, clients_down
 from peertune.wire import limits, tls
-from peertune.wire.codec import Assembler, chunks, decode
+from peertune.wire.codec import Assembler, chunks
 from peertune.wire.edge import Edge, Offer, Say
 from peertune.wire.framing import Part, data_of, kind, pack, unpack
 from peertune.wire.meeting import Meeting, Meetings, Own
@@ -37,9 +37,8 @@ class Answering:
 
     def __init__(self, node: Node, meetings: Meetings, faults: Sequence[Fault], seats: int) -> None:
         self._node, self._meetings, self._faults, self._seats = node, meetings, faults, seats
-        self.open = self.echo_only = (
-            False  # it takes part once it is open; before, one may try whether one gets through
-        )
+        # It takes part once it is open; before, one may try whether one gets through.
+        self.open = self.echo_only = False
         self._serving: Counter[int] = Counter()  # streams by client
         self._server: Any = None
 
@@ -201,10 +200,8 @@ class Answering:
         self, client: int, hello: Hello, meeting: Meeting, own: Own, received: memoryview, context: Any
     ) -> "Verdict.Outcome":
         """Return the verdict on what came. Raises WireError where that is not to be mixed."""
-        tensors = decode(received, own.layout)
-        self._meetings.check_content(client, meeting, Incarnation(hello.incarnation, hello.nonce), received)
-        self._node.count_bytes(client, len(own.data), len(received))
-        why = own.check(client, tensors)
+        speaks = Incarnation(hello.incarnation, hello.nonce)
+        tensors, why = self._meetings.look_at(client, meeting, own, speaks, received)
         (action,) = self._meetings.do(meeting, Edge.had, context, tensors, bool(why))
         assert isinstance(action, Say)
         if action.outcome == Verdict.REFUSED:

@@ -10,7 +10,7 @@ from typing import Concatenate, ParamSpec
 from peertune.allowance import line
 from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation
-from peertune.wire.codec import Assembler, chunks, decode
+from peertune.wire.codec import Assembler, chunks
 from peertune.wire.edge import Action, Ask, Edge, Offer, Say, Step, Stream
 from peertune.wire.framing import Part, data_of, kind
 from peertune.wire.meeting import Meeting, Meetings
@@ -218,10 +218,7 @@ class _Call:
         if self._assembler.left_bytes:
             return
         received = self._assembler.data()
-        tensors = decode(received, self._own.layout)
-        self._meetings.check_content(self._client, self._meeting, self._speaks, received)
-        self._node.count_bytes(self._client, len(self._own.data), len(received))
-        why = self._own.check(self._client, tensors)
+        tensors, why = self._meetings.look_at(self._client, self._meeting, self._own, self._speaks, received)
         self._over = True  # unless something is to be said
         for action in self._do(Edge.came, tensors, bool(why)):
             assert isinstance(action, Say)

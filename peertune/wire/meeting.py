@@ -15,7 +15,7 @@ from typing import Any, Concatenate, ParamSpec
 
 from peertune.identity.incarnation import Incarnation
 from peertune.types import Tensors
-from peertune.wire.codec import Layout
+from peertune.wire.codec import Layout, decode
 from peertune.wire.edge import Action, Cancel, Edge, Step
 from peertune.wire.node import PROBE_S, Node
 from peertune.wire.peer_pb2 import Verdict
@@ -122,7 +122,19 @@ class Meetings:
                 if other == client and t < round and meeting.edge.unheard:
                     self.do(meeting, Edge.heard)
 
-    def check_content(self, client: int, meeting: Meeting, speaks: Incarnation, received: memoryview) -> None:
+    def look_at(
+        self, client: int, meeting: Meeting, own: Own, speaks: Incarnation, received: memoryview
+    ) -> tuple[Tensors, str]:
+        """Return what came whole from a start of the other end, and why that isn't to be mixed; "" where it is.
+
+        Raises WireError where it can't be read, CloneError where the same start has sent something else.
+        """
+        tensors = decode(received, own.layout)
+        self._check_content(client, meeting, speaks, received)
+        self.node.count_bytes(client, len(own.data), len(received))
+        return tensors, own.check(client, tensors)
+
+    def _check_content(self, client: int, meeting: Meeting, speaks: Incarnation, received: memoryview) -> None:
         """Raise CloneError where one start of the other end has sent something else for this round."""
         if not speaks.number:
             return
