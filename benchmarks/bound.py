@@ -21,13 +21,14 @@ from benchmarks.measure import Figure, figure, ratios
 from benchmarks.setup import overrides
 from peertune import build, load_recipe
 from peertune.errors import ModelError
+from peertune.method import Phase, standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
 from peertune.rounds.bounds import Bound, apart, largest, refused
 from peertune.rounds.metrics import entries
 from peertune.rounds.round import Heard, Job, Refuse, as_weights, exchanged, run_rounds
 from peertune.topology import GRAPHS, planned_weights, weights_at
-from peertune.types import Phase, Tensors
+from peertune.types import Tensors
 
 COSTS = {10: 0.1, 1000: 0.1}  # clients, and how often two of them meet
 RECIPES = {"digits-demo": 5e-3, "tad-sst2-minilm": 2e-3}  # and their learning rates
@@ -59,10 +60,11 @@ def cost(clients: int, activation: float, repeats: int = 5) -> list[Figure]:
         "q.A": torch.randn(clients, r, d, generator=draw) / (3 * d) ** 0.5,
         "q.B": 0.1 * torch.randn(clients, d, r, generator=draw),
     }
+    at = standing(range(clients), torch.zeros(clients, dtype=torch.int64))
     graph = GRAPHS["complete"](clients=clients, activation=activation)
     weights = as_weights(weights_at(graph, 0), torch.device("cpu"))
     i, j, _ = entries(weights)
-    pairs, bound, phase = (i[i != j], j[i != j]), Bound({"q": (20.0, 2.0)}), Phase(0, frozenset("AB"), frozenset("AB"))
+    pairs, bound, phase = (i[i != j], j[i != j]), Bound({"q": (20.0, 2.0)}), Phase(frozenset("AB"), frozenset("AB"))
 
     def bounding() -> None:
         if refused(bound, own, own, *pairs) or apart(bound, own, own, *pairs):
@@ -70,7 +72,7 @@ def cost(clients: int, activation: float, repeats: int = 5) -> list[Figure]:
 
     actions: dict[str, Callable[[], object]] = {
         "bounding": bounding,
-        "mixing": lambda: gossip(own, own, weights, phase),
+        "mixing": lambda: gossip().receive(own, own, weights, {}, at, phase),
     }
     taken: dict[str, list[float]] = {what: [] for what in actions}
     torch.set_num_threads(1)

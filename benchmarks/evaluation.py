@@ -2,6 +2,7 @@
 
 from benchmarks.measure import Figure, figure, interleaved
 from benchmarks.setup import make
+from peertune.method import standing
 from peertune.rounds.training import train_local
 
 EVERY, LOCAL_STEPS = 10, 20  # as in the papers' recipes
@@ -16,7 +17,14 @@ def run(repeats: int = 5) -> list[Figure]:
     times = interleaved(
         {
             "evaluate": lambda _: job.evaluate(state.adapters),
-            "step": lambda turn: train_local(job.model, state, job.steps(range(clients), turn), phase, job.optim, turn),
+            "step": lambda turn: train_local(
+                job.model,
+                state,
+                job.steps(range(clients), turn),
+                phase,
+                job.optim,
+                standing(job.clients, state.at(turn).rounds),
+            ),
         },
         repeats,
     )

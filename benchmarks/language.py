@@ -21,6 +21,7 @@ from benchmarks.measure import Figure, figure, interleaved, ratios
 from benchmarks.setup import model as minilm
 from peertune import build, load_recipe
 from peertune.assembly.build import Run
+from peertune.method import standing
 from peertune.models.load import in_four_bits
 from peertune.rounds.training import train_local
 from peertune.types import Batch
@@ -102,7 +103,14 @@ def compare(setup: Run, label: str, repeats: int) -> list[Figure]:
     peaks: dict[str, list[float]] = {"peertune": [], "loop": []}
 
     def stacked(turn: int) -> list[float]:
-        return train_local(job.model, state, [steps[turn]], job.algorithm.phase(0), job.optim, turn).loss.tolist()
+        return train_local(
+            job.model,
+            state,
+            [steps[turn]],
+            job.algorithm.phase(0),
+            job.optim,
+            standing(job.clients, state.at(turn).rounds),
+        ).loss.tolist()
 
     def watched(name: str, losses: list[float]) -> list[float]:
         if job.device.type == "cuda":

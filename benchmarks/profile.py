@@ -4,6 +4,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.setup import dropout, make
 from benchmarks.table import percentages
+from peertune.method import standing
 from peertune.rounds.training import train_local
 
 STEPS = 10
@@ -25,7 +26,14 @@ def main() -> None:
 
     def steps(first: int, count: int) -> None:
         for step in range(first, first + count):
-            train_local(job.model, state, job.steps(range(job.graph.clients), step), phase, job.optim, step)
+            train_local(
+                job.model,
+                state,
+                job.steps(range(job.graph.clients), step),
+                phase,
+                job.optim,
+                standing(job.clients, state.at(step).rounds),
+            )
 
     steps(0, 3)
     with profile(activities=[ProfilerActivity.CPU]) as profiled:

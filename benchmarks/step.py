@@ -20,6 +20,7 @@ from benchmarks.peft_loop import PeftLoop, client_rows
 from benchmarks.setup import dropout, make
 from peertune.adapters.stacked import StackedModel
 from peertune.assembly.build import Run
+from peertune.method import standing
 from peertune.rounds.training import train_local
 from peertune.types import Batch
 
@@ -50,7 +51,9 @@ def compare(setup: Run, label: str, targets: tuple[str, str], repeats: int, rate
 
     def stacked(turn: int) -> Tensor:
         steps = job.steps(range(clients), turn)
-        return train_local(job.model, state, steps, job.algorithm.phase(0), job.optim, turn).loss
+        return train_local(
+            job.model, state, steps, job.algorithm.phase(0), job.optim, standing(job.clients, state.at(turn).rounds)
+        ).loss
 
     loop = PeftLoop(setup, dtype=torch.float32, pad_to=PAPERS_LENGTH)
     best, how = _best_loop(setup, dtype, lambda loop: loop.step(rows[0]))

@@ -6,7 +6,7 @@ Shape letters, the same everywhere: `K` clients in this stack, `n` clients in th
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
@@ -69,65 +69,28 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """What one round does."""
-
-    round: int  # counted from 0, the same number for all clients
-    train: frozenset[str]  # kinds that get gradients
-    send: frozenset[str]  # kinds on the wire; the others stay bit for bit
-
-
-class Agreement(NamedTuple):
-    """How clients agree on their phases with each other, where the number of the round does not say them.
-
-    `signals` are small tensors that travel beside the adapters in every round. `init(clients, round)` makes those of
-    clients that begin with this round, `[K, …]`; `phases(signals, round)` returns each client's phase, which must all
-    send the same; `step(own [R, …], heard [H, …], weights [R, H], round)` returns what the receivers hold after the
-    round's exchange; `sound(heard [H, …])` tells of each sender, `[H]`, whether its signals are ones that an honest
-    client may hold. All four are pure.
-    """
-
-    init: Callable[[Sequence[int], int], Tensors]
-    phases: Callable[[Tensors, int], list[Phase]]
-    step: Callable[[Tensors, Tensors, Tensor, int], Tensors]
-    sound: Callable[[Tensors], Tensor]
-
-
-class Algorithm(NamedTuple):
-    """A method: a schedule and a mixer.
-
-    `phase(round)` says what a round trains and sends. `mix(own [R, …], heard [H, …], weights [R, H], phase)` returns
-    the new adapters `[R, …]` of the R receivers; `weights` is dense or sparse, and row i holds what receiver i takes
-    of each heard adapter, its own among them. `settings` are the arguments that made the method, with everything
-    automatic resolved. With an `agreement`, phases are what the clients agree on, and `phase` is what one does that
-    has heard nothing.
-    """
-
-    phase: Callable[[int], Phase]
-    mix: Callable[[Tensors, Tensors, Tensor, Phase], Tensors]
-    settings: Mapping[str, Any]
-    agreement: Agreement | None = None
-
-    def phases(self, signals: Tensors, round: int, clients: int) -> list[Phase]:
-        """Return the phase of each of the `clients` that hold these signals."""
-        if self.agreement is None:
-            return [self.phase(round)] * clients
-        return self.agreement.phases(signals, round)
-
-
-@dataclass(frozen=True)
 class State:
     """All that a run carries from one round to the next. An engine steps it in place, so that it is held once."""
 
     adapters: Tensors  # `<module path>.A [K, r, d_in]`, `.B [K, d_out, r]`, and `<parameter path>.head [K, …]`
     moments: Tensors  # the optimiser's, each `[K, …]`
-    round: int  # the next round to run
-    signals: Tensors = field(default_factory=dict)  # by which clients agree on phases, each [K, …]
+    rounds: Tensor  # [K] int64 on the CPU, the next round of each client
+    memory: Tensors = field(default_factory=dict)  # what the method keeps beside the adapters, each [K, …]
 
     @property
     def clients(self) -> int:
         """K."""
-        return len(next(iter(self.adapters.values())))
+        return len(self.rounds)
+
+    @property
+    def round(self) -> int:
+        """The next round, where all clients are in one."""
+        (common,) = map(int, self.rounds.unique())
+        return common
+
+    def at(self, round: int) -> "State":
+        """Return the same state, before this round for all clients."""
+        return replace(self, rounds=torch.full_like(self.rounds, round))
 
     def clone(self) -> "State":
         """Return the same state in memory of its own."""
@@ -135,24 +98,35 @@ class State:
 
     def take(self, clients: slice | Tensor) -> "State":
         """Return these clients' part of the state: a slice in the same memory, others copied."""
-        return self._map(lambda x: x[clients])
+        here = clients if isinstance(clients, slice) else clients.cpu()
+        return replace(self._map(lambda x: x[clients]), rounds=self.rounds[here])
 
     def put(self, clients: Tensor, part: "State") -> None:
         """Write the part of these clients back."""
-        parts = ((self.adapters, part.adapters), (self.moments, part.moments), (self.signals, part.signals))
-        for own, theirs in parts:
+        for own, theirs in ((self.adapters, part.adapters), (self.moments, part.moments)):
             for name, x in own.items():
                 x[clients] = theirs[name]
+        self.rounds[clients.cpu()] = part.rounds
+        self.remember(part.memory, clients)
+
+    def remember(self, memory: Tensors, clients: slice | Tensor | None = None) -> None:
+        """Take over what a method remembers now, of these clients or of all; its own tensors are never written to."""
+        for name, x in memory.items():
+            whole = x
+            if clients is not None:
+                whole = self.memory[name].clone()
+                whole[clients] = x
+            self.memory[name] = whole
 
     def to(self, device: torch.device) -> "State":
         """Return the same state on another device."""
         return self._map(lambda x: x.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "State":
-        adapters, moments, signals = (
-            {name: change(x) for name, x in part.items()} for part in (self.adapters, self.moments, self.signals)
+        adapters, moments, memory = (
+            {name: change(x) for name, x in part.items()} for part in (self.adapters, self.moments, self.memory)
         )
-        return State(adapters, moments, self.round, signals)
+        return State(adapters, moments, self.rounds.clone(), memory)
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,8 @@ def state(round: int, r: int = 2) -> State:
         "out.weight.head": torch.randn(CLIENTS, 5, 4, generator=generator).bfloat16(),
     }
     moments = {f"{name}.m": x * 1e-30 for name, x in adapters.items()} | {"steps.A": torch.tensor([round, 0, 7])}
-    signals = {"probe": torch.tensor([[1.0, torch.nan]] * CLIENTS), "client": torch.arange(CLIENTS)}
-    return State(adapters, moments, round, signals)
+    memory = {"its.probe": torch.tensor([[1.0, torch.nan]] * CLIENTS), "its.number": torch.arange(CLIENTS)}
+    return State(adapters, moments, torch.full((CLIENTS,), round), memory)
 
 
 def record(round: int, evaluation: Evaluation | None = None) -> RoundRecord:
@@ -84,8 +84,8 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 def assert_same_bits(ours: State | None, theirs: State) -> None:
     assert ours is not None
-    assert ours.round == theirs.round
-    parts = ((ours.adapters, theirs.adapters), (ours.moments, theirs.moments), (ours.signals, theirs.signals))
+    assert torch.equal(ours.rounds, theirs.rounds)
+    parts = ((ours.adapters, theirs.adapters), (ours.moments, theirs.moments), (ours.memory, theirs.memory))
     for part, expected in parts:
         assert part.keys() == expected.keys()
         for name, x in expected.items():

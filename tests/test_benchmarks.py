@@ -14,6 +14,7 @@ from benchmarks.peft_loop import PeftLoop, client_rows
 from benchmarks.setup import dropout, make, model
 from benchmarks.step import compare, useful_operations
 from benchmarks.table import table
+from peertune.method import standing
 from peertune.rounds.training import train_local
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +156,14 @@ class TestStep:
         for step in range(3):
             (batches,) = job.steps(range(3), step)
             theirs = loop.step(client_rows(batches, 3))
-            ours = train_local(job.model, state, [batches], job.algorithm.phase(0), job.optim, step).loss
+            ours = train_local(
+                job.model,
+                state,
+                [batches],
+                job.algorithm.phase(0),
+                job.optim,
+                standing(job.clients, state.at(step).rounds),
+            ).loss
             torch.testing.assert_close(ours, torch.tensor(theirs).double(), rtol=1e-4, atol=1e-5)
 
     def test_useful_operations_are_those_of_a_count_by_hand(self, settings: list[str]) -> None:

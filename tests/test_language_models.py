@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from playing import at_step, starting
 from speaking import make_model, make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -19,10 +20,11 @@ from peertune.adapters.peft_format import find_sites
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import UNLABELLED, Encoded, training_steps, validation_batches
 from peertune.data.completions import encode_completions, encode_prompts
+from peertune.method import Phase
 from peertune.models.generation import Decoding, generate, sampler
 from peertune.models.load import in_four_bits
 from peertune.rounds.training import Optim, adamw, evaluate, hits, row_losses, train_local
-from peertune.types import Batch, Phase, Split, State, Tensors, take
+from peertune.types import Batch, Split, Tensors, take
 
 K, R, ALPHA, RATE, ROWS = 3, 2, 4, 1e-2, 4
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_fc"], "qwen2": ["q_proj", "up_proj"]}
@@ -61,9 +63,9 @@ def make_steps(encoded: Encoded, steps: int, packed: bool, tokens: int = 60) -> 
 
 def train(model: StackedModel, adapters: Tensors, steps: list[list[Batch]]) -> tuple[Tensors, Tensor]:
     optim = Optim(adamw(), lambda _: RATE, 0.5, "never")
-    state = State(adapters, optim.optimizer.init(adapters), 0).clone()
-    phase = Phase(0, frozenset("AB"), frozenset())
-    return state.adapters, train_local(model, state, steps, phase, optim, 0).loss
+    state = starting(adapters, optim.optimizer.init(adapters)).clone()
+    phase = Phase(frozenset("AB"), frozenset())
+    return state.adapters, train_local(model, state, steps, phase, optim, at_step(state.clients)).loss
 
 
 class Twin:

@@ -25,12 +25,13 @@ from peertune.assembly.registry import (
     resolved_parts,
 )
 from peertune.data.batches import training_steps
+from peertune.method import Phase, standing
 from peertune.recipe import Recipe
 from peertune.rounds.bounds import Bound
 from peertune.rounds.round import Job
 from peertune.rounds.training import Optim, adamw, learning_rate, sgd
 from peertune.topology import Neighbourhood, digest
-from peertune.types import ALONE, Group, State
+from peertune.types import ALONE, Group, State, kind
 
 CLIENTS_PER_PASS = 16
 """Clients that train at a time where the recipe leaves it open: gradients are held for these."""
@@ -120,7 +121,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
     optim = build_optim(recipe)
     bound = None
     if recipe.network.bound and not loaded.planned:
-        bound = Bound(frozen_norms(model), algorithm.agreement and algorithm.agreement.sound)
+        bound = Bound(frozen_norms(model), algorithm.message.sound)
     steps = training_steps(
         encoded.train,
         encoded.held,
@@ -155,10 +156,10 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
 def _start(recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim) -> State:
     """Return the state in which the clients begin."""
     adapters = init_adapters(loaded.model, len(parts.clients), recipe.seed)
-    agreement = parts.algorithm.agreement
-    signals = agreement.init(parts.clients, 0) if agreement else {}
-    signals = {name: x.to(loaded.base.model.device) for name, x in signals.items()}
-    return State(adapters, optim.optimizer.init(adapters), 0, signals)
+    rounds = torch.zeros(len(parts.clients), dtype=torch.int64)
+    memory = parts.algorithm.init(adapters, standing(parts.clients, rounds))
+    memory = {name: x.to(loaded.base.model.device) for name, x in memory.items()}
+    return State(adapters, optim.optimizer.init(adapters), rounds, memory)
 
 
 def agreed(run: Run) -> dict[str, str]:
@@ -191,7 +192,23 @@ def agreed(run: Run) -> dict[str, str]:
         "rounds": str(recipe.rounds),
         "seed": str(recipe.seed),
         "task": short({part: run.asked[part] for part in ("form", "words", "templates", "of") if run.asked[part]}),
-    } | ({} if recipe.network.bound else {"bound": "off"})
+    } | _unusual(run)
+
+
+def _unusual(run: Run) -> dict[str, str]:
+    """Return what peers must agree on where it isn't as in every run: a bound, modifiers, what travels."""
+    recipe, job = run.resolved, run.job
+    found = {} if recipe.network.bound else {"bound": "off"}
+    if recipe.modifiers:
+        changed = [beyond_defaults("modifiers", part) for part in recipe.modifiers]
+        found["modifiers"] = json.dumps(changed, sort_keys=True)
+    one, everything = job.state.take(slice(0, 1)), frozenset(map(kind, job.state.adapters))
+    at, phase = standing(job.clients[:1], one.rounds), Phase(everything, everything)
+    sent, _ = job.algorithm.message.send(one.adapters, one.memory, at, phase)
+    described = [sorted((name, list(x.shape), str(x.dtype)) for name, x in of.items()) for of in (one.adapters, sent)]
+    if described[0] != described[1]:
+        found["message"] = sha256(json.dumps(described[1]).encode()).hexdigest()[:16]
+    return found
 
 
 def build_optim(recipe: Recipe) -> Optim:

@@ -12,23 +12,28 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from peertune.assembly.needs import check_needs
 from peertune.data.partition import PARTITIONS, counts
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
+from peertune.method import Algorithm
 from peertune.methods.catalogue import ALGORITHMS
+from peertune.methods.modifiers import MODIFIERS
 from peertune.methods.schedules import switching_interval
 from peertune.recipe import Part, Recipe, arguments
 from peertune.runs import trackers
 from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, graph_near, one_period, rho, summary
-from peertune.types import ALONE, Algorithm, Group, Split, Task
+from peertune.types import ALONE, Group, Split, Task
 
 log = logging.getLogger(__name__)
 
+_VALUES = ("schedule", "local", "message", "mixer")
 _TABLES: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
     "task": (TASKS, ("seed", "missing_cells")),
     "partition": (PARTITIONS, ("missing_cells",)),
     "graph": (GRAPHS, ("clients", "seed")),
     "algorithm": (ALGORITHMS, ("rho", "clients", "seed")),
+    "modifiers": (MODIFIERS, _VALUES),
 }
 """Block of a recipe → its table, and the parameters that the program supplies."""
 
@@ -71,7 +76,7 @@ def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:
     if known is None:
         graph: Graph = _make("graph", recipe.graph, clients=recipe.clients, seed=recipe.seed)
         return graph
-    settings = _complete(recipe, "graph").settings
+    settings = _complete(recipe)["graph"].settings
     return graph_near(known, seed=recipe.seed, activation=settings["activation"], weights=settings["weights"])
 
 
@@ -110,10 +115,19 @@ def build_partition(recipe: Recipe, task: Task) -> list[NDArray[np.int64]]:
     return parts
 
 
-def build_algorithm(recipe: Recipe, graph: Graph) -> Algorithm:
-    """Make the recipe's method for this graph."""
-    given = {"rho": partial(rho, graph), "clients": recipe.clients, "seed": recipe.seed}
+def build_algorithm(recipe: Recipe, graph: Graph, of: Callable[[Graph], float] = rho) -> Algorithm:
+    """Make the recipe's method for this graph, with its modifiers; `of` says what the graph's rho is.
+
+    Raises RecipeError where the recipe lacks what one of these needs.
+    """
+    given: dict[str, Any] = {"rho": partial(of, graph), "clients": recipe.clients, "seed": recipe.seed}
     algorithm: Algorithm = _make("algorithm", recipe.algorithm, **given)
+    for place, part in enumerate(recipe.modifiers):
+        values: dict[str, Any] = {name: getattr(algorithm, name) for name in _VALUES}
+        changed = _make("modifiers", part, f"modifiers[{place}]", **values)
+        (field,) = (name for name, x in values.items() if type(x) is type(changed))
+        algorithm = algorithm._replace(**{field: changed})
+    check_needs(recipe, graph, algorithm)
     return algorithm
 
 
@@ -164,28 +178,35 @@ def describe_graph(graph: Graph) -> dict[str, Any]:
 def check_parts(recipe: Recipe) -> None:
     """Raise PeertuneError for names, settings, graphs and trackers that can't be; nothing is loaded."""
     trackers.check(recipe.report_to)
-    for where, (table, given) in _TABLES.items():
-        arguments(table, getattr(recipe, where), where, given)
-    build_graph(recipe)
+    _complete(recipe)
     build_faults(recipe)
-    _make("algorithm", recipe.algorithm, rho=lambda: 0.0, clients=recipe.clients, seed=recipe.seed)
+    build_algorithm(recipe, build_graph(recipe), of=lambda graph: 0.0)
 
 
-def resolved_parts(recipe: Recipe, algorithm: Algorithm) -> dict[str, Part]:
+def resolved_parts(recipe: Recipe, algorithm: Algorithm) -> dict[str, Any]:
     """Return the parts with every default written out, and what is automatic as it came out for this algorithm."""
-    complete = {where: _complete(recipe, where) for where in _TABLES}
-    return complete | {"algorithm": Part(name=recipe.algorithm.name, **algorithm.settings)}
+    return _complete(recipe) | {"algorithm": Part(name=recipe.algorithm.name, **algorithm.settings)}
 
 
-def _complete(recipe: Recipe, where: str) -> Part:
-    """Return a part of the recipe with every default written out."""
-    part: Part = getattr(recipe, where)
-    return Part(name=part.name, **arguments(_TABLES[where][0], part, where, _TABLES[where][1]))
+def _complete(recipe: Recipe) -> dict[str, Any]:
+    """Return the parts of the recipe, by block, with every default written out."""
+
+    def whole(block: str, part: Part, where: str) -> Part:
+        table, supplied = _TABLES[block]
+        return Part(name=part.name, **arguments(table, part, where, supplied))
+
+    chosen = {block: getattr(recipe, block) for block in _TABLES}
+    return {
+        block: whole(block, part, block)
+        if isinstance(part, Part)
+        else [whole(block, one, f"{block}[{place}]") for place, one in enumerate(part)]
+        for block, part in chosen.items()
+    }
 
 
-def _make(where: str, part: Part, **given: Any) -> Any:
+def _make(block: str, part: Part, where: str = "", **given: Any) -> Any:
     """Call the factory of the part's name with the recipe's settings, and what it asks for of `given`."""
-    table, supplied = _TABLES[where]
-    settings = arguments(table, part, where, supplied)
+    table, supplied = _TABLES[block]
+    settings = arguments(table, part, where or block, supplied)
     asked = inspect.signature(table[part.name]).parameters
     return table[part.name](**settings, **{name: value for name, value in given.items() if name in asked})

@@ -191,4 +191,4 @@ def _agreed(run: "Run") -> dict[str, str]:
 
 def _checkpoint_bytes(run: "Run") -> int:
     state = run.job.state
-    return sum(x.nbytes for part in (state.adapters, state.moments, state.signals) for x in part.values())
+    return sum(x.nbytes for part in (state.adapters, state.moments, state.memory) for x in part.values())

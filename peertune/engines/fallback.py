@@ -3,7 +3,6 @@
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
 from math import inf
 
 from peertune.errors import DivergedError
@@ -93,4 +92,4 @@ class Past:
             state.round,
             ", ".join(f"{self._name(client)} until round {self._left_out[client]}" for client in suspects),
         )
-        return replace(state.clone(), round=round)
+        return state.clone().at(round)

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 
 from peertune.engines.fallback import Past
 from peertune.errors import DivergedError, Exit
+from peertune.method import Phase, standing
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, run_round
 from peertune.topology import clients_down, delay_s, failed_edges, may_meet, partners_at, row_at
@@ -61,19 +63,21 @@ def run_peer(
     heard = swapper.last_heard()
     swapper.enter(job.state.round)  # from here on it answers
     job = replace(job, steps=_counted(job, swapper), lines=swapper.lines)
-    state = replace(job.state.clone(), round=_caught_up(job, swapper, job.state.round, heard, fastest_s))
+    state = job.state.clone().at(_caught_up(job, swapper, job.state.round, heard, fastest_s))
     exchange = _Exchange(job, swapper, past)
     while state.round < job.rounds:
         if me in clients_down(job.faults, state.round):
-            state = replace(state, round=state.round + 1)
+            state = state.at(state.round + 1)
             continue
         if when_alone == "wait" and not _has_company(job, swapper, shut_out):
             return
-        (phase,) = job.algorithm.phases(state.signals, state.round, 1)
+        at = standing(job.clients, state.rounds, job.local_steps)
+        (phase,) = job.algorithm.schedule.phases(state.memory, at)
         heard = swapper.last_heard()
         swapper.enter(state.round, phase)
         try:
-            state, record = run_round(replace(job, most_loss=past.most_loss(state.round)), state, job.clients, exchange)
+            bounded = replace(job, most_loss=past.most_loss(state.round))
+            state, record = run_round(bounded, state, job.clients, state.round, partial(exchange, phase))
         except DivergedError as error:
             state = past.fall_back(state.round, error)
             continue
@@ -82,7 +86,7 @@ def run_peer(
         here = state.round
         if swapper.passed_by(record.round):  # who is in company is not behind because a single one says so
             pace_s = None if record.edges else fastest_s
-            state = replace(state, round=_caught_up(job, swapper, here, heard, pace_s))
+            state = state.at(_caught_up(job, swapper, here, heard, pace_s))
         skipped = [t for t in range(here, state.round) if met and me not in clients_down(job.faults, t)]
         yield replace(record, state=state, skipped=len(skipped), suspects=[(me, *suspect) for suspect in past.suspects])
         if record.edges:
@@ -122,11 +126,8 @@ class _Exchange:
 
     def __init__(self, job: Job, swapper: Swapper, past: Past) -> None:
         self.job, self.swapper, self.past = job, swapper, past
-        agreement = job.algorithm.agreement
-        start = agreement.init(job.clients, 0) if agreement else {}
-        self.unknown = [name for name, x in start.items() if x.isnan().any()]  # where NaN has a meaning
 
-    def __call__(self, payload: Tensors, t: int, refuse: Refuse) -> Heard:
+    def __call__(self, phase: Phase, payload: Tensors, t: int, refuse: Refuse) -> Heard:
         graph, (me,) = self.job.graph, self.job.clients
         if (delay := delay_s(self.job.faults, me, t)) > 0:
             self.swapper.pause(delay)
@@ -138,22 +139,26 @@ class _Exchange:
 
         def check(client: int, tensors: Tensors) -> str:
             why = self.past.left_out(client, t)
-            if not why and (found := refuse({n: x.to(self.job.device) for n, x in tensors.items()}, first, first)):
+            if not why and (found := refuse(self._read(tensors), first, first)):
                 why = found[0].why
             return f"round {t}: {why}; the edge fails" if why else ""
 
-        came = self.swapper.swap(t, payload, near, self.unknown, check)
+        layout = self.job.algorithm.message.layout
+        layouts = {} if layout is None else {client: layout(payload, client, phase) for client in near}
+        came = self.swapper.swap(t, payload, near, check, layouts)
         lost = {other: (min(me, other), max(me, other)) for other in near if other not in came}
         vacant = [edge for other, edge in lost.items() if self.swapper.vacant(other)]
         failed = [edge for edge in lost.values() if edge not in vacant]
         row[me] += sum(row.pop(other) for other in near if other not in came)
         heard = sorted([me, *came])
-        tensors = {
-            name: torch.cat([x if client == me else came[client][name].to(x.device) for client in heard])
-            for name, x in payload.items()
-        }
+        read = [self._read(payload if client == me else came[client]) for client in heard]
+        tensors = {name: torch.cat([of[name] for of in read]) for name in read[0]}
         weights = torch.tensor([[row[client] for client in heard]], dtype=torch.float64, device=self.job.device)
         return Heard(tensors, weights, heard, failed, vacant)
+
+    def _read(self, tensors: Tensors) -> Tensors:
+        """Return what one client sent as a mixer gets it, `[1, …]`, on the device."""
+        return self.job.read({name: x.to(self.job.device) for name, x in tensors.items()})
 
 
 def _mixed(record: RoundRecord) -> set[int]:

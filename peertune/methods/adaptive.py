@@ -28,17 +28,19 @@ What a client does and sends does not grow with the number of clients beyond 64.
 of T by task and system as an open question (ADF-LoRA, arXiv 2511.18291).
 """
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from peertune import randomness
 from peertune.errors import RecipeError
-from peertune.methods.schedules import alternating, switching_interval
-from peertune.types import Agreement, Phase, Tensors
+from peertune.method import At, Memory, Message, Mixer, Phase, Schedule, Weights
+from peertune.methods.mixers import gossip
+from peertune.methods.schedules import switching_interval
+from peertune.types import Tensors, select
 
 PROBES = 16
 """Signs that a client mixes: as many measurements of the same graph."""
@@ -49,78 +51,96 @@ LARGEST = 1 + 1e-6
 SLOWEST = 1 - 1e-6
 """The largest rho that is told from 1."""
 
+_BOTH = frozenset({"A", "B", "head"})
+_IN_TURN = (frozenset({"B", "head"}), frozenset({"A", "head"}))
+_TOLD = ("adaptive.probe", "adaptive.reports", "adaptive.known")
 
-def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> Agreement:
-    """Return the agreement of `clients` in windows of `window_rounds`, the first with phases of about `first` rounds.
 
-    Signals, for each client: `probe [K, P]`; `reports [K, 2, R, P]` on the last window and on this one, NaN where none
-    has come; `fallback [K]`, the number of phases where reports are too few; `client [K]`, its number.
+def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> tuple[Schedule, Message, Mixer]:
+    """Return the schedule of `clients` in windows of `window_rounds`, and the message and the mixer that serve it.
+
+    The first window has phases of about `first` rounds. Adapters are sent as they are and mixed by gossip.
+
+    Memory: `adaptive.probe [K, P]`; `adaptive.reports [K, 2, R, P]` on the last window and on this one, of which those
+    in `adaptive.known [K, 2, R]` have come; `adaptive.fallback [K]`, the number of phases where reports are too few.
 
     Raises:
         RecipeError: a window is too short to measure and to tell, below 4 rounds.
     """
     if window_rounds < 4:
         raise RecipeError(f"window_rounds: {window_rounds} rounds are too few, give at least 4")
-    probing = window_rounds // 2
-    plan = [phase.train for phase in map(alternating(1, send="both"), range(2))]  # B, A
-    send = alternating(1, send="both")(0).send
+    probing, reporters = window_rounds // 2, min(clients, REPORTERS)
+    plan = [Phase(train, send=_BOTH) for train in _IN_TURN]
 
-    def probes(window: int, of: np.ndarray) -> Tensor:
-        signs = randomness.uniforms(seed, "probe", window, of[:, None], np.arange(PROBES)) < 0.5
+    def probes(window: ArrayLike, of: ArrayLike) -> Tensor:
+        signs = randomness.uniforms(seed, "probe", window, np.asarray(of)[:, None], np.arange(PROBES)) < 0.5
         return torch.from_numpy(np.where(signs, 1.0, -1.0))
 
     def number(interval: float) -> int:
         return 2 * max(1, round(window_rounds / interval / 2))
 
-    def agreed(reports: Tensor, window: int, fallback: Tensor) -> Tensor:
-        """Return each client's number of phases `[K]` by its `reports [K, R, P]` on a window."""
-        known = ~reports[:, :, 0].isnan()
-        before = probes(window, drawn_reporters(clients, seed, window)).to(reports.device).expand_as(reports)
-        left, first = (_spread(x, known) for x in (reports, before))
+    def agreed(reports: Tensor, known: Tensor, window: Tensor, fallback: Tensor) -> Tensor:
+        """Return each client's number of phases `[K]` by its `reports [K, R, P]` on a `window [K]`."""
         phases = fallback.clone()
-        for client in range(len(reports)):
-            if 2 * int(known[client].sum()) >= max(4, reports.shape[1]) and first[client] > 0:
-                rho = float(left[client] / first[client]) ** (1 / probing)
-                phases[client] = number(switching_interval(min(rho, SLOWEST)))
+        for w in window.unique().tolist():
+            rows = (window == w).nonzero()[:, 0]
+            before = probes(w, drawn_reporters(clients, seed, w)).to(reports.device).expand_as(reports[rows])
+            left, at_first = (_spread(x, known[rows]).tolist() for x in (reports[rows], before))
+            enough = (2 * known[rows].sum(1) >= max(4, reporters)).tolist()
+            for place, row in enumerate(rows.tolist()):
+                if enough[place] and at_first[place] > 0:
+                    rho = (left[place] / at_first[place]) ** (1 / probing)
+                    phases[row] = number(switching_interval(min(rho, SLOWEST)))
         return phases
 
-    def init(which: Sequence[int], round: int) -> Tensors:
-        numbers = np.asarray(which)
-        nothing = torch.full((len(which), 2, min(clients, REPORTERS), PROBES), torch.nan, dtype=torch.float64)
+    def init(adapters: Tensors, at: At) -> Memory:
+        K = len(at.clients)
         return {
-            "adaptive.probe": probes(round // window_rounds, numbers),
-            "adaptive.reports": nothing,
-            "adaptive.fallback": torch.full((len(which),), number(first)),
-            "adaptive.client": torch.from_numpy(numbers),
+            "adaptive.probe": probes(at.round.numpy()[:, None] // window_rounds, at.clients),
+            "adaptive.reports": torch.zeros(K, 2, reporters, PROBES, dtype=torch.float64),
+            "adaptive.known": torch.zeros(K, 2, reporters, dtype=torch.bool),
+            "adaptive.fallback": torch.full((K,), number(first)),
         }
 
-    def phases(signals: Tensors, round: int) -> list[Phase]:
-        window, place = divmod(round, window_rounds)
-        counts = agreed(signals["adaptive.reports"][:, 0], window - 1, signals["adaptive.fallback"])
-        return [Phase(round, plan[_trains_a(place, count // 2, window_rounds)], send) for count in counts.tolist()]
+    def phases(memory: Memory, at: At) -> list[Phase]:
+        window, place = at.round // window_rounds, at.round % window_rounds
+        last = (memory[f"adaptive.{what}"][:, 0] for what in ("reports", "known"))
+        counts = agreed(next(last), next(last), window - 1, memory["adaptive.fallback"])
+        return [
+            plan[_trains_a(here, count // 2, window_rounds)]
+            for here, count in zip(place.tolist(), counts.tolist(), strict=True)
+        ]
 
-    def step(own: Tensors, heard: Tensors, weights: Tensor, round: int) -> Tensors:
-        window, place = divmod(round, window_rounds)
-        probe, reports = own["adaptive.probe"], _union(own, heard, weights)
-        if place < probing:
-            probe = weights.to(probe.dtype) @ heard["adaptive.probe"]
-        if place == probing - 1:
-            reporters = torch.from_numpy(drawn_reporters(clients, seed, window)).to(probe.device)
-            places = reporters == own["adaptive.client"][:, None]
-            reports[:, 1][places] = probe[places.any(1)]
-        fallback = own["adaptive.fallback"]
-        if place == window_rounds - 1:
-            fallback = agreed(reports[:, 1], window, fallback)
-            reports = torch.stack([reports[:, 1], torch.full_like(reports[:, 1], torch.nan)], dim=1)
-            probe = probes(window + 1, own["adaptive.client"].cpu().numpy()).to(probe.device)
-        return own | {"adaptive.probe": probe, "adaptive.reports": reports, "adaptive.fallback": fallback}
+    def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+        return select(adapters, phase.send) | {name: memory[name] for name in _TOLD}, {}
 
     def sound(heard: Tensors) -> Tensor:
-        """Means of signs lie between -1 and 1; a report may be NaN, a probe may not."""
-        probe, reports = heard["adaptive.probe"].abs(), heard["adaptive.reports"].abs()
-        return (probe <= LARGEST).all(1) & ~(reports > LARGEST).flatten(1).any(1)
+        """Means of signs lie between -1 and 1."""
+        within = ((heard[name].abs() <= LARGEST).flatten(1).all(1) for name in _TOLD[:2])
+        return next(within) & next(within)
 
-    return Agreement(init, phases, step, sound)
+    def weigh(
+        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Weights, Memory]:
+        window, place = at.round // window_rounds, at.round % window_rounds
+        probe, fallback = memory["adaptive.probe"].clone(), memory["adaptive.fallback"].clone()
+        reports, known = _union(memory, heard, weights)
+        if len(rows := (place < probing).nonzero()[:, 0]):
+            probe[rows] = (weights.to(probe.dtype) @ heard["adaptive.probe"])[rows]
+        for row in (place == probing - 1).nonzero()[:, 0].tolist():
+            drawn = drawn_reporters(clients, seed, int(window[row])) == int(at.clients[row])
+            for seat in drawn.nonzero()[0]:
+                reports[row, 1, seat], known[row, 1, seat] = probe[row], True
+        if len(rows := (place == window_rounds - 1).nonzero()[:, 0]):
+            fallback[rows] = agreed(reports[rows, 1], known[rows, 1], window[rows], fallback[rows])
+            for told in (reports, known):
+                told[rows, 0], told[rows, 1] = told[rows, 1], torch.zeros_like(told[rows, 1])
+            probe[rows] = probes(window[rows, None] + 1, at.clients[rows]).to(probe.device)
+        values = (probe, reports, known, fallback)
+        names = ("probe", "reports", "known", "fallback")
+        return weights, {f"adaptive.{name}": x for name, x in zip(names, values, strict=True)}
+
+    return Schedule(phases, init), Message(send, sound=sound), gossip()._replace(weigh=weigh)
 
 
 @lru_cache(maxsize=4)
@@ -154,12 +174,18 @@ def _spread(values: Tensor, known: Tensor) -> Tensor:
     return ((values - mean) * known[..., None]).square().sum((1, 2))
 
 
-def _union(own: Tensors, heard: Tensors, weights: Tensor) -> Tensor:
-    """Return what each receiver knows after hearing the others: a report is the same wherever it is known."""
-    reports = own["adaptive.reports"].clone()
-    receivers, places = weights.to_sparse().coalesce().indices()
+def _union(memory: Memory, heard: Tensors, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the reports that each receiver knows after hearing the others, and which these are.
+
+    A report is the same wherever it is known.
+    """
+    reports, known = memory["adaptive.reports"].clone(), memory["adaptive.known"].clone()
+    entries = weights.to_sparse().coalesce()
+    receivers, places = entries.indices()[:, entries.values() != 0]  # a sparse matrix may store zeros
     for i, near in enumerate(places.split(torch.bincount(receivers, minlength=len(reports)).tolist())):
-        told = heard["adaptive.reports"][near]
-        known = told.nan_to_num(nan=-torch.inf).amax(0)
-        reports[i] = reports[i].where(~reports[i].isnan(), known.where(known > -torch.inf, torch.nan))
-    return reports
+        told = heard["adaptive.known"][near]  # [m, 2, R]
+        came = heard["adaptive.reports"][near].masked_fill(~told[..., None], -torch.inf).amax(0)
+        new = told.any(0) & ~known[i]
+        reports[i] = torch.where(new[..., None], came, reports[i])
+        known[i] |= new
+    return reports, known

@@ -1,4 +1,4 @@
-"""The methods, one factory each: a schedule and a mixer.
+"""The methods, one factory each. All of them follow the gradient, and send the adapters as they are.
 
 A factory's signature is its schema: `{name: adf_lora, switch_every: 3}` in a recipe is
 `ALGORITHMS["adf_lora"](switch_every=3)`. All clients start from one A, drawn from the recipe's seed, and B = 0.
@@ -8,10 +8,10 @@ from collections.abc import Callable
 from typing import Literal
 
 from peertune.errors import RecipeError
+from peertune.method import Algorithm
 from peertune.methods.adaptive import adaptive
 from peertune.methods.mixers import gossip, products, rotated
 from peertune.methods.schedules import alternating, both, only_b, silent, switching_interval
-from peertune.types import Algorithm
 
 FIRST_INTERVAL = 5
 """Rounds of a phase before anything is known of the graph: ADF-LoRA's."""
@@ -21,7 +21,7 @@ WINDOW = 40
 
 def local() -> Algorithm:
     """Each client trains both factors alone and sends nothing: what a client reaches without the others."""
-    return Algorithm(silent(), gossip, {})
+    return Algorithm(silent(), gossip())
 
 
 def dec_lora() -> Algorithm:
@@ -29,7 +29,7 @@ def dec_lora() -> Algorithm:
 
     Source: arXiv 2501.15361; the DLoRA of arXiv 2505.21382. The paper's W is fixed; ours may change with the round.
     """
-    return Algorithm(both(), gossip, {})
+    return Algorithm(both(), gossip())
 
 
 def ffa_lora() -> Algorithm:
@@ -37,7 +37,7 @@ def ffa_lora() -> Algorithm:
 
     Source: arXiv 2403.12313, with a server; without one it is the DLoRA-FA of arXiv 2505.21382.
     """
-    return Algorithm(only_b(), gossip, {})
+    return Algorithm(only_b(), gossip())
 
 
 def rolora() -> Algorithm:
@@ -46,7 +46,7 @@ def rolora() -> Algorithm:
     Source: arXiv 2502.01755. Differs from the paper: there a server keeps the idle factor common to all; without one,
     clients hold different idle factors. The phase follows the global round, never a client's own counter.
     """
-    return Algorithm(alternating(1, send="trained"), gossip, {})
+    return Algorithm(alternating(1, send="trained"), gossip())
 
 
 def adf_lora(switch_every: int = FIRST_INTERVAL) -> Algorithm:
@@ -58,7 +58,7 @@ def adf_lora(switch_every: int = FIRST_INTERVAL) -> Algorithm:
     Raises:
         RecipeError: `switch_every` is below 1.
     """
-    return Algorithm(alternating(switch_every, send="both"), gossip, {"switch_every": switch_every})
+    return Algorithm(alternating(switch_every, send="both"), gossip(), settings={"switch_every": switch_every})
 
 
 def tad_lora(
@@ -85,9 +85,9 @@ def tad_lora(
             `window_rounds` is asked for where nothing is estimated.
     """
     if switch_every == "adaptive":
-        agreement = adaptive(window_rounds, FIRST_INTERVAL, clients, seed)
         settings = {"switch_every": switch_every, "window_rounds": window_rounds}
-        return Algorithm(alternating(FIRST_INTERVAL, send="both"), gossip, settings, agreement)
+        schedule, message, mixer = adaptive(window_rounds, FIRST_INTERVAL, clients, seed)
+        return Algorithm(schedule, mixer, message=message, settings=settings)
     if window_rounds != WINDOW:
         raise RecipeError(
             f"algorithm.window_rounds: is for switch_every=adaptive, and switch_every is {switch_every}; leave it out"
@@ -96,7 +96,7 @@ def tad_lora(
         if rho is None:
             raise RecipeError("switch_every: auto needs a graph to take it from, give a number of rounds")
         switch_every = switching_interval(rho())
-    return Algorithm(alternating(switch_every, send="both"), gossip, {"switch_every": switch_every})
+    return Algorithm(alternating(switch_every, send="both"), gossip(), settings={"switch_every": switch_every})
 
 
 def decaf() -> Algorithm:
@@ -106,7 +106,7 @@ def decaf() -> Algorithm:
     after its local steps. Not stated in the paper, as far as we know it: how singular values are split between the
     factors; see `products`.
     """
-    return Algorithm(both(), products, {})
+    return Algorithm(both(), products())
 
 
 def fedrot_lora(strength: float = 0.5) -> Algorithm:
@@ -120,7 +120,7 @@ def fedrot_lora(strength: float = 0.5) -> Algorithm:
     """
     if not 0 <= strength <= 1:
         raise RecipeError(f"strength: {strength} is out of range, give a number from 0 to 1")
-    return Algorithm(both(), rotated(strength), {"strength": strength})
+    return Algorithm(both(), rotated(strength), settings={"strength": strength})
 
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {

@@ -1,10 +1,8 @@
 """How heard adapters combine.
 
-A mixer is a pure function `mix(own [R, …], heard [H, …], weights [R, H], phase) → Tensors [R, …]`. Row i of
-`weights`, dense or sparse, holds how much receiver i takes of each heard adapter, its own among them. `heard` needs to
-hold only the kinds in `phase.send`; all other kinds come back as the very tensors of `own`. A receiver's result depends
-on its own row and on what has weight in it, never on who else is in the batch: a simulator passes everybody and all of
-W, a peer passes itself, its closed neighbourhood and its one row, and both get the same numbers up to rounding.
+What a receiver gets depends on its own row of the weights and on what has weight in it, never on who else is in the
+call. A simulator passes everybody and all of W; a peer passes itself, its closed neighbourhood and its one row. Both
+get the same numbers up to rounding. These mixers remember nothing.
 
 `gossip` averages each tensor by itself, one matrix product for all receivers. `products` and `rotated` treat A and B of
 a site as a pair; they batch the receivers that heard the same number m of adapters (G of them at a time). A receiver
@@ -17,10 +15,8 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from peertune.types import Phase, Tensors, kind
-
-Mixer = Callable[[Tensors, Tensors, Tensor, Phase], Tensors]
-"""`(own [R, …], heard [H, …], weights [R, H], phase) → Tensors [R, …]`."""
+from peertune.method import At, Memory, Mixer, Phase
+from peertune.types import Tensors, kind
 
 _PAIR = frozenset({"A", "B"})
 _ROW_NORM = 1 / sqrt(3)  # of A at the start: d_in entries of variance 1 / (3 d_in), Kaiming-uniform with a = sqrt(5)
@@ -32,16 +28,22 @@ _Combine = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[_Group]], Iterator
 # own A [R, r, d_in], own B [R, d_out, r], heard A [H, r, d_in], heard B [H, d_out, r], groups → receivers [G], A, B
 
 
-def gossip(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Tensors:
+def gossip() -> Mixer:
     """Average factor by factor: `X_i ← Σ_j W_ij X_j` for each sent kind X.
 
     Keeps the mean over all clients where W is doubly stochastic. Sparse weights stay sparse. Source: Dec-LoRA
     (arXiv 2501.15361) and the DLoRA of DeCAF (arXiv 2505.21382).
     """
-    return _average(own, heard, weights, phase.send)
+
+    def receive(
+        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        return _average(own, heard, weights, phase.send), {}
+
+    return Mixer(receive)
 
 
-def products(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Tensors:
+def products() -> Mixer:
     """Average the products and go back to rank r: `B_i A_i ← SVD_r(Σ_j W_ij B_j A_j)`.
 
     With the heard factors side by side, `A = [A_1; …; A_m]` and `B = [w_1 B_1, …, w_m B_m]`, the averaged product is
@@ -61,7 +63,13 @@ def products(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Ten
     Acts only in rounds that send both A and B. Source: DeCAF (arXiv 2505.21382). Not stated in the paper, as far as we
     know it: the split, the signs, and what becomes of directions without weight.
     """
-    return _by_pairs(own, heard, weights, phase, _truncate)
+
+    def receive(
+        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        return _by_pairs(own, heard, weights, phase, _truncate), {}
+
+    return Mixer(receive)
 
 
 def rotated(strength: float) -> Mixer:
@@ -78,14 +86,16 @@ def rotated(strength: float) -> Mixer:
     our decentralised reading. Its rule for vanishing directions is not known to us.
     """
 
-    def mix(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Tensors:
+    def receive(
+        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
         def turn(
             own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
         ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for receivers, senders, share in groups:
+            for receivers, senders, share, odd in _by_parity(groups, at.round):
                 A, B = heard_A[senders], heard_B[senders]  # [G, m, r, d_in], [G, m, d_out, r]
                 # The r x r algebra is cheap, so it runs in float64: the factors' own rounding then is the only one.
-                own, other = (own_B.mT, B.mT) if phase.round % 2 else (own_A, A)
+                own, other = (own_B.mT, B.mT) if odd else (own_A, A)
                 M = other.double() @ own[receivers, None].double().mT
                 M = M / torch.linalg.matrix_norm(M, keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
                 identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
@@ -93,9 +103,9 @@ def rotated(strength: float) -> Mixer:
                 Q = Q.to(A.dtype)
                 yield receivers, torch.einsum("gmqr,gmqi->gri", Q, A), torch.einsum("gmqr,gmoq->gor", Q, B)
 
-        return _by_pairs(own, heard, weights, phase, turn)
+        return _by_pairs(own, heard, weights, phase, turn), {}
 
-    return mix
+    return Mixer(receive)
 
 
 def _average(own: Tensors, heard: Tensors, weights: Tensor, kinds: Collection[str]) -> Tensors:
@@ -133,6 +143,17 @@ def _groups(weights: Tensor) -> Iterator[_Group]:
             group = counts[receiver] == m
             receivers, senders, shares = (x[group].view(-1, m) for x in (receiver, sender, share))
             yield receivers[:, 0], senders, shares
+
+
+def _by_parity(groups: Iterable[_Group], round: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
+    """Yield apart the receivers that are in odd rounds, by `round [R]`, and those in even ones."""
+    for receivers, senders, share in groups:
+        odd = round.to(receivers.device)[receivers] % 2 == 1
+        for rows, value in ((~odd, False), (odd, True)):
+            if rows.all():
+                yield receivers, senders, share, value
+            elif rows.any():
+                yield receivers[rows], senders[rows], share[rows], value
 
 
 def _chunks(groups: Iterable[_Group], floats: int, device: torch.device) -> list[_Group]:

@@ -1,8 +1,8 @@
 """Which kinds train and travel in round t.
 
-A schedule is a pure function of the global round, made by a factory that closes over its settings; no client counts
-for itself, so a client that missed rounds still agrees with the others. Where factors alternate, B trains first: A
-has no gradient while B = 0. The kind `head` trains in every round and travels in every round that sends anything; where
+These schedules are pure functions of the round, made by factories that close over their settings; no client counts for
+itself, so a client that missed rounds still agrees with the others. Where factors alternate, B trains first: A has no
+gradient while B = 0. The kind `head` trains in every round and travels in every round that sends anything; where
 the head is frozen there are no such tensors.
 """
 
@@ -11,28 +11,36 @@ from math import sqrt
 from typing import Literal
 
 from peertune.errors import RecipeError
-from peertune.types import Phase
-
-Schedule = Callable[[int], Phase]
-"""Round → what it trains and sends."""
+from peertune.method import At, Memory, Phase, Schedule
 
 _ALL = frozenset({"A", "B", "head"})
 
 
+def by_round(phase: Callable[[int], Phase]) -> Schedule:
+    """Make a schedule of what each round does."""
+
+    def phases(memory: Memory, at: At) -> list[Phase]:
+        rounds = at.round.tolist()
+        known = {t: phase(t) for t in set(rounds)}
+        return [known[t] for t in rounds]
+
+    return Schedule(phases)
+
+
 def both() -> Schedule:
     """Train and send A and B, in every round."""
-    return lambda t: Phase(t, train=_ALL, send=_ALL)
+    return by_round(lambda t: Phase(train=_ALL, send=_ALL))
 
 
 def silent() -> Schedule:
     """Train A and B, send nothing."""
-    return lambda t: Phase(t, train=_ALL, send=frozenset())
+    return by_round(lambda t: Phase(train=_ALL, send=frozenset()))
 
 
 def only_b() -> Schedule:
     """Train and send B; A stays as it is."""
     kinds = frozenset({"B", "head"})
-    return lambda t: Phase(t, train=kinds, send=kinds)
+    return by_round(lambda t: Phase(train=kinds, send=kinds))
 
 
 def alternating(switch_every: int, send: Literal["trained", "both"]) -> Schedule:
@@ -49,9 +57,9 @@ def alternating(switch_every: int, send: Literal["trained", "both"]) -> Schedule
 
     def phase(t: int) -> Phase:
         trained = frozenset({"A" if t // switch_every % 2 else "B", "head"})
-        return Phase(t, train=trained, send=_ALL if send == "both" else trained)
+        return Phase(train=trained, send=_ALL if send == "both" else trained)
 
-    return phase
+    return by_round(phase)
 
 
 def switching_interval(rho: float) -> int:

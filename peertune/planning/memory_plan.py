@@ -18,13 +18,14 @@ from peertune.assembly.loading import TOKENS_PER_PASS, clients_together
 from peertune.data.scores import JUDGES
 from peertune.errors import PeertuneError, RunError
 from peertune.memory import LiveBytes, Most, available_bytes, meta_stands_for, resident_bytes
+from peertune.method import Phase, standing
 from peertune.models.generation import cached_tokens
 from peertune.models.load import pick_device
 from peertune.recipe import Recipe
 from peertune.rounds.metrics import before_mixing, diagnostics
 from peertune.rounds.round import Job
 from peertune.rounds.training import train_local
-from peertune.types import Batch, Phase, State, select, take
+from peertune.types import Batch, State, select, take
 
 STEPS = 10
 """Local steps whose micro-batches are looked through for the largest."""
@@ -77,8 +78,8 @@ def plan(recipe: Recipe) -> Plan:
         base = _storage_bytes([*job.model.base.parameters(), *job.model.base.buffers()])
         state = job.state.clone()
         held, moments = live.now, _storage_bytes(state.moments.values())
-        training = [_training(live, job, state, phase) for phase in _phases(job)]
-        mixing = live.most(lambda: diagnostics(before_mixing(state.adapters), state.adapters)).taken
+        training = [_training(live, job, state, t, phase) for t, phase in _phases(job)]
+        mixing = live.most(lambda: _mixing(job, state)).taken
         prompts = (recipe.evaluate.rows or sys.maxsize) if run.asked["metric"] in JUDGES else None
         evaluation = live.most(lambda: _evaluate(job, state, resolved, prompts)).taken
     most, gradients = max(training)
@@ -107,19 +108,30 @@ def _rows_enough(recipe: Recipe, device: torch.device) -> int:
     return max(1, min(rows, recipe.evaluate.rows or rows))
 
 
-def _phases(job: Job) -> Iterable[Phase]:
-    """Return the first phase of each sort among the first rounds."""
-    phases = [job.algorithm.phase(t) for t in range(min(job.rounds, 100))]
-    return {phase.train: phase for phase in reversed(phases)}.values()
+def _phases(job: Job) -> Iterable[tuple[int, Phase]]:
+    """Return the first phase of each sort among the first rounds, and its round."""
+    phases = [(t, job.algorithm.phase(t)) for t in range(min(job.rounds, 100))]
+    return {phase.train: (t, phase) for t, phase in reversed(phases)}.values()
 
 
-def _training(live: LiveBytes, job: Job, state: State, phase: Phase) -> tuple[Most, int]:
+def _mixing(job: Job, state: State) -> None:
+    """Do of a round what takes memory beyond adapters: send, read, and measure."""
+    at, algorithm = standing(job.clients, state.rounds), job.algorithm
+    payload, _ = algorithm.message.send(state.adapters, state.memory, at, algorithm.phase(0))
+    heard = job.read(payload)
+    diagnostics(before_mixing(state.adapters), state.adapters)
+    del heard
+
+
+def _training(live: LiveBytes, job: Job, state: State, t: int, phase: Phase) -> tuple[Most, int]:
     """Return what local steps take, and what of it their gradients do."""
     part = state.take(slice(0, job.clients_per_pass))
-    steps = islice(job.steps(job.clients[: job.clients_per_pass], phase.round), STEPS)
+    clients = job.clients[: job.clients_per_pass]
+    steps, at = islice(job.steps(clients, t), STEPS), standing(clients, part.at(t).rounds)
     batches = _largest([batch for step in steps for batch in step])
     # Twice: in the second step the gradients of the first still lie there.
-    most = live.most(lambda: train_local(job.model, part, [batches, batches], phase, job.optim, 0))
+    local = job.algorithm.local
+    most = live.most(lambda: train_local(job.model, part, [batches, batches], phase, job.optim, at, local))
     gradients = _storage_bytes([torch.empty_like(x) for x in select(part.adapters, phase.train).values()])
     return most, gradients
 

@@ -5,17 +5,18 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import combinations, islice
 
 import torch
 
 from peertune.assembly.build import CLIENTS_PER_PASS, build
 from peertune.assembly.registry import build_algorithm, build_graph
+from peertune.method import Algorithm, Phase, standing
 from peertune.recipe import Recipe
 from peertune.rounds.metrics import payload_bytes
 from peertune.rounds.training import train_local
 from peertune.topology import active_edges
-from peertune.types import Tensors, kind, select, take
+from peertune.types import State, Tensors, kind, take
 
 STEPS = 3
 """Local steps that are tried; the first warms up."""
@@ -32,8 +33,7 @@ class Trial:
     evaluation_s: float  # one client's
     memory_bytes: int  # the most that was held while training some clients
     client_bytes: int  # what each client takes beyond that
-    kind_bytes: Mapping[str, int]  # of an adapter on the wire
-    signal_bytes: int  # what travels beside it
+    sent_bytes: Mapping[frozenset[str], int]  # what a client sends to a neighbour, by the kinds that its phase sends
 
 
 @dataclass(frozen=True)
@@ -54,26 +54,34 @@ def trial(recipe: Recipe) -> Trial:
     loaded = time.perf_counter()
     clients = range(job.clients_per_pass)
     part = job.state.take(slice(0, len(clients))).clone()
-    phase = job.algorithm.phase(0)
+    phase, at = job.algorithm.phase(0), standing(clients, part.rounds)
     taken = []
     for batches in islice(job.steps(clients, 0), STEPS):
         begun = time.perf_counter()
-        train_local(job.model, part, [batches], phase, job.optim, 0)
+        train_local(job.model, part, [batches], phase, job.optim, at, job.algorithm.local)
         taken.append(time.perf_counter() - begun)
     begun = time.perf_counter()
     seen = job.evaluate(take(part.adapters, slice(0, 1)))  # the client and the average of one
     evaluated = (time.perf_counter() - begun) / 2
     whole = min(recipe.evaluate.rows or sys.maxsize, sum(run.validation))
-    one = take(job.state.adapters, slice(0, 1))
+    one = job.state.take(slice(0, 1))
     return Trial(
         start_s=loaded - started,
         step_s=min(taken[1:] or taken) / len(clients),
         evaluation_s=evaluated * whole / seen.rows,
         memory_bytes=_peak_bytes(job.device),
-        client_bytes=_bytes(one) + _bytes(take(job.state.moments, slice(0, 1))),
-        kind_bytes={what: payload_bytes(select(one, {what})) for what in sorted({kind(name) for name in one})},
-        signal_bytes=payload_bytes(job.state.signals),
+        client_bytes=sum(map(_bytes, (one.adapters, one.moments, one.memory))),
+        sent_bytes=_sent_bytes(job.algorithm, one),
     )
+
+
+def _sent_bytes(algorithm: Algorithm, one: State) -> dict[frozenset[str], int]:
+    """Return how large a client's message is, by the kinds that its phase sends."""
+    kinds = sorted({kind(name) for name in one.adapters})
+    chosen = [frozenset(some) for size in range(1, len(kinds) + 1) for some in combinations(kinds, size)]
+    phases, at = [Phase(send, send) for send in chosen], standing([0], one.rounds)
+    sent = (algorithm.message.send(one.adapters, one.memory, at, phase)[0] for phase in phases)
+    return dict(zip(chosen, map(payload_bytes, sent), strict=True)) | {frozenset(): 0}
 
 
 def estimate(recipe: Recipe, measured: Trial) -> Estimate:
@@ -84,11 +92,10 @@ def estimate(recipe: Recipe, measured: Trial) -> Estimate:
     """
     graph = build_graph(recipe)
     algorithm = build_algorithm(recipe, graph)
-    sent = 0
+    sent, kinds = 0, frozenset[str]().union(*measured.sent_bytes)
     for t in range(recipe.rounds):
-        kinds = algorithm.phase(t).send & measured.kind_bytes.keys()
-        each = sum(measured.kind_bytes[what] for what in kinds) + measured.signal_bytes
-        sent += 2 * len(active_edges(graph, t)) * each if kinds else 0
+        each = measured.sent_bytes[algorithm.phase(t).send & kinds]
+        sent += 2 * len(active_edges(graph, t)) * each if each else 0
     evaluations = -(-recipe.rounds // recipe.evaluate.every)
     steps = recipe.rounds * recipe.training.local_steps
     clients_per_pass = min(recipe.clients, recipe.training.clients_per_pass or CLIENTS_PER_PASS)

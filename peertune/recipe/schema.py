@@ -127,6 +127,7 @@ class Recipe(_Block):
     partition: Part = Part(name="iid")
     graph: Part = Part(name="complete")
     algorithm: Part
+    modifiers: list[Part] = []  # of the algorithm
     training: Training = Training()
     rounds: int = Field(ge=1)
     evaluate: Evaluate = Evaluate()

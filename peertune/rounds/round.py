@@ -1,4 +1,10 @@
-"""One round: local steps, exchange, mix. Every engine runs this and nothing else; only `exchange` differs."""
+"""One round: local steps, exchange, mix. Every engine runs this and nothing else; only `exchange` differs.
+
+Where what is read is not exactly what a sender has, such as adapters in half precision, a client mixes differences,
+`x_i + (m_i - Q(x_i))`: m_i is what the mixer makes of Q(x_i), its own adapter as others read it, and of what it heard.
+For gossip this is `x_i + Σ_j W_ij (Q(x_j) - Q(x_i))`: with symmetric W the clients' mean stays what it was, up to
+rounding, and a client that hears nobody keeps its adapter. Rounded others beside an exact own would move the mean.
+"""
 
 import time
 from collections import Counter
@@ -18,18 +24,19 @@ from peertune.adapters.stacked import StackedModel
 from peertune.allowance import Lines
 from peertune.errors import DivergedError
 from peertune.memory import give_back_free
+from peertune.method import Algorithm, At, Phase, nothing, standing
 from peertune.rounds import bounds, metrics
 from peertune.rounds.bounds import Bound, Refusal
 from peertune.rounds.record import Evaluation, RoundRecord
-from peertune.rounds.training import Optim, Trained, reset_moments, train_local
+from peertune.rounds.training import Optim, reset_moments, train_local
 from peertune.topology import Fault, Graph, clients_down, drop_edges, planned_weights
-from peertune.types import ALONE, Algorithm, Batch, Group, Phase, State, Tensors, by_site, select
+from peertune.types import ALONE, Batch, Group, State, Tensors, by_site, select
 
 
 class Heard(NamedTuple):
     """What an exchange brought the K receivers."""
 
-    tensors: Tensors  # [H, …], of the receivers themselves among them
+    tensors: Tensors  # [H, …], as they are read; of the receivers themselves among them
     weights: Tensor  # [K, H], what each receiver takes of each that was heard
     clients: Sequence[int]  # [H], who was heard
     failed: list[tuple[int, int]]  # edges, i < j, that were active and over which nothing came, of the receivers'
@@ -39,7 +46,7 @@ class Heard(NamedTuple):
 Refuse = Callable[[Tensors, Tensor, Tensor], list[Refusal]]
 """`refuse(heard [H, …], receivers [E], senders [E])`: which of these pairs can't be mixed, by the receivers' state."""
 Exchange = Callable[[Tensors, int, Refuse], Heard]
-"""`exchange(payload [K, …], round, refuse)`: the only thing in which engines differ.
+"""`exchange(payload [K, …], round, refuse)`: the only thing in which engines differ. `refuse` takes what was read.
 
 What an end refuses counts at neither.
 """
@@ -72,6 +79,11 @@ class Job:
         """Whether this is a client without the others, a peer: it takes two to disagree."""
         return self.group.size == 1 == len(self.clients) < self.graph.clients
 
+    def read(self, tensors: Tensors) -> Tensors:
+        """Return what was sent as mixers get it, `[H, …]` both."""
+        read = self.algorithm.message.read
+        return tensors if read is None else read(self.state.adapters, tensors)
+
     @property
     def device(self) -> torch.device:
         """Where the base and the stack are."""
@@ -84,45 +96,51 @@ def run_rounds(job: Job, exchange: Callable[[Sequence[int], Tensors, int, Refuse
     `exchange` is told which of them take part. Those that are down by the job's faults keep what they have.
     """
     state = job.state.clone()
-    while state.round < job.rounds:
-        down = clients_down(job.faults, state.round)
+    for t in range(state.round, job.rounds):
+        down = clients_down(job.faults, t)
         if down.isdisjoint(job.clients):
-            state, record = run_round(job, state, job.clients, partial(exchange, job.clients))
+            state, record = run_round(job, state, job.clients, t, partial(exchange, job.clients))
             yield record
             continue
         places = [place for place, client in enumerate(job.clients) if client not in down]
         up, rows = [job.clients[place] for place in places], torch.tensor(places, dtype=torch.int64, device=job.device)
-        part, record = run_round(job, state.take(rows), up, partial(exchange, up))
+        part, record = run_round(job, state.take(rows), up, t, partial(exchange, up))
         state.put(rows, part)
-        state = replace(state, round=part.round)
+        state = state.at(t + 1)
         yield replace(record, state=state)
 
 
-def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange) -> tuple[State, RoundRecord]:
-    """Run one round for the K `clients` of `state`, **in place**, evaluate where it is due, and say what was done.
+def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: Exchange) -> tuple[State, RoundRecord]:
+    """Run round t for the K `clients` of `state`, **in place**, evaluate where it is due, and say what was done.
 
     It trains, exchanges, mixes, and measures what was sent and what came of it. The neighbourhoods' cross terms are
     measured in evaluated rounds only: on a dense graph of many clients they cost more than mixing.
 
     Raises DivergedError, before anything is sent, where training diverged; `state` then is of no more use.
     """
-    due = (state.round + 1) % job.evaluate_every == 0 or state.round + 1 == job.rounds
-    watch = _Watch()
-    phases = job.algorithm.phases(state.signals, state.round, state.clients)
-    phase = _common(job, phases, state.round)
-    trained = _train(job, state, clients, phases)
+    due = (t + 1) % job.evaluate_every == 0 or t + 1 == job.rounds
+    watch, message = _Watch(), job.algorithm.message
+    at = standing(clients, state.rounds, job.local_steps)
+    phases = job.algorithm.schedule.phases(state.memory, at)
+    phase = _common(job, phases, t)
+    loss, grad_norm = _train(job, state, at, phases)
     watch.lap("train")
-    payload = select(state.adapters, phase.send)
-    came = exchange(payload | state.signals, state.round, _refusing(job, state))
+    payload, changed = message.send(state.adapters, state.memory, at, phase)
+    state.remember(changed)
+    came = exchange(payload, t, _refusing(job, state))
     watch.lap("exchange")
-    weights, unmixed = _mixable(job, state, clients, came)
+    at = at._replace(heard=torch.tensor(came.clients, dtype=torch.int64))
+    if message.settle is not None:
+        state.remember(message.settle(state.memory, came.weights, at, phase))
+    weights, unmixed = _mixable(job, state, clients, t, came)
     watch.lap("mix")
     cross_terms = metrics.neighbourhood_cross_terms(select(came.tensors, phase.send), weights) if due else None
-    before = None if job.alone else metrics.before_mixing(payload, job.group)
+    before = None if job.alone else metrics.before_mixing(select(state.adapters, phase.send), job.group)
     watch.lap("metrics")
-    state = _mix(job, state, came.tensors, weights, phase)
+    _mix(job, state, came.tensors, weights, at, phase)
+    state = state.at(t + 1)
     watch.lap("mix")
-    neighbours = metrics.neighbours(came.weights) if payload else [0] * state.clients
+    neighbours = metrics.neighbours(came.weights) if payload else [0] * len(clients)
     diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group)
     watch.lap("metrics")
     evaluation = None
@@ -130,13 +148,13 @@ def run_round(job: Job, state: State, clients: Sequence[int], exchange: Exchange
         evaluation = job.evaluate(state.adapters)
         watch.lap("evaluate")
     return state, RoundRecord(
-        round=state.round - 1,
+        round=t,
         train=sorted(phase.train),
         send=sorted(phase.send),
         clients=list(clients),
-        loss=trained.loss.tolist(),
-        grad_norm=trained.grad_norm.tolist(),
-        bytes_sent=metrics.bytes_sent(payload | state.signals, neighbours),
+        loss=loss.tolist(),
+        grad_norm=grad_norm.tolist(),
+        bytes_sent=metrics.bytes_sent(payload, neighbours),
         neighbours=neighbours,
         edges=metrics.edges(came.weights, clients, came.clients) if payload else [],
         failed_edges=came.failed if payload else [],
@@ -170,8 +188,10 @@ def exchanged(
 ) -> Heard:
     """Return what an exchange brought the K `clients`: `tensors [H, …]` of those `among` whom all are whom they hear.
 
-    An edge that one end refuses is dropped from the mixing matrix like one that is planned to fail, at both ends.
+    The tensors are what was sent. An edge that one end refuses is dropped from the mixing matrix like one that is
+    planned to fail, at both ends.
     """
+    tensors = job.read(tensors)
     matrix, failed = planned_weights(job.graph, job.faults, round)
     ours, theirs = np.asarray(clients), np.asarray(among)
     rows = matrix if len(ours) == job.graph.clients else matrix[ours]
@@ -209,7 +229,9 @@ def _refusing(job: Job, state: State) -> Refuse:
     return partial(bounds.refused, job.bound, state.adapters)
 
 
-def _mixable(job: Job, state: State, clients: Sequence[int], came: Heard) -> tuple[Tensor, list[tuple[int, int]]]:
+def _mixable(
+    job: Job, state: State, clients: Sequence[int], t: int, came: Heard
+) -> tuple[Tensor, list[tuple[int, int]]]:
     """Return the weights of what is mixed, and the pairs (receiver, sender) that counted and are left out.
 
     Their weight returns to the receiver's own adapter, at this end only.
@@ -223,7 +245,7 @@ def _mixable(job: Job, state: State, clients: Sequence[int], came: Heard) -> tup
     found = bounds.apart(job.bound, state.adapters, came.tensors, receivers[others], places[others])
     if not found:
         return weights, []
-    _tell(job, state.round, found, clients, came.clients, "the edge counts, and this end mixes nothing of it")
+    _tell(job, t, found, clients, came.clients, "the edge counts, and this end mixes nothing of it")
     dense = weights.to_dense().clone()
     rows, columns = (torch.tensor(x, device=weights.device) for x in zip(*(pair[:2] for pair in found), strict=True))
     own = torch.searchsorted(theirs, ours[rows])
@@ -233,58 +255,75 @@ def _mixable(job: Job, state: State, clients: Sequence[int], came: Heard) -> tup
     return (dense.to_sparse() if weights.is_sparse else dense), pairs
 
 
-def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, phase: Phase) -> State:
-    """Mix what was heard into the adapters, **in place**, and return the state of the next round.
+def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase: Phase) -> None:
+    """Mix what was heard into the adapters, **in place**.
 
     It goes from site to site, so that beside the stack only one site's new factors are held.
     """
+    mixer, message = job.algorithm.mixer, job.algorithm.message
+    used, changed = mixer.weigh(state.adapters, heard, weights, state.memory, at, phase)
+    state.remember(changed)
     for own in by_site(state.adapters):
-        mixed = job.algorithm.mix(own, {name: heard[name] for name in own if name in heard}, weights, phase)
+        came = {name: heard[name] for name in own if name in heard}
+        if not came:
+            continue
+        as_read = own
+        if not message.exact:
+            assert at.heard is not None, "something was heard"
+            places = torch.searchsorted(at.heard, at.clients).to(job.device)
+            as_read = own | {name: x[places] for name, x in came.items()}
+        share = used if isinstance(used, Tensor) else used[next(iter(own)).rpartition(".")[0]]
+        mixed, changed = mixer.receive(as_read, came, share, state.memory, at, phase)
+        state.remember(changed)
         for name, x in own.items():
-            if mixed[name] is not x:
+            if mixed[name] is as_read[name]:
+                continue
+            if message.exact:
                 x.copy_(mixed[name])
-    signals, agreement = state.signals, job.algorithm.agreement
-    if agreement is not None:
-        signals = agreement.step(signals, {name: heard[name] for name in signals}, weights, state.round)
-    return replace(state, round=state.round + 1, signals=signals)
+            else:
+                x.add_(mixed[name].sub(as_read[name]))
 
 
-def _common(job: Job, phases: list[Phase], round: int) -> Phase:
+def _common(job: Job, phases: list[Phase], t: int) -> Phase:
     """Return the phase that most clients of all processes are in; of several, the first client's."""
-    if job.algorithm.agreement is None:
-        return job.algorithm.phase(round)
-    counts: Counter[Phase] = Counter()
+    if job.algorithm.schedule.init is nothing:
+        return job.algorithm.phase(t)
     told = [[sorted(phase.train), sorted(phase.send), count] for phase, count in Counter(phases).items()]
+    counts: Counter[Phase] = Counter()
     for train, send, count in chain(*job.group.gather(told)):
-        counts[Phase(round, frozenset(train), frozenset(send))] += count
+        counts[Phase(frozenset(train), frozenset(send))] += count
     return counts.most_common(1)[0][0]
 
 
-def _train(job: Job, state: State, clients: Sequence[int], phases: list[Phase]) -> Trained:
-    """Do the local steps of the K clients in place, a few at a time of those that are in one phase."""
-    before = (
-        job.algorithm.phases(state.signals, state.round - 1, len(clients)) if state.round else [None] * len(clients)
-    )
-    alike: dict[tuple[Phase, Phase | None], list[int]] = {}
-    for row, pair in enumerate(zip(phases, before, strict=True)):
-        alike.setdefault(pair, []).append(row)
-    result = Trained(*torch.zeros(2, len(clients), dtype=torch.float64, device=job.device))
-    for (phase, last), members in alike.items():
+def _train(job: Job, state: State, at: At, phases: list[Phase]) -> tuple[Tensor, Tensor]:
+    """Do the local steps of the K clients in place, a few at a time of those that are alike.
+
+    These are in one phase, come from one phase, and are in the same round of their own. Returns the losses and the
+    norms of gradients, `[K]` each.
+    """
+    before = job.algorithm.schedule.phases(state.memory, at._replace(round=at.round - 1))
+    rounds, clients = at.round.tolist(), at.clients.tolist()
+    alike: dict[tuple[Phase, Phase | None, int], list[int]] = {}
+    for row, t in enumerate(rounds):
+        alike.setdefault((phases[row], before[row] if t else None, t), []).append(row)
+    loss, grad_norm = torch.zeros(2, len(clients), dtype=torch.float64, device=job.device)
+    for (phase, last, t), members in alike.items():
         for start in range(0, len(members), job.clients_per_pass):
             chunk = members[start : start + job.clients_per_pass]
             neighbouring = len(chunk) == chunk[-1] - chunk[0] + 1
             places = slice(chunk[0], chunk[-1] + 1) if neighbouring else torch.tensor(chunk, device=job.device)
-            part = state.take(places)
+            part, here = state.take(places), At(*(x[chunk] for x in at[:3]))
             reset_moments(part.moments, job.optim.reset, phase, last)
-            steps = job.steps([clients[row] for row in chunk], phase.round)
-            trained = train_local(job.model, part, steps, phase, job.optim, phase.round * job.local_steps)
+            steps = job.steps([clients[row] for row in chunk], t)
+            trained = train_local(job.model, part, steps, phase, job.optim, here, job.algorithm.local)
             if isinstance(places, Tensor):
                 state.put(places, part)
-            result.loss[places], result.grad_norm[places] = trained
+            state.remember(trained.memory, places)
+            loss[places], grad_norm[places] = trained.loss, trained.grad_norm
             give_back_free()
-    if bool((result.loss > job.most_loss).any()):
-        raise DivergedError(f"training: the loss is {float(result.loss.max()):.3g} in round {state.round}")
-    return result
+    if bool((loss > job.most_loss).any()):
+        raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {max(rounds)}")
+    return loss, grad_norm
 
 
 DENSE_UP_TO = 64

@@ -1,7 +1,9 @@
 """Local training and evaluation of a stack: the only place, beside the network, where values change in place."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from peertune.adapters.stacked import StackedModel
 from peertune.errors import DivergedError, ModelError
-from peertune.types import Batch, Phase, State, Tensors, kind, select
+from peertune.method import At, Local, Memory, Phase
+from peertune.types import Batch, State, Tensors, kind, select
 
 
 class Optimizer(NamedTuple):
@@ -27,10 +30,11 @@ class Optimizer(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What local steps came to, each `[K]` and a mean over the steps."""
+    """What local steps came to; loss and norm are `[K]`, and means over the steps."""
 
     loss: Tensor
     grad_norm: Tensor  # before clipping
+    memory: Memory  # what has changed of what the method remembers
 
 
 @dataclass(frozen=True)
@@ -157,69 +161,103 @@ def train_local(
     steps: Iterable[list[Batch]],
     phase: Phase,
     optim: Optim,
-    first_step: int,
+    at: At,
+    local: Local = Local(),  # noqa: B008  # which can't be changed
 ) -> Trained:
-    """Train the phase's kinds on each client's own rows, **in place**.
+    """Train the phase's kinds on each client's own rows, **in place**: gradients, `local`, clip, step.
 
     `steps` yields the micro-batches of one local step after the other; their gradients add up, so how the rows are cut
-    changes nothing. `first_step` is the number of the first of them, counted from the run's start. Kinds that the phase
-    does not train get no gradient and stay bit for bit. `state` is stepped where it lies: a copy of thousands of
-    adapters and their moments would double what they take.
+    changes nothing. The K clients stand `at` one step, counted from the run's start. Kinds that the phase does not
+    train get no gradient and stay bit for bit. Adapters and moments are stepped where they lie: a copy of thousands of
+    them would double what they take. What `local` remembers is returned.
 
     Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and
     DivergedError where a loss or an adapter is not finite.
     """
-    adapters, grads = state.adapters, dict[str, Tensor]()
+    adapters, memory = state.adapters, dict(state.memory)
+    trained = select(adapters, phase.train)
+    start = {name: x.clone() for name, x in trained.items()} if local.keeps_start else {}
     first = next(iter(adapters.values()))
     totals = torch.zeros(len(first), dtype=torch.float64, device=first.device)
     norms = torch.zeros_like(totals)
     global_draws = _generator_state(totals.device)
-    count = 0
+    first_step, count, changed = int(at.step[0]), 0, dict[str, Tensor]()
     for count, batches in enumerate(steps, start=1):
-        add_gradients(model, adapters, batches, phase.train, grads, totals)
+        gradient = BatchGradient(model, batches, phase.train)
+        grads, new = local.gradients(gradient, adapters, start, memory, at, phase)
+        changed |= new
+        memory |= new
+        totals += gradient.loss
         norms += clip(grads, optim.max_grad_norm) if grads else 0
         optim.optimizer.update(adapters, grads, state.moments, optim.rate(first_step + count - 1))
-        for grad in grads.values():
-            grad.zero_()
+        at = at._replace(step=at.step + 1)
+        del gradient, grads
     if not torch.equal(global_draws, _generator_state(totals.device)):
         raise ModelError(
             "model: it draws dropout that can't be keyed by row, so results would depend on history; "
             "use model.dropout=false"
         )
-    if not all(x.isfinite().all() for x in (*select(adapters, phase.train).values(), totals)):
+    moved, new = local.end(start, adapters, memory, at, phase)
+    for name, x in moved.items():
+        adapters[name].copy_(x)
+    if not all(x.isfinite().all() for x in (*trained.values(), totals)):
         raise DivergedError(
-            f"training: a loss or an adapter is no longer finite after round {state.round}; "
+            f"training: a loss or an adapter is no longer finite after round {int(at.round[0])}; "
             "lower training.learning_rate or training.max_grad_norm"
         )
-    return Trained(totals / max(1, count), norms / max(1, count))
+    return Trained(totals / max(1, count), norms / max(1, count), changed | new)
 
 
-def add_gradients(
-    model: StackedModel,
-    adapters: Tensors,
-    batches: Iterable[Batch],
-    kinds: Collection[str],
-    grads: Tensors,
-    losses: Tensor,
-) -> None:
-    """Add the gradients of these kinds over one step's micro-batches to `grads`, and the losses to `losses [K]`.
+class BatchGradient:
+    """The `Gradient` of one local step over its micro-batches; their gradients add up."""
 
-    Both are the sums of what they were and of each client's own mean over its rows. A name that `grads` lacks is made.
-    """
-    trained = select(adapters, kinds)
-    for batch in batches:
-        # Only the clients of this batch pass through autograd: its cost does not grow with the stack.
-        part = slice(int(batch.clients.min()), int(batch.clients.max()) + 1)
-        params = {name: x[part].detach().requires_grad_(name in trained) for name, x in adapters.items()}
-        batch = replace(batch, clients=batch.clients - part.start).to(losses.device)
-        found = row_losses(model(params, batch, training=True), batch) * batch.weights
-        found.sum().backward()
-        received = {name: param.grad for name, param in params.items() if param.grad is not None}
-        for name, grad in received.items():
-            if name not in grads:
-                grads[name] = torch.zeros_like(adapters[name])
-            grads[name][part] += grad
-        losses[part].index_add_(0, batch.clients, found.detach().double())
+    def __init__(self, model: StackedModel, batches: Sequence[Batch], kinds: Collection[str]) -> None:
+        self.model, self.batches, self.kinds = model, batches, kinds
+        self.rows = torch.cat([batch.clients for batch in batches])
+        self._loss: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """Each client's mean loss `[K]`, in float64, where the gradient was taken first."""
+        assert self._loss is not None, "a local step follows a gradient"
+        return self._loss
+
+    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
+        """Return the gradients of the kinds, where adapters get one; see `Gradient`."""
+        grads, trained = dict[str, Tensor](), select(adapters, self.kinds)
+        first = next(iter(adapters.values()))
+        losses = torch.zeros(len(first), dtype=torch.float64, device=first.device)
+        sizes = [len(batch.clients) for batch in self.batches]
+        counts = repeat(None) if weights is None else weights.split(sizes)
+        for batch, count in zip(self.batches, counts, strict=False):
+            # Only the clients of this batch pass through autograd: its cost does not grow with the stack.
+            part = slice(int(batch.clients.min()), int(batch.clients.max()) + 1)
+            params = {name: x[part].detach().requires_grad_(name in trained) for name, x in adapters.items()}
+            batch = replace(batch, clients=batch.clients - part.start).to(losses.device)
+            found = row_losses(self.model(params, batch, training=True), batch) * batch.weights
+            (found if count is None else found * count.to(found)).sum().backward()
+            received = {name: param.grad for name, param in params.items() if param.grad is not None}
+            for name, grad in received.items():
+                if name not in grads:
+                    grads[name] = torch.zeros_like(adapters[name])
+                grads[name][part] += grad
+            losses[part].index_add_(0, batch.clients, found.detach().double())
+        self._loss = losses if self._loss is None else self._loss
+        return grads
+
+    def norms(self, adapters: Tensors) -> Tensor:
+        """Return the norm `[b]` of what each row adds to its client's gradient.
+
+        It takes a pass for each row that a client has: rows are told apart, and nothing as large as a gradient by row
+        is held.
+        """
+        seen: Counter[int] = Counter()
+        place = torch.tensor([seen.update([client]) or seen[client] for client in self.rows.tolist()])
+        norms = torch.zeros(len(place), dtype=torch.float64)
+        for nth in range(1, int(place.max()) + 1):
+            rows = place == nth
+            norms[rows] = _norms(self(adapters, rows)).double().cpu()[self.rows[rows].cpu()]
+        return norms
 
 
 def _generator_state(device: torch.device) -> Tensor:
@@ -231,12 +269,17 @@ def clip(grads: Tensors, max_norm: float) -> Tensor:
 
     As `torch.nn.utils.clip_grad_norm_` does for one client. Returns the norms before, `[K]`.
     """
-    norms = torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0).sqrt()
+    norms = _norms(grads)
     if max_norm > 0:
         scale = (max_norm / (norms + 1e-6)).clamp_(max=1.0)
         for grad in grads.values():
             grad.mul_(_over_clients(scale, grad))
     return norms
+
+
+def _norms(grads: Tensors) -> Tensor:
+    """Return the norm `[K]` over all tensors `[K, …]` together."""
+    return torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0).sqrt()
 
 
 @torch.no_grad()

@@ -27,7 +27,8 @@ def save(folder: Path, state: State, keep: int, clients: Sequence[int], group: G
 
     The newest two stay, and of the older ones those that `_thinned` leaves.
     """
-    parts = {"adapters": state.adapters, "moments": state.moments, "signals": state.signals}
+    parts = {"adapters": state.adapters, "moments": state.moments, "memory": state.memory}
+    parts["clients"] = {"rounds": state.rounds}
     data = as_safetensors(
         {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
     )
@@ -110,7 +111,7 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
     check_format(checkpoint, meta)
     held = [list(map(int, shard["clients"])) for shard in meta["shards"]]
     places = {client: place for place, client in enumerate(sorted(chain(*held)) if clients is None else clients)}
-    parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "signals": {}}
+    parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "memory": {}, "clients": {}}
     for shard, own in zip(meta["shards"], held, strict=True):
         wanted = [row for row, client in enumerate(own) if client in places]
         if not wanted:
@@ -123,17 +124,23 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
         to = torch.tensor([places[client] for client in own[rows]])
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # it is no mapping
-                part, _, rest = name.partition("/")
+                part, _, rest = name.replace("signals/", "memory/").partition("/")
                 x = tensors.get_slice(name)[rows]
                 if rest not in parts[part]:  # of its own, aligned memory: kernels round by alignment
                     parts[part][rest] = x.new_empty((len(places), *x.shape[1:]))
                 parts[part][rest][to] = x
-    return State(parts["adapters"], parts["moments"], int(meta["round"]), parts["signals"])
+    memory = parts["memory"]
+    if int(meta.get("format", 0)) < 2 and "adaptive.reports" in memory:  # where NaN says what has not come
+        memory["adaptive.known"] = ~memory["adaptive.reports"][..., 0].isnan()
+        memory["adaptive.reports"].nan_to_num_(nan=0.0)
+        del memory["adaptive.client"]
+    rounds = parts["clients"].get("rounds", torch.full((len(places),), int(meta["round"])))
+    return State(parts["adapters"], parts["moments"], rounds, memory)
 
 
 def _fitted(checkpoint: Path, state: State, like: State) -> State:
     """Return the state with its tensors in the order of `like`, in which norms add up to the same bits."""
-    parts = [(state.adapters, like.adapters), (state.moments, like.moments), (state.signals, like.signals)]
+    parts = [(state.adapters, like.adapters), (state.moments, like.moments), (state.memory, like.memory)]
     for have, want in parts:
         for name in sorted(have.keys() | want.keys()):
             shapes = [tuple(part[name].shape) if name in part else None for part in (have, want)]
@@ -142,5 +149,5 @@ def _fitted(checkpoint: Path, state: State, like: State) -> State:
                     f"{checkpoint}: {name} is {shapes[0]} where the recipe makes {shapes[1]}; "
                     "resume with the run's own recipe"
                 )
-    adapters, moments, signals = ({name: have[name] for name in want} for have, want in parts)
-    return State(adapters, moments, state.round, signals)
+    adapters, moments, memory = ({name: have[name] for name in want} for have, want in parts)
+    return State(adapters, moments, state.rounds, memory)

@@ -33,9 +33,10 @@ if TYPE_CHECKING:  # torch and PEFT take seconds to import, and most commands on
     from peertune.adapters.peft_format import LoraConfig
     from peertune.types import Group
 
-FORMAT = 1
+FORMAT = 2
 """Of run directories and checkpoints, in `facts.json` and `meta.json`: grows when a version that does not know a change
-would misread them. All up to this one are read. Those without a number count as 0, and are as those of 1."""
+would misread them. All up to this one are read. Those without a number count as 0, and are as those of 1. In 2 a
+checkpoint holds the method's memory, where 1 has signals, and each client's round."""
 
 
 def check_free(folder: Path) -> None:

@@ -178,7 +178,7 @@ class Answering:
                 case "roster":
                     self._node.adopt(client, chunk.roster)
                 case "total" if assembler is None:
-                    assembler = Assembler(chunk.total, own.layout)
+                    assembler = Assembler(chunk.total, own.layout(client))
                 case "data" if assembler is not None:
                     if self._is_cut(client, hello.round):
                         self._meetings.do(meeting, Edge.given_up)

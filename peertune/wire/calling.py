@@ -205,7 +205,7 @@ class _Call:
         """The other end's payload begins, of so many bytes: send this end's."""
         if self._own is None or self._assembler is not None or self._purpose != Hello.SWAP:
             raise WireError("sends a payload that nobody asked for")
-        self._assembler = Assembler(total, self._own.layout)
+        self._assembler = Assembler(total, self._own.layout(self._client))
         for action in self._do(Edge.offered):
             assert isinstance(action, Offer)
             self._requests.put(self._own.data)

@@ -14,7 +14,7 @@ unpickled.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -63,7 +63,6 @@ class Expected(NamedTuple):
 
     shape: tuple[int, ...]  # without the client axis
     dtype: torch.dtype
-    nan: bool = False  # whether NaN may stand for what is not known; infinity never may
 
     @property
     def size_bytes(self) -> int:
@@ -96,10 +95,8 @@ class Layout:
         return _LENGTH_BYTES + len(json.dumps(header)) + _ALIGNMENT_BYTES + self.body_bytes
 
 
-def layout(payload: Tensors, nan_in: Collection[str] = ()) -> Layout:
-    """Return the layout of all payloads that are like this one, each tensor `[1, …]`.
-
-    `nan_in` names the tensors in which NaN stands for what is not known: signals, never factors.
+def layout(payload: Tensors) -> Layout:
+    """Return the layout of all payloads that are like this one, each tensor `[1, …]`; its values don't matter.
 
     Raises:
         ValueError: a tensor is not that of one client, or of a dtype that can't travel.
@@ -108,7 +105,7 @@ def layout(payload: Tensors, nan_in: Collection[str] = ()) -> Layout:
     for name, x in _of_one(payload).items():
         if x.dtype not in _CODES:
             raise ValueError(f"{name}: {_short(x.dtype)} can't travel, choose from {', '.join(map(_short, _CODES))}")
-        tensors[name] = Expected(tuple(x.shape), x.dtype, name in nan_in)
+        tensors[name] = Expected(tuple(x.shape), x.dtype)
     return Layout(tensors)
 
 
@@ -177,8 +174,8 @@ def decode(data: bytes | bytearray | memoryview, expected: Layout) -> Tensors:
     Where they are writable and aligned, as an Assembler leaves them, they are views of `data`, else copies.
 
     Raises:
-        WireError: the bytes are not an encoding with this layout, or a value isn't one that may be sent: infinity, NaN
-            where it has no meaning, a byte that is neither true nor false.
+        WireError: the bytes are not an encoding with this layout, or a value isn't one that may be sent: infinity, NaN,
+            a byte that is neither true nor false.
     """
     begins = _read_header(data, expected)
     body = memoryview(data)[len(data) - expected.body_bytes :]
@@ -273,12 +270,10 @@ def _tensor(name: str, body: memoryview, x: Expected) -> Tensor:
     if x.dtype is torch.bool and raw.numel() and (highest := int(raw.max())) > 1:
         raise WireError(f"{name}: holds the byte {highest} where 0 or 1 is expected")
     flat = raw.view(x.dtype)
-    if x.dtype.is_floating_point:
-        checked = flat[~flat.isnan()] if x.nan else flat
-        if checked.numel():
-            for bound in torch.stack(torch.aminmax(checked)).tolist():  # both are NaN where one value is
-                if not isfinite(bound):
-                    raise WireError(f"{name}: holds {bound} where finite values are expected")
+    if x.dtype.is_floating_point and flat.numel():
+        for bound in torch.stack(torch.aminmax(flat)).tolist():  # both are NaN where one value is
+            if not isfinite(bound):
+                raise WireError(f"{name}: holds {bound} where finite values are expected")
     return flat.view(1, *x.shape)
 
 

@@ -7,7 +7,7 @@ round, and a verdict for many, so that a call that broke can be made again, by a
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
@@ -35,8 +35,13 @@ class Own:
     """What this end sends in a round, and what it takes for it."""
 
     data: bytes
-    layout: Layout
+    like: Layout  # of what was sent, and of what comes from all but some
     check: Check
+    others: Mapping[int, Layout]  # of what comes from these
+
+    def layout(self, client: int) -> Layout:
+        """What a client must send."""
+        return self.others.get(client, self.like)
 
 
 @dataclass
@@ -129,7 +134,7 @@ class Meetings:
 
         Raises WireError where it can't be read, CloneError where the same start has sent something else.
         """
-        tensors = decode(received, own.layout)
+        tensors = decode(received, own.layout(client))
         self._check_content(client, meeting, speaks, received)
         self.node.count_bytes(client, len(own.data), len(received))
         return tensors, own.check(client, tensors)

@@ -10,13 +10,15 @@ counted it. `edge` decides, `calling` and `answering` carry, `meeting` keeps. do
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from peertune.allowance import line
 from peertune.errors import PeertuneError
 from peertune.identity.incarnation import Incarnation
 from peertune.identity.membership import Membership
+from peertune.method import Phase
 from peertune.topology import Fault
-from peertune.types import Phase, Tensors
+from peertune.types import Tensors
 from peertune.wire import tls
 from peertune.wire.answering import Answering
 from peertune.wire.calling import Calling, at_once
@@ -93,17 +95,19 @@ class Swapper(Node):
         round: int,
         payload: Tensors,
         neighbours: Sequence[int],
-        nan_in: Collection[str] = (),
         check: Check = lambda client, tensors: "",
+        layouts: Mapping[int, Tensors] = MappingProxyType({}),
     ) -> dict[int, Tensors]:
         """Swap `payload [1, …]` with these clients and return what came, `[1, …]` each, of those whose edge counts.
 
+        `layouts` says of clients whose payload isn't like this one what they send, `[1, …]`, by shapes and types alone.
         What `check` has something to say against costs the edge at both ends. It is called from several threads.
         Waits for a neighbour at most `patience_s`; for one that is itself waiting for somebody, a little longer than
         it will; for one that it gave up before, PROBE_S, unless that is heard meanwhile; for one that can't be reached
         at all, not.
         """
-        own = Own(encode(payload), layout(payload, nan_in), check)
+        expected = {client: layout(tensors) for client, tensors in layouts.items()}
+        own = Own(encode(payload), layout(payload), check, expected)
         with self.changed:
             self.round, self._doing, self.answering.open = round, "swapping", True
             meetings = self.meetings.begin(round, own, neighbours, time.monotonic() - self._entered)

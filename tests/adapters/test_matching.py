@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from playing import at_step, starting
 from torch import Tensor, nn
 
 from peertune.adapters.attention import register_attention
@@ -15,8 +16,9 @@ from peertune.adapters.matching import match_names
 from peertune.adapters.peft_format import find_sites, save_adapter
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import Encoded, training_steps
+from peertune.method import Phase
 from peertune.rounds.training import Optim, adamw, row_losses, train_local
-from peertune.types import Batch, Phase, State, Tensors, take
+from peertune.types import Batch, State, Tensors, take
 
 K, R, ALPHA, CLASSES = 3, 2, 3, 4
 ROWS = (4, 2, 3)  # rows of each client
@@ -125,7 +127,7 @@ def make_optim() -> Optim:
 
 
 def phase(*kinds: str) -> Phase:
-    return Phase(0, frozenset(kinds), frozenset())
+    return Phase(frozenset(kinds), frozenset())
 
 
 class Twin:
@@ -169,9 +171,9 @@ def test_a_stack_equals_separate_peft_models_through_phases_of_both_factors_and_
     model, adapters = make_stack(targets)
     phases = [phase("A", "B"), phase("B"), phase("A"), phase("A", "B")]
     steps, optim = make_steps(len(phases)), make_optim()
-    state = State(adapters, optim.optimizer.init(adapters), 0).clone()
+    state = starting(adapters, optim.optimizer.init(adapters)).clone()
     losses = [
-        train_local(model, state, [[make_batch(parts)]], now, optim, 0).loss
+        train_local(model, state, [[make_batch(parts)]], now, optim, at_step(state.clients)).loss
         for parts, now in zip(steps, phases, strict=True)
     ]
     for client in range(K):
@@ -217,8 +219,8 @@ def train_on_budget(targets: str | list[str], budget: int, clients_together: int
         seed=5,
     )
     optim = make_optim()
-    state = State(adapters, optim.optimizer.init(adapters), 0).clone()
-    train_local(model, state, steps(range(K), 0), phase("A", "B"), optim, 0)
+    state = starting(adapters, optim.optimizer.init(adapters)).clone()
+    train_local(model, state, steps(range(K), 0), phase("A", "B"), optim, at_step(state.clients))
     return state
 
 

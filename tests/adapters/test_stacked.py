@@ -13,6 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from playing import at_step, starting
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,8 +22,9 @@ from peertune.adapters.peft_format import find_sites
 from peertune.adapters.rows import Rows, bound
 from peertune.adapters.stacked import StackedModel, attach, frozen_norms, init_adapters
 from peertune.data.batches import Encoded, pack_rows, training_steps
+from peertune.method import Phase
 from peertune.rounds.training import Optim, adamw, row_losses, train_local
-from peertune.types import Batch, Phase, State, Tensors, kind, select, take
+from peertune.types import Batch, State, Tensors, kind, select, take
 
 # PEFT asks every model whether it checkpoints gradients, in a way that transformers will drop.
 K, R, ALPHA, CLASSES = 3, 2, 3, 3
@@ -253,7 +255,7 @@ def make_steps(case: Case, steps: int) -> list[list[dict[str, Tensor]]]:
 
 
 def phase(*kinds: str) -> Phase:
-    return Phase(0, frozenset(kinds), frozenset())
+    return Phase(frozenset(kinds), frozenset())
 
 
 def make_optim(max_grad_norm: float = 0.0) -> Optim:
@@ -269,9 +271,9 @@ def train_stack(
     packed: bool,
 ) -> tuple[Tensors, list[Tensor]]:
     optim = make_optim(max_grad_norm)
-    state = State(adapters, optim.optimizer.init(adapters), 0).clone()
+    state = starting(adapters, optim.optimizer.init(adapters)).clone()
     losses = [
-        train_local(model, state, [[make_batch(parts, packed=packed)]], now, optim, 0).loss
+        train_local(model, state, [[make_batch(parts, packed=packed)]], now, optim, at_step(state.clients)).loss
         for parts, now in zip(steps, phases, strict=True)
     ]
     return state.adapters, losses
@@ -416,8 +418,8 @@ def train_on_budget(case: Case, budget: int, clients_together: int, packed: bool
         seed=5,
     )
     optim = make_optim(max_grad_norm=1.0)
-    state = State(adapters, optim.optimizer.init(adapters), 0).clone()
-    train_local(model, state, steps(range(K), 0), phase("A", "B", "head"), optim, 0)
+    state = starting(adapters, optim.optimizer.init(adapters)).clone()
+    train_local(model, state, steps(range(K), 0), phase("A", "B", "head"), optim, at_step(state.clients))
     return state
 
 
@@ -482,9 +484,9 @@ def test_kinds_that_are_not_trained_stay_bit_for_bit_and_keep_their_moments(kind
     base = make_base(case)
     model, adapters = make_stack(case, base, head=True)
     optim = make_optim()
-    state = State(adapters, optim.optimizer.init(adapters), 0).clone()
+    state = starting(adapters, optim.optimizer.init(adapters)).clone()
     frozen = {name: x.clone() for name, x in model.base.named_parameters()}
-    train_local(model, state, [[make_batch(make_steps(case, 1)[0])]], phase(*kinds), optim, 0)
+    train_local(model, state, [[make_batch(make_steps(case, 1)[0])]], phase(*kinds), optim, at_step(state.clients))
     for name, x in state.adapters.items():
         assert torch.equal(x, adapters[name]) == (kind(name) not in kinds)
         assert state.moments[f"{name}.v"].any() == (kind(name) in kinds)

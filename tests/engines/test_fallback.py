@@ -8,6 +8,7 @@ from math import inf
 import pytest
 import torch
 from federation import Federation, found
+from playing import starting
 
 from peertune.assembly.build import build
 from peertune.engines.fallback import EXPLODED, LEFT_OUT_ROUNDS, SUSPECTED_ROUNDS, Past
@@ -23,7 +24,7 @@ ERROR = DivergedError("training: the loss is 100 in round 9; a hint")
 
 
 def kept(*rounds: int) -> Callable[[int], State | None]:
-    states = {t: State({"q.A": torch.full((1, 2), float(t))}, {}, t) for t in rounds}
+    states = {t: starting({"q.A": torch.full((1, 2), float(t))}, round=t) for t in rounds}
     return lambda before: states.get(max((t for t in rounds if t < before), default=-1))
 
 
@@ -104,7 +105,7 @@ def test_one_that_passed_over_rounds_goes_back_to_before_the_last_that_it_made()
 
 
 def test_one_that_spoils_all_that_it_is_mixed_into_parts_a_peer_from_itself_and_not_from_the_others() -> None:
-    past = Past(lambda before: State({}, {}, before - 1), name)
+    past = Past(lambda before: starting({}, round=before - 1), name)
     spoiler, met, spoilt, t = 1, dict.fromkeys(range(4), 0), 0, 0
     while t < 1000:
         mixed = {client for client in range(4) if not past.left_out(client, t)}
@@ -184,7 +185,7 @@ def spoilt(job: Job, value: float) -> Job:
     """Return the job as it would be resumed in round 3 from what a neighbour has spoilt."""
     draw = torch.Generator().manual_seed(0)
     adapters = {name: value * torch.randn(x.shape, generator=draw) for name, x in job.state.adapters.items()}
-    return replace(job, state=State(adapters, job.state.clone().moments, 3))
+    return replace(job, state=starting(adapters, job.state.clone().moments, round=3))
 
 
 def before(*mixed: int) -> list[dict[str, object]]:
@@ -202,7 +203,7 @@ def test_a_peer_that_is_resumed_from_a_spoilt_checkpoint_goes_on_from_an_older_o
 
     def recall(rounds: int) -> State:
         asked.append(rounds)
-        return replace(job.state, round=2)
+        return job.state.at(2)
 
     records = list(run_peer(spoilt(job, value), swapper, records=lambda: before(1), recall=recall))
     assert [record.round for record in records] == [3, 4]
@@ -213,7 +214,7 @@ def test_a_peer_that_is_resumed_from_a_spoilt_checkpoint_goes_on_from_an_older_o
 
 def test_a_peer_that_is_resumed_still_takes_nothing_from_whom_it_left_out(job: Job, swapper: Swapper) -> None:
     made = [*before()[:2], {**before()[2], "suspects": [[0, 1, 99, 2]]}]
-    (record, *_) = run_peer(replace(job, state=replace(job.state, round=3)), swapper, records=lambda: made)
+    (record, *_) = run_peer(replace(job, state=job.state.at(3)), swapper, records=lambda: made)
     assert record.suspects == [(0, 1, 99, 2)]
 
 
@@ -227,4 +228,4 @@ def test_what_exploded_is_not_sent(job: Job) -> None:
         raise AssertionError("something was sent")
 
     with pytest.raises(DivergedError, match=r"the loss is .* in round 0"):
-        run_round(replace(job, most_loss=0.01), job.state.clone(), job.clients, exchange)  # type: ignore[arg-type]
+        run_round(replace(job, most_loss=0.01), job.state.clone(), job.clients, 0, exchange)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from peertune.assembly.build import Run, build
 from peertune.assembly.encoding import evaluated_rows
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
+from peertune.method import Algorithm, At, Memory, Mixer, Phase, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
 from peertune.rounds import round as rounds
@@ -20,7 +21,7 @@ from peertune.rounds.metrics import payload_bytes
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Job
 from peertune.topology import weights_at
-from peertune.types import Agreement, Algorithm, Batch, Phase, Tensors, kind, select
+from peertune.types import Batch, Tensors, kind, select
 
 SMALL = (
     "model.dtype=float64",
@@ -327,7 +328,8 @@ def test_clients_that_agree_on_their_phases_are_simulated_and_resumed_to_the_sam
     job = made(*ADAPTIVE, "training.reset_optimizer=phase").job
     records = kept(job)
     assert {tuple(record.train) for record in records} == {("A", "head"), ("B", "head")}
-    everything = payload_bytes(job.state.adapters) + payload_bytes(job.state.signals)
+    told = {name: x for name, x in job.state.memory.items() if name != "adaptive.fallback"}
+    everything = payload_bytes(job.state.adapters | told)
     for record in records:
         assert record.bytes_sent == [everything * count for count in record.neighbours]
     for middle in (records[2], records[5]):
@@ -337,15 +339,15 @@ def test_clients_that_agree_on_their_phases_are_simulated_and_resumed_to_the_sam
 
 
 def test_clients_that_are_out_of_phase_train_their_own_factor_and_say_so() -> None:
-    def phases(signals: Tensors, round: int) -> list[Phase]:
-        return [Phase(round, frozenset(f"{'A' if client in (1, 3) else 'B'}"), frozenset("AB")) for client in range(5)]
+    def phases(memory: Memory, at: At) -> list[Phase]:
+        return [Phase(frozenset(f"{'A' if client in (1, 3) else 'B'}"), frozenset("AB")) for client in range(5)]
 
     job = made("head=frozen", "rounds=2").job
-    apart = Agreement(lambda *_: {}, phases, lambda own, *_: own, lambda _: torch.ones(0, dtype=torch.bool))
+    apart = Schedule(phases, init=lambda *_: {})
     start = job.state.clone()
     for x in select(start.adapters, {"B"}).values():
         x.fill_(0.1)  # A has no gradient while B is 0
-    alone = replace(job, state=start, algorithm=Algorithm(job.algorithm.phase, lambda own, *_: own, {}, apart))
+    alone = replace(job, state=start, algorithm=Algorithm(apart, Mixer(lambda own, *_: (own, {}))))
     before = start.adapters
     for per_pass in (1, 2, 5):
         records = kept(replace(alone, clients_per_pass=per_pass))

@@ -1,26 +1,47 @@
-"""What every method promises, checked over every row of ALGORITHMS."""
+"""What every method promises with every modifier, and with pairs of them, over rounds as an engine makes them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from random import Random
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from playing import begun, played, played_alone
 from torch import Tensor
 
+from peertune.method import Algorithm, Local, Message, Mixer, Schedule
 from peertune.methods.catalogue import ALGORITHMS
-from peertune.types import Algorithm, Tensors, kind, select, take
+from peertune.methods.modifiers import MODIFIERS
+from peertune.types import State, Tensors, kind, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
-METHODS: dict[str, Algorithm] = {
-    name: make(switch_every=2) if name == "tad_lora" else make() for name, make in ALGORITHMS.items()
-}
-LINEAR = ["adf_lora", "dec_lora", "ffa_lora", "local", "rolora", "tad_lora"]  # plain averages of each tensor
+CLIENTS = 5
+SETTINGS = {"tad_lora": {"switch_every": 2}}
+PLAIN: dict[str, Algorithm] = {name: make(**SETTINGS.get(name, {})) for name, make in ALGORITHMS.items()}
+PLAIN["tad_lora, adaptive"] = ALGORITHMS["tad_lora"](switch_every="adaptive", window_rounds=4, clients=CLIENTS, seed=1)
+LINEAR = ["adf_lora", "dec_lora", "ffa_lora", "local", "rolora", "tad_lora", "tad_lora, adaptive"]  # plain averages
+FIELDS = {Schedule: "schedule", Local: "local", Message: "message", Mixer: "mixer"}
+CHANGES = [(), *((name,) for name in MODIFIERS), *product(MODIFIERS, repeat=2)]
 
+
+def changed(algorithm: Algorithm, names: tuple[str, ...]) -> Algorithm:
+    """Return a method with these modifiers, by their defaults."""
+    for name in names:
+        (first, *_) = MODIFIERS[name].__annotations__.values()
+        field = FIELDS[first]
+        algorithm = algorithm._replace(**{field: MODIFIERS[name](getattr(algorithm, field))})
+    return algorithm
+
+
+METHODS: dict[str, Algorithm] = {
+    " + ".join((name, *names)): changed(algorithm, names)
+    for (name, algorithm), names in product(PLAIN.items(), CHANGES)
+}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-some = settings(max_examples=8, deadline=None, derandomize=True)
+some = settings(max_examples=3, deadline=None, derandomize=True)
 
 
 @dataclass(frozen=True)
@@ -60,9 +81,21 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(adapters, metropolis(n, edges), draw(st.integers(0, 5)))
 
 
-def mix(method: Algorithm, case: Case) -> Tensors:
-    phase = method.phase(case.round)
-    return method.mix(case.adapters, select(case.adapters, phase.send), case.weights, phase)
+def start(method: Algorithm, case: Case) -> State:
+    """Return the state before the case's round, with the memory of rounds in which all heard all."""
+    state = begun(method, case.adapters)
+    for _ in range(case.round if state.memory else 0):
+        state = played(method, state, torch.full((len(case.weights),) * 2, 1 / len(case.weights), dtype=torch.float64))
+    return replace(state, adapters={name: x.clone() for name, x in case.adapters.items()}).at(case.round)
+
+
+def sent(method: Algorithm, case: Case) -> frozenset[str]:
+    return method.phase(case.round).send
+
+
+def parts(state: State) -> Tensors:
+    """Return all that a round leaves."""
+    return state.adapters | state.memory
 
 
 def assert_close(left: Tensors, right: Tensors, tolerance: float = 1e-9) -> None:
@@ -77,50 +110,49 @@ def assert_close(left: Tensors, right: Tensors, tolerance: float = 1e-9) -> None
 def test_a_receiver_with_its_closed_neighbourhood_gets_what_the_full_matrix_gives_it(
     method: Algorithm, case: Case
 ) -> None:
-    together = mix(method, case)
-    phase = method.phase(case.round)
-    for i in range(len(case.weights)):
-        near = case.weights[i].nonzero()[:, 0].flip(0)
-        alone = method.mix(
-            take(case.adapters, slice(i, i + 1)),
-            take(select(case.adapters, phase.send), near),
-            case.weights[i : i + 1, near],
-            phase,
-        )
-        assert_close(alone, take(together, slice(i, i + 1)))
+    before = start(method, case)
+    together = parts(played(method, before, case.weights))
+    for client in range(len(case.weights)):
+        alone = played_alone(method, before, case.weights, client)
+        assert_close(parts(alone), take(together, slice(client, client + 1)))
 
 
 @every_method
 @some
 @given(cases(), st.randoms(use_true_random=False))
-def test_relabelling_the_clients_commutes_with_mixing(method: Algorithm, case: Case, random: Random) -> None:
+def test_relabelling_the_clients_commutes_with_a_round(method: Algorithm, case: Case, random: Random) -> None:
     order = list(range(len(case.weights)))
     random.shuffle(order)
     new = torch.tensor(order)
-    relabelled = Case(take(case.adapters, new), case.weights[new][:, new], case.round)
-    assert_close(mix(method, relabelled), take(mix(method, case), new))
+    before = start(method, case)
+    after = played(method, before, case.weights)
+    relabelled = played(method, before.take(new), case.weights[new][:, new])
+    assert_close(relabelled.adapters, take(after.adapters, new))
 
 
 @every_method
 @some
 @given(cases())
-def test_the_identity_matrix_changes_no_product(method: Algorithm, case: Case) -> None:
-    alone = Case(case.adapters, torch.eye(len(case.weights), dtype=torch.float64), case.round)
-    mixed = mix(method, alone)
-    for name in [name for name in mixed if kind(name) == "A"]:
-        b = f"{name[:-1]}B"
-        torch.testing.assert_close(mixed[b] @ mixed[name], case.adapters[b] @ case.adapters[name])
+def test_a_client_that_hears_nobody_keeps_its_adapters_bit_for_bit_and_remembers(method: Algorithm, case: Case) -> None:
+    before = start(method, case)
+    after = played(method, before, torch.eye(len(case.weights), dtype=torch.float64))
+    for name, x in case.adapters.items():
+        assert torch.equal(after.adapters[name], x)
+    assert after.memory.keys() == before.memory.keys()
+    for name, x in after.memory.items():
+        assert (x.shape, x.dtype) == (before.memory[name].shape, before.memory[name].dtype)
+        assert not x.is_floating_point() or x.isfinite().all()
 
 
 @every_method
 @some
 @given(cases())
-def test_kinds_that_are_not_sent_come_back_as_they_are(method: Algorithm, case: Case) -> None:
-    mixed = mix(method, case)
-    assert list(mixed) == list(case.adapters)
-    for name, tensor in mixed.items():
-        if kind(name) not in method.phase(case.round).send:
-            assert tensor is case.adapters[name]
+def test_kinds_that_are_not_sent_stay_bit_for_bit(method: Algorithm, case: Case) -> None:
+    after = played(method, start(method, case), case.weights).adapters
+    assert list(after) == list(case.adapters)
+    for name, x in case.adapters.items():
+        if kind(name) not in sent(method, case):
+            assert torch.equal(after[name], x)
 
 
 @every_method
@@ -137,26 +169,28 @@ def test_dense_and_sparse_weights_agree(method: Algorithm, layout: str, case: Ca
         sparse = torch.sparse_coo_tensor(
             everywhere, case.weights.flatten(), case.weights.shape, check_invariants=True, is_coalesced=True
         )
-    assert_close(mix(method, Case(case.adapters, sparse, case.round)), mix(method, case))
+    before = start(method, case)
+    assert_close(parts(played(method, before, sparse)), parts(played(method, before, case.weights)))
 
 
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(("name", "names"), list(product(LINEAR, CHANGES)))
 @some
 @given(cases())
-def test_plain_averages_keep_the_mean_over_clients(name: str, case: Case) -> None:
-    mixed = mix(METHODS[name], case)
-    before = {name: tensor.mean(0) for name, tensor in case.adapters.items()}
-    assert_close({name: tensor.mean(0) for name, tensor in mixed.items()}, before, 1e-12)
+def test_plain_averages_keep_the_mean_over_clients(name: str, names: tuple[str, ...], case: Case) -> None:
+    method = changed(PLAIN[name], names)
+    after = played(method, start(method, case), case.weights).adapters
+    for key, x in case.adapters.items():
+        torch.testing.assert_close(after[key].mean(0), x.mean(0), rtol=1e-12, atol=1e-12)
 
 
 @every_method
 @some
 @given(cases())
-def test_mixing_changes_none_of_its_inputs(method: Algorithm, case: Case) -> None:
-    adapters = {name: tensor.clone() for name, tensor in case.adapters.items()}
-    weights = case.weights.clone()
-    mix(method, case)
-    assert_close(case.adapters, adapters, 0)
+def test_a_round_changes_nothing_that_it_is_given(method: Algorithm, case: Case) -> None:
+    before, weights = start(method, case), case.weights.clone()
+    held = before.clone()
+    played(method, before, case.weights)
+    assert_close(parts(before), parts(held), 0)
     assert torch.equal(case.weights, weights)
 
 
@@ -164,17 +198,38 @@ def test_mixing_changes_none_of_its_inputs(method: Algorithm, case: Case) -> Non
 @some
 @given(cases())
 def test_float32_adapters_stay_float32_under_float64_weights(method: Algorithm, case: Case) -> None:
-    single = Case({name: tensor.float() for name, tensor in case.adapters.items()}, case.weights, case.round)
-    mixed = mix(method, single)
-    assert {tensor.dtype for tensor in mixed.values()} == {torch.float32}
-    assert all(mixed[name].shape == tensor.shape for name, tensor in case.adapters.items())
+    single = replace(case, adapters={name: x.float() for name, x in case.adapters.items()})
+    after = played(method, start(method, single), case.weights).adapters
+    assert {x.dtype for x in after.values()} == {torch.float32}
+    assert all(after[name].shape == x.shape for name, x in case.adapters.items())
+
+
+@every_method
+@some
+@given(cases())
+def test_stop_and_resume_is_no_stop(method: Algorithm, case: Case) -> None:
+    state = whole = start(method, case)
+    for _ in range(3):
+        whole = played(method, whole, case.weights)
+        stored = [{name: x.clone() for name, x in of.items()} for of in (state.adapters, state.moments, state.memory)]
+        state = played(method, State(stored[0], stored[1], state.rounds.clone(), stored[2]), case.weights)
+    assert_close(parts(state), parts(whole), 0)
+
+
+@every_method
+def test_what_is_remembered_and_sent_has_clients_first_and_an_owner(method: Algorithm) -> None:
+    adapters = {"q.A": torch.ones(CLIENTS, 2, 3), "q.B": torch.ones(CLIENTS, 3, 2)}
+    state = begun(method, adapters)
+    assert all(len(x) == CLIENTS for x in state.memory.values())
+    assert all("." in name and kind(name) not in {"A", "B", "head"} for name in state.memory)
+    one, other = begun(method, take(adapters, slice(0, 1)), clients=[3]), take(state.memory, slice(3, 4))
+    assert_close(one.memory, other, 0)
 
 
 @every_method
 def test_phases_name_known_kinds_and_the_round(method: Algorithm) -> None:
     for t in range(20):
         phase = method.phase(t)
-        assert phase.round == t
         assert phase.train | phase.send <= {"A", "B", "head"}
         assert phase.train
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 from encoding import CPU, NAMES, WORDS, load, save_tokenizer, sizes, words
 from peft import LoraConfig, get_peft_model
+from playing import at_step, starting
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,11 +25,12 @@ from peertune.assembly.build import build
 from peertune.data.tasks import public_digits
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
+from peertune.method import Phase
 from peertune.models import digits
 from peertune.models.load import MODELS, load_base, pick_device, pick_dtype, usable_positions
 from peertune.recipe import load_recipe
 from peertune.rounds.training import Optim, sgd, train_local
-from peertune.types import Batch, Phase, State
+from peertune.types import Batch
 
 
 def refusal(name: str | Path, **given: Any) -> str:
@@ -446,12 +448,12 @@ def test_a_base_whose_dropout_can_not_be_keyed_trains_only_without_it(base_dropo
     model = attach(base, ["model.encoder.layers.0.fc1"], r=2, lora_alpha=4, base_dropout=base_dropout)
     optim = Optim(sgd(), lambda _: 0.1, 0.0, "never")
     adapters = init_adapters(model, 2, seed=0)
-    state, phase = State(adapters, {}, 0).clone(), Phase(0, frozenset({"B"}), frozenset())
+    state, phase = starting(adapters, {}).clone(), Phase(frozenset({"B"}), frozenset())
     if base_dropout:
         with pytest.raises(ModelError, match=r"dropout that can't be keyed by row.*use model\.dropout=false"):
-            train_local(model, state, [[rows([0, 1])]], phase, optim, 0)
+            train_local(model, state, [[rows([0, 1])]], phase, optim, at_step(state.clients))
     else:
-        train_local(model, state, [[rows([0, 1])]], phase, optim, 0)
+        train_local(model, state, [[rows([0, 1])]], phase, optim, at_step(state.clients))
         assert state.adapters["model.encoder.layers.0.fc1.B"].any()
 
 

@@ -9,13 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from playing import at_step, starting
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.errors import DivergedError
-from peertune.methods.schedules import alternating, both, silent
+from peertune.method import Algorithm, At, Memory, Message, Mixer, Phase, Schedule
+from peertune.methods.schedules import alternating, both, by_round, silent
 from peertune.rounds.bounds import NEAR, Bound, Refusal
 from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.rounds.round import (
@@ -32,7 +34,7 @@ from peertune.rounds.round import (
 from peertune.rounds.training import Optim, sgd
 from peertune.topology import Fault, weights_at
 from peertune.topology.graphs import complete, path, ring
-from peertune.types import Agreement, Algorithm, Batch, Group, Phase, State, Tensors, select
+from peertune.types import Batch, Group, Tensors, select
 
 CLIENTS = 5
 MOMENTUM = 0.9
@@ -62,9 +64,15 @@ def steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
         yield [Batch({"x": inputs}, labels, places, torch.full_like(places, 0.5, dtype=torch.float64), places)]
 
 
-def mean(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Tensors:
+def averaged(
+    own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+) -> tuple[Tensors, Memory]:
     mixed = {name: (weights.to_dense() @ x.flatten(1)).view_as(own[name]) for name, x in heard.items()}
-    return own | mixed
+    return own | mixed, {}
+
+
+mean = Mixer(averaged)
+untouched = Mixer(lambda own, *_: (own, {}))
 
 
 def score(adapters: Tensors) -> Evaluation:
@@ -82,11 +90,11 @@ def made(**changes: Any) -> Job:
     job = Job(
         model,
         ring(clients=CLIENTS),
-        Algorithm(alternating(1, "both"), mean, {}),
+        Algorithm(alternating(1, "both"), mean),
         Optim(sgd(MOMENTUM), lambda step: 0.3 / (1 + step), 0.0, "never"),
         steps,
         score,
-        State(adapters, sgd(MOMENTUM).init(adapters), 0),
+        starting(adapters, sgd(MOMENTUM).init(adapters)),
         range(clients),
         rounds=3,
         local_steps=2,
@@ -161,8 +169,8 @@ FAULTS = (Fault(1, 1, down=2), Fault(0, 1, edge=(1, 0)))
         {},
         {"clients_per_pass": 1},
         {"clients_per_pass": 2, "faults": FAULTS},
-        {"algorithm": Algorithm(alternating(2, "trained"), mean, {}), "rounds": 4},
-        {"algorithm": Algorithm(both(), mean, {}), "graph": complete(clients=4, activation=0.5, seed=3)},
+        {"algorithm": Algorithm(alternating(2, "trained"), mean), "rounds": 4},
+        {"algorithm": Algorithm(both(), mean), "graph": complete(clients=4, activation=0.5, seed=3)},
         {"optim": Optim(sgd(MOMENTUM), lambda step: 0.3, 0.0, "round")},
         {"optim": Optim(sgd(MOMENTUM), lambda step: 0.3, 0.0, "phase"), "rounds": 4},
     ],
@@ -210,7 +218,7 @@ def test_a_record_says_what_was_sent_between_whom_and_evaluates_where_that_is_du
 
 
 def test_rounds_that_send_nothing_have_no_edges() -> None:
-    for record in run(made(algorithm=Algorithm(silent(), mean, {}), faults=FAULTS)):
+    for record in run(made(algorithm=Algorithm(silent(), mean), faults=FAULTS)):
         assert record.neighbours == record.bytes_sent == [0] * len(record.clients)
         assert record.edges == record.failed_edges == []
 
@@ -223,7 +231,7 @@ def test_what_an_exchange_says_of_edges_and_empty_seats_is_recorded() -> None:
         weights = torch.eye(CLIENTS, dtype=torch.float64)
         return Heard(tensors, weights, range(CLIENTS), [(0, 1)], [(2, 3)])
 
-    _, record = run_round(job, job.state.clone(), job.clients, exchange)
+    _, record = run_round(job, job.state.clone(), job.clients, 0, exchange)
     assert (record.failed_edges, record.vacant_edges) == ([(0, 1)], [(2, 3)])
 
 
@@ -245,7 +253,7 @@ def peer(client: int, **changes: Any) -> Job:
 
 def test_a_peer_takes_what_it_hears_and_diagnoses_no_disagreement() -> None:
     job = peer(3)
-    state, record = run_round(job, job.state.clone(), [3], from_others([1, 3, 4], [0.25, 0.5, 0.25], job))
+    state, record = run_round(job, job.state.clone(), [3], 0, from_others([1, 3, 4], [0.25, 0.5, 0.25], job))
     assert (record.clients, record.edges, record.neighbours) == ([3], [(1, 3), (3, 4)], [2])
     assert record.diagnostics == {}
     start = made().state.adapters["layer.A"]
@@ -263,9 +271,9 @@ def test_a_loss_above_the_most_counts_as_diverged_before_anything_is_sent() -> N
 
     (first, *_) = run(made())
     with pytest.raises(DivergedError, match=f"^training: the loss is {max(first.loss):.3g} in round 0$"):
-        run_round(job, job.state.clone(), job.clients, exchange)
+        run_round(job, job.state.clone(), job.clients, 0, exchange)
     with pytest.raises(AssertionError, match="something was sent"):
-        run_round(replace(job, most_loss=max(first.loss)), job.state.clone(), job.clients, exchange)
+        run_round(replace(job, most_loss=max(first.loss)), job.state.clone(), job.clients, 0, exchange)
 
 
 BOUND = Bound({"layer": (1.0, 2.0)})
@@ -300,7 +308,7 @@ def test_what_counts_and_is_too_far_from_the_others_is_left_out_at_the_receivers
     assert record.not_mixed == [(client, liar) for client in (0, 2, 4, 5)]
     assert (3, 4) in record.edges
     assert record.neighbours == [4] * 5
-    (trained,) = run(replace(job, bound=None, algorithm=job.algorithm._replace(mix=lambda own, *_: own)))
+    (trained,) = run(replace(job, bound=None, algorithm=job.algorithm._replace(mixer=untouched)))
     for name, x in adapters(trained).items():
         for client in (0, 2, 4, 5):
             others = sum(x[other] for other in (0, 2, 4, 5) if other != client)
@@ -400,36 +408,44 @@ def test_weights_are_dense_where_few_are_heard_and_sparse_elsewhere() -> None:
         assert not sparse or weights.is_coalesced()
 
 
-def agreeing(trained: Sequence[str]) -> Agreement:
-    """Each client trains a factor of its own; signals count the rounds, and who was heard."""
+def agreeing(trained: Sequence[str]) -> Algorithm:
+    """Each client trains a factor of its own; memory counts the rounds, and who was heard."""
 
-    def phases(signals: Tensors, round: int) -> list[Phase]:
-        return [Phase(round, frozenset(trained[int(k)]), frozenset("AB")) for k in signals["me.id"].tolist()]
+    def init(adapters: Tensors, at: At) -> Memory:
+        return {"me.id": at.clients.double(), "me.sum": torch.zeros(len(at.clients), dtype=torch.float64)}
 
-    def step(own: Tensors, heard: Tensors, weights: Tensor, round: int) -> Tensors:
-        return {"me.id": own["me.id"], "me.sum": own["me.sum"] + (1 + round) * (weights.to_dense() @ heard["me.id"])}
+    def phases(memory: Memory, at: At) -> list[Phase]:
+        return [Phase(frozenset(trained[int(k)]), frozenset("AB")) for k in memory["me.id"].tolist()]
 
-    return Agreement(lambda *_: {}, phases, step, lambda heard: torch.ones(1, dtype=torch.bool))
+    def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+        return select(adapters, phase.send) | memory, {}
+
+    def weigh(
+        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensor, Memory]:
+        return weights, {"me.sum": memory["me.sum"] + (1 + at.round) * (weights.to_dense() @ heard["me.id"])}
+
+    return Algorithm(Schedule(phases, init), untouched._replace(weigh=weigh), message=Message(send))
 
 
-def told(**changes: Any) -> Job:
-    job = made(**changes)
-    ids = torch.arange(len(job.clients), dtype=torch.float64)
-    return replace(job, state=replace(job.state, signals={"me.id": ids, "me.sum": torch.zeros_like(ids)}))
+def told(algorithm: Algorithm, **changes: Any) -> Job:
+    job = made(algorithm=algorithm, **changes)
+    memory = algorithm.init(job.state.adapters, at_step(CLIENTS))
+    return replace(job, state=replace(job.state, memory=memory))
 
 
 @pytest.mark.parametrize("per_pass", [1, 2, 99])
-def test_clients_train_what_they_agreed_on_by_signals_that_travel_in_every_round(per_pass: int) -> None:
+def test_clients_train_what_they_agreed_on_by_memory_that_travels_in_every_round(per_pass: int) -> None:
     trained = ["B", "A", "B", "A", "B"]
-    job = told(clients_per_pass=per_pass, algorithm=Algorithm(both(), lambda own, *_: own, {}, agreeing(trained)))
+    job = told(agreeing(trained), clients_per_pass=per_pass)
     for t, record in enumerate(run(job)):
         assert (record.train, record.send, record.out_of_phase) == (["B"], ["A", "B"], [1, 3])
         assert record.bytes_sent == [2 * ((2 * 4 + 3 * 2) * 8 + 2 * 8)] * CLIENTS
         assert record.state is not None
         heard = weights_at(job.graph, 0) @ np.arange(5)
-        assert record.state.signals["me.sum"].tolist() == pytest.approx(heard * sum(range(1, t + 2)))
+        assert record.state.memory["me.sum"].tolist() == pytest.approx(heard * sum(range(1, t + 2)))
     for of in "AB":
-        alone = Algorithm(lambda t, of=of: Phase(t, frozenset(of), frozenset()), mean, {})  # type: ignore[misc]
+        alone = Algorithm(by_round(lambda t, of=of: Phase(frozenset(of), frozenset())), mean)  # type: ignore[misc]
         *_, (expected, _, _) = written_out(replace(job, algorithm=alone))
         for client in (k for k in range(CLIENTS) if trained[k] == of):
             for name, x in adapters(record).items():
@@ -441,9 +457,8 @@ def test_the_phase_of_a_round_is_that_of_most_clients_of_all_processes() -> None
         def add(self, x: Tensor) -> Tensor:
             return x
 
-    algorithm = Algorithm(both(), lambda own, *_: own, {}, agreeing(["B", "A", "B", "A", "B"]))
     for more, train in ((0, "B"), (1, "A"), (2, "A")):
-        job = told(algorithm=algorithm, rounds=1, group=Told([[["A"], ["A", "B"], more]]))
+        job = told(agreeing(["B", "A", "B", "A", "B"]), rounds=1, group=Told([[["A"], ["A", "B"], more]]))
         (record,) = run_rounds(job, lambda _, tensors, *__: everything(tensors))
         assert record.train == [train]
         assert record.out_of_phase == ([1, 3] if train == "B" else [0, 2, 4])
@@ -462,9 +477,9 @@ def test_the_seconds_of_a_round_are_told_by_stage(monkeypatch: pytest.MonkeyPatc
             spent["metrics"] += 1000
             return x
 
-    def mix(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase) -> Tensors:
+    def mix(*args: Any) -> tuple[Tensors, Memory]:
         spent["mix"] += 100
-        return mean(own, heard, weights, phase)
+        return averaged(*args)
 
     def evaluate(state: Tensors) -> Evaluation:
         spent["evaluate"] += 10_000
@@ -479,7 +494,7 @@ def test_the_seconds_of_a_round_are_told_by_stage(monkeypatch: pytest.MonkeyPatc
         return everything(tensors)
 
     job = made(
-        algorithm=Algorithm(both(), mix, {}),
+        algorithm=Algorithm(both(), Mixer(mix)),
         steps=slow_steps,
         evaluate=evaluate,
         group=Slow(),

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from playing import at_step, starting
 from torch import Tensor, nn
 
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.errors import DivergedError, ModelError
+from peertune.method import Phase
 from peertune.rounds.training import (
     Optim,
     Optimizer,
@@ -25,7 +27,7 @@ from peertune.rounds.training import (
     sgd,
     train_local,
 )
-from peertune.types import Batch, Phase, State, Tensors, kind, take
+from peertune.types import Batch, State, Tensors, kind, take
 
 CLIENTS = 3
 SHAPES = {"q.A": (2, 5), "q.B": (4, 2), "v.A": (2, 5), "v.B": (4, 2), "out.weight.head": (3, 4), "out.bias.head": (3,)}
@@ -66,7 +68,7 @@ def walk(seed: int, count: int) -> list[tuple[Tensors, float]]:
 
 def own_memory(tensors: Tensors) -> Tensors:
     """The same values, no two clients' in one place."""
-    return State(tensors, {}, 0).clone().adapters
+    return starting(tensors, {}).clone().adapters
 
 
 def together(optimizer: Optimizer, start: Tensors, steps: list[tuple[Tensors, float]]) -> tuple[Tensors, Tensors]:
@@ -180,11 +182,11 @@ def test_moments_start_afresh_as_the_setting_says_by_what_is_trained_whatever_is
 ) -> None:
     a, b, both = (frozenset(x) for x in ("A", "B", "AB"))
     changes = [
-        (Phase(0, b, b), None),
-        (Phase(1, b, b), Phase(0, b, b)),
-        (Phase(2, a, a), Phase(1, b, b)),
-        (Phase(2, a, both), Phase(1, b, both)),
-        (Phase(1, b, both), Phase(0, b, b)),
+        (Phase(b, b), None),
+        (Phase(b, b), Phase(b, b)),
+        (Phase(a, a), Phase(b, b)),
+        (Phase(a, both), Phase(b, both)),
+        (Phase(b, both), Phase(b, b)),
     ]
     for (phase, before), clear in zip(changes, cleared, strict=True):
         moments = {"q.A.m": torch.ones(2, 3), "steps.A": torch.tensor([3, 4])}
@@ -267,7 +269,7 @@ def batches(steps: int, scale: float = 1.0) -> Iterator[list[Batch]]:
 def start_of(base: nn.Module, optimizer: Optimizer) -> tuple[Any, State]:
     model = attach(base, ["layer"], r=2, lora_alpha=2, base_dropout=True)
     adapters = init_adapters(model, CLIENTS, 0)
-    return model, State(adapters, optimizer.init(adapters), 0).clone()
+    return model, starting(adapters, optimizer.init(adapters)).clone()
 
 
 @pytest.mark.parametrize("trained", ["A", "B"])
@@ -276,9 +278,9 @@ def test_training_steps_the_state_where_it_lies_and_no_kind_that_does_not_train(
     model, state = start_of(Linear(), optim.optimizer)
     state.adapters["layer.B"].fill_(0.1)
     everything = state.adapters | state.moments
-    before, places = State(everything, {}, 0).clone().adapters, {name: x.data_ptr() for name, x in everything.items()}
-    phase = Phase(0, frozenset({trained}), frozenset({trained}))
-    loss, grad_norm = train_local(model, state, batches(3), phase, optim, first_step=0)
+    before, places = starting(everything, {}).clone().adapters, {name: x.data_ptr() for name, x in everything.items()}
+    phase = Phase(frozenset({trained}), frozenset({trained}))
+    loss, grad_norm, _ = train_local(model, state, batches(3), phase, optim, at_step(state.clients))
     changed = {name for name, x in everything.items() if not torch.equal(x, before[name])}
     assert changed == {f"layer.{trained}", f"layer.{trained}.m", f"layer.{trained}.v", f"steps.{trained}"}
     assert {name: x.data_ptr() for name, x in (state.adapters | state.moments).items()} == places
@@ -319,20 +321,20 @@ def test_only_the_kinds_that_train_reach_the_optimizer() -> None:
     optim = Optim(Optimizer(lambda _: {}, update), lambda step: 0.1, 1.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
     for kinds in ({"A"}, {"B"}, {"A", "B"}):
-        train_local(model, state, batches(2), Phase(0, frozenset(kinds), frozenset()), optim, first_step=0)
+        train_local(model, state, batches(2), Phase(frozenset(kinds), frozenset()), optim, at_step(state.clients))
         assert seen[-2:] == [kinds, kinds]
 
 
 def test_a_chunk_is_trained_in_the_memory_of_the_whole_stack() -> None:
     optim = Optim(adamw(), lambda step: 0.1, 1.0, "never")
     model, whole = start_of(Linear(), optim.optimizer)
-    phase = Phase(0, frozenset("AB"), frozenset("AB"))
+    phase = Phase(frozenset("AB"), frozenset("AB"))
     chunked = whole.clone()
-    together = train_local(model, whole, batches(3), phase, optim, first_step=0)
+    together = train_local(model, whole, batches(3), phase, optim, at_step(whole.clients))
     for clients in (slice(0, 1), slice(1, 3)):
         parts = [[only(clients, batch) for batch in step] for step in batches(3)]
-        own = train_local(model, chunked.take(clients), parts, phase, optim, first_step=0)
-        for ours, theirs in zip(own, together, strict=True):
+        own = train_local(model, chunked.take(clients), parts, phase, optim, at_step(len(range(CLIENTS)[clients])))
+        for ours, theirs in zip(own[:2], together[:2], strict=True):
             torch.testing.assert_close(ours, theirs[clients], rtol=0, atol=1e-12)
     for name, x in (chunked.adapters | chunked.moments).items():
         torch.testing.assert_close(x, (whole.adapters | whole.moments)[name], rtol=0, atol=1e-12)
@@ -341,10 +343,11 @@ def test_a_chunk_is_trained_in_the_memory_of_the_whole_stack() -> None:
 def test_micro_batches_of_a_step_add_up_whoevers_rows_they_hold() -> None:
     optim = Optim(adamw(), lambda step: 0.1, 0.5, "never")
     model, whole = start_of(Linear(), optim.optimizer)
-    phase, cut = Phase(0, frozenset("AB"), frozenset("AB")), whole.clone()
-    expected = train_local(model, whole, batches(3), phase, optim, first_step=0)
+    phase, cut = Phase(frozenset("AB"), frozenset("AB")), whole.clone()
+    expected = train_local(model, whole, batches(3), phase, optim, at_step(whole.clients))
     parts = [[rows_at(batch, torch.tensor(at)) for at in ROWS] for (batch,) in batches(3)]
-    for ours, theirs in zip(train_local(model, cut, parts, phase, optim, first_step=0), expected, strict=True):
+    found = train_local(model, cut, parts, phase, optim, at_step(cut.clients))
+    for ours, theirs in zip(found[:2], expected[:2], strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     for name, x in (cut.adapters | cut.moments).items():
         torch.testing.assert_close(x, (whole.adapters | whole.moments)[name], rtol=0, atol=1e-12)
@@ -362,7 +365,9 @@ def rows_at(batch: Batch, rows: Tensor) -> Batch:
 def test_no_steps_come_to_nothing() -> None:
     optim = Optim(sgd(), lambda step: 0.1, 0.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
-    loss, grad_norm = train_local(model, state, [], Phase(0, frozenset("B"), frozenset("B")), optim, first_step=0)
+    loss, grad_norm, _ = train_local(
+        model, state, [], Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients, 0)
+    )
     assert loss.tolist() == grad_norm.tolist() == [0.0] * CLIENTS
 
 
@@ -378,12 +383,12 @@ def only(clients: slice, batch: Batch) -> Batch:
 def test_a_start_that_clients_share_is_never_trained_before_it_is_cloned(optimizer: Optimizer) -> None:
     model, _ = start_of(Linear(), optimizer)
     adapters = init_adapters(model, CLIENTS, 0)
-    shared = State(adapters, optimizer.init(adapters), 0)
+    shared = starting(adapters, optimizer.init(adapters))
     for name, x in (shared.adapters | shared.moments).items():
         assert x.untyped_storage().nbytes() * CLIENTS == x.numel() * x.element_size() or name.startswith("steps.")
     optim = Optim(optimizer, lambda step: 0.1, 0.0, "never")
     with pytest.raises(RuntimeError, match="single memory location"):
-        train_local(model, shared, batches(1), Phase(0, frozenset("B"), frozenset("B")), optim, first_step=0)
+        train_local(model, shared, batches(1), Phase(frozenset("B"), frozenset("B")), optim, at_step(shared.clients))
 
 
 def test_steps_are_counted_from_the_runs_start() -> None:
@@ -395,7 +400,7 @@ def test_steps_are_counted_from_the_runs_start() -> None:
 
     optim = Optim(sgd(), rate, 0.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
-    train_local(model, state, batches(3), Phase(7, frozenset("B"), frozenset("B")), optim, first_step=21)
+    train_local(model, state, batches(3), Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients, 21))
     assert asked == [21, 22, 23]
 
 
@@ -403,21 +408,23 @@ def test_a_base_that_draws_from_the_global_generator_is_refused() -> None:
     optim = Optim(sgd(), lambda step: 0.1, 0.0, "never")
     model, state = start_of(Linear(draws=True), optim.optimizer)
     with pytest.raises(ModelError, match=r"use model\.dropout=false"):
-        train_local(model, state, batches(1), Phase(0, frozenset("B"), frozenset("B")), optim, first_step=0)
+        train_local(model, state, batches(1), Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients))
 
 
 def test_training_that_diverges_stops_with_a_hint() -> None:
     optim = Optim(sgd(), lambda step: 1e200, 0.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
     with pytest.raises(ModelError, match=r"no longer finite after round 0; lower training\.learning_rate"):
-        train_local(model, state, batches(4, 1e200), Phase(0, frozenset("AB"), frozenset("AB")), optim, first_step=0)
+        train_local(
+            model, state, batches(4, 1e200), Phase(frozenset("AB"), frozenset("AB")), optim, at_step(state.clients, 0)
+        )
 
 
 def test_an_adapter_that_the_last_step_spoils_is_seen_before_a_loss_says_so() -> None:
     optim = Optim(sgd(), lambda step: math.inf, 0.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
     with pytest.raises(DivergedError, match="after round 0"):
-        train_local(model, state, batches(1), Phase(0, frozenset("B"), frozenset("B")), optim, first_step=0)
+        train_local(model, state, batches(1), Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients))
 
 
 def test_adamw_in_float32_takes_the_steps_of_torch_from_the_first() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from playing import starting
 from run_directories import CLIENTS, assert_same_bits, everything, in_threads, no_room, part, share, state
 
 from peertune.errors import RunError
@@ -164,9 +165,9 @@ def test_a_run_with_nothing_but_damaged_checkpoints_is_refused(run: Path) -> Non
     ("like", "complaint"),
     [
         (state(0, r=4), r"enc\.q\.A is \(3, 2, 6\) where the recipe makes \(3, 4, 6\)"),
-        (State(state(0).adapters, {}, 0), r"is \(.*\) where the recipe makes None"),
+        (starting(state(0).adapters, {}), r"is \(.*\) where the recipe makes None"),
         (
-            State(state(0).adapters | {"x.A": torch.zeros(3, 1)}, state(0).moments, 0),
+            starting(state(0).adapters | {"x.A": torch.zeros(3, 1)}, state(0).moments),
             r"x\.A is None where the recipe makes \(3, 1\)",
         ),
     ],

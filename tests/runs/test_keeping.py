@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from playing import starting
 
 from peertune.errors import RunError
 from peertune.rounds.record import RoundRecord
@@ -18,7 +19,7 @@ from peertune.types import Group, State
 
 
 def state(round: int) -> State:
-    return State({"q.A": torch.full((2, 3, 500), float(round))}, {}, round)
+    return starting({"q.A": torch.full((2, 3, 500), float(round))}, round=round)
 
 
 def record(round: int) -> RoundRecord:

@@ -16,8 +16,9 @@ from wires import GONE, Failed, Said, Script, called
 
 from peertune.files import write_file
 from peertune.identity.membership import Membership
+from peertune.method import Phase
 from peertune.topology import Fault
-from peertune.types import Phase, Tensors
+from peertune.types import Tensors
 from peertune.wire import answering, calling, meeting
 from peertune.wire.codec import encode
 from peertune.wire.edge import Edge
@@ -190,7 +191,7 @@ def test_what_the_called_end_will_not_mix_is_refused_and_the_edge_over(
     federation: Federation, pool: ThreadPoolExecutor
 ) -> None:
     swapper = peer(federation)
-    going = offering(swapper, 0, [2], pool, (), lambda client, tensors: f"{client} is odd: {len(tensors)}")
+    going = offering(swapper, 0, [2], pool, lambda client, tensors: f"{client} is odd: {len(tensors)}")
     answers = list(called(swapper, 2, hello(0), *whole(2), HAVE))
     assert answers[-1].verdict == Verdict(outcome=Verdict.REFUSED, reason="2 is odd: 2", round=0)
     assert going.result(LONG_S) == {}
@@ -238,7 +239,7 @@ def test_who_only_tries_is_greeted_and_called_back_where_it_asks_for_that(federa
 
 def test_a_peer_says_what_it_does(federation: Federation, pool: ThreadPoolExecutor) -> None:
     swapper = peer(federation)
-    phase = Phase(3, frozenset({"B"}), frozenset({"A", "B"}))
+    phase = Phase(frozenset({"B"}), frozenset({"A", "B"}))
     assert swapper.progress() == Progress("starting", 0, 0, None)
     swapper.enter(3, phase)
     for step in (1, 2):
@@ -415,7 +416,7 @@ def test_what_a_caller_will_not_mix_it_refuses_and_a_fault_of_this_end_costs_the
         caplog.clear()
         swapper = peer(federation)
         script = Script(swapper, [hello(0), *PAYLOAD, verdict(Verdict.REFUSED, reason="so be it")])
-        assert swapper.swap(0, payload(0), [1], (), check) == {}
+        assert swapper.swap(0, payload(0), [1], check) == {}
         assert said(caplog, logging.WARNING, logging.ERROR) == [line]
         (call,) = script.calls
         assert [part.verdict for part in call.sent if part.WhichOneof("part") == "verdict"] == ([sent] if sent else [])

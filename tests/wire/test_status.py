@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from peertune.errors import RunError
 from peertune.files import locked
 from peertune.identity.membership import Membership
-from peertune.types import Phase
+from peertune.method import Phase
 from peertune.wire.node import METHOD, PROTOCOL
 from peertune.wire.peer_pb2 import Chunk, Hello
 from peertune.wire.prometheus import served
@@ -29,7 +29,7 @@ from peertune.wire.swap import Swapper
 from peertune.wire.tls import secure_channel
 
 AGREED = {"rounds": "5"}
-PHASE = Phase(3, frozenset({"B"}), frozenset({"A", "B"}))
+PHASE = Phase(frozenset({"B"}), frozenset({"A", "B"}))
 
 
 @pytest.fixture(scope="module")

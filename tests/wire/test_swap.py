@@ -330,14 +330,16 @@ def test_what_one_end_refuses_to_mix_fails_at_both_ends_at_once(
     def check(client: int, tensors: Tensors) -> str:
         return why if same(tensors, payload(client)) else ""
 
+    def take(client: int, tensors: Tensors) -> str:
+        return ""
+
     with peers(made, [0]) as swappers, ThreadPoolExecutor(2) as pool:
         swappers[1] = Swapper(Membership(made.peer(1), made.roster), AGREED, patience_s=LONG_S)
         if not silent:
             swappers[1].start(made.address(1))
         begin = time.monotonic()
         going = [
-            pool.submit(swappers[k].swap, 0, payload(k), [1 - k], (), *([check] if k == refusing else []))
-            for k in range(2)
+            pool.submit(swappers[k].swap, 0, payload(k), [1 - k], check if k == refusing else take) for k in range(2)
         ]
         assert [one.result(LONG_S) for one in going] == [{}, {}]
         assert time.monotonic() - begin < LONG_S / 2, "nobody waits for what is settled"

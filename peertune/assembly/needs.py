@@ -1,0 +1,46 @@
+"""What a method or a modifier needs of a recipe, and what is to be done where the recipe has something else."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from peertune.errors import RecipeError
+from peertune.method import Algorithm
+from peertune.recipe import Recipe
+from peertune.topology import Graph
+
+_ROUNDS = 100  # that are looked at for what is sent
+
+
+class Need(NamedTuple):
+    """A need: whether a recipe meets it, and what would."""
+
+    met: Callable[[Recipe, Graph, Algorithm], bool]
+    instead: str
+
+
+def _sends_both(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
+    sent = {algorithm.phase(t).send & {"A", "B"} for t in range(min(recipe.rounds, _ROUNDS))}
+    return sent <= {frozenset(), frozenset({"A", "B"})}
+
+
+def _static(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
+    return graph.activation == 1 and graph.period == 1 and not recipe.faults
+
+
+NEEDS: Mapping[str, Need] = {
+    "both factors": Need(_sends_both, "choose an algorithm that sends A and B in every round"),
+    "head": Need(lambda recipe, graph, algorithm: recipe.head == "trained", "give head=trained"),
+    "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
+    "static graph": Need(_static, "give a graph whose edges stay, graph.activation=1 and no faults"),
+}
+"""What `needs` of a method's values may hold."""
+
+
+def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
+    """Raise RecipeError, in one line, for the first need that a recipe doesn't meet."""
+    names = " with ".join([recipe.algorithm.name, *(modifier.name for modifier in recipe.modifiers)])
+    for name in sorted(algorithm.needs):
+        if name not in NEEDS:
+            raise RecipeError(f"algorithm: {names} needs {name!r}, which nobody knows; choose from {', '.join(NEEDS)}")
+        if not NEEDS[name].met(recipe, graph, algorithm):
+            raise RecipeError(f"algorithm: {names} needs {name}; {NEEDS[name].instead}")

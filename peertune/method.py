@@ -1,0 +1,189 @@
+"""What a method is: four small values that share a memory.
+
+A **schedule** says which kinds train and travel, a **local** what a local step follows, a **message** what is sent and
+how it is read, a **mixer** what becomes of what was heard. Each is a few pure functions; `Algorithm` holds one of each.
+A *modifier* is a function from one of the four to the same kind, so its place is its type: `half(message)`.
+
+**Memory** is what clients keep beside their adapters, tensors `[K, …]` by client. All four see all of it. A name is
+`<owner>.<name>`. Its owner makes it in `init`, and returns it from any of its functions where it changes. What is kept
+by edge is `[K, D, …]`, with the neighbours' numbers in another tensor. An engine deals memory among processes, keeps it
+in checkpoints, and gives it to peers, without knowing what it means.
+
+A call is for the K clients of `at`, a whole run's or one peer's. A client's result depends on its own row and on what
+it heard, never on who else is in the call.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from peertune.types import Tensors, select
+
+Memory = Tensors
+"""`<owner>.<name>` → `[K, …]`."""
+
+
+class Phase(NamedTuple):
+    """What one round does."""
+
+    train: frozenset[str]  # kinds that get gradients
+    send: frozenset[str]  # kinds on the wire; the others stay bit for bit
+
+
+class At(NamedTuple):
+    """Where each client stands; every keyed draw is made from this. All of it is on the CPU."""
+
+    clients: Tensor  # [K] int64, their numbers
+    round: Tensor  # [K] int64, each client's own; equal where rounds are synchronous
+    step: Tensor  # [K] int64, local steps since the run's start
+    heard: Tensor | None = None  # [H] int64, who was heard, where something was
+
+
+def standing(clients: Sequence[int], rounds: Tensor, local_steps: int = 1) -> At:
+    """Return where the `clients [K]` stand at the beginning of these `rounds [K]`."""
+    return At(torch.tensor(clients, dtype=torch.int64), rounds, rounds * local_steps)
+
+
+class Gradient(Protocol):
+    """The gradient of one local step, at any adapters, of each client's mean loss over its rows."""
+
+    rows: Tensor  # [b] int64, whose each of the step's rows is: a place among the K
+
+    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
+        """Return the gradients `[K, …]` of the kinds that train; with `weights [b]`, each row counts so many times."""
+        ...
+
+    def norms(self, adapters: Tensors) -> Tensor:
+        """Return the norm `[b]` of what each row adds to its client's gradient."""
+        ...
+
+
+def nothing(adapters: Tensors, at: At) -> Memory:
+    """Keep nothing beside the adapters."""
+    return {}
+
+
+def descent(
+    gradient: Gradient, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
+) -> tuple[Tensors, Memory]:
+    """Follow the gradient."""
+    return gradient(adapters), {}
+
+
+def stay(start: Tensors, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+    """Leave the adapters as local steps left them."""
+    return {}, {}
+
+
+def adapters_as_they_are(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+    """Send the kinds that the phase sends."""
+    return select(adapters, phase.send), {}
+
+
+def plain_weights(
+    own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+) -> tuple[Tensor, Memory]:
+    """Take the graph's weights."""
+    return weights, {}
+
+
+class Schedule(NamedTuple):
+    """Which kinds each client trains and sends.
+
+    `phases(memory, at)` returns K phases. One that depends on memory has an `init`; one without is a function of the
+    round alone, and `Algorithm.phase` has it. Clients may disagree on what trains, and must agree on what is sent.
+    """
+
+    phases: Callable[[Memory, At], list[Phase]]
+    init: Callable[[Tensors, At], Memory] = nothing
+    needs: frozenset[str] = frozenset()
+
+
+class Local(NamedTuple):
+    """What local steps follow.
+
+    `gradients(gradient, adapters, start, memory, at, phase)` returns what a step follows, and is called at each; kinds
+    that it leaves out aren't stepped. It may call `gradient` several times: a run's loss is that of the first call.
+    `end(start, adapters, memory, at, phase)` is called after the last step and returns adapters that change. `start` is
+    what the round began with, of the kinds that train, where `keeps_start` asks for a copy, and {} elsewhere.
+    """
+
+    gradients: Callable[[Gradient, Tensors, Tensors, Memory, At, Phase], tuple[Tensors, Memory]] = descent
+    end: Callable[[Tensors, Tensors, Memory, At, Phase], tuple[Tensors, Memory]] = stay
+    keeps_start: bool = False
+    init: Callable[[Tensors, At], Memory] = nothing
+    needs: frozenset[str] = frozenset()
+
+
+class Message(NamedTuple):
+    """What is sent, and how it is read.
+
+    `send(adapters, memory, at, phase)` returns tensors `[K, …]`: under an adapter's name what stands for it, and
+    anything else that a mixer's `weigh` wants. A phase that sends no kind sends nothing.
+    `read(like, heard)` returns the tensors `[H, …]` that a mixer gets, of as many senders as `heard` has; `like` are
+    adapters of the receiver's shapes and types.
+    `layout(own, client, phase)` returns what a client sends, `[1, …]` on the meta device, if that has other shapes or
+    types than `own`, what the receiver sends. Receivers hold every byte that comes against it.
+    `settle(memory, weights, at, phase)` is told over which edges the round counted, by non-zero `weights [K, H]`, at
+    both of their ends alike. So what an edge that failed has lost can be sent again.
+    `sound(heard)` tells of each sender, `[H]`, whether an honest client may have sent this.
+    If reading what was sent isn't `exact`, differences are mixed: see `peertune.rounds.round`.
+    """
+
+    send: Callable[[Tensors, Memory, At, Phase], tuple[Tensors, Memory]] = adapters_as_they_are
+    read: Callable[[Tensors, Tensors], Tensors] | None = None
+    layout: Callable[[Tensors, int, Phase], Tensors] | None = None
+    settle: Callable[[Memory, Tensor, At, Phase], Memory] | None = None
+    sound: Callable[[Tensors], Tensor] | None = None
+    exact: bool = True
+    init: Callable[[Tensors, At], Memory] = nothing
+    needs: frozenset[str] = frozenset()
+
+
+Weights = Tensor | Mapping[str, Tensor]
+"""`[R, H]`, dense or sparse: row i holds what receiver i takes of each that was heard, its own among them. One for all
+sites, or one by site."""
+
+
+class Mixer(NamedTuple):
+    """What becomes of what was heard.
+
+    `weigh(own, heard, weights, memory, at, phase)` sees whole adapters `[K, …]` and `[H, …]` and returns the weights to
+    mix with, those of the graph or others. Where only memory is to change, this is the place.
+    `receive(own, heard, weights, memory, at, phase)` is called for one site at a time and returns its new adapters;
+    `heard` holds the kinds that were sent, and all others come back as the very tensors of `own`.
+    """
+
+    receive: Callable[[Tensors, Tensors, Tensor, Memory, At, Phase], tuple[Tensors, Memory]]
+    weigh: Callable[[Tensors, Tensors, Tensor, Memory, At, Phase], tuple[Weights, Memory]] = plain_weights
+    init: Callable[[Tensors, At], Memory] = nothing
+    needs: frozenset[str] = frozenset()
+
+
+class Algorithm(NamedTuple):
+    """A method. `settings` are the arguments that made it, with everything automatic resolved."""
+
+    schedule: Schedule
+    mixer: Mixer
+    local: Local = Local()  # which can't be changed
+    message: Message = Message()
+    settings: Mapping[str, object] = {}  # which nobody writes to
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a recipe must have for it: keys of `peertune.assembly.needs.NEEDS`."""
+        return frozenset().union(*(part.needs for part in self[:4]))
+
+    def init(self, adapters: Tensors, at: At) -> Memory:
+        """Return what clients with these adapters `[K, …]` remember where they begin."""
+        made = [part.init(adapters, at) for part in self[:4]]
+        memory = {name: x for part in made for name, x in part.items()}
+        assert len(memory) == sum(map(len, made)), "a name of memory has one owner"
+        return memory
+
+    def phase(self, round: int) -> Phase:
+        """Return the phase of a client that has heard nothing."""
+        at = standing([0], torch.tensor([round]))
+        return self.schedule.phases(self.schedule.init({}, at), at)[0]

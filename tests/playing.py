@@ -1,0 +1,89 @@
+"""States to begin from, and rounds without training, as an engine makes them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peertune.method import Algorithm, At, Mixer, Phase, standing
+from peertune.rounds.record import Evaluation
+from peertune.rounds.round import Heard, Job, run_round
+from peertune.rounds.training import Optim, sgd
+from peertune.topology import GRAPHS
+from peertune.types import State, Tensors, take
+
+
+def starting(adapters: Tensors, moments: Tensors | None = None, round: int = 0, **memory: Tensor) -> State:
+    """Return the state of clients with these adapters before a round."""
+    clients = len(next(iter(adapters.values()))) if adapters else 1
+    return State(adapters, {} if moments is None else moments, torch.full((clients,), round), memory)
+
+
+def at_step(clients: int, step: int = 0) -> At:
+    """Return where the first so many clients stand before a local step."""
+    return standing(range(clients), torch.full((clients,), step))
+
+
+BOTH = Phase(frozenset({"A", "B", "head"}), frozenset({"A", "B", "head"}))
+
+
+def received(mixer: Mixer, own: Tensors, heard: Tensors, weights: Tensor, round: int = 0) -> Tensors:
+    """Return what a mixer that remembers nothing makes of all sites at once, in a round that sends everything."""
+    clients = len(next(iter(own.values())))
+    mixed, memory = mixer.receive(own, heard, weights, {}, at_step(clients, round), BOTH)
+    assert not memory
+    return mixed
+
+
+def begun(algorithm: Algorithm, adapters: Tensors, round: int = 0, clients: Sequence[int] | None = None) -> State:
+    """Return the state of clients that begin with these adapters."""
+    state = starting(adapters, round=round)
+    state.remember(algorithm.init(adapters, standing(clients or range(state.clients), state.rounds)))
+    return state
+
+
+def played(algorithm: Algorithm, state: State, weights: Tensor) -> State:
+    """Return what a round without local steps leaves of a state in which all hear all, by `weights [K, K]`."""
+    clients = range(state.clients)
+
+    def exchange(payload: Tensors, *_: Any) -> Heard:
+        return Heard(job.read(payload), weights, clients, [])
+
+    job = _job(algorithm, state, clients)
+    after, _ = run_round(job, state.clone(), clients, state.round, exchange)
+    return after
+
+
+def played_alone(algorithm: Algorithm, state: State, weights: Tensor, client: int, reverse: bool = False) -> State:
+    """Return what such a round leaves of one client, which gets its closed neighbourhood's messages and its own row."""
+    at = standing(range(state.clients), state.rounds)
+    phase = algorithm.schedule.phases(state.memory, at)[client]
+    sent, _ = algorithm.message.send(state.adapters, state.memory, at, phase)
+    near = sorted({client, *weights.to_dense()[client].nonzero()[:, 0].tolist()})
+
+    def exchange(payload: Tensors, *_: Any) -> Heard:
+        told = take(sent, torch.tensor(near))
+        return Heard(job.read(told), weights.to_dense()[client : client + 1, near], near, [])
+
+    job = _job(algorithm, state, [client])
+    after, _ = run_round(job, state.take(torch.tensor([client])), [client], state.round, exchange)
+    return after
+
+
+def _job(algorithm: Algorithm, state: State, clients: Sequence[int]) -> Job:
+    unused: Any = None
+    return Job(
+        model=unused,
+        graph=GRAPHS["complete"](clients=max(clients) + 1, activation=1.0),
+        algorithm=algorithm,
+        optim=Optim(sgd(), lambda step: 0.1, 0.0, "never"),
+        steps=lambda clients, t: iter(()),
+        evaluate=lambda adapters: Evaluation("accuracy", [], None, 1, []),
+        state=state,
+        clients=clients,
+        rounds=state.round + 2,
+        local_steps=1,
+        evaluate_every=1000,  # never
+        clients_per_pass=2,
+    )
