@@ -18,10 +18,13 @@ from peertune.method import standing
 from peertune.rounds.training import train_local
 
 ROOT = Path(__file__).parents[1]
-SST2 = ROOT.parent / "shared/data/glue/sst2"
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.json"))
 
-needs_sst2 = pytest.mark.skipif(not SST2.is_dir(), reason="no SST-2 beside the repository")
+
+@pytest.fixture
+def sst2(little_glue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A little of SST-2, where the benchmarks look for it."""
+    monkeypatch.setenv("SST2", str(little_glue / "sst2"))
 
 
 def test_a_figure_is_the_median_with_its_spread_and_knows_whether_its_target_is_met() -> None:
@@ -58,10 +61,9 @@ def test_the_docs_quote_the_figures_that_were_measured(path: Path) -> None:
     assert {"cpu", "cores", "threads", "torch"} <= set(results["machine"])
 
 
-@needs_sst2
+@pytest.mark.usefixtures("sst2")
 @pytest.mark.thorough
 def test_the_benchmark_of_many_clients_and_processes_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SST2", str(SST2))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     figures = {found.name: found for found in cluster.run(repeats=1, sizes=(9, 12), shared=[(9, 1, 2)])}
     assert figures["a client's step of 2 rows, 12 clients"].value > 0
@@ -117,14 +119,10 @@ def test_the_benchmark_of_language_models_checks_and_measures(tmp_path: Path) ->
     assert ours.note == "320 tokens a step"
 
 
-@needs_sst2
+@pytest.mark.usefixtures("sst2")
 @pytest.mark.thorough
 class TestStep:
     """The comparison, on a tiny base."""
-
-    @pytest.fixture(autouse=True)
-    def _sst2(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("SST2", str(SST2))
 
     @pytest.fixture
     def settings(self, tmp_path: Path) -> list[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from conftest import Call
-from pyarrow import parquet
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
@@ -66,16 +65,6 @@ def minilm() -> str:
     if found is None or found.origin is None:
         pytest.skip("needs the development extra")
     return str(Path(found.origin).parent / "model")
-
-
-@pytest.fixture(scope="session")
-def little_glue(glue_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first rows of each GLUE task: tokenising all of them for each command would take minutes."""
-    folder = tmp_path_factory.mktemp("glue")
-    for file in glue_path.glob("*/*.parquet"):
-        (folder / file.parent.name).mkdir(exist_ok=True)
-        parquet.write_table(parquet.read_table(file).slice(0, 600), folder / file.parent.name / file.name)
-    return folder
 
 
 def pages_with(language: str) -> list[Path]:

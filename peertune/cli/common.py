@@ -1,5 +1,6 @@
 """What the commands share."""
 
+import gc
 import json
 import logging
 import os
@@ -50,6 +51,16 @@ def messages() -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import what takes seconds without looking for garbage: a tenth of the time, since all of it stays."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def environment() -> dict[str, Any]:

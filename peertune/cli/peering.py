@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peertune.cli.common import AsJson, Overrides, interruptible, messages
+from peertune.cli.common import AsJson, Overrides, importing, interruptible, messages
 from peertune.cli.federation import need_seats, peer_app
 from peertune.cli.running import begin, check_same, keeper, print_summary, train
 from peertune.errors import Exit, RecipeError, RunError
@@ -83,16 +83,17 @@ def start(
     if (recipe is None) == (resume is None):
         raise RunError("peer start: give --recipe with --out; a resumed run has its own recipe")
     with interruptible(), messages(), ExitStack() as held:
-        from peertune.assembly.build import agreed
-        from peertune.engines.peer import ended, neighbours, run_peer
-        from peertune.files import locked
-        from peertune.identity.incarnation import next_incarnation
-        from peertune.identity.membership import Membership
-        from peertune.runs import directory, records
-        from peertune.wire.limits import raise_open_files
-        from peertune.wire.prometheus import served
-        from peertune.wire.status import kept, known_before, standing
-        from peertune.wire.swap import Swapper
+        with importing():
+            from peertune.assembly.build import agreed
+            from peertune.engines.peer import ended, neighbours, run_peer
+            from peertune.files import locked
+            from peertune.identity.incarnation import next_incarnation
+            from peertune.identity.membership import Membership
+            from peertune.runs import directory, records
+            from peertune.wire.limits import raise_open_files
+            from peertune.wire.prometheus import served
+            from peertune.wire.status import kept, known_before, standing
+            from peertune.wire.swap import Swapper
 
         raise_open_files()
         membership = Membership(folder, roster, ca_fingerprint)

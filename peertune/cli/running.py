@@ -15,6 +15,7 @@ from peertune.cli.common import (
     asked_to_stop,
     duration,
     environment,
+    importing,
     interruptible,
     leads,
     messages,
@@ -94,9 +95,11 @@ def run(
     if resume is None and out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")):
         raise RunError("run: give an --out, which torchrun's next start goes on with")
     with interruptible(), messages():
-        from peertune.engines.distributed import joined, run_cluster
-        from peertune.engines.simulator import simulate
-        from peertune.runs import directory
+        with importing():
+            import peertune.assembly.build  # noqa: F401  # which `_built` takes
+            from peertune.engines.distributed import joined, run_cluster
+            from peertune.engines.simulator import simulate
+            from peertune.runs import directory
 
         with joined(rendezvous_s) as group:
             if out is not None and _again(out, group):

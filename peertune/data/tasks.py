@@ -1,14 +1,13 @@
 """Tasks: what is learnt, and from which rows.
 
-A task comes from the Hugging Face hub, from a local folder or, for `digits`, from scikit-learn itself (see `sources`).
+A task comes from the Hugging Face hub, from a local folder or, for `digits`, with this package (see `sources`).
 `TASKS` names the factories; a factory's signature is its schema in a recipe.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
+from peertune.data.digits import digits
 from peertune.data.images import images
 from peertune.data.labels import Classes, number_labels
 from peertune.data.language import instructions, label_words
@@ -16,7 +15,7 @@ from peertune.data.scores import OF_CLASS, OF_VALUES, Metric, read_metric
 from peertune.data.sources import named_source, open_source, read_splits
 from peertune.data.tables import MissingCells
 from peertune.errors import DataError, unknown
-from peertune.types import Split, Task
+from peertune.types import Task
 
 
 class _Glue(NamedTuple):
@@ -124,29 +123,6 @@ def text(
     return Task(name, tuple(inputs), found.classes, train, held_out, found.metric, of=found.of)
 
 
-def digits() -> Task:
-    """Tell the handwritten digits 5 to 9 apart: 896 images of 8 x 8 grey levels that come with scikit-learn.
-
-    `pixel_values` is float32 `[N, 1, 8, 8]` in [-1, 1], and class 0 is the digit 5. A fifth of each class, always the
-    same rows, is for validation.
-    """
-    from sklearn.model_selection import train_test_split
-
-    rows = _digits(5, 9)
-    parts = train_test_split(np.arange(len(rows)), test_size=0.2, stratify=rows.labels, random_state=0)
-    pixels = np.asarray(rows.columns["pixel_values"])
-    train, validation = (Split({"pixel_values": pixels[part]}, rows.labels[part]) for part in map(np.sort, parts))
-    return Task("digits", ("pixel_values",), tuple("56789"), train, validation, "accuracy")
-
-
-def public_digits() -> Split:
-    """Return the handwritten digits 0 to 4, as `digits` has the others.
-
-    No client ever holds them: they are what a small base model can be trained on before it is adapted.
-    """
-    return _digits(0, 4)
-
-
 TASKS: dict[str, Callable[..., Task]] = {
     "digits": digits,
     "glue": glue,
@@ -166,12 +142,3 @@ def hub_settings(task: str) -> tuple[str, ...]:
             return ("id", "config", "revision", "image", "label")
         case _:
             return ("id", "config", "revision")
-
-
-def _digits(first: int, last: int) -> Split:
-    from sklearn.datasets import load_digits
-
-    levels, labels = load_digits(return_X_y=True)  # [N, 64] of 0 … 16, [N]
-    kept = (labels >= first) & (labels <= last)
-    pixels = (levels[kept] / 8 - 1).astype(np.float32).reshape(-1, 1, 8, 8)
-    return Split({"pixel_values": pixels}, (labels[kept] - first).astype(np.int64))

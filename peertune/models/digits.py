@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from peertune.data.tasks import public_digits
+from peertune.data.digits import public_digits
 
 
 def train(steps: int = 400) -> Any:

@@ -8,8 +8,10 @@ import pytest
 from sklearn.metrics import f1_score
 from tabular import FORMATS, write
 
+from peertune.data import digits
+from peertune.data.digits import public_digits
 from peertune.data.scores import JUDGES, METRICS, OF_LANGUAGE, scorer
-from peertune.data.tasks import TASKS, glue, public_digits, text
+from peertune.data.tasks import TASKS, glue, text
 from peertune.errors import DataError
 from peertune.types import Task
 
@@ -131,7 +133,13 @@ def test_digits_are_images_that_the_public_digits_share_nothing_with() -> None:
         np.bincount(task.train.labels) + np.bincount(task.validation.labels)
     )
     assert shares == pytest.approx(0.2, abs=0.01)
-    assert np.array_equal(TASKS["digits"]().train.labels, task.train.labels)
+
+
+def test_the_digits_are_those_of_scikit_learn_which_draws_for_validation(tmp_path: Path) -> None:
+    digits.write(tmp_path / "digits.npz")
+    with np.load(tmp_path / "digits.npz") as written, np.load(Path(digits.__file__).with_name("digits.npz")) as kept:
+        assert set(written) == set(kept) == {"levels", "labels", "parts"}
+        assert all(np.array_equal(written[name], kept[name]) for name in kept)
 
 
 def test_metrics_of_a_small_example() -> None:

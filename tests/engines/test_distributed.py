@@ -36,7 +36,8 @@ RECIPES |= {
     "always": [*SMALL, "graph.activation=1.0"],
     "changing": [*SMALL, "clients=8", "graph={name: exponential}"],
     "ring": [*SMALL, "graph={name: ring, activation: 0.7}", "training.reset_optimizer=phase"],
-    "pairs": [*SMALL, "graph={name: matching, probability: 0.6}", "head=frozen"],
+    # with an interval given: to estimate rho of such a graph takes each process longer than all its rounds
+    "pairs": [*SMALL, "graph={name: matching, probability: 0.6}", "algorithm.switch_every=2", "head=frozen"],
     "many": [*SMALL, "clients=70", "graph={name: ring}", "rounds=2", "training.per_device_train_batch_size=1"],
     **{name: [*SMALL, "graph.activation=1.0", "rounds=2"] for name in SPOILT},
     **{f"faults {name}": [*SMALL, f"algorithm={{name: {name}}}", f"faults={FAULTS}"] for name in ("decaf", "adf_lora")},

@@ -34,9 +34,10 @@ SMALL = (
     "lora={r: 3, lora_alpha: 6, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}",
     "partition={name: iid}",
     "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 3}",
-    "evaluate={every: 3, rows: 10}",
+    "evaluate={every: 100, rows: 1}",
     "network.patience_s=60",
 )
+ONE_STEP = "training.local_steps=1"  # as much as a test of edges needs
 
 
 def recipe(peers: int, dtype: str, *more: str) -> list[str]:
@@ -95,7 +96,7 @@ def test_four_peers_end_with_the_simulators_adapters_for_every_method_and_in_flo
 
 
 def test_eight_peers_end_with_the_simulators_adapters_for_every_method(tmp_path: Path) -> None:
-    recipes = {method: recipe(8, "float64", f"algorithm={{name: {method}}}") for method in ALGORITHMS}
+    recipes = {method: recipe(8, "float64", f"algorithm={{name: {method}}}", ONE_STEP) for method in ALGORITHMS}
     for method, played in play(found(tmp_path, 8), recipes).items():
         assert_same(recipes[method], played, 1e-12)
 
@@ -132,7 +133,12 @@ FAULTS["all"] = [*FAULTS["edge"], *FAULTS["down"], "{slow: 1, rounds: [4, 4], de
 def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federation) -> None:
     recipes = {
         f"{fault} {method}": recipe(
-            4, "float64", f"algorithm={{name: {method}}}", "graph.activation=1.0", f"faults=[{', '.join(planned)}]"
+            4,
+            "float64",
+            f"algorithm={{name: {method}}}",
+            ONE_STEP,
+            "graph.activation=1.0",
+            f"faults=[{', '.join(planned)}]",
         )
         for fault, planned in FAULTS.items()
         for method in (ALGORITHMS if fault == "all" else ["decaf"])

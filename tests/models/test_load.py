@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoToke
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.assembly.build import build
-from peertune.data.tasks import public_digits
+from peertune.data.digits import public_digits
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
 from peertune.method import Phase
