@@ -23,7 +23,7 @@ from seeing import COLOURS, save_images, save_vit
 from peertune.assembly.registry import part_defaults
 from peertune.recipe import block_defaults
 from peertune.report.runs import find_runs
-from peertune.runs import records
+from peertune.runs import checkpoints, records
 from peertune.runs.directory import FORMAT
 from peertune.wire.node import PROTOCOL
 
@@ -88,6 +88,17 @@ def test_a_simulation_of_every_format_is_resumed(number: int, old: Path, peertun
     code, _, err = peertune("run", "--resume", old / "simulation")
     assert code == 0, err
     assert_done_again(old / "simulation", before)
+
+
+def test_reports_that_stand_as_nan_in_format_1_are_told_apart_by_what_is_known() -> None:
+    state = checkpoints.load(KEPT / "1" / "simulation")
+    assert state is not None
+    assert state.rounds.tolist() == [3, 3, 3]
+    known, reports = state.memory["adaptive.known"], state.memory["adaptive.reports"]
+    assert known[:, 1].all()  # the second of two rounds of reporting is behind them
+    assert not known[:, 0].any()
+    assert reports[:, 1].abs().sum() > 0
+    assert not reports[:, 0].any()
 
 
 @each_format

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations, islice
+from itertools import chain, combinations, islice
 
 import torch
 
@@ -33,7 +33,7 @@ class Trial:
     evaluation_s: float  # one client's
     memory_bytes: int  # the most that was held while training some clients
     client_bytes: int  # what each client takes beyond that
-    sent_bytes: Mapping[frozenset[str], int]  # what a client sends to a neighbour, by the kinds that its phase sends
+    sent_bytes: Mapping[str, int]  # what a client sends to a neighbour, by the kinds that its phase sends: "A B"
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,14 @@ def trial(recipe: Recipe) -> Trial:
     )
 
 
-def _sent_bytes(algorithm: Algorithm, one: State) -> dict[frozenset[str], int]:
+def _sent_bytes(algorithm: Algorithm, one: State) -> dict[str, int]:
     """Return how large a client's message is, by the kinds that its phase sends."""
     kinds = sorted({kind(name) for name in one.adapters})
-    chosen = [frozenset(some) for size in range(1, len(kinds) + 1) for some in combinations(kinds, size)]
-    phases, at = [Phase(send, send) for send in chosen], standing([0], one.rounds)
-    sent = (algorithm.message.send(one.adapters, one.memory, at, phase)[0] for phase in phases)
-    return dict(zip(chosen, map(payload_bytes, sent), strict=True)) | {frozenset(): 0}
+    at, found = standing([0], one.rounds), {"": 0}
+    for some in chain.from_iterable(combinations(kinds, size) for size in range(1, len(kinds) + 1)):
+        phase = Phase(frozenset(some), frozenset(some))
+        found[" ".join(some)] = payload_bytes(algorithm.message.send(one.adapters, one.memory, at, phase)[0])
+    return found
 
 
 def estimate(recipe: Recipe, measured: Trial) -> Estimate:
@@ -92,9 +93,9 @@ def estimate(recipe: Recipe, measured: Trial) -> Estimate:
     """
     graph = build_graph(recipe)
     algorithm = build_algorithm(recipe, graph)
-    sent, kinds = 0, frozenset[str]().union(*measured.sent_bytes)
+    sent, kinds = 0, {kind for some in measured.sent_bytes for kind in some.split()}
     for t in range(recipe.rounds):
-        each = measured.sent_bytes[algorithm.phase(t).send & kinds]
+        each = measured.sent_bytes[" ".join(sorted(algorithm.phase(t).send & kinds))]
         sent += 2 * len(active_edges(graph, t)) * each if each else 0
     evaluations = -(-recipe.rounds // recipe.evaluate.every)
     steps = recipe.rounds * recipe.training.local_steps
