@@ -39,10 +39,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def even(folder: Path, tmp_path: Path) -> Path:
-    """A folder whose batches are all of one size: planning goes through one of them instead of three."""
+def little(folder: Path, tmp_path: Path) -> Recipe:
+    """A recipe that is planned in little time: one site a layer, and batches of one size instead of three."""
     (tmp_path / "llama").symlink_to(folder / "llama")
-    return rows_of(tmp_path, lengths=1)
+    recipe = recipe_of(rows_of(tmp_path, lengths=1))
+    return plans._with(recipe, "lora.target_modules", ["q_proj"])
 
 
 def recipe_of(folder: Path, base: str = "llama", **training: Any) -> Recipe:
@@ -154,30 +155,28 @@ def own_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_bytes")
-def test_what_does_not_fit_is_refused_with_what_would(even: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(even)
-    whole = plan(recipe)
+def test_what_does_not_fit_is_refused_with_what_would(little: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = plan(little)
     there = whole.total - whole.activations // 4
     monkeypatch.setattr(plans, "available_bytes", lambda _: there)
     with pytest.raises(RunError, match=r"memory: .* are needed and cpu has .*; give .*gradient_checkpointing=true \("):
-        check_fits(recipe, plan(recipe))
+        check_fits(little, plan(little))
     monkeypatch.setattr(plans, "available_bytes", lambda _: 1000)
     with pytest.raises(RunError, match="give a smaller base, or another device"):
-        check_fits(recipe, plan(recipe))
+        check_fits(little, plan(little))
 
 
 @pytest.mark.usefixtures("own_bytes")
-def test_advice_is_true(even: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = recipe_of(even)
-    whole = plan(recipe)
+def test_advice_is_true(little: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = plan(little)
     there = int(0.45 * whole.total)
     monkeypatch.setattr(plans, "available_bytes", lambda _: there)
     with pytest.raises(RunError) as caught:
-        check_fits(recipe, plan(recipe))
+        check_fits(little, plan(little))
     advice = str(caught.value).partition("; give ")[2]
     assert advice, caught.value
     for alternative in advice.split(" or "):
-        tried = recipe
+        tried = little
         for setting in alternative.rpartition(" (")[0].split():
             key, _, value = setting.partition("=")
             tried = plans._with(tried, key, {"true": True}.get(value, int(value) if value.isdigit() else value))

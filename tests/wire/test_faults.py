@@ -147,7 +147,7 @@ def assert_whole(group: Peers, client: int, rounds: int) -> None:
 
 
 def test_fifty_kills_at_random_moments_stop_nobody_and_damage_nothing(tmp_path: Path) -> None:
-    rounds, kills = 400, 50
+    rounds, kills = 250, 50
     draw = random.Random(0)
     with peers(found(tmp_path, 4), f"rounds={rounds}", "network.patience_s=20") as group:
         group.start(*range(4))
@@ -156,7 +156,9 @@ def test_fifty_kills_at_random_moments_stop_nobody_and_damage_nothing(tmp_path: 
         for _ in range(kills):
             victim = draw.randrange(4)
             before = group.kept(victim)
-            time.sleep(draw.uniform(0, 0.3))  # a random moment of its round, of mixing, of writing
+            # A random moment of its round, of mixing, of writing: within two rounds, since a fast machine makes many.
+            took = sum(group.records(victim)[-1]["seconds"].values())
+            time.sleep(draw.uniform(0, min(0.3, 2 * took)))
             group.kill(victim)
             state = checkpoints.load(group.run(victim))
             assert state is not None
