@@ -4,10 +4,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NoReturn
 
+import pytest
+from parties import Federation
+from swapping import AGREED, LONG_S, payload
+
 from peertune.identity.keys import Identity
+from peertune.identity.membership import Membership
 from peertune.identity.roster import Member
+from peertune.wire.codec import encode
 from peertune.wire.node import METHOD, Node, SeatError, nobody
-from peertune.wire.peer_pb2 import Chunk
+from peertune.wire.peer_pb2 import Chunk, Verdict
 from peertune.wire.rpc import grpc
 from peertune.wire.swap import Swapper
 
@@ -118,3 +124,35 @@ class Call:
     @cached_property
     def sent(self) -> list[Chunk]:
         return [part if isinstance(part, Chunk) else Chunk(data=bytes(part)) for part in self._sent]
+
+
+started: list[Swapper] = []
+"""All peers that `peer` has made."""
+
+
+def peer(made: Federation, client: int = 0, patience_s: float = LONG_S, **options: Any) -> Swapper:
+    membership = Membership(made.folder / f"peer-{client}", made.folder / "roster.yaml")
+    started.append(Swapper(membership, AGREED, patience_s=patience_s, **{"insecure": True} | options))
+    return started[-1]
+
+
+def whole(client: int, round: int = 0) -> list[Chunk]:
+    """A payload in its parts."""
+    data = encode(payload(client, round))
+    return [Chunk(total=len(data)), Chunk(data=data[:500]), Chunk(data=data[500:])]
+
+
+def verdict(outcome: "Verdict.Outcome", **other: Any) -> Chunk:
+    return Chunk(verdict=Verdict(outcome=outcome, **other))
+
+
+HAVE, COUNTED = verdict(Verdict.HAVE), verdict(Verdict.COUNTED)
+
+
+def kinds(parts: list[Chunk]) -> list[str]:
+    found = [str(part.WhichOneof("part")) for part in parts]
+    return [kind for place, kind in enumerate(found) if kind != "data" or found[place - 1] != "data"]
+
+
+def said(caplog: pytest.LogCaptureFixture, *levels: int) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno in levels]

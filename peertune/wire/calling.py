@@ -229,8 +229,10 @@ class _Call:
         if self._why:
             self._over = True
             return
-        self._do(Edge.told, verdict.outcome)
-        if verdict.outcome == Verdict.REFUSED:
+        refuses = verdict.outcome == Verdict.REFUSED
+        if not (refuses and self._purpose == Hello.SETTLE):  # who has no dealings with this end settles nothing
+            self._do(Edge.told, verdict.outcome)
+        if refuses:
             raise UnusableError(f"refuses ({line(verdict.reason)})")
         if verdict.outcome == Verdict.PASSED:
             self._node.saw(self._client, verdict.round)
