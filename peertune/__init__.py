@@ -11,20 +11,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peertune.assembly.build import build
-    from peertune.data.partition import PARTITIONS
+    from peertune.data.partition import PARTITIONS, Partition
     from peertune.data.tasks import TASKS
     from peertune.engines.simulator import simulate
     from peertune.errors import PeertuneError
+    from peertune.method import Algorithm, At, Local, Memory, Message, Mixer, Phase, Schedule
     from peertune.methods.catalogue import ALGORITHMS
+    from peertune.methods.modifiers import MODIFIERS
     from peertune.recipe import load_recipe
-    from peertune.topology import GRAPHS
+    from peertune.topology import GRAPHS, Graph
+    from peertune.types import Split, Task, Tensors
 
 __all__ = [
     "ALGORITHMS",
     "GRAPHS",
+    "MODIFIERS",
     "PARTITIONS",
     "TASKS",
+    "Algorithm",
+    "At",
+    "Graph",
+    "Local",
+    "Memory",
+    "Message",
+    "Mixer",
+    "Partition",
     "PeertuneError",
+    "Phase",
+    "Schedule",
+    "Split",
+    "Task",
+    "Tensors",
     "build",
     "load_recipe",
     "simulate",
@@ -32,10 +49,24 @@ __all__ = [
 
 _HOMES = {
     "ALGORITHMS": "peertune.methods.catalogue",
+    "Algorithm": "peertune.method",
+    "At": "peertune.method",
     "GRAPHS": "peertune.topology",
+    "Graph": "peertune.topology",
+    "Local": "peertune.method",
+    "MODIFIERS": "peertune.methods.modifiers",
+    "Memory": "peertune.method",
+    "Message": "peertune.method",
+    "Mixer": "peertune.method",
     "PARTITIONS": "peertune.data.partition",
+    "Partition": "peertune.data.partition",
     "PeertuneError": "peertune.errors",
+    "Phase": "peertune.method",
+    "Schedule": "peertune.method",
+    "Split": "peertune.types",
     "TASKS": "peertune.data.tasks",
+    "Task": "peertune.types",
+    "Tensors": "peertune.types",
     "build": "peertune.assembly.build",
     "load_recipe": "peertune.recipe",
     "simulate": "peertune.engines.simulator",

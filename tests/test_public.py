@@ -6,7 +6,12 @@ import pytest
 
 import peertune
 
-NAMES = ["ALGORITHMS", "GRAPHS", "PARTITIONS", "TASKS", "PeertuneError", "build", "load_recipe", "simulate"]
+NAMES = [
+    *("ALGORITHMS", "GRAPHS", "MODIFIERS", "PARTITIONS", "TASKS"),
+    *("Algorithm", "At", "Graph", "Local", "Memory", "Message", "Mixer", "Partition", "PeertuneError", "Phase"),
+    *("Schedule", "Split", "Task", "Tensors"),
+    *("build", "load_recipe", "simulate"),
+]
 
 
 def test_the_public_names_are_these_constants_then_classes_then_functions_each_sorted() -> None:

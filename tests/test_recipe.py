@@ -186,7 +186,7 @@ def test_an_argument_of_a_part_is_taken_as_it_is_or_refused() -> None:
     def part(size: int, share: float = 0.5, names: list[str] | dict[int | str, str] | None = None) -> None: ...
 
     def given(**settings: Any) -> dict[str, Any]:
-        return arguments({"part": part}, Part(name="part", **settings), "block", ())
+        return arguments(part, Part(name="part", **settings), "block", ())
 
     assert given(size=3) == {"size": 3, "share": 0.5, "names": None}
     for wrong in ({"size": "3"}, {"size": 3.0}, {"size": True}, {"size": 3, "share": "0.1"}, {"size": 3, "names": [1]}):
@@ -197,6 +197,16 @@ def test_an_argument_of_a_part_is_taken_as_it_is_or_refused() -> None:
             RecipeError, match=r"^block\.names: input should be a valid string, not False; put it in quo"
         ):
             given(size=3, names=names)
+
+    def other(size) -> None: ...  # type: ignore[no-untyped-def]
+
+    class Thing: ...
+
+    def odd(thing: Thing) -> None: ...
+
+    assert arguments(other, Part(name="other", size=[1]), "block", ())["size"] == [1], "of no type, so of any"
+    with pytest.raises(RecipeError, match=r"^block\.thing: odd takes a <class '.*Thing'>, which no recipe can give$"):
+        arguments(odd, Part(name="odd", thing=1), "block", ())
     with pytest.raises(RecipeError, match=r"block\.size: is missing, part needs it"):
         given()
     with pytest.raises(RecipeError, match=r"block\.sise: unknown key 'sise', did you mean size\? \(part takes names, "):

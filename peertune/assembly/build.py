@@ -21,6 +21,7 @@ from peertune.assembly.registry import (
     beyond_defaults,
     build_parts,
     describe_graph,
+    from_outside,
     label_counts,
     resolved_parts,
 )
@@ -59,7 +60,8 @@ class Run:
     def facts(self) -> dict[str, Any]:
         """What follows from the recipe: the graph's rho and T*, who holds what, numbers of parameters."""
         adapters = self.job.state.adapters
-        return {
+        plugins = from_outside(self.resolved)
+        return ({"plugins": plugins} if plugins else {}) | {
             "task": dict(self.asked),
             "graph": describe_graph(self.job.graph),
             "partition": {"labels": list(self.labels) or ["rows"], "rows": self.held},
@@ -196,12 +198,14 @@ def agreed(run: Run) -> dict[str, str]:
 
 
 def _unusual(run: Run) -> dict[str, str]:
-    """Return what peers must agree on where it isn't as in every run: a bound, modifiers, what travels."""
+    """Return what peers must agree on where it isn't as in every run: bound, modifiers, other code, what travels."""
     recipe, job = run.resolved, run.job
     found = {} if recipe.network.bound else {"bound": "off"}
     if recipe.modifiers:
         changed = [beyond_defaults("modifiers", part) for part in recipe.modifiers]
         found["modifiers"] = json.dumps(changed, sort_keys=True)
+    if plugins := from_outside(recipe, "algorithm", "graph", "modifiers"):
+        found["plugins"] = json.dumps(plugins, sort_keys=True)
     one, everything = job.state.take(slice(0, 1)), frozenset(map(kind, job.state.adapters))
     at, phase = standing(job.clients[:1], one.rounds), Phase(everything, everything)
     sent, _ = job.algorithm.message.send(one.adapters, one.memory, at, phase)

@@ -5,7 +5,7 @@ They are made without a base model, so that a graph or a partition can be looked
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peertune.assembly.needs import check_needs
-from peertune.data.partition import PARTITIONS, counts
+from peertune.assembly.plugins import Found, Table, find
+from peertune.data.partition import PARTITIONS, Partition, counts
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
-from peertune.method import Algorithm
+from peertune.method import Algorithm, Local, Message, Mixer, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import MODIFIERS
 from peertune.methods.schedules import switching_interval
@@ -27,15 +28,15 @@ from peertune.types import ALONE, Group, Split, Task
 
 log = logging.getLogger(__name__)
 
-_VALUES = ("schedule", "local", "message", "mixer")
-_TABLES: dict[str, tuple[Mapping[str, Callable[..., Any]], tuple[str, ...]]] = {
-    "task": (TASKS, ("seed", "missing_cells")),
-    "partition": (PARTITIONS, ("missing_cells",)),
-    "graph": (GRAPHS, ("clients", "seed")),
-    "algorithm": (ALGORITHMS, ("rho", "clients", "seed")),
-    "modifiers": (MODIFIERS, _VALUES),
+_VALUES = {"Schedule": Schedule, "Local": Local, "Message": Message, "Mixer": Mixer}
+_TABLES = {
+    "task": Table("task", TASKS, ("seed", "missing_cells"), {"Task": Task}),
+    "partition": Table("partition", PARTITIONS, ("missing_cells",), {"Partition": Partition}),
+    "graph": Table("graph", GRAPHS, ("clients", "seed"), {"Graph": Graph}),
+    "algorithm": Table("algorithm", ALGORITHMS, ("rho", "clients", "seed"), {"Algorithm": Algorithm}),
+    "modifiers": Table("modifier", MODIFIERS, tuple(map(str.lower, _VALUES)), _VALUES),
 }
-"""Block of a recipe → its table, and the parameters that the program supplies."""
+"""Block of a recipe → what it may name."""
 
 
 class Parts(NamedTuple):
@@ -75,13 +76,21 @@ def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:
     """Make the recipe's graph, or what is known of it where only one client's neighbourhood is."""
     if known is None:
         graph: Graph = _make("graph", recipe.graph, clients=recipe.clients, seed=recipe.seed)
+        if graph.clients != recipe.clients:
+            raise RecipeError(f"graph: {recipe.graph.name} made one of {graph.clients} clients, not {recipe.clients}")
         return graph
     settings = _complete(recipe)["graph"].settings
     return graph_near(known, seed=recipe.seed, activation=settings["activation"], weights=settings["weights"])
 
 
 def graph_settings(recipe: Recipe) -> dict[str, Any]:
-    """Return what the recipe says of its graph beyond defaults: all from which it follows but files' contents."""
+    """Return what the recipe says of its graph beyond defaults: all from which it follows but files and code.
+
+    Raises RecipeError for a graph that one who is told its edges could not make, for lack of a setting.
+    """
+    for needed in ("activation", "weights"):
+        if not takes("graph", recipe.graph.name, needed):
+            raise RecipeError(f"graph: {recipe.graph.name} takes no {needed}, which own rosters need; use one for all")
     return {**beyond_defaults("graph", recipe.graph), "clients": recipe.clients, "seed": recipe.seed}
 
 
@@ -95,10 +104,21 @@ def beyond_defaults(where: str, part: Part) -> dict[str, Any]:
 
 
 def part_defaults(where: str, name: str) -> dict[str, Any]:
-    """Return the defaults of a part's settings; {} of a name that is none."""
-    table, given = _TABLES[where]
-    parameters = inspect.signature(table[name]).parameters.values() if name in table else ()
+    """Return the defaults of a part's settings. Raises RecipeError for a name that is none."""
+    parameters = inspect.signature(_found(where, name).factory).parameters.values()
+    given = _TABLES[where].given
     return {p.name: p.default for p in parameters if p.name not in given and p.default is not p.empty}
+
+
+def takes(where: str, name: str, setting: str) -> bool:
+    """Return whether a part has this setting. Raises RecipeError for a name that is none."""
+    return setting in inspect.signature(_found(where, name).factory).parameters
+
+
+def from_outside(recipe: Recipe, *blocks: str) -> dict[str, Mapping[str, str]]:
+    """Return which code the parts are whose names are from outside, by block; of these blocks, or of all."""
+    named = _chosen(recipe, blocks or _TABLES)
+    return {where: origin for block, where, part in named if (origin := _found(block, part.name, where).origin)}
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -123,9 +143,11 @@ def build_algorithm(recipe: Recipe, graph: Graph, of: Callable[[Graph], float] =
     given: dict[str, Any] = {"rho": partial(of, graph), "clients": recipe.clients, "seed": recipe.seed}
     algorithm: Algorithm = _make("algorithm", recipe.algorithm, **given)
     for place, part in enumerate(recipe.modifiers):
-        values: dict[str, Any] = {name: getattr(algorithm, name) for name in _VALUES}
+        values: dict[str, Any] = {name: getattr(algorithm, name) for name in _TABLES["modifiers"].given}
         changed = _make("modifiers", part, f"modifiers[{place}]", **values)
         (field,) = (name for name, x in values.items() if type(x) is type(changed))
+        if not takes("modifiers", part.name, field):
+            raise RecipeError(f"modifiers[{place}]: {part.name} returns a {field} and takes no parameter {field}")
         algorithm = algorithm._replace(**{field: changed})
     check_needs(recipe, graph, algorithm)
     return algorithm
@@ -185,28 +207,43 @@ def check_parts(recipe: Recipe) -> None:
 
 def resolved_parts(recipe: Recipe, algorithm: Algorithm) -> dict[str, Any]:
     """Return the parts with every default written out, and what is automatic as it came out for this algorithm."""
-    return _complete(recipe) | {"algorithm": Part(name=recipe.algorithm.name, **algorithm.settings)}
+    named = {**recipe.algorithm.settings, **algorithm.settings}
+    return _complete(recipe) | {"algorithm": Part(name=recipe.algorithm.name, **named)}
+
+
+def _found(block: str, name: str, where: str = "") -> Found:
+    return find(_TABLES[block], name, where or block)
+
+
+def _chosen(recipe: Recipe, blocks: Iterable[str]) -> Iterator[tuple[str, str, Part]]:
+    """Yield the parts of these blocks: block, where it stands, and the part."""
+    for block in blocks:
+        chosen = getattr(recipe, block)
+        if isinstance(chosen, Part):
+            yield block, block, chosen
+            continue
+        for place, part in enumerate(chosen):
+            yield block, f"{block}[{place}]", part
 
 
 def _complete(recipe: Recipe) -> dict[str, Any]:
     """Return the parts of the recipe, by block, with every default written out."""
-
-    def whole(block: str, part: Part, where: str) -> Part:
-        table, supplied = _TABLES[block]
-        return Part(name=part.name, **arguments(table, part, where, supplied))
-
-    chosen = {block: getattr(recipe, block) for block in _TABLES}
-    return {
-        block: whole(block, part, block)
-        if isinstance(part, Part)
-        else [whole(block, one, f"{block}[{place}]") for place, one in enumerate(part)]
-        for block, part in chosen.items()
-    }
+    whole: dict[str, Any] = {"modifiers": []}
+    for block, where, part in _chosen(recipe, _TABLES):
+        factory = _found(block, part.name, where).factory
+        made = Part(name=part.name, **arguments(factory, part, where, _TABLES[block].given))
+        whole[block] = [*whole[block], made] if block in whole else made
+    return whole
 
 
 def _make(block: str, part: Part, where: str = "", **given: Any) -> Any:
     """Call the factory of the part's name with the recipe's settings, and what it asks for of `given`."""
-    table, supplied = _TABLES[block]
-    settings = arguments(table, part, where or block, supplied)
-    asked = inspect.signature(table[part.name]).parameters
-    return table[part.name](**settings, **{name: value for name, value in given.items() if name in asked})
+    table, where = _TABLES[block], where or block
+    factory = _found(block, part.name, where).factory
+    settings = arguments(factory, part, where, table.given)
+    asked = inspect.signature(factory).parameters
+    made = factory(**settings, **{name: value for name, value in given.items() if name in asked})
+    types = tuple(wanted for wanted in table.made.values() if isinstance(wanted, type))
+    if types and not isinstance(made, types):
+        raise RecipeError(f"{where}: {part.name} made a {type(made).__name__}, which is no {' or '.join(table.made)}")
+    return made

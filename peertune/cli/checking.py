@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peertune.cli.common import AsJson, Overrides, duration, interruptible, messages, print_json
+from peertune.cli.common import AsJson, Overrides, Plugins, duration, interruptible, messages, print_json
 from peertune.cli.federation import peer_app
 from peertune.cli.peering import (
     CAFingerprint,
@@ -116,6 +116,7 @@ def doctor(
     resume: Annotated[Path | None, typer.Option(help="Compare the run in this directory.")] = None,
     listen: Listen = None,
     insecure_loopback: Insecure = False,
+    plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Check what a peer needs: who it is, whether neighbours are reached and reach it, whether all run the same.

@@ -24,6 +24,25 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to set, such as graph.activation=0.02 seed=1."),
 ]
+
+
+def _allow(modules: list[str] | None) -> None:
+    from peertune.assembly import plugins
+
+    plugins.allow(modules or [])
+
+
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE",
+        help="Let the recipe run this module's code, as MODULE:FUNCTION for a name; may be repeated.",
+        callback=_allow,
+        expose_value=False,
+    ),
+]
+"""An option that does its work as it is read; `peertune.assembly.plugins` has what it said."""
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, for machines.")]
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peertune.cli.common import AsJson, Overrides, RecipeName, environment, messages, print_json
+from peertune.cli.common import AsJson, Overrides, Plugins, RecipeName, environment, messages, print_json
 
 
 def recipes(
@@ -39,6 +39,7 @@ def graph(
     recipe: RecipeName,
     overrides: Overrides = None,
     png: Annotated[Path | None, typer.Option(help="Draw the graph into this file.")] = None,
+    plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Describe a recipe's graph: rho, spectral gap, T*, neighbours per round.
@@ -78,7 +79,7 @@ def graph(
         print(f"picture                          {png}")
 
 
-def data(recipe: RecipeName, overrides: Overrides = None, as_json: AsJson = False) -> None:
+def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None, as_json: AsJson = False) -> None:
     """Show a recipe's partition: how many rows of each label every client holds.
 
     Example:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peertune.cli.common import AsJson, Overrides, messages, print_json, progress
+from peertune.cli.common import AsJson, Overrides, Plugins, messages, print_json, progress
 from peertune.errors import IdentityError, RecipeError
 
 if TYPE_CHECKING:
@@ -242,6 +242,7 @@ def roster(
         int,
         typer.Option("--serial-above", min=0, help="Of a CA restored from a copy: the highest serial that a peer has."),
     ] = 0,
+    plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Issue the roster: all members with their certificates, signed by the CA. Hand it to every peer.

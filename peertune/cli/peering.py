@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peertune.cli.common import AsJson, Overrides, importing, interruptible, messages
+from peertune.cli.common import AsJson, Overrides, Plugins, importing, interruptible, messages
 from peertune.cli.federation import need_seats, peer_app
 from peertune.cli.running import begin, check_same, keeper, print_summary, train
 from peertune.errors import Exit, RecipeError, RunError
@@ -65,6 +65,7 @@ def start(
         int | None, typer.Option(min=1, max=65535, help="Serve Prometheus metrics at this port, on 127.0.0.1 only.")
     ] = None,
     insecure_loopback: Insecure = False,
+    plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Train on this party's own rows, and swap adapters with the neighbours that the recipe's graph gives it.
@@ -228,7 +229,8 @@ def _check_graph(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise RecipeError where the roster is for another graph than the recipe's, and say in what."""
     from peertune.assembly.registry import part_defaults
 
-    there, here = (part_defaults("graph", str(said.get("name"))) | dict(said) for said in (there, here))
+    defaults = part_defaults("graph", here["name"]) if here["name"] == there.get("name") else {}
+    there, here = (defaults | dict(said) for said in (there, here))
     differ = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
     if differ:
         asked, issued = (", ".join(f"{key} {said[key]}" for key in differ if key in said) for said in (here, there))
@@ -240,13 +242,11 @@ def _check_graph(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
 
 def _with_data(recipe: "Recipe", data: Path) -> "Recipe":
     """Return the recipe with this party's rows in the place of the task's."""
-    import inspect
+    from peertune.assembly.registry import takes
+    from peertune.data.tasks import hub_settings
 
-    from peertune.data.tasks import TASKS, hub_settings
-
-    task = TASKS.get(recipe.task.name)
-    if task is not None and "path" not in inspect.signature(task).parameters:
-        raise RecipeError(f"--data: the task {recipe.task.name} is built in and reads no files; leave --data out")
+    if not takes("task", recipe.task.name, "path"):
+        raise RecipeError(f"--data: the task {recipe.task.name} takes no path, so it reads no files; leave --data out")
     own = dict.fromkeys(recipe.task.settings.keys() & hub_settings(recipe.task.name)) | {"path": str(data)}
     return recipe.model_copy(update={"task": recipe.task.model_copy(update=own)})
 

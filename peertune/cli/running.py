@@ -1,5 +1,6 @@
 """The command `run`."""
 
+import logging
 import os
 import shlex
 import sys
@@ -12,6 +13,7 @@ import typer
 from peertune.cli.common import (
     AsJson,
     Overrides,
+    Plugins,
     asked_to_stop,
     duration,
     environment,
@@ -25,6 +27,8 @@ from peertune.cli.common import (
     versions,
 )
 from peertune.errors import Exit, RunError
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -62,6 +66,7 @@ def run(
             "--dry-run", help="Plan the memory, try a few steps, say what the run would take, and write nothing."
         ),
     ] = False,
+    plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe: train all clients, keep checkpoints, write their adapters.
@@ -97,6 +102,7 @@ def run(
     with interruptible(), messages():
         with importing():
             import peertune.assembly.build  # noqa: F401  # which `_built` takes
+            from peertune.assembly import plugins
             from peertune.engines.distributed import joined, run_cluster
             from peertune.engines.simulator import simulate
             from peertune.runs import directory
@@ -110,21 +116,25 @@ def run(
                 assert recipe is not None
                 folder, run = _begun(out, recipe, overrides or [], group)
             with directory.locked(folder) if group.rank == 0 else nullcontext():
-                there = f" --workers {group.size}" if group.size > 1 else ""
+                there = [*(["--workers", str(group.size)] if group.size > 1 else []), *plugins.options()]
                 engine = simulate if group.size == 1 else run_cluster
-                train(run, folder, engine, f"peertune run --resume {folder}{there}", keeper(run, folder))
+                train(
+                    run, folder, engine, " ".join(["peertune run --resume", str(folder), *there]), keeper(run, folder)
+                )
     if leads():
         print_summary(folder, as_json)
 
 
 def _launch(workers: int, words: list[str], out: Path | None, resume: Path | None, as_json: bool) -> NoReturn:
     """Start the same in so many processes, and end as they do."""
+    from peertune.assembly import plugins
     from peertune.engines.distributed import launch
 
     if "RANK" in os.environ:
         raise RunError("--workers: torchrun started this process and its like already; leave it out")
     options = {"--out": out, "--resume": resume}
     given = [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    given += plugins.options()
     sys.exit(launch(workers, ["run", *words, *given, *(["--json"] if as_json else [])]))
 
 
@@ -173,6 +183,7 @@ def _begun(out: Path | None, recipe: str, overrides: list[str], group: "Group") 
 def _built(recipe: "Recipe", group: "Group") -> "Run":
     """Make the part of this process in a run, once it is sure that all processes make parts of the same."""
     from peertune.assembly.build import agreed, build
+    from peertune.assembly.registry import from_outside
     from peertune.engines.distributed import check_alike, check_devices, share
 
     if group.size == 1:
@@ -180,7 +191,7 @@ def _built(recipe: "Recipe", group: "Group") -> "Run":
     check_alike(group, versions() | recipe.model_dump(mode="json"))
     check_devices(recipe.device, group)
     run = build(recipe, share(recipe.clients, group), group=group)
-    check_alike(group, run.resolved.model_dump(mode="json") | agreed(run))
+    check_alike(group, run.resolved.model_dump(mode="json") | agreed(run) | {"plugins": from_outside(recipe)})
     return run
 
 
@@ -241,10 +252,11 @@ def _print_plan(planned: "Plan") -> None:
 
 def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[str], **facts: object) -> None:
     """Make the run directory."""
+    from peertune.assembly import plugins
     from peertune.recipe import as_yaml, recipe_text
     from peertune.runs import directory
 
-    asked = " ".join(shlex.join([recipe, *overrides]).split())  # on one line, whatever was typed
+    asked = " ".join(shlex.join([recipe, *overrides, *plugins.options()]).split())  # on one line, whatever was typed
     directory.create(
         folder,
         recipe=f"# asked for: peertune {command} {asked}\n{recipe_text(recipe)}",
@@ -343,9 +355,14 @@ def _free(folder: Path) -> Path:
 
 
 def check_same(resolved: "Recipe", folder: Path) -> None:
-    """Refuse to resume a run with another recipe than its own."""
+    """Refuse to resume a run with another recipe than its own; warn of other code."""
+    from peertune.assembly.registry import from_outside
     from peertune.recipe import load_recipe
+    from peertune.runs import directory
 
+    was, now = directory.plugins(folder), from_outside(resolved)
+    for block in (block for block in now if now[block] != was.get(block)):
+        log.warning("%s: the code of %s is another than the run began with: %s", folder, block, dict(now[block]))
     before = load_recipe(folder / "resolved.yaml").model_dump(mode="json")
     for block, value in resolved.model_dump(mode="json").items():
         if value != before[block]:

@@ -11,6 +11,7 @@ import typer
 
 from peertune.cli.common import (
     AsJson,
+    Plugins,
     RecipeName,
     asked_to_stop,
     duration,
@@ -70,6 +71,7 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs and what they would take, and write nothing.")
     ] = False,
+    plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe with all combinations of settings, each in a directory of its own.
@@ -173,6 +175,7 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
     if not as_json:
         print(_LINE.format("run", "time", "MiB", "MB sent", "", width=width).rstrip())
 
+    from peertune.assembly import plugins
     from peertune.planning.trial import Trial, cost_key, estimate
     from peertune.sweeps.grid import finished
     from peertune.sweeps.launch import COMMAND, last_words
@@ -184,7 +187,7 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
             show(number, f"trying {member.name}")
             key = cost_key(member.recipe)
             if key not in trials:
-                words = ["run", recipe, *member.overrides, "--dry-run", "--json"]
+                words = ["run", recipe, *member.overrides, "--dry-run", "--json", *plugins.options()]
                 tried = subprocess.run([*COMMAND, *words], capture_output=True)
                 if tried.returncode:
                     why = last_words(tried.stderr, f"ended with exit code {tried.returncode}")

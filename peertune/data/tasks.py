@@ -140,5 +140,7 @@ def hub_settings(task: str) -> tuple[str, ...]:
             return ("revision",)
         case "images":
             return ("id", "config", "revision", "image", "label")
-        case _:
+        case "instructions" | "label_words" | "text":
             return ("id", "config", "revision")
+        case _:
+            return ()

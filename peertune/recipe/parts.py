@@ -1,25 +1,22 @@
 """Parts chosen by name: their arguments, held against the signature of the factory of that name."""
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
-from peertune.errors import RecipeError, unknown
+from peertune.errors import RecipeError
 from peertune.recipe.hints import unknown_key
 from peertune.recipe.schema import Part
 
 
-def arguments(table: Mapping[str, Callable[..., Any]], part: Part, where: str, given: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of `table[part.name]` that the recipe sets or leaves at their defaults.
+def arguments(factory: Callable[..., Any], part: Part, where: str, given: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of the factory of `part.name` that the recipe sets or leaves at their defaults.
 
-    `given` are the parameters that the program supplies, which are no settings. Raises RecipeError for an unknown name,
-    an unknown, missing or wrongly typed argument.
+    `given` are the parameters that the program supplies, which are no settings. Raises RecipeError for an unknown,
+    missing or wrongly typed argument; one without a type may be anything.
     """
-    if part.name not in table:
-        raise RecipeError(unknown(f"{where}.name", part.name, table))
-    factory = table[part.name]
     hints = get_type_hints(factory)
     parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name not in given}
     for key in part.settings:
@@ -38,7 +35,9 @@ def arguments(table: Mapping[str, Callable[..., Any]], part: Part, where: str, g
             values[name] = parameter.default
             continue
         try:
-            values[name] = TypeAdapter(hints[name]).validate_python(part.settings[name], strict=True)
+            values[name] = TypeAdapter(hints.get(name, Any)).validate_python(part.settings[name], strict=True)
+        except PydanticUserError:
+            raise RecipeError(f"{where}.{name}: {part.name} takes a {hints[name]}, which no recipe can give") from None
         except ValidationError as error:
             first = max(error.errors(), key=lambda complaint: len(complaint["loc"]))  # of what came nearest
             said = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"

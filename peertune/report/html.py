@@ -110,7 +110,7 @@ def _facts(run: RunData) -> str:
         "federation": peers[0]["federation"] if peers else None,
         "peer": f"{peers[0]['name']}, client {peers[0]['client']}" if len(peers) == 1 else None,
         "peers": f"{len(peers)} of {values.get('clients')} put together" if len(peers) > 1 else None,
-        "graph": f"{values.get('graph.name')}, p = {values.get('graph.activation')}",
+        "graph": f"{values.get('graph.name')}, p = {values.get('graph.activation', graph.get('activation'))}",
         "rho": _rounded(graph.get("rho")),
         "T*": graph.get("switching_interval"),
         "rounds": f"{len(run.records)} of {values.get('rounds')}",

@@ -139,6 +139,12 @@ def peer(run: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def plugins(run: Path) -> dict[str, Any]:
+    """Return which code the run was begun with that is not peertune's, by block of the recipe."""
+    found = _facts(run).get("plugins", {})
+    return found if isinstance(found, dict) else {}
+
+
 def purpose(run: Path) -> str:
     """Return what the run's models are for, in the hub's words. Raises RunError where the run does not say it."""
     try:

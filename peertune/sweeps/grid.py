@@ -14,6 +14,7 @@ from pathlib import Path
 
 import yaml
 
+from peertune.assembly import plugins
 from peertune.assembly.registry import check_parts
 from peertune.errors import RecipeError
 from peertune.recipe import Recipe, flat, load_recipe
@@ -152,7 +153,7 @@ def run_members(
         if other := conflict(place, member.recipe):
             progress.failed[member.name] = other
         else:
-            tasks[member.name] = Command((str(recipe), *member.overrides), place)
+            tasks[member.name] = Command((str(recipe), *member.overrides), place, (*plugins.options(),))
     if not tasks:
         return
     with closing(launcher(tasks, stopping)) as looks:

@@ -73,11 +73,12 @@ class Command:
 
     words: tuple[str, ...]  # of `peertune run` at its beginning: recipe and overrides
     folder: Path  # its run directory
+    options: tuple[str, ...] = ()  # of it whenever it starts
 
     def now(self) -> list[str]:
         """Return what to start now."""
         words = ("--resume",) if self.folder.is_dir() else (*self.words, "--out")
-        return [*COMMAND, "run", *words, str(self.folder)]
+        return [*COMMAND, "run", *self.options, *words, str(self.folder)]
 
 
 class Queued(NamedTuple):
