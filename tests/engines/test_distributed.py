@@ -31,8 +31,10 @@ SMALL = (
 DOWN = "{down: 4, rounds: [0, 1]}, {down: 3, rounds: [1, 1]}, {down: 0, rounds: [2, 2]}"
 FAULTS = f"[{{edge: [0, 1], rounds: [1, 2]}}, {DOWN}]"
 RECIPES = {method: [*SMALL, f"algorithm={{name: {method}}}"] for method in ALGORITHMS}
+ADAPTIVE = "algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}"
 RECIPES |= {
-    "adaptive": [*SMALL, "algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}", "rounds=9"],
+    "adaptive": [*SMALL, ADAPTIVE, "rounds=9"],
+    "half": [*SMALL, ADAPTIVE, "modifiers=[{name: half}]"],
     "always": [*SMALL, "graph.activation=1.0"],
     "changing": [*SMALL, "clients=8", "graph={name: exponential}"],
     "ring": [*SMALL, "graph={name: ring, activation: 0.7}", "training.reset_optimizer=phase"],

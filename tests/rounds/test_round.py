@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from playing import at_step, starting
+from playing import at_step, begun, played, starting
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.errors import DivergedError
-from peertune.method import Algorithm, At, Memory, Message, Mixer, Phase, Schedule
+from peertune.method import Algorithm, At, Memory, Message, Mixer, Phase, Schedule, standing
 from peertune.methods.schedules import alternating, both, by_round, silent
 from peertune.rounds.bounds import NEAR, Bound, Refusal
 from peertune.rounds.record import Evaluation, RoundRecord
@@ -26,6 +26,7 @@ from peertune.rounds.round import (
     Heard,
     Job,
     Refuse,
+    _train,
     as_weights,
     exchanged,
     run_round,
@@ -450,6 +451,70 @@ def test_clients_train_what_they_agreed_on_by_memory_that_travels_in_every_round
         for client in (k for k in range(CLIENTS) if trained[k] == of):
             for name, x in adapters(record).items():
                 torch.testing.assert_close(x[client], expected[name][client], rtol=0, atol=1e-12)
+
+
+def test_a_message_is_settled_by_the_edges_that_counted_and_what_failed_is_sent_again() -> None:
+    """Memory by edge: what a client still owes each neighbour, of a ring's two, as error feedback would."""
+    near = torch.tensor([[(k - 1) % CLIENTS, (k + 1) % CLIENTS] for k in range(CLIENTS)])
+
+    def init(adapters: Tensors, at: At) -> Memory:
+        return {"me.near": near[at.clients], "me.owed": torch.zeros(len(at.clients), 2)}
+
+    def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+        return select(adapters, phase.send), {"me.owed": memory["me.owed"] + 1}
+
+    def settle(memory: Memory, weights: Tensor, at: At, phase: Phase) -> Memory:
+        assert at.heard is not None
+        places = torch.searchsorted(at.heard, memory["me.near"]).clamp(max=len(at.heard) - 1)
+        there = at.heard[places] == memory["me.near"]  # who is down was not heard at all
+        counted = there & (weights.to_dense().gather(1, places) != 0)
+        return {"me.owed": memory["me.owed"].masked_fill(counted, 0)}
+
+    algorithm = Algorithm(both(), mean, message=Message(send, settle=settle, init=init))
+    owed = [record.state.memory["me.owed"].tolist() for record in run(told(algorithm, faults=FAULTS)) if record.state]
+    expected = torch.zeros(CLIENTS, 2)
+    for t, found in enumerate(owed):
+        down = {fault.down for fault in FAULTS if fault.at(t)}
+        cut = [set(fault.edge) for fault in FAULTS if fault.at(t) and fault.edge]
+        for k in {*range(CLIENTS)} - down:
+            for place, other in enumerate(near[k].tolist()):
+                failed = other in down or {k, other} in cut
+                expected[k, place] = expected[k, place] + 1 if failed else 0
+        assert found == expected.tolist(), t
+    assert sum(map(sum, owed[1])) > 0, "an edge failed"
+
+
+def test_weights_may_differ_by_site_and_depend_on_whole_adapters() -> None:
+    mine = {f"{site}.A": made().state.adapters["layer.A"].clone() for site in ("layer", "other")}
+    alone = torch.eye(CLIENTS, dtype=torch.float64)
+
+    def weigh(
+        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+    ) -> tuple[dict[str, Tensor], Memory]:
+        assert own.keys() == heard.keys() == mine.keys()
+        return {"layer": weights, "other": torch.full_like(weights, 1 / CLIENTS)}, {}
+
+    algorithm = Algorithm(both(), mean._replace(weigh=weigh))
+    after = played(algorithm, begun(algorithm, mine), alone).adapters
+    torch.testing.assert_close(after["layer.A"], mine["layer.A"])
+    torch.testing.assert_close(after["other.A"], mine["other.A"].mean(0, keepdim=True).expand(CLIENTS, -1, -1))
+
+
+def test_clients_in_rounds_of_their_own_train_by_these() -> None:
+    """Two clients in round 2 and three in round 0 do what they do in those rounds."""
+    job = made(algorithm=Algorithm(alternating(1, "both"), untouched))
+    rounds = torch.tensor([2, 0, 0, 2, 0])
+    state = replace(job.state.clone(), rounds=rounds.clone())
+    at = standing(range(CLIENTS), rounds, job.local_steps)
+    loss, _ = _train(job, state, at, job.algorithm.schedule.phases({}, at))
+    for t in (0, 2):
+        alike = job.state.clone().at(t)
+        here = standing(range(CLIENTS), alike.rounds, job.local_steps)
+        expected, _ = _train(job, alike, here, job.algorithm.schedule.phases({}, here))
+        for client in (rounds == t).nonzero()[:, 0].tolist():
+            assert loss[client] == expected[client]
+            for name, x in state.adapters.items():
+                torch.testing.assert_close(x[client], alike.adapters[name][client], rtol=0, atol=1e-12)
 
 
 def test_the_phase_of_a_round_is_that_of_most_clients_of_all_processes() -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.errors import DivergedError, ModelError
-from peertune.method import Phase
+from peertune.method import At, Local, Memory, Phase
 from peertune.rounds.training import (
     Optim,
     Optimizer,
+    Trained,
     adamw,
     clip,
     evaluate,
@@ -27,7 +28,7 @@ from peertune.rounds.training import (
     sgd,
     train_local,
 )
-from peertune.types import Batch, State, Tensors, kind, take
+from peertune.types import Batch, State, Tensors, kind, select, take
 
 CLIENTS = 3
 SHAPES = {"q.A": (2, 5), "q.B": (4, 2), "v.A": (2, 5), "v.B": (4, 2), "out.weight.head": (3, 4), "out.bias.head": (3,)}
@@ -289,6 +290,103 @@ def test_training_steps_the_state_where_it_lies_and_no_kind_that_does_not_train(
     assert loss.shape == grad_norm.shape == (CLIENTS,)
     assert (grad_norm > 0).all()
     assert math.isclose(loss.mean().item(), math.log(3), rel_tol=0.5)
+
+
+def written_out(x: Tensor, labels: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return the losses of a client's rows, by the layer as it is."""
+    layer = Linear().layer
+    return torch.nn.functional.cross_entropy(x @ (layer.weight + B @ A).T + layer.bias, labels, reduction="none")
+
+
+def one_step(local: Local, optim: Optim, steps: int = 1) -> tuple[State, State, Trained, list[list[Batch]]]:
+    """Return the state before and after local steps of both factors, in micro-batches, and the step's batches."""
+    model, state = start_of(Linear(), optim.optimizer)
+    state.adapters["layer.B"].normal_(generator=torch.Generator().manual_seed(1))
+    before, made = state.clone(), list(batches(steps))
+    parts = [[rows_at(batch, torch.tensor(at)) for at in ROWS] for (batch,) in made]
+    phase = Phase(frozenset("AB"), frozenset("AB"))
+    trained = train_local(model, state, parts, phase, optim, at_step(CLIENTS, 4), local)
+    return before, state, trained, parts
+
+
+def of_client(client: int, parts: list[Batch]) -> tuple[Tensor, Tensor]:
+    rows = [(batch.inputs["x"][mine], batch.labels[mine]) for batch in parts for mine in [batch.clients == client]]
+    x, labels = (torch.cat(each) for each in zip(*rows, strict=True))
+    return x, labels
+
+
+PLAIN = Optim(sgd(), lambda step: 0.1, 0.0, "never")
+
+
+def test_a_gradient_may_be_taken_twice_and_the_loss_is_that_of_the_first() -> None:
+    def ahead(gradient: Any, adapters: Tensors, *_: Any) -> tuple[Tensors, Memory]:
+        first = gradient(adapters)
+        return gradient({name: x + 0.5 * first[name] for name, x in adapters.items()}), {}
+
+    before, after, trained, (parts,) = one_step(Local(ahead), PLAIN)
+    for client in range(CLIENTS):
+        x, labels = of_client(client, parts)
+        factors = [before.adapters[f"layer.{of}"][client].clone().requires_grad_() for of in "AB"]
+        loss = written_out(x, labels, *factors).mean()
+        first = torch.autograd.grad(loss, factors)
+        moved = [(f + 0.5 * g).detach().requires_grad_() for f, g in zip(factors, first, strict=True)]
+        second = torch.autograd.grad(written_out(x, labels, *moved).mean(), moved)
+        torch.testing.assert_close(trained.loss[client], loss.detach().double())
+        for of, f, g in zip("AB", factors, second, strict=True):
+            torch.testing.assert_close(after.adapters[f"layer.{of}"][client], f.detach() - 0.1 * g)
+
+
+def test_rows_may_be_weighed_by_the_norms_of_their_own_gradients() -> None:
+    most, seen = 0.3, []
+
+    def by_row(gradient: Any, adapters: Tensors, *_: Any) -> tuple[Tensors, Memory]:
+        norms = gradient.norms(adapters)
+        seen.append((gradient.rows, norms))
+        return gradient(adapters, (most / norms).clamp(max=1.0)), {}
+
+    before, after, _, (parts,) = one_step(Local(by_row), PLAIN)
+    ((whose, norms),) = seen
+    assert (norms > most).any()
+    assert (norms < most).any()
+    for client in range(CLIENTS):
+        x, labels = of_client(client, parts)
+        factors = [before.adapters[f"layer.{of}"][client].clone().requires_grad_() for of in "AB"]
+        total = [torch.zeros_like(f) for f in factors]
+        for row, loss in enumerate(written_out(x, labels, *factors) / 4):
+            own = torch.autograd.grad(loss, factors, retain_graph=True)
+            norm = torch.sqrt(sum(g.square().sum() for g in own))  # type: ignore[arg-type]
+            torch.testing.assert_close(norms[whose == client][row], norm.double())
+            total = [t + g * min(1.0, most / float(norm)) for t, g in zip(total, own, strict=True)]
+        for of, f, t in zip("AB", factors, total, strict=True):
+            torch.testing.assert_close(after.adapters[f"layer.{of}"][client], f.detach() - 0.1 * t)
+
+
+def test_a_local_sees_the_start_each_step_and_its_memory_and_steps_what_it_returns_gradients_of() -> None:
+    seen: list[int] = []
+
+    def in_turn(
+        gradient: Any, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        seen.append(int(at.step[0]))
+        assert start.keys() == {"layer.A", "layer.B"}
+        assert memory.get("me.steps", torch.zeros(CLIENTS)).tolist() == [len(seen) - 1.0] * CLIENTS
+        of = "A" if at.step[0] % 2 else "B"
+        return select(gradient(adapters), {of}), {"me.steps": torch.full((CLIENTS,), float(len(seen)))}
+
+    def halfway(start: Tensors, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+        assert torch.equal(start["layer.A"], adapters["layer.A"]) == (len(seen) == 1)
+        return {"layer.B": (start["layer.B"] + adapters["layer.B"]) / 2}, {"me.ended": at.step.clone()}
+
+    for steps in (1, 2):
+        seen.clear()
+        before, after, trained, _ = one_step(Local(in_turn, halfway, keeps_start=True), PLAIN, steps)
+        _, plain, _, _ = one_step(Local(lambda g, x, *_: (select(g(x), {"B"}), {})), PLAIN, 1)
+        assert seen == [4, 5][:steps]
+        assert torch.equal(after.adapters["layer.A"], before.adapters["layer.A"]) == (steps == 1)
+        half = (before.adapters["layer.B"] + plain.adapters["layer.B"]) / 2
+        torch.testing.assert_close(after.adapters["layer.B"], half)
+        assert trained.memory["me.steps"].tolist() == [float(steps)] * CLIENTS
+        assert trained.memory["me.ended"].tolist() == [4 + steps] * CLIENTS
 
 
 def test_every_adapter_is_evaluated_on_every_row_without_dropout_and_in_the_rows_places() -> None:

@@ -59,6 +59,29 @@ def test_a_payload_of_many_chunks_arrives(three: Federation) -> None:
         assert_all_heard(swappers, all_swap(swappers, 0, 300_000), 0, 300_000)
 
 
+def test_payloads_of_other_shapes_and_types_come_as_they_are_declared_by_sender_and_no_others_do(
+    three: Federation,
+) -> None:
+    sent = [
+        {"q.A": torch.tensor([[[1, 2, 255]]], dtype=torch.uint8), "q.scale": torch.tensor([0.5])},  # packed bits
+        {"q.A": torch.tensor([[[-3, 4], [5, -6]]], dtype=torch.int8)},
+        payload(2),
+    ]
+    layouts = [{name: torch.empty_like(x, device="meta") for name, x in each.items()} for each in sent]
+    for wrong in (None, 2):  # one receiver expects of another what it doesn't send
+        with peers(three, range(3)) as swappers, ThreadPoolExecutor(3) as pool:
+
+            def swap(me: int, wrong: int | None = wrong, swappers: dict[int, Swapper] = swappers) -> dict[int, Tensors]:
+                others = [other for other in range(3) if other != me]
+                told = {other: layouts[1 if me == 0 and other == wrong else other] for other in others}
+                return swappers[me].swap(0, sent[me], others, layouts=told)
+
+            for me, heard in enumerate(pool.map(swap, range(3), timeout=LONG_S)):
+                lost = {0, 2} - {me} if wrong is not None and me != 1 else set()
+                assert heard.keys() == {0, 1, 2} - {me} - lost
+                assert all(same(heard[other], sent[other]) for other in heard)
+
+
 def test_a_peer_that_can_only_dial_out_takes_part(tmp_path: Path) -> None:
     made = found(tmp_path, 3, silent=[0, 2])
     with peers(made, [1]) as listening:
