@@ -1,6 +1,7 @@
 """The simulator and real peers: one recipe, the same adapters, with and without faults."""
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from processes import AT_MOST_S, wait_until
 from swapping import LONG_S
 
 from peertune.allowance import LINES, Lines
+from peertune.assembly import plugins
 from peertune.assembly.build import agreed, build
 from peertune.engines.peer import _caught_up, ended, run_peer
 from peertune.engines.simulator import simulate
@@ -263,13 +265,19 @@ def test_a_seat_without_a_member_is_no_edge_that_failed(tmp_path: Path) -> None:
     assert ended([alone], whole=True, refusals=dict) == Exit.ALONE
 
 
-def test_the_table_of_what_must_agree_names_all_of_it() -> None:
+def test_the_table_of_what_must_agree_names_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "wire.md").read_text()
     table = re.search(r"^`agreed` holds these texts.*?\n\n(\|.*?)\n\n", page, re.MULTILINE | re.DOTALL)
     assert table is not None
     named = [name for row in table[1].splitlines()[2:] for name in re.findall("`(.*?)`", row.split("|")[1])]
-    unlike = recipe(4, "float32", "network.bound=false")  # what has its default is not named by all
-    assert sorted(named) == sorted(agreed(build(load_recipe("digits-demo", unlike), [0])))
+    outside = "peertune.topology.graphs"  # as any module is that the command line allows
+    unlike = recipe(4, "float32", "network.bound=false", f"graph={{name: '{outside}:ring'}}")  # no defaults
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    plugins.allow([outside])
+    try:
+        assert sorted(named) == sorted(agreed(build(load_recipe("digits-demo", unlike), [0])))
+    finally:
+        plugins.allow([])
 
 
 def test_peers_that_score_another_class_are_told_apart() -> None:
