@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from peertune.data.tasks import TASKS
     from peertune.engines.simulator import simulate
     from peertune.errors import PeertuneError
-    from peertune.method import Algorithm, At, Local, Memory, Message, Mixer, Phase, Schedule
+    from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Mixer, Phase, Schedule
     from peertune.methods.catalogue import ALGORITHMS
+    from peertune.methods.mixers import gossip
     from peertune.methods.modifiers import MODIFIERS
+    from peertune.methods.schedules import alternating, both, by_round
     from peertune.recipe import load_recipe
     from peertune.topology import GRAPHS, Graph
     from peertune.types import Split, Task, Tensors
@@ -30,6 +32,7 @@ __all__ = [
     "TASKS",
     "Algorithm",
     "At",
+    "Gradient",
     "Graph",
     "Local",
     "Memory",
@@ -42,7 +45,11 @@ __all__ = [
     "Split",
     "Task",
     "Tensors",
+    "alternating",
+    "both",
     "build",
+    "by_round",
+    "gossip",
     "load_recipe",
     "simulate",
 ]
@@ -52,6 +59,7 @@ _HOMES = {
     "Algorithm": "peertune.method",
     "At": "peertune.method",
     "GRAPHS": "peertune.topology",
+    "Gradient": "peertune.method",
     "Graph": "peertune.topology",
     "Local": "peertune.method",
     "MODIFIERS": "peertune.methods.modifiers",
@@ -67,7 +75,11 @@ _HOMES = {
     "TASKS": "peertune.data.tasks",
     "Task": "peertune.types",
     "Tensors": "peertune.types",
+    "alternating": "peertune.methods.schedules",
+    "both": "peertune.methods.schedules",
     "build": "peertune.assembly.build",
+    "by_round": "peertune.methods.schedules",
+    "gossip": "peertune.methods.mixers",
     "load_recipe": "peertune.recipe",
     "simulate": "peertune.engines.simulator",
 }
