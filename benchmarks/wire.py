@@ -136,7 +136,7 @@ class _Peer:
 
     def stop(self) -> None:
         """Leave."""
-        self.swapper.hurry()
+        self.swapper.stop_waiting()
         self.swapper.stop()
 
 

@@ -42,7 +42,7 @@ def peers(
             membership = Membership(made.peer(client), (rosters or {}).get(client, made.roster))
             swapper = Swapper(membership, **settings)
             stack.callback(swapper.stop)
-            stack.callback(swapper.hurry)
+            stack.callback(swapper.stop_waiting)
             swapper.start(made.address(client))
             swappers[client] = swapper
         yield swappers

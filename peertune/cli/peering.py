@@ -152,17 +152,17 @@ def start(
                     records=kept_rounds,
                     recall=partial(recalled, run.job, place),
                 )
-                whole = train(run, place, engine, go_on, keeps, swapper.hurry).round == job.rounds
+                whole = train(run, place, engine, go_on, keeps, swapper.stop_waiting).round == job.rounds
                 done = kept_rounds()
                 end = ended(done, whole=whole, refusals=lambda: swapper.refusals(near))
             except BaseException:
-                swapper.hurry()
+                swapper.stop_waiting()
                 raise
             finally:
                 try:
                     swapper.stop()
                 except KeyboardInterrupt:  # the run is whole: only others may still wait for a verdict
-                    swapper.hurry()
+                    swapper.stop_waiting()
                     swapper.stop()
             _tell(place, done, end, job.rounds, as_json)
             if not whole:

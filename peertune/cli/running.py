@@ -283,11 +283,11 @@ def train(
     engine: "Callable[[Job], Iterator[RoundRecord]]",
     resume: str,
     keeper: "Keeper",
-    hurry: "Callable[[], None]" = lambda: None,
+    stop_waiting: "Callable[[], None]" = lambda: None,
 ) -> "State":
     """Do what is left of a run, keep its records and checkpoints, write the adapters at the end, and return the state.
 
-    When asked to stop, `hurry` the engine, finish the round, and say how to `resume`.
+    When asked to stop, have the engine `stop_waiting`, finish the round, and say how to `resume`.
     """
     from dataclasses import replace
 
@@ -309,7 +309,9 @@ def train(
     try:
         with (
             told_first(),
-            asked_to_stop("stopping after this round; once more to go back to the last checkpoint", hurry) as stop,
+            asked_to_stop(
+                "stopping after this round; once more to go back to the last checkpoint", stop_waiting
+            ) as stop,
             progress("round", job.rounds, state.round) as show,
             reporting(folder, run.resolved) if leading else nullcontext() as report,
         ):

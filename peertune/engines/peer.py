@@ -213,7 +213,7 @@ def _has_company(job: Job, swapper: Swapper, shut_out: Callable[[], bool]) -> bo
     """Wait until a neighbour can be reached, and return whether one can; nobody is asked while one is known to be."""
     everyone = neighbours(job)
     said = False
-    while everyone and not swapper.hurried and not swapper.in_touch(everyone) and not swapper.ask_rounds(everyone):
+    while everyone and not (swapper.stopped_waiting or swapper.in_touch(everyone) or swapper.ask_rounds(everyone)):
         if not said:
             log.warning("nobody can be reached: waiting, as network.when_alone says")
             said = True

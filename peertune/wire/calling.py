@@ -100,7 +100,7 @@ class Calling:
             if edge.pledged:
                 node.lines.say(client, f"whether it counts round {round} stays unknown; here it does not")
             self._meetings.do(meeting, Edge.given_up)
-            if not edge.final and not self._meetings.hurried:
+            if not edge.final and not self._meetings.stopped_waiting:
                 known = node.known(client)
                 if not known.given_up:
                     why = known.problem or "it was not ready in time"
@@ -162,7 +162,7 @@ class _Call:
             assert isinstance(action, Ask)
             self._purpose = action.purpose
             self._requests.put(Chunk(hello=self._node.hello(self._round, action.purpose)))
-        if self._meetings.hurried and not self._meeting.edge.pledged:
+        if self._meetings.stopped_waiting and not self._meeting.edge.pledged:
             self._call.cancel()
 
     def _take(self, part: Part) -> None:

@@ -21,7 +21,7 @@ from peertune.identity.keys import key_files, load_ca, read_private
 from peertune.identity.membership import Membership
 from peertune.identity.roster import Member, Roster
 from peertune.wire import tls
-from peertune.wire.node import UNTRIED, Knock
+from peertune.wire.node import UNTRIED, Probe
 from peertune.wire.swap import Swapper
 
 RENEW_DAYS = 14
@@ -117,7 +117,7 @@ class _Visit:
 
     member: Member
     checks: list[Check]
-    knock: Knock | None = None
+    probe: Probe | None = None
 
 
 def check_network(
@@ -137,9 +137,9 @@ def check_network(
     finally:
         swapper.stop()
     found = [check for visit in visits for check in visit.checks]
-    met = [(visit.member, visit.knock) for visit in visits if visit.knock is not None]
-    for member, knock in met:
-        found += _compared(member, knock, roster, bool(agreed))
+    met = [(visit.member, visit.probe) for visit in visits if visit.probe is not None]
+    for member, probe in met:
+        found += _compared(member, probe, roster, bool(agreed))
     return [*port, *found, *_inwards(identity.address, met)]
 
 
@@ -173,7 +173,7 @@ def _visit(swapper: Swapper, member: Member, call_back: bool) -> _Visit:
     checks = [] if [host.strip("[]")] == places else [about("name", "ok", f"{host} is {', '.join(places)}")]
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
-        knock = swapper.knock(member.client, WAIT_S, call_back=call_back)
+        probe = swapper.probe(member.client, WAIT_S, call_back=call_back)
     except ConnectionRefusedError:
         gone = f"nobody answers at {member.address}; ask again when {member.name} runs peer start or peer doctor"
         return _Visit(member, [*checks, about("outwards", "warning", gone)])
@@ -184,34 +184,34 @@ def _visit(swapper: Swapper, member: Member, call_back: bool) -> _Visit:
         mend = "see that both have the newest roster, and that neither is revoked"
         other = f"{member.address}: answers, but not to this peer ({error}); {mend}"
         return _Visit(member, [*checks, about("outwards", "failed", other)])
-    return _Visit(member, [*checks, about("outwards", "ok", f"answers at {member.address}")], knock)
+    return _Visit(member, [*checks, about("outwards", "ok", f"answers at {member.address}")], probe)
 
 
-def _compared(member: Member, knock: Knock, roster: Roster, have_run: bool) -> Iterator[Check]:
+def _compared(member: Member, probe: Probe, roster: Roster, have_run: bool) -> Iterator[Check]:
     """Say how a member's clock, roster and run differ from those here."""
-    if knock.clock_offset_s is not None:
-        offset = knock.clock_offset_s
+    if probe.clock_offset_s is not None:
+        offset = probe.clock_offset_s
         if abs(offset) > CLOCK_S:
             side = "ahead of" if offset > 0 else "behind"
             finding = f"its clock is {abs(offset) / 60:.0f} minutes {side} this one; set the one that is wrong"
             yield Check("clock", "warning", finding, member.name)
         else:
             yield Check("clock", "ok", f"within {abs(offset) + 1:.0f} s of this one", member.name)
-    passed_on = roster.own is None and not knock.own_roster
-    if knock.roster_serial > roster.serial:
+    passed_on = roster.own is None and not probe.own_roster
+    if probe.roster_serial > roster.serial:
         mend = "get that one, or start: peers pass it on" if passed_on else "ask the CA for the newest"
-        newer = f"has roster {knock.roster_serial}, here is {roster.serial}; {mend}"
+        newer = f"has roster {probe.roster_serial}, here is {roster.serial}; {mend}"
         yield Check("roster", "warning", newer, member.name)
-    elif knock.roster_serial < roster.serial:
-        has = f"has roster {knock.roster_serial}, here is {roster.serial}"
+    elif probe.roster_serial < roster.serial:
+        has = f"has roster {probe.roster_serial}, here is {roster.serial}"
         if passed_on:
             yield Check("roster", "ok", f"{has}; it takes up that in the next swap", member.name)
         else:
             yield Check("roster", "warning", f"{has}; have the CA hand it its newest", member.name)
-    if knock.differs:
-        what = "; ".join(f"{name}: {here} here, {there} there" for name, here, there in knock.differs)
+    if probe.differs:
+        what = "; ".join(f"{name}: {here} here, {there} there" for name, here, there in probe.differs)
         yield Check("run", "failed", f"differs in {what}; give all peers one recipe and one base", member.name)
-    elif not knock.takes_part:
+    elif not probe.takes_part:
         yield Check("run", "ok", "takes no part in a run now", member.name)
     elif not have_run:
         yield Check("run", "ok", "takes part in a run; give --recipe or --resume to compare", member.name)
@@ -219,12 +219,12 @@ def _compared(member: Member, knock: Knock, roster: Roster, have_run: bool) -> I
         yield Check("run", "ok", "nothing that must be the same differs", member.name)
 
 
-def _inwards(address: str | None, met: list[tuple[Member, Knock]]) -> Iterator[Check]:
+def _inwards(address: str | None, met: list[tuple[Member, Probe]]) -> Iterator[Check]:
     """Say who gets through to this peer."""
     if address is None:
         yield Check("inwards", "ok", "this peer has no address: it is the one that calls")
         return
-    asked = [(member, knock.back) for member, knock in met if knock.back is not None]
+    asked = [(member, probe.back) for member, probe in met if probe.back is not None]
     if not asked:
         yield Check("inwards", "warning", f"nobody answers who could call {address}; ask again when a neighbour runs")
     port = address.rpartition(":")[2]

@@ -73,7 +73,7 @@ class Edge(NamedTuple):
         purpose = Hello.SETTLE if self.pledged else Hello.SWAP
         return self._replace(calls=self.calls | {stream}), (Ask(stream, purpose),)
 
-    def hurried(self) -> Step:
+    def stopped_waiting(self) -> Step:
         """This end waits for nobody any more, but for the verdict on what it pledged."""
         return self, () if self.pledged or self.verdict is not None else _cancel(self.calls)
 

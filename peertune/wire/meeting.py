@@ -64,8 +64,8 @@ class Meetings:
         self.own: dict[int, Own] = {}  # by round
         self.waiting: Counter[tuple[int, int]] = Counter()  # calls that wait for this end to be ready
         self.deadlines: dict[Any, float] = {}  # of calls that wait for the other end
-        self.hurried = self.stopped = self._watching = False
-        self._hurried_at = 0.0
+        self.stopped_waiting = self.stopped = self._watching = False
+        self._stopped_waiting_at = 0.0
         self._margin_s = MARGIN_S
 
     def do(
@@ -157,9 +157,9 @@ class Meetings:
     def last(self, client: int, meeting: Meeting) -> float:
         """Return when this end gives up, on the monotonic clock: soon, for as long as the other is given up."""
         if meeting.edge.pledged:  # what the other end decided must be known, if it can be
-            return (self._hurried_at if self.hurried else meeting.latest) + SETTLE_S
-        if self.hurried:
-            return self._hurried_at
+            return (self._stopped_waiting_at if self.stopped_waiting else meeting.latest) + SETTLE_S
+        if self.stopped_waiting:
+            return self._stopped_waiting_at
         return min(meeting.until, meeting.began + PROBE_S) if self.node.known(client).given_up else meeting.until
 
     def over(self, client: int, meeting: Meeting) -> bool:
@@ -184,7 +184,7 @@ class Meetings:
         with self.node.changed:
             while meeting.edge.verdict is None:
                 left = min(until, self.last(client, meeting)) - time.monotonic()
-                if left <= 0 or (self.hurried and not meeting.edge.pledged):
+                if left <= 0 or (self.stopped_waiting and not meeting.edge.pledged):
                     return
                 self.node.changed.wait(left)
 
@@ -200,19 +200,19 @@ class Meetings:
                 self.waiting[round, client] -= 1
                 self.waiting += Counter()  # which keeps what is above 0
 
-    def hurry(self) -> None:
+    def stop_waiting(self) -> None:
         """Wait for nobody any more, but for verdicts on what is pledged."""
         with self.node.changed:
-            self.hurried, self._hurried_at = True, time.monotonic()
+            self.stopped_waiting, self._stopped_waiting_at = True, time.monotonic()
             for meeting in self.held.values():
-                self.do(meeting, Edge.hurried)
+                self.do(meeting, Edge.stopped_waiting)
             self.node.changed.notify_all()
 
     def stop(self, linger_s: float) -> None:
         """Be done, once those who need a verdict of this end have it, or so many seconds are over."""
         deadline = time.monotonic() + linger_s
         with self.node.changed:
-            while self.unheard() and not self.hurried and (left := deadline - time.monotonic()) > 0:
+            while self.unheard() and not self.stopped_waiting and (left := deadline - time.monotonic()) > 0:
                 self.node.changed.wait(min(left, 1.0))
             self.stopped = True
             self.node.changed.notify_all()

@@ -75,7 +75,7 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
-class Knock:
+class Probe:
     """What came of trying to get through to another peer; it did."""
 
     clock_offset_s: float | None  # by how much its clock is ahead of this one
@@ -127,9 +127,9 @@ class Node:
         self._calls_back = Allowance(CALLS_BACK)
         self._outdated = 0  # serial of the roster of which it was said that the CA has a newer one
 
-    def knock(
+    def probe(
         self, client: int, wait_s: float = PROBE_S, *, call_back: bool = False, address: str | None = None
-    ) -> Knock:
+    ) -> Probe:
         """Try whether this peer gets through to another and, with `call_back`, the other to this one.
 
         At its address in the roster if no other is given. Nothing else changes at either end. Runs are compared where
@@ -156,7 +156,7 @@ class Node:
         differs = self._differences(theirs)
         if not (theirs.agreed and self._agreed):
             differs = [found for found in differs if found[0] in ("protocol", "federation")]
-        return Knock(offset, theirs.roster_serial, theirs.own_roster, bool(theirs.agreed), differs, back)
+        return Probe(offset, theirs.roster_serial, theirs.own_roster, bool(theirs.agreed), differs, back)
 
     def in_touch(self, clients: Iterable[int]) -> bool:
         """Whether one of these was reached at the last attempt, and lost no edge by not answering since."""
@@ -202,7 +202,7 @@ class Node:
             return SILENT
         for place in found[:3]:
             try:
-                self.knock(client, address=f"[{place}]:{port}" if place.version == 6 else f"{place}:{port}")
+                self.probe(client, address=f"[{place}]:{port}" if place.version == 6 else f"{place}:{port}")
                 return ""
             except PeertuneError as error:
                 log.debug("%s: called back at %s: %s", member.name, place, error)

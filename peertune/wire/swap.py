@@ -156,7 +156,7 @@ class Swapper(Node):
                 refusals[self.name(client)] = line(error.details())
             elif isinstance(error, grpc.RpcError) and not self.insecure and member and tls.is_there(member, wait_s):
                 try:
-                    self.knock(client, wait_s)  # which those answer, too, who are only starting
+                    self.probe(client, wait_s)  # which those answer, too, who are only starting
                 except PeertuneError:
                     refusals[self.name(client)] = "ends the handshake with this peer: revoked, or one roster is old"
 
@@ -184,19 +184,19 @@ class Swapper(Node):
         return self.meetings.patience_s
 
     @property
-    def hurried(self) -> bool:
+    def stopped_waiting(self) -> bool:
         """Whether this peer has been told to wait for nobody."""
-        return self.meetings.hurried
+        return self.meetings.stopped_waiting
 
     def pause(self, seconds: float) -> None:
-        """Wait so long, or until told to hurry."""
+        """Wait so long, or until told to stop waiting."""
         with self.changed:
             self._doing = "waiting"
-            self.changed.wait_for(lambda: self.hurried, timeout=seconds)
+            self.changed.wait_for(lambda: self.stopped_waiting, timeout=seconds)
 
-    def hurry(self) -> None:
+    def stop_waiting(self) -> None:
         """Wait for nobody any more, in this swap and all that follow."""
-        self.meetings.hurry()
+        self.meetings.stop_waiting()
 
     def stop(self) -> None:
         """Answer no more calls, once those that still need a verdict of ours have it, or LINGER_S are over."""

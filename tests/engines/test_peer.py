@@ -328,7 +328,7 @@ def answering(stack: ExitStack, made: Federation, client: int, agreed: Mapping[s
     swapper = Swapper(Membership(made.peer(client), made.roster), agreed, patience_s=LONG_S)
     swapper.ask_rounds = partial(swapper.ask_rounds, wait_s=LONG_S)  # type: ignore[method-assign]
     stack.callback(swapper.stop)
-    stack.callback(swapper.hurry)
+    stack.callback(swapper.stop_waiting)
     swapper.start(made.address(client))
     return swapper
 

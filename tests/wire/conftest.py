@@ -22,9 +22,9 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
 
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
-    """Threads for peers to swap in; at the end all are told to hurry, so that a test that fails ends, too."""
+    """Threads for peers to swap in; at the end all are told to stop waiting, so that a test that fails ends, too."""
     with ThreadPoolExecutor(4) as made:
         yield made
         for swapper in started:
-            swapper.hurry()
+            swapper.stop_waiting()
     started.clear()

@@ -78,7 +78,7 @@ def test_who_calls_early_is_told_where_this_peer_is_and_how_long_it_waits_itself
     assert outcomes(list(called(swapper, 2, hello(1)))) == [Verdict.PASSED]
     (refused,) = [part.verdict for part in called(swapper, 2, hello(2)) if part.WhichOneof("part") == "verdict"]
     assert refused == Verdict(outcome=Verdict.REFUSED, reason="calls for round 2, in which there is no edge", round=2)
-    swapper.hurry()
+    swapper.stop_waiting()
     assert going.result(LONG_S) == {}
 
 
@@ -200,7 +200,7 @@ def test_a_peer_that_is_done_waits_for_those_who_lack_its_verdict_and_not_for_ev
         swapper = peer(federation, patience_s=patience_s)
         swapper.meetings.held[0, 2] = Meeting(Edge(verdict=Verdict.COUNTED, unheard=True))
         if told:
-            swapper.hurry()
+            swapper.stop_waiting()
         began = time.monotonic()
         ended = pool.submit(swapper.stop)
         ended.result(LONG_S)

@@ -69,18 +69,18 @@ def test_a_call_that_breaks_is_made_again_and_asks_for_the_verdict_where_there_m
     assert [Hello.Purpose.Name(call.sent[0].hello.purpose) for call in script.calls] == purposes
 
 
-def test_a_caller_that_is_told_to_hurry_still_learns_what_became_of_what_it_promised(
+def test_a_caller_that_is_told_to_stop_waiting_still_learns_what_became_of_what_it_promised(
     federation: Federation,
 ) -> None:
     ends: list[Said] = [COUNTED, GONE]
     for then in ends:
         swapper = peer(federation)
-        hurried: list[Said] = [hello(0), *PAYLOAD, swapper.hurry, then]
-        script = Script(swapper, hurried, [hello(0), COUNTED])
+        stopped_waiting: list[Said] = [hello(0), *PAYLOAD, swapper.stop_waiting, then]
+        script = Script(swapper, stopped_waiting, [hello(0), COUNTED])
         assert same(swapper.swap(0, payload(0), [1])[1], payload(1))
         assert len(script.calls) == 1 + (then is GONE)
     swapper = peer(federation)
-    sooner: list[Said] = [hello(0), *PAYLOAD[:2], swapper.hurry, *PAYLOAD[2:], COUNTED]
+    sooner: list[Said] = [hello(0), *PAYLOAD[:2], swapper.stop_waiting, *PAYLOAD[2:], COUNTED]
     script = Script(swapper, sooner)
     assert swapper.swap(0, payload(0), [1]) == {}, "nothing was promised yet"
     assert len(script.calls) == 1

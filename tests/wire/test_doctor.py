@@ -21,7 +21,7 @@ from peertune.identity.membership import Membership
 from peertune.identity.roster import Roster
 from peertune.topology import GRAPHS
 from peertune.wire.doctor import Check, _compared, _inwards, check_disk, check_identity, check_memory, check_network
-from peertune.wire.node import METHOD, PROTOCOL, UNTRIED, Knock
+from peertune.wire.node import METHOD, PROTOCOL, UNTRIED, Probe
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
 from peertune.wire.rpc import grpc
 from peertune.wire.swap import Swapper
@@ -124,7 +124,7 @@ def test_to_those_who_want_to_swap_a_doctor_is_nobody(three: Federation) -> None
             assert swapper.ask_rounds([0], wait_s=10) == {}
             assert "takes no part now" in swapper.neighbours[0].problem
             assert swapper.neighbours[0].seen_at is None
-            assert not swapper.knock(0, wait_s=10).differs
+            assert not swapper.probe(0, wait_s=10).differs
     finally:
         doctor.stop()
 
@@ -297,13 +297,13 @@ def test_a_neighbour_that_does_not_greet_is_refused(three: Federation) -> None:
 
 
 def test_a_peer_calls_each_member_back_once_at_a_time(three: Federation) -> None:
-    backs: list[Knock] = []
+    backs: list[Probe] = []
     with running(three, 1), socket.create_server(("127.0.0.1", three.ports[0])) as mute:
         asking = Swapper(of(three, 0), AGREED, patience_s=60)
-        first = threading.Thread(target=lambda: backs.append(asking.knock(1, wait_s=30, call_back=True)))
+        first = threading.Thread(target=lambda: backs.append(asking.probe(1, wait_s=30, call_back=True)))
         first.start()
         connection, _ = mute.accept()  # the call back has come, and gets no answer
-        second = asking.knock(1, wait_s=30, call_back=True)
+        second = asking.probe(1, wait_s=30, call_back=True)
         first.join(60)
         connection.close()
         asking.stop()
@@ -313,11 +313,11 @@ def test_a_peer_calls_each_member_back_once_at_a_time(three: Federation) -> None
 
 def test_a_peer_calls_each_member_back_a_few_times_a_minute(three: Federation) -> None:
     with running(three, 0, 1, 2) as (first, _, last):
-        assert [first.knock(1, wait_s=30, call_back=True).back for _ in range(7)] == [
+        assert [first.probe(1, wait_s=30, call_back=True).back for _ in range(7)] == [
             *[""] * 6,
             "was asked too often: ask again in a minute",
         ]
-        assert last.knock(1, wait_s=30, call_back=True).back == "", "the others as before"
+        assert last.probe(1, wait_s=30, call_back=True).back == "", "the others as before"
         checks = examined(three)
     assert levels(checks) == {"peer-1 inwards": "warning"}
     often = "it was asked too often: ask again in a minute"
@@ -327,7 +327,7 @@ def test_a_peer_calls_each_member_back_a_few_times_a_minute(three: Federation) -
 def test_a_peer_of_the_public_network_calls_back_nobody_in_a_private_one(tmp_path: Path) -> None:
     made = found(tmp_path, 3, hosts=["127.0.0.1", "8.8.8.8", "127.0.0.1"])
     with running(made, 0, 1, 2) as (first, *_):
-        answers = [first.knock(other, wait_s=30, call_back=True, address=made.address(other)) for other in (1, 2)]
+        answers = [first.probe(other, wait_s=30, call_back=True, address=made.address(other)) for other in (1, 2)]
     assert [answer.back for answer in answers] == ["does not call private addresses, since its own is none", ""]
 
 
@@ -343,13 +343,13 @@ def test_without_tls_the_same_holds_on_this_machine(three: Federation) -> None:
     )
 
 
-def test_knocking_at_nobody_s_door_is_one_line(three: Federation) -> None:
+def test_probing_where_nobody_is_is_one_line(three: Federation) -> None:
     swapper = Swapper(of(three, 0), AGREED, patience_s=60)
     try:
         with pytest.raises(PeertuneError, match=r"^nobody has this seat in the roster"):
-            swapper.knock(7)
+            swapper.probe(7)
         with pytest.raises(PeertuneError, match="refused"):
-            swapper.knock(1, wait_s=10)
+            swapper.probe(1, wait_s=10)
     finally:
         swapper.stop()
 
@@ -421,7 +421,7 @@ def test_a_certificate_that_ends_soon_is_to_be_renewed(tmp_path: Path, days: int
 
 # ---- what is made of what was seen
 
-SEEN = Knock(0.0, 1, False, True, [], "")
+SEEN = Probe(0.0, 1, False, True, [], "")
 
 
 @pytest.fixture

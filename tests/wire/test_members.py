@@ -120,7 +120,7 @@ def test_a_called_peer_cannot_put_off_the_end_of_a_round_for_ever(three: Federat
             assert came, "it was called"
         finally:
             over.set()
-            swappers[0].hurry()
+            swappers[0].stop_waiting()
 
 
 # ---- who is refused
@@ -248,7 +248,7 @@ def test_one_start_that_sends_two_contents_for_a_round_is_a_copy_in_memory(three
 def test_who_only_tries_whether_it_gets_through_says_nothing_of_its_start(three: Federation) -> None:
     with peers(three, [0]) as swappers, peers(three, [1], incarnation=LATER) as there:
         swappers[0].enter(0)
-        there[1].knock(0)
+        there[1].probe(0)
         assert swappers[0].ask_rounds([1]) == {}
         there[1].enter(0)
         assert swappers[0].ask_rounds([1]) == {1: 0}

@@ -22,9 +22,9 @@ from peertune.wire.node import (
     HELLO_FIELDS,
     PROTOCOL,
     CloneError,
-    Knock,
     Neighbour,
     Node,
+    Probe,
     SeatError,
     UnusableError,
     nobody,
@@ -271,12 +271,12 @@ def test_who_asks_to_be_called_back_hears_one_of_few_reasons_and_may_ask_a_few_t
     assert asked(2) == silent, "another member, which has no address"
 
 
-# ---- knocking
+# ---- probing
 
 
-def knocked(node: Node, *answer: Said, **options: Any) -> tuple[Knock, Script]:
+def probed(node: Node, *answer: Said, **options: Any) -> tuple[Probe, Script]:
     script = Script(node, answer)
-    return node.knock(1, 7.0, **options), script
+    return node.probe(1, 7.0, **options), script
 
 
 def greets(**other: Any) -> Chunk:
@@ -284,12 +284,12 @@ def greets(**other: Any) -> Chunk:
     return Chunk(hello=Hello(**said | other))
 
 
-def test_who_knocks_says_that_it_only_tries_and_learns_how_the_other_differs(node: Node) -> None:
-    knock, script = knocked(node, greets(clock=time.time() + 3600, own_roster=True, agreed={"seed": "1"}))
-    assert knock.clock_offset_s is not None
-    assert abs(knock.clock_offset_s - 3600) < 60
+def test_who_probes_says_that_it_only_tries_and_learns_how_the_other_differs(node: Node) -> None:
+    probe, script = probed(node, greets(clock=time.time() + 3600, own_roster=True, agreed={"seed": "1"}))
+    assert probe.clock_offset_s is not None
+    assert abs(probe.clock_offset_s - 3600) < 60
     differs = [("rounds", "10", "nothing"), ("seed", "0", "1")]
-    assert replace(knock, clock_offset_s=None) == Knock(None, 3, True, True, differs, None)
+    assert replace(probe, clock_offset_s=None) == Probe(None, 3, True, True, differs, None)
     (call,), (member,) = script.calls, script.dialled
     assert call.options == {"timeout": 7.0, "metadata": []}
     assert [part.hello.purpose for part in call.sent] == [Hello.ECHO]
@@ -300,10 +300,10 @@ def test_who_knocks_says_that_it_only_tries_and_learns_how_the_other_differs(nod
 def test_runs_are_compared_where_both_ends_have_one(federation: Federation, node: Node) -> None:
     other = {"protocol": 9, "federation": "evil"}
     both = [("federation", "hospitals", "evil"), ("protocol", f"{PROTOCOL}", "9")]
-    silent, _ = knocked(node, greets(agreed={}, **other))
+    silent, _ = probed(node, greets(agreed={}, **other))
     assert (silent.takes_part, silent.differs) == (False, both)
     looking = Node(node.membership, {})
-    looks, _ = knocked(looking, greets(agreed={"seed": "1"}, **other))
+    looks, _ = probed(looking, greets(agreed={"seed": "1"}, **other))
     assert (looks.takes_part, looks.differs) == (True, both)
 
 
@@ -316,22 +316,22 @@ def test_runs_are_compared_where_both_ends_have_one(federation: Federation, node
     ],
 )
 def test_who_asks_to_be_called_back_learns_what_came_of_it(node: Node, answer: Verdict, back: str) -> None:
-    knock, script = knocked(node, greets(), Chunk(verdict=answer), call_back=True, address="[::1]:9")
-    assert knock.back == back
+    probe, script = probed(node, greets(), Chunk(verdict=answer), call_back=True, address="[::1]:9")
+    assert probe.back == back
     assert [part.hello.purpose for part in script.calls[0].sent] == [Hello.CALL_BACK]
     assert [member and member.address for member in script.dialled] == ["[::1]:9"]
 
 
-def test_where_nobody_answers_as_a_peer_knocking_is_one_line(federation: Federation, node: Node) -> None:
+def test_where_nobody_answers_as_a_peer_probing_is_one_line(federation: Federation, node: Node) -> None:
     for said, why in (
         (Failed(grpc.StatusCode.UNAVAILABLE, "no route\nto host"), "^no route to host$"),
         (Failed(grpc.StatusCode.UNAVAILABLE), r"^StatusCode\.UNAVAILABLE$"),
         (Chunk(verdict=Verdict()), "^does not begin with a greeting$"),
     ):
         with pytest.raises(PeertuneError, match=why):
-            knocked(node, said)
+            probed(node, said)
     open_node = peer(federation, insecure=True)
-    _, script = knocked(open_node, greets())
+    _, script = probed(open_node, greets())
     assert script.calls[0].options["metadata"] == [("peertune-client", "0")]
 
 

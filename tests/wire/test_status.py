@@ -99,7 +99,7 @@ def test_it_tells_whether_the_peer_swaps_or_waits(swappers: list[Swapper]) -> No
     end.start()
     wait_until(lambda: of(swapper)["doing"] == "waiting")
     wait_until(lambda: of(swapper)["neighbours"][1]["problem"] != "")
-    swapper.hurry()
+    swapper.stop_waiting()
     end.join(30)
     assert of(swapper)["doing"] == "mixing"
 

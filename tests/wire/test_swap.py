@@ -232,10 +232,10 @@ def test_a_seat_that_is_empty_or_can_only_dial_as_this_peer_costs_no_time(tmp_pa
     swapper.stop()
 
 
-def test_a_peer_that_is_told_to_hurry_waits_for_nobody(three: Federation) -> None:
+def test_a_peer_that_is_told_to_stop_waiting_waits_for_nobody(three: Federation) -> None:
     with peers(three, range(2), patience_s=LONG_S) as swappers, ThreadPoolExecutor() as pool:
         going = offering(swappers[0], 0, [1], pool)
-        swappers[0].hurry()
+        swappers[0].stop_waiting()
         assert going.result(LONG_S) == {}
 
 
@@ -419,7 +419,7 @@ def test_garbage_of_a_member_is_dropped_and_costs_nobody_else_anything(
         assert same(swappers[1].swap(0, payload(1), [0])[0], payload(0))
         assert time.monotonic() - begin < LONG_S / 2
         assert not going.done() or 2 not in going.result()
-        swappers[0].hurry()
+        swappers[0].stop_waiting()
         assert going.result(LONG_S).keys() == {1}
         lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith(f"peer-2: {said}")]
         assert [line.isprintable() for line in lines] == [True], "told once, in one line"
