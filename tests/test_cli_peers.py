@@ -18,7 +18,7 @@ from federation import Federation, found, free_ports
 from processes import Command, finish, finish_well, start, wait_until
 from seeing import COLOURS, save_images, save_vit
 
-from peertune.assembly.registry import build_graph, graph_settings, part_defaults
+from peertune.assembly.registry import build_graph, choice_defaults, graph_settings
 from peertune.errors import Exit, GraphError
 from peertune.identity import authority as ca
 from peertune.identity.membership import Membership
@@ -266,7 +266,7 @@ def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mi
     with ca.opened(two.parties.ca) as authority:
         for client in range(2):
             known = Neighbourhood(client, "erdos_renyi", "0123", (np.array([[0, 1]]),), (), told)
-            defaults = part_defaults("graph", "erdos_renyi") if client else {}  # older rosters have them written out
+            defaults = choice_defaults("graph", "erdos_renyi") if client else {}  # older rosters have them written out
             own = Own(defaults | graph_settings(recipe), known)
             raw = sign_roster(authority.key, authority.certificate, 7, authority.members, own=own)
             two.own(client, "told").write_bytes(raw)

@@ -16,7 +16,7 @@ from peertune.assembly.build import build
 from peertune.data.tasks import _GLUE
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
-from peertune.recipe import Part, arguments, as_yaml, check_recipe, load_recipe, recipe_names, recipe_text
+from peertune.recipe import Choice, arguments, as_yaml, check_recipe, load_recipe, recipe_names, recipe_text
 
 MESSAGES = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "yes"}]
 WORDS = ["good", "bad", "film", "plot", "dull", "bright", "slow", "quick"]
@@ -182,11 +182,11 @@ def test_numbers_are_those_of_json_and_all_else_is_text_and_what_is_written_is_r
     assert yaml.safe_load(written)["task"]["values"] == values
 
 
-def test_an_argument_of_a_part_is_taken_as_it_is_or_refused() -> None:
+def test_an_argument_of_a_choice_is_taken_as_it_is_or_refused() -> None:
     def part(size: int, share: float = 0.5, names: list[str] | dict[int | str, str] | None = None) -> None: ...
 
     def given(**settings: Any) -> dict[str, Any]:
-        return arguments(part, Part(name="part", **settings), "block", ())
+        return arguments(part, Choice(name="part", **settings), "block", ())
 
     assert given(size=3) == {"size": 3, "share": 0.5, "names": None}
     for wrong in ({"size": "3"}, {"size": 3.0}, {"size": True}, {"size": 3, "share": "0.1"}, {"size": 3, "names": [1]}):
@@ -204,9 +204,9 @@ def test_an_argument_of_a_part_is_taken_as_it_is_or_refused() -> None:
 
     def odd(thing: Thing) -> None: ...
 
-    assert arguments(other, Part(name="other", size=[1]), "block", ())["size"] == [1], "of no type, so of any"
+    assert arguments(other, Choice(name="other", size=[1]), "block", ())["size"] == [1], "of no type, so of any"
     with pytest.raises(RecipeError, match=r"^block\.thing: odd takes a <class '.*Thing'>, which no recipe can give$"):
-        arguments(odd, Part(name="odd", thing=1), "block", ())
+        arguments(odd, Choice(name="odd", thing=1), "block", ())
     with pytest.raises(RecipeError, match=r"block\.size: is missing, part needs it"):
         given()
     with pytest.raises(RecipeError, match=r"block\.sise: unknown key 'sise', did you mean size\? \(part takes names, "):

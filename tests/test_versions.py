@@ -20,7 +20,7 @@ from processes import AT_MOST_S, finish, finish_well, start
 from safetensors.torch import load_file
 from seeing import COLOURS, save_images, save_vit
 
-from peertune.assembly.registry import part_defaults
+from peertune.assembly.registry import choice_defaults
 from peertune.recipe import block_defaults
 from peertune.report.runs import find_runs
 from peertune.runs import checkpoints, records
@@ -204,6 +204,6 @@ def test_defaults_that_peers_must_agree_on_stay() -> None:
         },
     }
     for (where, name), defaults in kept.items():
-        assert part_defaults(where, name).items() >= defaults.items(), f"{where} {name}: raise net.node.PROTOCOL"
+        assert choice_defaults(where, name).items() >= defaults.items(), f"{where} {name}: raise wire.node.PROTOCOL"
     lora = {"lora.r": 8, "lora.lora_alpha": 16, "lora.target_modules": ["query", "value"]}
-    assert {key: block_defaults()[key] for key in lora} == lora, "raise net.node.PROTOCOL"
+    assert {key: block_defaults()[key] for key in lora} == lora, "raise wire.node.PROTOCOL"

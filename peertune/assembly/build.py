@@ -23,7 +23,7 @@ from peertune.assembly.registry import (
     describe_graph,
     from_outside,
     label_counts,
-    resolved_parts,
+    resolved_choices,
 )
 from peertune.data.batches import training_steps
 from peertune.method import Phase, standing
@@ -202,7 +202,7 @@ def _unusual(run: Run) -> dict[str, str]:
     recipe, job = run.resolved, run.job
     found = {} if recipe.network.bound else {"bound": "off"}
     if recipe.modifiers:
-        changed = [beyond_defaults("modifiers", part) for part in recipe.modifiers]
+        changed = [beyond_defaults("modifiers", choice) for choice in recipe.modifiers]
         found["modifiers"] = json.dumps(changed, sort_keys=True)
     if plugins := from_outside(recipe, "algorithm", "graph", "modifiers"):
         found["plugins"] = json.dumps(plugins, sort_keys=True)
@@ -233,7 +233,7 @@ def _resolve(recipe: Recipe, parts: Parts, loaded: Loaded, clients_per_pass: int
     training = {"tokens_per_pass": loaded.tokens, "clients_per_pass": clients_per_pass}
     return recipe.model_copy(
         update={
-            **resolved_parts(recipe, parts.algorithm),
+            **resolved_choices(recipe, parts.algorithm),
             "model": recipe.model.model_copy(
                 update={"dtype": str(loaded.dtype).removeprefix("torch."), "revision": revision}
             ),

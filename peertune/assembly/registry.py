@@ -1,6 +1,6 @@
-"""The parts of a recipe that are chosen by name; the only reader of the tables of names.
+"""What a recipe chooses by name; the only reader of the tables of names.
 
-They are made without a base model, so that a graph or a partition can be looked at in a second.
+It is made without a base model, so that a graph or a partition can be looked at in a second.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from peertune.method import Algorithm, Local, Message, Mixer, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import MODIFIERS
 from peertune.methods.schedules import switching_interval
-from peertune.recipe import Part, Recipe, arguments
+from peertune.recipe import Choice, Recipe, arguments
 from peertune.runs import trackers
 from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, graph_near, one_period, rho, summary
 from peertune.types import ALONE, Group, Split, Task
@@ -60,7 +60,7 @@ def build_parts(
     known: Neighbourhood | None = None,
     group: Group = ALONE,
 ) -> Parts:
-    """Make all parts, for these clients; the arguments are those of `build`."""
+    """Make all that is chosen by name, for these clients; the arguments are those of `build`."""
     trackers.check(recipe.report_to)
     task = build_task(recipe)
     graph = build_graph(recipe, known)
@@ -94,31 +94,31 @@ def graph_settings(recipe: Recipe) -> dict[str, Any]:
     return {**beyond_defaults("graph", recipe.graph), "clients": recipe.clients, "seed": recipe.seed}
 
 
-def beyond_defaults(where: str, part: Part) -> dict[str, Any]:
-    """Return a part's name and those settings that are not their defaults, by key: what it is in every version.
+def beyond_defaults(where: str, choice: Choice) -> dict[str, Any]:
+    """Return a choice's name and those settings that are not their defaults, by key: what it is in every version.
 
-    A version that lacks a setting makes of the part what one that has it makes of its default.
+    A version that lacks a setting makes of the choice what one that has it makes of its default.
     """
-    defaults = part_defaults(where, part.name)
-    return {"name": part.name} | {key: value for key, value in part.settings.items() if value != defaults.get(key)}
+    defaults = choice_defaults(where, choice.name)
+    return {"name": choice.name} | {key: value for key, value in choice.settings.items() if value != defaults.get(key)}
 
 
-def part_defaults(where: str, name: str) -> dict[str, Any]:
-    """Return the defaults of a part's settings. Raises RecipeError for a name that is none."""
+def choice_defaults(where: str, name: str) -> dict[str, Any]:
+    """Return the defaults of a choice's settings. Raises RecipeError for a name that is none."""
     parameters = inspect.signature(_found(where, name).factory).parameters.values()
     given = _TABLES[where].given
     return {p.name: p.default for p in parameters if p.name not in given and p.default is not p.empty}
 
 
 def takes(where: str, name: str, setting: str) -> bool:
-    """Return whether a part has this setting. Raises RecipeError for a name that is none."""
+    """Return whether a choice has this setting. Raises RecipeError for a name that is none."""
     return setting in inspect.signature(_found(where, name).factory).parameters
 
 
 def from_outside(recipe: Recipe, *blocks: str) -> dict[str, Mapping[str, str]]:
-    """Return which code the parts are whose names are from outside, by block; of these blocks, or of all."""
+    """Return which code stands behind names from outside, by block; of these blocks, or of all."""
     named = _chosen(recipe, blocks or _TABLES)
-    return {where: origin for block, where, part in named if (origin := _found(block, part.name, where).origin)}
+    return {where: origin for block, where, choice in named if (origin := _found(block, choice.name, where).origin)}
 
 
 def build_task(recipe: Recipe) -> Task:
@@ -142,12 +142,12 @@ def build_algorithm(recipe: Recipe, graph: Graph, of: Callable[[Graph], float] =
     """
     given: dict[str, Any] = {"rho": partial(of, graph), "clients": recipe.clients, "seed": recipe.seed}
     algorithm: Algorithm = _make("algorithm", recipe.algorithm, **given)
-    for place, part in enumerate(recipe.modifiers):
+    for place, choice in enumerate(recipe.modifiers):
         values: dict[str, Any] = {name: getattr(algorithm, name) for name in _TABLES["modifiers"].given}
-        changed = _make("modifiers", part, f"modifiers[{place}]", **values)
+        changed = _make("modifiers", choice, f"modifiers[{place}]", **values)
         (field,) = (name for name, x in values.items() if type(x) is type(changed))
-        if not takes("modifiers", part.name, field):
-            raise RecipeError(f"modifiers[{place}]: {part.name} returns a {field} and takes no parameter {field}")
+        if not takes("modifiers", choice.name, field):
+            raise RecipeError(f"modifiers[{place}]: {choice.name} returns a {field} and takes no parameter {field}")
         algorithm = algorithm._replace(**{field: changed})
     check_needs(recipe, graph, algorithm)
     return algorithm
@@ -197,7 +197,7 @@ def describe_graph(graph: Graph) -> dict[str, Any]:
     return settings | vars(facts) | {"one_period": one_period(graph), "switching_interval": interval}
 
 
-def check_parts(recipe: Recipe) -> None:
+def check_choices(recipe: Recipe) -> None:
     """Raise PeertuneError for names, settings, graphs and trackers that can't be; nothing is loaded."""
     trackers.check(recipe.report_to)
     _complete(recipe)
@@ -205,45 +205,45 @@ def check_parts(recipe: Recipe) -> None:
     build_algorithm(recipe, build_graph(recipe), of=lambda graph: 0.0)
 
 
-def resolved_parts(recipe: Recipe, algorithm: Algorithm) -> dict[str, Any]:
-    """Return the parts with every default written out, and what is automatic as it came out for this algorithm."""
+def resolved_choices(recipe: Recipe, algorithm: Algorithm) -> dict[str, Any]:
+    """Return the choices with every default written out, and what is automatic as it came out for this algorithm."""
     named = {**recipe.algorithm.settings, **algorithm.settings}
-    return _complete(recipe) | {"algorithm": Part(name=recipe.algorithm.name, **named)}
+    return _complete(recipe) | {"algorithm": Choice(name=recipe.algorithm.name, **named)}
 
 
 def _found(block: str, name: str, where: str = "") -> Found:
     return find(_TABLES[block], name, where or block)
 
 
-def _chosen(recipe: Recipe, blocks: Iterable[str]) -> Iterator[tuple[str, str, Part]]:
-    """Yield the parts of these blocks: block, where it stands, and the part."""
+def _chosen(recipe: Recipe, blocks: Iterable[str]) -> Iterator[tuple[str, str, Choice]]:
+    """Yield the choices of these blocks: block, where it stands, and the choice."""
     for block in blocks:
         chosen = getattr(recipe, block)
-        if isinstance(chosen, Part):
+        if isinstance(chosen, Choice):
             yield block, block, chosen
             continue
-        for place, part in enumerate(chosen):
-            yield block, f"{block}[{place}]", part
+        for place, choice in enumerate(chosen):
+            yield block, f"{block}[{place}]", choice
 
 
 def _complete(recipe: Recipe) -> dict[str, Any]:
-    """Return the parts of the recipe, by block, with every default written out."""
+    """Return the choices of the recipe, by block, with every default written out."""
     whole: dict[str, Any] = {"modifiers": []}
-    for block, where, part in _chosen(recipe, _TABLES):
-        factory = _found(block, part.name, where).factory
-        made = Part(name=part.name, **arguments(factory, part, where, _TABLES[block].given))
+    for block, where, choice in _chosen(recipe, _TABLES):
+        factory = _found(block, choice.name, where).factory
+        made = Choice(name=choice.name, **arguments(factory, choice, where, _TABLES[block].given))
         whole[block] = [*whole[block], made] if block in whole else made
     return whole
 
 
-def _make(block: str, part: Part, where: str = "", **given: Any) -> Any:
-    """Call the factory of the part's name with the recipe's settings, and what it asks for of `given`."""
+def _make(block: str, choice: Choice, where: str = "", **given: Any) -> Any:
+    """Call the factory of the choice's name with the recipe's settings, and what it asks for of `given`."""
     table, where = _TABLES[block], where or block
-    factory = _found(block, part.name, where).factory
-    settings = arguments(factory, part, where, table.given)
+    factory = _found(block, choice.name, where).factory
+    settings = arguments(factory, choice, where, table.given)
     asked = inspect.signature(factory).parameters
     made = factory(**settings, **{name: value for name, value in given.items() if name in asked})
     types = tuple(wanted for wanted in table.made.values() if isinstance(wanted, type))
     if types and not isinstance(made, types):
-        raise RecipeError(f"{where}: {part.name} made a {type(made).__name__}, which is no {' or '.join(table.made)}")
+        raise RecipeError(f"{where}: {choice.name} made a {type(made).__name__}, which is no {' or '.join(table.made)}")
     return made

@@ -227,9 +227,9 @@ def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membe
 
 def _check_graph(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Raise RecipeError where the roster is for another graph than the recipe's, and say in what."""
-    from peertune.assembly.registry import part_defaults
+    from peertune.assembly.registry import choice_defaults
 
-    defaults = part_defaults("graph", here["name"]) if here["name"] == there.get("name") else {}
+    defaults = choice_defaults("graph", here["name"]) if here["name"] == there.get("name") else {}
     there, here = (defaults | dict(said) for said in (there, here))
     differ = [key for key in sorted(here.keys() | there.keys()) if here.get(key) != there.get(key)]
     if differ:

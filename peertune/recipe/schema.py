@@ -21,8 +21,8 @@ class _Block(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class Part(BaseModel):
-    """A part chosen by name, with the arguments of its factory; an argument that is null has its default."""
+class Choice(BaseModel):
+    """What is chosen by name, with the arguments of its factory; an argument that is null has its default."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     name: str
@@ -121,13 +121,13 @@ class Recipe(_Block):
     model: Model
     lora: Lora = Lora()
     head: Literal["frozen", "trained"] = "frozen"
-    task: Part
+    task: Choice
     missing_cells: Literal["refuse", "drop", "empty"] = "refuse"  # what is done with rows that lack a cell
     clients: int = Field(ge=1)
-    partition: Part = Part(name="iid")
-    graph: Part = Part(name="complete")
-    algorithm: Part
-    modifiers: list[Part] = []  # of the algorithm
+    partition: Choice = Choice(name="iid")
+    graph: Choice = Choice(name="complete")
+    algorithm: Choice
+    modifiers: list[Choice] = []  # of the algorithm
     training: Training = Training()
     rounds: int = Field(ge=1)
     evaluate: Evaluate = Evaluate()

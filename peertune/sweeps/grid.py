@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from peertune.assembly import plugins
-from peertune.assembly.registry import check_parts
+from peertune.assembly.registry import check_choices
 from peertune.errors import RecipeError
 from peertune.recipe import Recipe, flat, load_recipe
 from peertune.sweeps.launch import Command, Launcher, Queued
@@ -54,7 +54,7 @@ def members(recipe: str | Path, words: Sequence[str]) -> list[Member]:
     found = []
     for chosen in combinations:
         loaded = load_recipe(recipe, chosen)
-        check_parts(loaded)
+        check_choices(loaded)
         found.append(Member(_name([chosen[i] for i in several or range(len(axes))]), chosen, loaded))
     for place, member in enumerate(found):
         if any(member.recipe == other.recipe for other in found[:place]):

@@ -15,10 +15,10 @@ from peertune.assembly.registry import (
     build_graph,
     build_partition,
     build_task,
-    check_parts,
+    check_choices,
     from_outside,
     graph_settings,
-    resolved_parts,
+    resolved_choices,
     takes,
 )
 from peertune.data.tasks import hub_settings
@@ -80,14 +80,14 @@ def test_nothing_is_imported_for_a_recipe_until_the_module_is_allowed(write: Wri
     for allowed in ([], ["other"], ["mine.hub"]):
         plugins.allow(allowed)
         with pytest.raises(RecipeError) as caught:
-            check_parts(recipe)
+            check_choices(recipe)
         said = "code from outside, which no recipe runs by itself; if you trust it, add --plugin mine"
         assert str(caught.value) == f"graph.name: 'mine:hub' is {said}"
     assert not Path("imported").exists()
     plugins.allow(["other", "mine"])
-    check_parts(load_recipe("digits-demo"))
+    check_choices(load_recipe("digits-demo"))
     assert not Path("imported").exists(), "nothing names it"
-    check_parts(recipe)
+    check_choices(recipe)
     assert Path("imported").exists()
     assert build_graph(recipe).edges_at(0).tolist() == [[0, 1], [0, 2], [1, 2]]
     assert plugins.options() == ["--plugin", "other", "--plugin", "mine"]
@@ -99,7 +99,7 @@ def test_what_is_no_modules_name_is_not_allowed() -> None:
             plugins.allow([word])
     for word in ("../mine:hub", "mine;ls:hub", ":hub"):
         with pytest.raises(RecipeError, match=r"is neither a name nor of the form module:function$"):
-            check_parts(with_graph(word))
+            check_choices(with_graph(word))
 
 
 CALLED = """
@@ -184,7 +184,7 @@ def test_only_a_function_that_says_that_it_makes_one_is_called(write: Write, nam
     write("called.py", CALLED)
     plugins.allow([name.partition(":")[0]])
     with pytest.raises(RecipeError) as caught:
-        check_parts(with_graph(name))
+        check_choices(with_graph(name))
     assert NOT_CALLED[name] in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not Path("called").exists()
@@ -205,7 +205,7 @@ def test_a_module_that_fails_on_import_is_refused_in_one_line(write: Write, text
         write("broken.py", text)
     plugins.allow(["broken"])
     with pytest.raises(RecipeError) as caught:
-        check_parts(with_graph("broken:hub"))
+        check_choices(with_graph("broken:hub"))
     assert str(caught.value).startswith(f"module broken: can't be imported ({said}")
     assert len(str(caught.value).splitlines()) == 1
 
@@ -263,7 +263,7 @@ def test_tasks_partitions_graphs_and_algorithms_come_from_outside(write: Write) 
     blocks = ["task={name: 'parts:few'}", "partition={name: 'parts:first', rows: 7}"]
     blocks += ["modifiers=[{name: half}, {name: 'parts:loud', words: a}]"]
     recipe = with_graph("parts:pairs", *blocks, "algorithm={name: 'parts:slow', every: 4, unlike: [1]}")
-    check_parts(recipe)
+    check_choices(recipe)
     task = build_task(recipe)
     assert [part.tolist()[0] for part in build_partition(recipe, task)] == [0, 7, 14]
     assert len(task.train) == 60
@@ -271,7 +271,7 @@ def test_tasks_partitions_graphs_and_algorithms_come_from_outside(write: Write) 
     assert takes("task", "parts:few", "path")
     assert hub_settings("parts:few") == ()
     assert not build_algorithm(recipe, build_graph(recipe)).message.exact
-    resolved = resolved_parts(recipe, build_algorithm(recipe, build_graph(recipe)))
+    resolved = resolved_choices(recipe, build_algorithm(recipe, build_graph(recipe)))
     assert resolved["algorithm"].settings == {"every": 4, "unlike": [1]}, "though the method says nothing of them"
     assert [part.settings for part in resolved["modifiers"]] == [{}, {"words": "a"}]
     assert (resolved["task"].settings, resolved["partition"].settings) == ({"rows": 60}, {"rows": 7})
@@ -281,20 +281,20 @@ def test_what_a_function_makes_must_be_what_it_says(write: Write) -> None:
     write("parts.py", PARTS)
     plugins.allow(["parts"])
     with pytest.raises(RecipeError, match=r"^algorithm: parts:none made a NoneType, which is no Algorithm$"):
-        check_parts(with_graph("parts:pairs", "algorithm={name: 'parts:none'}"))
+        check_choices(with_graph("parts:pairs", "algorithm={name: 'parts:none'}"))
     with pytest.raises(RecipeError, match=r"^modifiers\[0\]: parts:wrong returns a message and takes no parameter"):
-        check_parts(with_graph("parts:pairs", "modifiers=[{name: 'parts:wrong'}]"))
+        check_choices(with_graph("parts:pairs", "modifiers=[{name: 'parts:wrong'}]"))
     values = "peertune.Schedule or peertune.Local or peertune.Message or peertune.Mixer"
     with pytest.raises(RecipeError, match=rf"^modifiers\[0\]\.name: 'parts:slow': is not annotated with -> {values}"):
-        check_parts(with_graph("parts:pairs", "modifiers=[{name: 'parts:slow'}]"))
+        check_choices(with_graph("parts:pairs", "modifiers=[{name: 'parts:slow'}]"))
     with pytest.raises(
         RecipeError, match=r"^algorithm\.name: 'parts:pairs': is not annotated with -> peertune\.Algorithm"
     ):
-        check_parts(with_graph("parts:pairs", "algorithm={name: 'parts:pairs'}"))
+        check_choices(with_graph("parts:pairs", "algorithm={name: 'parts:pairs'}"))
     with pytest.raises(RecipeError, match=r"^graph: parts:small made one of 3 clients, not 5$"):
-        check_parts(with_graph("parts:small", "clients=5"))
+        check_choices(with_graph("parts:small", "clients=5"))
     with pytest.raises(RecipeError, match=r"^graph\.activation: unknown key"):
-        check_parts(with_graph("parts:pairs", "graph.activation=0.5"))
+        check_choices(with_graph("parts:pairs", "graph.activation=0.5"))
     with pytest.raises(RecipeError, match=r"^graph: parts:pairs takes no activation, which own rosters need"):
         graph_settings(with_graph("parts:pairs"))
 
@@ -303,9 +303,9 @@ def test_an_installed_package_offers_names_and_is_imported_when_one_is_named(wri
     install(write, "hubs", "[peertune.graphs]", "hub = hubs.inner:hub", "[peertune.tasks]", "hub = hubs:no")
     write("hubs/hubs/__init__.py", TOLD)
     write("hubs/hubs/inner.py", HUB)
-    check_parts(with_graph("ring"))
+    check_choices(with_graph("ring"))
     with pytest.raises(RecipeError, match=r"^graph\.name: unknown name 'hup', did you mean hub\?$"):
-        check_parts(with_graph("hup"))
+        check_choices(with_graph("hup"))
     assert not Path("imported").exists()
     recipe = with_graph("hub")
     assert build_graph(recipe).name == "hub"
@@ -318,10 +318,10 @@ def test_a_name_that_two_offer_is_refused_where_it_is_asked_for(write: Write) ->
     write("mine.py", TOLD + HUB)
     install(write, "one", "[peertune.graphs]", "hub = mine:hub", "ring = mine:hub")
     install(write, "two", "[peertune.graphs]", "hub = mine:hub")
-    check_parts(with_graph("star"))
+    check_choices(with_graph("star"))
     for name, several in (("hub", "one and two"), ("ring", "one and peertune")):
         with pytest.raises(RecipeError, match=rf"^graph\.name: '{name}' is offered by {several}; uninstall one, or"):
-            check_parts(with_graph(name))
+            check_choices(with_graph(name))
     assert not Path("imported").exists()
 
 
@@ -335,11 +335,11 @@ def test_what_lies_in_the_current_folder_is_not_installed_and_hides_nothing(
     for allowed in ([], ["other"]):
         plugins.allow(allowed)
         with pytest.raises(RecipeError, match=r"^graph\.name: unknown name 'hub'"):
-            check_parts(with_graph("hub"))
+            check_choices(with_graph("hub"))
     assert not Path("imported").exists()
     write("hubs/networkx.py", TOLD)
     plugins.allow(["mine"])
-    check_parts(with_graph("mine:hub"))
+    check_choices(with_graph("mine:hub"))
     assert sys.path[-1] == str(Path.cwd())
     assert "" not in sys.path
     assert importlib.util.find_spec("networkx").origin != str(Path("networkx.py").absolute())  # type: ignore[union-attr]

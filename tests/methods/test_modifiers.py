@@ -4,7 +4,7 @@ from playing import BOTH, at_step, begun, played
 
 from peertune import build, load_recipe, simulate
 from peertune.assembly.needs import NEEDS, check_needs
-from peertune.assembly.registry import build_algorithm, build_graph, check_parts
+from peertune.assembly.registry import build_algorithm, build_graph, check_choices
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, Message, Mixer
 from peertune.methods.catalogue import ALGORITHMS
@@ -100,7 +100,7 @@ def test_modifiers_apply_in_their_order_and_their_settings_are_written_out(monke
         ("{name: half, message: 1}", r"^modifiers\[1\]\.message: unknown key .*half takes no settings"),
     ):
         with pytest.raises(RecipeError, match=line):
-            check_parts(recipe(f"modifiers=[{{name: half}}, {wrong}]"))
+            check_choices(recipe(f"modifiers=[{{name: half}}, {wrong}]"))
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from peertune.assembly.build import build
-from peertune.assembly.registry import build_graph, check_parts
+from peertune.assembly.registry import build_graph, check_choices
 from peertune.engines.simulator import simulate
 from peertune.recipe import check_recipe, load_recipe
 from peertune.report.findings import advice
@@ -69,7 +69,7 @@ def check_possible(recipe: Mapping[str, Any], facts: Mapping[str, Any], advice: 
             within.clear()
         before, within[name] = within.get(name), yaml.safe_load(value)
         assert within[name] != before
-    check_parts(check_recipe(changed, advice))
+    check_choices(check_recipe(changed, advice))
     for block, key in re.findall(r"([a-z]+)\.([a-z_]+)", advice):
         assert key in recipe[block] or key in changed[block], advice
     for key, value in re.findall(r"raise ([\w.]+) from ([\d.]+\d|\d)", advice, re.IGNORECASE):

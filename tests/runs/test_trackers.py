@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 
 from peertune.assembly.build import build
-from peertune.assembly.registry import check_parts
+from peertune.assembly.registry import check_choices
 from peertune.errors import RecipeError
-from peertune.recipe import Part, Recipe, load_recipe
+from peertune.recipe import Choice, Recipe, load_recipe
 from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.runs import trackers
 
@@ -84,6 +84,6 @@ def test_a_tracker_that_is_not_installed_is_named_before_the_run() -> None:
     trackers.check(["tensorboard"])
     with pytest.raises(RecipeError, match="report_to: wandb is not installed; pip install wandb, or take it out"):
         trackers.check(["wandb"])
-    for early in (build, check_parts):
+    for early in (build, check_choices):
         with pytest.raises(RecipeError, match="report_to: wandb is not installed"):
-            early(recipe("wandb").model_copy(update={"task": Part(name="text", path="not/there")}))
+            early(recipe("wandb").model_copy(update={"task": Choice(name="text", path="not/there")}))

@@ -1,4 +1,4 @@
-"""Parts chosen by name: their arguments, held against the signature of the factory of that name."""
+"""What is chosen by name: its arguments, held against the signature of the factory of that name."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -8,36 +8,38 @@ from pydantic import PydanticUserError, TypeAdapter, ValidationError
 
 from peertune.errors import RecipeError
 from peertune.recipe.hints import unknown_key
-from peertune.recipe.schema import Part
+from peertune.recipe.schema import Choice
 
 
-def arguments(factory: Callable[..., Any], part: Part, where: str, given: Sequence[str]) -> dict[str, Any]:
-    """Return the arguments of the factory of `part.name` that the recipe sets or leaves at their defaults.
+def arguments(factory: Callable[..., Any], choice: Choice, where: str, given: Sequence[str]) -> dict[str, Any]:
+    """Return the arguments of the factory of `choice.name` that the recipe sets or leaves at their defaults.
 
     `given` are the parameters that the program supplies, which are no settings. Raises RecipeError for an unknown,
     missing or wrongly typed argument; one without a type may be anything.
     """
     hints = get_type_hints(factory)
     parameters = {name: p for name, p in inspect.signature(factory).parameters.items() if name not in given}
-    for key in part.settings:
+    for key in choice.settings:
         if key not in parameters:
             takes = f"takes {', '.join(sorted(parameters))}" if parameters else "takes no settings"
             problem = unknown_key(f"{where}.{key}", parameters)
             if "did you mean" in problem:
-                raise RecipeError(f"{problem} ({part.name} {takes})")
+                raise RecipeError(f"{problem} ({choice.name} {takes})")
             problem = problem.split(", choose")[0].rstrip(", ")
-            raise RecipeError(f"{problem} ({part.name} {takes}; {where}.{key}=null leaves out what the recipe sets)")
+            raise RecipeError(f"{problem} ({choice.name} {takes}; {where}.{key}=null leaves out what the recipe sets)")
     values = {}
     for name, parameter in parameters.items():
-        if name not in part.settings:
+        if name not in choice.settings:
             if parameter.default is parameter.empty:
-                raise RecipeError(f"{where}.{name}: is missing, {part.name} needs it")
+                raise RecipeError(f"{where}.{name}: is missing, {choice.name} needs it")
             values[name] = parameter.default
             continue
         try:
-            values[name] = TypeAdapter(hints.get(name, Any)).validate_python(part.settings[name], strict=True)
+            values[name] = TypeAdapter(hints.get(name, Any)).validate_python(choice.settings[name], strict=True)
         except PydanticUserError:
-            raise RecipeError(f"{where}.{name}: {part.name} takes a {hints[name]}, which no recipe can give") from None
+            raise RecipeError(
+                f"{where}.{name}: {choice.name} takes a {hints[name]}, which no recipe can give"
+            ) from None
         except ValidationError as error:
             first = max(error.errors(), key=lambda complaint: len(complaint["loc"]))  # of what came nearest
             said = f"{first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
