@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help install demo check quick test mutants bench same clean
+.PHONY: help install demo check quick test mutants bench same slower clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -50,6 +50,9 @@ bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 fr
 
 same: .venv/developing  ## whether the working tree comes to the same bits as OLD=COMMIT, by all methods and engines (minutes)
 	$(BIN)/python -m benchmarks.same $(OLD)
+
+slower: .venv/developing  ## whether the working tree is slower than OLD=COMMIT, in turn (a quarter of an hour, on a quiet machine)
+	$(BIN)/python -m benchmarks.slower $(OLD)
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .mutants .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,14 +1,16 @@
-"""What `make same` finds in the runs of two sides."""
+"""What `make same` finds in the runs of two sides, and what `make slower` makes of their seconds."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from benchmarks import slower
 from benchmarks.same import difference
 
 Keep = Callable[..., Path]
@@ -77,3 +79,23 @@ def test_where_there_is_no_run_nothing_is_called_the_same(keep: Keep, tmp_path: 
         difference(tmp_path / "empty", keep("new"))
     with pytest.raises(FileNotFoundError, match="empty: holds no run"):
         difference(keep("old"), tmp_path / "empty")
+
+
+@pytest.mark.parametrize(("count", "places"), [(20, (5, 14)), (10, (1, 8)), (6, (0, 5)), (2, (0, 1))])
+def test_the_interval_of_a_median_has_the_ranks_of_the_binomial_table(count: int, places: tuple[int, int]) -> None:
+    assert slower.interval(count) == places
+
+
+@pytest.mark.parametrize(("times", "found"), [(1.0, False), (1.02, False), (1.1, True)])
+def test_what_takes_longer_in_most_turns_is_slower(
+    times: float, found: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides: list[Any] = ["old", "new"]
+
+    def action(side: Any, turn: int) -> float:
+        if turn == 0:
+            return 100.0 if side == "new" else 1.0  # warming up, which doesn't count
+        return (2.0 + turn / 10) * (times if side == "new" and turn not in (3, 7) else 1.0)
+
+    assert slower.judged("a step", sides, action, 20) == found
+    assert capsys.readouterr().out.startswith(f"a step                    {times:.3f} (")
