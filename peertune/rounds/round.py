@@ -24,7 +24,7 @@ from peertune.adapters.stacked import StackedModel
 from peertune.allowance import Lines
 from peertune.errors import DivergedError
 from peertune.memory import give_back_free
-from peertune.method import Algorithm, At, Phase, nothing, standing
+from peertune.method import Algorithm, At, Memory, Phase, nothing, standing
 from peertune.rounds import bounds, metrics
 from peertune.rounds.bounds import Bound, Refusal
 from peertune.rounds.record import Evaluation, RoundRecord
@@ -307,6 +307,7 @@ def _train(job: Job, state: State, at: At, phases: list[Phase]) -> tuple[Tensor,
     for row, t in enumerate(rounds):
         alike.setdefault((phases[row], before[row] if t else None, t), []).append(row)
     loss, grad_norm = torch.zeros(2, len(clients), dtype=torch.float64, device=job.device)
+    memory: Memory = {}
     for (phase, last, t), members in alike.items():
         for start in range(0, len(members), job.clients_per_pass):
             chunk = members[start : start + job.clients_per_pass]
@@ -317,10 +318,14 @@ def _train(job: Job, state: State, at: At, phases: list[Phase]) -> tuple[Tensor,
             steps = job.steps([clients[row] for row in chunk], t)
             trained = train_local(job.model, part, steps, phase, job.optim, here, job.algorithm.local)
             if isinstance(places, Tensor):
-                state.put(places, part)
-            state.remember(trained.memory, places)
+                state.put(places, replace(part, memory={}))
+            for name, x in trained.memory.items():  # one copy for all chunks: a method's own tensors stay as they are
+                if name not in memory:
+                    memory[name] = state.memory[name].clone()
+                memory[name][places] = x
             loss[places], grad_norm[places] = trained.loss, trained.grad_norm
             give_back_free()
+    state.remember(memory)
     if bool((loss > job.most_loss).any()):
         raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {max(rounds)}")
     return loss, grad_norm

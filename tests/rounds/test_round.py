@@ -16,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.errors import DivergedError
-from peertune.method import Algorithm, At, Memory, Message, Mixer, Phase, Schedule, standing
+from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Mixer, Phase, Schedule, standing
 from peertune.methods.schedules import alternating, both, by_round, silent
 from peertune.rounds.bounds import NEAR, Bound, Refusal
 from peertune.rounds.record import Evaluation, RoundRecord
@@ -515,6 +515,24 @@ def test_clients_in_rounds_of_their_own_train_by_these() -> None:
             assert loss[client] == expected[client]
             for name, x in state.adapters.items():
                 torch.testing.assert_close(x[client], alike.adapters[name][client], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("per_pass", [1, 2, 99])
+def test_what_local_steps_remember_is_each_clients_own_however_they_are_passed_through(per_pass: int) -> None:
+    zeros = torch.zeros(CLIENTS, dtype=torch.float64)
+
+    def gradients(
+        gradient: Gradient, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        return gradient(adapters), {"its.sum": memory["its.sum"] + at.clients + 10 * at.step}
+
+    local = Local(gradients, init=lambda adapters, at: {"its.sum": zeros[at.clients]})
+    method = agreeing(["B", "A", "B", "A", "B"])._replace(local=local)
+    for record in run(told(method, clients_per_pass=per_pass)):
+        steps = range(2 * record.round + 2)
+        assert record.state is not None
+        assert record.state.memory["its.sum"].tolist() == [sum(k + 10 * s for s in steps) for k in range(CLIENTS)]
+    assert not zeros.any(), "what a method made is not written to"
 
 
 def test_the_phase_of_a_round_is_that_of_most_clients_of_all_processes() -> None:
