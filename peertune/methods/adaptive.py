@@ -29,6 +29,7 @@ of T by task and system as an open question (ADF-LoRA, arXiv 2511.18291).
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,86 +62,99 @@ def adaptive(window_rounds: int, first: int, clients: int, seed: int) -> tuple[S
 
     The first window has phases of about `first` rounds. Adapters are sent as they are and mixed by gossip.
 
-    Memory: `adaptive.probe [K, P]`; `adaptive.reports [K, 2, R, P]` on the last window and on this one, of which those
-    in `adaptive.known [K, 2, R]` have come; `adaptive.fallback [K]`, the number of phases where reports are too few.
-
     Raises:
         RecipeError: a window is too short to measure and to tell, below 4 rounds.
     """
     if window_rounds < 4:
         raise RecipeError(f"window_rounds: {window_rounds} rounds are too few, give at least 4")
-    probing, reporters = window_rounds // 2, min(clients, REPORTERS)
-    plan = [Phase(train, send=_BOTH) for train in _IN_TURN]
+    windows = _Windows(window_rounds, first, clients, seed)
+    message = Message(windows.send, sound=_sound)
+    return Schedule(windows.phases, windows.init), message, gossip()._replace(weigh=windows.weigh)
 
-    def probes(window: ArrayLike, of: ArrayLike) -> Tensor:
-        signs = randomness.uniforms(seed, "probe", window, np.asarray(of)[:, None], np.arange(PROBES)) < 0.5
-        return torch.from_numpy(np.where(signs, 1.0, -1.0))
 
-    def number(interval: float) -> int:
-        return 2 * max(1, round(window_rounds / interval / 2))
+class _Windows(NamedTuple):
+    """The agreement of `clients` in windows of `rounds`.
 
-    def agreed(reports: Tensor, known: Tensor, window: Tensor, fallback: Tensor) -> Tensor:
-        """Return each client's number of phases `[K]` by its `reports [K, R, P]` on a `window [K]`."""
-        phases = fallback.clone()
-        for w in window.unique().tolist():
-            rows = (window == w).nonzero()[:, 0]
-            before = probes(w, drawn_reporters(clients, seed, w)).to(reports.device).expand_as(reports[rows])
-            left, at_first = (_spread(x, known[rows]).tolist() for x in (reports[rows], before))
-            enough = (2 * known[rows].sum(1) >= max(4, reporters)).tolist()
-            for place, row in enumerate(rows.tolist()):
-                if enough[place] and at_first[place] > 0:
-                    rho = (left[place] / at_first[place]) ** (1 / probing)
-                    phases[row] = number(switching_interval(min(rho, SLOWEST)))
-        return phases
+    Memory: `adaptive.probe [K, P]`; `adaptive.reports [K, 2, R, P]` on the last window and on this one, of which those
+    in `adaptive.known [K, 2, R]` have come; `adaptive.fallback [K]`, the number of phases where reports are too few.
+    """
 
-    def init(adapters: Tensors, at: At) -> Memory:
-        K = len(at.clients)
+    rounds: int
+    first: int
+    clients: int
+    seed: int
+
+    def init(self, adapters: Tensors, at: At) -> Memory:
+        K, reporters = len(at.clients), min(self.clients, REPORTERS)
         return {
-            "adaptive.probe": probes(at.round.numpy()[:, None] // window_rounds, at.clients),
+            "adaptive.probe": self._probes(at.round.numpy()[:, None] // self.rounds, at.clients),
             "adaptive.reports": torch.zeros(K, 2, reporters, PROBES, dtype=torch.float64),
             "adaptive.known": torch.zeros(K, 2, reporters, dtype=torch.bool),
-            "adaptive.fallback": torch.full((K,), number(first)),
+            "adaptive.fallback": torch.full((K,), self._number(self.first)),
         }
 
-    def phases(memory: Memory, at: At) -> list[Phase]:
-        window, place = at.round // window_rounds, at.round % window_rounds
-        last = (memory[f"adaptive.{what}"][:, 0] for what in ("reports", "known"))
-        counts = agreed(next(last), next(last), window - 1, memory["adaptive.fallback"])
+    def phases(self, memory: Memory, at: At) -> list[Phase]:
+        window, place = at.round // self.rounds, at.round % self.rounds
+        reports, known = (memory[f"adaptive.{what}"][:, 0] for what in ("reports", "known"))
+        counts = self._agreed(reports, known, window - 1, memory["adaptive.fallback"])
         return [
-            plan[_trains_a(here, count // 2, window_rounds)]
+            Phase(_IN_TURN[_trains_a(here, count // 2, self.rounds)], send=_BOTH)
             for here, count in zip(place.tolist(), counts.tolist(), strict=True)
         ]
 
-    def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+    def send(self, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
         return select(adapters, phase.send) | {name: memory[name] for name in _TOLD}, {}
 
-    def sound(heard: Tensors) -> Tensor:
-        """Means of signs lie between -1 and 1."""
-        within = ((heard[name].abs() <= LARGEST).flatten(1).all(1) for name in _TOLD[:2])
-        return next(within) & next(within)
-
     def weigh(
-        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+        self, own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
     ) -> tuple[Weights, Memory]:
-        window, place = at.round // window_rounds, at.round % window_rounds
+        window, place, probing = at.round // self.rounds, at.round % self.rounds, self.rounds // 2
         probe, fallback = memory["adaptive.probe"].clone(), memory["adaptive.fallback"].clone()
         reports, known = _union(memory, heard, weights)
         if len(rows := (place < probing).nonzero()[:, 0]):
             probe[rows] = (weights.to(probe.dtype) @ heard["adaptive.probe"])[rows]
         for row in (place == probing - 1).nonzero()[:, 0].tolist():
-            drawn = drawn_reporters(clients, seed, int(window[row])) == int(at.clients[row])
+            drawn = drawn_reporters(self.clients, self.seed, int(window[row])) == int(at.clients[row])
             for seat in drawn.nonzero()[0]:
                 reports[row, 1, seat], known[row, 1, seat] = probe[row], True
-        if len(rows := (place == window_rounds - 1).nonzero()[:, 0]):
-            fallback[rows] = agreed(reports[rows, 1], known[rows, 1], window[rows], fallback[rows])
+        if len(rows := (place == self.rounds - 1).nonzero()[:, 0]):
+            fallback[rows] = self._agreed(reports[rows, 1], known[rows, 1], window[rows], fallback[rows])
             for told in (reports, known):
                 told[rows, 0], told[rows, 1] = told[rows, 1], torch.zeros_like(told[rows, 1])
-            probe[rows] = probes(window[rows, None] + 1, at.clients[rows]).to(probe.device)
-        values = (probe, reports, known, fallback)
-        names = ("probe", "reports", "known", "fallback")
-        return weights, {f"adaptive.{name}": x for name, x in zip(names, values, strict=True)}
+            probe[rows] = self._probes(window[rows, None] + 1, at.clients[rows]).to(probe.device)
+        changed = {"probe": probe, "reports": reports, "known": known, "fallback": fallback}
+        return weights, {f"adaptive.{name}": x for name, x in changed.items()}
 
-    return Schedule(phases, init), Message(send, sound=sound), gossip()._replace(weigh=weigh)
+    def _probes(self, window: ArrayLike, of: ArrayLike) -> Tensor:
+        """Return the signs `[len(of), P]` that these clients begin a window with."""
+        signs = randomness.uniforms(self.seed, "probe", window, np.asarray(of)[:, None], np.arange(PROBES)) < 0.5
+        return torch.from_numpy(np.where(signs, 1.0, -1.0))
+
+    def _number(self, interval: float) -> int:
+        """Return how many phases of about so many rounds a window has."""
+        return 2 * max(1, round(self.rounds / interval / 2))
+
+    def _agreed(self, reports: Tensor, known: Tensor, window: Tensor, fallback: Tensor) -> Tensor:
+        """Return each client's number of phases `[K]` by its `reports [K, R, P]` on a `window [K]`."""
+        phases = fallback.clone()
+        for w in window.unique().tolist():
+            rows = (window == w).nonzero()[:, 0]
+            before = self._probes(w, drawn_reporters(self.clients, self.seed, w)).to(reports.device)
+            left, at_first = (
+                _spread(x, known[rows]).tolist() for x in (reports[rows], before.expand_as(reports[rows]))
+            )
+            enough = (2 * known[rows].sum(1) >= max(4, reports.shape[1])).tolist()
+            for place, row in enumerate(rows.tolist()):
+                if enough[place] and at_first[place] > 0:
+                    rho = (left[place] / at_first[place]) ** (1 / (self.rounds // 2))
+                    phases[row] = self._number(switching_interval(min(rho, SLOWEST)))
+        return phases
+
+
+def _sound(heard: Tensors) -> Tensor:
+    """Means of signs lie between -1 and 1."""
+    probe, reports = ((heard[name].abs() <= LARGEST).flatten(1).all(1) for name in _TOLD[:2])
+    return probe & reports
 
 
 @lru_cache(maxsize=4)
