@@ -9,80 +9,52 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from peertune.assembly.build import build
-    from peertune.data.partition import PARTITIONS, Partition
-    from peertune.data.tasks import TASKS
-    from peertune.engines.simulator import simulate
-    from peertune.errors import PeertuneError
-    from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Mixer, Phase, Schedule
-    from peertune.methods.catalogue import ALGORITHMS
-    from peertune.methods.mixers import gossip
-    from peertune.methods.modifiers import MODIFIERS
-    from peertune.methods.schedules import alternating, both, by_round
-    from peertune.recipe import load_recipe
-    from peertune.topology import GRAPHS, Graph
-    from peertune.types import Split, Task, Tensors
+if TYPE_CHECKING:  # for those who check types, the same names as below
+    from peertune.assembly.build import build as build
+    from peertune.data.partition import PARTITIONS as PARTITIONS
+    from peertune.data.partition import Partition as Partition
+    from peertune.data.tasks import TASKS as TASKS
+    from peertune.engines.simulator import simulate as simulate
+    from peertune.errors import PeertuneError as PeertuneError
+    from peertune.method import Algorithm as Algorithm
+    from peertune.method import At as At
+    from peertune.method import Gradient as Gradient
+    from peertune.method import Local as Local
+    from peertune.method import Memory as Memory
+    from peertune.method import Message as Message
+    from peertune.method import Mixer as Mixer
+    from peertune.method import Phase as Phase
+    from peertune.method import Schedule as Schedule
+    from peertune.methods.catalogue import ALGORITHMS as ALGORITHMS
+    from peertune.methods.mixers import gossip as gossip
+    from peertune.methods.modifiers import MODIFIERS as MODIFIERS
+    from peertune.methods.schedules import alternating as alternating
+    from peertune.methods.schedules import both as both
+    from peertune.methods.schedules import by_round as by_round
+    from peertune.recipe import load_recipe as load_recipe
+    from peertune.topology import GRAPHS as GRAPHS
+    from peertune.topology import Graph as Graph
+    from peertune.types import Split as Split
+    from peertune.types import Task as Task
+    from peertune.types import Tensors as Tensors
 
-__all__ = [
-    "ALGORITHMS",
-    "GRAPHS",
-    "MODIFIERS",
-    "PARTITIONS",
-    "TASKS",
-    "Algorithm",
-    "At",
-    "Gradient",
-    "Graph",
-    "Local",
-    "Memory",
-    "Message",
-    "Mixer",
-    "Partition",
-    "PeertuneError",
-    "Phase",
-    "Schedule",
-    "Split",
-    "Task",
-    "Tensors",
-    "alternating",
-    "both",
-    "build",
-    "by_round",
-    "gossip",
-    "load_recipe",
-    "simulate",
-]
-
-_HOMES = {
-    "ALGORITHMS": "peertune.methods.catalogue",
-    "Algorithm": "peertune.method",
-    "At": "peertune.method",
-    "GRAPHS": "peertune.topology",
-    "Gradient": "peertune.method",
-    "Graph": "peertune.topology",
-    "Local": "peertune.method",
-    "MODIFIERS": "peertune.methods.modifiers",
-    "Memory": "peertune.method",
-    "Message": "peertune.method",
-    "Mixer": "peertune.method",
-    "PARTITIONS": "peertune.data.partition",
-    "Partition": "peertune.data.partition",
-    "PeertuneError": "peertune.errors",
-    "Phase": "peertune.method",
-    "Schedule": "peertune.method",
-    "Split": "peertune.types",
-    "TASKS": "peertune.data.tasks",
-    "Task": "peertune.types",
-    "Tensors": "peertune.types",
-    "alternating": "peertune.methods.schedules",
-    "both": "peertune.methods.schedules",
-    "build": "peertune.assembly.build",
-    "by_round": "peertune.methods.schedules",
-    "gossip": "peertune.methods.mixers",
-    "load_recipe": "peertune.recipe",
-    "simulate": "peertune.engines.simulator",
+_NAMES = {
+    "assembly.build": "build",
+    "data.partition": "PARTITIONS Partition",
+    "data.tasks": "TASKS",
+    "engines.simulator": "simulate",
+    "errors": "PeertuneError",
+    "method": "Algorithm At Gradient Local Memory Message Mixer Phase Schedule",
+    "methods.catalogue": "ALGORITHMS",
+    "methods.mixers": "gossip",
+    "methods.modifiers": "MODIFIERS",
+    "methods.schedules": "alternating both by_round",
+    "recipe": "load_recipe",
+    "topology": "GRAPHS Graph",
+    "types": "Split Task Tensors",
 }
+_HOMES = {name: f"peertune.{home}" for home, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOMES, key=lambda name: (not name.isupper(), name[0].islower(), name))
 
 
 def __getattr__(name: str) -> Any:

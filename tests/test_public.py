@@ -8,9 +8,21 @@ import peertune
 
 NAMES = [
     *("ALGORITHMS", "GRAPHS", "MODIFIERS", "PARTITIONS", "TASKS"),
-    *("Algorithm", "At", "Graph", "Local", "Memory", "Message", "Mixer", "Partition", "PeertuneError", "Phase"),
+    *(
+        "Algorithm",
+        "At",
+        "Gradient",
+        "Graph",
+        "Local",
+        "Memory",
+        "Message",
+        "Mixer",
+        "Partition",
+        "PeertuneError",
+        "Phase",
+    ),
     *("Schedule", "Split", "Task", "Tensors"),
-    *("build", "load_recipe", "simulate"),
+    *("alternating", "both", "build", "by_round", "gossip", "load_recipe", "simulate"),
 ]
 
 

@@ -9,13 +9,14 @@ import torch
 from speaking import make_tokenizer, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from peertune import ALGORITHMS, Algorithm, At, Memory, Tensors
 from peertune.assembly.build import build
 from peertune.errors import RunError
 from peertune.memory import LiveBytes, available_bytes, meta_stands_for
 from peertune.models.meta import FourBits
 from peertune.planning import memory_plan as plans
 from peertune.planning.memory_plan import Plan, check_fits, plan
-from peertune.recipe import Recipe, check_recipe, load_recipe
+from peertune.recipe import Choice, Recipe, check_recipe, load_recipe
 
 GiB = 2**30
 
@@ -108,6 +109,23 @@ def test_a_plan_takes_what_the_steps_take(folder: Path, base: str, checkpointing
     assert 0 <= planned.gradients + planned.activations - most.taken < 20_000
     assert planned.base == plans._storage_bytes(weights)
     assert planned.moments == plans._storage_bytes(state.moments.values())
+
+
+def test_what_a_method_remembers_is_counted_for_all_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    def remembering() -> Algorithm:
+        def init(adapters: Tensors, at: At) -> Memory:
+            return {"its.numbers": torch.zeros(len(at.clients), 1000)}
+
+        plain = ALGORITHMS["dec_lora"]()
+        return plain._replace(mixer=plain.mixer._replace(init=init))
+
+    monkeypatch.setitem(ALGORITHMS, "remembering", remembering)
+    recipe = load_recipe("digits-demo", ["clients=3", "partition={name: iid}", "device=cpu"])
+    remembered, plain = (
+        plan(recipe.model_copy(update={"algorithm": Choice(name=name)})).adapters
+        for name in ("remembering", "dec_lora")
+    )
+    assert remembered - plain == 2 * 3 * 4 * 1000, "of the start, and of the state that goes on from it"
 
 
 def test_checkpointing_and_smaller_passes_take_less(folder: Path) -> None:
