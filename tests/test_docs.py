@@ -15,7 +15,7 @@ from conftest import Call
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
-from peertune import ALGORITHMS, GRAPHS, PARTITIONS, TASKS
+from peertune import ALGORITHMS, GRAPHS, MODIFIERS, PARTITIONS, TASKS
 from peertune.cli import app
 from peertune.errors import Exit
 from peertune.recipe import Recipe
@@ -181,7 +181,7 @@ def test_the_recipe_page_names_every_key_and_every_name_with_its_settings() -> N
         block = field.annotation
         inner = block.model_fields if isinstance(block, type) and issubclass(block, BaseModel) else {}
         assert {name, *inner} <= words, name
-    for table in (TASKS, PARTITIONS, GRAPHS, ALGORITHMS):
+    for table in (TASKS, PARTITIONS, GRAPHS, ALGORITHMS, MODIFIERS):
         for name, factory in table.items():
             settings = set(inspect.signature(factory).parameters) - {"clients", "seed", "rho"}
             assert {name, *settings} <= words, name

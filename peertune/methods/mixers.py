@@ -15,7 +15,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from peertune.method import At, Memory, Mixer, Phase
+from peertune.method import At, Mixer, Phase
 from peertune.types import Tensors, kind
 
 _PAIR = frozenset({"A", "B"})
@@ -34,13 +34,7 @@ def gossip() -> Mixer:
     Keeps the mean over all clients where W is doubly stochastic. Sparse weights stay sparse. Source: Dec-LoRA
     (arXiv 2501.15361) and the DLoRA of DeCAF (arXiv 2505.21382).
     """
-
-    def receive(
-        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
-    ) -> tuple[Tensors, Memory]:
-        return _average(own, heard, weights, phase.send), {}
-
-    return Mixer(receive)
+    return _forgetful(lambda own, heard, weights, at, phase: _average(own, heard, weights, phase.send))
 
 
 def products() -> Mixer:
@@ -63,13 +57,7 @@ def products() -> Mixer:
     Acts only in rounds that send both A and B. Source: DeCAF (arXiv 2505.21382). Not stated in the paper, as far as we
     know it: the split, the signs, and what becomes of directions without weight.
     """
-
-    def receive(
-        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
-    ) -> tuple[Tensors, Memory]:
-        return _by_pairs(own, heard, weights, phase, _truncate), {}
-
-    return Mixer(receive)
+    return _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, _truncate))
 
 
 def rotated(strength: float) -> Mixer:
@@ -86,9 +74,7 @@ def rotated(strength: float) -> Mixer:
     our decentralised reading. Its rule for vanishing directions is not known to us.
     """
 
-    def receive(
-        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
-    ) -> tuple[Tensors, Memory]:
+    def mix(own: Tensors, heard: Tensors, weights: Tensor, at: At, phase: Phase) -> Tensors:
         def turn(
             own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
         ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -103,9 +89,14 @@ def rotated(strength: float) -> Mixer:
                 Q = Q.to(A.dtype)
                 yield receivers, torch.einsum("gmqr,gmqi->gri", Q, A), torch.einsum("gmqr,gmoq->gor", Q, B)
 
-        return _by_pairs(own, heard, weights, phase, turn), {}
+        return _by_pairs(own, heard, weights, phase, turn)
 
-    return Mixer(receive)
+    return _forgetful(mix)
+
+
+def _forgetful(mix: Callable[[Tensors, Tensors, Tensor, At, Phase], Tensors]) -> Mixer:
+    """Make a mixer that remembers nothing."""
+    return Mixer(lambda own, heard, weights, memory, at, phase: (mix(own, heard, weights, at, phase), {}))
 
 
 def _average(own: Tensors, heard: Tensors, weights: Tensor, kinds: Collection[str]) -> Tensors:
