@@ -1,5 +1,6 @@
 """The end of an edge that is called, part by part; test_swap has the same between real servers."""
 
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,12 +12,13 @@ from parties import Federation
 from swapping import LONG_S, hello, offering, outcomes, payload, same
 from wires import GONE, HAVE, Failed, called, kinds, peer, whole
 
+from peertune.errors import PeertuneError
 from peertune.method import Phase
 from peertune.topology import Fault
 from peertune.wire import answering
 from peertune.wire.codec import encode
 from peertune.wire.edge import Edge
-from peertune.wire.meeting import KEPT_ROUNDS, Meeting
+from peertune.wire.meeting import KEPT_ROUNDS, MARGIN_S, Meeting
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
 from peertune.wire.rpc import grpc
 from peertune.wire.swap import Progress
@@ -62,6 +64,7 @@ def test_who_calls_early_is_told_where_this_peer_is_and_how_long_it_waits_itself
         for call in early:
             assert next(call).hello.round == 2
             assert [next(call).wait for _ in range(2)] == [Wait(round=2, step=1)] * 2
+        assert swapper.meetings.waiting == {(t, 2): 3}
         with pytest.raises(Failed) as error:
             list(called(swapper, 2, hello(t)))
         assert (error.value.status, error.value.said) == (
@@ -119,6 +122,51 @@ def test_a_planned_fault_cuts_its_own_edge_and_a_peer_that_is_down_answers_nobod
             list(called(swapper, 2, hello(2, purpose)))
         assert error.value.status == grpc.StatusCode.FAILED_PRECONDITION
         assert error.value.said == "down in round 2, as planned"
+
+
+def test_a_roster_that_comes_with_a_payload_is_taken_up_and_two_contents_of_one_start_are_a_clone_s(
+    federation: Federation, pool: ThreadPoolExecutor
+) -> None:
+    swapper, newer = peer(federation), federation.roster()
+    going = offering(swapper, 0, [2, 3], pool)
+    greets = hello(0, incarnation=3, nonce=5)
+    answers = list(called(swapper, 2, greets, Chunk(roster=newer.raw), *whole(2), HAVE))
+    assert outcomes(answers) == [Verdict.COUNTED]
+    assert swapper.membership.current()[1].serial == newer.serial
+    assert outcomes(list(called(swapper, 2, greets, *whole(2), HAVE))) == [Verdict.COUNTED]
+    *_, last = called(swapper, 2, greets, *whole(2, 1), HAVE)
+    why = "two processes with its key: start 3 sends two contents in one round"
+    assert last.verdict == Verdict(outcome=Verdict.REFUSED, reason=why, round=0)
+    assert swapper.neighbours[2].clones == 1
+    swapper.hurry()
+    assert going.result(LONG_S).keys() == {2}
+
+
+def test_who_is_in_a_later_round_has_had_the_verdicts_of_those_before(federation: Federation) -> None:
+    swapper = peer(federation)
+    meetings = swapper.meetings
+    for client in (2, 3):
+        meetings.held[0, client] = Meeting(Edge(verdict=Verdict.COUNTED, unheard=True))
+    swapper.enter(1)
+    assert meetings.unheard() == {(0, 2), (0, 3)}
+    meetings.is_at(2, 1)
+    meetings.is_at(3, 0)
+    assert meetings.unheard() == {(0, 3)}
+    swapper.enter(2)
+    assert meetings.unheard() == set(), "nobody needs those of two rounds ago"
+
+
+def test_one_that_waits_itself_is_waited_for_longer_and_at_most_twice_as_long(
+    federation: Federation, pool: ThreadPoolExecutor
+) -> None:
+    swapper = peer(federation, patience_s=100)
+    swapper.enter(0)
+    swapper._entered -= 30  # for so long this end has trained, and the other may have to
+    offering(swapper, 0, [2], pool)
+    meeting = swapper.meetings.held[0, 2]
+    for left_s, waited_s in ((0, 100), (80, 80 + MARGIN_S + 2 * 30), (1, 142), (500, 200)):
+        swapper.meetings.put_off(meeting, left_s)
+        assert waited_s <= meeting.until - meeting.began < waited_s + 20
 
 
 def test_what_the_called_end_will_not_mix_is_refused_and_the_edge_over(
@@ -206,6 +254,13 @@ def test_a_peer_that_is_done_waits_for_those_who_lack_its_verdict_and_not_for_ev
         ended.result(LONG_S)
         assert told or time.monotonic() - began >= patience_s
         assert swapper.meetings.unheard() == {(0, 2)}
+
+
+def test_an_address_that_is_taken_is_named(federation: Federation) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(PeertuneError, match=f"^{address}: can't be listened at; give an address of this machine"):
+            peer(federation).start(address)
 
 
 def test_a_server_has_room_for_each_seat_s_calls_and_one_watch(

@@ -2,6 +2,7 @@
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from peertune.wire import calling, meeting
 from peertune.wire.codec import encode
 from peertune.wire.edge import Edge
 from peertune.wire.meeting import Meeting
-from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
+from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
 from peertune.wire.rpc import grpc
 
 
@@ -174,6 +175,37 @@ def test_what_a_caller_will_not_mix_it_refuses_and_a_fault_of_this_end_costs_the
         assert [part.verdict for part in call.sent if part.WhichOneof("part") == "verdict"] == ([sent] if sent else [])
 
 
+def test_a_seat_without_a_member_and_two_that_can_only_dial_out_cost_their_edges_at_once(
+    federation: Federation,
+) -> None:
+    swapper = peer(federation)
+    assert swapper.swap(0, payload(0), [7]) == {}
+    assert swapper.neighbours[7].problem == "nobody has this seat in the roster"
+    silent = peer(federation, 2)
+    script = Script(silent, [hello(0), *whole(3), COUNTED])
+    assert silent.swap(0, payload(2), [3]) == {}
+    assert script.calls == []
+    assert [edge.final for edge in silent.meetings.of(0)] == [True]
+
+
+def test_a_caller_takes_up_a_roster_and_where_the_other_is_and_waits_for_it_as_long_as_it_waits_itself(
+    federation: Federation,
+) -> None:
+    swapper, newer = peer(federation, patience_s=100), federation.roster()
+    seen: list[Any] = []
+
+    def look() -> None:
+        known, meeting = swapper.neighbours[1], swapper.meetings.held[0, 1]
+        seen.extend((known.round, known.step, meeting.until - meeting.began))
+
+    waits = Chunk(wait=Wait(round=0, step=3, left_ms=150_000))
+    Script(swapper, [hello(0), Chunk(roster=newer.raw), waits, look, *PAYLOAD, COUNTED])
+    assert swapper.swap(0, payload(0), [1]).keys() == {1}
+    assert swapper.membership.current()[1].serial == newer.serial
+    assert seen[:2] == [0, 3]
+    assert 150 < seen[2] < 160
+
+
 def test_a_call_is_made_again_after_longer_and_longer_and_every_two_seconds_in_the_end(
     federation: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,3 +259,6 @@ def test_who_is_asked_where_it_is_says_so_and_who_refuses_says_why(federation: F
         assert swapper.ask_rounds([1]) == {}
         assert swapper.refusals([1, 7]) == ({} if why is None else {"peer-1": why})
     assert 7 not in swapper.neighbours, "nobody has that seat"
+    swapper = peer(federation, 2)
+    Script(swapper, [hello(0, federation="evil")], [GONE])
+    assert swapper.refusals([0, 1]) == {}, "one of two can't tell alone"

@@ -2,15 +2,123 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from itertools import cycle
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from worlds import COUNTED, PASSED, World, are_over, fault, nexts, search
+from worlds import COUNTED, HAVE, PASSED, REFUSED, World, are_over, fault, nexts, search
 
-from peertune.wire.edge import Edge, Offer, Say, Step
+from peertune.errors import WireError
+from peertune.wire.edge import Action, Ask, Cancel, Edge, Offer, Say, Step, Wait
+from peertune.wire.peer_pb2 import Hello, Verdict
+
+UNKNOWN = Verdict.UNKNOWN
+OPEN, DIALLED = Edge(), Edge(calls=frozenset({0}))
+PLEDGED = DIALLED._replace(pledged=True, brought="payload")
+OFFERED = Edge(streams=frozenset({0}))
+WON = Edge(COUNTED, brought="payload")
+LOST = Edge(PASSED)
+
+EVENTS: dict[str, tuple[Edge, Callable[[Edge], Step], Edge, tuple[Action, ...]]] = {
+    "a call swaps": (OPEN, lambda x: x.dialled(0), DIALLED, (Ask(0, Hello.SWAP),)),
+    "of who pledged it asks": (
+        PLEDGED,
+        lambda x: x.dialled(2),
+        PLEDGED._replace(calls=frozenset({0, 2})),
+        (Ask(2, Hello.SETTLE),),
+    ),
+    "after the verdict none is made": (WON, lambda x: x.dialled(0), WON, (Cancel(0),)),
+    "who hurries waits in no call": (
+        DIALLED,
+        Edge.hurried,
+        DIALLED,
+        (Cancel(0),),
+    ),
+    "but for a verdict": (PLEDGED, Edge.hurried, PLEDGED, ()),
+    "that it has not": (Edge(PASSED, calls=frozenset({0})), Edge.hurried, Edge(PASSED, calls=frozenset({0})), ()),
+    "who gives up has nothing": (PLEDGED, Edge.given_up, LOST, (Cancel(0),)),
+    "what counts is not given up": (WON, Edge.given_up, WON, ()),
+    "what is of no use is not tried again": (PLEDGED, Edge.unusable, PLEDGED._replace(final=True), ()),
+    "a planned fault is no pledge": (PLEDGED, Edge.called_off, PLEDGED._replace(final=True, pledged=False), ()),
+    "a stream ends": (
+        Edge(calls=frozenset({0, 2}), streams=frozenset({0, 1})),
+        lambda x: x.ended(0),
+        Edge(calls=frozenset({2}), streams=frozenset({1})),
+        (),
+    ),
+    "a payload begins": (OPEN, lambda x: x.offered(0), OFFERED, (Offer(0),)),
+    "it came": (OPEN, lambda x: x.came(0, "payload", False), Edge(pledged=True, brought="payload"), (Say(0, HAVE),)),
+    "it came late": (LOST, lambda x: x.came(0, "payload", False), LOST, (Cancel(0),)),
+    "it came, and won't be mixed": (
+        Edge(calls=frozenset({0, 2})),
+        lambda x: x.came(0, "payload", True),
+        Edge(PASSED, final=True),
+        (Cancel(2), Say(0, REFUSED)),
+    ),
+    "it counts": (
+        PLEDGED._replace(calls=frozenset({0, 2})),
+        lambda x: x.told(0, COUNTED),
+        WON,
+        (Cancel(2),),
+    ),
+    "it counted before": (WON._replace(calls=frozenset({0})), lambda x: x.told(0, PASSED), WON, ()),
+    "the other went on": (PLEDGED, lambda x: x.told(0, PASSED), Edge(PASSED, final=True, missed=True), ()),
+    "the other forgot": (PLEDGED, lambda x: x.told(0, UNKNOWN), Edge(brought="payload"), ()),
+    "the other won't mix it": (PLEDGED, lambda x: x.told(0, REFUSED), Edge(brought="payload", final=True), ()),
+    "a call is answered": (OPEN, lambda x: x.called(1, True, False), Edge(streams=frozenset({1})), (Offer(1),)),
+    "also for what counts": (WON, lambda x: x.called(1, True, True), WON._replace(streams=frozenset({1})), (Offer(1),)),
+    "but not what is lost": (LOST, lambda x: x.called(1, True, False), LOST, (Say(1, PASSED),)),
+    "a call comes early": (OPEN, lambda x: x.called(1, False, False), OPEN, (Wait(1),)),
+    "a call comes late": (OPEN, lambda x: x.called(1, False, True), OPEN, (Say(1, PASSED),)),
+    "a call comes after a restart": (WON, lambda x: x.called(1, False, False), WON, (Say(1, PASSED),)),
+    "both have it": (
+        DIALLED,
+        lambda x: x.had(1, "payload", False),
+        WON._replace(unheard=True),
+        (Cancel(0), Say(1, COUNTED)),
+    ),
+    "both had it": (WON, lambda x: x.had(1, "another", False), WON, (Say(1, COUNTED),)),
+    "this end won't mix it": (
+        DIALLED,
+        lambda x: x.had(1, "payload", True),
+        Edge(PASSED, final=True),
+        (Cancel(0), Say(1, REFUSED)),
+    ),
+    "the caller won't mix it": (
+        DIALLED,
+        Edge.declined,
+        Edge(PASSED, final=True),
+        (Cancel(0),),
+    ),
+    "this end may count it all the same": (PLEDGED, Edge.declined, PLEDGED, ()),
+    "what counts is told": (WON, lambda x: x.asked(1, False), WON, (Say(1, COUNTED),)),
+    "what is on its way is waited for": (
+        OFFERED,
+        lambda x: x.asked(1, True),
+        OFFERED,
+        (Wait(1),),
+    ),
+    "what was never decided is unknown": (OPEN, lambda x: x.asked(1, False), OPEN, (Say(1, UNKNOWN),)),
+    "and lost once this end is beyond it": (OPEN, lambda x: x.asked(1, True), OPEN, (Say(1, PASSED),)),
+    "the verdict arrived": (WON._replace(unheard=True), Edge.heard, WON, ()),
+}
+
+
+@pytest.mark.parametrize("what", EVENTS)
+def test_an_edge_does_at_each_event_what_the_protocol_says_and_no_more(what: str) -> None:
+    before, event, after, actions = EVENTS[what]
+    found, does = event(before)
+    assert found == after
+    assert [(type(action), *action) for action in does] == [(type(action), *action) for action in actions]
+
+
+def test_who_counts_an_edge_of_which_this_end_has_nothing_is_told_so() -> None:
+    with pytest.raises(WireError, match=r"^counts an edge of which this end has nothing$"):
+        OPEN.told(0, COUNTED)
+
 
 SEARCHED = {
     "two calls of each end, cut twice": World(crashes=0),
