@@ -138,7 +138,7 @@ def test_a_roster_that_comes_with_a_payload_is_taken_up_and_two_contents_of_one_
     why = "two processes with its key: start 3 sends two contents in one round"
     assert last.verdict == Verdict(outcome=Verdict.REFUSED, reason=why, round=0)
     assert swapper.neighbours[2].clones == 1
-    swapper.hurry()
+    swapper.stop_waiting()
     assert going.result(LONG_S).keys() == {2}
 
 

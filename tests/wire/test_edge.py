@@ -31,14 +31,19 @@ EVENTS: dict[str, tuple[Edge, Callable[[Edge], Step], Edge, tuple[Action, ...]]]
         (Ask(2, Hello.SETTLE),),
     ),
     "after the verdict none is made": (WON, lambda x: x.dialled(0), WON, (Cancel(0),)),
-    "who hurries waits in no call": (
+    "who stops waiting waits in no call": (
         DIALLED,
-        Edge.hurried,
+        Edge.stopped_waiting,
         DIALLED,
         (Cancel(0),),
     ),
-    "but for a verdict": (PLEDGED, Edge.hurried, PLEDGED, ()),
-    "that it has not": (Edge(PASSED, calls=frozenset({0})), Edge.hurried, Edge(PASSED, calls=frozenset({0})), ()),
+    "but for a verdict": (PLEDGED, Edge.stopped_waiting, PLEDGED, ()),
+    "that it has not": (
+        Edge(PASSED, calls=frozenset({0})),
+        Edge.stopped_waiting,
+        Edge(PASSED, calls=frozenset({0})),
+        (),
+    ),
     "who gives up has nothing": (PLEDGED, Edge.given_up, LOST, (Cancel(0),)),
     "what counts is not given up": (WON, Edge.given_up, WON, ()),
     "what is of no use is not tried again": (PLEDGED, Edge.unusable, PLEDGED._replace(final=True), ()),
