@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from hashlib import file_digest, sha256
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as as_safetensors
 
 from peertune.errors import RunError
-from peertune.runs.directory import FORMAT, check_format, written_together
+from peertune.runs.directory import FORMAT, check_format, write_together
 from peertune.types import ALONE, Group, State, Tensors
 
 log = logging.getLogger(__name__)
@@ -33,13 +34,17 @@ def save(folder: Path, state: State, keep: int, clients: Sequence[int], group: G
         {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
     )
     name = f"state-{group.rank:03d}.safetensors"
-    shard = {"file": name, "clients": list(clients), "sha256": sha256(data).hexdigest()}
-    with written_together(folder / "checkpoints" / f"round-{state.round:06d}", group) as beside:
+
+    def write(beside: Path, _: list[Any]) -> dict[str, Any]:
         (beside / name).write_bytes(data)
-        shards = group.gather(shard)
+        return {"file": name, "clients": list(clients), "sha256": sha256(data).hexdigest()}
+
+    def describe(beside: Path, shards: list[Any]) -> None:
         if group.rank == 0:
             meta = {"format": FORMAT, "round": state.round, "shards": shards}
             (beside / "meta.json").write_text(json.dumps(meta) + "\n")
+
+    write_together(folder / "checkpoints" / f"round-{state.round:06d}", group, write, describe)
     if group.rank > 0:
         return
     unfinished = (folder / "checkpoints").glob(".round-*")  # of a process that was killed

@@ -17,8 +17,9 @@ when all have written. A run can go on from a checkpoint in any number of proces
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -156,17 +157,38 @@ def purpose(run: Path) -> str:
         raise RunError(f"{run}: its facts.json or adapter is missing or damaged; restore it") from None
 
 
-@contextmanager
-def written_together(folder: Path, group: "Group") -> Iterator[Path]:
-    """Yield a folder that all processes write into; it takes the place of `folder` when all have written.
+def in_all(group: "Group", act: Callable[[], Any]) -> list[Any]:
+    """Return what the act of each process comes to, by rank. Raises RunError in all of them where one's does."""
+    value, wrong = None, ""
+    try:
+        value = act()
+    except RunError as error:
+        wrong = str(error)
+    told = group.gather([value, wrong])
+    if wrong := next((wrong for _, wrong in told if wrong), ""):
+        raise RunError(wrong)
+    return [value for value, _ in told]
 
-    Nobody goes on before it has: a process that ended would have its launcher stop the others in the middle of that.
+
+def write_together(folder: Path, group: "Group", *steps: Callable[[Path, list[Any]], Any]) -> None:
+    """Have all processes write into a folder beside, which takes the place of `folder` when all have taken all steps.
+
+    A step is given that folder, and what the step before came to in each process; values that JSON can hold. Where one
+    process can't write, none of it stays. Nobody goes on before the folder is in its place: a process that ended would
+    have its launcher stop the others in the middle of that. Raises RunError in all of them.
     """
-    with written_folder(folder) if group.rank == 0 else nullcontext() as made:
-        beside = Path(group.gather(made and str(made.absolute()))[0])
-        if not beside.is_dir():
-            raise RunError(f"{beside}: isn't there; give an --out on a disk that all machines share")
-        with reported(folder):
-            yield beside
-        group.gather("")
-    group.gather("")
+    with ExitStack() as stack:
+        made = in_all(
+            group, lambda: str(stack.enter_context(written_folder(folder)).absolute()) if group.rank == 0 else ""
+        )
+        beside, told = Path(made[0]), list[Any]()
+
+        def take(step: Callable[[Path, list[Any]], Any]) -> Any:
+            if not beside.is_dir():
+                raise RunError(f"{beside}: isn't there; give an --out on a disk that all machines share")
+            with reported(folder):
+                return step(beside, told)
+
+        for step in steps:
+            told = in_all(group, partial(take, step))
+        in_all(group, stack.pop_all().close)

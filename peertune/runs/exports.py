@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load
 
 from peertune.errors import RunError
 from peertune.files import reported, written_folder
-from peertune.runs.directory import peer, written_together
+from peertune.runs.directory import peer, write_together
 from peertune.types import ALONE, Group, State, Tensors
 
 
@@ -37,13 +38,15 @@ def written(run: Path, state: State, client: int | None, to: Path) -> Iterator[P
 def write_all(run: Path, state: State, clients: Sequence[int], group: Group = ALONE) -> None:
     """Write `adapters/`: those of these clients, of whom the state is, and the average; of a peer its own."""
     write = _adapter_writer(run)
-    with written_together(run / "adapters", group) as beside:
+    average = {} if peer(run) else {name: group.mean(x) for name, x in state.adapters.items()}
+
+    def write_own(beside: Path, _: list[Any]) -> None:
         for place, client in enumerate(clients):
             write(beside / f"client-{client:03d}", _adapter(state, place))
-        if peer(run) is None:
-            average = {name: group.mean(x) for name, x in state.adapters.items()}
-            if group.rank == 0:
-                write(beside / "average", average)
+        if average and group.rank == 0:
+            write(beside / "average", average)
+
+    write_together(run / "adapters", group, write_own)
 
 
 def _clients(run: Path, state: State) -> Sequence[int]:

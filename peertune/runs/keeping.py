@@ -9,6 +9,7 @@ from pathlib import Path
 from peertune.errors import RunError
 from peertune.rounds.record import RoundRecord
 from peertune.runs import checkpoints, records
+from peertune.runs.directory import in_all
 from peertune.types import ALONE, Group, State
 
 log = logging.getLogger(__name__)
@@ -19,8 +20,8 @@ class Keeper:
 
     What can't be written is counted, and warned of once, until it can be again. A record waits to be written before the
     next one; a checkpoint is left out, and tried again after the next round. The last state must be written, whatever
-    it takes: `checkpoint` raises RunError where it can't be. Of several processes, which write together, a failure ends
-    each.
+    it takes: `checkpoint` raises RunError where it can't be. Several processes write together: what one of them can't
+    write, none keeps.
     """
 
     def __init__(self, folder: Path, clients: Sequence[int], every: int, keep: int, group: Group = ALONE) -> None:
@@ -44,7 +45,7 @@ class Keeper:
         if not last and state.round < self.round - self.round % self._every + self._every:
             return
         try:
-            self._write_records()  # first: a run can't go on from a checkpoint that lacks records of before
+            in_all(self._group, self._write_records)  # first: a run can't resume without the records of before
             checkpoints.save(self._folder, state, self._keep, self._clients, self._group)
         except RunError as error:
             if last:
@@ -52,9 +53,9 @@ class Keeper:
             self._failed(error)
             return
         self.round = state.round
-        if self._failing:
+        if self._failing and self._group.rank == 0:
             log.warning("%s can be written again: round %d is kept", self._folder, self.round)
-            self._failing = False
+        self._failing = False
 
     def _write_records(self) -> None:
         while self._waiting:
@@ -62,9 +63,7 @@ class Keeper:
             self._waiting.popleft()
 
     def _failed(self, error: RunError) -> None:
-        if self._group.size > 1:
-            raise error
         self.failed += 1
-        if not self._failing:
+        if not self._failing and self._group.rank == 0:
             log.warning("%s; the run goes on, and tries again: the newest checkpoint is of round %d", error, self.round)
         self._failing = True

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from playing import starting
+from run_directories import in_threads, no_room, share
+from safetensors.torch import save
 
 from peertune.errors import RunError
 from peertune.rounds.record import RoundRecord
@@ -62,6 +64,22 @@ def make(keeper: Keeper, *made: int, last: bool = False) -> None:
     for t in made:
         keeper.record(record(t))
         keeper.checkpoint(state(t + 1), last=last)
+
+
+def of_three(round: int) -> State:
+    return starting({"q.A": torch.full((3, 2, 2_500), float(round))}, round=round)
+
+
+LIMIT = 30_000
+
+
+def save_file_of(of: State, clients: list[int]) -> bytes:
+    return save(of.take(torch.tensor(clients)).adapters)
+
+
+def keep_parts(run: Path, group: Group, round: int, *, last: bool = False) -> None:
+    keeper = Keeper(run, share(group), every=1, keep=2, group=group)
+    keeper.checkpoint(of_three(round).take(torch.tensor(share(group))), last=last)
 
 
 LIMITS = {
@@ -132,23 +150,45 @@ def test_a_checkpoint_that_is_due_is_tried_again_after_the_next_round(run: Path)
 
 
 def test_of_several_processes_a_checkpoint_names_the_part_of_each(run: Path) -> None:
-    class Two(Group):
-        size = 2
-
-        def gather(self, value: object) -> list[object]:
-            return [value, "the other's"]
-
-    Keeper(run, range(2), every=1, keep=2, group=Two()).checkpoint(state(1), last=False)
+    in_threads(2, lambda group: keep_parts(run, group, 1))
     meta = json.loads((run / "checkpoints" / "round-000001" / "meta.json").read_text())
-    assert [type(shard) for shard in meta["shards"]] == [dict, str]
+    assert [shard["clients"] for shard in meta["shards"]] == [[0, 1], [2]]
 
 
-def test_of_several_processes_none_goes_on_without_the_others(run: Path) -> None:
-    class Two(Group):
-        size = 2
+def test_what_one_of_several_processes_can_t_write_none_keeps_and_all_go_on(
+    run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(group: Group) -> list[int]:
+        keeper = Keeper(run, share(group), every=1, keep=3, group=group)
+        found = []
+        for t in range(4):
+            if group.rank == 0:
+                keeper.record(record(t))
+            if t == 1 and group.gather("") and group.rank == 0:  # the first part, of two clients, is the larger
+                resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+            if t == 3 and group.gather("") and group.rank == 0:
+                resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            group.gather("")
+            keeper.checkpoint(of_three(t + 1).take(torch.tensor(share(group))), last=False)
+            found.append(keeper.failed)
+        return found
 
-    keeper = Keeper(run, range(2), every=1, keep=2, group=Two())
-    (run / "rounds.jsonl").unlink()
-    (run / "rounds.jsonl").mkdir()
-    with pytest.raises(RunError, match=r"rounds.jsonl: can't be written"):
-        keeper.record(record(0))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = [len(save_file_of(of_three(1), clients)) for clients in ([0, 1], [2])]
+    assert sizes[1] < LIMIT < sizes[0]
+    assert in_threads(2, work) == [[0, 1, 2, 2]] * 2
+    assert kept(run) == ["round-000001", "round-000004"]
+    assert rounds(run) == [0, 1, 2, 3]
+    assert "round-000002: can't be written (File too large)" in caplog.messages[0]
+    assert caplog.messages[1:] == [f"{run} can be written again: round 4 is kept"]
+
+    def end(group: Group) -> str:
+        with pytest.raises(RunError) as raised:
+            keep_parts(run, group, 9, last=True)
+        group.gather("")
+        return str(raised.value)
+
+    with no_room(8_000):
+        first, second = in_threads(2, end)
+    assert "round-000009: can't be written (File too large)" in first
+    assert first == second
