@@ -71,7 +71,7 @@ class Swapper(Node):
         self._phase: Phase | None = None
 
     def start(self, address: str, *, echo_only: bool = False) -> int:
-        """Answer calls at `address` (host:port, port 0 for any) and return the port. Raises PeertuneError.
+        """Answer calls at `address` (host:port; with TLS port 0 for any) and return the port. Raises PeertuneError.
 
         Until the first round is entered, or with `echo_only`, it answers only those who try whether they get through;
         to all others nobody is here.
