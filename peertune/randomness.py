@@ -6,6 +6,7 @@ which process. That is what makes resuming, chunking clients and running them as
 The words come from the SplitMix64 finaliser (Steele, Lea, Flood, OOPSLA 2014), chained over the counters.
 """
 
+from enum import StrEnum, unique
 from functools import lru_cache
 from hashlib import blake2b
 from math import ceil
@@ -15,6 +16,36 @@ from numpy.typing import ArrayLike, NDArray
 
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _ONES = 2**64 - 1
+
+
+@unique
+class Draw(StrEnum):
+    """The purposes of draws, all of them, with their counters. What a run draws follows from the texts: they stay."""
+
+    # what clients start from and hold
+    ADAPTER = "adapter"  # of a site
+    HEAD = "head"  # of a parameter
+    PARTITION = "partition"  # attempt, where there may be several
+    SHOTS = "shots"  # class
+    # local steps, evaluation
+    EPOCH = "epoch"  # client, epoch
+    DROPOUT = "dropout"  # client, step, position in the batch
+    SHARED_DROPOUT = "shared dropout"  # client, step: of what all rows of a step share
+    EVALUATE = "evaluate"
+    GENERATE = "generate"  # row
+    # who meets whom
+    EDGE = "edge"  # round, i, j
+    ERDOS_RENYI = "erdos_renyi"  # attempt, i, j
+    RANDOM_REGULAR = "random_regular"  # attempt
+    MATCHING = "matching"  # round, i, j
+    EIGENVECTOR = "eigenvector"
+    # phases that clients agree on
+    PROBE = "probe"  # window, client, sign
+    REPORTER = "reporter"  # window, place among those who report
+
+    def of(self, name: str) -> str:
+        """Return the purpose for one of several things that have names."""
+        return f"{self}/{name}"
 
 
 @lru_cache(maxsize=64)
@@ -44,8 +75,8 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 def words(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.uint64]:
     """Random 64-bit words, one for each element of the counters' broadcast shape.
 
-    `seed` is any Python integer, `purpose` says what the words are for (two purposes share no draws), and `counters`
-    are integers or arrays of them, such as client, round and step.
+    `seed` is any Python integer, `purpose` is one of `Draw`, or another text in code from outside (two purposes
+    share no draws), and `counters` are integers or arrays of them, such as client, round and step.
     """
     first, given = _start(seed, purpose), list(counters)
     while given and isinstance(counter := given[0], int):

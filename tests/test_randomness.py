@@ -1,7 +1,13 @@
+import ast
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from peertune import randomness
+from peertune.topology import pairs
 
 
 def test_a_draw_depends_on_its_seed_purpose_and_counters_and_nothing_else() -> None:
@@ -53,3 +59,22 @@ def test_a_generator_gives_the_same_stream_each_time_it_is_made() -> None:
 @pytest.mark.parametrize("counter", [0, 1, 2**31, 2**63 - 1])
 def test_large_counters_are_told_apart(counter: int) -> None:
     assert randomness.words(0, "x", counter) != randomness.words(0, "x", counter - 1 if counter else 1)
+
+
+def test_the_package_draws_for_the_purposes_of_the_table_and_for_each_of_them() -> None:
+    drawing: list[Any] = [randomness.words, randomness.uniforms, randomness.happens, randomness.generator]
+    drawing += [pairs.drawn_pairs, pairs.drawn_partners]
+    places = {draws.__name__: [*signature(draws).parameters].index("purpose") for draws in drawing}
+    passed = set()
+    for file in Path(randomness.__file__).parent.rglob("*.py"):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            name = ast.unparse(call.func).rpartition(".")[2] if isinstance(call, ast.Call) else ""
+            if isinstance(call, ast.Call) and name in places:
+                passed.add(ast.unparse(call.args[places[name]]).removesuffix(".of(name)"))
+    assert passed == {"purpose", *(f"Draw.{purpose.name}" for purpose in randomness.Draw)}
+
+
+def test_no_two_purposes_have_the_same_text() -> None:
+    texts = [randomness.Draw[name] for name in randomness.Draw.__members__]
+    assert len({*texts, *(text.of("x") for text in texts)}) == 2 * len(texts)
+    assert not any("/" in text for text in texts), "which stands before a name"

@@ -16,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from peertune.assembly.registry import describe_graph
 from peertune.errors import GraphError
 from peertune.methods.schedules import switching_interval
-from peertune.randomness import uniforms
+from peertune.randomness import Draw, uniforms
 from peertune.topology import (
     GRAPHS,
     WEIGHTS,
@@ -183,7 +183,7 @@ def test_a_peer_decides_its_edge_alone_as_all_peers_do(
     graph = make(name, size, folder, activation=activation, seed=seed)
     active = rows(active_edges(graph, t))
     for i, j in graph.edges_at(t).tolist():
-        assert ((i, j) in active) == bool(uniforms(seed, "edge", t, i, j) < activation)
+        assert ((i, j) in active) == bool(uniforms(seed, Draw.EDGE, t, i, j) < activation)
 
 
 @every_graph
@@ -404,13 +404,13 @@ def test_pairs_drawn_in_blocks_are_those_drawn_all_at_once(
     clients: int, chance: float, block: int, seed: int, t: int
 ) -> None:
     every = pairs.all_pairs(clients)
-    expected = every[uniforms(seed, "edge", t, every[:, 0], every[:, 1]) < chance]
+    expected = every[uniforms(seed, Draw.EDGE, t, every[:, 0], every[:, 1]) < chance]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pairs, "BLOCK", block)
-        np.testing.assert_array_equal(pairs.drawn_pairs(clients, chance, seed, "edge", t), expected)
+        np.testing.assert_array_equal(pairs.drawn_pairs(clients, chance, seed, Draw.EDGE, t), expected)
         for client in {0, clients // 2, clients - 1}:
             own = expected[(expected == client).any(axis=1)]
-            np.testing.assert_array_equal(pairs.drawn_partners(clients, client, chance, seed, "edge", t), own)
+            np.testing.assert_array_equal(pairs.drawn_partners(clients, client, chance, seed, Draw.EDGE, t), own)
 
 
 @pytest.mark.parametrize("activation", [0.02, 0.5, 1.0])
@@ -574,7 +574,7 @@ def test_a_random_graph_is_the_first_of_its_draws_that_connects_the_clients() ->
     every, seed, attempts = pairs.all_pairs(7), 1, []
     graph = GRAPHS["erdos_renyi"](clients=7, seed=seed, probability=0.3)
     for attempt in range(100):
-        drawn = every[uniforms(seed, "erdos_renyi", attempt, every[:, 0], every[:, 1]) < 0.3]
+        drawn = every[uniforms(seed, Draw.ERDOS_RENYI, attempt, every[:, 0], every[:, 1]) < 0.3]
         attempts.append(rows(drawn))
         joined = csr_array((np.ones(len(drawn)), tuple(drawn.T)), shape=(7, 7))
         if connected_components(joined, directed=False)[0] == 1:
@@ -618,13 +618,13 @@ def test_no_available_pair_is_left_free_by_a_matching() -> None:
         busy = set(graph.edges_at(t).ravel().tolist())
         for i in range(9):
             for j in range(i + 1, 9):
-                assert uniforms(5, "matching", t, i, j) >= 0.2 or {i, j} & busy
+                assert uniforms(5, Draw.MATCHING, t, i, j) >= 0.2 or {i, j} & busy
 
 
 def test_a_matching_goes_through_the_available_pairs_in_the_order_of_their_draws() -> None:
     graph = GRAPHS["matching"](clients=7, seed=5, probability=0.6)
     for t in range(20):
-        draws = sorted((float(uniforms(5, "matching", t, i, j)), i, j) for i, j in pairs.all_pairs(7).tolist())
+        draws = sorted((float(uniforms(5, Draw.MATCHING, t, i, j)), i, j) for i, j in pairs.all_pairs(7).tolist())
         meet: list[tuple[int, int]] = []
         for draw, i, j in draws:
             if draw < 0.6 and not {i, j} & {end for pair in meet for end in pair}:

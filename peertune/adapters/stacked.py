@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peertune import randomness
 from peertune.adapters.checkpointing import checkpoint_layers
 from peertune.adapters.dropout import KeyedDropout, keyed_dropout
 from peertune.adapters.packing import pack_layers
 from peertune.adapters.rows import Rows, bound, current_rows
 from peertune.errors import ModelError
+from peertune.randomness import Draw, generator
 from peertune.types import Batch, Tensors
 
 
@@ -225,7 +225,7 @@ def init_adapters(model: StackedModel, clients: int, seed: int) -> Tensors:
     for name, site in model.sites.items():
         d_in, d_out = _sizes(name, site.layer)
         bound = d_in**-0.5
-        a = randomness.generator(seed, f"adapter/{name}").uniform(-bound, bound, (model.r, d_in))
+        a = generator(seed, Draw.ADAPTER.of(name)).uniform(-bound, bound, (model.r, d_in))
         adapters[f"{name}.A"] = torch.from_numpy(a).to(weight.device, dtype).expand(clients, -1, -1)
         adapters[f"{name}.B"] = torch.zeros(1, d_out, model.r, dtype=dtype, device=weight.device).expand(
             clients, -1, -1

@@ -7,13 +7,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune import randomness
 from peertune.assembly.registry import Parts
 from peertune.data.batches import Encoded, encode_images, encode_text
 from peertune.data.completions import encode_completions, encode_words
 from peertune.data.images import Images
 from peertune.errors import DataError, ModelError
 from peertune.models.load import Base, load_processor
+from peertune.randomness import Draw, generator
 from peertune.recipe import Recipe
 from peertune.types import Split, Task
 
@@ -60,7 +60,7 @@ def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]
     few = recipe.evaluate.rows
     if few is None or few >= len(rows):
         return rows
-    return np.sort(rows[randomness.generator(recipe.seed, "evaluate").permutation(len(rows))[:few]])
+    return np.sort(rows[generator(recipe.seed, Draw.EVALUATE).permutation(len(rows))[:few]])
 
 
 def _max_length(recipe: Recipe, base: Base) -> int:

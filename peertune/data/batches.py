@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peertune import randomness
 from peertune.data.images import Images, Pixels
 from peertune.errors import DataError
+from peertune.randomness import Draw, generator, words
 from peertune.types import Batch, Packing, Split
 
 UNLABELLED = -100
@@ -244,7 +244,7 @@ def micro_batches(lengths: NDArray[np.int64], tokens: int) -> Iterator[NDArray[n
 
 @lru_cache(maxsize=4096)
 def _epoch(seed: int, client: int, epoch: int, rows: int) -> NDArray[np.int64]:
-    return randomness.generator(seed, "epoch", client, epoch).permutation(rows)
+    return generator(seed, Draw.EPOCH, client, epoch).permutation(rows)
 
 
 def sample(seed: int, client: int, rows: int, step: int, size: int) -> NDArray[np.int64]:
@@ -280,8 +280,8 @@ def training_steps(
             )
             places = np.repeat(np.arange(len(clients)), rows_per_step)
             positions = np.tile(np.arange(rows_per_step), len(clients))
-            keys = randomness.words(seed, "dropout", np.repeat(clients, rows_per_step), step, positions).view(np.int64)
-            shared = np.repeat(randomness.words(seed, "shared dropout", clients, step).view(np.int64), rows_per_step)
+            keys = words(seed, Draw.DROPOUT, np.repeat(clients, rows_per_step), step, positions).view(np.int64)
+            shared = np.repeat(words(seed, Draw.SHARED_DROPOUT, clients, step).view(np.int64), rows_per_step)
             targets = encoded.targets[rows].reshape(len(clients), rows_per_step)  # a client's loss is the mean over its
             weights = np.repeat(1 / targets.sum(axis=1), rows_per_step)
             lengths, least = encoded.lengths[rows], -(-len(clients) // clients_together)

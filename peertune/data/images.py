@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peertune import randomness
 from peertune.data.labels import Classes, number_labels
 from peertune.data.scores import OF_VALUES, Metric, read_metric
 from peertune.data.sources import first_line, image_columns, load_from_hub, named_source
 from peertune.data.tables import MissingCells, Table
 from peertune.errors import DataError, unknown
+from peertune.randomness import Draw, generator
 from peertune.types import Task
 
 log = logging.getLogger(__name__)
@@ -238,7 +238,5 @@ def _few(where: str, labels: NDArray[Any], names: Sequence[str], shots: int, see
     scarce = sum(len(rows) < shots for rows in by_class)
     if scarce:
         log.info("%s: %d of %d classes have fewer rows than %d shots", where, scarce, len(names), shots)
-    drawn = [
-        randomness.generator(seed, "shots", number).permutation(rows)[:shots] for number, rows in enumerate(by_class)
-    ]
+    drawn = [generator(seed, Draw.SHOTS, number).permutation(rows)[:shots] for number, rows in enumerate(by_class)]
     return np.sort(np.concatenate(drawn))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from peertune.data.tables import MissingCells, missing
 from peertune.errors import DataError, unknown
-from peertune.randomness import generator
+from peertune.randomness import Draw, generator
 from peertune.types import Split
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def iid() -> Partition:
 
     def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
         _check_size("iid", split, clients)
-        return _sorted(np.array_split(generator(seed, "partition").permutation(len(split)), clients))
+        return _sorted(np.array_split(generator(seed, Draw.PARTITION).permutation(len(split)), clients))
 
     return split_rows
 
@@ -81,7 +81,7 @@ def dirichlet(alpha: float = 0.5) -> Partition:
         _check_size("dirichlet", split, clients)
         by_class = _by_class("dirichlet", split)
         for attempt in range(_REDRAWS):
-            shares = generator(seed, "partition", attempt).dirichlet(np.full(clients, alpha), len(by_class))
+            shares = generator(seed, Draw.PARTITION, attempt).dirichlet(np.full(clients, alpha), len(by_class))
             dealt = np.stack([_round(len(rows), share) for rows, share in zip(by_class, shares, strict=True)], axis=1)
             if dealt.sum(axis=1).all():
                 return _deal(by_class, dealt, seed)
@@ -109,7 +109,7 @@ def shards(per_client: int = 2) -> Partition:
                 f"partition shards: {clients * per_client} shards can't be cut from {len(split)} rows, "
                 f"choose per_client up to {len(split) // clients}"
             )
-        rng = generator(seed, "partition")
+        rng = generator(seed, Draw.PARTITION)
         pieces = np.array_split(np.concatenate([rng.permutation(rows) for rows in by_class]), clients * per_client)
         dealt = rng.permutation(len(pieces)).reshape(clients, per_client)
         return _sorted([np.concatenate([pieces[piece] for piece in hand]) for hand in dealt])
@@ -123,7 +123,7 @@ def quantity_skew(alpha: float = 1.0) -> Partition:
 
     def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
         _check_size("quantity_skew", split, clients)
-        rng = generator(seed, "partition")
+        rng = generator(seed, Draw.PARTITION)
         sizes = 1 + _round(len(split) - clients, rng.dirichlet(np.full(clients, alpha)))
         return _sorted(np.split(rng.permutation(len(split)), np.cumsum(sizes)[:-1]))
 
@@ -140,7 +140,7 @@ def disjoint_labels() -> Partition:
     def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
         _check_size("disjoint_labels", split, clients)
         by_class = [rows for rows in _by_class("disjoint_labels", split) if len(rows)]
-        rng = generator(seed, "partition")
+        rng = generator(seed, Draw.PARTITION)
         order = rng.permutation(len(by_class))
         groups = min(clients, len(by_class))
         parts: list[Rows] = [np.empty(0, np.int64)] * clients
@@ -272,7 +272,7 @@ def _round(total: int, shares: NDArray[np.float64]) -> Rows:
 
 def _deal(by_class: list[Rows], amounts: Rows, seed: int) -> list[Rows]:
     """Deal each class's rows at random by `amounts [clients, classes]`; what is not asked for goes to nobody."""
-    rng = generator(seed, "partition")
+    rng = generator(seed, Draw.PARTITION)
     hands = [
         np.split(rng.permutation(rows), np.cumsum(taken))[:-1] for rows, taken in zip(by_class, amounts.T, strict=True)
     ]

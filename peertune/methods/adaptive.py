@@ -36,11 +36,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from peertune import randomness
 from peertune.errors import RecipeError
 from peertune.method import At, Memory, Message, Mixer, Phase, Schedule, Weights
 from peertune.methods.mixers import gossip
 from peertune.methods.schedules import switching_interval
+from peertune.randomness import Draw, uniforms, words
 from peertune.types import Tensors, select
 
 PROBES = 16
@@ -127,7 +127,7 @@ class _Windows(NamedTuple):
 
     def _probes(self, window: ArrayLike, of: ArrayLike) -> Tensor:
         """Return the signs `[len(of), P]` that these clients begin a window with."""
-        signs = randomness.uniforms(self.seed, "probe", window, np.asarray(of)[:, None], np.arange(PROBES)) < 0.5
+        signs = uniforms(self.seed, Draw.PROBE, window, np.asarray(of)[:, None], np.arange(PROBES)) < 0.5
         return torch.from_numpy(np.where(signs, 1.0, -1.0))
 
     def _number(self, interval: float) -> int:
@@ -164,8 +164,8 @@ def drawn_reporters(clients: int, seed: int, window: int) -> np.ndarray:
     By Floyd's algorithm (Bentley, CACM 30(9), 1987), in the time of those who are drawn, of however many clients.
     """
     count, drawn = min(clients, REPORTERS), set[int]()
-    words = randomness.words(seed, "reporter", window, np.arange(count)).tolist()
-    for last, word in zip(range(clients - count, clients), words, strict=True):
+    at_random = words(seed, Draw.REPORTER, window, np.arange(count)).tolist()
+    for last, word in zip(range(clients - count, clients), at_random, strict=True):
         client = word % (last + 1)
         drawn.add(last if client in drawn else client)
     return np.array(sorted(drawn))

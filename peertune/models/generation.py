@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from peertune import randomness
 from peertune.adapters.dropout import keyed_uniforms
 from peertune.adapters.rows import Rows, bound
 from peertune.adapters.stacked import StackedModel
 from peertune.memory import device_type
+from peertune.randomness import Draw, words
 from peertune.types import Tensors
 
 
@@ -111,9 +111,7 @@ def _decode(
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, width - len(prompt) :] = 1
-    keys = torch.from_numpy(np.tile(randomness.words(decoding.seed, "generate", numbers).view(np.int64), clients)).to(
-        device
-    )
+    keys = torch.from_numpy(np.tile(words(decoding.seed, Draw.GENERATE, numbers).view(np.int64), clients)).to(device)
     whose = torch.arange(clients, device=device).repeat_interleave(len(prompts))
     model.base.eval()
     with bound(Rows(adapters, whose, keys, False, model.streams)):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from peertune import randomness
+from peertune.randomness import Draw, generator
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def seed_parameters(model: nn.Module, names: Collection[str], seed: int) -> None
     for name in names:
         parameter = model.get_parameter(name)
         if parameter.dim() > 1:
-            value = randomness.generator(seed, f"head/{name}").normal(0.0, std, tuple(parameter.shape))
+            value = generator(seed, Draw.HEAD.of(name)).normal(0.0, std, tuple(parameter.shape))
         else:
             value = np.full(tuple(parameter.shape), 0.0 if name.endswith("bias") else 1.0)
         with torch.no_grad():

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peertune.errors import GraphError
-from peertune.randomness import uniforms, words
+from peertune.randomness import Draw, uniforms, words
 from peertune.topology.pairs import MOST_EDGES, Edges, all_pairs, drawn_pairs, need_few, need_paired
 from peertune.topology.weights import Graph, Rule, as_edges, need_clients, unreachable
 
@@ -151,7 +151,7 @@ def erdos_renyi(
             f"raise probability above {log(clients) / clients:.2g}"
         )
     for attempt in range(TRIES):
-        edges = drawn_pairs(clients, probability, seed, "erdos_renyi", attempt)
+        edges = drawn_pairs(clients, probability, seed, Draw.ERDOS_RENYI, attempt)
         if not unreachable(clients, edges):
             return _static("erdos_renyi", clients, edges, activation, seed, weights)
     raise GraphError(f"graph erdos_renyi: none of {TRIES} draws is connected; raise probability above {probability}")
@@ -172,7 +172,7 @@ def random_regular(
     if degree * clients % 2:
         raise GraphError(f"graph random_regular: clients x degree is {clients} x {degree}, odd; change one by 1")
     for attempt in range(TRIES):
-        drawn = nx.random_regular_graph(degree, clients, seed=int(words(seed, "random_regular", attempt)))
+        drawn = nx.random_regular_graph(degree, clients, seed=int(words(seed, Draw.RANDOM_REGULAR, attempt)))
         edges = as_edges(clients, np.fromiter(chain.from_iterable(drawn.edges), np.int64, degree * clients))
         if not unreachable(clients, edges):
             return _static("random_regular", clients, edges, activation, seed, weights)
@@ -198,8 +198,8 @@ def matching(
 
     @lru_cache(maxsize=2)  # a round asks for its edges more than once
     def edges_at(t: int) -> Edges:
-        available = drawn_pairs(clients, probability, seed, "matching", t)
-        order = np.argsort(uniforms(seed, "matching", t, available[:, 0], available[:, 1]), kind="stable")
+        available = drawn_pairs(clients, probability, seed, Draw.MATCHING, t)
+        order = np.argsort(uniforms(seed, Draw.MATCHING, t, available[:, 0], available[:, 1]), kind="stable")
         free, meet = [True] * clients, []
         for start in range(0, len(order), MATCHED_AT_ONCE):
             pairs = available[order[start : start + MATCHED_AT_ONCE]]

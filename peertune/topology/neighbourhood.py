@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from peertune.errors import GraphError
-from peertune.randomness import happens
+from peertune.randomness import Draw, happens
 from peertune.topology.pairs import Edges, drawn_partners, pair_count
 from peertune.topology.weights import (
     Graph,
@@ -91,10 +91,10 @@ def _may_meet(graph: Graph, client: int) -> tuple[int, ...]:
 def partners_at(graph: Graph, client: int, t: int) -> list[int]:
     """Return the others that a client has an active edge with in round t, sorted, by the draws of its own edges."""
     if _anyone(graph):
-        return list(others([drawn_partners(graph.clients, client, graph.activation, graph.seed, "edge", t)], client))
+        return list(others([drawn_partners(graph.clients, client, graph.activation, graph.seed, Draw.EDGE, t)], client))
     edges, _ = _near(graph, client, first_like(graph, t))
     edges = edges[(edges == client).any(axis=1)]
-    return list(others([edges[happens(graph.activation, graph.seed, "edge", t, edges[:, 0], edges[:, 1])]], client))
+    return list(others([edges[happens(graph.activation, graph.seed, Draw.EDGE, t, edges[:, 0], edges[:, 1])]], client))
 
 
 def row_at(graph: Graph, client: int, t: int) -> dict[int, float]:
@@ -106,7 +106,7 @@ def row_at(graph: Graph, client: int, t: int) -> dict[int, float]:
     """
     if not _anyone(graph):
         edges, weights = _near(graph, client, first_like(graph, t))
-        active = happens(graph.activation, graph.seed, "edge", t, edges[:, 0], edges[:, 1])
+        active = happens(graph.activation, graph.seed, Draw.EDGE, t, edges[:, 0], edges[:, 1])
         edges, weights = edges[active], weights if weights is None else weights[active]
     else:
         edges, weights = _drawn_near(graph, client, t)
@@ -163,11 +163,11 @@ def _anyone(graph: Graph) -> bool:
 def _drawn_near(graph: Graph, client: int, t: int) -> tuple[Edges, NDArray[np.float64]]:
     """Return a client's active edges and their Metropolis weights, where any two may meet."""
     n = graph.clients
-    own = drawn_partners(n, client, graph.activation, graph.seed, "edge", t)
+    own = drawn_partners(n, client, graph.activation, graph.seed, Draw.EDGE, t)
     near = list(others([own], client))
     if (1 + len(near)) * n > pair_count(n):
         degree = degrees(n, active_edges(graph, t))[near]
     else:
-        rows = (drawn_partners(n, one, graph.activation, graph.seed, "edge", t) for one in near)
+        rows = (drawn_partners(n, one, graph.activation, graph.seed, Draw.EDGE, t) for one in near)
         degree = np.fromiter(map(len, rows), np.int64, len(near))
     return own, by_degree(len(near), degree)

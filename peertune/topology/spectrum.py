@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array, vstack
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigs
 
-from peertune.randomness import generator
+from peertune.randomness import Draw, generator
 from peertune.topology.neighbourhood import row_at
 from peertune.topology.pairs import MOST_PAIRED, pair_count
 from peertune.topology.weights import (
@@ -187,7 +187,7 @@ def _spectral_radius(apply: Callable[[NDArray[np.float64]], NDArray[np.float64]]
     """Return the largest absolute eigenvalue of a linear map, which takes vectors `[size]` or columns `[size, k]`."""
     if size <= DENSE_CLIENTS:
         return float(np.abs(np.linalg.eigvals(apply(np.eye(size)))).max())
-    start = apply(generator(0, "eigenvector").standard_normal(size))
+    start = apply(generator(0, Draw.EIGENVECTOR).standard_normal(size))
     if np.linalg.norm(start) < 1e-12:
         return 0.0
     operator = LinearOperator((size, size), matvec=apply, dtype=np.float64)

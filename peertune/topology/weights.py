@@ -16,7 +16,7 @@ from scipy.linalg import eigvalsh_tridiagonal
 from scipy.sparse import csgraph, csr_array, diags_array
 
 from peertune.errors import GraphError, unknown
-from peertune.randomness import generator, happens
+from peertune.randomness import Draw, generator, happens
 from peertune.topology.pairs import MOST_EDGES, Edges, drawn_pairs, need_few, need_paired, pair_count
 
 log = logging.getLogger(__name__)
@@ -127,15 +127,15 @@ class Graph:
 def active_edges(graph: Graph, t: int) -> Edges:
     """Return the edges `[E', 2]` active in round t: a pure function of (seed, round, edge).
 
-    Each edge has its own draw, `uniforms(seed, "edge", t, i, j) < activation`, so a peer can decide about its own edges
-    without drawing anyone else's. Raises GraphError where any two of more than 100,000 clients may meet.
+    Each edge has its own draw, `uniforms(seed, Draw.EDGE, t, i, j) < activation`, so a peer can decide about its own
+    edges without drawing anyone else's. Raises GraphError where any two of more than 100,000 clients may meet.
     """
     need_whole(graph)
     if not listed(graph):
         need_paired(graph.name, graph.clients)
-        return drawn_pairs(graph.clients, graph.activation, graph.seed, "edge", t)
+        return drawn_pairs(graph.clients, graph.activation, graph.seed, Draw.EDGE, t)
     edges = graph.edges_at(t)
-    return edges[happens(graph.activation, graph.seed, "edge", t, edges[:, 0], edges[:, 1])]
+    return edges[happens(graph.activation, graph.seed, Draw.EDGE, t, edges[:, 0], edges[:, 1])]
 
 
 @lru_cache(maxsize=16)
@@ -236,7 +236,7 @@ def stacked_weights(graph: Graph, rounds: range) -> csr_array:
     possible = [graph.edges_at(t) for t in rounds]
     edges = np.concatenate(possible)
     at = np.repeat(np.arange(len(rounds)), [len(one) for one in possible])
-    active = happens(graph.activation, graph.seed, "edge", rounds.start + at, edges[:, 0], edges[:, 1])
+    active = happens(graph.activation, graph.seed, Draw.EDGE, rounds.start + at, edges[:, 0], edges[:, 1])
     apart = (edges + n * at[:, None])[active]
     if graph.weights == "metropolis":
         return matrix(n, len(rounds), apart, metropolis(n * len(rounds), apart))
@@ -310,7 +310,7 @@ def largest_eigenvalue(symmetric: Any, relative_to: float = 0.0, tolerance: floa
     spectrum's width, as those of graphs with paths of many thousand clients are.
     """
     n, previous, value = symmetric.shape[0], 0.0, -np.inf
-    vector = generator(0, "eigenvector").standard_normal(n)  # fixed: the same number each time and on each peer
+    vector = generator(0, Draw.EIGENVECTOR).standard_normal(n)  # fixed: the same number each time and on each peer
     vector /= np.linalg.norm(vector)
     diagonal: list[float] = []
     beside: list[float] = []

@@ -10,17 +10,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from peertune import randomness
 from peertune.adapters.dropout import KeyedDropout, keyed_dropout
 from peertune.adapters.rows import Rows, bound
 from peertune.data.batches import pack_rows
 from peertune.errors import ModelError
+from peertune.randomness import Draw, words
 from peertune.types import Packing
 
 
 def make_keys(rows: int, step: int = 0, client: int = 0) -> Tensor:
     """Keys as training makes them."""
-    return torch.from_numpy(randomness.words(0, "dropout", client, step, torch.arange(rows).numpy()).view("int64"))
+    return torch.from_numpy(words(0, Draw.DROPOUT, client, step, torch.arange(rows).numpy()).view("int64"))
 
 
 def make_rows(keys: Tensor, packing: Packing | None = None) -> Rows:

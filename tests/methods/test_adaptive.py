@@ -8,12 +8,12 @@ import torch
 from playing import at_step
 from torch import Tensor
 
-from peertune import randomness
 from peertune.errors import RecipeError
 from peertune.method import Memory, Phase, standing
 from peertune.methods.adaptive import PROBES, REPORTERS, _spread, _trains_a, adaptive, drawn_reporters
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.schedules import switching_interval
+from peertune.randomness import Draw, generator, uniforms
 from peertune.topology import GRAPHS, Graph, rho, weights_at
 from peertune.types import Tensors
 
@@ -79,7 +79,7 @@ def intervals(trained: list[str]) -> list[int]:
 
 def random_graph(number: int) -> Graph:
     """One of many graphs, dense and sparse, static and drawn anew each round, of 4 to 24 clients."""
-    rng = randomness.generator(number, "graphs of the test")
+    rng = generator(number, "graphs of the test")
     clients = int(rng.integers(4, 25))
     match number % 5:
         case 0:
@@ -224,7 +224,7 @@ def test_a_window_probes_then_reports_then_agrees() -> None:
     known = [each["adaptive.known"] for each in memory]
     assert all(not x[~told].any() for x, told in zip(reports, known, strict=True)), "nothing stands for what is unknown"
     for client in range(3):
-        drawn = randomness.uniforms(0, "probe", 0, client, np.arange(PROBES))  # the same wherever it is computed
+        drawn = uniforms(0, Draw.PROBE, 0, client, np.arange(PROBES))  # the same wherever it is computed
         assert probes[0][client].tolist() == np.where(drawn < 0.5, 1, -1).tolist()
     torch.testing.assert_close(probes[2], W @ W @ probes[0])
     assert torch.equal(probes[3], probes[2])
