@@ -21,8 +21,9 @@ from scipy.sparse import csr_array
 from benchmarks.measure import Figure, figure, interleaved, ratios, timed
 from peertune.assembly.registry import build_algorithm, build_graph, describe_graph, graph_settings
 from peertune.identity.certificates import Request, issue, issue_ca, new_key
-from peertune.identity.neighbour_roster import Own
-from peertune.identity.roster import Member, load_roster, sign_roster
+from peertune.identity.entries import Member
+from peertune.identity.neighbour_roster import KnownGraph
+from peertune.identity.roster import load_roster, sign_roster
 from peertune.methods.schedules import switching_interval
 from peertune.recipe import load_recipe
 from peertune.topology import GRAPHS, Graph, may_meet, neighbourhoods, rho, row_at, summary, weights_at
@@ -189,7 +190,7 @@ def start(name: str, clients: int, settings: dict[str, Any], repeats: int) -> li
         for seat in seats:
             request = Request(f"peer-{seat}", f"peer-{seat}.example.org:50051", new_key().public_key())
             members.append(Member(seat, request.name, request.address, (issue(key, ca, request, 90),)))
-        raw = sign_roster(key, ca, 1, members, own=Own(graph_settings(recipe), known))
+        raw = sign_roster(key, ca, 1, members, own=KnownGraph(graph_settings(recipe), known))
 
         def begin(_: int) -> None:
             own = load_roster(raw, ca).own

@@ -22,7 +22,7 @@ from peertune.assembly.registry import build_graph, choice_defaults, graph_setti
 from peertune.errors import Exit, GraphError
 from peertune.identity import authority as ca
 from peertune.identity.membership import Membership
-from peertune.identity.neighbour_roster import Own
+from peertune.identity.neighbour_roster import KnownGraph
 from peertune.identity.roster import sign_roster
 from peertune.methods.schedules import switching_interval
 from peertune.recipe import load_recipe
@@ -267,7 +267,7 @@ def test_a_peer_makes_no_graph_of_which_it_was_told_its_part(two: Federation, mi
         for client in range(2):
             known = Neighbourhood(client, "erdos_renyi", "0123", (np.array([[0, 1]]),), (), told)
             defaults = choice_defaults("graph", "erdos_renyi") if client else {}  # older rosters have them written out
-            own = Own(defaults | graph_settings(recipe), known)
+            own = KnownGraph(defaults | graph_settings(recipe), known)
             raw = sign_roster(authority.key, authority.certificate, 7, authority.members, own=own)
             two.own(client, "told").write_bytes(raw)
     for facts in meet(two, mine, "told", *settings):

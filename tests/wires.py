@@ -8,9 +8,9 @@ import pytest
 from parties import Federation
 from swapping import AGREED, LONG_S, payload
 
+from peertune.identity.entries import Member
 from peertune.identity.keys import Identity
 from peertune.identity.membership import Membership
-from peertune.identity.roster import Member
 from peertune.wire.codec import encode
 from peertune.wire.node import METHOD, Node, SeatError, nobody
 from peertune.wire.peer_pb2 import Chunk, Verdict

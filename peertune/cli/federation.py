@@ -14,7 +14,7 @@ from peertune.errors import IdentityError, RecipeError
 if TYPE_CHECKING:
     from peertune.identity.authority import Authority
     from peertune.identity.certificates import Request
-    from peertune.identity.roster import Member
+    from peertune.identity.entries import Member
 
 ca_app = typer.Typer(
     no_args_is_help=True,

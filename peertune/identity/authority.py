@@ -30,8 +30,9 @@ from peertune.identity.certificates import (
     public_key,
     read_key,
 )
+from peertune.identity.entries import Loader, Member, checked, dump, entry, from_entry
 from peertune.identity.keys import read_private
-from peertune.identity.roster import Loader, Member, check_seats, checked, dump, entry, from_entry, sign_roster
+from peertune.identity.roster import check_seats, sign_roster
 
 if TYPE_CHECKING:  # it takes half a second to import, and only members' own rosters need it
     from peertune.topology import Graph
@@ -185,7 +186,7 @@ def issue_own_rosters(
     For members with a certificate, on this graph, which follows from these `settings`. Raises GraphError where any two
     clients may meet; and IdentityError, when it comes to it, for a member whose roster would be too large.
     """
-    from peertune.identity.neighbour_roster import Own
+    from peertune.identity.neighbour_roster import KnownGraph
     from peertune.topology import neighbourhoods, summary
 
     new = replace(authority, serial=max(authority.serial, above) + 1)
@@ -196,7 +197,7 @@ def issue_own_rosters(
         for own in known:
             seats = sorted([own.client, *own.others])
             listed = [new.members[client] for client in seats if client < len(new.members)]
-            roster = sign_roster(new.key, new.certificate, new.serial, listed, now, Own(settings, own))
+            roster = sign_roster(new.key, new.certificate, new.serial, listed, now, KnownGraph(settings, own))
             yield new.members[own.client], roster
 
     return new, sign()

@@ -31,7 +31,8 @@ from peertune.identity.certificates import (
     read_key,
     read_request,
 )
-from peertune.identity.roster import Member, Roster
+from peertune.identity.entries import Member
+from peertune.identity.roster import Roster
 
 HANDING_OUT = timedelta(days=7)  # own rosters, after certificates were renewed
 

@@ -24,14 +24,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peertune.errors import IdentityError
-from peertune.identity.roster import checked
+from peertune.identity.entries import checked
 from peertune.topology import GraphSummary, Neighbourhood
 
 _PAIRS = re.compile(r"(?:\d{1,9}-\d{1,9}(?: \d{1,9}-\d{1,9})*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
-class Own:
+class KnownGraph:
     """What a member must know of the graph of a run."""
 
     recipe: Mapping[str, Any]  # what the recipe must say of its graph (`registry.graph_settings`)
@@ -51,7 +51,7 @@ class Own:
         }
 
     @classmethod
-    def from_entry(cls, value: object) -> "Own":
+    def from_entry(cls, value: object) -> "KnownGraph":
         """Read what `entry` made. Raises IdentityError for anything else."""
         kinds: dict[str, tuple[type, ...]] = {"client": (int,), "recipe": (dict,), "name": (str,), "digest": (str,)}
         found = checked(value, kinds | {"edges": (list,), "weights": (list,), "summary": (dict,)})

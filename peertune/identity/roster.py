@@ -26,12 +26,12 @@ import binascii
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from hashlib import sha256
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 from cryptography import x509
@@ -40,19 +40,11 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from peertune.errors import IdentityError
-from peertune.identity.certificates import (
-    check_address,
-    check_issued,
-    check_name,
-    federation_of,
-    fingerprint,
-    holds_at,
-    pem,
-    public_key,
-)
+from peertune.identity.certificates import federation_of, holds_at, public_key
+from peertune.identity.entries import Loader, Member, checked, dump, entry, from_entry
 
 if TYPE_CHECKING:  # its graph takes half a second to import, and who has no own roster does without
-    from peertune.identity.neighbour_roster import Own
+    from peertune.identity.neighbour_roster import KnownGraph
 
 MAX_ROSTER_BYTES = 4 * 2**20
 
@@ -60,28 +52,6 @@ _HEADER = "# The members of a peertune federation, signed by its CA. Any change 
 _MARK = b"signature: "
 _HEAD_BYTES = 1024  # in which the serial stands
 _ASK = "ask the CA for one made with peertune roster"
-Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-
-
-@dataclass(frozen=True)
-class Member:
-    """A seat in the federation."""
-
-    client: int  # its number, for ever
-    name: str
-    address: str | None  # host:port; None: it can only dial out
-    certificates: tuple[x509.Certificate, ...]  # in order of issue; none: revoked, or all have expired
-
-    @property
-    def fingerprints(self) -> tuple[str, ...]:
-        """The fingerprints of its keys, each once."""
-        return tuple(dict.fromkeys(fingerprint(public_key(certificate)) for certificate in self.certificates))
-
-    def valid(self, now: datetime | None = None) -> tuple[x509.Certificate, ...]:
-        """Return the certificates in their validity."""
-        now = now or datetime.now(UTC)
-        return tuple(certificate for certificate in self.certificates if holds_at(certificate, now))
 
 
 @dataclass(frozen=True)
@@ -95,7 +65,7 @@ class Roster:
     ca: x509.Certificate = field(repr=False)  # whose signature it bears
     raw: bytes = field(repr=False)  # as read, to pass on
     digest: str  # SHA-256 of what is signed
-    own: "Own | None" = None  # in a member's own roster
+    own: "KnownGraph | None" = None  # in a member's own roster
 
     def by_name(self, name: str) -> Member | None:
         """Return the member of that name, or None."""
@@ -130,7 +100,7 @@ def sign_roster(
     serial: int,
     members: Sequence[Member],
     now: datetime | None = None,
-    own: "Own | None" = None,
+    own: "KnownGraph | None" = None,
 ) -> bytes:
     """Return a roster as peers read it, with the certificates that haven't expired.
 
@@ -205,75 +175,13 @@ def load_roster(data: bytes, ca: x509.Certificate) -> Roster:
     return Roster(content["federation"], content["serial"], members, issued, ca, data, sha256(signed).hexdigest(), own)
 
 
-def _own(value: object) -> "Own":
-    from peertune.identity.neighbour_roster import Own
+def _own(value: object) -> "KnownGraph":
+    from peertune.identity.neighbour_roster import KnownGraph
 
-    return Own.from_entry(value)
-
-
-# ---- members as YAML, in rosters and in the CA's own folder
+    return KnownGraph.from_entry(value)
 
 
-class _Dumper(_SafeDumper):  # type: ignore[misc]  # of two kinds, as libyaml is there or not
-    """Writes certificates line by line."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
-
-
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
-
-
-_Dumper.add_representer(str, _text)
-
-
-def dump(content: Mapping[str, Any]) -> str:
-    """Return YAML."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=120)
-
-
-def entry(member: Member) -> dict[str, Any]:
-    """Return a member as YAML has it."""
-    return {
-        "client": member.client,
-        "name": member.name,
-        "address": member.address,
-        "fingerprints": list(member.fingerprints),
-        "certificates": [pem(certificate).decode() for certificate in member.certificates],
-    }
-
-
-def from_entry(value: object, ca: x509.Certificate) -> Member:
-    """Read a member. Raises IdentityError for what `entry` would not have made."""
-    kinds: dict[str, tuple[type, ...]] = {"client": (int,), "name": (str,), "address": (str, type(None))}
-    found = checked(value, kinds | {"fingerprints": (list,), "certificates": (list,)})
-    name = check_name(found["name"])
-    try:
-        certificates = tuple(x509.load_pem_x509_certificate(text.encode()) for text in found["certificates"])
-    except (ValueError, AttributeError):
-        raise IdentityError(f"{name}: a certificate can't be read") from None
-    member = Member(found["client"], name, found["address"], certificates)
-    if member.address is not None:
-        check_address(member.address)
-    if any(check_issued(certificate, ca) != name for certificate in certificates):
-        raise IdentityError(f"{name}: a certificate is another member's")
-    if found["fingerprints"] != list(member.fingerprints):
-        raise IdentityError(f"{name}: its fingerprints are not those of its certificates")
-    return member
-
-
-def checked(value: object, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
-    """Return a mapping with exactly these keys and types. Raises IdentityError for anything else."""
-    if not isinstance(value, dict) or value.keys() != kinds.keys():
-        raise IdentityError(f"there must be exactly {', '.join(kinds)}")
-    for key, kind in kinds.items():
-        if type(value[key]) not in kind:
-            raise IdentityError(f"{key} must be {' or '.join(each.__name__ for each in kind)}")
-    return value
-
-
-def check_seats(members: Sequence[Member], own: "Own | None" = None) -> None:
+def check_seats(members: Sequence[Member], own: "KnownGraph | None" = None) -> None:
     """Raise IdentityError where two members share a name or an address, or a number is not where it must be.
 
     All members have the numbers 0, 1, 2 …; those of a member's own roster grow, and its own is among them.

@@ -15,7 +15,8 @@ from pathlib import Path
 from peertune.errors import IdentityError
 from peertune.files import write_file
 from peertune.identity.certificates import fingerprint, public_key
-from peertune.identity.roster import Member, Roster
+from peertune.identity.entries import Member
+from peertune.identity.roster import Roster
 
 log = logging.getLogger(__name__)
 

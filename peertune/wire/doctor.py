@@ -17,9 +17,10 @@ from cryptography import x509
 
 from peertune.errors import IdentityError, PeertuneError
 from peertune.identity.certificates import federation_of, fingerprint, public_key, read_key
+from peertune.identity.entries import Member
 from peertune.identity.keys import key_files, load_ca, read_private
 from peertune.identity.membership import Membership
-from peertune.identity.roster import Member, Roster
+from peertune.identity.roster import Roster
 from peertune.wire import tls
 from peertune.wire.node import UNTRIED, Probe
 from peertune.wire.swap import Swapper

@@ -9,10 +9,11 @@ from typing import Any, NoReturn
 
 from peertune.allowance import Allowance, Lines, line
 from peertune.errors import PeertuneError, WireError
+from peertune.identity.entries import Member
 from peertune.identity.incarnation import Incarnation, clone
 from peertune.identity.keys import Identity
 from peertune.identity.membership import Membership
-from peertune.identity.roster import MAX_ROSTER_BYTES, Member
+from peertune.identity.roster import MAX_ROSTER_BYTES
 from peertune.wire import tls
 from peertune.wire.framing import kind, pack, unpack
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict

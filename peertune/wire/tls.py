@@ -15,8 +15,9 @@ from cryptography import x509
 
 from peertune.errors import IdentityError
 from peertune.identity.certificates import check_address, pem
+from peertune.identity.entries import Member
 from peertune.identity.keys import Identity
-from peertune.identity.roster import Member, Roster
+from peertune.identity.roster import Roster
 from peertune.wire.rpc import TLS_13_ONLY, grpc
 
 _NAMED = "grpc.ssl_target_name_override"  # whose name the certificate must bear

@@ -18,8 +18,9 @@ from parties import Federation
 
 from peertune.errors import IdentityError
 from peertune.identity.certificates import key_pem, new_key, pem, read_key
+from peertune.identity.entries import Member
 from peertune.identity.keys import Identity
-from peertune.identity.roster import Member, Roster
+from peertune.identity.roster import Roster
 from peertune.topology import GRAPHS
 from peertune.wire.rpc import grpc
 from peertune.wire.tls import caller, check_loopback, is_there, places, secure_channel, server_credentials
