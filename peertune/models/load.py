@@ -107,34 +107,18 @@ def load_base(
     if revision is not None and Path(source).is_dir():
         raise ModelError(f"model.revision: {name} is no model of the hub and has no {revision}; leave it out")
     auto, described = _AUTO[purpose]
-    headless = purpose in ("language", "match")
+    headless = purpose in _HEADLESS
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
     log.info("loading %s", name)
     try:
-        config = AutoConfig.from_pretrained(source, **common)
-        own = list((config.id2label or {}).values())
-        for key, value in ({} if headless else head_config(classes)).items():
-            setattr(config, key, value)
-        if purpose == "match":
-            _check_clip(name, config)
+        config, own = _read_config(name, source, purpose, classes, common)
         tokenizer = None if purpose == "image" else _load_tokenizer(name, source, common)
         model: Any
-        report: Mapping[str, Any] = dict.fromkeys(_REPORT, ())
+        report: Mapping[str, Any]
         if planned:
-            model = empty_model(auto, config, dtype, quantization)
+            model, report = empty_model(auto, config, dtype, quantization), dict.fromkeys(_REPORT, ())
         else:
-            with torch.random.fork_rng(devices=[]):  # from_pretrained initialises what it will overwrite
-                model, report = auto.from_pretrained(
-                    source,
-                    config=config,
-                    dtype=dtype,
-                    attn_implementation="peertune",
-                    use_safetensors=True,
-                    ignore_mismatched_sizes=True,
-                    output_loading_info=True,
-                    **quantized,
-                    **common,
-                )
+            model, report = _read_weights(auto, source, config, dtype, quantized | common)
     except ModelError:
         raise
     except Exception as error:  # on a damaged file, parsers raise whatever they stumble over
@@ -143,15 +127,7 @@ def load_base(
         _check_tokenizer(name, tokenizer, model.config.get_text_config().vocab_size)
         model.config.pad_token_id = tokenizer.pad_token_id
     roots = () if headless else head_roots(model)
-    lacking = {key if isinstance(key, str) else key[0] for part in _REPORT for key in report[part]}
-    beyond = [key for key in lacking if not key.startswith(tuple(f"{root}." for root in roots))]
-    odd = [key for key in beyond if "pooler" not in key or headless]
-    if odd:
-        raise ModelError(
-            f"model.name: {name}: its weights don't fit {type(model).__name__}: {len(odd)} are missing or of "
-            f"another size, such as {min(odd)}; give a checkpoint of this architecture"
-        )
-    seed_parameters(model, lacking, seed)
+    lacking, beyond = _fill_in(name, model, report, roots, seed, headless=headless)
     if any(key not in beyond for key, *_ in report["mismatched_keys"]):
         log.warning(
             "model.name: %s: its head has %d outputs and the task asks for %d; a new one is drawn from the seed",
@@ -214,6 +190,20 @@ _AUTO: dict[Purpose, tuple[Any, str]] = {
     "match": (transformers.AutoModel, "matching images with texts"),
 }
 """What a base is for → how `transformers` loads it, and how we call that."""
+_HEADLESS = ("language", "match")
+
+
+def _read_config(
+    name: str, source: str, purpose: Purpose, classes: Sequence[str], common: Mapping[str, Any]
+) -> tuple[Any, list[str]]:
+    """Return a checkpoint's config, with a head for these classes where it needs one, and the classes it had itself."""
+    config = AutoConfig.from_pretrained(source, **common)
+    own = list((config.id2label or {}).values())
+    for key, value in ({} if purpose in _HEADLESS else head_config(classes)).items():
+        setattr(config, key, value)
+    if purpose == "match":
+        _check_clip(name, config)
+    return config, own
 
 
 def _check_clip(name: str, config: Any) -> None:
@@ -222,6 +212,43 @@ def _check_clip(name: str, config: Any) -> None:
             f"model.name: {name} is of the kind {config.model_type}, and a task with templates needs a CLIP, such as "
             "openai/clip-vit-base-patch16; give one, or leave out task.templates"
         )
+
+
+def _read_weights(
+    auto: Any, source: str, config: Any, dtype: torch.dtype, options: Mapping[str, Any]
+) -> tuple[Any, Mapping[str, Any]]:
+    """Return the model of a checkpoint, and what `transformers` says of what the checkpoint lacks."""
+    with torch.random.fork_rng(devices=[]):  # from_pretrained initialises what it will overwrite
+        model, report = auto.from_pretrained(
+            source,
+            config=config,
+            dtype=dtype,
+            attn_implementation="peertune",
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **options,
+        )
+    return model, report
+
+
+def _fill_in(
+    name: str, model: Any, report: Mapping[str, Any], roots: Sequence[str], seed: int, *, headless: bool
+) -> tuple[set[str], list[str]]:
+    """Draw what the checkpoint lacks; return its parameters, and those of them beyond the head's `roots`.
+
+    Raises ModelError where that is more than a head and a pooler.
+    """
+    lacking = {key if isinstance(key, str) else key[0] for part in _REPORT for key in report[part]}
+    beyond = [key for key in lacking if not key.startswith(tuple(f"{root}." for root in roots))]
+    odd = [key for key in beyond if "pooler" not in key or headless]
+    if odd:
+        raise ModelError(
+            f"model.name: {name}: its weights don't fit {type(model).__name__}: {len(odd)} are missing or of "
+            f"another size, such as {min(odd)}; give a checkpoint of this architecture"
+        )
+    seed_parameters(model, lacking, seed)
+    return lacking, beyond
 
 
 def in_four_bits(dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

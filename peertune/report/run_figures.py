@@ -257,16 +257,41 @@ def graph(run: RunData) -> go.Figure | None:
     shown = next((step for step in reversed(steps) if len(edges[step])), steps[-1])
     angles = 2 * np.pi * np.arange(count) / count
     places = RADIUS * np.column_stack([np.sin(angles), np.cos(angles)])
-
-    def lines(pairs: Array, most: int) -> dict[str, Any]:
-        ends = places.round().astype(int)[pairs[thin(len(pairs), most)]]  # [edges, 2 ends, x and y]
-        return {
-            name: [at for pair in ends[..., axis].tolist() for at in (*pair, None)] for axis, name in enumerate("xy")
-        }
-
     colours = _node_colours(run, steps, count)
     most = MOST_ACTIVE // len(steps)
-    few = count <= MOST_LINES
+    crowded = max(map(len, edges.values())) > 200
+    behind = {"mode": "lines", "hoverinfo": "skip", "line": {"width": 0.5 if crowded else 1, "color": THREAD}}
+    active = {"mode": "lines", "hoverinfo": "skip", "line": {"width": 1 if crowded else 2.5, "color": PALETTE[1]}}
+    hidden = {"showgrid": False, "zeroline": False, "showticklabels": False, "range": [-1.2 * RADIUS, 1.2 * RADIUS]}
+    figure = chart(
+        go.Scatter(_edge_lines(places, seen, MOST_EDGES) | behind, name="active in some round"),
+        go.Scatter(_edge_lines(places, edges[shown], most) | active, name=f"active in round {shown}"),
+        *_nodes(run, places, colours, shown),
+        x="",
+        y="",
+        height=540,
+        meta=str(shown),
+        margin_b=100,
+        xaxis=hidden | {"scaleanchor": "y", "title": {"text": _graph_facts(run, len(seen))}},
+        yaxis=hidden,
+    )
+    frames = []
+    for step in steps:
+        now = _edge_lines(places, edges[step], most) | {"name": f"active in round {step}"}
+        frames.append({"name": str(step), "traces": [1, 2], "data": [now, {"marker": {"color": colours[step]}}]})
+    figure.frames = frames
+    return figure
+
+
+def _edge_lines(places: Array, pairs: Array, most: int) -> dict[str, Any]:
+    """Return a line for each of these edges, of at most so many, with a gap after it."""
+    ends = places.round().astype(int)[pairs[thin(len(pairs), most)]]  # [edges, 2 ends, x and y]
+    return {name: [at for pair in ends[..., axis].tolist() for at in (*pair, None)] for axis, name in enumerate("xy")}
+
+
+def _nodes(run: RunData, places: Array, colours: dict[int, list[Any]], shown: int) -> tuple[go.Scatter, go.Scatter]:
+    """Draw the clients in their colours of a round, and beside them their numbers where they are few."""
+    count, few = len(places), len(places) <= MOST_LINES
     marker: dict[str, Any] = {"size": 16 if few else 6, "color": colours[shown], "line": {"width": 1 if few else 0}}
     scored = isinstance(colours[shown][0], float)
     if scored:
@@ -290,29 +315,7 @@ def graph(run: RunData) -> go.Figure | None:
         hoverinfo="skip",
         showlegend=False,
     )
-    crowded = max(map(len, edges.values())) > 200
-    behind = {"mode": "lines", "hoverinfo": "skip", "line": {"width": 0.5 if crowded else 1, "color": THREAD}}
-    active = {"mode": "lines", "hoverinfo": "skip", "line": {"width": 1 if crowded else 2.5, "color": PALETTE[1]}}
-    hidden = {"showgrid": False, "zeroline": False, "showticklabels": False, "range": [-1.2 * RADIUS, 1.2 * RADIUS]}
-    figure = chart(
-        go.Scatter(lines(seen, MOST_EDGES) | behind, name="active in some round"),
-        go.Scatter(lines(edges[shown], most) | active, name=f"active in round {shown}"),
-        nodes,
-        names,
-        x="",
-        y="",
-        height=540,
-        meta=str(shown),
-        margin_b=100,
-        xaxis=hidden | {"scaleanchor": "y", "title": {"text": _graph_facts(run, len(seen))}},
-        yaxis=hidden,
-    )
-    frames = []
-    for step in steps:
-        now = lines(edges[step], most) | {"name": f"active in round {step}"}
-        frames.append({"name": str(step), "traces": [1, 2], "data": [now, {"marker": {"color": colours[step]}}]})
-    figure.frames = frames
-    return figure
+    return nodes, names
 
 
 def _graph_facts(run: RunData, seen: int) -> str:
