@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from peertune.identity.roster import Roster
     from peertune.recipe import Recipe
     from peertune.rounds.round import Job
+    from peertune.runs.keeping import Keeper
     from peertune.types import State
+    from peertune.wire.swap import Swapper
 
 log = logging.getLogger(__name__)
 
@@ -86,14 +88,13 @@ def start(
     with interruptible(), messages(), ExitStack() as held:
         with importing():
             from peertune.assembly.build import agreed
-            from peertune.engines.peer import ended, neighbours, run_peer
+            from peertune.engines.peer import neighbours
             from peertune.files import locked
             from peertune.identity.incarnation import next_incarnation
             from peertune.identity.membership import Membership
-            from peertune.runs import directory, records
+            from peertune.runs import directory
             from peertune.wire.limits import raise_open_files
-            from peertune.wire.prometheus import served
-            from peertune.wire.status import kept, known_before, standing
+            from peertune.wire.status import known_before
             from peertune.wire.swap import Swapper
 
         raise_open_files()
@@ -108,19 +109,13 @@ def start(
         source = directory.resolved(place) if recipe is None else recipe
         run = build_own(source, overrides or [], data, membership)
         who = {"client": identity.client, "name": identity.name, "federation": members.federation}
-        if out is not None and recipe is not None:
-            begin(run, out, "peer start --recipe", recipe, overrides or [], peer=who)
-        else:
-            check_same(run.resolved, place)
-            if (was := directory.peer(place)) != who:
-                raise RunError(f"{place}: is a run of {was or 'a simulation'}, not of {who}; give this peer's own")
-        with directory.locked(place), ExitStack() as watched:
-            job, network = run.job, run.resolved.network
-            near = neighbours(job)
+        _begin_or_resume(run, place, recipe, overrides or [], who)
+        with directory.locked(place):
+            job, near = run.job, neighbours(run.job)
             swapper = Swapper(
                 membership,
                 agreed(run),
-                patience_s=network.patience_s,
+                patience_s=run.resolved.network.patience_s,
                 faults=job.faults,
                 insecure=insecure_loopback,
                 seats=job.graph.clients if members.own is None else len(near),
@@ -128,47 +123,81 @@ def start(
                 incarnation=next_incarnation(folder),
             )
             keeps = keeper(run, place)
-            current = partial(
-                standing,
-                swapper,
-                rounds=job.rounds,
-                local_steps=job.local_steps,
-                neighbours=near,
-                failed_writes=lambda: keeps.failed,
-            )
-            watched.enter_context(kept(place, current))
-            if metrics_port is not None:
-                watched.enter_context(served(metrics_port, current))
-            if (address := where_to_listen(identity.address, listen, insecure_loopback)) is not None:
-                swapper.start(address)
-            try:
-                go_on = f"peertune peer start --resume {place} and the options of before"
-                kept_rounds = partial(records.read, place)
-                engine = partial(
-                    run_peer,
-                    swapper=swapper,
-                    when_alone=network.when_alone,
-                    when_refused=network.when_refused,
-                    records=kept_rounds,
-                    recall=partial(recalled, run.job, place),
-                )
-                whole = train(run, place, engine, go_on, keeps, swapper.stop_waiting).round == job.rounds
-                done = kept_rounds()
-                end = ended(done, whole=whole, refusals=lambda: swapper.refusals(near))
-            except BaseException:
-                swapper.stop_waiting()
-                raise
-            finally:
-                try:
-                    swapper.stop()
-                except KeyboardInterrupt:  # the run is whole: only others may still wait for a verdict
-                    swapper.stop_waiting()
-                    swapper.stop()
-            _tell(place, done, end, job.rounds, as_json)
-            if not whole:
-                sys.exit(end)
+            with _shown(run, place, swapper, keeps, metrics_port):
+                if (address := where_to_listen(identity.address, listen, insecure_loopback)) is not None:
+                    swapper.start(address)
+                done, end, whole = _take_part(run, place, swapper, keeps)
+                _tell(place, done, end, job.rounds, as_json)
+                if not whole:
+                    sys.exit(end)
     if end != Exit.DONE:
         sys.exit(end)
+
+
+def _begin_or_resume(
+    run: "Run", place: Path, recipe: str | None, overrides: list[str], who: Mapping[str, object]
+) -> None:
+    """Make the run directory of a recipe; without one, see that the directory's run is this peer's own."""
+    from peertune.runs import directory
+
+    if recipe is not None:
+        begin(run, place, "peer start --recipe", recipe, overrides, peer=who)
+        return
+    check_same(run.resolved, place)
+    if (was := directory.peer(place)) != who:
+        raise RunError(f"{place}: is a run of {was or 'a simulation'}, not of {who}; give this peer's own")
+
+
+@contextmanager
+def _shown(run: "Run", place: Path, swapper: "Swapper", keeps: "Keeper", metrics_port: int | None) -> Iterator[None]:
+    """Show how this peer stands: in its run directory and, where a port is given, to Prometheus."""
+    from peertune.engines.peer import neighbours
+    from peertune.wire.prometheus import served
+    from peertune.wire.status import kept, standing
+
+    current = partial(
+        standing,
+        swapper,
+        rounds=run.job.rounds,
+        local_steps=run.job.local_steps,
+        neighbours=neighbours(run.job),
+        failed_writes=lambda: keeps.failed,
+    )
+    with kept(place, current), nullcontext() if metrics_port is None else served(metrics_port, current):
+        yield
+
+
+def _take_part(
+    run: "Run", place: Path, swapper: "Swapper", keeps: "Keeper"
+) -> tuple[Sequence[Mapping[str, Any]], Exit, bool]:
+    """Make this peer's rounds; return the records of all, how the run ended, and whether it is whole."""
+    from peertune.engines.peer import ended, neighbours, run_peer
+    from peertune.runs import records
+
+    job, network = run.job, run.resolved.network
+    kept_rounds = partial(records.read, place)
+    engine = partial(
+        run_peer,
+        swapper=swapper,
+        when_alone=network.when_alone,
+        when_refused=network.when_refused,
+        records=kept_rounds,
+        recall=partial(recalled, job, place),
+    )
+    go_on = f"peertune peer start --resume {place} and the options of before"
+    try:
+        whole = train(run, place, engine, go_on, keeps, swapper.stop_waiting).round == job.rounds
+        done = kept_rounds()
+        return done, ended(done, whole=whole, refusals=lambda: swapper.refusals(neighbours(job))), whole
+    except BaseException:
+        swapper.stop_waiting()
+        raise
+    finally:
+        try:
+            swapper.stop()
+        except KeyboardInterrupt:  # the run is whole: only others may still wait for a verdict
+            swapper.stop_waiting()
+            swapper.stop()
 
 
 _ENDS = {

@@ -25,8 +25,65 @@ def make(
 ) -> RunData:
     """Make a run up, in all that `facts.json` and `rounds.jsonl` hold; `every=0` is one without evaluations."""
     draw = np.random.default_rng([seed, clients, len(method), round(activation * 100)])
-    pairs = np.array([(i, j) for i in range(clients) for j in range(i + 1, clients)], dtype=int).reshape(-1, 2)
+    records = _records(
+        draw,
+        rounds=rounds,
+        clients=clients,
+        every=every,
+        method=method,
+        switch_every=switch_every,
+        activation=activation,
+        metric=metric,
+    )
     regression = metric == "pearson"
+    algorithm = {"name": method} | ({} if switch_every is None else {"switch_every": switch_every})
+    shares = draw.integers(5, 200, (clients, 1 if regression else len(labels)))
+    rho = 1 - activation
+    return RunData(
+        folder=Path("/runs") / "made",
+        name=name,
+        recipe={
+            "model": {"name": "digits-vit"},
+            "task": {"name": "digits"},
+            "clients": clients,
+            "graph": {"name": "complete", "activation": activation},
+            "algorithm": algorithm,
+            "rounds": rounds,
+            "seed": seed,
+        },
+        facts={
+            "graph": {
+                "name": "complete",
+                "clients": clients,
+                "edges": float(len(_pairs(clients))),
+                "mean_neighbours": activation * (clients - 1),
+                "isolated_share": 0.1,
+                "rho": rho,
+                "spectral_gap": 1 - rho,
+                "draws": 1000,
+                "switching_interval": 5,
+            },
+            "partition": {"labels": ["rows"] if regression else list(labels), "rows": shares.tolist()},
+            "validation": {"rows": 180, "labels": [] if regression else [90, 60, 30]},
+            "parameters": {"base": 1000, "adapter": 100},
+        },
+        environment={"peertune": "0.1.0", "python": "3.11"},
+        records=records,
+    )
+
+
+def _records(
+    draw: np.random.Generator,
+    *,
+    rounds: int,
+    clients: int,
+    every: int,
+    method: str,
+    switch_every: int | None,
+    activation: float,
+    metric: str,
+) -> list[dict[str, Any]]:
+    pairs = _pairs(clients)
     records: list[dict[str, Any]] = []
     for t in range(rounds):
         trained = ["A", "B"] if switch_every is None else ["A"] if t // switch_every % 2 else ["B"]
@@ -63,7 +120,7 @@ def make(
                     "clients": scores.tolist(),
                     "average": float(scores.mean() + 0.05),
                     "rows": 180,
-                    "top_share": [] if regression else [0.5] * clients,
+                    "top_share": [] if metric == "pearson" else [0.5] * clients,
                 }
                 if due
                 else None,
@@ -73,40 +130,11 @@ def make(
                 "suspects": [],
             }
         )
-    algorithm = {"name": method} | ({} if switch_every is None else {"switch_every": switch_every})
-    shares = draw.integers(5, 200, (clients, 1 if regression else len(labels)))
-    rho = 1 - activation
-    return RunData(
-        folder=Path("/runs") / "made",
-        name=name,
-        recipe={
-            "model": {"name": "digits-vit"},
-            "task": {"name": "digits"},
-            "clients": clients,
-            "graph": {"name": "complete", "activation": activation},
-            "algorithm": algorithm,
-            "rounds": rounds,
-            "seed": seed,
-        },
-        facts={
-            "graph": {
-                "name": "complete",
-                "clients": clients,
-                "edges": float(len(pairs)),
-                "mean_neighbours": activation * (clients - 1),
-                "isolated_share": 0.1,
-                "rho": rho,
-                "spectral_gap": 1 - rho,
-                "draws": 1000,
-                "switching_interval": 5,
-            },
-            "partition": {"labels": ["rows"] if regression else list(labels), "rows": shares.tolist()},
-            "validation": {"rows": 180, "labels": [] if regression else [90, 60, 30]},
-            "parameters": {"base": 1000, "adapter": 100},
-        },
-        environment={"peertune": "0.1.0", "python": "3.11"},
-        records=records,
-    )
+    return records
+
+
+def _pairs(clients: int) -> np.ndarray:
+    return np.array([(i, j) for i in range(clients) for j in range(i + 1, clients)], dtype=int).reshape(-1, 2)
 
 
 @pytest.fixture
