@@ -45,9 +45,9 @@ class Lines:
         """Log what a client caused."""
         if log.isEnabledFor(level) and (left := self._allowed.take(client)):
             more = "; more of it is left out for a minute" if left == 1 else ""
-            log.log(level, "%s%s", line(f"{self.name(client)}: {text}", LINE - len(more)), more)
+            log.log(level, "%s%s", one_line(f"{self.name(client)}: {text}", LINE - len(more)), more)
 
 
-def line(text: str, longest: int = 200) -> str:
+def one_line(text: str, longest: int = 200) -> str:
     """Return what another says as one short printable line."""
     return "".join(c if c.isprintable() else " " for c in text[:longest])

@@ -2,7 +2,7 @@ import logging
 
 import pytest
 
-from peertune.allowance import LINE, LINES, Allowance, Lines, line
+from peertune.allowance import LINE, LINES, Allowance, Lines, one_line
 
 
 def test_each_member_is_allowed_so_much_a_minute_and_what_is_left_is_told() -> None:
@@ -17,8 +17,8 @@ def test_each_member_is_allowed_so_much_a_minute_and_what_is_left_is_told() -> N
 
 
 def test_what_others_say_becomes_a_short_printable_line() -> None:
-    assert line("a\nb\x1b[2Jc") == "a b [2Jc"
-    assert (line("x" * 300), line("abc", 2)) == ("x" * 200, "ab")
+    assert one_line("a\nb\x1b[2Jc") == "a b [2Jc"
+    assert (one_line("x" * 300), one_line("abc", 2)) == ("x" * 200, "ab")
 
 
 def test_a_client_causes_a_few_lines_of_a_certain_length_and_none_where_nobody_reads(

@@ -29,8 +29,7 @@ from peertune.recipe import load_recipe
 from peertune.runs import checkpoints, records
 from peertune.topology import GraphSummary, Neighbourhood
 from peertune.wire.node import Neighbour
-from peertune.wire.status import kept
-from peertune.wire.status import standing as of_peer
+from peertune.wire.status import kept, peer_status
 from peertune.wire.swap import Swapper
 
 Call = Callable[..., tuple[int, str, str]]
@@ -176,7 +175,7 @@ def closed(connection: socket.socket) -> bool:
 def test_status_names_whose_key_another_process_has(two: Federation, peertune: Call, tmp_path: Path) -> None:
     swapper = Swapper(Membership(two.peer(0), two.roster), {}, patience_s=1.0)
     swapper.neighbours[1] = Neighbour(clones=1200)
-    with kept(tmp_path, partial(of_peer, swapper, rounds=2, local_steps=1, neighbours=[1])):
+    with kept(tmp_path, partial(peer_status, swapper, rounds=2, local_steps=1, neighbours=[1])):
         pass
     assert peertune("peer", "status", tmp_path)[1].endswith(
         "\npeer-1: another process spoke with its key, 1,200 times\n"

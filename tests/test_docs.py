@@ -19,7 +19,7 @@ from peertune import ALGORITHMS, GRAPHS, MODIFIERS, PARTITIONS, TASKS
 from peertune.cli import app
 from peertune.errors import Exit
 from peertune.recipe import Recipe
-from peertune.sweeps.grid import members, split_values
+from peertune.sweeps.grid import split_values, sweep_runs
 from peertune.sweeps.launch import COMMAND
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +79,7 @@ def test_the_demo_asks_for_what_its_numbers_depend_on() -> None:
     (line,) = re.findall(r"^\t(.* sweep digits-demo .*\\\n.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     threads, _, command, recipe, *rest = shlex.split(line.replace("\\\n", " "))
     assert (threads, command) == ("OMP_NUM_THREADS=1", "sweep")
-    runs = members(recipe, [word for word in rest if "=" in word])
+    runs = sweep_runs(recipe, [word for word in rest if "=" in word])
     assert len(runs) == 9
     assert {(run.recipe.model.name, run.recipe.model.dtype, run.recipe.device) for run in runs} == {
         ("digits-vit", "float32", "cpu")
@@ -93,7 +93,7 @@ def test_the_studies_commands_run(peertune: Call, minilm: str, little_glue: Path
         if words[1] == "sweep":
             small = made_small(words, minilm, little_glue)
             place = next(n for n, word in enumerate(small) if word.startswith("--"))
-            assert members(words[2], [word for word in words[3:] if "=" in word]), shlex.join(words)
+            assert sweep_runs(words[2], [word for word in words[3:] if "=" in word]), shlex.join(words)
             grid = [word.split("=", 1) for word in small[3:place]]
             runs = product(*([f"{key}={value}" for value in split_values(text)] for key, text in grid))
             out = small[small.index("--out") + 1]

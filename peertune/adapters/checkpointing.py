@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from peertune.adapters.rows import bound, current_rows
+from peertune.adapters.rows import bound_rows, current_rows
 from peertune.errors import ModelError
 
 
@@ -46,7 +46,7 @@ def _checkpointed(forward: Any) -> Any:
             return forward(*args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            with bound(rows):
+            with bound_rows(rows):
                 return forward(*args, **kwargs)
 
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peertune.adapters.rows import Rows, bound, current_rows
+from peertune.adapters.rows import Rows, bound_rows, current_rows
 from peertune.adapters.stacked import Forward
 
 _SPREAD = -0x61C8864680B583EB  # the golden ratio's 64-bit fraction: prompts of one client draw from keys far apart
@@ -34,11 +34,11 @@ def match_names(input_ids: Tensor, attention_mask: Tensor, templates: int) -> Fo
         images = _unit(base.visual_projection(base.vision_model(pixel_values=pixels).pooler_output))
         if rows is not None and any(name.startswith(("text_model.", "text_projection.")) for name in rows.adapters):
             text_rows, places = _text_rows(rows, len(input_ids)), rows.clients
-            with bound(text_rows):
+            with bound_rows(text_rows):
                 classes = embed(base, pixels.device, len(text_rows.clients) // len(input_ids))
         else:
             if pixels.device not in kept:
-                with bound(None), torch.no_grad():
+                with bound_rows(None), torch.no_grad():
                     kept[pixels.device] = embed(base, pixels.device, 1)
             classes, places = kept[pixels.device], torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
         cosines = (images @ classes.flatten(0, 1).T).view(len(images), *classes.shape[:2])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peertune.adapters.checkpointing import module_lists
-from peertune.adapters.rows import Rows, bound, current_rows
+from peertune.adapters.rows import Rows, bound_rows, current_rows
 from peertune.types import Packing
 
 log = logging.getLogger(__name__)
@@ -103,7 +103,7 @@ def _keeps_rows_apart(base: nn.Module, layers: nn.ModuleList, lengths: tuple[int
         seen: list[Tensor] = []
         hook = layers[-1].register_forward_hook(lambda _, __, x: seen.append(x[0] if isinstance(x, tuple) else x))
         try:
-            with bound(Rows({}, zeros, zeros, False, {}, packing)):
+            with bound_rows(Rows({}, zeros, zeros, False, {}, packing)):
                 base(input_ids=ids, attention_mask=real.long())
         finally:
             hook.remove()

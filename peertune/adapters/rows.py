@@ -68,12 +68,12 @@ _current: ContextVar[Rows | None] = ContextVar("rows", default=None)
 
 
 def current_rows() -> Rows | None:
-    """Return the rows that pass through the base now, or None outside `bound`."""
+    """Return the rows that pass through the base now, or None outside `bound_rows`."""
     return _current.get()
 
 
 @contextmanager
-def bound(rows: Rows | None) -> Iterator[None]:
+def bound_rows(rows: Rows | None) -> Iterator[None]:
     """Bind the rows, or none, to all sites for the length of a `with` block."""
     token = _current.set(rows)
     try:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from peertune.adapters.checkpointing import checkpoint_layers
 from peertune.adapters.dropout import KeyedDropout, keyed_dropout
 from peertune.adapters.packing import pack_layers
-from peertune.adapters.rows import Rows, bound, current_rows
+from peertune.adapters.rows import Rows, bound_rows, current_rows
 from peertune.errors import ModelError
 from peertune.randomness import Draw, generator
 from peertune.types import Batch, Tensors
@@ -117,7 +117,7 @@ class StackedModel:
             shared=batch.shared,
             places=batch.places,
         )
-        with bound(rows):
+        with bound_rows(rows):
             logits = self.forward(self.base, batch.inputs)
         return logits if batch.places is None else logits.squeeze(0)
 

@@ -29,7 +29,7 @@ _MODULE = r"[^\W\d]\w*(\.[^\W\d]\w*)*"
 _allowed: tuple[str, ...] = ()
 
 
-class Table(NamedTuple):
+class Choices(NamedTuple):
     """What a block of a recipe may name."""
 
     kind: str  # such as graph: entry points are in the group `peertune.graphs`
@@ -73,7 +73,7 @@ def options() -> list[str]:
     return [word for module in _allowed for word in ("--plugin", module)]
 
 
-def find(table: Table, name: str, where: str) -> Found:
+def find(table: Choices, name: str, where: str) -> Found:
     """Return what a name in the block `where` of a recipe stands for.
 
     Raises RecipeError, in one line, for a name that nobody or more than one offers, for a module that is not allowed or
@@ -102,7 +102,7 @@ def find(table: Table, name: str, where: str) -> Found:
     return Found(table.own[name], {})
 
 
-def _function(table: Table, module: str, function: str, named: str) -> Found:
+def _function(table: Choices, module: str, function: str, named: str) -> Found:
     """Import the module, and return its function if it says that it makes what the table is of."""
     code = _imported(module)
     factory = code.names.get(function)

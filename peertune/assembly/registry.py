@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peertune.assembly.needs import check_needs
-from peertune.assembly.plugins import Found, Table, find
+from peertune.assembly.plugins import Choices, Found, find
 from peertune.data.partition import PARTITIONS, Partition, counts
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 
 _VALUES = {"Schedule": Schedule, "Local": Local, "Message": Message, "Mixer": Mixer}
 _TABLES = {
-    "task": Table("task", TASKS, ("seed", "missing_cells"), {"Task": Task}),
-    "partition": Table("partition", PARTITIONS, ("missing_cells",), {"Partition": Partition}),
-    "graph": Table("graph", GRAPHS, ("clients", "seed"), {"Graph": Graph}),
-    "algorithm": Table("algorithm", ALGORITHMS, ("rho", "clients", "seed"), {"Algorithm": Algorithm}),
-    "modifiers": Table("modifier", MODIFIERS, tuple(map(str.lower, _VALUES)), _VALUES),
+    "task": Choices("task", TASKS, ("seed", "missing_cells"), {"Task": Task}),
+    "partition": Choices("partition", PARTITIONS, ("missing_cells",), {"Partition": Partition}),
+    "graph": Choices("graph", GRAPHS, ("clients", "seed"), {"Graph": Graph}),
+    "algorithm": Choices("algorithm", ALGORITHMS, ("rho", "clients", "seed"), {"Algorithm": Algorithm}),
+    "modifiers": Choices("modifier", MODIFIERS, tuple(map(str.lower, _VALUES)), _VALUES),
 }
 """Block of a recipe → what it may name."""
 

@@ -89,7 +89,7 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
     with messages():
         from peertune.assembly.registry import build_partition, build_task, label_counts
         from peertune.recipe import load_recipe
-        from peertune.report.tables import text
+        from peertune.report.tables import aligned
 
         loaded = load_recipe(recipe, overrides or [])
         task = build_task(loaded)
@@ -107,10 +107,10 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
     print(f"{task.name}: training rows of each label\n")
     head = ["client", *labels, "all"]
     lines = [head, *([str(value) for value in (client, *row, sum(row))] for client, row in enumerate(per_label))]
-    if len(text(lines).splitlines()[0]) > 120:  # long names: number the columns
+    if len(aligned(lines).splitlines()[0]) > 120:  # long names: number the columns
         lines[0] = ["client", *map(str, range(len(labels))), "all"]
         print("\n".join(f"{number}: {label}" for number, label in enumerate(labels)) + "\n")
-    print(text(lines))
+    print(aligned(lines))
     print(f"\n{held:,} of {len(task.train):,} training rows are held; {len(task.validation):,} rows validate")
 
 

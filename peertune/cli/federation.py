@@ -90,9 +90,9 @@ def approve(
     from peertune.files import write_file
     from peertune.identity import authority as ca
     from peertune.identity.certificates import bundle, fingerprint, read_request
-    from peertune.identity.keys import read_file
+    from peertune.identity.keys import read_small
 
-    asked = read_request(read_file(request), request)
+    asked = read_request(read_small(request), request)
     printed = fingerprint(asked.key)
     file = out or request.with_name(f"{asked.name}.certificate.pem")
     with ca.opened(folder) as before:

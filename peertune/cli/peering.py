@@ -153,10 +153,10 @@ def _shown(run: "Run", place: Path, swapper: "Swapper", keeps: "Keeper", metrics
     """Show how this peer stands: in its run directory and, where a port is given, to Prometheus."""
     from peertune.engines.peer import neighbours
     from peertune.wire.prometheus import served
-    from peertune.wire.status import kept, standing
+    from peertune.wire.status import kept, peer_status
 
     current = partial(
-        standing,
+        peer_status,
         swapper,
         rounds=run.job.rounds,
         local_steps=run.job.local_steps,

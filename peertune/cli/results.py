@@ -55,11 +55,11 @@ def compare(
     if as_csv:
         _print_csv(rows)
         return
-    draw = tables.markdown if as_markdown else tables.latex if as_latex else tables.text
+    draw = tables.markdown if as_markdown else tables.latex if as_latex else tables.aligned
     print(draw(tables.compared(rows, measures)))
     if paired_with is not None and (lines := tables.paired(rows, measures)):
         print(f"\ndifference from {paired_with}, seed by seed, with its 95 % interval\n\n{draw(lines)}")
-    if draw is tables.text:
+    if draw is tables.aligned:
         scores = {row["metric"] for row in rows} - {None}
         print(f"\n{''.join(f'{score} ' for score in scores) if len(scores) == 1 else ''}{tables.LEGEND}")
 

@@ -375,12 +375,12 @@ def check_same(resolved: "Recipe", folder: Path) -> None:
 
 def print_summary(folder: Path, as_json: bool, **more: object) -> None:
     """Print one row for the run; as JSON with what `more` there is to say."""
-    from peertune.report.tables import COLUMNS, SUMMARISED, cells, summarise, text
+    from peertune.report.tables import COLUMNS, SUMMARISED, aligned, cells, summarise
     from peertune.runs import records
 
     row = {"run": folder.name, **summarise(records.read(folder, SUMMARISED))}
     if as_json:
         print_json({**row, **more, "folder": str(folder)})
         return
-    print(text(cells([row], COLUMNS)))
+    print(aligned(cells([row], COLUMNS)))
     print(f"records and adapters are in {folder}")

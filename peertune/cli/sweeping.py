@@ -23,7 +23,7 @@ from peertune.cli.common import (
 from peertune.errors import Exit, RunError
 
 if TYPE_CHECKING:
-    from peertune.sweeps.grid import Member, Progress
+    from peertune.sweeps.grid import SweepProgress, SweepRun
 
 
 class Where(StrEnum):
@@ -97,7 +97,7 @@ def sweep(
         from peertune.sweeps import launch
 
         with interruptible():
-            whole = sweeps.members(recipe, grid)
+            whole = sweeps.sweep_runs(recipe, grid)
             mine = whole if part is None else sweeps.shard(whole, part)
             if dry_run:
                 _print_estimates(recipe, mine, out, as_json)
@@ -108,13 +108,13 @@ def sweep(
         except OSError as error:
             raise RunError(f"{out}: can't be written ({error.strerror}); give another --out") from None
         answer = "stopping after these rounds; once more to go back to the last checkpoints"
-        stand, stopped = sweeps.Progress(), False
+        stand, stopped = sweeps.SweepProgress(), False
         with (
             asked_to_stop("leaving the runs in the queue" if queued else answer) as stop,
-            progress("rounds", sum(member.recipe.rounds for member in mine)) as show,
+            progress("rounds", sum(run.recipe.rounds for run in mine)) as show,
         ):
             try:
-                for stand in sweeps.run_members(recipe, mine, out, start, lambda: detach + len(stop)):
+                for stand in sweeps.run_sweep(recipe, mine, out, start, lambda: detach + len(stop)):
                     show(stand.rounds, _describe(stand, len(mine)))
             except KeyboardInterrupt:
                 stopped = True
@@ -127,7 +127,7 @@ def sweep(
         sys.exit(Exit.INPUT)
 
 
-def _print_outcome(mine: "Sequence[Member]", stand: "Progress", out: Path, as_json: bool) -> None:
+def _print_outcome(mine: "Sequence[SweepRun]", stand: "SweepProgress", out: Path, as_json: bool) -> None:
     """Say which runs are finished, which failed and why, and which are still in a queue."""
     if as_json:
         status = dict.fromkeys(stand.done, "finished") | dict.fromkeys(stand.failed, "failed")
@@ -135,13 +135,13 @@ def _print_outcome(mine: "Sequence[Member]", stand: "Progress", out: Path, as_js
         print_json(
             [
                 {
-                    "run": member.name,
-                    "folder": str(out / member.name),
-                    "status": status.get(member.name, "unfinished"),
-                    "job": stand.jobs[member.name].id if member.name in stand.jobs else None,
-                    "error": stand.failed.get(member.name),
+                    "run": run.name,
+                    "folder": str(out / run.name),
+                    "status": status.get(run.name, "unfinished"),
+                    "job": stand.jobs[run.name].id if run.name in stand.jobs else None,
+                    "error": stand.failed.get(run.name),
                 }
-                for member in mine
+                for run in mine
             ]
         )
     else:
@@ -154,24 +154,24 @@ def _print_outcome(mine: "Sequence[Member]", stand: "Progress", out: Path, as_js
         print(f"peertune: {_in_queue(stand)} in the queue; {what_next}", file=sys.stderr)
 
 
-def _describe(stand: "Progress", runs: int) -> str:
+def _describe(stand: "SweepProgress", runs: int) -> str:
     """Say how many runs are where."""
     failed = f"{len(stand.failed)} failed" if stand.failed else ""
     return ", ".join(part for part in (f"{len(stand.done)} of {runs} runs", _in_queue(stand), failed) if part)
 
 
-def _in_queue(stand: "Progress") -> str:
+def _in_queue(stand: "SweepProgress") -> str:
     """Say in which states of the queue how many runs are, such as `2 running, 1 pending`."""
     states = Counter(job.state.lower() for job in stand.jobs.values())
     return ", ".join(f"{count} {state}" for state, count in states.most_common())
 
 
-def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json: bool) -> None:
+def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_json: bool) -> None:
     """Try one run of each kind in a process of its own, and say of each, as soon as that is known, what it takes."""
     import json
     import subprocess
 
-    width = max(len(member.name) for member in whole)
+    width = max(len(run.name) for run in whole)
     if not as_json:
         print(_LINE.format("run", "time", "MiB", "MB sent", "", width=width).rstrip())
 
@@ -183,24 +183,24 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
     trials: dict[str, Trial] = {}
     rows: list[dict[str, Any]] = []
     with progress("runs", len(whole)) as show:
-        for number, member in enumerate(whole):
-            show(number, f"trying {member.name}")
-            key = cost_key(member.recipe)
+        for number, run in enumerate(whole):
+            show(number, f"trying {run.name}")
+            key = cost_key(run.recipe)
             if key not in trials:
-                words = ["run", recipe, *member.overrides, "--dry-run", "--json", *plugins.options()]
+                words = ["run", recipe, *run.overrides, "--dry-run", "--json", *plugins.options()]
                 tried = subprocess.run([*COMMAND, *words], capture_output=True)
                 if tried.returncode:
                     why = last_words(tried.stderr, f"ended with exit code {tried.returncode}")
-                    raise RunError(f"{member.name}: {why}")
+                    raise RunError(f"{run.name}: {why}")
                 answer = json.loads(tried.stdout)
                 if answer["trial"] is None:
                     device = answer["plan"]["device"]
-                    raise RunError(f"{member.name}: {device} isn't there to try it on; use device=cpu or device=auto")
+                    raise RunError(f"{run.name}: {device} isn't there to try it on; use device=cpu or device=auto")
                 trials[key] = Trial(**answer["trial"])
-            found = estimate(member.recipe, trials[key])
+            found = estimate(run.recipe, trials[key])
             row = {
-                "run": member.name,
-                "finished": finished(out / member.name, member.recipe),
+                "run": run.name,
+                "finished": finished(out / run.name, run.recipe),
                 "seconds": found.seconds,
                 "memory_bytes": found.memory_bytes,
                 "sent_bytes": found.sent_bytes,
@@ -209,7 +209,7 @@ def _print_estimates(recipe: str, whole: "Sequence[Member]", out: Path, as_json:
             if not as_json:
                 size, sent = f"{found.memory_bytes / 2**20:,.0f}", f"{found.sent_bytes / 1e6:,.3f}"
                 there = "finished" if row["finished"] else ""
-                cells = (member.name, duration(found.seconds), size, sent, there)
+                cells = (run.name, duration(found.seconds), size, sent, there)
                 print(_LINE.format(*cells, width=width).rstrip())
     if as_json:
         print_json(rows)

@@ -21,8 +21,8 @@ from peertune.types import Split
 
 log = logging.getLogger(__name__)
 
-Rows = NDArray[np.int64]
-Partition = Callable[[Split, int, int], list[Rows]]
+RowNumbers = NDArray[np.int64]
+Partition = Callable[[Split, int, int], list[RowNumbers]]
 
 _REDRAWS = 100
 
@@ -30,7 +30,7 @@ _REDRAWS = 100
 def iid() -> Partition:
     """Deal all rows at random; the clients' sizes differ by one row at most."""
 
-    def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
+    def split_rows(split: Split, clients: int, seed: int) -> list[RowNumbers]:
         _check_size("iid", split, clients)
         return _sorted(np.array_split(generator(seed, Draw.PARTITION).permutation(len(split)), clients))
 
@@ -46,7 +46,7 @@ def label_mixture(proportions: list[list[float]]) -> Partition:
     the shards is not known to us.
     """
 
-    def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
+    def split_rows(split: Split, clients: int, seed: int) -> list[RowNumbers]:
         _check_size("label_mixture", split, clients)
         by_class = _by_class("label_mixture", split)
         shares = _check_mixture(proportions, clients, len(by_class))
@@ -77,7 +77,7 @@ def dirichlet(alpha: float = 0.5) -> Partition:
     """
     _check_alpha("dirichlet", alpha)
 
-    def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
+    def split_rows(split: Split, clients: int, seed: int) -> list[RowNumbers]:
         _check_size("dirichlet", split, clients)
         by_class = _by_class("dirichlet", split)
         for attempt in range(_REDRAWS):
@@ -101,7 +101,7 @@ def shards(per_client: int = 2) -> Partition:
     if per_client < 1:
         raise DataError(f"partition shards: per_client is {per_client}, give at least 1")
 
-    def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
+    def split_rows(split: Split, clients: int, seed: int) -> list[RowNumbers]:
         _check_size("shards", split, clients)
         by_class = _by_class("shards", split)
         if len(split) < clients * per_client:
@@ -121,7 +121,7 @@ def quantity_skew(alpha: float = 1.0) -> Partition:
     """Deal all rows at random in amounts drawn from a symmetric Dirichlet(alpha); each client gets at least one row."""
     _check_alpha("quantity_skew", alpha)
 
-    def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
+    def split_rows(split: Split, clients: int, seed: int) -> list[RowNumbers]:
         _check_size("quantity_skew", split, clients)
         rng = generator(seed, Draw.PARTITION)
         sizes = 1 + _round(len(split) - clients, rng.dirichlet(np.full(clients, alpha)))
@@ -137,13 +137,13 @@ def disjoint_labels() -> Partition:
     single class, and those that hold the same one split its rows evenly at random.
     """
 
-    def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
+    def split_rows(split: Split, clients: int, seed: int) -> list[RowNumbers]:
         _check_size("disjoint_labels", split, clients)
         by_class = [rows for rows in _by_class("disjoint_labels", split) if len(rows)]
         rng = generator(seed, Draw.PARTITION)
         order = rng.permutation(len(by_class))
         groups = min(clients, len(by_class))
-        parts: list[Rows] = [np.empty(0, np.int64)] * clients
+        parts: list[RowNumbers] = [np.empty(0, np.int64)] * clients
         for group in range(groups):
             rows = rng.permutation(np.concatenate([by_class[number] for number in order[group::groups]]))
             holders = range(group, clients, groups)
@@ -167,7 +167,7 @@ def column(by: str, *, missing_cells: MissingCells = "refuse") -> Partition:
     without a value are refused, go to nobody (`drop`), or belong together (`empty`).
     """
 
-    def split_rows(split: Split, clients: int, seed: int) -> list[Rows]:
+    def split_rows(split: Split, clients: int, seed: int) -> list[RowNumbers]:
         _check_size("column", split, clients)
         if by not in split.columns:
             raise DataError(unknown("partition column: by", by, split.columns))
@@ -216,7 +216,7 @@ PARTITIONS: dict[str, Callable[..., Partition]] = {
 }
 
 
-def counts(split: Split, parts: Sequence[Rows], classes: int) -> Rows:
+def counts(split: Split, parts: Sequence[RowNumbers], classes: int) -> RowNumbers:
     """Count each client's rows of each class: `[clients, classes]`; DataError for rows without classes."""
     _check_classes("counts", split)
     return np.stack([np.bincount(split.labels[rows], minlength=classes) for rows in parts])
@@ -254,13 +254,13 @@ def _check_mixture(proportions: list[list[float]], clients: int, classes: int) -
     return shares
 
 
-def _by_class(partition: str, split: Split) -> list[Rows]:
+def _by_class(partition: str, split: Split) -> list[RowNumbers]:
     """Return the row numbers of each class, from class 0 to the highest there is."""
     _check_classes(partition, split)
     return [np.flatnonzero(split.labels == number) for number in range(int(split.labels.max()) + 1)]
 
 
-def _round(total: int, shares: NDArray[np.float64]) -> Rows:
+def _round(total: int, shares: NDArray[np.float64]) -> RowNumbers:
     """Split `total` by shares `[…, C]` that sum to 1 into whole numbers; the largest remainders are rounded up."""
     quotas = total * shares
     whole = np.floor(quotas).astype(np.int64)
@@ -270,7 +270,7 @@ def _round(total: int, shares: NDArray[np.float64]) -> Rows:
     return whole
 
 
-def _deal(by_class: list[Rows], amounts: Rows, seed: int) -> list[Rows]:
+def _deal(by_class: list[RowNumbers], amounts: RowNumbers, seed: int) -> list[RowNumbers]:
     """Deal each class's rows at random by `amounts [clients, classes]`; what is not asked for goes to nobody."""
     rng = generator(seed, Draw.PARTITION)
     hands = [
@@ -279,5 +279,5 @@ def _deal(by_class: list[Rows], amounts: Rows, seed: int) -> list[Rows]:
     return _sorted([np.concatenate(hand) for hand in zip(*hands, strict=True)])
 
 
-def _sorted(parts: Sequence[Sequence[int] | Rows]) -> list[Rows]:
+def _sorted(parts: Sequence[Sequence[int] | RowNumbers]) -> list[RowNumbers]:
     return [np.sort(np.asarray(part, np.int64)) for part in parts]

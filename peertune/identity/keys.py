@@ -90,7 +90,7 @@ def _number(file: Path) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def read_file(file: Path) -> bytes:
+def read_small(file: Path) -> bytes:
     """Return the contents of a small file. Raises IdentityError where it can't be read or isn't small."""
     try:
         with file.open("rb") as stream:
@@ -106,7 +106,7 @@ def read_private(file: Path) -> bytes:
     """Return the contents of a key's file. Raises IdentityError where others than its owner may read it."""
     if file.exists() and file.stat().st_mode & 0o077:
         raise IdentityError(f"{file}: others may read this key; run chmod 600 {file}")
-    return read_file(file)
+    return read_small(file)
 
 
 def load_ca(folder: Path) -> x509.Certificate:
@@ -122,7 +122,7 @@ def _bundles(folder: Path) -> list[tuple[x509.Certificate, x509.Certificate]]:
     files = sorted(folder.glob("*.certificate.pem"))
     if not files:
         raise IdentityError(f"{folder}: no certificate; put the certificate that the CA returned in {folder}")
-    found = [read_bundle(read_file(file), file) for file in files]
+    found = [read_bundle(read_small(file), file) for file in files]
     for file, (_, ca) in zip(files, found, strict=True):
         if ca != found[0][1]:
             raise IdentityError(f"{folder}: {files[0].name} and {file.name} are of two CAs; leave those of one")

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from peertune.adapters.dropout import keyed_uniforms
-from peertune.adapters.rows import Rows, bound
+from peertune.adapters.rows import Rows, bound_rows
 from peertune.adapters.stacked import StackedModel
 from peertune.memory import device_type
 from peertune.randomness import Draw, words
@@ -114,7 +114,7 @@ def _decode(
     keys = torch.from_numpy(np.tile(words(decoding.seed, Draw.GENERATE, numbers).view(np.int64), clients)).to(device)
     whose = torch.arange(clients, device=device).repeat_interleave(len(prompts))
     model.base.eval()
-    with bound(Rows(adapters, whose, keys, False, model.streams)):
+    with bound_rows(Rows(adapters, whose, keys, False, model.streams)):
         whole = model.base.generate(  # type: ignore[operator]  # what transformers' language models have
             input_ids=ids.repeat(clients, 1).to(device),
             attention_mask=mask.repeat(clients, 1).to(device),

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from peertune.adapters.rows import Rows, bound
+from peertune.adapters.rows import Rows, bound_rows
 from peertune.assembly.build import build
 from peertune.assembly.loading import TOKENS_PER_PASS, clients_together
 from peertune.data.scores import JUDGES
@@ -164,7 +164,7 @@ def _generate(job: Job, state: State, recipe: Recipe, prompts: int) -> None:
     adapters = {name: x[:1].repeat_interleave(clients, 0) for name, x in state.adapters.items()}
     whose = torch.zeros(rows, dtype=torch.int64, device="meta")
     ids = torch.zeros(rows, width, dtype=torch.int64, device="meta")
-    with bound(Rows(adapters, whose, whose, False, job.model.streams)):
+    with bound_rows(Rows(adapters, whose, whose, False, job.model.streams)):
         base.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, logits_to_keep=1)
 
 

@@ -32,7 +32,7 @@ def card(run: RunData, name: str, client: int | None, round: int, merged: str | 
         lora = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     except (OSError, ValueError):
         raise RunError(f"{run.folder}/adapter: is missing or damaged; give the folder of a run") from None
-    recipe, purpose = run.recipe, directory.purpose(run.folder)
+    recipe, purpose = run.recipe, directory.pipeline_tag(run.folder)
     evaluated = [record for record in run.records if record["round"] < round and record["evaluation"]]
     row, score = summarise(evaluated), _score(evaluated[-1], client) if evaluated else None
     task = "/".join([recipe["task"]["name"], *filter(None, [recipe["task"].get("config")])])

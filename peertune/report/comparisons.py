@@ -21,7 +21,7 @@ from peertune.report.drawing import (
     method,
     metric,
     thin,
-    whole,
+    ticks,
 )
 from peertune.report.runs import RunData, settings
 from peertune.report.tables import compare, headings
@@ -57,7 +57,7 @@ def by_round(runs: Sequence[RunData], value: Value, y: str) -> go.Figure | None:
     if not lines:
         return None
     last = max(int(each.x[-1]) for each in lines)
-    return chart(*bands, *lines, x="round", y=y, height=_height(lines), showlegend=True, xaxis=whole(last))
+    return chart(*bands, *lines, x="round", y=y, height=_height(lines), showlegend=True, xaxis=ticks(last))
 
 
 def against(runs: Sequence[RunData], key: str, value: Value, x: str) -> go.Figure | None:

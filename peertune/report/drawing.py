@@ -21,7 +21,7 @@ Record = Mapping[str, Any]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B5A800", "#8C8C8C")
 """Okabe and Ito's colours, which the colour-blind tell apart; to show on white and on black, yellow is darker and black
 is grey."""
-METHODS = {
+METHOD_COLOURS = {
     "tad_lora": PALETTE[0],
     "decaf": PALETTE[1],
     "adf_lora": PALETTE[2],
@@ -73,7 +73,7 @@ def chart(*traces: Any, x: str, y: str, height: int = 400, **layout: Any) -> go.
     return figure
 
 
-def whole(most: float) -> dict[str, Any]:
+def ticks(most: float) -> dict[str, Any]:
     """Return ticks for an axis of whole numbers up to `most`, such as rounds: at whole numbers, some six of them."""
     steps = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
     return {"tick0": 0, "dtick": next(step for step in steps if most <= 6 * step)}
@@ -120,7 +120,7 @@ def method(run: RunData) -> str:
 def colour(run: RunData) -> str:
     """Return the colour of the run's method, the same in all figures."""
     name = method(run)
-    return METHODS.get(name, PALETTE[len(name) % len(PALETTE)])
+    return METHOD_COLOURS.get(name, PALETTE[len(name) % len(PALETTE)])
 
 
 def metric(runs: Sequence[RunData]) -> str:
@@ -134,7 +134,7 @@ def evaluated(run: RunData) -> list[dict[str, Any]]:
     return [record for record in run.records if record["evaluation"]]
 
 
-def score(record: Record) -> float | None:
+def mean_score(record: Record) -> float | None:
     """Return the mean score of the clients' own models, None where the round was not evaluated."""
     return fmean(record["evaluation"]["clients"]) if record["evaluation"] else None
 
@@ -144,7 +144,7 @@ def average(record: Record) -> float | None:
     return record["evaluation"]["average"] if record["evaluation"] else None
 
 
-def loss(record: Record) -> float | None:
+def mean_loss(record: Record) -> float | None:
     """Return the mean train loss of the clients."""
     return fmean(record["loss"]) if record["loss"] else None
 

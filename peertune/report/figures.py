@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from peertune.errors import RunError
 from peertune.report import comparisons, run_figures
-from peertune.report.drawing import average, loss, metric, score, theme
+from peertune.report.drawing import average, mean_loss, mean_score, metric, theme
 from peertune.report.runs import RunData
 
 
@@ -160,18 +160,18 @@ OF_RUNS: Mapping[str, _Kind] = {
     "scores": _Kind(
         "METRIC by round",
         "Mean over clients and seeds; the band is ± one standard deviation over seeds.",
-        lambda runs: comparisons.by_round(runs, score, metric(runs)),
+        lambda runs: comparisons.by_round(runs, mean_score, metric(runs)),
     ),
     "losses": _Kind(
         "Train loss by round",
         "Mean over clients and seeds; the band is ± one standard deviation over seeds.",
-        lambda runs: comparisons.by_round(runs, loss, "train loss"),
+        lambda runs: comparisons.by_round(runs, mean_loss, "train loss"),
     ),
     "score-by-activation": _Kind(
         "Final METRIC against activation",
         "Mean over clients and seeds at the last evaluation, bars ± one standard deviation over seeds; further left, "
         "clients meet more rarely.",
-        lambda runs: comparisons.against(runs, "graph.activation", score, "probability of an edge to be active"),
+        lambda runs: comparisons.against(runs, "graph.activation", mean_score, "probability of an edge to be active"),
     ),
     "average-by-activation": _Kind(
         "Final METRIC of the averaged adapter against activation",
@@ -182,7 +182,7 @@ OF_RUNS: Mapping[str, _Kind] = {
         "Final METRIC against the switching interval",
         "Mean over clients and seeds at the last evaluation, bars ± one standard deviation over seeds; methods that "
         "don't switch are left out.",
-        lambda runs: comparisons.against(runs, "algorithm.switch_every", score, "rounds between switches (T)"),
+        lambda runs: comparisons.against(runs, "algorithm.switch_every", mean_score, "rounds between switches (T)"),
     ),
     "average-by-interval": _Kind(
         "Final METRIC of the averaged adapter against the switching interval",

@@ -26,7 +26,7 @@ from peertune.report.drawing import (
     plain,
     scores_by_client,
     thin,
-    whole,
+    ticks,
 )
 from peertune.report.runs import RunData, evaluated_labels
 
@@ -34,7 +34,7 @@ FACTORS = {"A": PALETTE[0], "B": PALETTE[1]}
 THREAD = "rgba(128,128,128,0.5)"  # of lines behind others
 MOST_LINES = 50  # clients that get a line or a number of their own; beyond, a band
 MOST_STEPS = 60  # of the graph's slider, and columns of the heat map
-MOST_EDGES = 3_000  # drawn of all edges ever active
+MOST_DRAWN = 3_000  # drawn of all edges ever active
 MOST_ACTIVE = 18_000  # drawn of the active edges, over all steps of the slider
 MOST_PHASES = 200  # shaded
 MOST_LABELS = 30  # in the partition; beyond, the rarer ones stand together
@@ -62,7 +62,7 @@ def score(run: RunData) -> go.Figure | None:
             "line": {"color": GREY, "dash": "dash"},
         }
         drawn.append(go.Scatter(ends, name="always the commonest class", hoverinfo="name+y"))
-    return chart(*drawn, x="round", y=metric([run]), xaxis=whole(rounds[-1]))
+    return chart(*drawn, x="round", y=metric([run]), xaxis=ticks(rounds[-1]))
 
 
 def loss(run: RunData) -> go.Figure | None:
@@ -71,7 +71,7 @@ def loss(run: RunData) -> go.Figure | None:
     if not len(rounds):
         return None
     drawn = _spread(rounds, clients, values, drawing.colour(run))
-    return chart(*drawn, x="round", y="train loss", xaxis=whole(rounds[-1]), yaxis_rangemode="tozero")
+    return chart(*drawn, x="round", y="train loss", xaxis=ticks(rounds[-1]), yaxis_rangemode="tozero")
 
 
 def _spread(rounds: Array, clients: Array, values: Array, colour: str) -> list[go.Scatter]:
@@ -114,7 +114,7 @@ def consensus(run: RunData) -> go.Figure | None:
         for number, (values, (name, colour)) in enumerate(zip(table, lines.values(), strict=True))
     ]
     axis = {"type": "log", "range": [log10(low) - 0.1, log10(high) + 0.1], "dtick": 1 if high > 10 * low else "D1"}
-    return chart(*drawn, x="round", y="size (log scale)", shapes=_phases(run), xaxis=whole(rounds[-1]), yaxis=axis)
+    return chart(*drawn, x="round", y="size (log scale)", shapes=_phases(run), xaxis=ticks(rounds[-1]), yaxis=axis)
 
 
 def _phases(run: RunData) -> list[dict[str, Any]]:
@@ -156,7 +156,7 @@ def clients(run: RunData) -> go.Figure | None:
         colorbar=_bar(run),
         hovertemplate="client %{y}, round %{x}: %{z:.3f}<extra></extra>",
     )
-    axes = {"xaxis": {"type": "category", "showgrid": False}, "yaxis": {"showgrid": False} | whole(len(clients))}
+    axes = {"xaxis": {"type": "category", "showgrid": False}, "yaxis": {"showgrid": False} | ticks(len(clients))}
     return chart(heat, x="evaluated round", y="client", height=400 if len(clients) <= MOST_LINES else 520, **axes)
 
 
@@ -193,7 +193,7 @@ def partition(run: RunData) -> go.Figure | None:
     look: dict[str, Any] = {
         "barmode": "stack",
         "bargap": 0.15 if len(rows) <= MOST_LINES else 0,
-        "xaxis": whole(owners.max()) if len(owners) > 1 else {"tickvals": owners},
+        "xaxis": ticks(owners.max()) if len(owners) > 1 else {"tickvals": owners},
     }
     return chart(*bars, x="client", y="rows", showlegend=len(labels) <= MOST_NAMED, **look)
 
@@ -209,7 +209,10 @@ def traffic(run: RunData) -> go.Figure | None:
     hover = "%{y:.3f} after %{x:.3g} MB (round %{customdata})"
     drawn = [
         line(megabytes[due], [value(record) for record in records], name, drawing.colour(run), hover, number, **given)
-        for name, value, number in (("mean of clients", drawing.score, 0), ("averaged adapter", drawing.average, 2))
+        for name, value, number in (
+            ("mean of clients", drawing.mean_score, 0),
+            ("averaged adapter", drawing.average, 2),
+        )
         if None not in map(value, records)
     ]
     return chart(*drawn, x="megabytes sent by a client", y=metric([run]), xaxis_rangemode="tozero")
@@ -241,7 +244,7 @@ def contraction(run: RunData) -> go.Figure | None:
     if rho is not None:
         ends = {"x": [run.records[0]["round"], run.records[-1]["round"]], "y": [rho, rho], "mode": "lines"}
         drawn.append(go.Scatter(ends, name=f"rho = {rho:.3f}", line={"color": GREY, "dash": "dash"}, hoverinfo="name"))
-    axes: dict[str, Any] = {"xaxis": whole(run.records[-1]["round"]), "yaxis": {"rangemode": "tozero"}}
+    axes: dict[str, Any] = {"xaxis": ticks(run.records[-1]["round"]), "yaxis": {"rangemode": "tozero"}}
     return chart(*drawn, x="round", y="left of the squared error", showlegend=True, **axes)
 
 
@@ -264,7 +267,7 @@ def graph(run: RunData) -> go.Figure | None:
     active = {"mode": "lines", "hoverinfo": "skip", "line": {"width": 1 if crowded else 2.5, "color": PALETTE[1]}}
     hidden = {"showgrid": False, "zeroline": False, "showticklabels": False, "range": [-1.2 * RADIUS, 1.2 * RADIUS]}
     figure = chart(
-        go.Scatter(_edge_lines(places, seen, MOST_EDGES) | behind, name="active in some round"),
+        go.Scatter(_edge_lines(places, seen, MOST_DRAWN) | behind, name="active in some round"),
         go.Scatter(_edge_lines(places, edges[shown], most) | active, name=f"active in round {shown}"),
         *_nodes(run, places, colours, shown),
         x="",
@@ -322,7 +325,7 @@ def _graph_facts(run: RunData, seen: int) -> str:
     facts = run.facts.get("graph", {})
     names = {"rho": "rho", "spectral_gap": "spectral gap", "switching_interval": "T*"}
     told = ", ".join(f"{name} {facts[key]:.3g}" for key, name in names.items() if facts.get(key) is not None)
-    return told if seen <= MOST_EDGES else f"{told}<br>{MOST_EDGES:,} of {seen:,} edges drawn, and a part of a round's"
+    return told if seen <= MOST_DRAWN else f"{told}<br>{MOST_DRAWN:,} of {seen:,} edges drawn, and a part of a round's"
 
 
 def _node_colours(run: RunData, steps: Sequence[int], count: int) -> dict[int, list[Any]]:

@@ -323,7 +323,7 @@ def cells(rows: Sequence[Row], columns: Mapping[str, str]) -> list[list[str]]:
     return [list(columns.values()), *([_cell(key, row.get(key)) for key in columns] for row in rows)]
 
 
-def text(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
     """Align lines of cells, the first column to the left. Nothing is cut, however narrow the terminal."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     aligned = ([cell.rjust(width) for cell, width in zip(line, widths, strict=True)] for line in lines)

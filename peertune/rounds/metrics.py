@@ -168,7 +168,7 @@ def bytes_sent(payload: Tensors, neighbours: list[int]) -> list[int]:
     return [size * count for count in neighbours]
 
 
-def neighbours(weights: Tensor) -> list[int]:
+def neighbour_counts(weights: Tensor) -> list[int]:
     """How many others each receiver takes something from: the non-zero entries of its row of `weights [R, H]` less one.
 
     `weights` is dense or sparse. A row always holds the receiver itself.

@@ -140,7 +140,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     _mix(job, state, came.tensors, weights, at, phase)
     state = state.at(t + 1)
     watch.lap("mix")
-    neighbours = metrics.neighbours(came.weights) if payload else [0] * len(clients)
+    neighbours = metrics.neighbour_counts(came.weights) if payload else [0] * len(clients)
     diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group)
     watch.lap("metrics")
     evaluation = None

@@ -146,7 +146,7 @@ def plugins(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def purpose(run: Path) -> str:
+def pipeline_tag(run: Path) -> str:
     """Return what the run's models are for, in the hub's words. Raises RunError where the run does not say it."""
     try:
         form = json.loads((run / "facts.json").read_text()).get("task", {}).get("form")

@@ -33,7 +33,7 @@ def merge(run: Path, folder: Path) -> str:
     finite.
     """
     recipe, labels = load_recipe(directory.resolved(run)), json.loads((folder / "labels.json").read_text("utf-8"))
-    base, companion = _load(recipe.model.name, recipe.model.revision, directory.purpose(run), labels)
+    base, companion = _load(recipe.model.name, recipe.model.revision, directory.pipeline_tag(run), labels)
     model: Any = merge_adapter(base, folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):  # else `transformers` adds the adapter once more
         (folder / name).unlink()

@@ -25,7 +25,7 @@ LONGEST_NAME = 160
 
 
 @dataclass(frozen=True)
-class Member:
+class SweepRun:
     """One run of a sweep."""
 
     name: str  # of its directory: the settings in which it differs from the others
@@ -33,7 +33,7 @@ class Member:
     recipe: Recipe
 
 
-def members(recipe: str | Path, words: Sequence[str]) -> list[Member]:
+def sweep_runs(recipe: str | Path, words: Sequence[str]) -> list[SweepRun]:
     """Return all combinations of `key=a,b,c` words, the last key changing fastest.
 
     A word with one value holds for all runs. Commas inside brackets and quotes separate nothing, so that a value may
@@ -55,10 +55,10 @@ def members(recipe: str | Path, words: Sequence[str]) -> list[Member]:
     for chosen in combinations:
         loaded = load_recipe(recipe, chosen)
         check_choices(loaded)
-        found.append(Member(_name([chosen[i] for i in several or range(len(axes))]), chosen, loaded))
-    for place, member in enumerate(found):
-        if any(member.recipe == other.recipe for other in found[:place]):
-            raise RecipeError(f"sweep: {member.name} stands twice; give each value once")
+        found.append(SweepRun(_name([chosen[i] for i in several or range(len(axes))]), chosen, loaded))
+    for place, run in enumerate(found):
+        if any(run.recipe == other.recipe for other in found[:place]):
+            raise RecipeError(f"sweep: {run.name} stands twice; give each value once")
     return found
 
 
@@ -87,7 +87,7 @@ def _name(settings: Sequence[str]) -> str:
     return f"{plain[:LONGEST_NAME]}-{sha256(','.join(settings).encode()).hexdigest()[:8]}"
 
 
-def shard(whole: Sequence[Member], part: str) -> list[Member]:
+def shard(whole: Sequence[SweepRun], part: str) -> list[SweepRun]:
     """Return part `i/k` of a sweep, i from 1 to k; the parts are disjoint, together the whole. Raises RecipeError."""
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     number, of = map(int, match.groups()) if match else (0, 0)
@@ -124,8 +124,8 @@ def finished(folder: Path, recipe: Recipe) -> bool:
 
 
 @dataclass
-class Progress:
-    """Where a sweep stands; what `run_members` yields, changed in place."""
+class SweepProgress:
+    """Where a sweep stands; what `run_sweep` yields, changed in place."""
 
     done: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)  # name → why, one line
@@ -133,27 +133,27 @@ class Progress:
     rounds: int = 0  # finished in all runs together
 
 
-def run_members(
-    recipe: str | Path, whole: Sequence[Member], folder: Path, launcher: Launcher, stopping: Callable[[], int]
-) -> Iterator[Progress]:
+def run_sweep(
+    recipe: str | Path, whole: Sequence[SweepRun], folder: Path, launcher: Launcher, stopping: Callable[[], int]
+) -> Iterator[SweepProgress]:
     """Run what is left of a sweep as the launcher does, and yield how it stands every now and then.
 
     `stopping()` counts how often the user has asked to stop. A run that fails stops no other.
     """
-    recipes = {member.name: member.recipe for member in whole}
-    progress = Progress(done=[name for name, asked in recipes.items() if finished(folder / name, asked)])
+    recipes = {run.name: run.recipe for run in whole}
+    progress = SweepProgress(done=[name for name, asked in recipes.items() if finished(folder / name, asked)])
     settled = sum(recipes[name].rounds for name in progress.done)
-    left = [member for member in whole if member.name not in progress.done]
-    rounds = {member.name: rounds_done(folder / member.name) for member in left}
+    left = [run for run in whole if run.name not in progress.done]
+    rounds = {run.name: rounds_done(folder / run.name) for run in left}
     progress.rounds = settled
     yield progress
     tasks = {}
-    for member in left:
-        place = folder / member.name
-        if other := conflict(place, member.recipe):
-            progress.failed[member.name] = other
+    for run in left:
+        place = folder / run.name
+        if other := conflict(place, run.recipe):
+            progress.failed[run.name] = other
         else:
-            tasks[member.name] = Command((str(recipe), *member.overrides), place, (*plugins.options(),))
+            tasks[run.name] = Command((str(recipe), *run.overrides), place, (*plugins.options(),))
     if not tasks:
         return
     with closing(launcher(tasks, stopping)) as looks:

@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from peertune.allowance import line
+from peertune.allowance import one_line
 from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation
 from peertune.topology import Fault, clients_down
 from peertune.wire import limits, tls
 from peertune.wire.codec import Assembler, chunks
 from peertune.wire.edge import Edge, Offer, Say
-from peertune.wire.framing import Part, data_of, kind, pack, unpack
+from peertune.wire.framing import Part, data_of, deserialize, field_of, serialize
 from peertune.wire.meeting import Meeting, Meetings, Own
 from peertune.wire.node import OPTIONS, SERVICE, Node, UnusableError
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
@@ -51,7 +51,7 @@ class Answering:
             maximum_concurrent_rpcs=workers,
         )
         handler = grpc.stream_stream_rpc_method_handler(
-            self.answer, request_deserializer=unpack, response_serializer=pack
+            self.answer, request_deserializer=deserialize, response_serializer=serialize
         )
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {"Swap": handler}),))
         try:
@@ -84,7 +84,7 @@ class Answering:
             log.debug("%s hung up", member.name)
         except WireError as error:
             node.lines.say(client, str(error))
-            node.known(client).problem = line(str(error))
+            node.known(client).problem = one_line(str(error))
             yield self._verdict(Verdict.REFUSED, str(error))
         except UnusableError as error:
             node.failed(client, error)
@@ -96,7 +96,7 @@ class Answering:
     def _converse(self, client: int, requests: Iterator[Part], context: Any) -> Iterator[Part]:
         node, meetings = self._node, self._meetings
         first = self._read(requests, context)
-        if first is None or kind(first) != "hello":
+        if first is None or field_of(first) != "hello":
             raise WireError("does not begin with a greeting")
         hello = first.hello
         tries = hello.purpose in (Hello.CALL_BACK, Hello.ECHO)
@@ -174,7 +174,7 @@ class Answering:
             chunk = self._read(requests, context)
             if chunk is None:
                 raise WireError("hangs up before the end of its payload")
-            match kind(chunk):
+            match field_of(chunk):
                 case "roster":
                     self._node.adopt(client, chunk.roster)
                 case "total" if assembler is None:
@@ -189,7 +189,7 @@ class Answering:
                     break
                 case "verdict":
                     self._meetings.do(meeting, Edge.declined)
-                    raise WireError(f"refuses what it was sent ({line(chunk.verdict.reason)})")
+                    raise WireError(f"refuses what it was sent ({one_line(chunk.verdict.reason)})")
                 case _:
                     raise WireError("sends its parts in another order than total, data, verdict")
         if next(sending, None) is not None:

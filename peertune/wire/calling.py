@@ -7,12 +7,12 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Concatenate, ParamSpec
 
-from peertune.allowance import line
+from peertune.allowance import one_line
 from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation
 from peertune.wire.codec import Assembler, chunks
 from peertune.wire.edge import Action, Ask, Edge, Offer, Say, Step, Stream
-from peertune.wire.framing import Part, data_of, kind
+from peertune.wire.framing import Part, data_of, field_of
 from peertune.wire.meeting import Meeting, Meetings
 from peertune.wire.node import Node, SeatError, UnusableError, nobody
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
@@ -167,12 +167,12 @@ class _Call:
 
     def _take(self, part: Part) -> None:
         """Take what came next."""
-        if not self._greeted and kind(part) != "hello":
+        if not self._greeted and field_of(part) != "hello":
             raise WireError("does not begin with a greeting")
-        if isinstance(part, memoryview) or kind(part) == "data":
+        if isinstance(part, memoryview) or field_of(part) == "data":
             self._add(data_of(part))
             return
-        match kind(part):
+        match field_of(part):
             case "hello":
                 self._take_hello(part.hello)
             case "wait":
@@ -233,7 +233,7 @@ class _Call:
         if not (refuses and self._purpose == Hello.SETTLE):  # who has no dealings with this end settles nothing
             self._do(Edge.told, verdict.outcome)
         if refuses:
-            raise UnusableError(f"refuses ({line(verdict.reason)})")
+            raise UnusableError(f"refuses ({one_line(verdict.reason)})")
         if verdict.outcome == Verdict.PASSED:
             self._node.saw(self._client, verdict.round)
         self._there = max(self._there, verdict.round)

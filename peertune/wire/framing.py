@@ -10,14 +10,14 @@ Part = Chunk | memoryview
 _DATA = b"\x22"  # the key of field 4, length-delimited: `bytes data = 4`
 
 
-def pack(part: Part) -> bytes:
+def serialize(part: Part) -> bytes:
     """Return a message: `Chunk(data=part)` of data, the Chunk itself of any other."""
     if isinstance(part, Chunk):
         return part.SerializeToString()
     return b"".join((_DATA, _varint(len(part)), part))
 
 
-def unpack(message: bytes) -> Part:
+def deserialize(message: bytes) -> Part:
     """Return what a message says; one that can't be read is a Chunk without any part."""
     if message.startswith(_DATA):
         length, at = 0, 1
@@ -37,7 +37,7 @@ def unpack(message: bytes) -> Part:
         return Chunk()
 
 
-def kind(part: Part) -> str | None:
+def field_of(part: Part) -> str | None:
     """Return which of a Chunk's fields it holds; None for one that this version doesn't know."""
     return part.WhichOneof("part") if isinstance(part, Chunk) else "data"
 

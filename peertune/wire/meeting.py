@@ -24,7 +24,7 @@ KEPT_ROUNDS = 64  # whose outcomes are remembered
 MARGIN_S = 2.0  # how much longer to wait for one that waits than it does itself, beside what its training then takes
 SETTLE_S = 5.0  # how much longer a peer asks for a verdict that it should not go on without
 
-Check = Callable[[int, Tensors], str]
+PayloadCheck = Callable[[int, Tensors], str]
 """`check(client, tensors [1, …])`: why this isn't to be mixed; "" where it is."""
 
 P = ParamSpec("P")
@@ -36,7 +36,7 @@ class Own:
 
     data: bytes
     like: Layout  # of what was sent, and of what comes from all but some
-    check: Check
+    check: PayloadCheck
     others: Mapping[int, Layout]  # of what comes from these
 
     def layout(self, client: int) -> Layout:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
-from peertune.allowance import Allowance, Lines, line
+from peertune.allowance import Allowance, Lines, one_line
 from peertune.errors import PeertuneError, WireError
 from peertune.identity.entries import Member
 from peertune.identity.incarnation import Incarnation, clone
@@ -15,7 +15,7 @@ from peertune.identity.keys import Identity
 from peertune.identity.membership import Membership
 from peertune.identity.roster import MAX_ROSTER_BYTES
 from peertune.wire import tls
-from peertune.wire.framing import kind, pack, unpack
+from peertune.wire.framing import deserialize, field_of, serialize
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
 from peertune.wire.rpc import grpc
 
@@ -145,13 +145,13 @@ class Node:
             with self._dial(identity, member) as channel:
                 hello = self.hello(0, Hello.CALL_BACK if call_back else Hello.ECHO)
                 for chunk in swap_on(channel)(iter([Chunk(hello=hello)]), timeout=wait_s, metadata=self.claim()):
-                    if kind(chunk) == "hello":
+                    if field_of(chunk) == "hello":
                         theirs, offset = chunk.hello, _clock_offset_s(chunk.hello)
-                    elif kind(chunk) == "verdict":
+                    elif field_of(chunk) == "verdict":
                         through = chunk.verdict.outcome == Verdict.HAVE
-                        back = "" if through else line(chunk.verdict.reason) or "it does not say why"
+                        back = "" if through else one_line(chunk.verdict.reason) or "it does not say why"
         except grpc.RpcError as error:
-            raise PeertuneError(line(error.details() or str(error.code()))) from None
+            raise PeertuneError(one_line(error.details() or str(error.code()))) from None
         if theirs is None:
             raise WireError("does not begin with a greeting")
         differs = self._differences(theirs)
@@ -294,7 +294,7 @@ class Node:
         theirs = {"protocol": str(hello.protocol), "federation": hello.federation} | dict(hello.agreed)
         names = sorted(own.keys() | theirs.keys(), key=lambda name: (name not in ("protocol", "federation"), name))
         return [
-            (line(name), line(own.get(name, "nothing")), line(theirs.get(name, "nothing")))
+            (one_line(name), one_line(own.get(name, "nothing")), one_line(theirs.get(name, "nothing")))
             for name in names
             if own.get(name) != theirs.get(name)
         ]
@@ -331,7 +331,7 @@ class Node:
         """Note why a client could not be reached or used, and tell it where it is new."""
         known = self.known(client)
         details = error.details() if isinstance(error, grpc.RpcError) else None
-        problem = line(details or str(error))
+        problem = one_line(details or str(error))
         planned = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.CANCELLED)
         if isinstance(error, CloneError) or (isinstance(error, grpc.RpcError) and error.code() in planned):
             known.problem = problem
@@ -388,7 +388,7 @@ def nobody(member: Member | None) -> str:
 
 def swap_on(channel: Any) -> Any:
     """Return the one method that peers have, on this channel."""
-    return channel.stream_stream(METHOD, request_serializer=pack, response_deserializer=unpack)
+    return channel.stream_stream(METHOD, request_serializer=serialize, response_deserializer=deserialize)
 
 
 def _clock_offset_s(hello: Hello) -> float | None:

@@ -1,4 +1,4 @@
-"""How a peer stands (`standing`), as Prometheus reads it: at 127.0.0.1 only, for a scraper on the same machine."""
+"""How a peer stands (`peer_status`), as Prometheus reads it: at 127.0.0.1 only, for a scraper on the same machine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from peertune.errors import RunError
-from peertune.wire.status import DOING, Standing
+from peertune.wire.status import DOING, ReadStatus
 
 _OWN = {
     "round": ("round", "The round the peer is in, counted from 0."),
@@ -28,7 +28,7 @@ _NEIGHBOUR = {
 
 
 class _Standing(Collector):
-    def __init__(self, current: Standing) -> None:
+    def __init__(self, current: ReadStatus) -> None:
         self._current = current
 
     def collect(self) -> Iterator[Metric]:
@@ -70,7 +70,7 @@ class _Standing(Collector):
 
 
 @contextmanager
-def served(port: int, current: Standing) -> Iterator[int]:
+def served(port: int, current: ReadStatus) -> Iterator[int]:
     """Answer at 127.0.0.1 (port 0: any) and yield the port. Raises RunError where it can't be listened at."""
     registry = CollectorRegistry()
     registry.register(_Standing(current))

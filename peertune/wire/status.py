@@ -37,10 +37,10 @@ DOING = ("starting", "training", "swapping", "waiting", "mixing", "finished", "s
 EVERY_S = 1.0
 _FILE = "status.json"
 
-Standing = Callable[[], dict[str, Any]]
+ReadStatus = Callable[[], dict[str, Any]]
 
 
-def standing(
+def peer_status(
     swapper: "Swapper",
     *,
     rounds: int,
@@ -78,7 +78,7 @@ def standing(
 
 
 @contextmanager
-def kept(run: Path, current: Standing) -> Iterator[None]:
+def kept(run: Path, current: ReadStatus) -> Iterator[None]:
     """Keep `status.json` in a run directory, written anew each second; at the end it says how the peer ended.
 
     Raises RunError where it can't be written at first; later that is a warning.

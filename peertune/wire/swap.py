@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from peertune.allowance import line
+from peertune.allowance import one_line
 from peertune.errors import PeertuneError
 from peertune.identity.incarnation import Incarnation
 from peertune.identity.membership import Membership
@@ -23,7 +23,7 @@ from peertune.wire import tls
 from peertune.wire.answering import Answering
 from peertune.wire.calling import Calling, at_once
 from peertune.wire.codec import encode, layout
-from peertune.wire.meeting import Check, Meetings, Own
+from peertune.wire.meeting import Meetings, Own, PayloadCheck
 from peertune.wire.node import PROBE_S, Neighbour, Node, SeatError, UnusableError, nobody
 from peertune.wire.rpc import grpc
 
@@ -95,7 +95,7 @@ class Swapper(Node):
         round: int,
         payload: Tensors,
         neighbours: Sequence[int],
-        check: Check = lambda client, tensors: "",
+        check: PayloadCheck = lambda client, tensors: "",
         layouts: Mapping[int, Tensors] = MappingProxyType({}),
     ) -> dict[int, Tensors]:
         """Swap `payload [1, …]` with these clients and return what came, `[1, …]` each, of those whose edge counts.
@@ -153,7 +153,7 @@ class Swapper(Node):
             if isinstance(error, UnusableError) and not isinstance(error, SeatError):
                 refusals[self.name(client)] = str(error)
             elif isinstance(error, grpc.RpcError) and error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                refusals[self.name(client)] = line(error.details())
+                refusals[self.name(client)] = one_line(error.details())
             elif isinstance(error, grpc.RpcError) and not self.insecure and member and tls.is_there(member, wait_s):
                 try:
                     self.probe(client, wait_s)  # which those answer, too, who are only starting

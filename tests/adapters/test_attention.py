@@ -13,7 +13,7 @@ from transformers.models.t5.modeling_t5 import eager_attention_forward as t5_att
 
 from peertune.adapters.attention import attention, register_attention
 from peertune.adapters.dropout import keyed_dropout
-from peertune.adapters.rows import Rows, bound
+from peertune.adapters.rows import Rows, bound_rows
 from peertune.errors import ModelError
 
 ROWS, HEADS, TOKENS, WIDTH = 3, 4, 6, 5
@@ -115,7 +115,7 @@ def test_its_probabilities_are_dropped_by_key_in_training_only() -> None:
     module = nn.Identity()
     rows = Rows({}, torch.zeros(ROWS, dtype=torch.int64), torch.arange(ROWS) + 5, True, {module: 8})
     plain, _ = attention(module, query, key, eye, None, dropout=0.5)
-    with bound(rows):
+    with bound_rows(rows):
         dropped, _ = attention(module, query, key, eye, None, dropout=0.5)
         still, _ = attention(module.eval(), query, key, eye, None, dropout=0.5)
     expected = keyed_dropout(plain.transpose(1, 2), 0.5, rows, 8, scores=True).transpose(1, 2)

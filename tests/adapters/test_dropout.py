@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peertune.adapters.dropout import KeyedDropout, keyed_dropout
-from peertune.adapters.rows import Rows, bound
+from peertune.adapters.rows import Rows, bound_rows
 from peertune.data.batches import pack_rows
 from peertune.errors import ModelError
 from peertune.randomness import Draw, words
@@ -253,6 +253,6 @@ def test_the_module_drops_in_training_only_and_only_rows_that_are_bound() -> Non
     x, module = torch.ones(4, 6), KeyedDropout(0.5, stream=2)
     rows = make_rows(make_keys(4))
     assert torch.equal(module(x), x)
-    with bound(rows):
+    with bound_rows(rows):
         assert torch.equal(module(x), keyed_dropout(x, 0.5, rows, 2))
         assert torch.equal(module.eval()(x), x)

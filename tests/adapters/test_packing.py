@@ -19,7 +19,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from peertune.adapters.attention import attention, register_attention
 from peertune.adapters.packing import pack, unpack
 from peertune.adapters.peft_format import find_sites
-from peertune.adapters.rows import Rows, bound, current_rows
+from peertune.adapters.rows import Rows, bound_rows, current_rows
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
 from peertune.data.batches import Encoded, pack_rows, validation_batches
 from peertune.rounds.training import evaluate, row_losses
@@ -473,7 +473,7 @@ def test_a_site_keeps_apart_what_the_clients_have_in_a_block_in_every_precision(
     x = torch.randn(4, 40, 4, generator=generator).double()
     outputs = []
     for plan in (None, packing):
-        with bound(Rows(adapters, clients, clients, False, model.streams, plan)):
+        with bound_rows(Rows(adapters, clients, clients, False, model.streams, plan)):
             y = x if plan is None else pack(x, plan)
             y = base[1](base[0](y).float())
         outputs.append(y if plan is None else unpack(y, plan, 4))

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peertune.adapters.attention import register_attention
 from peertune.adapters.peft_format import find_sites
-from peertune.adapters.rows import Rows, bound
+from peertune.adapters.rows import Rows, bound_rows
 from peertune.adapters.stacked import StackedModel, attach, frozen_norms, init_adapters
 from peertune.data.batches import Encoded, pack_rows, training_steps
 from peertune.method import Phase
@@ -554,7 +554,7 @@ def test_what_a_layer_returns_stays_its_own(kind_of: type[nn.Linear]) -> None:
     x, rows = torch.randn(3, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(3, dtype=torch.int64)
     layer = model.sites["0"].layer
     before = layer(x).detach().clone()
-    with torch.no_grad(), bound(Rows(adapters, rows, rows, False, model.streams)):
+    with torch.no_grad(), bound_rows(Rows(adapters, rows, rows, False, model.streams)):
         found = base(x)
     torch.testing.assert_close(found, before + 2 * x.sum(1, keepdim=True))
     if isinstance(layer, Keeping):
@@ -571,7 +571,7 @@ def test_gradients_over_a_bfloat16_base_lose_no_more_than_one_bfloat16_layer_doe
         model = attach(deepcopy(layer).to(dtype), ["0"], r=4, lora_alpha=4)
         adapters = {name: factor.clone().requires_grad_() for name, factor in factors.items()}
         rows = torch.zeros(len(x), dtype=torch.int64)
-        with bound(Rows(adapters, rows, rows, False, model.streams)):
+        with bound_rows(Rows(adapters, rows, rows, False, model.streams)):
             (model.base(x.to(dtype)).float() * y).sum().backward()
         return [factor.grad for factor in adapters.values() if factor.grad is not None]
 

@@ -11,7 +11,7 @@ import pytest
 
 from peertune.errors import RunError
 from peertune.report.comparisons import by_round
-from peertune.report.drawing import METHODS, score
+from peertune.report.drawing import METHOD_COLOURS, mean_score
 from peertune.report.figures import OF_A_RUN, of_a_run, of_runs, write_figures
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -167,7 +167,7 @@ def test_comparisons_are_means_and_deviations_over_seeds(make_run: Any) -> None:
     found = compared(runs)
     assert list(found) == ["scores", "losses", "score-by-activation", "average-by-activation"]
     line = trace(found["scores"], "dec_lora, activation=0.5")
-    last: Any = [score(run.records[-1]) for run in runs if run.name.startswith("dec_lora-0.5")]
+    last: Any = [mean_score(run.records[-1]) for run in runs if run.name.startswith("dec_lora-0.5")]
     assert line.y[-1] == pytest.approx(np.mean(last))
     assert line.customdata[-1] == pytest.approx(np.std(last, ddof=1))
     curve = trace(found["score-by-activation"], "dec_lora")
@@ -182,8 +182,8 @@ def test_a_method_has_one_colour_everywhere(make_run: Any) -> None:
         for each in figure.data:
             for method in ("tad_lora", "dec_lora"):
                 if (each.name or "").startswith(method):
-                    assert each.line.color == METHODS[method]
-    assert trace(drawn(runs[0])["score"], "mean of clients").line.color == METHODS["tad_lora"]
+                    assert each.line.color == METHOD_COLOURS[method]
+    assert trace(drawn(runs[0])["score"], "mean of clients").line.color == METHOD_COLOURS["tad_lora"]
 
 
 def test_an_interval_that_follows_from_the_graph_does_not_cut_its_curve(make_run: Any) -> None:

@@ -17,8 +17,8 @@ from peertune.rounds.metrics import (
     diagnostics,
     edges,
     mean_drift,
+    neighbour_counts,
     neighbourhood_cross_terms,
-    neighbours,
     payload_bytes,
 )
 from peertune.types import Tensors, select
@@ -179,10 +179,10 @@ def test_bytes_are_one_clients_payload_for_each_of_its_neighbours() -> None:
 @pytest.mark.parametrize("layout", [Tensor.clone, Tensor.to_sparse, Tensor.to_sparse_csr], ids=["dense", "coo", "csr"])
 def test_neighbours_are_the_others_with_weight(layout: Callable[[Tensor], Tensor]) -> None:
     weights = torch.tensor([[0.5, 0.0, 0.5, 0.0], [0.0, 1.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    assert neighbours(layout(weights)) == [1, 0, 3]
+    assert neighbour_counts(layout(weights)) == [1, 0, 3]
 
 
 def test_a_stored_zero_is_no_neighbour() -> None:
     entries = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
     dropped = torch.sparse_coo_tensor(entries, torch.tensor([1.0, 0.0, 0.0, 1.0]), (2, 2), check_invariants=True)
-    assert neighbours(dropped) == [0, 0]
+    assert neighbour_counts(dropped) == [0, 0]

@@ -17,7 +17,7 @@ from peertune.sweeps import grid
 
 
 def names(*words: str) -> list[str]:
-    return [member.name for member in grid.members("digits-demo", words)]
+    return [run.name for run in grid.sweep_runs("digits-demo", words)]
 
 
 def test_a_grid_is_every_combination_and_its_last_key_changes_fastest() -> None:
@@ -27,19 +27,19 @@ def test_a_grid_is_every_combination_and_its_last_key_changes_fastest() -> None:
         "algorithm.name=tad_lora,seed=0",
         "algorithm.name=tad_lora,seed=1",
     ]
-    last = grid.members("digits-demo", ["algorithm.name=dec_lora,tad_lora", "rounds=2", "seed=0,1"])[-1]
+    last = grid.sweep_runs("digits-demo", ["algorithm.name=dec_lora,tad_lora", "rounds=2", "seed=0,1"])[-1]
     assert (last.recipe.algorithm.name, last.recipe.rounds, last.recipe.seed) == ("tad_lora", 2, 1)
     assert names("rounds=2") == ["rounds=2"]
 
 
 def test_commas_inside_brackets_and_quotes_separate_nothing() -> None:
     word = "algorithm={name: dec_lora},{name: adf_lora, switch_every: 3}"
-    first, second = grid.members("digits-demo", [word])
+    first, second = grid.sweep_runs("digits-demo", [word])
     assert (first.recipe.algorithm.name, second.recipe.algorithm.settings) == ("dec_lora", {"switch_every": 3})
     assert (first.name, second.name) == ("algorithm=-name-dec_lora", "algorithm=-name-adf_lora-switch_every-3")
-    (one,) = grid.members("digits-demo", ["lora.target_modules=[q_proj, v_proj]"])
+    (one,) = grid.sweep_runs("digits-demo", ["lora.target_modules=[q_proj, v_proj]"])
     assert one.recipe.lora.target_modules == ["q_proj", "v_proj"]
-    (quoted,) = grid.members("digits-demo", ["model.name='a,b'"])
+    (quoted,) = grid.sweep_runs("digits-demo", ["model.name='a,b'"])
     assert quoted.recipe.model.name == "a,b"
 
 
@@ -57,9 +57,9 @@ def test_names_stay_short_and_apart() -> None:
 
 @pytest.mark.parametrize("of", [1, 2, 3, 5, 9])
 def test_shards_are_disjoint_and_together_the_whole(of: int) -> None:
-    whole = grid.members("digits-demo", ["seed=0,1,2,3,4,5,6"])
+    whole = grid.sweep_runs("digits-demo", ["seed=0,1,2,3,4,5,6"])
     parts = [grid.shard(whole, f"{number}/{of}") for number in range(1, of + 1)]
-    assert sorted(member.name for part in parts for member in part) == sorted(member.name for member in whole)
+    assert sorted(run.name for part in parts for run in part) == sorted(run.name for run in whole)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_shards_are_disjoint_and_together_the_whole(of: int) -> None:
 )
 def test_a_grid_that_can_not_be_is_refused_as_a_whole(words: list[str], complaint: str) -> None:
     with pytest.raises(PeertuneError) as caught:
-        grid.members("digits-demo", words)
+        grid.sweep_runs("digits-demo", words)
     assert complaint in str(caught.value)
 
 
@@ -94,7 +94,7 @@ def test_a_part_that_is_none_is_refused(part: str) -> None:
 def test_what_settings_come_to_is_no_conflict_and_other_settings_are(whole: Path) -> None:
     run = whole / "algorithm.name=local,seed=1"
     same, other, automatic = (
-        grid.members(
+        grid.sweep_runs(
             "digits-demo", [*SMALL, "algorithm.name=local", "seed=1", "rounds=40", "checkpoint.every=5", *more]
         )
         for more in ((), ("lora.r=2",), ("training.tokens_per_pass=auto",))
@@ -198,7 +198,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(whole: Path, tmp_path: Path
     code, out, _ = finish(start(whole.parent, *GRID, "--out", "all", "--dry-run", "--json"))
     assert code == 0
     rows = json.loads(out)
-    assert [row["run"] for row in rows] == [member.name for member in grid.members("digits-demo", [*SMALL, *GRID])]
+    assert [row["run"] for row in rows] == [run.name for run in grid.sweep_runs("digits-demo", [*SMALL, *GRID])]
     assert all(row["finished"] and row["seconds"] > 0 and row["memory_bytes"] > 1e7 for row in rows)
     sent = {row["run"]: sum(map(sum, ([r["bytes_sent"] for r in records(whole / row["run"])]))) for row in rows}
     assert {row["run"]: row["sent_bytes"] for row in rows} == sent

@@ -2,7 +2,7 @@ from google.protobuf.message import DecodeError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peertune.wire.framing import data_of, kind, pack, unpack
+from peertune.wire.framing import data_of, deserialize, field_of, serialize
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
 
 some = settings(max_examples=200, deadline=None, derandomize=True)
@@ -14,10 +14,10 @@ lengths = st.one_of(st.integers(0, 300), st.sampled_from([127, 128, 16_383, 16_3
 def test_data_is_packed_as_protobuf_packs_it_and_read_back(length: int) -> None:
     data = bytes(range(256)) * (length // 256 + 1)
     data = data[:length]
-    assert pack(memoryview(data)) == Chunk(data=data).SerializeToString()
-    part = unpack(Chunk(data=data).SerializeToString())
+    assert serialize(memoryview(data)) == Chunk(data=data).SerializeToString()
+    part = deserialize(Chunk(data=data).SerializeToString())
     assert isinstance(part, memoryview), "not a copy by protobuf"
-    assert kind(part) == "data"
+    assert field_of(part) == "data"
     assert data_of(part) == data
 
 
@@ -30,9 +30,9 @@ def test_other_chunks_are_protobufs_own() -> None:
         Chunk(verdict=Verdict(reason="no")),
         Chunk(roster=b"\x22"),
     ):
-        assert pack(chunk) == chunk.SerializeToString()
-        assert unpack(pack(chunk)) == chunk
-        assert kind(chunk) == chunk.WhichOneof("part")
+        assert serialize(chunk) == chunk.SerializeToString()
+        assert deserialize(serialize(chunk)) == chunk
+        assert field_of(chunk) == chunk.WhichOneof("part")
 
 
 @some
@@ -43,9 +43,9 @@ def test_any_message_is_read_as_protobuf_reads_it(tail: bytes) -> None:
             expected = Chunk.FromString(message)
         except DecodeError:
             expected = Chunk()
-        part = unpack(message)
-        assert kind(part) == expected.WhichOneof("part")
-        if kind(part) == "data":
+        part = deserialize(message)
+        assert field_of(part) == expected.WhichOneof("part")
+        if field_of(part) == "data":
             assert data_of(part) == expected.data
         else:
             assert part == expected

@@ -24,7 +24,7 @@ from peertune.method import Phase
 from peertune.wire.node import METHOD, PROTOCOL
 from peertune.wire.peer_pb2 import Chunk, Hello
 from peertune.wire.prometheus import served
-from peertune.wire.status import kept, known_before, read, standing
+from peertune.wire.status import kept, known_before, peer_status, read
 from peertune.wire.swap import Swapper
 from peertune.wire.tls import secure_channel
 
@@ -64,7 +64,7 @@ def swapped(swappers: list[Swapper], round: int) -> None:
 
 
 def of(swapper: Swapper, neighbours: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    return standing(swapper, rounds=5, local_steps=4, neighbours=neighbours, failed_writes=lambda: 3)
+    return peer_status(swapper, rounds=5, local_steps=4, neighbours=neighbours, failed_writes=lambda: 3)
 
 
 def test_it_tells_who_the_peer_is_where_it_is_and_what_it_knows_of_the_others(swappers: list[Swapper]) -> None:
