@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import yaml
 from conftest import Call
 from federation import free_ports
-from processes import AT_MOST_S, finish, wait_until
+from processes import finish, wait_until
 from ranks import assert_same_adapters
 
 from peertune.recipe import load_recipe
@@ -24,19 +25,49 @@ CLUSTER = EXAMPLES / "cluster"
 BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
+def let_start(play: subprocess.Popen[str], status: Path) -> None:
+    """Keep the other hospitals where they are until this one is back, however long its process takes to start."""
+
+    def back() -> bool:
+        now = json.loads(status.read_text())
+        return bool(now["written_at"] > begun and now["doing"] != "starting")
+
+    begun = time.time()
+    children = [int(pid) for pid in Path(f"/proc/{play.pid}/task/{play.pid}/children").read_text().split()]
+    words = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in children}
+    others = [pid for pid, of in words.items() if "peer" in of and "hospital-3" not in of]
+    assert len(others) == 7
+    for pid in others:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_until(back)
+    finally:
+        for pid in others:
+            os.kill(pid, signal.SIGCONT)
+
+
 def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
     folder, rounds = tmp_path / "play", 32
-    done = subprocess.run(
-        [EXAMPLES / "eight-hospitals" / "play.sh", folder, "training.local_steps=1", "network.patience_s=5"],
-        env=os.environ | {"PATH": BIN, "ROUNDS": str(rounds), "PORT": str(free_ports(8)[0])},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=AT_MOST_S,
-        check=False,
-    )
+    said = []
+    with (
+        (tmp_path / "errors").open("w") as errors,
+        subprocess.Popen(
+            [EXAMPLES / "eight-hospitals" / "play.sh", folder, "training.local_steps=1", "network.patience_s=5"],
+            env=os.environ | {"PATH": BIN, "ROUNDS": str(rounds), "PORT": str(free_ports(8)[0])},
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        ) as play,
+    ):
+        assert play.stdout is not None
+        for line in play.stdout:
+            said.append(line)
+            if "hospital-3 starts again" in line:
+                let_start(play, folder / "runs" / "hospital-3" / "status.json")
+    out = "".join(said)
     logs = "\n".join(f"{log.name}: {log.read_text()}" for log in sorted(folder.glob("*.log")))
-    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}\n{logs}"
+    assert play.returncode == 0, f"{out}\n{(tmp_path / 'errors').read_text()}\n{logs}"
     found = {file.parent.name: file.read_text() for file in folder.glob("runs/*/rounds.jsonl")}
     assert sorted(found) == [f"hospital-{k}" for k in range(1, 9)]
     records = {name: [json.loads(line) for line in text.splitlines()] for name, text in found.items()}
@@ -44,7 +75,7 @@ def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
         assert records[name][-1]["round"] == rounds - 1
         assert (folder / "runs" / name / "adapters" / f"client-{k:03d}" / "adapter_model.safetensors").is_file()
 
-    killed = re.search(r"killed after (\d+) rounds", done.stdout)
+    killed = re.search(r"killed after (\d+) rounds", out)
     assert killed is not None
     lost = int(killed[1])
     after = [record for record in records["hospital-3"] if record["round"] >= lost]
@@ -53,8 +84,8 @@ def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
     assert [0, 2] in failed  # who went on without it
 
     assert (folder / "report.html").stat().st_size > 1e6
-    scores = re.search(r"the adapters' scores, hospital 1 to 8:((?: [01]\.\d+){8})$", done.stdout, re.MULTILINE)
-    assert scores is not None, done.stdout
+    scores = re.search(r"the adapters' scores, hospital 1 to 8:((?: [01]\.\d+){8})$", out, re.MULTILINE)
+    assert scores is not None, out
     for key in (folder / "ca" / "key.pem", folder / "hospital-1" / "key.pem"):
         assert key.stat().st_mode & 0o077 == 0
 
