@@ -271,7 +271,8 @@ def test_the_table_of_what_must_agree_names_all_of_it(monkeypatch: pytest.Monkey
     assert table is not None
     named = [name for row in table[1].splitlines()[2:] for name in re.findall("`(.*?)`", row.split("|")[1])]
     outside = "peertune.topology.graphs"  # as any module is that the command line allows
-    unlike = recipe(4, "float32", "network.bound=false", f"graph={{name: '{outside}:ring'}}")  # no defaults
+    settings = ("network.bound=false", "modifiers=[{name: half}]", f"graph={{name: '{outside}:ring'}}")
+    unlike = recipe(4, "float32", *settings)  # no defaults
     monkeypatch.setattr(sys, "path", [*sys.path])
     plugins.allow([outside])
     try:
