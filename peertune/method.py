@@ -49,7 +49,10 @@ def standing(clients: Sequence[int], rounds: Tensor, local_steps: int = 1) -> At
 class Gradient(Protocol):
     """The gradient of one local step, at any adapters, of each client's mean loss over its rows."""
 
-    rows: Tensor  # [b] int64, whose each of the step's rows is: a place among the K
+    @property
+    def rows(self) -> Tensor:
+        """Whose each of the step's rows is, `[b]` int64: a place among the K."""
+        ...
 
     def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
         """Return the gradients `[K, …]` of the kinds that train; with `weights [b]`, each row counts so many times."""

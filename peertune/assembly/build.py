@@ -26,13 +26,13 @@ from peertune.assembly.registry import (
     resolved_choices,
 )
 from peertune.data.batches import training_steps
-from peertune.method import Phase, standing
+from peertune.method import standing
 from peertune.recipe import Recipe
 from peertune.rounds.bounds import Bound
 from peertune.rounds.round import Job
 from peertune.rounds.training import Optim, adamw, learning_rate, sgd
 from peertune.topology import Neighbourhood, digest
-from peertune.types import ALONE, Group, State, kind
+from peertune.types import ALONE, Group, State, Tensors, kind
 
 CLIENTS_PER_PASS = 16
 """Clients that train at a time where the recipe leaves it open: gradients are held for these."""
@@ -176,14 +176,13 @@ def agreed(run: Run) -> dict[str, str]:
         base.update(f"{name} {list(x.shape)}".encode())
         rounded = x.to(torch.bfloat16) if x.is_floating_point() else x
         base.update(rounded.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data if x.numel() else b"")
-    adapters = {name: [*x.shape[1:], str(x.dtype)] for name, x in job.state.adapters.items()}
 
     def short(value: Any) -> str:
         text = json.dumps(value)
         return text if len(text) <= 200 else f"{text[:150]}… {sha256(text.encode()).hexdigest()[:16]}"
 
     return {
-        "adapters": sha256(json.dumps(adapters, sort_keys=True).encode()).hexdigest()[:16],
+        "adapters": _shapes(job.state.adapters),
         "algorithm": json.dumps(beyond_defaults("algorithm", recipe.algorithm), sort_keys=True),
         "base": base.hexdigest()[:16],
         "clients": str(recipe.clients),
@@ -206,13 +205,16 @@ def _unusual(run: Run) -> dict[str, str]:
         found["modifiers"] = json.dumps(changed, sort_keys=True)
     if plugins := from_outside(recipe, "algorithm", "graph", "modifiers"):
         found["plugins"] = json.dumps(plugins, sort_keys=True)
-    one, everything = job.state.take(slice(0, 1)), frozenset(map(kind, job.state.adapters))
-    at, phase = standing(job.clients[:1], one.rounds), Phase(everything, everything)
-    sent, _ = job.algorithm.message.send(one.adapters, one.memory, at, phase)
-    described = [sorted((name, list(x.shape), str(x.dtype)) for name, x in of.items()) for of in (one.adapters, sent)]
-    if described[0] != described[1]:
-        found["message"] = sha256(json.dumps(described[1]).encode()).hexdigest()[:16]
+    sent = _shapes(job.sent(frozenset(map(kind, job.state.adapters))))
+    if sent != _shapes(job.state.adapters):
+        found["message"] = sent
     return found
+
+
+def _shapes(tensors: Tensors) -> str:
+    """Return a digest of names, shapes of one client and types."""
+    described = {name: [*x.shape[1:], str(x.dtype)] for name, x in tensors.items()}
+    return sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def build_optim(recipe: Recipe) -> Optim:

@@ -11,12 +11,13 @@ import torch
 
 from peertune.assembly.build import CLIENTS_PER_PASS, build
 from peertune.assembly.registry import build_algorithm, build_graph
-from peertune.method import Algorithm, Phase, standing
+from peertune.method import standing
 from peertune.recipe import Recipe
 from peertune.rounds.metrics import payload_bytes
+from peertune.rounds.round import Job
 from peertune.rounds.training import train_local
 from peertune.topology import active_edges
-from peertune.types import State, Tensors, kind, take
+from peertune.types import Tensors, kind, take
 
 STEPS = 3
 """Local steps that are tried; the first warms up."""
@@ -71,17 +72,15 @@ def trial(recipe: Recipe) -> Trial:
         evaluation_s=evaluated * whole / seen.rows,
         memory_bytes=_peak_bytes(job.device),
         client_bytes=sum(map(_bytes, (one.adapters, one.moments, one.memory))),
-        sent_bytes=_sent_bytes(job.algorithm, one),
+        sent_bytes=_sent_bytes(job),
     )
 
 
-def _sent_bytes(algorithm: Algorithm, one: State) -> dict[str, int]:
+def _sent_bytes(job: Job) -> dict[str, int]:
     """Return how large a client's message is, by the kinds that its phase sends."""
-    kinds = sorted({kind(name) for name in one.adapters})
-    at, found = standing([0], one.rounds), {"": 0}
+    kinds, found = sorted(set(map(kind, job.state.adapters))), {"": 0}
     for some in chain.from_iterable(combinations(kinds, size) for size in range(1, len(kinds) + 1)):
-        phase = Phase(frozenset(some), frozenset(some))
-        found[" ".join(some)] = payload_bytes(algorithm.message.send(one.adapters, one.memory, at, phase)[0])
+        found[" ".join(some)] = payload_bytes(job.sent(frozenset(some)))
     return found
 
 

@@ -79,6 +79,12 @@ class Job:
         """Whether this is a client without the others, a peer: it takes two to disagree."""
         return self.group.size == 1 == len(self.clients) < self.graph.clients
 
+    def sent(self, kinds: frozenset[str]) -> Tensors:
+        """Return what its first client sends at the start, `[1, …]`, in a phase that trains and sends these kinds."""
+        one = self.state.take(slice(0, 1))
+        at = standing(self.clients[:1], one.rounds)
+        return self.algorithm.message.send(one.adapters, one.memory, at, Phase(kinds, kinds))[0]
+
     def read(self, tensors: Tensors) -> Tensors:
         """Return what was sent as mixers get it, `[H, …]` both."""
         read = self.algorithm.message.read
@@ -263,15 +269,13 @@ def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase:
     mixer, message = job.algorithm.mixer, job.algorithm.message
     used, changed = mixer.weigh(state.adapters, heard, weights, state.memory, at, phase)
     state.remember(changed)
+    assert at.heard is not None, "an exchange says who was heard"
+    places = torch.searchsorted(at.heard, at.clients).to(job.device)  # of the receivers among them
     for own in by_site(state.adapters):
         came = {name: heard[name] for name in own if name in heard}
         if not came:
             continue
-        as_read = own
-        if not message.exact:
-            assert at.heard is not None, "something was heard"
-            places = torch.searchsorted(at.heard, at.clients).to(job.device)
-            as_read = own | {name: x[places] for name, x in came.items()}
+        as_read = own if message.exact else own | {name: x[places] for name, x in came.items()}
         share = used if isinstance(used, Tensor) else used[next(iter(own)).rpartition(".")[0]]
         mixed, changed = mixer.receive(as_read, came, share, state.memory, at, phase)
         state.remember(changed)

@@ -213,8 +213,12 @@ class BatchGradient:
 
     def __init__(self, model: StackedModel, batches: Sequence[Batch], kinds: Collection[str]) -> None:
         self.model, self.batches, self.kinds = model, batches, kinds
-        self.rows = torch.cat([batch.clients for batch in batches])
         self._loss: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """Whose each of the step's rows is, `[b]`."""
+        return torch.cat([batch.clients for batch in self.batches])
 
     @property
     def loss(self) -> Tensor:
@@ -251,12 +255,12 @@ class BatchGradient:
         It takes a pass for each row that a client has: rows are told apart, and nothing as large as a gradient by row
         is held.
         """
-        seen: Counter[int] = Counter()
-        place = torch.tensor([seen.update([client]) or seen[client] for client in self.rows.tolist()])
+        whose, seen = self.rows.cpu(), Counter[int]()
+        place = torch.tensor([seen.update([client]) or seen[client] for client in whose.tolist()])
         norms = torch.zeros(len(place), dtype=torch.float64)
         for nth in range(1, int(place.max()) + 1):
             rows = place == nth
-            norms[rows] = _norms(self(adapters, rows)).double().cpu()[self.rows[rows].cpu()]
+            norms[rows] = _norms(self(adapters, rows)).double().cpu()[whose[rows]]
         return norms
 
 

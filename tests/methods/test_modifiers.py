@@ -3,6 +3,7 @@ import torch
 from playing import BOTH, at_step, begun, played
 
 from peertune import build, load_recipe, simulate
+from peertune.assembly.build import agreed
 from peertune.assembly.needs import NEEDS, check_needs
 from peertune.assembly.registry import build_algorithm, build_graph, check_choices
 from peertune.errors import RecipeError
@@ -150,8 +151,6 @@ def test_an_unknown_need_is_refused_and_not_passed_over() -> None:
 
 
 def test_peers_agree_on_modifiers_and_on_what_travels_only_where_these_are_not_as_usual() -> None:
-    from peertune.assembly.build import agreed
-
     plain, halved, adaptive = (
         agreed(build(recipe(*more)))
         for more in ([], ["modifiers=[{name: half}]"], ["algorithm={name: tad_lora, switch_every: adaptive}"])
