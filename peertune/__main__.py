@@ -2,4 +2,5 @@
 
 from peertune.cli import main
 
-main()
+if __name__ == "__main__":  # processes that this one starts import it by another name
+    main()

@@ -3,6 +3,7 @@
 They are forked from a process that has imported what takes seconds, as a shell's commands would all begin with.
 """
 
+import atexit
 import importlib
 import multiprocessing
 import os
@@ -44,8 +45,9 @@ class Command:
         self._said = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115  # kept as long as this is
         files = [said.name for said in self._said]
         arguments = (folder, list(words), dict(environment), files)
-        self._process = forking().Process(target=_run, args=arguments, daemon=True)  # ends with the tests
+        self._process = forking().Process(target=_run, args=arguments)
         self._process.start()
+        atexit.register(self.kill)
         self.pid: int = self._process.pid
 
     @property
@@ -68,7 +70,8 @@ class Command:
 
     def kill(self) -> None:
         """End it, if it has not ended."""
-        self._process.kill()
+        if self.poll() is None:
+            self._process.kill()
 
     def wait(self, timeout: float | None = None) -> int:
         """Wait for its end, and return its exit code."""

@@ -94,7 +94,8 @@ def sweep(
         raise RunError(f"{'--slurm' if slurm else '--detach'}: goes with --launcher slurm")
     with messages():
         from peertune.sweeps import grid as sweeps
-        from peertune.sweeps import launch
+        from peertune.sweeps.launch import local
+        from peertune.sweeps.slurm import slurm as queue
 
         with interruptible():
             whole = sweeps.sweep_runs(recipe, grid)
@@ -102,7 +103,7 @@ def sweep(
             if dry_run:
                 _print_estimates(recipe, mine, out, as_json)
                 return
-        start = launch.slurm(out / "slurm", jobs or len(mine), slurm or []) if queued else launch.local(jobs or 1)
+        start = queue(out / "slurm", jobs or len(mine), slurm or []) if queued else local(jobs or 1)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
