@@ -51,11 +51,8 @@ _DTYPES = {
     "BOOL": torch.bool,
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_PLACES = {
-    dtype: place
-    for place, dtype in enumerate((torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16))
-} | {torch.int32: 6, torch.float32: 7, torch.float64: 8, torch.int64: 9}
-"""The library's order of tensors: those of the last place come first."""
+_ORDER = ["I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL"]
+"""The library's order of tensors."""
 
 
 class Expected(NamedTuple):
@@ -117,7 +114,7 @@ def encode(payload: Tensors) -> bytes:
     Raises:
         ValueError: a tensor is not that of one client.
     """
-    ordered = sorted(_of_one(payload).items(), key=lambda item: (-_PLACES[item[1].dtype], item[0]))
+    ordered = sorted(_of_one(payload).items(), key=lambda item: (_ORDER.index(_CODES[item[1].dtype]), item[0]))
     header, bodies, end = {}, [], 0
     for name, x in ordered:
         bodies.append(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

@@ -8,29 +8,22 @@ Part = Chunk | memoryview
 """What one message says: a Chunk, or the data of a Chunk that holds data."""
 
 _DATA = b"\x22"  # the key of field 4, length-delimited: `bytes data = 4`
+_MOST = 6  # bytes of it and of a length
 
 
 def serialize(part: Part) -> bytes:
     """Return a message: `Chunk(data=part)` of data, the Chunk itself of any other."""
     if isinstance(part, Chunk):
         return part.SerializeToString()
-    return b"".join((_DATA, _varint(len(part)), part))
+    return b"".join((_header(len(part)), part))
 
 
 def deserialize(message: bytes) -> Part:
     """Return what a message says; one that can't be read is a Chunk without any part."""
-    if message.startswith(_DATA):
-        length, at = 0, 1
-        for shift in range(0, 35, 7):
-            if at == len(message):
-                break
-            byte = message[at]
-            length |= (byte & 0x7F) << shift
-            at += 1
-            if byte < 0x80:
-                if at + length == len(message):
-                    return memoryview(message)[at:]
-                break  # something follows: protobuf knows what to make of it
+    for begin in range(2, min(_MOST, len(message)) + 1):  # where data that goes on to the end of the message may begin
+        header = _header(len(message) - begin)
+        if len(header) == begin and message.startswith(header):
+            return memoryview(message)[begin:]
     try:
         return Chunk.FromString(message)
     except DecodeError:
@@ -47,10 +40,10 @@ def data_of(part: Part) -> bytes | memoryview:
     return part.data if isinstance(part, Chunk) else part
 
 
-def _varint(number: int) -> bytes:
-    digits = bytearray()
-    while number > 0x7F:
-        digits.append(number & 0x7F | 0x80)
-        number >>= 7
-    digits.append(number)
-    return bytes(digits)
+def _header(length: int) -> bytes:
+    """Return what stands before so many bytes of data: the field's key and the length as a varint."""
+    header = bytearray(_DATA)
+    while length > 0x7F:
+        header.append(length & 0x7F | 0x80)
+        length >>= 7
+    return bytes([*header, length])
