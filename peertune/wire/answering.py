@@ -38,7 +38,7 @@ class Answering:
     def __init__(self, node: Node, meetings: Meetings, faults: Sequence[Fault], seats: int) -> None:
         self._node, self._meetings, self._faults, self._seats = node, meetings, faults, seats
         # It takes part once it is open; before, one may try whether one gets through.
-        self.open = self.echo_only = False
+        self.open = False
         self._serving: Counter[int] = Counter()  # streams by client
         self._server: Any = None
 
@@ -100,7 +100,7 @@ class Answering:
             raise WireError("does not begin with a greeting")
         hello = first.hello
         tries = hello.purpose in (Hello.CALL_BACK, Hello.ECHO)
-        if (self.echo_only or not self.open) and not tries:
+        if not (self.open or tries):
             context.abort(grpc.StatusCode.UNAVAILABLE, "takes no part now")
         yield Chunk(hello=node.hello(node.round, hello.purpose))
         if tries:

@@ -146,7 +146,7 @@ def check_network(
 
 def _listening(swapper: Swapper, listen: str) -> Check:
     try:
-        swapper.start(listen, echo_only=True)
+        swapper.start(listen)
         return Check("port", "ok", f"{listen} is free; doctor answers there meanwhile")
     except PeertuneError as error:
         host, _, number = listen.rpartition(":")

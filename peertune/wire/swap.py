@@ -70,13 +70,12 @@ class Swapper(Node):
         self._doing = "starting"
         self._phase: Phase | None = None
 
-    def start(self, address: str, *, echo_only: bool = False) -> int:
+    def start(self, address: str) -> int:
         """Answer calls at `address` (host:port; with TLS port 0 for any) and return the port. Raises PeertuneError.
 
-        Until the first round is entered, or with `echo_only`, it answers only those who try whether they get through;
-        to all others nobody is here.
+        Until the first round is entered it answers only those who try whether they get through; to all others nobody
+        is here.
         """
-        self.answering.echo_only = echo_only
         return self.answering.start(address)
 
     def enter(self, round: int, phase: Phase | None = None) -> None:

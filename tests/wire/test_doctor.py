@@ -106,7 +106,7 @@ def test_where_nobody_runs_that_is_no_failure(three: Federation) -> None:
 
 def test_two_doctors_examine_each_other(three: Federation) -> None:
     swapper = Swapper(of(three, 1), {}, patience_s=60)
-    swapper.start(three.address(1), echo_only=True)
+    swapper.start(three.address(1))
     try:
         checks = examined(three)
     finally:
@@ -118,7 +118,7 @@ def test_two_doctors_examine_each_other(three: Federation) -> None:
 
 def test_to_those_who_want_to_swap_a_doctor_is_nobody(three: Federation) -> None:
     doctor = Swapper(of(three, 0), AGREED, patience_s=60)
-    doctor.start(three.address(0), echo_only=True)
+    doctor.start(three.address(0))
     try:
         with running(three, 1) as (swapper,):
             assert swapper.ask_rounds([0], wait_s=10) == {}
