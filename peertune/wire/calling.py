@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from queue import SimpleQueue
 from threading import Thread
-from typing import Concatenate, ParamSpec
+from typing import Any, Concatenate, ParamSpec
 
 from peertune.allowance import one_line
 from peertune.errors import PeertuneError, WireError
@@ -165,13 +165,10 @@ class _Call:
         if self._meetings.stopped_waiting and not self._meeting.edge.pledged:
             self._call.cancel()
 
-    def _take(self, part: Part) -> None:
+    def _take(self, part: Any) -> None:
         """Take what came next."""
         if not self._greeted and field_of(part) != "hello":
             raise WireError("does not begin with a greeting")
-        if isinstance(part, memoryview) or field_of(part) == "data":
-            self._add(data_of(part))
-            return
         match field_of(part):
             case "hello":
                 self._take_hello(part.hello)
@@ -181,6 +178,8 @@ class _Call:
                 self._node.adopt(self._client, part.roster)
             case "total":
                 self._begin(part.total)
+            case "data":
+                self._add(data_of(part))
             case "verdict":
                 self._take_verdict(part.verdict)
             case _:

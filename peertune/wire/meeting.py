@@ -210,10 +210,8 @@ class Meetings:
 
     def stop(self, linger_s: float) -> None:
         """Be done, once those who need a verdict of this end have it, or so many seconds are over."""
-        deadline = time.monotonic() + linger_s
         with self.node.changed:
-            while self.unheard() and not self.stopped_waiting and (left := deadline - time.monotonic()) > 0:
-                self.node.changed.wait(min(left, 1.0))
+            self.node.changed.wait_for(lambda: self.stopped_waiting or not self.unheard(), timeout=linger_s)
             self.stopped = True
             self.node.changed.notify_all()
 

@@ -18,13 +18,19 @@ _OWN = {
     "roster_serial": ("roster", "Serial of the roster in use."),
     "certificate_expiry_timestamp_seconds": ("valid_until", "When the peer's certificate ends."),
 }
-_NEIGHBOUR = {
+_NOW = {
     "peer_reached": ("reached", "Whether the last attempt to reach the neighbour came through."),
     "peer_round": ("round", "The round the neighbour was in when last heard."),
     "peer_step": ("step", "Local steps it had done in that round."),
     "peer_last_seen_timestamp_seconds": ("seen_at", "When the neighbour was last heard."),
     "peer_clock_offset_seconds": ("clock_offset_s", "By how much its clock is ahead of this peer's."),
 }
+_SINCE_THE_START = {
+    "bytes_sent": ("bytes_sent", "Bytes of payload sent since the start."),
+    "bytes_received": ("bytes_received", "Bytes of payload received since the start."),
+    "clones": ("clones", "Times that another process spoke with the neighbour's key."),
+}
+"""Of each neighbour."""
 
 
 class _Standing(Collector):
@@ -42,31 +48,22 @@ class _Standing(Collector):
         for name, (key, text) in _OWN.items():
             yield GaugeMetricFamily(f"peertune_{name}", text, now[key])
         named = [(known["name"] or f"client-{known['client']}", known) for known in now["neighbours"]]
-        for name, (key, text) in _NEIGHBOUR.items():
-            gauge = GaugeMetricFamily(f"peertune_{name}", text, labels=["peer"])
-            for peer, known in named:
-                if known[key] is not None:
-                    gauge.add_metric([peer], float(known[key]))
-            yield gauge
+        for family, facts in ((GaugeMetricFamily, _NOW), (CounterMetricFamily, _SINCE_THE_START)):
+            for name, (key, text) in facts.items():
+                metric = family(f"peertune_{name}", text, labels=["peer"])
+                for peer, known in named:
+                    if known[key] is not None:
+                        metric.add_metric([peer], float(known[key]))
+                yield metric
         missed = "Writes of records and checkpoints that failed since the start."
         yield CounterMetricFamily("peertune_failed_writes", missed, now["failed_writes"])
         edges = CounterMetricFamily(
             "peertune_edges", "Edges that counted, and that failed, since the start.", labels=["peer", "outcome"]
         )
-        sent = CounterMetricFamily("peertune_bytes_sent", "Bytes of payload sent since the start.", labels=["peer"])
-        received = CounterMetricFamily(
-            "peertune_bytes_received", "Bytes of payload received since the start.", labels=["peer"]
-        )
-        clones = CounterMetricFamily(
-            "peertune_clones", "Times that another process spoke with the neighbour's key.", labels=["peer"]
-        )
         for peer, known in named:
-            clones.add_metric([peer], known["clones"])
             edges.add_metric([peer, "counted"], known["up"])
             edges.add_metric([peer, "failed"], known["down"])
-            sent.add_metric([peer], known["bytes_sent"])
-            received.add_metric([peer], known["bytes_received"])
-        yield from (edges, sent, received, clones)
+        yield edges
 
 
 @contextmanager

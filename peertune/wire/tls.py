@@ -60,12 +60,8 @@ def secure_channel(identity: Identity, member: Member, options: Sequence[tuple[s
     anchors = _anchors([pem(certificate) for certificate in member.valid()], member.name)
     credentials = grpc.ssl_channel_credentials(anchors, identity.key, identity.certificate)
     named = [*(option for option in options if option[0] != _NAMED), (_NAMED, member.name)]
-    return grpc.secure_channel(target(member.address), credentials, named)
-
-
-def target(address: str) -> str:
-    """Return what gRPC calls an address. Raises IdentityError for anything but host:port, such as unix:7."""
-    return f"dns:///{check_address(address)}"
+    target = f"dns:///{check_address(member.address)}"  # never unix:7, which gRPC knows too
+    return grpc.secure_channel(target, credentials, named)
 
 
 def caller(context: grpc.ServicerContext, roster: Roster) -> Member | None:
