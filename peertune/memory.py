@@ -124,7 +124,7 @@ def _glibc(name: str, *arguments: int) -> None:
 
 def resident_bytes() -> int:
     """Return what this process holds in memory, 0 where the system doesn't say."""
-    return _line("/proc/self/status", "VmRSS") or 0
+    return told_bytes("/proc/self/status", "VmRSS") or 0
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -137,7 +137,7 @@ def available_bytes(device: torch.device) -> int | None:
             return None
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    system = _line("/proc/meminfo", "MemAvailable")
+    system = told_bytes("/proc/meminfo", "MemAvailable")
     if system is None:
         return None
     limits = [system + resident_bytes()]
@@ -149,8 +149,8 @@ def available_bytes(device: torch.device) -> int | None:
     return min(limits)
 
 
-def _line(file: str, name: str) -> int | None:
-    """Return the bytes that a line such as `VmRSS: 1234 kB` tells."""
+def told_bytes(file: str, name: str) -> int | None:
+    """Return the bytes that a line such as `VmRSS: 1234 kB` of the system's file tells; None where there is none."""
     try:
         lines = Path(file).read_text().splitlines()
     except OSError:

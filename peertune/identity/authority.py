@@ -28,10 +28,9 @@ from peertune.identity.certificates import (
     new_key,
     pem,
     public_key,
-    read_key,
 )
 from peertune.identity.entries import Loader, Member, checked, dump, entry, from_entry
-from peertune.identity.keys import read_private
+from peertune.identity.keys import load_key
 from peertune.identity.roster import check_seats, sign_roster
 
 if TYPE_CHECKING:  # it takes half a second to import, and only members' own rosters need it
@@ -73,7 +72,7 @@ def create_authority(folder: Path, federation: str, now: datetime | None = None)
     with written_folder(folder, private=True) as beside:
         write_file(beside / "key.pem", key_pem(key), private=True)
         write_file(beside / "certificate.pem", pem(made.certificate))
-        write_file(beside / "members.yaml", _members(made))
+        keep(beside, made)
     return made
 
 
@@ -86,7 +85,7 @@ def opened(folder: Path) -> Iterator[Authority]:
     if not (folder / "key.pem").exists():
         raise IdentityError(f"{folder}: no CA; make one with peertune ca init, or give its --dir")
     with locked(folder, "CA"):
-        key = read_key(read_private(folder / "key.pem"), folder / "key.pem")
+        key = load_key(folder / "key.pem")
         try:
             certificate = x509.load_pem_x509_certificate((folder / "certificate.pem").read_bytes())
             federation_of(certificate)
@@ -106,17 +105,12 @@ def opened(folder: Path) -> Iterator[Authority]:
 
 def keep(folder: Path, authority: Authority) -> None:
     """Write what changes about a CA. Raises RunError where it can't be written."""
-    write_file(folder / "members.yaml", _members(authority))
-
-
-def _members(authority: Authority) -> bytes:
-    return dump(
-        {
-            "serial": authority.serial,
-            "peers": [entry(member) for member in authority.members],
-            "revoked": list(authority.revoked),
-        }
-    ).encode()
+    content = {
+        "serial": authority.serial,
+        "peers": [entry(member) for member in authority.members],
+        "revoked": list(authority.revoked),
+    }
+    write_file(folder / "members.yaml", dump(content).encode())
 
 
 def approve(

@@ -14,6 +14,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from peertune.errors import IdentityError
 from peertune.files import reported, write_file
@@ -29,7 +30,6 @@ from peertune.identity.certificates import (
     public_key,
     read_bundle,
     read_key,
-    read_request,
 )
 from peertune.identity.entries import Member
 from peertune.identity.roster import Roster
@@ -76,7 +76,7 @@ def request(folder: Path, name: str, address: str | None) -> Asked:
     write_file(folder / ("key.pem" if number == 1 else f"key-{number}.pem"), key_pem(key), private=True)
     file = folder / f"{name}.request.pem"
     write_file(file, asked)
-    return Asked(file, fingerprint(read_request(asked, file).key), renews=bool(keys))
+    return Asked(file, fingerprint(key.public_key()), renews=bool(keys))
 
 
 def key_files(folder: Path) -> list[Path]:
@@ -90,23 +90,35 @@ def _number(file: Path) -> int:
     return int(digits) if digits.isdecimal() else 0
 
 
-def read_small(file: Path) -> bytes:
-    """Return the contents of a small file. Raises IdentityError where it can't be read or isn't small."""
+def read_start(file: Path, most: int, mend: str) -> bytes:
+    """Return the contents of a file, of a larger one `most + 1` bytes. Raises IdentityError where it can't be read."""
     try:
         with file.open("rb") as stream:
-            data = stream.read(MAX_BYTES + 1)
+            return stream.read(most + 1)
     except OSError as error:
-        raise IdentityError(f"{file}: can't be read ({error.strerror}); give one that you can read") from None
+        raise IdentityError(f"{file}: can't be read ({error.strerror}); {mend}") from None
+
+
+def read_small(file: Path) -> bytes:
+    """Return the contents of a small file. Raises IdentityError where it can't be read or isn't small."""
+    data = read_start(file, MAX_BYTES, "give one that you can read")
     if len(data) > MAX_BYTES:
         raise IdentityError(f"{file}: is larger than {MAX_BYTES // 2**10} KiB, which no key or certificate is")
     return data
 
 
-def read_private(file: Path) -> bytes:
-    """Return the contents of a key's file. Raises IdentityError where others than its owner may read it."""
+def load_key(file: Path) -> ec.EllipticCurvePrivateKey:
+    """Return the key of a file. Raises IdentityError where it holds none, or others than its owner may read it."""
     if file.exists() and file.stat().st_mode & 0o077:
         raise IdentityError(f"{file}: others may read this key; run chmod 600 {file}")
-    return read_small(file)
+    return read_key(read_small(file), file)
+
+
+def load_keys(folder: Path) -> dict[Path, ec.EllipticCurvePrivateKey]:
+    """Return a peer's keys by their files. Raises IdentityError where there is none, or one that can't be used."""
+    if not (files := key_files(folder)):
+        raise IdentityError(f"{folder}: no key; make one with peertune peer request --dir {folder}")
+    return {file: load_key(file) for file in files}
 
 
 def load_ca(folder: Path) -> x509.Certificate:
@@ -137,10 +149,7 @@ def load_identity(folder: Path, roster: Roster, now: datetime | None = None) -> 
     read, nothing that the CA returned, a roster of another CA or another member's own, or no such certificate in it.
     """
     now = now or datetime.now(UTC)
-    files = key_files(folder)
-    if not files:
-        raise IdentityError(f"{folder}: no key; make one with peertune peer request --dir {folder}")
-    keys = {fingerprint(key.public_key()): key for key in (read_key(read_private(file), file) for file in files)}
+    keys = {fingerprint(key.public_key()): key for key in load_keys(folder).values()}
     bundles = _bundles(folder)
     ca = bundles[0][1]
     if ca != roster.ca:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peertune.errors import IdentityError, PeertuneError
 from peertune.files import write_file
-from peertune.identity.keys import Identity, load_ca, load_identity
+from peertune.identity.keys import Identity, load_ca, load_identity, read_start
 from peertune.identity.roster import MAX_ROSTER_BYTES, Roster, claimed_serial, load_roster
 from peertune.identity.trust import Trust, check_ca, keep_trust, read_trust, trusted
 
@@ -102,11 +102,7 @@ class Membership:
         self._trust = trust
 
     def _read(self) -> Roster:
-        try:
-            with self._file.open("rb") as file:
-                data = file.read(MAX_ROSTER_BYTES + 1)
-        except OSError as error:
-            raise IdentityError(f"{self._file}: can't be read ({error.strerror}); give the roster's file") from None
+        data = read_start(self._file, MAX_ROSTER_BYTES, "give the roster's file")
         return load_roster(data, load_ca(self._folder))
 
     def _stamp(self) -> tuple[int, ...]:

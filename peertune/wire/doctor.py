@@ -10,17 +10,19 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from cryptography import x509
 
-from peertune.errors import IdentityError, PeertuneError
-from peertune.identity.certificates import federation_of, fingerprint, public_key, read_key
+from peertune.errors import PeertuneError
+from peertune.identity.certificates import federation_of, fingerprint, public_key
 from peertune.identity.entries import Member
-from peertune.identity.keys import key_files, load_ca, read_private
+from peertune.identity.keys import load_ca, load_keys
 from peertune.identity.membership import Membership
 from peertune.identity.roster import Roster
+from peertune.memory import told_bytes
 from peertune.wire import tls
 from peertune.wire.node import UNTRIED, Probe
 from peertune.wire.swap import Swapper
@@ -63,12 +65,7 @@ def _tried(what: str, look: Callable[[], str]) -> Check:
 
 
 def _keys(folder: Path) -> str:
-    files = key_files(folder)
-    if not files:
-        raise IdentityError(f"{folder}: no key; make one with peertune peer request --dir {folder}")
-    for file in files:
-        read_key(read_private(file), file)
-    return f"{', '.join(map(str, files))}: only its owner can read it"
+    return f"{', '.join(map(str, load_keys(folder)))}: only its owner can read it"
 
 
 def _issued(folder: Path) -> str:
@@ -91,10 +88,8 @@ def _expiry(certificate: bytes) -> Check:
 
 def check_memory() -> list[Check]:
     """Check that there is memory to start with; on Linux only."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):
+    free = told_bytes("/proc/meminfo", "MemAvailable")
+    if free is None:
         return []
     said = f"{free / GIB:.1f} GiB of memory are free"
     return [Check("memory", "warning", f"{said}; have 1 GiB or more") if free < GIB else Check("memory", "ok", said)]
@@ -110,15 +105,6 @@ def check_disk(folder: Path, checkpoint_bytes: int = 0) -> Check:
 
 
 # ---- the network
-
-
-@dataclass(frozen=True)
-class _Visit:
-    """What came of trying to get through to a member."""
-
-    member: Member
-    checks: list[Check]
-    probe: Probe | None = None
 
 
 def check_network(
@@ -137,8 +123,8 @@ def check_network(
             visits = list(pool.map(lambda member: _visit(swapper, member, identity.address is not None), others))
     finally:
         swapper.stop()
-    found = [check for visit in visits for check in visit.checks]
-    met = [(visit.member, visit.probe) for visit in visits if visit.probe is not None]
+    found = [check for checks, _ in visits for check in checks]
+    met = [(member, probe) for member, (_, probe) in zip(others, visits, strict=True) if probe is not None]
     for member, probe in met:
         found += _compared(member, probe, roster, bool(agreed))
     return [*port, *found, *_inwards(identity.address, met)]
@@ -157,12 +143,11 @@ def _listening(swapper: Swapper, listen: str) -> Check:
         return Check("port", "ok", f"{listen} is in use: by this peer's own peer start, if that runs")
 
 
-def _visit(swapper: Swapper, member: Member, call_back: bool) -> _Visit:
-    def about(what: str, level: Literal["ok", "warning", "failed"], finding: str) -> Check:
-        return Check(what, level, finding, member.name)
-
+def _visit(swapper: Swapper, member: Member, call_back: bool) -> tuple[list[Check], Probe | None]:
+    """Try to get through to a member; return what was found, and what it says where it answers."""
+    about = partial(Check, member=member.name)
     if member.address is None:
-        return _Visit(member, [about("outwards", "ok", "has no address: it is the one that calls")])
+        return [about("outwards", "ok", "has no address: it is the one that calls")], None
     host, _, port = member.address.rpartition(":")
     try:
         places = sorted(map(str, tls.places(member.address)))
@@ -170,54 +155,51 @@ def _visit(swapper: Swapper, member: Member, call_back: bool) -> _Visit:
         unknown = (
             f"{host}: can't be resolved ({error.strerror}); mend this machine's DNS, or have {member.name} correct it"
         )
-        return _Visit(member, [about("name", "failed", unknown)])
+        return [about("name", "failed", unknown)], None
     checks = [] if [host.strip("[]")] == places else [about("name", "ok", f"{host} is {', '.join(places)}")]
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
         probe = swapper.probe(member.client, WAIT_S, call_back=call_back)
     except ConnectionRefusedError:
         gone = f"nobody answers at {member.address}; ask again when {member.name} runs peer start or peer doctor"
-        return _Visit(member, [*checks, about("outwards", "warning", gone)])
+        return [*checks, about("outwards", "warning", gone)], None
     except OSError as error:
         shut = f"{member.address}: no way through ({error.strerror or error}); open TCP port {port} outwards here, "
-        return _Visit(member, [*checks, about("outwards", "failed", f"{shut}inwards at {member.name}")])
+        return [*checks, about("outwards", "failed", f"{shut}inwards at {member.name}")], None
     except PeertuneError as error:
         mend = "see that both have the newest roster, and that neither is revoked"
         other = f"{member.address}: answers, but not to this peer ({error}); {mend}"
-        return _Visit(member, [*checks, about("outwards", "failed", other)])
-    return _Visit(member, [*checks, about("outwards", "ok", f"answers at {member.address}")], probe)
+        return [*checks, about("outwards", "failed", other)], None
+    return [*checks, about("outwards", "ok", f"answers at {member.address}")], probe
 
 
 def _compared(member: Member, probe: Probe, roster: Roster, have_run: bool) -> Iterator[Check]:
     """Say how a member's clock, roster and run differ from those here."""
-    if probe.clock_offset_s is not None:
-        offset = probe.clock_offset_s
-        if abs(offset) > CLOCK_S:
-            side = "ahead of" if offset > 0 else "behind"
-            finding = f"its clock is {abs(offset) / 60:.0f} minutes {side} this one; set the one that is wrong"
-            yield Check("clock", "warning", finding, member.name)
-        else:
-            yield Check("clock", "ok", f"within {abs(offset) + 1:.0f} s of this one", member.name)
+    about, offset = partial(Check, member=member.name), probe.clock_offset_s
+    if offset is not None and abs(offset) > CLOCK_S:
+        side = "ahead of" if offset > 0 else "behind"
+        finding = f"its clock is {abs(offset) / 60:.0f} minutes {side} this one; set the one that is wrong"
+        yield about("clock", "warning", finding)
+    elif offset is not None:
+        yield about("clock", "ok", f"within {abs(offset) + 1:.0f} s of this one")
     passed_on = roster.own is None and not probe.own_roster
+    has = f"has roster {probe.roster_serial}, here is {roster.serial}"
     if probe.roster_serial > roster.serial:
         mend = "get that one, or start: peers pass it on" if passed_on else "ask the CA for the newest"
-        newer = f"has roster {probe.roster_serial}, here is {roster.serial}; {mend}"
-        yield Check("roster", "warning", newer, member.name)
+        yield about("roster", "warning", f"{has}; {mend}")
+    elif probe.roster_serial < roster.serial and passed_on:
+        yield about("roster", "ok", f"{has}; it takes up that in the next swap")
     elif probe.roster_serial < roster.serial:
-        has = f"has roster {probe.roster_serial}, here is {roster.serial}"
-        if passed_on:
-            yield Check("roster", "ok", f"{has}; it takes up that in the next swap", member.name)
-        else:
-            yield Check("roster", "warning", f"{has}; have the CA hand it its newest", member.name)
+        yield about("roster", "warning", f"{has}; have the CA hand it its newest")
     if probe.differs:
         what = "; ".join(f"{name}: {here} here, {there} there" for name, here, there in probe.differs)
-        yield Check("run", "failed", f"differs in {what}; give all peers one recipe and one base", member.name)
+        yield about("run", "failed", f"differs in {what}; give all peers one recipe and one base")
     elif not probe.takes_part:
-        yield Check("run", "ok", "takes no part in a run now", member.name)
+        yield about("run", "ok", "takes no part in a run now")
     elif not have_run:
-        yield Check("run", "ok", "takes part in a run; give --recipe or --resume to compare", member.name)
+        yield about("run", "ok", "takes part in a run; give --recipe or --resume to compare")
     else:
-        yield Check("run", "ok", "nothing that must be the same differs", member.name)
+        yield about("run", "ok", "nothing that must be the same differs")
 
 
 def _inwards(address: str | None, met: list[tuple[Member, Probe]]) -> Iterator[Check]:

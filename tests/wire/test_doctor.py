@@ -544,5 +544,5 @@ def test_a_gib_of_memory_should_be_free_where_that_can_be_told(
     assert {check.what for check in check_memory()} <= {"memory"}, "of this machine"
     if text is not None:
         (tmp_path / "meminfo").write_text(text)
-    monkeypatch.setattr("peertune.wire.doctor.Path", {"/proc/meminfo": tmp_path / "meminfo"}.__getitem__)
+    monkeypatch.setattr("peertune.memory.Path", {"/proc/meminfo": tmp_path / "meminfo"}.__getitem__)
     assert [f"{check.level}: {check.finding}" for check in check_memory()] == said
