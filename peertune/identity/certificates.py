@@ -7,6 +7,7 @@ ECDSA with SHA-256; the federation's name stands in the organisation (O), the me
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from ipaddress import IPv6Address
 
 from cryptography import x509
@@ -101,9 +102,7 @@ def pem(certificate: x509.Certificate) -> bytes:
 def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
     """Return the SHA-256 of a public key in groups of four hexadecimal digits, to compare by telephone."""
     der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    digest = hashes.Hash(hashes.SHA256())
-    digest.update(der)
-    return digest.finalize().hex(" ", 2)
+    return sha256(der).digest().hex(" ", 2)
 
 
 def public_key(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:

@@ -186,11 +186,9 @@ def check_seats(members: Sequence[Member], own: "KnownGraph | None" = None) -> N
 
     All members have the numbers 0, 1, 2 …; those of a member's own roster grow, and its own is among them.
     """
-    for what, values in (
-        ("name", [member.name for member in members]),
-        ("address", [member.address for member in members if member.address is not None]),
-    ):
-        if twice := [value for value, count in Counter(values).items() if count > 1]:
+    for what in ("name", "address"):
+        counts = Counter(getattr(member, what) for member in members)
+        if twice := [value for value, count in counts.items() if value is not None and count > 1]:
             raise IdentityError(f"two members share the {what} {twice[0]}")
     clients = [member.client for member in members]
     if own is None and clients != list(range(len(clients))):
