@@ -34,7 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from peertune.errors import Exit, PeertuneError, RunError
 from peertune.rounds.metrics import payload_bytes
-from peertune.rounds.record import Evaluation, RoundRecord
+from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
 from peertune.topology import clients_down, planned_weights
 from peertune.types import ALONE, Group, Tensors
@@ -42,16 +42,15 @@ from peertune.types import ALONE, Group, Tensors
 log = logging.getLogger(__name__)
 
 
-def share(clients: int, group: Group) -> range:
+def share(clients: int, group: Group) -> list[int]:
     """Return the clients of this process: neighbouring ones, as evenly as can be.
 
     Raises RunError for more processes than clients.
     """
     if group.size > clients:
         raise RunError(f"clients: {clients}, for {group.size} processes; start {clients} at most")
-    each, more = divmod(clients, group.size)
-    first = group.rank * each + min(group.rank, more)
-    return range(first, first + each + (group.rank < more))
+    mine: list[int] = np.array_split(range(clients), group.size)[group.rank].tolist()
+    return mine
 
 
 def run_cluster(job: Job) -> Iterator[RoundRecord]:
@@ -75,12 +74,11 @@ def _merged(own: RoundRecord, group: Group) -> RoundRecord:
     evaluation = own.evaluation
     if evaluation is not None:
         scores = [part["evaluation"] for part in parts]
-        evaluation = Evaluation(
-            evaluation.metric,
-            [score for part in scores for score in part["clients"]],
-            next(part["average"] for part in scores if part["average"] is not None),
-            evaluation.rows,
-            [top for part in scores for top in part["top_share"]],
+        evaluation = replace(
+            evaluation,
+            clients=[score for part in scores for score in part["clients"]],
+            average=next(part["average"] for part in scores if part["average"] is not None),
+            top_share=[top for part in scores for top in part["top_share"]],
         )
     merged: dict[str, Any] = {name: [value for part in parts for value in part[name]] for name in _LISTS}
     merged |= {name: sorted({(i, j) for part in parts for i, j in part[name]}) for name in _EDGES}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from math import inf
 from typing import Any, Literal
 
 import numpy as np
@@ -53,18 +54,23 @@ def run_peer(
             log.warning("stops, as network.when_refused says: %s", in_words(refusals))
         return bool(refusals)
 
-    fastest_s, past, made = None, Past(recall, swapper.name), records()
+    fastest_s, past, made = inf, Past(recall, swapper.name), records()
+
+    def add(record: Mapping[str, Any]) -> None:
+        nonlocal fastest_s
+        fastest_s = min(fastest_s, sum(record["seconds"].values()))
+        mixed = {i + j - me for i, j in record["edges"]} - {sender for _, sender in record["not_mixed"]}
+        past.add(record["round"], record["loss"], mixed)
+
     for before in made:
         counted, failed = ([i + j - me for i, j in before[key]] for key in ("edges", "failed_edges"))
         swapper.remember(before["round"], counted, failed)
-        past.add(before["round"], before["loss"], {*counted} - {j for _, j in before["not_mixed"]})
-        fastest_s = _faster(fastest_s, before["seconds"])
+        add(before)
     past.suspect(suspect for _, *suspect in (made[-1]["suspects"] if made else ()))
     heard = swapper.last_heard()
     swapper.enter(job.state.round)  # from here on it answers
     job = replace(job, steps=_counted(job, swapper), lines=swapper.lines)
     state = job.state.clone().at(_caught_up(job, swapper, job.state.round, heard, fastest_s))
-    exchange = _Exchange(job, swapper, past)
     while state.round < job.rounds:
         if me in clients_down(job.faults, state.round):
             state = state.at(state.round + 1)
@@ -77,15 +83,16 @@ def run_peer(
         swapper.enter(state.round, phase)
         try:
             bounded = replace(job, most_loss=past.most_loss(state.round))
-            state, record = run_round(bounded, state, job.clients, state.round, partial(exchange, phase))
+            state, record = run_round(
+                bounded, state, job.clients, state.round, partial(_exchange, job, swapper, past, phase)
+            )
         except DivergedError as error:
             state = past.fall_back(state.round, error)
             continue
-        past.add(record.round, record.loss, _mixed(record))
-        fastest_s = _faster(fastest_s, record.seconds)
+        add(vars(record))
         here = state.round
         if swapper.passed_by(record.round):  # who is in company is not behind because a single one says so
-            pace_s = None if record.edges else fastest_s
+            pace_s = inf if record.edges else fastest_s
             state = state.at(_caught_up(job, swapper, here, heard, pace_s))
         skipped = [t for t in range(here, state.round) if met and me not in clients_down(job.faults, t)]
         yield replace(record, state=state, skipped=len(skipped), suspects=[(me, *suspect) for suspect in past.suspects])
@@ -121,50 +128,39 @@ def in_words(refusals: Mapping[str, str]) -> str:
     return "refused by " + "; ".join(f"{name}: {why}" for name, why in refusals.items())
 
 
-class _Exchange:
+def _exchange(job: Job, swapper: Swapper, past: Past, phase: Phase, payload: Tensors, t: int, refuse: Refuse) -> Heard:
     """Swap with the round's neighbours, and take from each what the mixing matrix says."""
+    (me,) = job.clients
+    if (delay := delay_s(job.faults, me, t)) > 0:
+        swapper.pause(delay)
+    if not payload:
+        return Heard({}, torch.ones(1, 1, dtype=torch.float64, device=job.device), [me], [])
+    row = row_at(job.graph, me, t)
+    near = [other for other in row if other != me]
+    first = torch.zeros(1, dtype=torch.int64, device=job.device)
 
-    def __init__(self, job: Job, swapper: Swapper, past: Past) -> None:
-        self.job, self.swapper, self.past = job, swapper, past
-
-    def __call__(self, phase: Phase, payload: Tensors, t: int, refuse: Refuse) -> Heard:
-        graph, (me,) = self.job.graph, self.job.clients
-        if (delay := delay_s(self.job.faults, me, t)) > 0:
-            self.swapper.pause(delay)
-        if not payload:
-            return Heard({}, torch.ones(1, 1, dtype=torch.float64, device=self.job.device), [me], [])
-        row = row_at(graph, me, t)
-        near = [other for other in row if other != me]
-        first = torch.zeros(1, dtype=torch.int64, device=self.job.device)
-
-        def check(client: int, tensors: Tensors) -> str:
-            why = self.past.left_out(client, t)
-            if not why and (found := refuse(self._read(tensors), first, first)):
-                why = found[0].why
-            return f"round {t}: {why}; the edge fails" if why else ""
-
-        layout = self.job.algorithm.message.layout
-        layouts = {} if layout is None else {client: layout(payload, client, phase) for client in near}
-        came = self.swapper.swap(t, payload, near, check, layouts)
-        lost = {other: (min(me, other), max(me, other)) for other in near if other not in came}
-        vacant = [edge for other, edge in lost.items() if self.swapper.vacant(other)]
-        failed = [edge for edge in lost.values() if edge not in vacant]
-        row[me] += sum(row.pop(other) for other in near if other not in came)
-        heard = sorted([me, *came])
-        read = [self._read(payload if client == me else came[client]) for client in heard]
-        tensors = {name: torch.cat([of[name] for of in read]) for name in read[0]}
-        weights = torch.tensor([[row[client] for client in heard]], dtype=torch.float64, device=self.job.device)
-        return Heard(tensors, weights, heard, failed, vacant)
-
-    def _read(self, tensors: Tensors) -> Tensors:
+    def read(tensors: Tensors) -> Tensors:
         """Return what one client sent as a mixer gets it, `[1, …]`, on the device."""
-        return self.job.read({name: x.to(self.job.device) for name, x in tensors.items()})
+        return job.read({name: x.to(job.device) for name, x in tensors.items()})
 
+    def check(client: int, tensors: Tensors) -> str:
+        why = past.left_out(client, t)
+        if not why and (found := refuse(read(tensors), first, first)):
+            why = found[0].why
+        return f"round {t}: {why}; the edge fails" if why else ""
 
-def _mixed(record: RoundRecord) -> set[int]:
-    """Return from whom a peer mixed something in a round."""
-    (me,) = record.clients
-    return {i + j - me for i, j in record.edges} - {sender for _, sender in record.not_mixed}
+    layout = job.algorithm.message.layout
+    layouts = {} if layout is None else {client: layout(payload, client, phase) for client in near}
+    came = swapper.swap(t, payload, near, check, layouts)
+    lost = {other: (min(me, other), max(me, other)) for other in near if other not in came}
+    vacant = [edge for other, edge in lost.items() if swapper.vacant(other)]
+    failed = [edge for edge in lost.values() if edge not in vacant]
+    row[me] += sum(row.pop(other) for other in lost)
+    heard = sorted([me, *came])
+    parts = [read(payload if client == me else came[client]) for client in heard]
+    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    weights = torch.tensor([[row[client] for client in heard]], dtype=torch.float64, device=job.device)
+    return Heard(tensors, weights, heard, failed, vacant)
 
 
 def _expected(job: Job, t: int) -> list[int]:
@@ -183,19 +179,13 @@ def neighbours(job: Job) -> list[int]:
     return may_meet(job.graph, me)
 
 
-def _faster(fastest_s: float | None, seconds: Mapping[str, float]) -> float:
-    """Return the time of the fastest round, now that one took these seconds by stage."""
-    took_s = sum(seconds.values())
-    return took_s if fastest_s is None else min(fastest_s, took_s)
-
-
-def _caught_up(job: Job, swapper: Swapper, round: int, before: Mapping[int, float], fastest_s: float | None) -> int:
+def _caught_up(job: Job, swapper: Swapper, round: int, before: Mapping[int, float], fastest_s: float) -> int:
     """Return the round to go on with: this one, or that of the others if they went on without this peer.
 
     A neighbour went on without it if the two had an edge in a round that the neighbour has behind it; the last of those
     rounds doesn't tell, since its payload is still at hand there. Where others are is what two of them say, or what a
     single one can have come to since it was heard `before`, so that none can drive the others on (`wire.pace`; where
-    `fastest_s` is None, a single one is not believed).
+    `fastest_s` is infinite, a single one is not believed).
     """
     heard, now = swapper.last_heard(), time.time()  # before the asking, which is no silence
     there = swapper.ask_rounds(neighbours(job))

@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 
 
-def furthest_believed(
-    here: int, claims: Mapping[int, int], silence_s: Mapping[int, float], fastest_s: float | None
-) -> int:
+def furthest_believed(here: int, claims: Mapping[int, int], silence_s: Mapping[int, float], fastest_s: float) -> int:
     """Return the furthest round in which others are believed to be, `here` or later.
 
     `claims` is client → the round in which it says to be. Two that say at least a round are believed. A single one is
     believed as far as it can have come in the time of its silence, at twice the pace of this peer's own fastest round:
-    `silence_s[client] / (fastest_s / 2)` rounds beyond `here`. Where no round was made yet (`fastest_s` None or 0), a
-    single one is not believed at all; nor is one without a silence.
+    `silence_s[client] / (fastest_s / 2)` rounds beyond `here`. Where no round was made yet (`fastest_s` is infinite, or
+    0), a single one is not believed at all; nor is one without a silence.
     """
     rounds = sorted(claims.values(), reverse=True)
     believed = max(here, rounds[1]) if len(rounds) > 1 else here

@@ -1,5 +1,7 @@
 """How far a neighbour's word can move a peer: whatever liars say, no further than honest ones could have come."""
 
+from math import inf
+
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -10,11 +12,11 @@ CLAIMS = st.dictionaries(st.integers(0, 9), ROUNDS, max_size=8)
 SECONDS = st.floats(0, 1e6)
 
 
-@given(st.integers(0, 10**6), CLAIMS, st.dictionaries(st.integers(0, 9), SECONDS), st.none() | st.floats(0, 1e4))
+@given(st.integers(0, 10**6), CLAIMS, st.dictionaries(st.integers(0, 9), SECONDS), st.just(inf) | st.floats(0, 1e4))
 @example(0, {1: 5}, {1: 1.0}, 5e-324)
 @example(0, {1: 5}, {1: 1e6}, 1e-310)
 def test_nobody_goes_back_nor_further_than_somebody_claims(
-    here: int, claims: dict[int, int], silence: dict[int, float], fastest_s: float | None
+    here: int, claims: dict[int, int], silence: dict[int, float], fastest_s: float
 ) -> None:
     believed = furthest_believed(here, claims, silence, fastest_s)
     assert here <= believed <= max([here, *claims.values()])
@@ -44,7 +46,7 @@ def test_before_the_first_round_and_without_a_silence_it_takes_two(
     claims: dict[int, int], silence: dict[int, float]
 ) -> None:
     second = sorted([0, 0, *claims.values()])[-2]
-    assert furthest_believed(0, claims, silence, None) == second
+    assert furthest_believed(0, claims, silence, inf) == second
     assert furthest_believed(0, claims, silence, 0.0) == second
     assert furthest_believed(0, claims, {}, 1.0) == second
 
