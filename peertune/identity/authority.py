@@ -91,10 +91,8 @@ def opened(folder: Path) -> Iterator[Authority]:
             federation_of(certificate)
             if public_key(certificate) != key.public_key():
                 raise IdentityError("certificate.pem is of another key")
-            content = checked(
-                yaml.load((folder / "members.yaml").read_bytes(), Loader),
-                {"serial": (int,), "peers": (list,), "revoked": (list,)},
-            )
+            found = yaml.load((folder / "members.yaml").read_bytes(), Loader)
+            content = checked(found, serial=int, peers=list, revoked=list)
             members = tuple(from_entry(value, certificate) for value in content["peers"])
             check_seats(members)
         except (OSError, ValueError, yaml.YAMLError, IdentityError) as error:

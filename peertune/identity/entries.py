@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from types import UnionType
+from typing import Any, get_args
 
 import yaml
 from cryptography import x509
@@ -75,8 +76,7 @@ def entry(member: Member) -> dict[str, Any]:
 
 def from_entry(value: object, ca: x509.Certificate) -> Member:
     """Read a member. Raises IdentityError for what `entry` would not have made."""
-    kinds: dict[str, tuple[type, ...]] = {"client": (int,), "name": (str,), "address": (str, type(None))}
-    found = checked(value, kinds | {"fingerprints": (list,), "certificates": (list,)})
+    found = checked(value, client=int, name=str, address=str | None, fingerprints=list, certificates=list)
     name = check_name(found["name"])
     try:
         certificates = tuple(x509.load_pem_x509_certificate(text.encode()) for text in found["certificates"])
@@ -92,11 +92,12 @@ def from_entry(value: object, ca: x509.Certificate) -> Member:
     return member
 
 
-def checked(value: object, kinds: Mapping[str, tuple[type, ...]]) -> dict[str, Any]:
+def checked(value: object, /, **kinds: type | UnionType) -> dict[str, Any]:
     """Return a mapping with exactly these keys and types. Raises IdentityError for anything else."""
     if not isinstance(value, dict) or value.keys() != kinds.keys():
         raise IdentityError(f"there must be exactly {', '.join(kinds)}")
     for key, kind in kinds.items():
-        if type(value[key]) not in kind:
-            raise IdentityError(f"{key} must be {' or '.join(each.__name__ for each in kind)}")
+        types = get_args(kind) or (kind,)
+        if type(value[key]) not in types:  # a subclass, as bool is of int, is another type
+            raise IdentityError(f"{key} must be {' or '.join(each.__name__ for each in types)}")
     return value

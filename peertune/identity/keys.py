@@ -158,17 +158,17 @@ def load_identity(folder: Path, roster: Roster, now: datetime | None = None) -> 
             f"put the certificate that the roster's CA returned in {folder}"
         )
     listed = [
-        (certificate.not_valid_before_utc, certificate.not_valid_after_utc, place, certificate, member)
+        (certificate, member)
         for member in roster.members
-        for place, certificate in enumerate(member.certificates)
+        for certificate in member.certificates
         if fingerprint(public_key(certificate)) in keys
     ]
-    ours = [found for found in listed if holds_at(found[3], now)]
+    ours = sorted((found for found in listed if holds_at(found[0], now)), key=_age)
     if not ours:
         returned = [own for own, _ in bundles if fingerprint(public_key(own)) in keys]
-        raise IdentityError(f"{folder}: {_why_not([found[3] for found in listed] or returned, roster, now)}")
-    lasting = [] if roster.own is None else [found for found in ours if found[1] - now >= HANDING_OUT]
-    *_, certificate, member = min(lasting, key=_age) if lasting else max(ours, key=_age)
+        raise IdentityError(f"{folder}: {_why_not([own for own, _ in listed] or returned, roster, now)}")
+    lasting = [] if roster.own is None else [one for one in ours if one[0].not_valid_after_utc - now >= HANDING_OUT]
+    certificate, member = lasting[0] if lasting else ours[-1]
     if roster.own is not None and (other := roster.own.known.client) != member.client:
         who = f"{member.name}, client {member.client}"
         raise IdentityError(f"{folder}: is {who}, and the roster is client {other}'s own; give this peer's")
@@ -176,8 +176,8 @@ def load_identity(folder: Path, roster: Roster, now: datetime | None = None) -> 
     return Identity(member.name, member.client, member.address, key_pem(key), pem(certificate), ca)
 
 
-def _age(found: tuple[datetime, datetime, int, x509.Certificate, Member]) -> tuple[datetime, datetime, int]:
-    return found[:3]
+def _age(found: tuple[x509.Certificate, Member]) -> tuple[datetime, datetime]:
+    return found[0].not_valid_before_utc, found[0].not_valid_after_utc
 
 
 def _why_not(certificates: list[x509.Certificate], roster: Roster, now: datetime) -> str:

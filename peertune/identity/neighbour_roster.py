@@ -53,10 +53,8 @@ class KnownGraph:
     @classmethod
     def from_entry(cls, value: object) -> "KnownGraph":
         """Read what `entry` made. Raises IdentityError for anything else."""
-        kinds: dict[str, tuple[type, ...]] = {"client": (int,), "recipe": (dict,), "name": (str,), "digest": (str,)}
-        found = checked(value, kinds | {"edges": (list,), "weights": (list,), "summary": (dict,)})
-        numbers = {name: (number,) for name, number in get_type_hints(GraphSummary).items()}
-        summary = GraphSummary(**checked(found["summary"], numbers))
+        found = checked(value, client=int, recipe=dict, name=str, digest=str, edges=list, weights=list, summary=dict)
+        summary = GraphSummary(**checked(found["summary"], **get_type_hints(GraphSummary)))
         rounds = len(found["edges"])
         if not rounds or len(found["weights"]) not in (0, rounds) or not 0 <= found["client"] < summary.clients <= 1e9:
             raise IdentityError("its rounds, weights and clients don't fit each other")

@@ -154,13 +154,8 @@ def load_roster(data: bytes, ca: x509.Certificate) -> Roster:
         ) from None
     try:  # what follows would be a mistake of the CA
         found = yaml.load(signed, Loader)
-        kinds: dict[str, tuple[type, ...]] = {
-            "federation": (str,),
-            "serial": (int,),
-            "issued": (str,),
-            "peers": (list,),
-        }
-        content = checked(found, kinds | ({"own": (dict,)} if isinstance(found, dict) and "own" in found else {}))
+        more = {"own": dict} if isinstance(found, dict) and "own" in found else {}
+        content = checked(found, federation=str, serial=int, issued=str, peers=list, **more)
         if content["federation"] != federation_of(ca) or content["serial"] < 1:
             raise IdentityError("federation or serial is not the CA's")
         issued = datetime.fromisoformat(content["issued"])

@@ -104,10 +104,8 @@ def trusted(roster: Roster, trust: Trust) -> tuple[Roster, Trust]:
 
 def _keys(member: Member) -> dict[str, str]:
     """Return the keys of a member's certificates, and until when the last of each is valid."""
-    found: dict[str, str] = {}
-    for certificate in sorted(member.certificates, key=lambda one: one.not_valid_after_utc):
-        found[fingerprint(public_key(certificate))] = certificate.not_valid_after_utc.isoformat()
-    return found
+    by_end = sorted(member.certificates, key=lambda one: one.not_valid_after_utc)
+    return {fingerprint(public_key(one)): one.not_valid_after_utc.isoformat() for one in by_end}
 
 
 def _without(roster: Roster, revoked: set[str]) -> Roster:
