@@ -98,12 +98,8 @@ def is_locked(folder: Path) -> bool:
     """Return whether a process is at work on a folder (see `locked`); one that can't be looked into counts as idle."""
     if not (folder / ".lock").exists():
         return False
-    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        lock.acquire()
-    except Timeout:
-        return True
-    except OSError:
-        return False
-    lock.release()
-    return False
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except OSError as error:
+        return isinstance(error, Timeout)  # which is one, too

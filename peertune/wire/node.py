@@ -351,17 +351,14 @@ class Node:
     def stub(self, client: int) -> Any:
         """Return how to call the client, over a channel that is made anew when certificates change."""
         identity, roster = self.membership.current()
-        member = roster.by_client(client)
-        key = (identity, member)
+        key = identity, roster.by_client(client)
         with self.changed:
             channel, made_with = self._channels.get(client, (None, None))
-            if channel is None or made_with != key:
-                new = self._dial(identity, member)
+            if made_with != key:
+                self._channels[client] = self._dial(*key), key
                 if channel is not None:
                     channel.close()
-                channel = new
-                self._channels[client] = channel, key
-        return swap_on(channel)
+            return swap_on(self._channels[client][0])
 
     def close(self) -> None:
         """Close all channels."""
