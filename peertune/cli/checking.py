@@ -25,7 +25,6 @@ from peertune.cli.peering import (
 from peertune.errors import Exit, PeertuneError, RunError
 
 if TYPE_CHECKING:
-    from peertune.assembly.build import Run
     from peertune.identity.membership import Membership
     from peertune.wire.doctor import Check
 
@@ -140,21 +139,17 @@ def doctor(
         source = recipe if resume is None else directory.resolved(resume)
         checks, membership = check_identity(folder, roster, ca_fingerprint)
         checks += check_memory()
-        run: Run | None = None
+        agreed: dict[str, str] = {}
+        checkpoint_bytes = 0
         if membership is None:
             checks.append(Check("network", "warning", "not looked at: say who this peer is first"))
         elif source is not None:
-            run, built = _build(source, overrides or [], data, membership)
+            built, agreed, checkpoint_bytes = _build(source, overrides or [], data, membership)
             checks.append(built)
-        checks.append(check_disk(resume or Path(), 0 if run is None else _checkpoint_bytes(run)))
+        checks.append(check_disk(resume or Path(), checkpoint_bytes))
         if membership is not None:
-            identity, _ = membership.current()
-            checks += check_network(
-                membership,
-                {} if run is None else _agreed(run),
-                where_to_listen(identity.address, listen, insecure_loopback),
-                insecure=insecure_loopback,
-            )
+            address = where_to_listen(membership.current()[0].address, listen, insecure_loopback)
+            checks += check_network(membership, agreed, address, insecure=insecure_loopback)
     failed = sum(check.level == "failed" for check in checks)
     warnings = sum(check.level == "warning" for check in checks)
     if as_json:
@@ -173,23 +168,15 @@ def _about(check: "Check") -> str:
 
 def _build(
     source: str | Path, overrides: list[str], data: Path | None, membership: "Membership"
-) -> "tuple[Run | None, Check]":
-    """Make what the recipe says, as `peer start` does, and say how that went."""
+) -> "tuple[Check, dict[str, str], int]":
+    """Make what the recipe says, as `peer start` does: how that went, what must be the same, a checkpoint's bytes."""
+    from peertune.assembly.build import agreed
     from peertune.wire.doctor import Check
 
     try:
         run = build_own(source, overrides, data, membership)
     except PeertuneError as error:
-        return None, Check("recipe", "failed", str(error))
-    return run, Check("recipe", "ok", f"{source}: loads, with {sum(run.held[0]):,} rows of this peer's")
-
-
-def _agreed(run: "Run") -> dict[str, str]:
-    from peertune.assembly.build import agreed
-
-    return agreed(run)
-
-
-def _checkpoint_bytes(run: "Run") -> int:
+        return Check("recipe", "failed", str(error)), {}, 0
     state = run.job.state
-    return sum(x.nbytes for part in (state.adapters, state.moments, state.memory) for x in part.values())
+    size = sum(x.nbytes for part in (state.adapters, state.moments, state.memory) for x in part.values())
+    return Check("recipe", "ok", f"{source}: loads, with {sum(run.held[0]):,} rows of this peer's"), agreed(run), size

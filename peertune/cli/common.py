@@ -4,11 +4,13 @@ import gc
 import json
 import logging
 import os
+import platform
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,8 +86,6 @@ def importing() -> Iterator[None]:
 
 def environment() -> dict[str, Any]:
     """Return versions and devices."""
-    import platform
-
     import torch
 
     from peertune.models.load import pick_device, pick_dtype
@@ -105,16 +105,11 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what results depend on."""
-    import platform
-    from importlib.metadata import version
-
     packages = ("peertune", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
     return {package: version(package) for package in packages} | {"python": platform.python_version()}
 
 
 def _processor() -> str:
-    import platform
-
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -202,27 +197,20 @@ def progress(unit: str, total: int, done: int = 0) -> Iterator[Show]:
     if not (leads() and sys.stderr.isatty()):
         yield lines(unit, total, done)
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn(unit),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=30),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
+        bars.TextColumn(unit),
+        bars.MofNCompleteColumn(),
+        bars.BarColumn(bar_width=30),
+        bars.TextColumn("{task.description}"),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(),
     )
     # What is printed meanwhile goes above the bar, unless it goes elsewhere.
-    with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
+    with bars.Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda done, words: bar.update(task, completed=done, description=words)
 

@@ -55,17 +55,15 @@ def init(
       peertune ca init --federation hospitals
     """
     from peertune.identity.authority import create_authority
-    from peertune.identity.certificates import fingerprint, public_key
 
     made = create_authority(folder, federation)
     until = made.certificate.not_valid_after_utc
-    printed = fingerprint(public_key(made.certificate))
     if as_json:
-        print_json({"federation": federation, "fingerprint": printed, "valid_until": until.isoformat()})
+        print_json({"federation": federation, "fingerprint": made.fingerprint, "valid_until": until.isoformat()})
         return
     print(f"federation   {federation}")
     print(f"CA           {folder}, until {until:%Y-%m-%d}; keep {folder / 'key.pem'} off networks")
-    print(f"fingerprint  {printed}")
+    print(f"fingerprint  {made.fingerprint}")
 
 
 @ca_app.command()
@@ -197,12 +195,19 @@ def list_members(folder: Authorities = Path("ca"), as_json: AsJson = False) -> N
     with ca.opened(folder) as authority:
         pass
     if as_json:
-        members = [_facts(member) for member in authority.members]
-        about = {"federation": authority.federation, "ca_fingerprint": authority.fingerprint}
-        print_json({**about, "serial": authority.serial, "members": members})
+        print_json(_listed(authority))
         return
     print(f"{authority.federation}, roster {authority.serial}" if authority.serial else authority.federation)
     _print_members(authority)
+
+
+def _listed(authority: "Authority") -> dict[str, Any]:
+    return {
+        "federation": authority.federation,
+        "ca_fingerprint": authority.fingerprint,
+        "serial": authority.serial,
+        "members": [_facts(member) for member in authority.members],
+    }
 
 
 def _facts(member: "Member") -> dict[str, Any]:
@@ -282,9 +287,7 @@ def roster(
 def _print_roster(authority: "Authority", key: str, what: str, out: Path, as_json: bool) -> None:
     """Say what was issued: in JSON its place is under this key, else it is called so."""
     if as_json:
-        members = [_facts(member) for member in authority.members]
-        about = {"federation": authority.federation, "ca_fingerprint": authority.fingerprint}
-        print_json({key: str(out), **about, "serial": authority.serial, "members": members})
+        print_json({key: str(out), **_listed(authority)})
         return
     print(f"{out}: {what} {authority.serial} of {authority.federation}")
     _print_members(authority)

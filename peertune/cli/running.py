@@ -5,6 +5,7 @@ import os
 import shlex
 import sys
 from contextlib import nullcontext
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -298,13 +299,11 @@ def train(
 
     job = run.job
     leading = job.group.rank == 0
-    state = checkpoints.load(folder, job.state, job.clients, job.group)
-    if state is not None:
-        state = state.to(job.device)
-        job = replace(job, state=state)
+    state = checkpoints.load(folder, job.state, job.clients, job.group) or job.state
+    state = state.to(job.device)
+    job = replace(job, state=state)
     if leading:
-        records.rewind(folder, job.state.round)
-    state = job.state
+        records.rewind(folder, state.round)
     keeper.round = state.round
     try:
         with (
@@ -349,11 +348,8 @@ def _describe(record: "RoundRecord", before: str) -> str:
 
 def _free(folder: Path) -> Path:
     """Return the folder, or where it is taken, the first of folder-2, folder-3, … that is free."""
-    number, free = 1, folder
-    while free.exists():
-        number += 1
-        free = folder.with_name(f"{folder.name}-{number}")
-    return free
+    others = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    return next(place for place in chain([folder], others) if not place.exists())
 
 
 def check_same(resolved: "Recipe", folder: Path) -> None:

@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -199,13 +200,7 @@ def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_jso
                     raise RunError(f"{run.name}: {device} isn't there to try it on; use device=cpu or device=auto")
                 trials[key] = Trial(**answer["trial"])
             found = estimate(run.recipe, trials[key])
-            row = {
-                "run": run.name,
-                "finished": finished(out / run.name, run.recipe),
-                "seconds": found.seconds,
-                "memory_bytes": found.memory_bytes,
-                "sent_bytes": found.sent_bytes,
-            }
+            row = {"run": run.name, "finished": finished(out / run.name, run.recipe), **asdict(found)}
             rows.append(row)
             if not as_json:
                 size, sent = f"{found.memory_bytes / 2**20:,.0f}", f"{found.sent_bytes / 1e6:,.3f}"
