@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
@@ -32,11 +32,9 @@ def written_folder(folder: Path, *, private: bool = False) -> Iterator[Path]:
     """
     with reported(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        beside = folder.with_name(f".{folder.name}-{uuid4().hex}")
+        beside.mkdir(mode=0o700 if private else 0o777)
         try:
-            if not private:
-                os.umask(umask := os.umask(0o077))
-                beside.chmod(0o777 & ~umask)  # mkdtemp's own is for its owner alone
             yield beside
             for path in (*beside.rglob("*"), beside):
                 _sync(path)

@@ -342,18 +342,17 @@ def request_certificate(
 
       peertune peer request --name hospital-3 --address hospital-3.example.org:50051
     """
-    from peertune.identity.certificates import fingerprint, public_key
+    from peertune.identity.certificates import fingerprint_of
     from peertune.identity.keys import load_ca, request
 
     asked = request(folder, name, address)
     try:
-        ca = fingerprint(public_key(load_ca(folder)))
+        ca = fingerprint_of(load_ca(folder))
     except IdentityError:
         ca = None
     if as_json:
-        facts = {"fingerprint": asked.fingerprint, "request": str(asked.file), "renews": asked.renews}
-        facts["ca_fingerprint"] = ca
-        print_json({"name": name, "address": address, **facts})
+        facts = {"request": str(asked.file), "renews": asked.renews, "ca_fingerprint": ca}
+        print_json({"name": name, "address": address, "fingerprint": asked.fingerprint, **facts})
         return
     print(f"name         {name}")
     print(f"address      {address or 'none: it can only dial out'}")

@@ -155,14 +155,11 @@ def _shown(run: "Run", place: Path, swapper: "Swapper", keeps: "Keeper", metrics
     from peertune.wire.prometheus import served
     from peertune.wire.status import kept, peer_status
 
-    current = partial(
-        peer_status,
-        swapper,
-        rounds=run.job.rounds,
-        local_steps=run.job.local_steps,
-        neighbours=neighbours(run.job),
-        failed_writes=lambda: keeps.failed,
-    )
+    job, near = run.job, neighbours(run.job)
+
+    def current() -> dict[str, Any]:
+        return peer_status(swapper, job.rounds, job.local_steps, near, keeps.failed)
+
     with kept(place, current), nullcontext() if metrics_port is None else served(metrics_port, current):
         yield
 
@@ -221,10 +218,10 @@ def _tell(place: Path, records: "Sequence[Mapping[str, Any]]", end: Exit, rounds
 
 def _introduce(identity: "Identity", roster: "Roster") -> None:
     """Say who this peer is, and whose word for that counts."""
-    from peertune.identity.certificates import fingerprint, public_key
+    from peertune.identity.certificates import fingerprint_of
 
     log.info("%s is client %d of %s, roster %d", identity.name, identity.client, roster.federation, roster.serial)
-    log.info("the CA's fingerprint is %s", fingerprint(public_key(roster.ca)))
+    log.info("the CA's fingerprint is %s", fingerprint_of(roster.ca))
 
 
 def recalled(job: "Job", folder: Path, before: int) -> "State | None":

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
@@ -69,8 +69,7 @@ _EDGES = ("edges", "failed_edges", "not_mixed")
 
 def _merged(own: RoundRecord, group: Group) -> RoundRecord:
     """Put the parts of a record together, by rank, which is by client."""
-    told = {name: getattr(own, name) for name in (*_LISTS, *_EDGES, "neighbourhood_cross_term", "seconds")}
-    parts = group.gather(told | {"evaluation": own.evaluation and vars(own.evaluation)})
+    parts = group.gather(asdict(replace(own, state=None)))
     evaluation = own.evaluation
     if evaluation is not None:
         scores = [part["evaluation"] for part in parts]
@@ -357,7 +356,6 @@ def start(processes: int, entry: Callable[..., Any] | str, *arguments: Any) -> d
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
-        monitor_interval=0.1,
     )
     found: dict[int, Any] = elastic_launch(config, entry)(*arguments)
     return found

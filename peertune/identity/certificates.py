@@ -105,6 +105,11 @@ def fingerprint(key: ec.EllipticCurvePublicKey) -> str:
     return sha256(der).digest().hex(" ", 2)
 
 
+def fingerprint_of(certificate: x509.Certificate) -> str:
+    """Return the fingerprint of a certificate's key. Raises IdentityError where that isn't on P-256."""
+    return fingerprint(public_key(certificate))
+
+
 def public_key(certificate: x509.Certificate) -> ec.EllipticCurvePublicKey:
     """Return a certificate's public key. Raises IdentityError where it isn't on P-256."""
     return _on_our_curve(certificate.public_key(), "certificate")
@@ -149,13 +154,13 @@ def read_request(data: bytes, where: object) -> Request:
             raise ValueError("too long")
         read = x509.load_pem_x509_csr(data)
         signed = read.is_signature_valid
-        names = list(read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        names = read.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     except _UNREADABLE:
         raise IdentityError(f"{where}: is no signing request; make one with peertune peer request") from None
     if not signed:
         raise IdentityError(f"{where}: isn't signed with its own key; have it made and sent again")
-    hosts = [name.value for name in names if isinstance(name, x509.DNSName)]
-    links = [name.value for name in names if isinstance(name, x509.UniformResourceIdentifier)]
+    hosts = names.get_values_for_type(x509.DNSName)
+    links = names.get_values_for_type(x509.UniformResourceIdentifier)
     ours = all(link.startswith(_SCHEME) for link in links)
     if len(hosts) != 1 or len(links) > 1 or len(hosts) + len(links) != len(names) or not ours:
         raise IdentityError(

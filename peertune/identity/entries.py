@@ -10,15 +10,7 @@ import yaml
 from cryptography import x509
 
 from peertune.errors import IdentityError
-from peertune.identity.certificates import (
-    check_address,
-    check_issued,
-    check_name,
-    fingerprint,
-    holds_at,
-    pem,
-    public_key,
-)
+from peertune.identity.certificates import check_address, check_issued, check_name, fingerprint_of, holds_at, pem
 
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _SafeDumper: Any = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
@@ -36,7 +28,7 @@ class Member:
     @property
     def fingerprints(self) -> tuple[str, ...]:
         """The fingerprints of its keys, each once."""
-        return tuple(dict.fromkeys(fingerprint(public_key(certificate)) for certificate in self.certificates))
+        return tuple(dict.fromkeys(fingerprint_of(certificate) for certificate in self.certificates))
 
     def valid(self, now: datetime | None = None) -> tuple[x509.Certificate, ...]:
         """Return the certificates in their validity."""

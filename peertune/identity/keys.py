@@ -22,12 +22,12 @@ from peertune.identity.certificates import (
     MAX_BYTES,
     federation_of,
     fingerprint,
+    fingerprint_of,
     holds_at,
     key_pem,
     make_request,
     new_key,
     pem,
-    public_key,
     read_bundle,
     read_key,
 )
@@ -161,18 +161,18 @@ def load_identity(folder: Path, roster: Roster, now: datetime | None = None) -> 
         (certificate, member)
         for member in roster.members
         for certificate in member.certificates
-        if fingerprint(public_key(certificate)) in keys
+        if fingerprint_of(certificate) in keys
     ]
     ours = sorted((found for found in listed if holds_at(found[0], now)), key=_age)
     if not ours:
-        returned = [own for own, _ in bundles if fingerprint(public_key(own)) in keys]
+        returned = [own for own, _ in bundles if fingerprint_of(own) in keys]
         raise IdentityError(f"{folder}: {_why_not([own for own, _ in listed] or returned, roster, now)}")
     lasting = [] if roster.own is None else [one for one in ours if one[0].not_valid_after_utc - now >= HANDING_OUT]
     certificate, member = lasting[0] if lasting else ours[-1]
     if roster.own is not None and (other := roster.own.known.client) != member.client:
         who = f"{member.name}, client {member.client}"
         raise IdentityError(f"{folder}: is {who}, and the roster is client {other}'s own; give this peer's")
-    key = keys[fingerprint(public_key(certificate))]
+    key = keys[fingerprint_of(certificate)]
     return Identity(member.name, member.client, member.address, key_pem(key), pem(certificate), ca)
 
 

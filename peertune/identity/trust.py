@@ -14,7 +14,7 @@ from pathlib import Path
 
 from peertune.errors import IdentityError
 from peertune.files import write_file
-from peertune.identity.certificates import fingerprint, public_key
+from peertune.identity.certificates import fingerprint_of
 from peertune.identity.entries import Member
 from peertune.identity.roster import Roster
 
@@ -68,7 +68,7 @@ def trusted(roster: Roster, trust: Trust) -> tuple[Roster, Trust]:
 
     Raises IdentityError for a roster of another CA, one that is older, and another of the same serial.
     """
-    ca = fingerprint(public_key(roster.ca))
+    ca = fingerprint_of(roster.ca)
     if trust.ca not in ("", ca):
         raise IdentityError(
             f"is of the CA with the fingerprint {ca}, and this peer trusts that with {trust.ca}; "
@@ -105,13 +105,13 @@ def trusted(roster: Roster, trust: Trust) -> tuple[Roster, Trust]:
 def _keys(member: Member) -> dict[str, str]:
     """Return the keys of a member's certificates, and until when the last of each is valid."""
     by_end = sorted(member.certificates, key=lambda one: one.not_valid_after_utc)
-    return {fingerprint(public_key(one)): one.not_valid_after_utc.isoformat() for one in by_end}
+    return {fingerprint_of(one): one.not_valid_after_utc.isoformat() for one in by_end}
 
 
 def _without(roster: Roster, revoked: set[str]) -> Roster:
     """Return the roster without the certificates of these keys."""
     members = tuple(
-        replace(member, certificates=tuple(c for c in member.certificates if fingerprint(public_key(c)) not in revoked))
+        replace(member, certificates=tuple(c for c in member.certificates if fingerprint_of(c) not in revoked))
         for member in roster.members
     )
     return replace(roster, members=members)
@@ -122,7 +122,7 @@ def check_ca(roster: Roster, asked: str) -> None:
     digits = "".join(asked.lower().replace(":", "").split())
     if len(digits) != _DIGITS or not set(digits) <= set("0123456789abcdef"):
         raise IdentityError(f"--ca-fingerprint {asked!r}: give the {_DIGITS} digits that peertune ca list shows")
-    ca = fingerprint(public_key(roster.ca))
+    ca = fingerprint_of(roster.ca)
     if digits != ca.replace(" ", ""):
         said = " ".join(digits[place : place + 4] for place in range(0, _DIGITS, 4))
         raise IdentityError(

@@ -17,7 +17,7 @@ from peertune.wire.codec import Assembler, chunks
 from peertune.wire.edge import Edge, Offer, Say
 from peertune.wire.framing import Part, data_of, deserialize, field_of, serialize
 from peertune.wire.meeting import Meeting, Meetings, Own
-from peertune.wire.node import OPTIONS, SERVICE, Node, UnusableError
+from peertune.wire.node import OPTIONS, SERVICE, UnusableError
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
 from peertune.wire.rpc import grpc
 
@@ -35,8 +35,8 @@ class _GoneError(Exception):
 class Answering:
     """What a node answers. Planned faults cut the wire itself: an edge in mid-payload, a peer that is down for all."""
 
-    def __init__(self, node: Node, meetings: Meetings, faults: Sequence[Fault], seats: int) -> None:
-        self._node, self._meetings, self._faults, self._seats = node, meetings, faults, seats
+    def __init__(self, meetings: Meetings, faults: Sequence[Fault], seats: int) -> None:
+        self._node, self._meetings, self._faults, self._seats = meetings.node, meetings, faults, seats
         # It takes part once it is open; before, one may try whether one gets through.
         self.open = False
         self._serving: Counter[int] = Counter()  # streams by client

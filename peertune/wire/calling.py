@@ -14,7 +14,7 @@ from peertune.wire.codec import Assembler, chunks
 from peertune.wire.edge import Action, Ask, Edge, Offer, Say, Step, Stream
 from peertune.wire.framing import Part, data_of, field_of
 from peertune.wire.meeting import Meeting, Meetings
-from peertune.wire.node import Node, SeatError, UnusableError, nobody
+from peertune.wire.node import SeatError, UnusableError, nobody
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
 from peertune.wire.rpc import grpc
 
@@ -27,8 +27,8 @@ P = ParamSpec("P")
 class Calling:
     """What a node does by itself to settle its meetings."""
 
-    def __init__(self, node: Node, meetings: Meetings) -> None:
-        self._node, self._meetings = node, meetings
+    def __init__(self, meetings: Meetings) -> None:
+        self._node, self._meetings = meetings.node, meetings
 
     def meet(self, round: int, client: int, meeting: Meeting) -> None:
         """See to it that the meeting is settled."""
@@ -63,7 +63,7 @@ class Calling:
 
         def ask(client: int) -> None:
             try:
-                call = _Call(self._node, self._meetings, client, 0, Meeting(), time.monotonic() + wait_s)
+                call = _Call(self._meetings, client, 0, Meeting(), time.monotonic() + wait_s)
                 found[client] = call.run(Hello.PING)
             except SeatError as error:  # nothing was tried
                 found[client] = error
@@ -78,7 +78,7 @@ class Calling:
         """Call once, and keep what goes wrong."""
         node, meetings = self._node, self._meetings
         try:
-            _Call(node, meetings, client, round, meeting, meetings.last(client, meeting)).run()
+            _Call(meetings, client, round, meeting, meetings.last(client, meeting)).run()
         except PeertuneError as error:  # WireError and UnusableError among them
             node.failed(client, error)
             meetings.do(meeting, Edge.unusable)
@@ -111,16 +111,14 @@ class Calling:
 class _Call:
     """One call to a client, and what came in it so far."""
 
-    def __init__(
-        self, node: Node, meetings: Meetings, client: int, round: int, meeting: Meeting, deadline: float
-    ) -> None:
-        self._node, self._meetings = node, meetings
+    def __init__(self, meetings: Meetings, client: int, round: int, meeting: Meeting, deadline: float) -> None:
+        self._node, self._meetings = meetings.node, meetings
         self._client, self._round, self._meeting = client, round, meeting
         self._requests: SimpleQueue[Chunk | bytes | None] = SimpleQueue()
-        self._call = node.stub(client)(
+        self._call = self._node.stub(client)(
             _sent(self._requests),
             timeout=max(0.1, deadline - time.monotonic()),
-            metadata=node.claim(),
+            metadata=self._node.claim(),
             wait_for_ready=False,
         )
         self._own = meetings.own.get(round)

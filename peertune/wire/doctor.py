@@ -17,7 +17,7 @@ from typing import Literal
 from cryptography import x509
 
 from peertune.errors import PeertuneError
-from peertune.identity.certificates import federation_of, fingerprint, public_key
+from peertune.identity.certificates import federation_of, fingerprint_of
 from peertune.identity.entries import Member
 from peertune.identity.keys import load_ca, load_keys
 from peertune.identity.membership import Membership
@@ -70,7 +70,7 @@ def _keys(folder: Path) -> str:
 
 def _issued(folder: Path) -> str:
     ca = load_ca(folder)
-    printed = fingerprint(public_key(ca))
+    printed = fingerprint_of(ca)
     return f"issued by the CA of {federation_of(ca)} with the fingerprint {printed}; is it the one that was read out?"
 
 

@@ -105,10 +105,8 @@ class Meetings:
     def remember(self, round: int, counted: Collection[int], failed: Collection[int]) -> None:
         """Take up what became of an earlier round's edges, so that those who missed a verdict can still have it."""
         with self.node.changed:
-            for client in (*counted, *failed):
-                self.held[round, client] = Meeting(
-                    Edge(verdict=Verdict.COUNTED if client in counted else Verdict.PASSED)
-                )
+            for verdict, clients in ((Verdict.COUNTED, counted), (Verdict.PASSED, failed)):
+                self.held |= {(round, client): Meeting(Edge(verdict)) for client in clients}
 
     def of(self, round: int) -> list[Edge]:
         """Return the edges of a round."""

@@ -11,15 +11,14 @@ def furthest_believed(here: int, claims: Mapping[int, int], silence_s: Mapping[i
     `silence_s[client] / (fastest_s / 2)` rounds beyond `here`. Where no round was made yet (`fastest_s` is infinite, or
     0), a single one is not believed at all; nor is one without a silence.
     """
-    rounds = sorted(claims.values(), reverse=True)
-    believed = max(here, rounds[1]) if len(rounds) > 1 else here
+    believed = sorted([here, here, *claims.values()])[-2]
     if not fastest_s:
         return believed
-    possible = (
+    possible = [
         here + int(min(there - here, 2 * max(0.0, silence_s.get(client, 0.0)) / fastest_s))
         for client, there in claims.items()
-    )
-    return max(believed, *possible) if claims else believed
+    ]
+    return max([believed, *possible])
 
 
 def silence_s(

@@ -41,12 +41,7 @@ ReadStatus = Callable[[], dict[str, Any]]
 
 
 def peer_status(
-    swapper: "Swapper",
-    *,
-    rounds: int,
-    local_steps: int,
-    neighbours: Sequence[int],
-    failed_writes: Callable[[], int] = lambda: 0,
+    swapper: "Swapper", rounds: int, local_steps: int, neighbours: Sequence[int], failed_writes: int
 ) -> dict[str, Any]:
     """Return how a peer stands, and each of its `neighbours`, heard or not."""
     from peertune.wire.node import Neighbour
@@ -68,7 +63,7 @@ def peer_status(
         "local_steps": local_steps,
         "train": sorted(progress.phase.train) if progress.phase else [],
         "send": sorted(progress.phase.send) if progress.phase else [],
-        "failed_writes": failed_writes(),
+        "failed_writes": failed_writes,
         "written_at": time.time(),
         "neighbours": [
             {"client": client, "name": names.get(client), **asdict(known.get(client, Neighbour()))}

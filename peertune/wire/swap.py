@@ -64,8 +64,8 @@ class Swapper(Node):
         super().__init__(membership, agreed, insecure=insecure, known=known, incarnation=incarnation)
         seats = max(seats, len(membership.current()[1].members))
         self.meetings = Meetings(self, patience_s)
-        self.calling = Calling(self, self.meetings)
-        self.answering = Answering(self, self.meetings, faults, seats)
+        self.calling = Calling(self.meetings)
+        self.answering = Answering(self.meetings, faults, seats)
         self._entered = time.monotonic()
         self._doing = "starting"
         self._phase: Phase | None = None

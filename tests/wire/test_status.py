@@ -64,7 +64,7 @@ def swapped(swappers: list[Swapper], round: int) -> None:
 
 
 def of(swapper: Swapper, neighbours: tuple[int, ...] = (1, 2)) -> dict[str, Any]:
-    return peer_status(swapper, rounds=5, local_steps=4, neighbours=neighbours, failed_writes=lambda: 3)
+    return peer_status(swapper, rounds=5, local_steps=4, neighbours=neighbours, failed_writes=3)
 
 
 def test_it_tells_who_the_peer_is_where_it_is_and_what_it_knows_of_the_others(swappers: list[Swapper]) -> None:
