@@ -8,6 +8,7 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import re
+import runpy
 import signal
 import sys
 import tempfile
@@ -127,8 +128,6 @@ def _forked(words: list[str], environment: dict[str, str], said: Path) -> "ForkS
 
 def _be(words: list[str], environment: dict[str, str], said: Path) -> None:
     """Be the command with these words, in a session of its own, which says what it does to a file."""
-    from peertune.cli import main
-
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
@@ -136,7 +135,7 @@ def _be(words: list[str], environment: dict[str, str], said: Path) -> None:
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.argv = ["peertune", *words]
-    main()
+    runpy.run_module("peertune", run_name="__main__")  # as `python -m` in `COMMAND`
 
 
 _PROGRESS = re.compile(r"peertune: \S+ \S+ INFO ")
