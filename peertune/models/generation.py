@@ -4,8 +4,9 @@
 the row and the place, as all randomness here, so what a row becomes depends on no other row of its batch.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from peertune.adapters.dropout import keyed_uniforms
 from peertune.adapters.rows import Rows, bound_rows
 from peertune.adapters.stacked import StackedModel
+from peertune.data.batches import micro_batches
 from peertune.memory import device_type
 from peertune.randomness import Draw, words
 from peertune.types import Tensors
@@ -49,10 +51,11 @@ def generate(
     random numbers with each adapter.
     """
     found: list[list[list[int]]] = [[[]] * len(prompts) for _ in singles]
+    lengths = np.array([len(prompt) + decoding.max_new_tokens for prompt in prompts])  # in the end
     for start in range(0, len(singles), together):
         chunk = singles[start : start + together]
         adapters = {name: torch.cat([single[name] for single in chunk]) for name in chunk[0]}
-        for numbers in _batches([len(prompt) for prompt in prompts], len(chunk), decoding.max_new_tokens, tokens):
+        for numbers in micro_batches(lengths, tokens // len(chunk)):
             texts = _decode(model, adapters, [prompts[number] for number in numbers], numbers, decoding)
             for place, text in enumerate(texts):
                 found[start + place // len(numbers)][numbers[place % len(numbers)]] = text
@@ -87,16 +90,6 @@ def pads_left(base: Any, pad: int) -> bool:
     return bool((alone - beside).norm() <= torch.finfo(base.dtype).eps ** 0.5 * alone.norm())
 
 
-def _batches(lengths: Sequence[int], clients: int, new: int, tokens: int) -> Iterator[NDArray[np.int64]]:
-    """Cut prompts, the longest first, so that those of all clients hold about `tokens` tokens in the end."""
-    order = np.argsort([-length for length in lengths], kind="stable")
-    start = 0
-    while start < len(order):
-        size = max(1, tokens // ((lengths[order[start]] + new) * clients))
-        yield order[start : start + size]
-        start += size
-
-
 def _decode(
     model: StackedModel,
     adapters: Tensors,
@@ -127,11 +120,7 @@ def _decode(
             pad_token_id=decoding.pad,
             eos_token_id=list(decoding.stop) or None,
         )
-    return [_until(text, decoding.stop) for text in whole[:, width:].tolist()]
-
-
-def _until(text: list[int], stop: Sequence[int]) -> list[int]:
-    return text[: next((place for place, token in enumerate(text) if token in stop), len(text))]
+    return [list(takewhile(lambda token: token not in decoding.stop, text)) for text in whole[:, width:].tolist()]
 
 
 def sampler(keys: Tensor, width: int, temperature: float, top_p: float) -> Callable[[Tensor, Tensor], Tensor]:
