@@ -67,11 +67,7 @@ def check_shared(folder: Path, group: "Group") -> None:
 
 def launched(folder: Path, launch: str) -> bool:
     """Return whether the run was begun by torchrun's launch of this name."""
-    try:
-        found = json.loads((folder / "environment.json").read_text())
-        return bool(found["launch"] == launch)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return bool(_said(folder, "environment").get("launch") == launch)
 
 
 def locked(folder: Path) -> AbstractContextManager[None]:
@@ -114,7 +110,7 @@ def resolved(folder: Path) -> Path:
     file = folder / "resolved.yaml"
     if not file.is_file():
         raise RunError(f"{folder}: is no run, it holds no resolved.yaml; give the folder of one")
-    check_format(folder, _facts(folder))
+    check_format(folder, _said(folder))
     return file
 
 
@@ -125,10 +121,10 @@ def check_format(what: Path, said: Mapping[str, Any]) -> None:
         raise RunError(f"{what}: is of format {number!r}, and this version reads 0 to {FORMAT}; use a newer peertune")
 
 
-def _facts(folder: Path) -> dict[str, Any]:
-    """Return what `facts.json` says; {} where it can't be read."""
+def _said(folder: Path, part: str = "facts") -> dict[str, Any]:
+    """Return what `facts.json`, or another such part of a run, says; {} where it can't be read."""
     try:
-        found = json.loads((folder / "facts.json").read_text())
+        found = json.loads((folder / f"{part}.json").read_text())
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -136,13 +132,13 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 def peer(run: Path) -> dict[str, Any] | None:
     """Return which client of which federation a peer's run is of; None for a simulation."""
-    found = _facts(run).get("peer")
+    found = _said(run).get("peer")
     return found if isinstance(found, dict) else None
 
 
 def plugins(run: Path) -> dict[str, Any]:
     """Return which code the run was begun with that is not peertune's, by block of the recipe."""
-    found = _facts(run).get("plugins", {})
+    found = _said(run).get("plugins", {})
     return found if isinstance(found, dict) else {}
 
 

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from safetensors.numpy import save
 
 from peertune.errors import RunError
 from peertune.files import reported, write_file
+from peertune.recipe import flat
 from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.runs.directory import peer
 
@@ -32,7 +33,8 @@ def append(folder: Path, record: RoundRecord) -> None:
     """
     values = asdict(replace(record, state=None))
     del values["state"]
-    long = {name: np.asarray(x) for name, x in _lists(values).items() if len(x) > LONGEST_LIST}
+    lists = {name: x for name, x in flat(values).items() if isinstance(x, list)}  # `loss`, `evaluation.clients`
+    long = {name: np.asarray(x) for name, x in lists.items() if len(x) > LONGEST_LIST}
     if long:
         file = _long_lists(folder, record.round)
         with reported(file):
@@ -56,17 +58,6 @@ def append(folder: Path, record: RoundRecord) -> None:
 
 def _long_lists(folder: Path, round: int) -> Path:
     return folder / "rounds" / f"round-{round:06d}.safetensors"
-
-
-def _lists(values: Mapping[str, Any], block: str = "") -> dict[str, list[Any]]:
-    """Return the lists of a record by name, such as `loss` and `evaluation.clients`."""
-    found: dict[str, list[Any]] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _lists(value, f"{block}{name}.")
-        elif isinstance(value, list):
-            found[f"{block}{name}"] = value
-    return found
 
 
 def _put(values: dict[str, Any], name: str, value: Any) -> None:
