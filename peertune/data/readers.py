@@ -7,6 +7,7 @@ them; others by their place, from 0, as `datasets` counts them.
 import csv
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -88,8 +89,9 @@ def _read_json(file: Path, field: str | None) -> Table:
         try:
             row = _parsed(line)
         except json.JSONDecodeError as error:
-            if not rows and (whole := _or_none(text)) is not None:  # one object over many lines
-                return _of_document(whole, None)
+            if not rows:
+                with suppress(json.JSONDecodeError):  # unless it is one object over many lines
+                    return _of_document(_parsed(text), None)
             raise ValueError(f"line {number}: {error.msg} at character {error.pos + 1}") from error
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is not a JSON object")
@@ -134,13 +136,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _parsed: Callable[[str], Any] = partial(json.loads, object_pairs_hook=_object)
-
-
-def _or_none(text: str) -> Any:
-    try:
-        return _parsed(text)
-    except json.JSONDecodeError:
-        return None
 
 
 def _need_different(names: Sequence[str]) -> None:

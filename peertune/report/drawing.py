@@ -21,16 +21,8 @@ Record = Mapping[str, Any]
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B5A800", "#8C8C8C")
 """Okabe and Ito's colours, which the colour-blind tell apart; to show on white and on black, yellow is darker and black
 is grey."""
-METHOD_COLOURS = {
-    "tad_lora": PALETTE[0],
-    "decaf": PALETTE[1],
-    "adf_lora": PALETTE[2],
-    "ffa_lora": PALETTE[3],
-    "dec_lora": PALETTE[4],
-    "rolora": PALETTE[5],
-    "fedrot_lora": PALETTE[6],
-    "local": PALETTE[7],
-}
+_METHODS = ("tad_lora", "decaf", "adf_lora", "ffa_lora", "dec_lora", "rolora", "fedrot_lora", "local")
+METHOD_COLOURS = dict(zip(_METHODS, PALETTE, strict=True))
 GREY = PALETTE[7]
 SCALE = "Cividis"  # even in lightness, for the colour-blind too
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
