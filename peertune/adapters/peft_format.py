@@ -66,9 +66,8 @@ def find_sites(base: nn.Module, target_modules: str | Sequence[str], head_roots:
     left = [name for name in chosen if name not in outside and isinstance(layers[name], (nn.Linear, Conv1D))]
     if left and str(target_modules).lower() != "all-linear":
         log.warning(
-            "lora.target_modules: %s, of the head or the output layer, carries no adapter, though %r chooses it",
-            left[0],
-            target_modules,
+            f"lora.target_modules: {left[0]}, of the head or the output layer, carries no adapter, "
+            f"though {target_modules!r} chooses it"
         )
     return sites
 

@@ -88,7 +88,7 @@ def _encode(recipe: Recipe, task: Task, base: Base, max_length: int, own: NDArra
         return encode_text(base.tokenizer, split, task.inputs, max_length, rows)
 
     if not images:
-        log.info("tokenising %s rows", f"{len(own) + len(task.validation):,}")
+        log.info(f"tokenising {len(own) + len(task.validation):,} rows")
     splits = encode(task.train, own), encode(task.validation)
     for encoded in () if images else splits:
         _check_tokens(recipe, base, encoded)
@@ -111,12 +111,8 @@ def _tell_long(recipe: Recipe, long: Mapping[str, int], rows: Mapping[str, int],
     for name, count in long.items():
         if count:
             log.warning(
-                "%s of %s rows of %s have more than %d tokens and are %s (training.max_length, training.long_rows)",
-                f"{count:,}",
-                f"{rows[name]:,}",
-                name,
-                max_length,
-                done,
+                f"{count:,} of {rows[name]:,} rows of {name} have more than {max_length} tokens and are {done} "
+                "(training.max_length, training.long_rows)"
             )
 
 

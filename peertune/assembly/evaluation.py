@@ -108,10 +108,8 @@ def _judged(recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask) ->
     prompts, long = encode_prompts(base.tokenizer, split, task.inputs, room)
     if long:
         log.warning(
-            "%s of %s prompts have more than %d tokens and lose their beginning (evaluate.max_new_tokens)",
-            f"{len(long):,}",
-            f"{len(rows):,}",
-            room,
+            f"{len(long):,} of {len(rows):,} prompts have more than {room} tokens and lose their beginning "
+            "(evaluate.max_new_tokens)"
         )
     right, ends = completions(base.tokenizer, encoded.validation, rows.tolist())
     decoding = Decoding(

@@ -187,10 +187,8 @@ def column(by: str, *, missing_cells: MissingCells = "refuse") -> Partition:
         if lacking and missing_cells == "drop":
             del groups[""]
             log.warning(
-                "partition column: no %s in %s of %s rows, which go to nobody (missing_cells)",
-                by,
-                f"{len(lacking):,}",
-                f"{len(split):,}",
+                f"partition column: no {by} in {len(lacking):,} of {len(split):,} rows, "
+                "which go to nobody (missing_cells)"
             )
         if len(groups) < clients:
             raise DataError(

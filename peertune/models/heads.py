@@ -73,22 +73,16 @@ def put_in_order(name: str, model: nn.Module, wider: nn.Module, own: Sequence[st
     wanted = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
     if found is None:
         log.warning(
-            "model.name: %s: the outputs of its head are called %s, and are taken for the classes %s in this order; "
-            "if that is wrong, give a copy whose config.json names them so (id2label)",
-            name,
-            called,
-            wanted,
+            f"model.name: {name}: the outputs of its head are called {called}, and are taken for the classes {wanted} "
+            "in this order; if that is wrong, give a copy whose config.json names them so (id2label)"
         )
         return
     if found == list(range(len(found))):
         if list(own) != list(classes):
-            log.info("model.name: %s: the outputs of its head, %s, are the classes %s", name, called, wanted)
+            log.info(f"model.name: {name}: the outputs of its head, {called}, are the classes {wanted}")
         return
     log.warning(
-        "model.name: %s: the outputs of its head, %s, are put in the order of the task's classes, %s",
-        name,
-        called,
-        wanted,
+        f"model.name: {name}: the outputs of its head, {called}, are put in the order of the task's classes, {wanted}"
     )
     roots, shapes = head_roots(model), {key: x.shape for key, x in wider.named_parameters()}
     for key, x in model.named_parameters():

@@ -130,10 +130,8 @@ def load_base(
     lacking, beyond = _fill_in(name, model, report, roots, seed, headless=headless)
     if any(key not in beyond for key, *_ in report["mismatched_keys"]):
         log.warning(
-            "model.name: %s: its head has %d outputs and the task asks for %d; a new one is drawn from the seed",
-            name,
-            len(own),
-            model.config.num_labels,
+            f"model.name: {name}: its head has {len(own)} outputs and the task asks for {model.config.num_labels}; "
+            "a new one is drawn from the seed"
         )
     elif classes and not (headless or planned) and len(beyond) == len(lacking):
         wider = copy.deepcopy(config)
@@ -201,17 +199,12 @@ def _read_config(
     own = list((config.id2label or {}).values())
     for key, value in ({} if purpose in _HEADLESS else head_config(classes)).items():
         setattr(config, key, value)
-    if purpose == "match":
-        _check_clip(name, config)
-    return config, own
-
-
-def _check_clip(name: str, config: Any) -> None:
-    if not isinstance(config, transformers.CLIPConfig):
+    if purpose == "match" and not isinstance(config, transformers.CLIPConfig):
         raise ModelError(
             f"model.name: {name} is of the kind {config.model_type}, and a task with templates needs a CLIP, such as "
             "openai/clip-vit-base-patch16; give one, or leave out task.templates"
         )
+    return config, own
 
 
 def _read_weights(
