@@ -9,24 +9,28 @@ from typing import Any
 
 from peertune.report.findings import learning, mixing, phases
 from peertune.report.findings.evidence import Facts
-from peertune.report.findings.finding import Finding
+from peertune.report.findings.finding import Finding, Said, Severity
 
-CHECKS: tuple[Callable[[Facts], Finding | None], ...] = (
-    phases.oscillation,
-    phases.phase_mismatch,
-    mixing.no_contraction,
-    mixing.worse_than_rho,
-    phases.out_of_phase,
-    learning.one_class,
-    learning.learning_rate,
-    mixing.lost_edges,
-    phases.interval,
-    learning.nothing_learnt,
-    learning.still_learning,
-    learning.too_short,
-    mixing.no_exchange,
-)
-"""What is looked for, the gravest first."""
+CHECKS: Mapping[Severity, Mapping[str, Callable[[Facts], Said | None]]] = {
+    "problem": {
+        "oscillation": phases.oscillation,
+        "phase_mismatch": phases.phase_mismatch,
+        "no_contraction": mixing.no_contraction,
+        "worse_than_rho": mixing.worse_than_rho,
+        "out_of_phase": phases.out_of_phase,
+        "one_class": learning.one_class,
+        "learning_rate": learning.learning_rate,
+        "nothing_learnt": learning.nothing_learnt,
+    },
+    "notice": {
+        "lost_edges": mixing.lost_edges,
+        "interval": phases.interval,
+        "still_learning": learning.still_learning,
+        "too_short": learning.too_short,
+        "no_exchange": mixing.no_exchange,
+    },
+}
+"""What is looked for: severity → a finding's name → its check, the gravest first."""
 
 
 def diagnose(
@@ -37,5 +41,10 @@ def diagnose(
     `recipe` is the resolved one, `facts` what `facts.json` holds, `records` the lines of `rounds.jsonl`.
     """
     seen = Facts(recipe, facts, records)
-    found = [finding for check in CHECKS if (finding := check(seen))]
-    return sorted(found, key=lambda finding: finding.severity != "problem") or [learning.healthy(seen)]
+    found = [
+        Finding(name, severity, *said)
+        for severity, checks in CHECKS.items()
+        for name, check in checks.items()
+        if (said := check(seen))
+    ]
+    return found or [Finding("healthy", "good", *learning.healthy(seen))]

@@ -2,13 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Severity = Literal["problem", "notice", "good"]
 
 LEAST_ROUNDS = 10  # below, trends and standard errors mean nothing
 WARM_UP = 5  # rounds at the start, whose loss falls steeply whatever else happens
 NO_GOSSIP = {"decaf", "fedrot_lora"}  # they turn the factors while they mix, so rho does not bound their contraction
+
+
+class Said(NamedTuple):
+    """What a check says; which one that is, and how grave, stands in `CHECKS`."""
+
+    title: str
+    text: str  # a sentence or two, with the numbers
+    advice: str  # what to change, by the recipe's keys; "" where there is nothing
 
 
 @dataclass(frozen=True)
@@ -18,8 +26,8 @@ class Finding:
     name: str  # short and fixed: "interval"
     severity: Severity
     title: str
-    text: str  # a sentence or two, with the numbers
-    advice: str  # what to change, by the recipe's keys; "" where there is nothing
+    text: str
+    advice: str
 
 
 def called(numbers: Sequence[int]) -> str:

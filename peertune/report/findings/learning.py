@@ -8,7 +8,7 @@ import numpy as np
 from peertune.data.scores import LOWER_IS_BETTER
 from peertune.report.findings import advice
 from peertune.report.findings.evidence import Facts, Floats
-from peertune.report.findings.finding import LEAST_ROUNDS, NO_GOSSIP, WARM_UP, Finding, called
+from peertune.report.findings.finding import LEAST_ROUNDS, NO_GOSSIP, WARM_UP, Said, called
 
 LEAST_EVALUATIONS = 3  # below, nobody can say whether a score still rises
 ONE_CLASS = 0.98  # of the predictions
@@ -23,7 +23,7 @@ LEAST_GAIN = 0.03  # of a score, from one evaluation to the next; of perplexity,
 NORM_GROWTH = 30.0  # over the first round's norms; as the other factor grows, they may become some times as long
 
 
-def one_class(seen: Facts) -> Finding | None:
+def one_class(seen: Facts) -> Said | None:
     """Clients whose model answers with one class."""
     expected, names = seen.constant, seen.facts["partition"]["labels"]
     if not seen.evaluated or not seen.evaluated[-1]["evaluation"]["top_share"] or expected is None:
@@ -35,9 +35,7 @@ def one_class(seen: Facts) -> Finding | None:
     own = {k: (max(rows) / max(1, sum(rows)), names[int(np.argmax(rows))]) for k, rows in seen.held.items()}
     named = ", ".join(f"{own[k][0]:.0%} {own[k][1]} for client {k}" for k in stuck[:3])
     skewed = float(np.mean([own[k][0] for k in stuck])) >= max(0.5, expected + LEAST_SKEW)
-    return Finding(
-        "one_class",
-        "problem",
+    return Said(
         "Some clients answer with one class",
         f"{called(stuck).capitalize()} of {len(shares)} gave {min(shares[k] for k in stuck):.0%} or more of their "
         f"answers to one class, which is at most {expected:.0%} of the rows evaluated. Their own rows: {named}"
@@ -48,7 +46,7 @@ def one_class(seen: Facts) -> Finding | None:
     )
 
 
-def learning_rate(seen: Facts) -> Finding | None:
+def learning_rate(seen: Facts) -> Said | None:
     """Spikes of the loss in many clients at once, a loss that ends above its start, or exploding gradients."""
     loss, means, rounds = seen.loss, seen.mean_loss, len(seen.records)
     if rounds < LEAST_ROUNDS:
@@ -77,9 +75,7 @@ def learning_rate(seen: Facts) -> Finding | None:
     if not signs:
         return None
     text = "; ".join(signs)
-    return Finding(
-        "learning_rate",
-        "problem",
+    return Said(
         "The learning rate is too high",
         f"{text[0].upper()}{text[1:]}.",
         f"Lower training.learning_rate from {seen.recipe['training']['learning_rate']:g} by a factor of 3 to 10"
@@ -92,7 +88,7 @@ def _median(values: Floats) -> Floats:
     return np.array([np.median(own[~np.isnan(own)]) if not np.isnan(own).all() else np.nan for own in values.T])
 
 
-def too_short(seen: Facts) -> Finding | None:
+def too_short(seen: Facts) -> Said | None:
     """Say what can't be judged."""
     rounds, evaluations = len(seen.records), len(seen.evaluated)
     if rounds >= LEAST_ROUNDS and evaluations:
@@ -102,9 +98,7 @@ def too_short(seen: Facts) -> Finding | None:
         advice = "Let the run go on."
     elif seen.recipe["rounds"] < LEAST_ROUNDS:
         advice = f"Set rounds={LEAST_ROUNDS} or more."
-    return Finding(
-        "too_short",
-        "notice",
+    return Said(
         "Too little to judge",
         f"There are {rounds} rounds and {evaluations} evaluations; trends need {LEAST_ROUNDS} rounds, and what the "
         "clients have learnt an evaluation.",
@@ -112,7 +106,7 @@ def too_short(seen: Facts) -> Finding | None:
     )
 
 
-def still_learning(seen: Facts) -> Finding | None:
+def still_learning(seen: Facts) -> Said | None:
     """A score that still rose from evaluation to evaluation when the run ended."""
     last = seen.evaluated[-LEAST_EVALUATIONS:]
     rounds = seen.recipe["rounds"]
@@ -124,9 +118,7 @@ def still_learning(seen: Facts) -> Finding | None:
     gains = [(a - b) / a if lower else b - a for a, b in ((first, before), (before, final))]
     if min(gains) <= 0 or gains[1] < LEAST_GAIN:
         return None
-    return Finding(
-        "still_learning",
-        "notice",
+    return Said(
         "The clients were still learning when the run ended",
         f"Their {metric} went from {first:.3f} by {before:.3f} to {final:.3f} in the last three evaluations, after the "
         f"rounds {', '.join(str(record['round']) for record in last)}."
@@ -135,16 +127,14 @@ def still_learning(seen: Facts) -> Finding | None:
     )
 
 
-def nothing_learnt(seen: Facts) -> Finding | None:
+def nothing_learnt(seen: Facts) -> Said | None:
     """Clients that are right no more often than whoever always gives the same answer."""
     if not seen.evaluated or len(seen.records) < LEAST_ROUNDS or seen.constant is None or one_class(seen):
         return None
     final = seen.evaluated[-1]["evaluation"]
     if final["metric"] != "accuracy" or fmean(final["clients"]) > seen.constant:
         return None
-    return Finding(
-        "nothing_learnt",
-        "problem",
+    return Said(
         "The clients know no more than one answer for all",
         f"Their accuracy is {fmean(final['clients']):.3f} on average. {_constant(seen.constant)}",
         "Run for more rounds, or with another training.learning_rate.",
@@ -155,7 +145,7 @@ def _constant(score: float) -> str:
     return f"Always the commonest class would score {score:.3f} on the same rows."
 
 
-def healthy(seen: Facts) -> Finding:
+def healthy(seen: Facts) -> Said:
     """Give the key numbers of a run in which nothing is wrong, and say where that takes more evaluations to tell."""
     final, evaluations = seen.evaluated[-1]["evaluation"], len(seen.evaluated)
     scores = np.array(final["clients"])
@@ -169,11 +159,6 @@ def healthy(seen: Facts) -> Finding:
     if len(seen.contraction) and seen.method not in NO_GOSSIP:
         text += f" A round leaves {seen.contraction.mean():.3f} of the squared disagreement; rho is {seen.rho:.3f}."
     if evaluations >= LEAST_EVALUATIONS:
-        return Finding("healthy", "good", "Nothing is wrong", text, "")
-    return Finding(
-        "healthy",
-        "good",
-        "Nothing wrong is seen",
-        f"{text} Whether they still learn can't be told from {evaluations} evaluation{'s' * (evaluations > 1)}.",
-        f"Lower evaluate.every, so that there are {LEAST_EVALUATIONS} or more.",
-    )
+        return Said("Nothing is wrong", text, "")
+    text += f" Whether they still learn can't be told from {evaluations} evaluation{'s' * (evaluations > 1)}."
+    return Said("Nothing wrong is seen", text, f"Lower evaluate.every, so that there are {LEAST_EVALUATIONS} or more.")

@@ -11,7 +11,7 @@ from scipy.sparse.csgraph import connected_components
 
 from peertune.report.findings import advice
 from peertune.report.findings.evidence import Facts
-from peertune.report.findings.finding import LEAST_ROUNDS, NO_GOSSIP, Finding, called
+from peertune.report.findings.finding import LEAST_ROUNDS, NO_GOSSIP, Said, called
 
 LEAST_MIXING = 2.0  # sum over the run of the share of the squared disagreement that a round takes away: e^-2 is left
 RHO_ERRORS = 3.0  # standard errors by which the measured contraction must lie above rho
@@ -19,7 +19,7 @@ GAP_KEPT = 0.5  # of 1 - rho; a mean above rho by less is what few rounds bring
 LOST_EDGES = 0.05  # of the edges that peers had; a restart of one of eight costs fewer
 
 
-def no_contraction(seen: Facts) -> Finding | None:
+def no_contraction(seen: Facts) -> Said | None:
     """Clients that no chain of meetings joins, or mixing that took away next to nothing in the whole run."""
     rounds = len(seen.records)
     if not seen.exchanges or rounds < LEAST_ROUNDS or len(seen.numbers) < seen.clients:
@@ -51,9 +51,7 @@ def no_contraction(seen: Facts) -> Finding | None:
             f"left {np.exp(-mixing):.0%} of it (rho = {seen.rho:.3f} lets expect {np.exp(-predicted):.0%}).",
             "Clients meet too rarely to agree",
         )
-    return Finding(
-        "no_contraction",
-        "problem",
+    return Said(
         title,
         f"{what} {alone}{trend}",
         advice.either(
@@ -71,7 +69,7 @@ def _disagreement(records: Sequence[Mapping[str, Any]]) -> float:
     return float(np.hypot(*np.mean(errors, axis=0)))
 
 
-def worse_than_rho(seen: Facts) -> Finding | None:
+def worse_than_rho(seen: Facts) -> Said | None:
     """Measured contraction clearly above rho, its bound on average: edges fail, or the graph is not what was said.
 
     Where different rounds follow each other in a period, rho bounds none of them.
@@ -85,9 +83,7 @@ def worse_than_rho(seen: Facts) -> Finding | None:
     if mean < seen.rho + RHO_ERRORS * error or 1 - mean > GAP_KEPT * (1 - seen.rho):
         return None
     used = sum(len(record["edges"]) for record in seen.records)
-    return Finding(
-        "worse_than_rho",
-        "problem",
+    return Said(
         "Mixing is weaker than the graph promises",
         f"A round left {mean:.3f} ± {error:.1g} of the squared disagreement on average, at most {seen.rho:.3f} is "
         f"predicted (rho). {failed} edges failed and {used} were used, {used / len(seen.records):.3g} a round.",
@@ -104,7 +100,7 @@ def _real_activation(seen: Facts, used: int) -> list[str]:
     return [f"set graph.activation={real:.2g}, what the links really gave{follows}"]
 
 
-def lost_edges(seen: Facts) -> Finding | None:
+def lost_edges(seen: Facts) -> Said | None:
     """Edges between peers over which nothing came: links, firewalls or processes that fail."""
     failed = [tuple(edge) for record in seen.records for edge in record["failed_edges"]]
     had = len(failed) + sum(len(record["edges"]) for record in seen.records)
@@ -113,9 +109,7 @@ def lost_edges(seen: Facts) -> Finding | None:
     often = Counter(client for edge in failed for client in edge if len(seen.numbers) > 1 or client not in seen.numbers)
     least = max(often.values()) / 2
     worst = sorted(client for client, times in often.items() if times >= least)
-    return Finding(
-        "lost_edges",
-        "notice",
+    return Said(
         "Swaps fail",
         f"Over {len(failed)} of {had} edges nothing came ({len(failed) / had:.0%}), most often with {called(worst)}. "
         "The mean of the adapters does not suffer, since an edge fails at both ends; mixing does.",
@@ -123,13 +117,11 @@ def lost_edges(seen: Facts) -> Finding | None:
     )
 
 
-def no_exchange(seen: Facts) -> Finding | None:
+def no_exchange(seen: Facts) -> Said | None:
     """Say that clients train alone."""
     if not seen.records or seen.exchanges:
         return None
-    return Finding(
-        "no_exchange",
-        "notice",
+    return Said(
         "Nobody talks to anybody",
         f"{seen.method} with {seen.clients} client{'s' * (seen.clients != 1)} sends nothing: each learns from its own "
         "rows alone, and disagreement is not judged.",

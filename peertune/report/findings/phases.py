@@ -12,7 +12,7 @@ import numpy as np
 
 from peertune.report.findings import advice
 from peertune.report.findings.evidence import Facts
-from peertune.report.findings.finding import LEAST_ROUNDS, WARM_UP, Finding, called
+from peertune.report.findings.finding import LEAST_ROUNDS, WARM_UP, Said, called
 
 LEAST_SWITCHES = 4  # a standard error over fewer is a guess
 JUMP_ERRORS = 2.5  # standard errors; where moments go on over switches at most 2.4 was seen, with a size of 0.15
@@ -24,7 +24,7 @@ HARDLY_RHO = 0.1  # below, clients all but agree after each round, and no phase 
 OUT_OF_PHASE = 0.05  # of client-rounds; a late report now and then does no harm
 
 
-def oscillation(seen: Facts) -> Finding | None:
+def oscillation(seen: Facts) -> Said | None:
     """Loss jumps at switches: its change there less its mean change within the two phases about it, over switches."""
     jumps = np.array(list(_jumps(seen)))
     if len(jumps) < LEAST_SWITCHES:
@@ -34,9 +34,7 @@ def oscillation(seen: Facts) -> Finding | None:
     if jump <= max(0, JUMP_ERRORS * error, JUMP_SIZE * level, JUMP_LEAST * float(seen.mean_loss[0])):
         return None
     reset = seen.recipe["training"]["reset_optimizer"] == "phase"
-    return Finding(
-        "oscillation",
-        "problem",
+    return Said(
         "The loss jumps when the trained factor changes",
         f"At {len(jumps)} switches the loss rose by {jump:.3g} ± {error:.1g} more than between rounds of the phases "
         f"about them, {jump / level:.0%} of its median of {level:.3g}.",
@@ -60,7 +58,7 @@ def _jumps(seen: Facts) -> Iterator[float]:
             yield float(changes[t] - np.mean(within))
 
 
-def phase_mismatch(seen: Facts) -> Finding | None:
+def phase_mismatch(seen: Facts) -> Said | None:
     """The idle factor, trained before, is not sent, and clients hold different ones while they average the other."""
     idle: list[tuple[float, float]] = []
     for t, (record, trained) in enumerate(zip(seen.records, seen.trained, strict=True)):
@@ -76,9 +74,7 @@ def phase_mismatch(seen: Facts) -> Finding | None:
     held, mixed = np.mean(idle, axis=0)
     if held < IDLE_DISAGREEMENT * mixed:
         return None
-    return Finding(
-        "phase_mismatch",
-        "problem",
+    return Said(
         "Clients average one factor over different idle ones",
         f"In {len(idle)} of {len(seen.records)} rounds the idle factor was not sent, though clients disagreed about it "
         f"by {held:.3g}, against {mixed:.3g} about the one trained and averaged: what is averaged fits nobody's.",
@@ -86,7 +82,7 @@ def phase_mismatch(seen: Facts) -> Finding | None:
     )
 
 
-def interval(seen: Facts) -> Finding | None:
+def interval(seen: Facts) -> Said | None:
     """Phases much longer or shorter than T*."""
     best = seen.facts["graph"]["switching_interval"]
     length = 1 if seen.method == "rolora" else seen.recipe["algorithm"].get("switch_every")
@@ -101,9 +97,7 @@ def interval(seen: Facts) -> Finding | None:
         else "each factor is trained for long against a frozen partner"
     )
     never = [kind for kind in "AB" if kind not in "".join(seen.trained)]
-    return Finding(
-        "interval",
-        "notice",
+    return Said(
         f"Phases are far {'shorter' if short else 'longer'} than T*",
         f"A phase lasts {length} round{'s' * (length > 1)}, where T* is {best} (rho = {seen.rho:.3f}): {why}."
         + (f" Factor {never[0]} was never trained." if never else ""),
@@ -111,16 +105,14 @@ def interval(seen: Facts) -> Finding | None:
     )
 
 
-def out_of_phase(seen: Facts) -> Finding | None:
+def out_of_phase(seen: Facts) -> Said | None:
     """Clients that trained another factor than most."""
     total = sum(len(record["clients"]) for record in seen.records)
     missed = [client for record in seen.records for client in record["out_of_phase"]]
     if not total or len(missed) <= OUT_OF_PHASE * total:
         return None
     often = sorted(set(missed), key=lambda client: (-missed.count(client), client))[:3]
-    return Finding(
-        "out_of_phase",
-        "problem",
+    return Said(
         "Clients train different factors at the same time",
         f"In {len(missed) / total:.1%} of client-rounds a client trained another factor than most, most often "
         f"{called(sorted(often))}: its reports on the graph had not arrived.",
