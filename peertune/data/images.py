@@ -22,7 +22,7 @@ from torch import Tensor
 
 from peertune.data.labels import Classes, number_labels
 from peertune.data.scores import OF_VALUES, Metric, read_metric
-from peertune.data.sources import first_line, image_columns, load_from_hub, named_source
+from peertune.data.sources import Source, first_line, image_columns, load_from_hub, need_folder
 from peertune.data.tables import MissingCells, Table
 from peertune.errors import DataError, unknown
 from peertune.randomness import Draw, generator
@@ -67,7 +67,7 @@ def images(
 
     Raises DataError where the arguments, a folder, a column, a label or an image is wrong.
     """
-    name = named_source("images", path, id, config, revision)
+    name = Source(path, id, config, revision).named("images", train, validation)
     where = f"task {name}"
     if read_metric(where, metric)[0] in OF_VALUES and not (classes is None and templates is None and shots is None):
         raise DataError(f"{where}: metric {metric} is of values; leave out classes, templates and shots")
@@ -78,8 +78,6 @@ def images(
             raise DataError(f"{where}: template {template!r} has no {{}} where the name of a class goes")
     if templates == []:
         raise DataError(f"{where}: templates is empty; give one or more, such as 'a photo of a {{}}'")
-    if train == validation:
-        raise DataError(f"{where}: train and validation are both {train}; hold some rows out, in a split of their own")
     if path is not None and (image, label) != ("image", "label"):
         raise DataError(f"{where}: image and label are columns of the hub; leave them out with path")
     if path is not None:
@@ -198,9 +196,7 @@ class _Source(NamedTuple):
 
 
 def _open_folder(where: str, folder: Path, splits: Sequence[str]) -> _Source:
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.is_file() else "is not there"
-        raise DataError(f"{where}: {folder} {what}, give the folder that holds a folder for each split")
+    need_folder(where, folder, "a folder for each split")
     images: dict[str, Sequence[Any]] = {}
     for split in splits:
         if not (folder / split).is_dir():

@@ -9,7 +9,7 @@ import numpy as np
 
 from peertune.data.labels import Classes, need_text, number_labels, told_already
 from peertune.data.scores import JUDGES, OF_LANGUAGE, OF_VALUES, Metric, read_metric
-from peertune.data.sources import named_source, open_source, read_splits
+from peertune.data.sources import Source
 from peertune.data.tables import MissingCells, Table, missing, need_columns, nested, whole, without_missing
 from peertune.errors import DataError, unknown
 from peertune.types import Task
@@ -47,14 +47,14 @@ def instructions(
 
     Raises DataError where the arguments, a file, a column or a row is wrong.
     """
-    called = named_source("instructions", path, id, config, revision, field)
+    source = Source(path, id, config, revision, field)
+    called = source.named("instructions", train, validation)
     where = f"task {called}"
     if metric not in OF_LANGUAGE:
         raise DataError(unknown(f"{where}: metric", metric, OF_LANGUAGE))
     if (prompt is None) != (completion is None):
         raise DataError(f"{where}: give both prompt and completion, or neither for the columns of these names")
-    read = open_source(where, path, id or "", config, revision, field)
-    tables = read_splits(where, read, train, validation)
+    tables = source.read(where, train, validation)
     if prompt is not None and completion is not None:
         tables = _in_words(where, tables, {"prompt": prompt, "completion": completion}, missing_cells)
         inputs: tuple[str, ...] = ("prompt", "completion")
@@ -106,7 +106,8 @@ def label_words(
 
     The data and errors are as for `instructions`.
     """
-    called = named_source("label_words", path, id, config, revision, field)
+    source = Source(path, id, config, revision, field)
+    called = source.named("label_words", train, validation)
     where = f"task {called}"
     if len(words) < 2 or len(set(words)) < len(words) or not all(word.strip() for word in words):
         raise DataError(f"{where}: words is {words}; give two or more different ones, none of them empty")
@@ -114,8 +115,7 @@ def label_words(
         raise DataError(f"{where}: metric {named} is not for classes, choose accuracy, f1 or matthews_correlation")
     if label in _FIELD.findall(prompt):
         raise DataError(told_already(where, label))
-    read = open_source(where, path, id or "", config, revision, field)
-    tables = read_splits(where, read, train, validation)
+    tables = source.read(where, train, validation)
     for name, table in tables.items():
         need_columns(f"{where}: {name}", table, (label,))
         tables[name] = table.with_columns({label: _truths(table.columns[label])})

@@ -4,7 +4,8 @@ A folder holds one file for each split, named after it: `train.parquet`, `valida
 `train.json`. Files are read straight into memory: nothing is cached, and no script of a data set ever runs.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,46 +14,49 @@ from peertune.data.readers import NAN, SUFFIXES, read_file
 from peertune.data.tables import Columns, Table, made
 from peertune.errors import DataError, unknown
 
-Reader = Callable[[Sequence[str]], Table]
-"""Takes names of splits and returns the rows of the first that is there."""
+
+@dataclass(frozen=True)
+class Source:
+    """Where a task's rows are: in the folder `path`, or on the hub."""
+
+    path: str | None
+    hub_id: str | None
+    config: str | None = None
+    revision: str | None = None
+    field: str | None = None  # what in a folder's JSON files holds the rows
+
+    def named(self, task: str, train: str, validation: str) -> str:
+        """Return what a task with rows of its own is called, such as `text/reviews`, by its folder or its hub's id.
+
+        Raises DataError where not just one of them is given, or what belongs to the other, and where the same split is
+        to train and to validate on.
+        """
+        if (self.path is None) == (self.hub_id is None):
+            raise DataError(f"task {task}: give either path (a folder) or id (a data set of the hub)")
+        named = f"{task}/{self.hub_id or Path(self.path or '').name}"
+        if self.path is not None and (self.config or self.revision):
+            raise DataError(f"task {named}: config and revision are of the hub; leave them out with path")
+        if self.hub_id is not None and self.field is not None:
+            raise DataError(f"task {named}: field is of a folder's JSON files; leave it out with id")
+        if train == validation:
+            both = f"train and validation are both {train}"
+            raise DataError(f"task {named}: {both}; hold some rows out, in a split of their own")
+        return named
+
+    def read(self, where: str, train: str, *validation: str) -> dict[str, Table]:
+        """Return the splits to train and to validate on, the latter under any of its names."""
+        if self.path is not None:
+            read = partial(_from_folder, where, Path(self.path).expanduser(), self.field)
+        else:
+            read = partial(_from_hub, where, load_from_hub(where, self.hub_id or "", self.config, self.revision))
+        return {train: read((train,)), validation[0]: read(validation)}
 
 
-def named_source(
-    task: str,
-    path: str | None,
-    id: str | None,
-    config: str | None = None,
-    revision: str | None = None,
-    field: str | None = None,
-) -> str:
-    """Return what a task with rows of its own is called, such as `text/reviews`, by its folder or its id on the hub.
-
-    Raises DataError where not just one of them is given, or what belongs to the other.
-    """
-    if (path is None) == (id is None):
-        raise DataError(f"task {task}: give either path (a folder) or id (a data set of the hub)")
-    named = f"{task}/{id or Path(path or '').name}"
-    if path is not None and (config or revision):
-        raise DataError(f"task {named}: config and revision are of the hub; leave them out with path")
-    if id is not None and field is not None:
-        raise DataError(f"task {named}: field is of a folder's JSON files; leave it out with id")
-    return named
-
-
-def open_source(
-    where: str, path: str | None, hub_id: str, config: str | None, revision: str | None, field: str | None = None
-) -> Reader:
-    """Return what reads a split, from the folder or else from the hub."""
-    if path is not None:
-        return partial(_from_folder, where, Path(path).expanduser(), field)
-    return partial(_from_hub, where, load_from_hub(where, hub_id, config, revision))
-
-
-def read_splits(where: str, read: Reader, train: str, validation: str, *others: str) -> dict[str, Table]:
-    """Return the splits to train and to validate on, the latter under any of its names."""
-    if train == validation:
-        raise DataError(f"{where}: train and validation are both {train}; hold some rows out, in a split of their own")
-    return {train: read((train,)), validation: read((validation, *others))}
+def need_folder(where: str, folder: Path, what: str) -> None:
+    """Raise DataError where there is no folder, which is to hold `what`."""
+    if not folder.is_dir():
+        found = "is a file, not a folder" if folder.is_file() else "is not there"
+        raise DataError(f"{where}: {folder} {found}, give the folder that holds {what}")
 
 
 def load_from_hub(where: str, hub_id: str, config: str | None, revision: str | None) -> dict[str, Any]:
@@ -116,9 +120,7 @@ def _from_hub(where: str, splits: Mapping[str, Any], names: Sequence[str]) -> Ta
 
 
 def _from_folder(where: str, folder: Path, field: str | None, names: Sequence[str]) -> Table:
-    if not folder.is_dir():
-        what = "is a file, not a folder" if folder.is_file() else "is not there"
-        raise DataError(f"{where}: {folder} {what}, give the folder that holds train.parquet, .csv or .jsonl")
+    need_folder(where, folder, "train.parquet, .csv or .jsonl")
     files = [folder / (name + suffix) for name in names for suffix in SUFFIXES]
     there = [file for file in files if file.is_file()]
     if not there:

@@ -12,7 +12,7 @@ from peertune.data.images import images
 from peertune.data.labels import Classes, number_labels
 from peertune.data.language import instructions, label_words
 from peertune.data.scores import OF_CLASS, OF_VALUES, Metric, read_metric
-from peertune.data.sources import named_source, open_source, read_splits
+from peertune.data.sources import Source
 from peertune.data.tables import MissingCells
 from peertune.errors import DataError, unknown
 from peertune.types import Task
@@ -74,9 +74,7 @@ def glue(
         raise DataError(f"{where}: revision is of the hub; leave it out with path")
     if path is None and field is not None:
         raise DataError(f"{where}: field is of a folder's JSON files; give path, or leave it out")
-    tables = read_splits(
-        where, open_source(where, path, "nyu-mll/glue", config, revision, field), "train", *known.validation
-    )
+    tables = Source(path, "nyu-mll/glue", config, revision, field).read(where, "train", *known.validation)
     tables = {  # rows that are not the hub's have the benchmark's numbers all the same
         split: table.named("label", known.classes) if known.classes and "label" in table.columns else table
         for split, table in tables.items()
@@ -112,12 +110,12 @@ def text(
 
     Raises DataError where the arguments, a file, a column or a label is wrong.
     """
-    name = named_source("text", path, id, config, revision, field)
+    source = Source(path, id, config, revision, field)
+    name = source.named("text", "train", validation)
     where = f"task {name}"
     if not 1 <= len(inputs) <= 2:
         raise DataError(f"task text: inputs names {len(inputs)} columns, give one or two")
-    read = open_source(where, path, id or "", config, revision, field)
-    tables = read_splits(where, read, "train", validation)
+    tables = source.read(where, "train", validation)
     found = number_labels(where, tables, tuple(inputs), label, classes, metric, missing_cells)
     train, held_out = found.splits
     return Task(name, tuple(inputs), found.classes, train, held_out, found.metric, of=found.of)
@@ -133,14 +131,13 @@ TASKS: dict[str, Callable[..., Task]] = {
 }
 
 
+_HUB_SETTINGS = {
+    "glue": ("revision",),
+    "images": ("id", "config", "revision", "image", "label"),
+    **dict.fromkeys(("instructions", "label_words", "text"), ("id", "config", "revision")),
+}
+
+
 def hub_settings(task: str) -> tuple[str, ...]:
     """Return the settings of a task that say something only where its rows are the hub's."""
-    match task:
-        case "glue":
-            return ("revision",)
-        case "images":
-            return ("id", "config", "revision", "image", "label")
-        case "instructions" | "label_words" | "text":
-            return ("id", "config", "revision")
-        case _:
-            return ()
+    return _HUB_SETTINGS.get(task, ())
