@@ -11,7 +11,6 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peertune.adapters.peft_format import LOADERS
-from peertune.errors import RunError
 from peertune.models.load import MODELS
 from peertune.report.runs import RunData
 from peertune.report.tables import summarise
@@ -28,11 +27,8 @@ def card(run: RunData, name: str, client: int | None, round: int, merged: str | 
     was added to the base, where it was. Of a path on this machine only the last part is told. Raises RunError where the
     run does not say what its adapters are for.
     """
-    try:
-        lora = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
-    except (OSError, ValueError):
-        raise RunError(f"{run.folder}/adapter: is missing or damaged; give the folder of a run") from None
-    recipe, purpose = run.recipe, directory.pipeline_tag(run.folder)
+    recipe, purpose = run.recipe, directory.pipeline_tag(run.folder)  # which looks whether the adapter is whole
+    lora = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     evaluated = [record for record in run.records if record["round"] < round and record["evaluation"]]
     row, score = summarise(evaluated), _score(evaluated[-1], client) if evaluated else None
     task = "/".join([recipe["task"]["name"], *filter(None, [recipe["task"].get("config")])])
@@ -124,11 +120,8 @@ def _rows(held: Sequence[int]) -> str:
 def _score(record: Mapping[str, Any], client: int | None) -> float | None:
     """Return the score of what was exported; None where the record has none."""
     evaluation = record["evaluation"]
-    if client is None:
-        score: float | None = evaluation["average"]
-        return score
-    scores = dict(zip(record["clients"], evaluation["clients"], strict=True))
-    return scores.get(client)
+    scores: dict[int | None, float | None] = dict(zip(record["clients"], evaluation["clients"], strict=True))
+    return (scores | {None: evaluation["average"]}).get(client)
 
 
 def _results(row: Mapping[str, Any], score: float | None, evaluated: Sequence[Mapping[str, Any]], round: int) -> str:

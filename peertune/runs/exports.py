@@ -21,11 +21,13 @@ def written(run: Path, state: State, client: int | None, to: Path) -> Iterator[P
     It takes the place of `to` when all is done that is to be done with it, and vanishes otherwise. Raises RunError for
     a client that isn't there or a folder that is there already.
     """
-    clients = _clients(run, state)
+    own = peer(run)
+    clients: Sequence[int] = range(state.clients) if own is None else [int(own["client"])]
+    who = f"the run has clients 0 to {clients[-1]}" if own is None else f"the run is of client {clients[0]} alone"
     if client is not None and client not in clients:
-        raise RunError(f"client {client}: {_who(run, clients)}")
-    if client is None and len(clients) < 2 and peer(run) is not None:
-        raise RunError(f"average: {_who(run, clients)}; give --client {clients[0]}")
+        raise RunError(f"client {client}: {who}")
+    if client is None and own is not None:
+        raise RunError(f"average: {who}; give --client {clients[0]}")
     with reported(to):
         if to.exists():
             raise RunError(f"{to}: is there already; give another folder")
@@ -47,18 +49,6 @@ def write_all(run: Path, state: State, clients: Sequence[int], group: Group = AL
             write(beside / "average", average)
 
     write_together(run / "adapters", group, write_own)
-
-
-def _clients(run: Path, state: State) -> Sequence[int]:
-    """Return the numbers of the clients whose adapters the state holds."""
-    own = peer(run)
-    return range(state.clients) if own is None else [int(own["client"])]
-
-
-def _who(run: Path, clients: Sequence[int]) -> str:
-    if peer(run) is None:
-        return f"the run has clients 0 to {clients[-1]}"
-    return f"the run is of client {clients[0]} alone"
 
 
 def _adapter_writer(run: Path) -> Callable[[Path, Tensors], None]:

@@ -51,9 +51,7 @@ def _load(name: str, revision: str | None, purpose: str, labels: Sequence[str]) 
     transformers.utils.logging.disable_progress_bar()
     source = str(MODELS.get(name, name))
     common: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": False}
-    head: dict[str, Any] = {}
-    if purpose in ("text-classification", "image-classification"):
-        head = head_config(labels)
+    head = head_config(labels) if purpose in ("text-classification", "image-classification") else {}
     try:
         config = AutoConfig.from_pretrained(source, **head, **common)
         if getattr(config, "quantization_config", None) is not None:
