@@ -61,19 +61,16 @@ def write_figures(runs: Sequence[RunData], folder: Path, formats: Sequence[str] 
     except ImportError:
         raise RunError("figures: kaleido is missing, which draws them; pip install 'peertune[figures]'") from None
     specs = []
-    for beneath, drawn in _figures_by_folder(runs).items():
-        try:
-            (folder / beneath).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{folder}: can't be written ({error.strerror}); give a folder you can write to") from None
-        for name, _, _, figure in drawn:
-            figure.update_layout(template=theme(dark=False, paper="white"))
-            options = {"width": 720, "height": figure.layout.height, "scale": 3}
-            specs += [
-                {"fig": figure, "path": folder / beneath / f"{name}.{suffix}", "opts": options | {"format": suffix}}
-                for suffix in formats
-            ]
     try:
+        for beneath, drawn in _figures_by_folder(runs).items():
+            (folder / beneath).mkdir(parents=True, exist_ok=True)
+            for name, _, _, figure in drawn:
+                figure.update_layout(template=theme(dark=False, paper="white"))
+                options = {"width": 720, "height": figure.layout.height, "scale": 3}
+                specs += [
+                    {"fig": figure, "path": folder / beneath / f"{name}.{suffix}", "opts": options | {"format": suffix}}
+                    for suffix in formats
+                ]
         # Its own browser, without the network: mathjax would come from there.
         kaleido.write_fig_from_object_sync(specs, kopts={"mathjax": False})
     except ChromeNotFoundError:

@@ -119,11 +119,8 @@ def _facts(run: RunData) -> str:
         "sent by a client": f"{row['megabytes_sent']:.3g} MB" if run.records else None,
         "time": f"{row['seconds']:.0f} s" if run.records else None,
     }
-    return _described({key: value for key, value in facts.items() if value is not None})
-
-
-def _described(facts: Mapping[str, Any]) -> str:
-    pairs = "".join(f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>" for key, value in facts.items())
+    told = {key: escape(str(value)) for key, value in facts.items() if value is not None}
+    pairs = "".join(f"<div><dt>{escape(key)}</dt><dd>{value}</dd></div>" for key, value in told.items())
     return f'<dl class="facts">{pairs}</dl>'
 
 

@@ -32,14 +32,8 @@ def draw_graph(graph: Graph, title: str, file: Path) -> None:
     if graph.clients <= 50:
         nx.draw_networkx_labels(possible, places, ax=axes, font_size=8)
     axes.set_title(title, fontsize=11, loc="left")
-    axes.text(
-        0,
-        -0.02,
-        f"grey: possible edges   blue: active in round {shown}",
-        transform=axes.transAxes,
-        fontsize=8,
-        va="top",
-    )
+    colours = f"grey: possible edges   blue: active in round {shown}"
+    axes.text(0, -0.02, colours, transform=axes.transAxes, fontsize=8, va="top")
     axes.set_aspect("equal")
     axes.axis("off")
     try:

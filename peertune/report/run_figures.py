@@ -54,15 +54,14 @@ def score(run: RunData) -> go.Figure | None:
         drawn.append(line(rounds, average, "averaged adapter", drawing.colour(run), "round %{x}: %{y:.3f}", 2))
     labels = evaluated_labels(run.recipe, run.facts)
     if metric([run]) == "accuracy" and any(labels):
-        constant = max(labels) / sum(labels)
-        ends = {
-            "x": rounds[[0, -1]],
-            "y": [constant, constant],
-            "mode": "lines",
-            "line": {"color": GREY, "dash": "dash"},
-        }
-        drawn.append(go.Scatter(ends, name="always the commonest class", hoverinfo="name+y"))
+        drawn.append(_level(rounds[[0, -1]], max(labels) / sum(labels), "always the commonest class", "name+y"))
     return chart(*drawn, x="round", y=metric([run]), xaxis=ticks(rounds[-1]))
+
+
+def _level(ends: Any, value: float, name: str, hover: str) -> go.Scatter:
+    """Draw what a value would be in all rounds from the first to the last, its `ends`."""
+    line = {"color": GREY, "dash": "dash"}
+    return go.Scatter(x=ends, y=[value, value], name=name, mode="lines", line=line, hoverinfo=hover)
 
 
 def loss(run: RunData) -> go.Figure | None:
@@ -242,8 +241,8 @@ def contraction(run: RunData) -> go.Figure | None:
         return None
     rho = run.facts.get("graph", {}).get("rho")
     if rho is not None:
-        ends = {"x": [run.records[0]["round"], run.records[-1]["round"]], "y": [rho, rho], "mode": "lines"}
-        drawn.append(go.Scatter(ends, name=f"rho = {rho:.3f}", line={"color": GREY, "dash": "dash"}, hoverinfo="name"))
+        ends = [run.records[0]["round"], run.records[-1]["round"]]
+        drawn.append(_level(ends, rho, f"rho = {rho:.3f}", "name"))
     axes: dict[str, Any] = {"xaxis": ticks(run.records[-1]["round"]), "yaxis": {"rangemode": "tozero"}}
     return chart(*drawn, x="round", y="left of the squared error", showlegend=True, **axes)
 

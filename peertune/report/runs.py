@@ -183,6 +183,10 @@ def _joined(parts: Sequence[RunData], folder: Path) -> RunData:
     )
 
 
+_OF_CLIENTS = ("clients", "loss", "grad_norm", "bytes_sent", "neighbours", "not_mixed", "suspects")
+"""Lists of a record that go by client."""
+
+
 def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Put one round's records of several clients together; seconds are their mean, as they run side by side."""
 
@@ -207,10 +211,8 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "round": records[0]["round"],
         "train": list(train),
         "send": records[0]["send"],
-        **{key: chained(key) for key in ("clients", "loss", "grad_norm", "bytes_sent", "neighbours")},
-        "edges": union("edges"),
-        "vacant_edges": union("vacant_edges"),
-        "failed_edges": union("failed_edges"),
+        **{key: chained(key) for key in _OF_CLIENTS},
+        **{key: union(key) for key in ("edges", "vacant_edges", "failed_edges")},
         "out_of_phase": [who for record in records if tuple(record["train"]) != train for who in record["clients"]],
         "neighbourhood_cross_term": None
         if any(record["neighbourhood_cross_term"] is None for record in records)
@@ -219,8 +221,6 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "seconds": {stage: fmean(record["seconds"].get(stage, 0.0) for record in records) for stage in stages},
         "evaluation": evaluation,
         **{key: sum(record[key] for record in records) for key in ("failed_writes", "skipped")},
-        "not_mixed": chained("not_mixed"),
-        "suspects": chained("suspects"),
     }
 
 

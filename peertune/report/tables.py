@@ -103,9 +103,7 @@ def compare(
     keys = list(by) if by is not None else _default_keys(runs)
     known = {key for values in found.values() for key in values}
     if wrong := next((key for key in keys if key not in known), None):
-        raise RunError(
-            f"--by: {unknown(wrong, wrong, known).partition(': ')[2]}".replace("unknown name", "unknown key")
-        )
+        raise RunError(unknown("--by", wrong, known).replace("unknown name", "unknown key"))
     _check_comparable(runs, keys)
     for run in runs:
         done = len(run.records)
