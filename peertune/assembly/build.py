@@ -95,13 +95,7 @@ def build(
     parts = build_parts(recipe, clients, own_data, known=known, group=group)
     loaded = load(recipe, parts.task, planned=planned)
     encoded = encode(recipe, parts, loaded.base)
-    return _run(recipe, parts, loaded, encoded)
-
-
-def _run(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> Run:
-    """Make the job, and say what is in it."""
-    task, group = parts.task, parts.group
-    job = _job(recipe, parts, loaded, encoded)
+    job, task = _job(recipe, parts, loaded, encoded), parts.task
     return Run(
         job,
         _resolve(recipe, parts, loaded, job.clients_per_pass),

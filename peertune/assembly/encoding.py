@@ -65,10 +65,8 @@ def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]
 
 def _max_length(recipe: Recipe, base: Base) -> int:
     """Return how many tokens a row may have: by the recipe, and by what the base can take."""
-    if base.tokenizer is None:
-        return recipe.training.max_length
-    asked = recipe.training.max_length
-    return int(min(asked, asked if base.positions is None else base.positions, base.tokenizer.model_max_length))
+    limits = (recipe.training.max_length, base.positions, getattr(base.tokenizer, "model_max_length", None))
+    return int(min(limit for limit in limits if limit is not None))
 
 
 def _encode(recipe: Recipe, task: Task, base: Base, max_length: int, own: NDArray[np.int64]) -> tuple[Encoded, Encoded]:

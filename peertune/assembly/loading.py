@@ -1,5 +1,6 @@
 """The second step of `build`: a base with sites for the clients' adapters, and how much goes through it together."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -76,15 +77,13 @@ def clients_together(recipe: Recipe) -> int:
 _HEADLESS = {"language": "a language model", "match": "a task with templates"}
 
 
+_PURPOSES: Mapping[str, Purpose] = {"match": "match", "complete": "language", "choose": "language"}
+
+
 def _purpose(task: Task) -> Purpose:
     """Return what the task needs a base for."""
-    match task.form:
-        case "match":
-            return "match"
-        case "complete" | "choose":
-            return "language"
-        case _:
-            return "image" if task.inputs == ("pixel_values",) else "text"
+    classifies: Purpose = "image" if task.inputs == ("pixel_values",) else "text"
+    return _PURPOSES.get(task.form, classifies)
 
 
 def _lora_config(recipe: Recipe, base: Base, purpose: Purpose) -> LoraConfig:

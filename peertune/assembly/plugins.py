@@ -45,13 +45,6 @@ class Found(NamedTuple):
     origin: Mapping[str, str]  # which code that is, the same wherever it is the same; {} of peertune's own
 
 
-class _Code(NamedTuple):
-    """A module that was imported."""
-
-    names: Mapping[str, Any]
-    origin: Mapping[str, str]
-
-
 def allow(modules: Sequence[str]) -> None:
     """Let recipes name functions of these modules, and of no others but installed entry points.
 
@@ -104,8 +97,8 @@ def find(table: Choices, name: str, where: str) -> Found:
 
 def _function(table: Choices, module: str, function: str, named: str) -> Found:
     """Import the module, and return its function if it says that it makes what the table is of."""
-    code = _imported(module)
-    factory = code.names.get(function)
+    names, origin = _imported(module)
+    factory = names.get(function)
     if not inspect.isfunction(factory):
         raise RecipeError(f"{named}: {module} has no Python function {function!r}")
     try:
@@ -118,7 +111,7 @@ def _function(table: Choices, module: str, function: str, named: str) -> Found:
     for parameter in inspect.signature(factory).parameters.values():
         if not _is_setting(parameter):
             raise RecipeError(f"{named}: takes {parameter}, but a setting has a name and a value as JSON has them")
-    return Found(factory, {"function": f"{module}:{function}", **code.origin})
+    return Found(factory, {"function": f"{module}:{function}", **origin})
 
 
 def _is_setting(parameter: inspect.Parameter) -> bool:
@@ -131,15 +124,15 @@ def _is_setting(parameter: inspect.Parameter) -> bool:
 
 
 @cache
-def _imported(module: str) -> _Code:
-    """Import the module. Raises RecipeError, in one line, where that fails."""
+def _imported(module: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
+    """Import the module; return its names and which code it is. Raises RecipeError, in one line, where that fails."""
     try:
         imported = import_module(module)
     except (Exception, SystemExit) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = "" if last.filename.startswith("<") else f", {Path(last.filename).name} line {last.lineno}"
         raise RecipeError(f"module {module}: can't be imported ({type(error).__name__}: {error}{place})") from None
-    return _Code(vars(imported), _origin(module))
+    return vars(imported), _origin(module)
 
 
 def _origin(module: str) -> dict[str, str]:
