@@ -5,8 +5,9 @@ and its own evaluation then run there, with the largest micro-batches of its own
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -80,8 +81,10 @@ def plan(recipe: Recipe) -> Plan:
         held, moments = live.now, _storage_bytes(state.moments.values())
         training = [_training(live, job, state, t, phase) for t, phase in _phases(job)]
         mixing = live.most(lambda: _mixing(job, state)).taken
-        prompts = (recipe.evaluate.rows or sys.maxsize) if run.asked["metric"] in JUDGES else None
-        evaluation = live.most(lambda: _evaluate(job, state, resolved, prompts)).taken
+        evaluate: Callable[[], object] = partial(job.evaluate, take(state.adapters, slice(0, 1)))  # and the average
+        if run.asked["metric"] in JUDGES:
+            evaluate = partial(_generate, job, state, resolved, recipe.evaluate.rows or sys.maxsize)
+        evaluation = live.most(evaluate).taken
     most, gradients = max(training)
     return Plan(
         device=resolved.device,
@@ -144,13 +147,6 @@ def _largest(batches: list[Batch]) -> list[Batch]:
         return padded if batch.packing is None else batch.packing.rows.numel(), padded, batch.labels.numel()
 
     return list({id(batch): batch for i in range(3) for batch in [max(batches, key=lambda b: sizes(b)[i])]}.values())
-
-
-def _evaluate(job: Job, state: State, recipe: Recipe, prompts: int | None) -> None:
-    if prompts is not None:
-        _generate(job, state, recipe, prompts)
-    else:
-        job.evaluate(take(state.adapters, slice(0, 1)))  # that client and the average
 
 
 @torch.no_grad()

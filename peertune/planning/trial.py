@@ -17,7 +17,7 @@ from peertune.rounds.metrics import payload_bytes
 from peertune.rounds.round import Job
 from peertune.rounds.training import train_local
 from peertune.topology import active_edges
-from peertune.types import Tensors, kind, take
+from peertune.types import kind, take
 
 STEPS = 3
 """Local steps that are tried; the first warms up."""
@@ -65,13 +65,12 @@ def trial(recipe: Recipe) -> Trial:
     seen = job.evaluate(take(part.adapters, slice(0, 1)))  # the client and the average of one
     evaluated = (time.perf_counter() - begun) / 2
     whole = min(recipe.evaluate.rows or sys.maxsize, sum(run.validation))
-    one = job.state.take(slice(0, 1))
     return Trial(
         start_s=loaded - started,
         step_s=min(taken[1:] or taken) / len(clients),
         evaluation_s=evaluated * whole / seen.rows,
         memory_bytes=_peak_bytes(job.device),
-        client_bytes=sum(map(_bytes, (one.adapters, one.moments, one.memory))),
+        client_bytes=sum(map(payload_bytes, (job.state.adapters, job.state.moments, job.state.memory))),
         sent_bytes=_sent_bytes(job),
     )
 
@@ -117,10 +116,6 @@ def cost_key(recipe: Recipe) -> str:
     for free in ("learning_rate", "local_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps"):
         del values["training"][free]
     return str(values)
-
-
-def _bytes(tensors: Tensors) -> int:
-    return sum(x.numel() * x.element_size() for x in tensors.values())
 
 
 def _peak_bytes(device: torch.device) -> int:
