@@ -129,5 +129,5 @@ def useful_operations(model: StackedModel, batches: list[Batch]) -> float:
         total += passes * 2 * layer.weight.numel() * (tokens if ".layer." in name else rows)
     for site in model.sites.values():
         d_out, d_in = cast(nn.Linear, site.layer).weight.shape
-        total += 3 * 2 * model.r * (d_in + d_out) * tokens
+        total += 3 * 2 * site.r * (d_in + d_out) * tokens
     return total + 3 * 2 * 2 * squares * int(config.num_hidden_layers) * int(config.hidden_size)

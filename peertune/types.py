@@ -20,9 +20,8 @@ Tensors = dict[str, Tensor]
 class Split:
     """N rows of a task."""
 
-    columns: Mapping[
-        str, Sequence[Any] | NDArray[Any]
-    ]  # all that the source has, each of length N; images [N, C, H, W]
+    # all that the source has, each of length N; images [N, C, H, W]
+    columns: Mapping[str, Sequence[Any] | NDArray[Any]]
     labels: NDArray[Any]  # [N], class numbers (int64) or targets of a regression (float64)
     numbers: NDArray[Any] | None = None  # [N], what the source calls each row; None: by its place, from 0
     unit: str = "row"  # what these count: a row, or a line

@@ -95,7 +95,6 @@ class StackedModel:
     base: nn.Module
     sites: Mapping[str, Site]
     heads: Mapping[str, Head]  # the layers of a trained head; empty where it is frozen
-    r: int
     base_dropout: bool  # whether the base's own dropout is on in training
     packs: bool  # whether the base's layers take packed rows
     streams: Mapping[nn.Module, int]
@@ -193,7 +192,7 @@ def attach(
         base.get_submodule(output_name).register_forward_pre_hook(_wanted)
     if checkpointing:
         checkpoint_layers(base, site_names)
-    return StackedModel(base, sites, heads, r, base_dropout, packs, streams, forward or _logits)
+    return StackedModel(base, sites, heads, base_dropout, packs, streams, forward or _logits)
 
 
 def _wanted(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -225,11 +224,10 @@ def init_adapters(model: StackedModel, clients: int, seed: int) -> Tensors:
     for name, site in model.sites.items():
         d_in, d_out = _sizes(name, site.layer)
         bound = d_in**-0.5
-        a = generator(seed, Draw.ADAPTER.of(name)).uniform(-bound, bound, (model.r, d_in))
+        a = generator(seed, Draw.ADAPTER.of(name)).uniform(-bound, bound, (site.r, d_in))
         adapters[f"{name}.A"] = torch.from_numpy(a).to(weight.device, dtype).expand(clients, -1, -1)
-        adapters[f"{name}.B"] = torch.zeros(1, d_out, model.r, dtype=dtype, device=weight.device).expand(
-            clients, -1, -1
-        )
+        b = torch.zeros(d_out, site.r, dtype=dtype, device=weight.device)
+        adapters[f"{name}.B"] = b.expand(clients, -1, -1)
     for name, head in model.heads.items():
         for part, value in head.layer.named_parameters():
             adapters[f"{name}.{part}.head"] = value.detach().to(dtype).expand(clients, *value.shape)

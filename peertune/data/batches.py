@@ -313,9 +313,5 @@ def validation_batches(
     lengths = encoded.lengths[rows]
     for part in even_parts(lengths, tokens) if packed else micro_batches(lengths, tokens):
         zeros = torch.zeros(len(part), dtype=torch.int64)
-        yield (
-            make_batch(
-                encoded, rows[part], clients=zeros, weights=zeros.double(), keys=zeros, shared=zeros, packed=packed
-            ),
-            part,
-        )
+        as_one = {"clients": zeros, "weights": zeros.double(), "keys": zeros, "shared": zeros}
+        yield make_batch(encoded, rows[part], packed=packed, **as_one), part

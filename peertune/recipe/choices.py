@@ -22,11 +22,9 @@ def arguments(factory: Callable[..., Any], choice: Choice, where: str, given: Se
     for key in choice.settings:
         if key not in parameters:
             takes = f"takes {', '.join(sorted(parameters))}" if parameters else "takes no settings"
-            problem = unknown_key(f"{where}.{key}", parameters)
-            if "did you mean" in problem:
-                raise RecipeError(f"{problem} ({choice.name} {takes})")
-            problem = problem.split(", choose")[0].rstrip(", ")
-            raise RecipeError(f"{problem} ({choice.name} {takes}; {where}.{key}=null leaves out what the recipe sets)")
+            problem, listed, _ = unknown_key(f"{where}.{key}", parameters).partition(", choose")
+            way_out = f"; {where}.{key}=null leaves out what the recipe sets" if listed else ""
+            raise RecipeError(f"{problem} ({choice.name} {takes}{way_out})")
     values = {}
     for name, parameter in parameters.items():
         if name not in choice.settings:

@@ -134,9 +134,8 @@ class Recipe(_Block):
     checkpoint: Checkpoint = Checkpoint()
     network: Network = Network()
     faults: list[PlannedFault] = []  # to study what failures do; real peers follow the same plan
-    report_to: Annotated[
-        list[Tracker], BeforeValidator(_trackers)
-    ] = []  # experiment trackers, where their packages are installed
+    # Experiment trackers, where their packages are installed.
+    report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = []
     seed: int = Field(0, ge=0)
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
 
