@@ -41,7 +41,7 @@ ReadStatus = Callable[[], dict[str, Any]]
 
 
 def peer_status(
-    swapper: "Swapper", rounds: int, local_steps: int, neighbours: Sequence[int], failed_writes: int
+    swapper: "Swapper", rounds: int, local_steps: int, neighbours: Sequence[int], failed_writes: int = 0
 ) -> dict[str, Any]:
     """Return how a peer stands, and each of its `neighbours`, heard or not."""
     from peertune.wire.node import Neighbour
