@@ -17,9 +17,7 @@ from peertune.errors import Exit, RecipeError, RunError
 
 if TYPE_CHECKING:
     from peertune.assembly.build import Run
-    from peertune.identity.keys import Identity
     from peertune.identity.membership import Membership
-    from peertune.identity.roster import Roster
     from peertune.recipe import Recipe
     from peertune.rounds.round import Job
     from peertune.runs.keeping import Keeper
@@ -30,15 +28,11 @@ log = logging.getLogger(__name__)
 
 Folder = Annotated[Path, typer.Option("--dir", help="The peer's folder, with its key and its certificate.")]
 RosterFile = Annotated[
-    Path,
-    typer.Option("--roster", help="The roster, which a neighbour's newer one replaces, or this peer's own."),
+    Path, typer.Option(help="The roster, which a neighbour's newer one replaces, or this peer's own.")
 ]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe's path, or the name of a shipped one.")]
+RecipeOption = Annotated[str | None, typer.Option(help="A recipe's path, or the name of a shipped one.")]
 CAFingerprint = Annotated[
-    str | None,
-    typer.Option(
-        "--ca-fingerprint", help="What the CA's key must have, as it was read out; where not, nothing starts."
-    ),
+    str | None, typer.Option(help="What the CA's key must have, as it was read out; where not, nothing starts.")
 ]
 Data = Annotated[
     Path | None,
@@ -90,6 +84,7 @@ def start(
             from peertune.assembly.build import agreed
             from peertune.engines.peer import neighbours
             from peertune.files import locked
+            from peertune.identity.certificates import fingerprint_of
             from peertune.identity.incarnation import next_incarnation
             from peertune.identity.membership import Membership
             from peertune.runs import directory
@@ -101,14 +96,16 @@ def start(
         membership = Membership(folder, roster, ca_fingerprint)
         held.enter_context(locked(folder, "peer"))
         identity, members = membership.current()
-        _introduce(identity, members)
+        name, client = identity.name, identity.client
+        log.info("%s is client %d of %s, roster %d", name, client, members.federation, members.serial)
+        log.info("the CA's fingerprint is %s", fingerprint_of(members.ca))
         place = out or resume
         assert place is not None
         if out is not None:
             directory.check_free(out)
         source = directory.resolved(place) if recipe is None else recipe
         run = build_own(source, overrides or [], data, membership)
-        who = {"client": identity.client, "name": identity.name, "federation": members.federation}
+        who = {"client": client, "name": name, "federation": members.federation}
         _begin_or_resume(run, place, recipe, overrides or [], who)
         with directory.locked(place):
             job, near = run.job, neighbours(run.job)
@@ -214,14 +211,6 @@ def _tell(place: Path, records: "Sequence[Mapping[str, Any]]", end: Exit, rounds
         print(f"made {made:,} of the {up:,} rounds in which this peer was up; the run has {rounds:,}")
     if end in _ENDS:
         print(f"peertune: {_ENDS[end]}", file=sys.stderr)
-
-
-def _introduce(identity: "Identity", roster: "Roster") -> None:
-    """Say who this peer is, and whose word for that counts."""
-    from peertune.identity.certificates import fingerprint_of
-
-    log.info("%s is client %d of %s, roster %d", identity.name, identity.client, roster.federation, roster.serial)
-    log.info("the CA's fingerprint is %s", fingerprint_of(roster.ca))
 
 
 def recalled(job: "Job", folder: Path, before: int) -> "State | None":

@@ -59,7 +59,7 @@ def run(
         int | None, typer.Option(min=1, help="Share the clients among so many processes on this machine.")
     ] = None,
     rendezvous_s: Annotated[
-        float, typer.Option("--rendezvous-s", min=1, help="With torchrun: seconds to wait for the other processes.")
+        float, typer.Option(min=1, help="With torchrun: seconds to wait for the other processes.")
     ] = 600,
     dry_run: Annotated[
         bool,

@@ -67,10 +67,6 @@ class Roster:
     digest: str  # SHA-256 of what is signed
     own: "KnownGraph | None" = None  # in a member's own roster
 
-    def by_name(self, name: str) -> Member | None:
-        """Return the member of that name, or None."""
-        return next((member for member in self.members if member.name == name), None)
-
     def by_client(self, client: int) -> Member | None:
         """Return the member with that number, or None."""
         return self._seats.get(client)

@@ -116,10 +116,7 @@ class _Call:
         self._client, self._round, self._meeting = client, round, meeting
         self._requests: SimpleQueue[Chunk | bytes | None] = SimpleQueue()
         self._call = self._node.stub(client)(
-            _sent(self._requests),
-            timeout=max(0.1, deadline - time.monotonic()),
-            metadata=self._node.claim(),
-            wait_for_ready=False,
+            _sent(self._requests), timeout=max(0.1, deadline - time.monotonic()), metadata=self._node.claim()
         )
         self._own = meetings.own.get(round)
         self._assembler: Assembler | None = None

@@ -171,11 +171,9 @@ class Swapper(Node):
     def progress(self) -> Progress:
         """Return where this peer is."""
         with self.changed:
-            doing = self._doing
-            if doing == "swapping":
-                still = [edge for edge in self.meetings.of(self.round) if edge.verdict is None]
-                doing = "waiting" if still and not any(edge.streams for edge in still) else doing
-            return Progress(doing, self.round, self.step, self._phase)
+            still = [edge for edge in self.meetings.of(self.round) if edge.verdict is None]
+            waits = self._doing == "swapping" and still and not any(edge.streams for edge in still)
+            return Progress("waiting" if waits else self._doing, self.round, self.step, self._phase)
 
     @property
     def patience_s(self) -> float:

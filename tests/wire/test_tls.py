@@ -80,9 +80,9 @@ def call(identity: Identity, member: Member | None, port: int) -> object:
 
 def test_members_of_one_roster_reach_each_other_and_know_who_calls(federation: Federation) -> None:
     roster = federation.roster()
-    for name, other in (("hospital-1", "hospital-2"), ("hospital-2", "hospital-1")):
+    for place, (name, other) in enumerate((("hospital-1", "hospital-2"), ("hospital-2", "hospital-1"))):
         with serving(Server(federation.identity(name, roster), roster)) as port:
-            assert call(federation.identity(other, roster), roster.by_name(name), port) == other.encode()
+            assert call(federation.identity(other, roster), roster.members[place], port) == other.encode()
 
 
 def test_who_is_not_in_the_roster_is_refused(federation: Federation) -> None:
@@ -94,7 +94,7 @@ def test_who_is_not_in_the_roster_is_refused(federation: Federation) -> None:
     unlisted = federation.identity("hospital-4", federation.roster())
     with serving(Server(federation.identity("hospital-1", roster), roster)) as port:
         for stranger in (impostor, unlisted, replace(known, certificate=impostor.certificate, key=impostor.key)):
-            assert call(stranger, roster.by_name("hospital-1"), port) is REFUSED
+            assert call(stranger, roster.members[0], port) is REFUSED
         with grpc.insecure_channel(f"localhost:{port}") as plain:
             assert ask(plain) is REFUSED
         anchors = b"".join(map(pem, roster.members[0].certificates))
@@ -102,27 +102,27 @@ def test_who_is_not_in_the_roster_is_refused(federation: Federation) -> None:
         nobody = grpc.ssl_channel_credentials(anchors)
         with grpc.secure_channel(f"localhost:{port}", nobody, named) as bare:
             assert ask(bare) is REFUSED
-        assert call(known, roster.by_name("hospital-1"), port) == b"hospital-2"
+        assert call(known, roster.members[0], port) == b"hospital-2"
 
 
 def test_by_its_own_roster_a_peer_lets_its_neighbours_in_and_no_other_member(federation: Federation) -> None:
     whole = federation.roster()
     own = federation.own_rosters(GRAPHS["path"](clients=3), {"name": "a path"})["hospital-1"]
     with serving(Server(federation.identity("hospital-1", own), own)) as port:
-        assert call(federation.identity("hospital-2", whole), whole.by_name("hospital-1"), port) == b"hospital-2"
-        assert call(federation.identity("hospital-3", whole), whole.by_name("hospital-1"), port) is REFUSED
+        assert call(federation.identity("hospital-2", whole), whole.members[0], port) == b"hospital-2"
+        assert call(federation.identity("hospital-3", whole), whole.members[0], port) is REFUSED
 
 
 def test_a_server_that_is_another_member_or_another_ca_s_is_refused(federation: Federation) -> None:
     roster = federation.roster()
     known = federation.identity("hospital-2", roster)
     with serving(Server(federation.identity("hospital-3", roster), roster)) as port:
-        assert call(known, roster.by_name("hospital-1"), port) is REFUSED
-        assert call(known, roster.by_name("hospital-3"), port) == b"hospital-2"
+        assert call(known, roster.members[0], port) is REFUSED
+        assert call(known, roster.members[2], port) == b"hospital-2"
     impostors = Federation(federation.folder / "impostors", "hospital-1")
     identity = impostors.identity("hospital-1", impostors.roster())
     with serving(Server(identity, roster)) as port:
-        assert call(known, roster.by_name("hospital-1"), port) is REFUSED
+        assert call(known, roster.members[0], port) is REFUSED
 
 
 def test_who_is_revoked_while_the_server_runs_is_refused_and_nobody_on_an_open_connection(
