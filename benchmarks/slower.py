@@ -1,7 +1,7 @@
 """`python -m benchmarks.slower OLD`: whether the working tree is slower than a commit, in turn, on this machine.
 
 The package as it was at OLD, and as it is here, do the same in turn, first the one, then the other: local steps, rounds
-of 700 clients, swaps of four peers, and `--help`. Of each turn the new side's seconds over the old one's are
+of 1,000 clients, swaps of four peers, and `--help`. Of each turn the new side's seconds over the old one's are
 taken. What is printed is the median of the turns, with a 95 % interval by their ranks. Nothing is slower where the
 lower end is at most 1.03. Seconds are those that records have, by stage, so they leave out how a run begins.
 """
@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from functools import partial
 from math import comb
 from pathlib import Path
+from typing import Any
 
 from benchmarks.same import CLIENTS, Command, Side, ask, federate, lay_out
 
@@ -35,11 +36,13 @@ PEER = (
 )
 RUNS: dict[str, tuple[list[tuple[str, ...]], tuple[str, ...]]] = {
     "a local step": ([(*SMALL, "rounds=4", "training.local_steps=10", "clients=8")], ("train",)),
-    "a round of 700 clients": (
+    "a round of 1,000 clients": (
         [
             (
                 *SMALL,
-                "clients=700",
+                "model.name=base",
+                "task={name: images, path: squares}",
+                "clients=1000",
                 "rounds=4",
                 "graph={name: ring}",
                 "partition={name: iid}",
@@ -73,9 +76,26 @@ def main() -> None:
         for side in sides:
             side.answer()
         federate(sides)
+        for folder in folders:
+            draw_squares(folder)
         slower = [judged(what, sides, partial(stage, what), options.turns) for what in RUNS]
         slower.append(judged("--help", sides, said, options.turns))
     sys.exit(any(slower))
+
+
+def draw_squares(folder: Path) -> None:
+    """Leave a row for each of a thousand clients, grey squares of two classes, and a small base that reads them."""
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    size: Any = {"image_size": 8, "patch_size": 4, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 4}
+    ViTForImageClassification(ViTConfig(**size, num_attention_heads=2)).save_pretrained(folder / "base")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / "base")
+    for split, rows in (("train", 1000), ("validation", 10)):
+        for row in range(rows):
+            place = folder / "squares" / split / "ab"[row % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (100 + row % 100,) * 3).save(place / f"{row}.png")
 
 
 def judged(what: str, sides: Sequence[Side], action: Callable[[Side, int], float], turns: int) -> bool:
