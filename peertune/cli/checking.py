@@ -94,10 +94,8 @@ def _table(neighbours: list[dict[str, Any]]) -> str:
         heard = ("", "") if known["round"] is None else (known["round"], known["step"])
         sizes = [f"{known[key] / 1e6:,.1f} MB" for key in ("bytes_sent", "bytes_received")]
         reached = "yes" if known["reached"] else "no"
-        rows.append(
-            (known["client"], known["name"] or "", *heard, seen, reached, known["up"], known["down"], *sizes,
-             known["problem"])
-        )  # fmt: skip
+        edges = known["up"], known["down"]
+        rows.append((known["client"], known["name"] or "", *heard, seen, reached, *edges, *sizes, known["problem"]))
     widths = [max(len(str(row[column])) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(
         "  ".join(f"{value!s:<{width}}" for value, width in zip(row, widths, strict=True)).rstrip() for row in rows

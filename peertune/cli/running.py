@@ -119,9 +119,8 @@ def run(
             with directory.locked(folder) if group.rank == 0 else nullcontext():
                 there = [*(["--workers", str(group.size)] if group.size > 1 else []), *plugins.options()]
                 engine = simulate if group.size == 1 else run_cluster
-                train(
-                    run, folder, engine, " ".join(["peertune run --resume", str(folder), *there]), keeper(run, folder)
-                )
+                go_on = " ".join(["peertune run --resume", str(folder), *there])
+                train(run, folder, engine, go_on, keeper(run, folder))
     if leads():
         print_summary(folder, as_json)
 

@@ -84,11 +84,7 @@ class Layout:
     @cached_property
     def max_bytes(self) -> int:
         """The longest encoding: the body and a header with spaces, escaped names and the longest offsets."""
-        offsets = [self.body_bytes, self.body_bytes]
-        header = {
-            name: {"dtype": _CODES[x.dtype], "shape": x.shape, "data_offsets": offsets}
-            for name, x in self.tensors.items()
-        }
+        header = {name: _entry(x, self.body_bytes, self.body_bytes) for name, x in self.tensors.items()}
         return _LENGTH_BYTES + len(json.dumps(header)) + _ALIGNMENT_BYTES + self.body_bytes
 
 
@@ -119,7 +115,7 @@ def encode(payload: Tensors) -> bytes:
     for name, x in ordered:
         bodies.append(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         begin, end = end, end + len(bodies[-1])
-        header[name] = {"dtype": _CODES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
+        header[name] = _entry(x, begin, end)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
     return b"".join((len(text).to_bytes(_LENGTH_BYTES, "little"), text, *bodies))
@@ -177,6 +173,11 @@ def decode(data: bytes | bytearray | memoryview, expected: Layout) -> Tensors:
     begins = _read_header(data, expected)
     body = memoryview(data)[len(data) - expected.body_bytes :]
     return {name: _tensor(name, body[begins[name] :], x) for name, x in expected.tensors.items()}
+
+
+def _entry(x: Expected | Tensor, begin: int, end: int) -> dict[str, Any]:
+    """Return what a header says of a tensor that takes these bytes of the body."""
+    return {"dtype": _CODES[x.dtype], "shape": list(x.shape), "data_offsets": [begin, end]}
 
 
 def _of_one(payload: Tensors) -> Tensors:

@@ -152,10 +152,8 @@ def _visit(swapper: Swapper, member: Member, call_back: bool) -> tuple[list[Chec
     try:
         places = sorted(map(str, tls.places(member.address)))
     except OSError as error:
-        unknown = (
-            f"{host}: can't be resolved ({error.strerror}); mend this machine's DNS, or have {member.name} correct it"
-        )
-        return [about("name", "failed", unknown)], None
+        mend = f"mend this machine's DNS, or have {member.name} correct it"
+        return [about("name", "failed", f"{host}: can't be resolved ({error.strerror}); {mend}")], None
     checks = [] if [host.strip("[]")] == places else [about("name", "ok", f"{host} is {', '.join(places)}")]
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
