@@ -7,7 +7,8 @@ A *modifier* is a function from one of the four to the same kind, so its place i
 **Memory** is what clients keep beside their adapters, tensors `[K, …]` by client. All four see all of it. A name is
 `<owner>.<name>`. Its owner makes it in `init`, and returns it from any of its functions where it changes. What is kept
 by edge is `[K, D, …]`, with the neighbours' numbers in another tensor. An engine deals memory among processes, keeps it
-in checkpoints, and gives it to peers, without knowing what it means.
+in checkpoints, and gives it to peers, without knowing what it means. The optimiser's moments show as `moments.<name>`;
+what a message or a mixer returns under these names is written into them.
 
 A call is for the K clients of `at`, a whole run's or one peer's. A client's result depends on its own row and on what
 it heard, never on who else is in the call.

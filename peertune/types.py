@@ -67,6 +67,9 @@ class Task:
         return self.metric if self.of is None else f"{self.metric} of {self.of}"
 
 
+_MOMENTS = "moments."
+
+
 @dataclass(frozen=True)
 class State:
     """All that a run carries from one round to the next. An engine steps it in place, so that it is held once."""
@@ -75,6 +78,11 @@ class State:
     moments: Tensors  # the optimiser's, each `[K, …]`
     rounds: Tensor  # [K] int64 on the CPU, the next round of each client
     memory: Tensors = field(default_factory=dict)  # what the method keeps beside the adapters, each [K, …]
+
+    @property
+    def known(self) -> Tensors:
+        """What a method sees beside the adapters: its memory, and the moments as `moments.<name>`."""
+        return self.memory | {f"{_MOMENTS}{name}": x for name, x in self.moments.items()}
 
     @property
     def clients(self) -> int:
@@ -111,6 +119,9 @@ class State:
     def remember(self, memory: Tensors, clients: slice | Tensor | None = None) -> None:
         """Take over what a method remembers now, of these clients or of all; its own tensors are never written to."""
         for name, x in memory.items():
+            if name.startswith(_MOMENTS):
+                self.moments[name.removeprefix(_MOMENTS)][slice(None) if clients is None else clients] = x
+                continue
             whole = x
             if clients is not None:
                 whole = self.memory[name].clone()

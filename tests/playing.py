@@ -25,7 +25,30 @@ def at_step(clients: int, step: int = 0) -> At:
     return standing(range(clients), torch.full((clients,), step))
 
 
+def every_kind(rate: float) -> dict[str, float]:
+    """Return one learning rate for all kinds."""
+    return dict.fromkeys(("A", "B", "head"), rate)
+
+
 BOTH = Phase(frozenset({"A", "B", "head"}), frozenset({"A", "B", "head"}))
+
+
+class Quadratic:
+    """The gradient of `curvature / 2 · ‖x - centre‖²`, centres `[K, …]` and curvatures `[K]`: a row for each client."""
+
+    def __init__(self, centres: Tensors, curvature: Tensor) -> None:
+        self.centres, self.curvature = centres, curvature
+        self.rows = torch.arange(len(curvature))
+
+    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
+        scale = self.curvature if weights is None else self.curvature * weights
+        return {
+            name: scale.view(-1, *[1] * (centre.dim() - 1)) * (adapters[name] - centre)
+            for name, centre in self.centres.items()
+        }
+
+    def norms(self, adapters: Tensors) -> Tensor:
+        return torch.stack([x.flatten(1).square().sum(1) for x in self(adapters).values()]).sum(0).sqrt()
 
 
 def received(mixer: Mixer, own: Tensors, heard: Tensors, weights: Tensor, round: int = 0) -> Tensors:
@@ -77,7 +100,7 @@ def _job(algorithm: Algorithm, state: State, clients: Sequence[int]) -> Job:
         model=unused,
         graph=GRAPHS["complete"](clients=max(clients) + 1, activation=1.0),
         algorithm=algorithm,
-        optim=Optim(sgd(), lambda step: 0.1, 0.0, "never"),
+        optim=Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never"),
         steps=lambda clients, t: iter(()),
         evaluate=lambda adapters: Evaluation("accuracy", [], None, 1, []),
         state=state,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from playing import at_step, starting
+from playing import at_step, every_kind, starting
 from speaking import make_model, make_tokenizer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -62,7 +62,7 @@ def make_steps(encoded: Encoded, steps: int, packed: bool, tokens: int = 60) -> 
 
 
 def train(model: StackedModel, adapters: Tensors, steps: list[list[Batch]]) -> tuple[Tensors, Tensor]:
-    optim = Optim(adamw(), lambda _: RATE, 0.5, "never")
+    optim = Optim(adamw(), lambda _: every_kind(RATE), 0.5, "never")
     state = starting(adapters, optim.optimizer.init(adapters)).clone()
     phase = Phase(frozenset("AB"), frozenset())
     return state.adapters, train_local(model, state, steps, phase, optim, at_step(state.clients)).loss

@@ -238,6 +238,10 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
         ("training={optim: sgd, adam_beta2: .9}", "training.adam_beta2: is a setting of adamw, and training.optim is"),
         ("evaluate.top_p=.9", "evaluate.top_p: at evaluate.temperature 0 nothing is sampled; give a temperature"),
         ("training.warmup_steps=800", "training.warmup_steps: 800 steps of warm-up leave none of the run's 800 "),
+        (
+            "training={local_steps: 5, warmup_steps: 5, lr_scheduler_span: round}",
+            "none of the round's 5 (training.local_",
+        ),
         ("training.leaning_rate=1", "training.leaning_rate: unknown key 'leaning_rate', did you mean learning_rate?"),
         ("Rounds=3", "digits-demo: Rounds: unknown key 'Rounds', did you mean rounds?"),
         ("grph.activation=1", "digits-demo: grph: unknown key 'grph', did you mean graph?"),

@@ -192,6 +192,9 @@ def test_defaults_that_peers_must_agree_on_stay() -> None:
     kept: dict[tuple[str, str], dict[str, Any]] = {
         ("algorithm", "adf_lora"): {"switch_every": 5},
         ("algorithm", "fedrot_lora"): {"strength": 0.5},
+        ("algorithm", "lora_fair"): {"ridge": 0.01},
+        ("modifiers", "dfed_admm"): {"proximal": 0.1},
+        ("modifiers", "fedspeed"): {"proximal": 0.1, "ascent": 0.1},
         ("algorithm", "tad_lora"): {"switch_every": "auto", "window_rounds": 40},
         ("graph", "bipartite"): {**metropolis, "left": None},
         ("graph", "torus"): {**metropolis, "rows": None},

@@ -30,7 +30,7 @@ from peertune.method import standing
 from peertune.recipe import Recipe
 from peertune.rounds.bounds import Bound
 from peertune.rounds.round import Job
-from peertune.rounds.training import Optim, adamw, learning_rate, sgd
+from peertune.rounds.training import Optim, Rates, adamw, learning_rate, sgd
 from peertune.topology import Neighbourhood, digest
 from peertune.types import ALONE, Group, State, Tensors, kind
 
@@ -218,8 +218,15 @@ def build_optim(recipe: Recipe) -> Optim:
         optimizer = adamw(t.adam_beta1, t.adam_beta2, t.adam_epsilon, t.weight_decay)
     else:
         optimizer = sgd(t.momentum, t.weight_decay)
-    rate = learning_rate(t.lr_scheduler_type, t.learning_rate, t.warmup_steps, recipe.rounds * t.local_steps)
-    return Optim(optimizer, rate, t.max_grad_norm, t.reset_optimizer)
+    within = t.lr_scheduler_span == "round"
+    span = t.local_steps if within else recipe.rounds * t.local_steps
+    rate = learning_rate(t.lr_scheduler_type, t.learning_rate, t.warmup_steps, span)
+
+    def rates(step: int) -> Rates:
+        now = rate(step % span if within else step)
+        return {"A": now, "B": now * t.loraplus_lr_ratio, "head": now}
+
+    return Optim(optimizer, rates, t.max_grad_norm, t.reset_optimizer)
 
 
 def _resolve(recipe: Recipe, parts: Parts, loaded: Loaded, clients_per_pass: int) -> Recipe:

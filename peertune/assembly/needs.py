@@ -23,13 +23,24 @@ def _sends_both(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
     return sent <= {frozenset(), frozenset({"A", "B"})}
 
 
+def _sends(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
+    return any(algorithm.phase(t).send for t in range(min(recipe.rounds, _ROUNDS)))
+
+
+def _moments(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
+    t = recipe.training
+    return t.reset_optimizer != "round" and (t.optim == "adamw" or t.momentum > 0)
+
+
 def _static(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
     return graph.activation == 1 and graph.period == 1 and not recipe.faults
 
 
 NEEDS: Mapping[str, Need] = {
     "both factors": Need(_sends_both, "choose an algorithm that sends A and B in every round"),
+    "exchange": Need(_sends, "choose an algorithm that sends something"),
     "head": Need(lambda recipe, graph, algorithm: recipe.head == "trained", "give head=trained"),
+    "moments": Need(_moments, "give training.optim=adamw, or momentum, and reset_optimizer other than round"),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
     "static graph": Need(_static, "give a graph whose edges stay, graph.activation=1 and no faults"),
 }

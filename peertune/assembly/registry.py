@@ -28,7 +28,7 @@ from peertune.types import ALONE, Group, Split, Task
 
 log = logging.getLogger(__name__)
 
-_VALUES = {"Schedule": Schedule, "Local": Local, "Message": Message, "Mixer": Mixer}
+_VALUES = {"Schedule": Schedule, "Local": Local, "Message": Message, "Mixer": Mixer, "Algorithm": Algorithm}
 _TABLES = {
     "task": Choices("task", TASKS, ("seed", "missing_cells"), {"Task": Task}),
     "partition": Choices("partition", PARTITIONS, ("missing_cells",), {"Partition": Partition}),
@@ -143,12 +143,14 @@ def build_algorithm(recipe: Recipe, graph: Graph, of: Callable[[Graph], float] =
     given: dict[str, Any] = {"rho": partial(of, graph), "clients": recipe.clients, "seed": recipe.seed}
     algorithm: Algorithm = _make("algorithm", recipe.algorithm, **given)
     for place, choice in enumerate(recipe.modifiers):
-        values: dict[str, Any] = {name: getattr(algorithm, name) for name in _TABLES["modifiers"].given}
+        if choice.name in [earlier.name for earlier in recipe.modifiers[:place]]:
+            raise RecipeError(f"modifiers[{place}]: {choice.name} stands twice; give it once")
+        values: dict[str, Any] = algorithm._asdict() | {"algorithm": algorithm}
         changed = _make("modifiers", choice, f"modifiers[{place}]", **values)
         (field,) = (name for name, x in values.items() if type(x) is type(changed))
         if not takes("modifiers", choice.name, field):
-            raise RecipeError(f"modifiers[{place}]: {choice.name} returns a {field} and takes no parameter {field}")
-        algorithm = algorithm._replace(**{field: changed})
+            raise RecipeError(f"modifiers[{place}]: {choice.name} returns its {field} and takes no parameter {field}")
+        algorithm = changed if field == "algorithm" else algorithm._replace(**{field: changed})
     check_needs(recipe, graph, algorithm)
     return algorithm
 

@@ -78,7 +78,7 @@ def run_peer(
         if when_alone == "wait" and not _has_company(job, swapper, shut_out):
             return
         at = standing(job.clients, state.rounds, job.local_steps)
-        (phase,) = job.algorithm.schedule.phases(state.memory, at)
+        (phase,) = job.algorithm.schedule.phases(state.known, at)
         heard = swapper.last_heard()
         swapper.enter(state.round, phase)
         try:

@@ -1,4 +1,4 @@
-"""The methods, one factory each. All of them follow the gradient, and send the adapters as they are.
+"""The methods, one factory each. All of them send the adapters as they are.
 
 A factory's signature is its schema: `{name: adf_lora, switch_every: 3}` in a recipe is
 `ALGORITHMS["adf_lora"](switch_every=3)`. All clients start from one A, drawn from the recipe's seed, and B = 0.
@@ -10,8 +10,9 @@ from typing import Literal
 from peertune.errors import RecipeError
 from peertune.method import Algorithm
 from peertune.methods.adaptive import adaptive
-from peertune.methods.mixers import gossip, products, rotated
-from peertune.methods.schedules import alternating, both, only_b, silent, switching_interval
+from peertune.methods.locals import by_steps, turned_back
+from peertune.methods.mixers import corrected, gossip, products
+from peertune.methods.schedules import alternating, both, only_b, sharing_a, silent, switching_interval
 
 FIRST_INTERVAL = 5
 """Rounds of a phase before anything is known of the graph: ADF-LoRA's."""
@@ -109,18 +110,56 @@ def decaf() -> Algorithm:
     return Algorithm(both(), products())
 
 
-def fedrot_lora(strength: float = 0.5) -> Algorithm:
-    """FedRot-LoRA: train and send both factors; turn each heard pair towards one's own by a rotation, then average.
+def fedrot_lora(strength: float | Literal["hard"] = 0.5) -> Algorithm:
+    """FedRot-LoRA: train both factors; turn the pair towards that of the round's start; then send and average it.
 
-    `strength` 0 does not turn, which is Dec-LoRA; 1 turns all the way. The paper finds .4 to .6 best and 1 harmful.
-    Source: arXiv 2602.23638. Differs from the paper: it aligns to a server's reference; see `rotated`.
+    `strength` 0 does not turn, which is Dec-LoRA; 1 turns all the way, "hard" by a reflection where that is nearer. The
+    paper finds .4 to .6 best and 1 harmful; the authors' published settings are "hard". See `turned_back`.
+
+    Source: arXiv 2602.23638, and the authors' code. There a round starts with the server's pair, here with what the
+    client's own neighbourhood came to. Not stated: what becomes of directions that vanish, and of the optimiser's
+    moments, which are not turned here.
 
     Raises:
         RecipeError: `strength` lies outside [0, 1].
     """
-    if not 0 <= strength <= 1:
-        raise RecipeError(f"strength: {strength} is out of range, give a number from 0 to 1")
-    return Algorithm(both(), rotated(strength), settings={"strength": strength})
+    if strength != "hard" and not 0 <= strength <= 1:
+        raise RecipeError(f"strength: {strength} is out of range, give a number from 0 to 1, or hard")
+    return Algorithm(both(), gossip(), turned_back(strength), settings={"strength": strength})
+
+
+def lora_fair(ridge: float = 0.01) -> Algorithm:
+    """LoRA-FAIR: train, send and average both factors; correct the averaged B towards the averaged product.
+
+    Source: arXiv 2411.14961, with a server; here each client averages its neighbourhood. Differs from the paper: its
+    objective is a cosine between the products, which leaves their scale to its penalty. Ours is the squared distance,
+    which has a closed form; see `corrected`. The paper's weight of the penalty is .01, of another objective.
+
+    Raises:
+        RecipeError: `ridge` is not above 0.
+    """
+    if not ridge > 0:
+        raise RecipeError(f"ridge: {ridge} is out of range, give a number above 0")
+    return Algorithm(both(), corrected(ridge), settings={"ridge": ridge})
+
+
+def fedsa_lora() -> Algorithm:
+    """FedSA-LoRA: train both factors in every round, send and average A; B and the head stay a client's own.
+
+    Source: arXiv 2410.01463, with a server. Each client is to be judged by its own model: the mean of all adapters
+    pairs an A with B's that were not trained for it.
+    """
+    return Algorithm(sharing_a(), gossip())
+
+
+def la_lora() -> Algorithm:
+    """LA-LoRA: A and B train in turn by local step, both are sent and averaged in every round; a head trains always.
+
+    The authors give B twice the rate of A: `training.loraplus_lr_ratio=2`. Source: arXiv 2602.19926 and the authors'
+    code, with a server. There A begins anew in each pass over the rows; here turns go on, which is the same for an even
+    number of local steps. Their private training, and the smoothing of gradients that goes with it, are not here.
+    """
+    return Algorithm(both(), gossip(), by_steps())
 
 
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
@@ -128,8 +167,11 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "decaf": decaf,
     "dec_lora": dec_lora,
     "fedrot_lora": fedrot_lora,
+    "fedsa_lora": fedsa_lora,
     "ffa_lora": ffa_lora,
+    "la_lora": la_lora,
     "local": local,
+    "lora_fair": lora_fair,
     "rolora": rolora,
     "tad_lora": tad_lora,
 }

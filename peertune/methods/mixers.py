@@ -4,8 +4,8 @@ What a receiver gets depends on its own row of the weights and on what has weigh
 call. A simulator passes everybody and all of W; a peer passes itself, its closed neighbourhood and its one row. Both
 get the same numbers up to rounding. These mixers remember nothing.
 
-`gossip` averages each tensor by itself, one matrix product for all receivers. `products` and `rotated` treat A and B of
-a site as a pair; they batch the receivers that heard the same number m of adapters (G of them at a time). A receiver
+`gossip` averages each tensor by itself, one matrix product for all receivers. `products` and `corrected` treat A and B
+of a site as a pair; they batch the receivers that heard the same number m of adapters (G of them at a time). A receiver
 that heard only itself keeps its pair bit for bit. Heads are always averaged.
 """
 
@@ -60,38 +60,29 @@ def products() -> Mixer:
     return _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, _truncate))
 
 
-def rotated(strength: float) -> Mixer:
-    """Make a mixer that turns each heard pair towards the receiver's own, then averages factor by factor.
+def corrected(ridge: float) -> Mixer:
+    """Average factor by factor, and correct the averaged B so that its product comes nearer to the averaged product.
 
-    Receiver i turns the pair it heard from j by a rotation Q, `B_j ← B_j Q`, `A_j ← Qᵀ A_j`, which leaves `B_j A_j` as
-    it is. In even rounds `M = A_j A_iᵀ`, in odd rounds `M = B_jᵀ B_i`; R is the rotation nearest to M (`U Vᵀ` of
-    `M = U S Vᵀ`, det +1), which brings A_j nearest to A_i, or B_j to B_i, and Q is the rotation nearest to
-    `(1 - strength) I + strength R`. The receiver's own pair has R = I and stays. Directions in which M vanishes say
-    nothing about a rotation and are turned as little as can be: where B = 0, M = 0 and R = I.
-
-    Acts on pairs only in rounds that send both A and B. Source: FedRot-LoRA (arXiv 2602.23638). The paper aligns every
-    client to the server's reference; aligning what is heard to the receiver's own pair, and A in the even rounds, is
-    our decentralised reading. Its rule for vanishing directions is not known to us.
+    With `Ā = Σ_j W_ij A_j` and `B̄ = Σ_j W_ij B_j`, receiver i takes Ā and `B̄ + D`, where D minimises
+    `‖Σ_j W_ij B_j A_j - (B̄ + D) Ā‖² + ridge · ‖D‖²` in Frobenius norms, in closed form:
+    `(B̄ + D) (Ā Āᵀ + ridge · I) = Σ_j W_ij B_j (A_j Āᵀ) + ridge · B̄`. No product is formed: its cost is
+    `m r² (d_in + d_out)`. With a small ridge this projects the averaged product's rows onto what Ā's rows span. The
+    algebra is in float64. Acts on pairs only in rounds that send both A and B.
     """
 
-    def mix(own: Tensors, heard: Tensors, weights: Tensor, at: At, phase: Phase) -> Tensors:
-        def turn(
-            own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
-        ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            for receivers, senders, share, odd in _by_parity(groups, at.round):
-                A, B = heard_A[senders], heard_B[senders]  # [G, m, r, d_in], [G, m, d_out, r]
-                # The r x r algebra is cheap, so it runs in float64: the factors' own rounding then is the only one.
-                own, other = (own_B.mT, B.mT) if odd else (own_A, A)
-                M = other.double() @ own[receivers, None].double().mT
-                M = M / torch.linalg.matrix_norm(M, keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
-                identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-                Q = share[..., None, None] * _rotation(torch.lerp(identity, _rotation(M), strength))
-                Q = Q.to(A.dtype)
-                yield receivers, torch.einsum("gmqr,gmqi->gri", Q, A), torch.einsum("gmqr,gmoq->gor", Q, B)
+    def correct(
+        own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for receivers, senders, share in groups:
+            parts = share[..., None, None].double()
+            A, B = heard_A[senders].double(), parts * heard_B[senders].double()  # [G, m, r, d_in], [G, m, d_out, r]
+            mean_A, mean_B = (parts * A).sum(1), B.sum(1)
+            weight = ridge * torch.eye(A.shape[2], dtype=A.dtype, device=A.device)
+            wanted = (B @ (A @ mean_A.mT[:, None])).sum(1) + mean_B @ weight  # [G, d_out, r]
+            new_B = torch.linalg.solve(mean_A @ mean_A.mT + weight, wanted, left=False)
+            yield receivers, mean_A.to(own_A.dtype), new_B.to(own_B.dtype)
 
-        return _by_pairs(own, heard, weights, phase, turn)
-
-    return _forgetful(mix)
+    return _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, correct))
 
 
 def _forgetful(mix: Callable[[Tensors, Tensors, Tensor, At, Phase], Tensors]) -> Mixer:
@@ -134,17 +125,6 @@ def _groups(weights: Tensor) -> Iterator[_Group]:
             group = counts[receiver] == m
             receivers, senders, shares = (x[group].view(-1, m) for x in (receiver, sender, share))
             yield receivers[:, 0], senders, shares
-
-
-def _by_parity(groups: Iterable[_Group], round: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor, bool]]:
-    """Yield apart the receivers that are in odd rounds, by `round [R]`, and those in even ones."""
-    for receivers, senders, share in groups:
-        odd = round.to(receivers.device)[receivers] % 2 == 1
-        for rows, value in ((~odd, False), (odd, True)):
-            if rows.all():
-                yield receivers, senders, share, value
-            elif rows.any():
-                yield receivers[rows], senders[rows], share[rows], value
 
 
 def _chunks(groups: Iterable[_Group], floats: int, device: torch.device) -> list[_Group]:
@@ -236,16 +216,3 @@ def _complete(Vh: Tensor, kept: Tensor, A: Tensor) -> Tensor:
     U, _, Wh = torch.linalg.svd(torch.where(kept | kept.mT, identity, A @ frame.mT))  # [G, r, r], in two blocks
     complete: Tensor = U @ Wh @ frame
     return complete
-
-
-def _rotation(M: Tensor) -> Tensor:
-    """Return the rotation R that maximises `tr(Rᵀ M)` for M `[…, r, r]` of entries about 1, the least one of several.
-
-    A small multiple of the identity added to M decides in the directions where M vanishes. √eps lies far above M's
-    rounding and far below the singular values that matter.
-    """
-    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
-    U, _, Vh = torch.linalg.svd(M + sqrt(torch.finfo(M.dtype).eps) * identity)
-    U[..., -1] *= torch.linalg.det(U @ Vh).sign()[..., None]  # a reflection turns back in its weakest direction
-    R: Tensor = U @ Vh
-    return R

@@ -37,6 +37,11 @@ def silent() -> Schedule:
     return by_round(lambda t: Phase(train=_ALL, send=frozenset()))
 
 
+def sharing_a() -> Schedule:
+    """Train A and B, send A: B and the head stay a client's own."""
+    return by_round(lambda t: Phase(train=_ALL, send=frozenset({"A"})))
+
+
 def only_b() -> Schedule:
     """Train and send B; A stays as it is."""
     kinds = frozenset({"B", "head"})

@@ -113,7 +113,16 @@ def cost_key(recipe: Recipe) -> str:
     method = recipe.algorithm
     values["algorithm"] = method.name, method.settings.get("switch_every") == "adaptive"  # what trains and travels
     values["evaluate"] = values["evaluate"]["rows"]
-    for free in ("learning_rate", "local_steps", "weight_decay", "max_grad_norm", "lr_scheduler_type", "warmup_steps"):
+    for free in (
+        "learning_rate",
+        "loraplus_lr_ratio",
+        "local_steps",
+        "weight_decay",
+        "max_grad_norm",
+        "lr_scheduler_type",
+        "lr_scheduler_span",
+        "warmup_steps",
+    ):
         del values["training"][free]
     return str(values)
 

@@ -69,11 +69,13 @@ def _without_effect(recipe: Recipe) -> str | None:
                     f"training.{key}: is a setting of {other}, and training.optim is {optim}; "
                     f"leave it out, or use training.optim={other}"
                 )
-    steps = recipe.rounds * recipe.training.local_steps
+    span = recipe.training.lr_scheduler_span
+    steps = recipe.training.local_steps * (recipe.rounds if span == "run" else 1)
     if recipe.training.warmup_steps >= steps:
+        of = "rounds · training.local_steps" if span == "run" else "training.local_steps"
         return (
-            f"training.warmup_steps: {recipe.training.warmup_steps} steps of warm-up leave none of the run's {steps} "
-            f"(rounds · training.local_steps) at the full rate; give at most {steps - 1}"
+            f"training.warmup_steps: {recipe.training.warmup_steps} steps of warm-up leave none of the {span}'s "
+            f"{steps} ({of}) at the full rate; give at most {steps - 1}"
         )
     if recipe.evaluate.top_p < 1 and not recipe.evaluate.temperature:
         return "evaluate.top_p: at evaluate.temperature 0 nothing is sampled; give a temperature, or leave top_p out"

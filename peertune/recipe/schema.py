@@ -56,6 +56,7 @@ class Training(_Block):
     """Local training; the same for all clients."""
 
     learning_rate: float = Field(1e-3, gt=0)
+    loraplus_lr_ratio: float = Field(1.0, gt=0)  # B's rate is so many times that of A and of a head
     local_steps: int = Field(10, ge=1)  # per round
     per_device_train_batch_size: int = Field(32, ge=1)  # rows of one client in one step
     max_length: int = Field(128, ge=2)  # tokens
@@ -68,6 +69,7 @@ class Training(_Block):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)  # each client's own gradient; 0 leaves it
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler_span: Literal["run", "round"] = "run"  # over which the rate rises and falls
     warmup_steps: int = Field(0, ge=0)
     reset_optimizer: Literal["never", "round", "phase"] = "never"
     tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # about so many in one pass

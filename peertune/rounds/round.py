@@ -83,7 +83,7 @@ class Job:
         """Return what its first client sends at the start, `[1, …]`, in a phase that trains and sends these kinds."""
         one = self.state.take(slice(0, 1))
         at = standing(self.clients[:1], one.rounds)
-        return self.algorithm.message.send(one.adapters, one.memory, at, Phase(kinds, kinds))[0]
+        return self.algorithm.message.send(one.adapters, one.known, at, Phase(kinds, kinds))[0]
 
     def read(self, tensors: Tensors) -> Tensors:
         """Return what was sent as mixers get it, `[H, …]` both."""
@@ -127,17 +127,17 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     due = (t + 1) % job.evaluate_every == 0 or t + 1 == job.rounds
     watch, message = _Watch(), job.algorithm.message
     at = standing(clients, state.rounds, job.local_steps)
-    phases = job.algorithm.schedule.phases(state.memory, at)
+    phases = job.algorithm.schedule.phases(state.known, at)
     phase = _common(job, phases, t)
     loss, grad_norm = _train(job, state, at, phases)
     watch.lap("train")
-    payload, changed = message.send(state.adapters, state.memory, at, phase)
+    payload, changed = message.send(state.adapters, state.known, at, phase)
     state.remember(changed)
     came = exchange(payload, t, _refusing(job, state))
     watch.lap("exchange")
     at = at._replace(heard=torch.tensor(came.clients, dtype=torch.int64))
     if message.settle is not None:
-        state.remember(message.settle(state.memory, came.weights, at, phase))
+        state.remember(message.settle(state.known, came.weights, at, phase))
     weights, unmixed = _mixable(job, state, clients, t, came)
     watch.lap("mix")
     cross_terms = metrics.neighbourhood_cross_terms(select(came.tensors, phase.send), weights) if due else None
@@ -267,7 +267,7 @@ def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase:
     It goes from site to site, so that beside the stack only one site's new factors are held.
     """
     mixer, message = job.algorithm.mixer, job.algorithm.message
-    used, changed = mixer.weigh(state.adapters, heard, weights, state.memory, at, phase)
+    used, changed = mixer.weigh(state.adapters, heard, weights, state.known, at, phase)
     state.remember(changed)
     assert at.heard is not None, "an exchange says who was heard"
     places = torch.searchsorted(at.heard, at.clients).to(job.device)  # of the receivers among them
@@ -277,7 +277,7 @@ def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase:
             continue
         as_read = own if message.exact else own | {name: x[places] for name, x in came.items()}
         share = used if isinstance(used, Tensor) else used[next(iter(own)).rpartition(".")[0]]
-        mixed, changed = mixer.receive(as_read, came, share, state.memory, at, phase)
+        mixed, changed = mixer.receive(as_read, came, share, state.known, at, phase)
         state.remember(changed)
         for name, x in own.items():
             if mixed[name] is as_read[name]:
@@ -305,7 +305,7 @@ def _train(job: Job, state: State, at: At, phases: list[Phase]) -> tuple[Tensor,
     These are in one phase, come from one phase, and are in the same round of their own. Returns the losses and the
     norms of gradients, `[K]` each.
     """
-    before = job.algorithm.schedule.phases(state.memory, at._replace(round=at.round - 1))
+    before = job.algorithm.schedule.phases(state.known, at._replace(round=at.round - 1))
     rounds, clients = at.round.tolist(), at.clients.tolist()
     alike: dict[tuple[Phase, Phase | None, int], list[int]] = {}
     for row, t in enumerate(rounds):

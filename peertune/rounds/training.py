@@ -1,7 +1,7 @@
 """Local training and evaluation of a stack: the only place, beside the network, where values change in place."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, Literal, NamedTuple
@@ -16,17 +16,20 @@ from peertune.errors import DivergedError, ModelError
 from peertune.method import At, Local, Memory, Phase
 from peertune.types import Batch, State, Tensors, kind, select
 
+Rates = Mapping[str, float]
+"""Kind → learning rate."""
+
 
 class Optimizer(NamedTuple):
     """An optimiser over stacks, as two functions.
 
     `init(adapters)` makes the moments, each `[K, …]`; zeros are shared by all clients until the state is cloned.
-    `update(params, grads, moments, rate)` steps `params` and `moments` in place: the parameters that have a gradient,
-    each client by its own count of steps.
+    `update(params, grads, moments, rates)` steps `params` and `moments` in place: the parameters that have a gradient,
+    each client by its own count of steps, each kind at its own rate.
     """
 
     init: Callable[[Tensors], Tensors]
-    update: Callable[[Tensors, Tensors, Tensors, float], None]
+    update: Callable[[Tensors, Tensors, Tensors, Rates], None]
 
 
 class Trained(NamedTuple):
@@ -42,7 +45,7 @@ class Optim:
     """How the clients' factors are stepped; one for all clients."""
 
     optimizer: Optimizer
-    rate: Callable[[int], float]  # learning rate at a step counted from the run's start
+    rates: Callable[[int], Rates]  # at a step counted from the run's start
     max_grad_norm: float  # each client's gradient is clipped to this norm; 0 leaves it
     reset: Literal["never", "round", "phase"]  # when moments start afresh
 
@@ -69,7 +72,7 @@ def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weigh
             moments[f"steps.{kind(name)}"] = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return moments
 
-    def update(params: Tensors, grads: Tensors, moments: Tensors, rate: float) -> None:
+    def update(params: Tensors, grads: Tensors, moments: Tensors, rates: Rates) -> None:
         for what in {kind(name) for name in grads}:
             moments[f"steps.{what}"] += 1
         for name, grad in grads.items():
@@ -78,6 +81,7 @@ def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weigh
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             denominator = (v / (1 - beta2**steps).to(x.dtype)).sqrt_().add_(epsilon)
+            rate = rates[kind(name)]
             x.mul_(1 - rate * weight_decay).sub_(m / (1 - beta1**steps).to(x.dtype) / denominator, alpha=rate)
 
     return Optimizer(init, update)
@@ -89,12 +93,12 @@ def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
     def init(adapters: Tensors) -> Tensors:
         return {f"{name}.m": _zeros_like(x) for name, x in adapters.items()} if momentum else {}
 
-    def update(params: Tensors, grads: Tensors, moments: Tensors, rate: float) -> None:
+    def update(params: Tensors, grads: Tensors, moments: Tensors, rates: Rates) -> None:
         for name, grad in grads.items():
             step = grad.add(params[name], alpha=weight_decay)
             if momentum:
                 step = moments[f"{name}.m"].mul_(momentum).add_(step)
-            params[name].sub_(step, alpha=rate)
+            params[name].sub_(step, alpha=rates[kind(name)])
 
     return Optimizer(init, update)
 
@@ -174,7 +178,7 @@ def train_local(
     Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and
     DivergedError where a loss or an adapter is not finite.
     """
-    adapters, memory = state.adapters, dict(state.memory)
+    adapters, memory = state.adapters, state.known
     trained = select(adapters, phase.train)
     start = {name: x.clone() for name, x in trained.items()} if local.keeps_start else {}
     first = next(iter(adapters.values()))
@@ -189,7 +193,7 @@ def train_local(
         memory |= new
         totals += gradient.loss
         norms += clip(grads, optim.max_grad_norm) if grads else 0
-        optim.optimizer.update(adapters, grads, state.moments, optim.rate(first_step + count - 1))
+        optim.optimizer.update(adapters, grads, state.moments, optim.rates(first_step + count - 1))
         at = at._replace(step=at.step + 1)
         del gradient, grads
     if not torch.equal(global_draws, _generator_state(totals.device)):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from playing import at_step, starting
+from playing import at_step, every_kind, starting
 from torch import Tensor, nn
 
 from peertune.adapters.attention import register_attention
@@ -123,7 +123,7 @@ def make_batch(parts: list[tuple[Tensor, Tensor]]) -> Batch:
 
 
 def make_optim() -> Optim:
-    return Optim(adamw(weight_decay=DECAY), lambda _: RATE, 0.0, "never")
+    return Optim(adamw(weight_decay=DECAY), lambda _: every_kind(RATE), 0.0, "never")
 
 
 def phase(*kinds: str) -> Phase:

@@ -13,7 +13,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from playing import at_step, starting
+from playing import at_step, every_kind, starting
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -259,7 +259,7 @@ def phase(*kinds: str) -> Phase:
 
 
 def make_optim(max_grad_norm: float = 0.0) -> Optim:
-    return Optim(adamw(weight_decay=DECAY), lambda _: RATE, max_grad_norm, "never")
+    return Optim(adamw(weight_decay=DECAY), lambda _: every_kind(RATE), max_grad_norm, "never")
 
 
 def train_stack(

@@ -282,11 +282,11 @@ def test_what_a_function_makes_must_be_what_it_says(write: Write) -> None:
     plugins.allow(["parts"])
     with pytest.raises(RecipeError, match=r"^algorithm: parts:none made a NoneType, which is no Algorithm$"):
         check_choices(with_graph("parts:pairs", "algorithm={name: 'parts:none'}"))
-    with pytest.raises(RecipeError, match=r"^modifiers\[0\]: parts:wrong returns a message and takes no parameter"):
+    with pytest.raises(RecipeError, match=r"^modifiers\[0\]: parts:wrong returns its message and takes no parameter"):
         check_choices(with_graph("parts:pairs", "modifiers=[{name: 'parts:wrong'}]"))
-    values = "peertune.Schedule or peertune.Local or peertune.Message or peertune.Mixer"
-    with pytest.raises(RecipeError, match=rf"^modifiers\[0\]\.name: 'parts:slow': is not annotated with -> {values}"):
-        check_choices(with_graph("parts:pairs", "modifiers=[{name: 'parts:slow'}]"))
+    values = "peertune.Schedule or peertune.Local or peertune.Message or peertune.Mixer or peertune.Algorithm"
+    with pytest.raises(RecipeError, match=rf"^modifiers\[0\]\.name: 'parts:pairs': is not annotated with -> {values}"):
+        check_choices(with_graph("parts:pairs", "modifiers=[{name: 'parts:pairs'}]"))
     with pytest.raises(
         RecipeError, match=r"^algorithm\.name: 'parts:pairs': is not annotated with -> peertune\.Algorithm"
     ):

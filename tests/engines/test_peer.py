@@ -151,7 +151,7 @@ def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federati
     for name, played in results.items():
         fault, method = name.split()
         drift = [record.diagnostics["mean_drift"] for record in assert_same(recipes[name], played, 1e-12)]
-        assert max(drift) < 1e-13 or method in ("decaf", "fedrot_lora")  # which do not average factors as they are
+        assert max(drift) < 1e-13 or method in ("decaf", "lora_fair")  # which do not average factors as they are
         lost = sorted(
             {(record["round"], *edge) for peer in played for record in peer.records for edge in record["failed_edges"]}
         )

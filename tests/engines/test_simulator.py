@@ -285,7 +285,7 @@ def test_every_method_runs_and_says_what_it_sent(method: str) -> None:
             touched = kind(name) in phase.train | phase.send
             assert touched or torch.equal(x, before.adapters[name]), f"{name} changed in round {t}"
         before = record.state
-        if method not in ("decaf", "fedrot_lora"):
+        if method not in ("decaf", "lora_fair"):
             assert record.diagnostics["mean_drift"] < 1e-12
     sent = [sum(record.bytes_sent) / everything / max(1, sum(record.neighbours)) for record in records]
     share = payload_bytes(select(job.state.adapters, {"B", "head"})) / everything
@@ -294,6 +294,8 @@ def test_every_method_runs_and_says_what_it_sent(method: str) -> None:
             assert sent == [0, 0]
         case "ffa_lora":
             assert sent == pytest.approx([share, share])
+        case "fedsa_lora":
+            assert sent == pytest.approx([payload_bytes(select(job.state.adapters, {"A"})) / everything] * 2)
         case "rolora":
             assert [record.train for record in records] == [["B", "head"], ["A", "head"]]
             assert [record.send for record in records] == [["B", "head"], ["A", "head"]]
@@ -378,7 +380,7 @@ def sparse_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda clients: monkeypatch.setattr(rounds, "DENSE_UP_TO", clients)
 
 
-@pytest.mark.parametrize("method", ["dec_lora", "decaf", "fedrot_lora"])
+@pytest.mark.parametrize("method", ["dec_lora", "decaf", "lora_fair"])
 def test_sparse_mixing_is_dense_mixing(sparse_at: Callable[[int], None], method: str) -> None:
     many = (
         "clients=70",

@@ -10,13 +10,11 @@ from torch import Tensor
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.method import Mixer
 from peertune.methods import mixers
-from peertune.methods.mixers import gossip, products, rotated
+from peertune.methods.mixers import corrected, gossip, products
 from peertune.types import Tensors, take
 
 some = settings(max_examples=15, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31)
-A_ROUND, B_ROUND = 0, 1
-either_round = pytest.mark.parametrize("round", [A_ROUND, B_ROUND], ids=["A round", "B round"])
 
 
 def random_pairs(seed: int, n: int, r: int, d_in: int, d_out: int) -> Tensors:
@@ -43,14 +41,6 @@ def truncated(matrix: Tensor, r: int) -> Tensor:
     return best
 
 
-def heard_as(own: Tensors, other: Tensors, strength: float, round: int) -> Tensors:
-    """What receiver `own` makes of `other` before averaging, read off an average of the two."""
-    heard = {name: torch.cat([own[name], other[name]]) for name in own}
-    weights = torch.full((1, 2), 0.5, dtype=torch.float64)
-    mixed = received(rotated(strength), own, heard, weights, round)
-    return {name: 2 * mixed[name] - own[name] for name in own}
-
-
 # products
 
 
@@ -61,9 +51,7 @@ def test_products_are_the_truncated_svd_of_the_averaged_product(
 ) -> None:
     pairs, weights = random_pairs(seed, n, r, d_in, d_out), random_weights(seed, n)
     expected = truncated(torch.einsum("ij,jxy->ixy", weights, product(pairs)), r)
-    torch.testing.assert_close(
-        product(received(products(), pairs, pairs, weights, A_ROUND)), expected, rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(product(received(products(), pairs, pairs, weights)), expected, rtol=1e-9, atol=1e-9)
 
 
 @st.composite
@@ -101,7 +89,7 @@ def deficient(draw: st.DrawFn) -> tuple[Tensors, Tensor]:
 @given(deficient())
 def test_products_of_deficient_adapters_are_as_near_as_rank_r_can_be(case: tuple[Tensors, Tensor]) -> None:
     pairs, weights = case
-    mixed = received(products(), pairs, pairs, weights, A_ROUND)
+    mixed = received(products(), pairs, pairs, weights)
     A, B = double(mixed).values()
     r = A.shape[1]
     exact = torch.einsum("ij,jxy->ixy", weights, product(double(pairs)))
@@ -129,7 +117,7 @@ def test_products_of_float32_adapters_show_no_rounding_but_the_last(
 ) -> None:
     pairs, weights = single(random_pairs(seed, *shape)), random_weights(seed, shape[0])
     expected = truncated(torch.einsum("ij,jxy->ixy", weights, product(double(pairs))), shape[1])
-    error = product(double(received(products(), pairs, pairs, weights, A_ROUND))) - expected
+    error = product(double(received(products(), pairs, pairs, weights))) - expected
     assert (error.norm(dim=(1, 2)) < 3e-7 * expected.norm(dim=(1, 2))).all()
 
 
@@ -137,7 +125,7 @@ def test_products_of_float32_adapters_show_no_rounding_but_the_last(
 def test_products_of_equal_adapters_of_real_size_stay_what_they_are(rank: int) -> None:
     pairs = take(single(random_pairs(rank, 1, 8, 1024, 768)), torch.zeros(11, dtype=torch.long))
     pairs["site.A"][..., rank:, :] = 0
-    mixed = received(products(), pairs, pairs, torch.full((11, 11), 1 / 11), A_ROUND)
+    mixed = received(products(), pairs, pairs, torch.full((11, 11), 1 / 11))
     torch.testing.assert_close(product(mixed), product(pairs), rtol=0, atol=1e-4)
 
 
@@ -149,10 +137,10 @@ def test_products_in_shared_coordinates_are_those_that_each_receiver_gets_alone(
     everyone, alone = (list(mixers._groups(rows)) for rows in (weights, weights[:1]))
     assert mixers._coordinates(pairs["site.A"], everyone)[1] is not None
     assert mixers._coordinates(pairs["site.A"], alone)[1] is None
-    together = received(products(), pairs, pairs, weights, A_ROUND)
+    together = received(products(), pairs, pairs, weights)
     for i in range(4):
         own = take(pairs, slice(i, i + 1))
-        for name, x in received(products(), own, pairs, weights[i : i + 1], A_ROUND).items():
+        for name, x in received(products(), own, pairs, weights[i : i + 1]).items():
             torch.testing.assert_close(x, together[name][i : i + 1], rtol=1e-9, atol=1e-9)
 
 
@@ -160,7 +148,7 @@ def test_products_in_shared_coordinates_are_those_that_each_receiver_gets_alone(
 @given(seeds)
 def test_rows_of_a_are_orthogonal_and_as_long_as_at_the_start(seed: int) -> None:
     pairs = random_pairs(seed, 3, 2, 5, 4)
-    A = received(products(), pairs, pairs, random_weights(seed, 3), A_ROUND)["site.A"]
+    A = received(products(), pairs, pairs, random_weights(seed, 3))["site.A"]
     torch.testing.assert_close(A @ A.mT, torch.eye(2, dtype=torch.float64).expand(3, 2, 2) / 3)
 
 
@@ -168,7 +156,7 @@ def test_rows_of_a_start_as_long_as_products_leave_them() -> None:
     model = attach(torch.nn.Sequential(torch.nn.Linear(4096, 64)), ["0"], r=64, lora_alpha=64)
     start = init_adapters(model, 2, seed=0)
     rows = {"site.A": start["0.A"].double(), "site.B": random_pairs(0, 2, 64, 4096, 64)["site.B"]}
-    mixed = received(products(), rows, rows, random_weights(0, 2), A_ROUND)["site.A"]
+    mixed = received(products(), rows, rows, random_weights(0, 2))["site.A"]
     torch.testing.assert_close(rows["site.A"].norm(dim=2).mean(), mixed.norm(dim=2).mean(), rtol=1e-2, atol=0)
 
 
@@ -176,7 +164,7 @@ def test_what_rounding_alone_adds_to_a_product_is_no_direction_of_it() -> None:
     pairs = single(random_pairs(0, 2, 2, 40, 30))
     pairs["site.B"][..., 1] = 0
     pairs["site.B"][1] = 0.7 * pairs["site.B"][0]  # the same direction but for rounding: the mean has rank 1
-    mixed = received(products(), pairs, pairs, random_weights(0, 2), A_ROUND)
+    mixed = received(products(), pairs, pairs, random_weights(0, 2))
     assert (mixed["site.B"][..., 0] != 0).any()
     assert (mixed["site.B"][..., 1] == 0).all()
 
@@ -197,7 +185,7 @@ def test_every_direction_of_b_gets_a_gradient_after_products(seed: int, rank: in
         (gradient,) = torch.autograd.grad((B @ A @ data - target).square().sum(), B)
         return int((gradient.norm(dim=-2) > 1e-6).sum())
 
-    mixed = take(received(products(), pairs, pairs, weights, A_ROUND), slice(0, 1))
+    mixed = take(received(products(), pairs, pairs, weights), slice(0, 1))
     assert columns_with_gradient(mixed["site.A"], mixed["site.B"]) == r
 
     U, S, Vh = torch.linalg.svd(torch.einsum("j,jxy->xy", weights[0], product(pairs)))
@@ -211,7 +199,7 @@ def test_free_directions_come_from_the_receivers_own_a(seed: int, rank: int) -> 
     pairs = random_pairs(seed, 2, 3, 8, 6)
     pairs["site.A"][1] = pairs["site.A"][0]
     pairs["site.B"][..., rank:] = 0
-    mixed = received(products(), pairs, pairs, random_weights(seed, 2), A_ROUND)
+    mixed = received(products(), pairs, pairs, random_weights(seed, 2))
     A, own = mixed["site.A"], pairs["site.A"]
     torch.testing.assert_close(A @ torch.linalg.pinv(own) @ own, A, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(A @ A.mT, torch.eye(3, dtype=torch.float64).expand(2, 3, 3) / 3)
@@ -224,8 +212,8 @@ def test_mixing_again_leaves_free_directions_where_they_are(seed: int, rank: int
     pairs = take(random_pairs(seed, 1, 3, 8, 6), torch.tensor([0, 0]))
     pairs["site.B"][..., rank:] = 0
     half = torch.full((2, 2), 0.5, dtype=torch.float64)
-    once = received(products(), pairs, pairs, half, A_ROUND)
-    twice = received(products(), once, once, half, A_ROUND)
+    once = received(products(), pairs, pairs, half)
+    twice = received(products(), once, once, half)
     for name in once:
         torch.testing.assert_close(twice[name], once[name], rtol=1e-9, atol=1e-9)
 
@@ -237,8 +225,8 @@ def test_products_do_not_depend_on_the_order_of_neighbours(seed: int, start: boo
     if start:
         pairs["site.B"].zero_()
     order = torch.tensor([2, 0, 3, 1])
-    mixed = received(products(), pairs, pairs, weights, A_ROUND)
-    reordered = received(products(), pairs, take(pairs, order), weights[:, order], A_ROUND)
+    mixed = received(products(), pairs, pairs, weights)
+    reordered = received(products(), pairs, take(pairs, order), weights[:, order])
     for name in mixed:
         torch.testing.assert_close(reordered[name], mixed[name], rtol=1e-8, atol=1e-8)
 
@@ -249,105 +237,57 @@ def test_products_do_not_depend_on_the_signs_of_heard_directions(seed: int) -> N
     pairs, weights = random_pairs(seed, 3, 2, 7, 6), random_weights(seed, 3)
     flip = torch.tensor([1.0, -1.0], dtype=torch.float64)
     flipped = {"site.A": flip[:, None] * pairs["site.A"], "site.B": pairs["site.B"] * flip}
-    mixed, same = (received(products(), pairs, heard, weights, A_ROUND) for heard in (pairs, flipped))
+    mixed, same = (received(products(), pairs, heard, weights) for heard in (pairs, flipped))
     for name in mixed:
         torch.testing.assert_close(same[name], mixed[name], rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("mixer", [products(), rotated(0.5)], ids=["products", "rotated"])
+@pytest.mark.parametrize("mixer", [products(), corrected(0.1)], ids=["products", "corrected"])
 def test_small_chunks_change_nothing(mixer: Mixer, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs, weights = random_pairs(0, 7, 2, 6, 5), random_weights(0, 7)
-    whole = received(mixer, pairs, pairs, weights, A_ROUND)
+    whole = received(mixer, pairs, pairs, weights)
     monkeypatch.setattr(mixers, "_CHUNK_FLOATS", 2 * 7 * (2 * 6 + 5 * 2))  # two receivers at a time
-    for name, tensor in received(mixer, pairs, pairs, weights, A_ROUND).items():
+    for name, tensor in received(mixer, pairs, pairs, weights).items():
         torch.testing.assert_close(tensor, whole[name], rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("mixer", [products(), rotated(0.5)], ids=["products", "rotated"])
+@pytest.mark.parametrize("mixer", [products(), corrected(0.1)], ids=["products", "corrected"])
 def test_a_receiver_that_heard_only_itself_keeps_its_pair_bit_for_bit(mixer: Mixer) -> None:
     pairs = random_pairs(0, 3, 2, 6, 5)
     weights = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [0.5, 0.0, 0.5]], dtype=torch.float64)
-    mixed = received(mixer, pairs, pairs, weights, A_ROUND)
+    mixed = received(mixer, pairs, pairs, weights)
     for name in pairs:
         assert torch.equal(mixed[name][1], pairs[name][1])
         assert not torch.equal(mixed[name][0], pairs[name][0])
 
 
-# rotated
+# corrected
 
 
-@either_round
 @some
-@given(seeds, st.integers(1, 4), st.floats(0, 1))
-def test_a_rotation_changes_no_heard_product_and_is_a_rotation(round: int, seed: int, r: int, strength: float) -> None:
-    pairs = random_pairs(seed, 2, r, 8, 6)
-    own, other = take(pairs, slice(0, 1)), take(pairs, slice(1, 2))
-    turned = heard_as(own, other, strength, round)
-    torch.testing.assert_close(product(turned), product(other), rtol=1e-10, atol=1e-10)
-    rotation = torch.linalg.lstsq(other["site.A"].mT, turned["site.A"].mT).solution  # A_jᵀ Q = (Qᵀ A_j)ᵀ
-    torch.testing.assert_close(rotation.mT @ rotation, torch.eye(r, dtype=torch.float64)[None], rtol=0, atol=1e-9)
-    torch.testing.assert_close(torch.linalg.det(rotation), torch.ones(1, dtype=torch.float64))
-
-
-@pytest.mark.parametrize(("round", "name"), [(A_ROUND, "site.A"), (B_ROUND, "site.B")])
-@some
-@given(seeds, st.integers(2, 4), st.sampled_from([0.1, 0.5, 1.0]))
-def test_a_rotation_brings_the_heard_factor_closer_to_ones_own(
-    round: int, name: str, seed: int, r: int, strength: float
+@given(seeds, st.integers(1, 5), st.integers(1, 3), st.sampled_from([1e-3, 0.1, 10.0]))
+def test_the_correction_is_the_least_squares_solution_over_whole_products(
+    seed: int, n: int, r: int, ridge: float
 ) -> None:
-    pairs = random_pairs(seed, 2, r, 8, 6)
-    own, other = take(pairs, slice(0, 1)), take(pairs, slice(1, 2))
-    turned = heard_as(own, other, strength, round)
-    assert (turned[name] - own[name]).norm() < (other[name] - own[name]).norm()
+    pairs, weights = random_pairs(seed, n, r, 8, 6), random_weights(seed, n)
+    mixed = received(corrected(ridge), pairs, pairs, weights)
+    for i in range(n if n > 1 else 0):
+        mean_A, mean_B = (torch.einsum("j,jab->ab", weights[i], pairs[f"site.{what}"]) for what in "AB")
+        wanted = torch.einsum("j,jab->ab", weights[i], product(pairs))
+        # The rows of D minimise |left - D mean_A|² + ridge |D|²: one least-squares problem with the penalty below it.
+        below = torch.cat([mean_A.mT, ridge**0.5 * torch.eye(r, dtype=torch.float64)])
+        left = torch.cat([(wanted - mean_B @ mean_A).mT, torch.zeros(r, 6, dtype=torch.float64)])
+        D = torch.linalg.lstsq(below, left).solution.mT
+        torch.testing.assert_close(mixed["site.A"][i], mean_A, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(mixed["site.B"][i], mean_B + D, rtol=1e-7, atol=1e-7)
+        plain = received(gossip(), pairs, pairs, weights)
+        assert (product(mixed)[i] - wanted).norm() <= (product(plain)[i] - wanted).norm() + 1e-9
 
 
-@either_round
-@some
-@given(seeds, st.integers(2, 4))
-def test_full_strength_undoes_a_rotation_of_ones_own_pair(round: int, seed: int, r: int) -> None:
-    own = random_pairs(seed, 1, r, 8, 6)
-    generator = torch.Generator().manual_seed(seed)
-    skew = torch.randn(r, r, generator=generator, dtype=torch.float64)
-    rotation = torch.linalg.matrix_exp(skew - skew.T)
-    other = {"site.A": rotation.T @ own["site.A"], "site.B": own["site.B"] @ rotation}
-    turned = heard_as(own, other, 1.0, round)
-    for name in own:
-        torch.testing.assert_close(turned[name], own[name], rtol=0, atol=1e-4)
-
-
-@either_round
-@some
-@given(seeds)
-def test_strength_zero_is_gossip(round: int, seed: int) -> None:
-    pairs, weights = random_pairs(seed, 4, 3, 8, 6), random_weights(seed, 4)
-    averaged = received(gossip(), pairs, pairs, weights, round)
-    mixed = received(rotated(0.0), pairs, pairs, weights, round)
+def test_a_large_penalty_leaves_plain_averages_and_equal_pairs_need_no_correction() -> None:
+    pairs, weights = random_pairs(0, 4, 2, 8, 6), random_weights(0, 4)
+    averaged = received(gossip(), pairs, pairs, weights)
+    equal = {name: x[:1].expand(4, -1, -1).clone() for name, x in pairs.items()}
     for name in pairs:
-        torch.testing.assert_close(mixed[name], averaged[name], rtol=1e-12, atol=1e-12)
-
-
-@either_round
-@some
-@given(seeds, st.integers(0, 3), st.floats(0, 1))
-def test_ones_own_pair_is_not_turned(round: int, seed: int, rank: int, strength: float) -> None:
-    own = random_pairs(seed, 1, 3, 8, 6)
-    own["site.B"][..., rank:] = 0
-    turned = heard_as(own, own, strength, round)
-    for name in own:
-        torch.testing.assert_close(turned[name], own[name], rtol=0, atol=1e-7)
-
-
-def test_the_start_with_b_zero_turns_nothing_in_a_b_round() -> None:
-    pairs = random_pairs(0, 2, 3, 8, 6)
-    pairs["site.B"].zero_()
-    turned = heard_as(take(pairs, slice(0, 1)), take(pairs, slice(1, 2)), 0.5, B_ROUND)
-    torch.testing.assert_close(turned["site.A"], pairs["site.A"][1:], rtol=0, atol=1e-12)
-    assert torch.equal(turned["site.B"], torch.zeros(1, 6, 3, dtype=torch.float64))
-
-
-def test_half_of_a_half_turn_has_no_direction_and_turns_nothing() -> None:
-    own = random_pairs(0, 1, 2, 8, 6)
-    other = {name: -tensor for name, tensor in own.items()}
-    turned = heard_as(own, other, 0.5, A_ROUND)
-    for name in own:
-        torch.testing.assert_close(turned[name], other[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(received(corrected(1e9), pairs, pairs, weights)[name], averaged[name])
+        torch.testing.assert_close(received(corrected(1e-3), equal, equal, weights)[name], equal[name])

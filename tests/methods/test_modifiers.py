@@ -1,17 +1,23 @@
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
-from playing import BOTH, at_step, begun, played
+from playing import BOTH, Quadratic, at_step, begun, played
+from torch import Tensor
 
 from peertune import build, load_recipe, simulate
 from peertune.assembly.build import agreed
 from peertune.assembly.needs import NEEDS, check_needs
 from peertune.assembly.registry import build_algorithm, build_graph, check_choices
 from peertune.errors import RecipeError
-from peertune.method import Algorithm, Message, Mixer
+from peertune.method import Algorithm, Local, Message, Mixer
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
-from peertune.methods.modifiers import MODIFIERS, half
+from peertune.methods.modifiers import MODIFIERS, dfed_admm, fedspeed, half
 from peertune.recipe import Recipe
+from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
+from peertune.types import Tensors
 
 HALF = "modifiers=[{name: half}]"
 SMALL = (
@@ -83,17 +89,18 @@ def test_modifiers_apply_in_their_order_and_their_settings_are_written_out(monke
         return mixer._replace(needs=mixer.needs | {f"{len(mixer.needs)} {word} {times}"})
 
     monkeypatch.setitem(MODIFIERS, "told", told)
+    monkeypatch.setitem(MODIFIERS, "also", told)
     for need in ("0 a 1", "1 b 2"):
         monkeypatch.setitem(NEEDS, need, NEEDS["both factors"])
     asked = recipe(
-        "algorithm.name=dec_lora", "modifiers=[{name: told, word: a}, {name: half}, {name: told, word: b, times: 2}]"
+        "algorithm.name=dec_lora", "modifiers=[{name: told, word: a}, {name: half}, {name: also, word: b, times: 2}]"
     )
     run = build(asked)
     assert run.job.algorithm.mixer.needs == {"0 a 1", "1 b 2"}
     assert [part.model_dump() for part in run.resolved.modifiers] == [
         {"name": "told", "word": "a", "times": 1},
         {"name": "half"},
-        {"name": "told", "word": "b", "times": 2},
+        {"name": "also", "word": "b", "times": 2},
     ]
     for wrong, line in (
         ("{name: told}", r"^modifiers\[1\]\.word: is missing, told needs it$"),
@@ -160,3 +167,131 @@ def test_peers_agree_on_modifiers_and_on_what_travels_only_where_these_are_not_a
     assert halved["modifiers"] == '[{"name": "half"}]'
     assert adaptive.keys() - plain.keys() == {"message"}
     assert adaptive["message"] != halved["message"]
+
+
+def rounds_of(local: Local, centres: Tensors, curvature: Tensor, weights: Tensor, rounds: int, steps: int) -> Tensors:
+    """Return the adapters after rounds of gradient descent at rate .1 and plain averaging."""
+    K = len(curvature)
+    adapters = {name: torch.zeros_like(x) for name, x in centres.items()}
+    gradient, memory = Quadratic(centres, curvature), local.init(adapters, at_step(K))
+    for t in range(rounds):
+        at, start = at_step(K, t), {name: x.clone() for name, x in adapters.items()}
+        for _ in range(steps):
+            grads, changed = local.gradients(gradient, adapters, start, memory, at, BOTH)
+            memory = memory | changed
+            adapters = {name: x - 0.1 * grads[name] for name, x in adapters.items()}
+        moved, changed = local.end(start, adapters, memory, at, BOTH)
+        adapters, memory = adapters | moved, memory | changed
+        adapters = {name: (weights @ x.flatten(1)).view_as(x) for name, x in adapters.items()}
+    return adapters
+
+
+RING = torch.tensor([[2, 1, 0, 1], [1, 2, 1, 0], [0, 1, 2, 1], [1, 0, 1, 2]], dtype=torch.float64) / 4
+
+
+def problem() -> tuple[Tensors, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"q.A": (4, 2, 3), "q.B": (4, 3, 2)}
+    centres = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return centres, torch.tensor([0.2, 0.5, 1.0, 2.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("ascent", [0.0, 0.3])
+def test_fedspeed_is_the_authors_formula_written_out(ascent: float) -> None:
+    centres, curvature = problem()
+    local = fedspeed(Local(), 0.4, ascent) if ascent else dfed_admm(Local(), 0.4)
+    found = rounds_of(local, centres, curvature, RING, rounds=3, steps=4)
+    flat = torch.cat([x.flatten(1) for x in centres.values()], 1).numpy()
+    x, h = np.zeros_like(flat), np.zeros_like(flat)
+    for _ in range(3):
+        sent = []
+        for i, bend in enumerate(curvature.tolist()):
+            begun, w = x[i].copy(), x[i].copy()
+            for _ in range(4):
+                g = bend * (w - flat[i])
+                there = w + ascent * g / (np.linalg.norm(g) + 1e-7)
+                w = w - 0.1 * (bend * (there - flat[i]) + 0.4 * (w - begun) + 0.4 * h[i])
+            h[i] = h[i] + (w - begun)
+            sent.append(w + h[i])
+        x = RING.numpy() @ np.stack(sent)
+    ours = torch.cat([tensor.flatten(1) for tensor in found.values()], 1).numpy()
+    np.testing.assert_allclose(ours, x, rtol=1e-9, atol=1e-9)
+
+
+def test_the_dual_finds_the_common_optimum_where_all_meet_and_sparse_graphs_leave_clients_apart() -> None:
+    centres, curvature = problem()
+    dual, plain, sparse = (
+        rounds_of(local, centres, curvature, weights, rounds=400, steps=5)
+        for local, weights in (
+            (dfed_admm(Local(), 0.5), torch.full_like(RING, 0.25)),
+            (Local(), torch.full_like(RING, 0.25)),
+            (dfed_admm(Local(), 0.5), RING),
+        )
+    )
+    for name, centre in centres.items():
+        best = torch.einsum("k,k...->...", curvature, centre) / curvature.sum()
+        assert (dual[name] - best).norm() < 1e-6
+        assert (plain[name] - best).norm() > 0.05
+        assert (sparse[name] - sparse[name].mean(0)).norm() > 0.05
+        at_rest = Quadratic(centres, curvature)(sparse)[name]  # (I - W) x = W h, so the gradients add up to nothing
+        assert at_rest.sum(0).norm() < 1e-6 < at_rest.norm()
+
+
+def test_what_a_phase_does_not_send_gets_no_dual() -> None:
+    centres, curvature = problem()
+    local, phase = dfed_admm(Local(), 0.5), ALGORITHMS["fedsa_lora"]().phase(0)
+    start = {name: torch.zeros_like(x) for name, x in centres.items()}
+    memory = local.init(start, at_step(4))
+    grads, _ = local.gradients(Quadratic(centres, curvature), centres, start, memory, at_step(4), phase)
+    assert torch.equal(grads["q.B"], torch.zeros_like(centres["q.B"]))
+    torch.testing.assert_close(grads["q.A"], 0.5 * centres["q.A"])
+    moved, changed = local.end(start, centres, memory, at_step(4), phase)
+    assert moved.keys() == {"q.A"}
+    assert changed.keys() == {"dfed_admm.q.A.dual"}
+
+
+def test_moments_travel_and_are_averaged_and_count_as_bytes() -> None:
+    settings = ["algorithm.name=dec_lora", "graph={name: complete, activation: 1}", "rounds=2"]
+    plain, mixed = (
+        list(simulate(build(recipe(*settings, *more)).job)) for more in ([], ["modifiers=[{name: mix_moments}]"])
+    )
+    assert [3 * sent for sent in plain[-1].bytes_sent] == mixed[-1].bytes_sent
+    for record, alike in ((plain[-1], False), (mixed[-1], True)):
+        assert record.state is not None
+        for name, x in record.state.moments.items():
+            if not name.startswith("steps."):
+                assert torch.allclose(x, x[:1].expand_as(x), rtol=1e-4, atol=1e-12) is alike
+    first, second = (run[-1].state for run in (plain, mixed))
+    assert first is not None
+    assert second is not None
+    assert any(not torch.equal(x, second.adapters[name]) for name, x in first.adapters.items())
+
+
+@pytest.mark.parametrize(("moment", "value"), [("v", -1.0), ("m", float("nan"))])
+def test_a_sender_whose_moments_can_not_be_is_not_mixed(moment: str, value: float) -> None:
+    settings = ["algorithm.name=dec_lora", "modifiers=[{name: mix_moments}]", "graph={name: complete, activation: 1}"]
+    job = build(recipe(*settings)).job
+
+    def exchange(clients: Sequence[int], payload: Tensors, round: int, refuse: Refuse) -> Heard:
+        lied = {name: x.clone() for name, x in payload.items()}
+        for name, x in lied.items():
+            if name.endswith(f".{moment}"):
+                x[1].fill_(value)
+        return exchanged(job, clients, clients, lied, round, refuse)
+
+    record = next(iter(run_rounds(job, exchange)))
+    assert record.failed_edges == [(0, 1), (1, 2), (1, 3)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["algorithm.name=local", HALF], "^algorithm: local with half needs exchange; choose an algorithm that sends"),
+        ([HALF.replace("half", "mix_moments"), "training.optim=sgd"], "needs moments; give training.optim=adamw, or"),
+        ([HALF.replace("half", "mix_moments"), "training.reset_optimizer=round"], "reset_optimizer other than round$"),
+        (["modifiers=[{name: half}, {name: fedspeed}, {name: half}]"], r"^modifiers\[2\]: half stands twice; give it"),
+    ],
+)
+def test_modifiers_that_would_do_nothing_are_refused(settings: list[str], line: str) -> None:
+    with pytest.raises(RecipeError, match=line):
+        check_choices(recipe(*settings))

@@ -42,6 +42,9 @@ def sent(algorithm: Algorithm) -> list[str]:
         ("tad_lora", {"rho": lambda: 0.913}, ["B"] * 10 + ["A"] * 2, ["AB"] * 12),
         ("decaf", {}, ["AB"] * 12, ["AB"] * 12),
         ("fedrot_lora", {}, ["AB"] * 12, ["AB"] * 12),
+        ("fedsa_lora", {}, ["AB"] * 12, ["A"] * 12),
+        ("la_lora", {}, ["AB"] * 12, ["AB"] * 12),
+        ("lora_fair", {}, ["AB"] * 12, ["AB"] * 12),
     ],
 )
 def test_each_method_trains_and_sends_what_its_table_says(
@@ -85,7 +88,8 @@ def test_settings_hold_what_was_resolved() -> None:
     assert ALGORITHMS["tad_lora"](switch_every=7).settings == {"switch_every": 7}
     assert ALGORITHMS["adf_lora"]().settings == {"switch_every": 5}
     assert ALGORITHMS["fedrot_lora"]().settings == {"strength": 0.5}
-    for name in ("decaf", "dec_lora", "ffa_lora", "local", "rolora"):
+    assert ALGORITHMS["lora_fair"](ridge=0.5).settings == {"ridge": 0.5}
+    for name in ("decaf", "dec_lora", "fedsa_lora", "ffa_lora", "la_lora", "local", "rolora"):
         assert ALGORITHMS[name]().settings == {}
 
 
@@ -112,3 +116,9 @@ def test_a_phase_shorter_than_a_round_is_refused(name: str, rounds: int) -> None
 def test_a_rotation_strength_outside_its_range_is_refused(strength: float) -> None:
     with pytest.raises(RecipeError, match="from 0 to 1"):
         ALGORITHMS["fedrot_lora"](strength=strength)
+
+
+@pytest.mark.parametrize("ridge", [0.0, -1.0, nan])
+def test_a_penalty_that_is_none_is_refused(ridge: float) -> None:
+    with pytest.raises(RecipeError, match=r"^ridge: .* is out of range, give a number above 0$"):
+        ALGORITHMS["lora_fair"](ridge=ridge)

@@ -13,7 +13,7 @@ import torch
 import transformers
 from encoding import CPU, NAMES, WORDS, load, save_tokenizer, sizes, words
 from peft import LoraConfig, get_peft_model
-from playing import at_step, starting
+from playing import at_step, every_kind, starting
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -446,7 +446,7 @@ def test_a_base_whose_dropout_can_not_be_keyed_trains_only_without_it(base_dropo
     )
     base = transformers.BartForSequenceClassification(config)
     model = attach(base, ["model.encoder.layers.0.fc1"], r=2, lora_alpha=4, base_dropout=base_dropout)
-    optim = Optim(sgd(), lambda _: 0.1, 0.0, "never")
+    optim = Optim(sgd(), lambda _: every_kind(0.1), 0.0, "never")
     adapters = init_adapters(model, 2, seed=0)
     state, phase = starting(adapters, {}).clone(), Phase(frozenset({"B"}), frozenset())
     if base_dropout:

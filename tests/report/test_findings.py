@@ -107,6 +107,7 @@ def found(lived: Lived) -> dict[str, Finding]:
         ("algorithm.name=ffa_lora",),
         ("algorithm.name=decaf",),
         ("algorithm.name=fedrot_lora",),
+        ("algorithm.name=lora_fair",),
         ("algorithm.name=rolora", "graph.activation=1"),  # all idle factors are the same
         ("algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 12}",),
         ("graph={name: ring}",),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from playing import at_step, begun, played, starting
+from playing import at_step, begun, every_kind, played, starting
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -92,7 +92,7 @@ def made(**changes: Any) -> Job:
         model,
         ring(clients=CLIENTS),
         Algorithm(alternating(1, "both"), mean),
-        Optim(sgd(MOMENTUM), lambda step: 0.3 / (1 + step), 0.0, "never"),
+        Optim(sgd(MOMENTUM), lambda step: every_kind(0.3 / (1 + step)), 0.0, "never"),
         steps,
         score,
         starting(adapters, sgd(MOMENTUM).init(adapters)),
@@ -144,7 +144,7 @@ def written_out(job: Job) -> Iterator[tuple[Tensors, list[float], list[float]]]:
                 grads = {f"layer.{of}": f.grad for of, f in (("A", A), ("B", B)) if f.grad is not None}
                 for name, grad in grads.items():
                     moments[name][k] = MOMENTUM * moments[name][k] + grad
-                    x[name][k] -= job.optim.rate(step) * moments[name][k]
+                    x[name][k] -= job.optim.rates(step)["A"] * moments[name][k]
                 loss_sum += loss.item()
                 norm_sum += sum(float(grad.square().sum()) for grad in grads.values()) ** 0.5
             losses.append(loss_sum / 2)
@@ -172,8 +172,8 @@ FAULTS = (Fault(1, 1, down=2), Fault(0, 1, edge=(1, 0)))
         {"clients_per_pass": 2, "faults": FAULTS},
         {"algorithm": Algorithm(alternating(2, "trained"), mean), "rounds": 4},
         {"algorithm": Algorithm(both(), mean), "graph": complete(clients=4, activation=0.5, seed=3)},
-        {"optim": Optim(sgd(MOMENTUM), lambda step: 0.3, 0.0, "round")},
-        {"optim": Optim(sgd(MOMENTUM), lambda step: 0.3, 0.0, "phase"), "rounds": 4},
+        {"optim": Optim(sgd(MOMENTUM), lambda step: every_kind(0.3), 0.0, "round")},
+        {"optim": Optim(sgd(MOMENTUM), lambda step: every_kind(0.3), 0.0, "phase"), "rounds": 4},
     ],
 )
 def test_rounds_are_local_steps_of_each_client_and_a_mean_of_whom_it_hears(changes: dict[str, Any]) -> None:
@@ -419,7 +419,7 @@ def agreeing(trained: Sequence[str]) -> Algorithm:
         return [Phase(frozenset(trained[int(k)]), frozenset("AB")) for k in memory["me.id"].tolist()]
 
     def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
-        return select(adapters, phase.send) | memory, {}
+        return select(adapters, phase.send) | {name: memory[name] for name in ("me.id", "me.sum")}, {}
 
     def weigh(
         own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase

@@ -7,15 +7,18 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from playing import at_step, starting
+from playing import at_step, every_kind, starting
 from torch import Tensor, nn
 
 from peertune.adapters.stacked import attach, init_adapters
+from peertune.assembly.build import build_optim
 from peertune.errors import DivergedError, ModelError
 from peertune.method import At, Local, Memory, Phase
+from peertune.recipe import load_recipe
 from peertune.rounds.training import (
     Optim,
     Optimizer,
+    Rates,
     Trained,
     adamw,
     clip,
@@ -76,7 +79,7 @@ def together(optimizer: Optimizer, start: Tensors, steps: list[tuple[Tensors, fl
     params = {name: x.clone() for name, x in start.items()}
     moments = own_memory(optimizer.init(params))
     for grads, rate in steps:
-        optimizer.update(params, grads, moments, rate)
+        optimizer.update(params, grads, moments, every_kind(rate))
     return params, moments
 
 
@@ -122,7 +125,7 @@ def test_clients_of_different_step_counts_share_a_stack() -> None:
     params = {name: torch.cat([x, new[name]]) for name, x in old.items()}
     moments = {name: torch.cat([x, new_moments[name]]) for name, x in old_moments.items()}
     for grads, rate in both:
-        optimizer.update(params, take(grads, slice(0, 2)), moments, rate)
+        optimizer.update(params, take(grads, slice(0, 2)), moments, every_kind(rate))
     for client, steps in enumerate(([*first, *both], both)):
         own = [(take(g, slice(client, client + 1)), lr) for g, lr in steps]
         (expected,) = each_alone(torch.optim.AdamW, take(start, slice(client, client + 1)), own, weight_decay=0.0)
@@ -275,7 +278,7 @@ def start_of(base: nn.Module, optimizer: Optimizer) -> tuple[Any, State]:
 
 @pytest.mark.parametrize("trained", ["A", "B"])
 def test_training_steps_the_state_where_it_lies_and_no_kind_that_does_not_train(trained: str) -> None:
-    optim = Optim(adamw(weight_decay=0.1), lambda step: 0.1, 1.0, "never")
+    optim = Optim(adamw(weight_decay=0.1), lambda step: every_kind(0.1), 1.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
     state.adapters["layer.B"].fill_(0.1)
     everything = state.adapters | state.moments
@@ -315,7 +318,7 @@ def of_client(client: int, parts: list[Batch]) -> tuple[Tensor, Tensor]:
     return x, labels
 
 
-PLAIN = Optim(sgd(), lambda step: 0.1, 0.0, "never")
+PLAIN = Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never")
 
 
 def test_a_gradient_may_be_taken_twice_and_the_loss_is_that_of_the_first() -> None:
@@ -410,13 +413,43 @@ def test_every_adapter_is_evaluated_on_every_row_without_dropout_and_in_the_rows
         np.testing.assert_allclose(row, expected.sum(-1).detach().numpy(), rtol=1e-12)
 
 
+def test_b_and_heads_learn_at_rates_of_their_own_that_fall_over_a_run_or_a_round() -> None:
+    rate = "{learning_rate: 0.2, local_steps: 4, lr_scheduler_type: cosine, loraplus_lr_ratio: 8}"
+    whole, each = (
+        build_optim(
+            load_recipe("digits-demo", ["rounds=3", f"training={rate}", f"training.lr_scheduler_span={span}"])
+        ).rates
+        for span in ("run", "round")
+    )
+    for step in range(12):
+        for rates, share in ((whole(step), step / 12), (each(step), step % 4 / 4)):
+            peak = 0.1 * (1 + math.cos(math.pi * share))
+            assert rates == pytest.approx({"A": peak, "B": 8 * peak, "head": peak})
+
+
+@pytest.mark.parametrize("optimizer", [adamw(weight_decay=0.1), sgd(0.5, 0.1)], ids=["adamw", "sgd"])
+def test_each_kind_steps_as_an_optimizer_at_its_rate_would(optimizer: Optimizer) -> None:
+    names, steps = ("x.A", "x.B", "x.head"), torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    rates = {"A": 0.1, "B": 0.3, "head": 0.05}
+    together = {name: torch.ones(2, 4) for name in names}
+    moments = State(together, optimizer.init(together), torch.zeros(2)).clone().moments
+    for grad in steps:
+        optimizer.update(together, dict.fromkeys(names, grad), moments, rates)
+    for name in names:
+        alone = {name: torch.ones(2, 4)}
+        own = State(alone, optimizer.init(alone), torch.zeros(2)).clone().moments
+        for grad in steps:
+            optimizer.update(alone, {name: grad}, own, every_kind(rates[kind(name)]))
+        assert torch.equal(together[name], alone[name])
+
+
 def test_only_the_kinds_that_train_reach_the_optimizer() -> None:
     seen: list[set[str]] = []
 
-    def update(params: Tensors, grads: Tensors, moments: Tensors, rate: float) -> None:
+    def update(params: Tensors, grads: Tensors, moments: Tensors, rates: Rates) -> None:
         seen.append({kind(name) for name in grads})
 
-    optim = Optim(Optimizer(lambda _: {}, update), lambda step: 0.1, 1.0, "never")
+    optim = Optim(Optimizer(lambda _: {}, update), lambda step: every_kind(0.1), 1.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
     for kinds in ({"A"}, {"B"}, {"A", "B"}):
         train_local(model, state, batches(2), Phase(frozenset(kinds), frozenset()), optim, at_step(state.clients))
@@ -424,7 +457,7 @@ def test_only_the_kinds_that_train_reach_the_optimizer() -> None:
 
 
 def test_a_chunk_is_trained_in_the_memory_of_the_whole_stack() -> None:
-    optim = Optim(adamw(), lambda step: 0.1, 1.0, "never")
+    optim = Optim(adamw(), lambda step: every_kind(0.1), 1.0, "never")
     model, whole = start_of(Linear(), optim.optimizer)
     phase = Phase(frozenset("AB"), frozenset("AB"))
     chunked = whole.clone()
@@ -439,7 +472,7 @@ def test_a_chunk_is_trained_in_the_memory_of_the_whole_stack() -> None:
 
 
 def test_micro_batches_of_a_step_add_up_whoevers_rows_they_hold() -> None:
-    optim = Optim(adamw(), lambda step: 0.1, 0.5, "never")
+    optim = Optim(adamw(), lambda step: every_kind(0.1), 0.5, "never")
     model, whole = start_of(Linear(), optim.optimizer)
     phase, cut = Phase(frozenset("AB"), frozenset("AB")), whole.clone()
     expected = train_local(model, whole, batches(3), phase, optim, at_step(whole.clients))
@@ -461,7 +494,7 @@ def rows_at(batch: Batch, rows: Tensor) -> Batch:
 
 
 def test_no_steps_come_to_nothing() -> None:
-    optim = Optim(sgd(), lambda step: 0.1, 0.0, "never")
+    optim = Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
     loss, grad_norm, _ = train_local(
         model, state, [], Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients, 0)
@@ -484,7 +517,7 @@ def test_a_start_that_clients_share_is_never_trained_before_it_is_cloned(optimiz
     shared = starting(adapters, optimizer.init(adapters))
     for name, x in (shared.adapters | shared.moments).items():
         assert x.untyped_storage().nbytes() * CLIENTS == x.numel() * x.element_size() or name.startswith("steps.")
-    optim = Optim(optimizer, lambda step: 0.1, 0.0, "never")
+    optim = Optim(optimizer, lambda step: every_kind(0.1), 0.0, "never")
     with pytest.raises(RuntimeError, match="single memory location"):
         train_local(model, shared, batches(1), Phase(frozenset("B"), frozenset("B")), optim, at_step(shared.clients))
 
@@ -496,21 +529,21 @@ def test_steps_are_counted_from_the_runs_start() -> None:
         asked.append(step)
         return 0.0
 
-    optim = Optim(sgd(), rate, 0.0, "never")
+    optim = Optim(sgd(), lambda step: every_kind(rate(step)), 0.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
     train_local(model, state, batches(3), Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients, 21))
     assert asked == [21, 22, 23]
 
 
 def test_a_base_that_draws_from_the_global_generator_is_refused() -> None:
-    optim = Optim(sgd(), lambda step: 0.1, 0.0, "never")
+    optim = Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never")
     model, state = start_of(Linear(draws=True), optim.optimizer)
     with pytest.raises(ModelError, match=r"use model\.dropout=false"):
         train_local(model, state, batches(1), Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients))
 
 
 def test_training_that_diverges_stops_with_a_hint() -> None:
-    optim = Optim(sgd(), lambda step: 1e200, 0.0, "never")
+    optim = Optim(sgd(), lambda step: every_kind(1e200), 0.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
     with pytest.raises(ModelError, match=r"no longer finite after round 0; lower training\.learning_rate"):
         train_local(
@@ -519,7 +552,7 @@ def test_training_that_diverges_stops_with_a_hint() -> None:
 
 
 def test_an_adapter_that_the_last_step_spoils_is_seen_before_a_loss_says_so() -> None:
-    optim = Optim(sgd(), lambda step: math.inf, 0.0, "never")
+    optim = Optim(sgd(), lambda step: every_kind(math.inf), 0.0, "never")
     model, state = start_of(Linear(), optim.optimizer)
     with pytest.raises(DivergedError, match="after round 0"):
         train_local(model, state, batches(1), Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients))
@@ -533,7 +566,7 @@ def test_adamw_in_float32_takes_the_steps_of_torch_from_the_first() -> None:
     moments = own_memory(optimizer.init(ours))
     for step in range(5):
         grad = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(step))
-        optimizer.update(ours, {"x.A": grad}, moments, 1e-3)
+        optimizer.update(ours, {"x.A": grad}, moments, every_kind(1e-3))
         theirs.grad = grad.clone()
         reference.step()
         # A correction computed in float32 would be off by 1e-5 of a step at first; a float's own rounding is 6e-8.

@@ -8,7 +8,7 @@ Severity = Literal["problem", "notice", "good"]
 
 LEAST_ROUNDS = 10  # below, trends and standard errors mean nothing
 WARM_UP = 5  # rounds at the start, whose loss falls steeply whatever else happens
-NO_GOSSIP = {"decaf", "fedrot_lora"}  # they turn the factors while they mix, so rho does not bound their contraction
+NO_GOSSIP = {"decaf", "lora_fair"}  # they mix products, so rho does not bound how fast their factors contract
 
 
 class Said(NamedTuple):

@@ -1,0 +1,73 @@
+"""What local steps follow, and what becomes of the adapters after the last of them."""
+
+from math import sqrt
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from peertune.method import At, Gradient, Local, Memory, Phase, descent
+from peertune.types import Tensors, kind
+
+
+def by_steps() -> Local:
+    """Step A in even local steps and B in odd ones, counted from the run's start; a head in each of them."""
+
+    def gradients(
+        gradient: Gradient, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        grads, changed = descent(gradient, adapters, start, memory, at, phase)
+        odd = at.step % 2 == 1  # [K]; all that train together are at one step
+        idle = "A" if odd.all() else "B"
+        return {name: x for name, x in grads.items() if kind(name) != idle}, changed
+
+    return Local(gradients)
+
+
+def turned_back(strength: float | Literal["hard"]) -> Local:
+    """Turn each client's trained pair, after its last local step, towards the pair with which its round began.
+
+    `A ← R A`, `B ← B Rᵀ` leaves `B A` as it is. With A' and B' of the round's start, odd rounds take `M = A' Aᵀ` and
+    even ones `M = B'ᵀ B`; the rotation nearest to M (`U Vᵀ` of `M = U S Vᵀ`, det +1) brings A nearest to A', or B to
+    B'. R is the rotation nearest to `(1 - strength) I + strength · that`. With "hard" it is `U Vᵀ` itself, which may be
+    a reflection. Round 0 turns nothing, and a pair that did not move stays bit for bit. Directions in which M vanishes
+    say nothing about a rotation, and are turned as little as can be.
+    """
+
+    def end(start: Tensors, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+        moved: Tensors = {}
+        for a, b in [(name, f"{name[:-1]}B") for name in start if kind(name) == "A" and f"{name[:-1]}B" in start]:
+            A, B, first_A, first_B = adapters[a], adapters[b], start[a], start[b]
+            # The r x r algebra is cheap, so it runs in float64: the factors' own rounding then is the only one.
+            by_A, by_B = first_A.double() @ A.double().mT, first_B.double().mT @ B.double()  # [K, r, r]
+            odd = (at.round % 2 == 1).to(A.device)[:, None, None]
+            R = _nearest(torch.where(odd, by_A, by_B), strength).to(A.dtype)
+            still = ((first_A == A).flatten(1).all(1) & (first_B == B).flatten(1).all(1))[:, None, None]
+            still |= (at.round == 0).to(A.device)[:, None, None]
+            moved |= {a: torch.where(still, A, R @ A), b: torch.where(still, B, B @ R.mT)}
+        return moved, {}
+
+    return Local(end=end, keeps_start=True)
+
+
+def _nearest(M: Tensor, strength: float | Literal["hard"]) -> Tensor:
+    """Return R `[K, r, r]` for the inner products M `[K, r, r]`."""
+    M = M / torch.linalg.matrix_norm(M, keepdim=True).clamp(min=torch.finfo(M.dtype).tiny)
+    if strength == "hard":
+        return _orthogonal(M, reflections=True)
+    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    return _orthogonal(torch.lerp(identity, _orthogonal(M), strength))
+
+
+def _orthogonal(M: Tensor, reflections: bool = False) -> Tensor:
+    """Return the rotation R that maximises `tr(Rᵀ M)` for M `[…, r, r]` of entries about 1, the least one of several.
+
+    With `reflections` these count as well. A small multiple of the identity added to M decides in the directions where
+    M vanishes. √eps lies far above M's rounding and far below the singular values that matter.
+    """
+    identity = torch.eye(M.shape[-1], dtype=M.dtype, device=M.device)
+    U, _, Vh = torch.linalg.svd(M + sqrt(torch.finfo(M.dtype).eps) * identity)
+    if not reflections:
+        U[..., -1] *= torch.linalg.det(U @ Vh).sign()[..., None]  # it turns back in its weakest direction
+    R: Tensor = U @ Vh
+    return R
