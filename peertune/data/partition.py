@@ -159,40 +159,54 @@ def disjoint_labels() -> Partition:
     return split_rows
 
 
-def column(by: str, *, missing_cells: MissingCells = "refuse") -> Partition:
+def column(by: str, leave_out: list[str | int] | None = None, *, missing_cells: MissingCells = "refuse") -> Partition:
     """Keep together the rows that have the same value in a column, such as an author or a topic.
 
     Values are the same that are written alike. They go to the clients from the most frequent to the rarest, each to the
-    client with the fewest rows so far. Nothing is random here: the seed changes nothing. By `missing_cells` rows
-    without a value are refused, go to nobody (`drop`), or belong together (`empty`).
+    client with the fewest rows so far; those to `leave_out` go to nobody. Nothing is random here: the seed changes
+    nothing. By `missing_cells` rows without a value are refused, go to nobody (`drop`), or belong together (`empty`).
     """
+    return _by_value("column", by, leave_out or [], missing_cells)
 
+
+def writers(leave_out: list[str | int] | None = None) -> Partition:
+    """Give each client rows of hands of its own, as the task `digits` has them: `column` by `writer`.
+
+    A natural shift of features with even labels. Hands to `leave_out`, from 0, go to nobody.
+    """
+    return _by_value("writers", "writer", leave_out or [], "refuse")
+
+
+def _by_value(name: str, by: str, leave_out: Sequence[str | int], missing_cells: MissingCells) -> Partition:
     def split_rows(split: Split, clients: int, seed: int) -> list[RowNumbers]:
-        _check_size("column", split, clients)
+        _check_size(name, split, clients)
         if by not in split.columns:
-            raise DataError(unknown("partition column: by", by, split.columns))
+            raise DataError(unknown(f"partition {name}: by", by, split.columns))
         groups: dict[str, list[int]] = {}
         for row, value in enumerate(split.columns[by]):
-            if not isinstance(value, str | int | float | date | None):
+            if not isinstance(value, str | int | float | date | np.integer | None):
                 raise DataError(
-                    f"partition column: {by} holds {type(value).__name__}s, choose a column of texts or numbers"
+                    f"partition {name}: {by} holds {type(value).__name__}s, choose a column of texts or numbers"
                 )
             groups.setdefault("" if missing(value) else str(value), []).append(row)
         lacking = groups.get("", [])
         if lacking and missing_cells == "refuse":
             raise DataError(
-                f"partition column: no {by} in {len(lacking):,} of {len(split):,} rows ({split.called(lacking[0])} "
+                f"partition {name}: no {by} in {len(lacking):,} of {len(split):,} rows ({split.called(lacking[0])} "
                 "first); missing_cells=drop gives these rows to nobody, missing_cells=empty keeps them together"
             )
         if lacking and missing_cells == "drop":
             del groups[""]
             log.warning(
-                f"partition column: no {by} in {len(lacking):,} of {len(split):,} rows, "
+                f"partition {name}: no {by} in {len(lacking):,} of {len(split):,} rows, "
                 "which go to nobody (missing_cells)"
             )
+        for value in map(str, leave_out):
+            if groups.pop(value, None) is None:
+                raise DataError(unknown(f"partition {name}: leave_out", value, groups))
         if len(groups) < clients:
             raise DataError(
-                f"partition column: {by} has {len(groups)} different values for {clients} clients, "
+                f"partition {name}: {by} has {len(groups)} different values for {clients} clients, "
                 f"choose {len(groups)} clients or fewer"
             )
         parts: list[list[int]] = [[] for _ in range(clients)]
@@ -211,6 +225,7 @@ PARTITIONS: dict[str, Callable[..., Partition]] = {
     "label_mixture": label_mixture,
     "quantity_skew": quantity_skew,
     "shards": shards,
+    "writers": writers,
 }
 
 

@@ -25,8 +25,10 @@ ARGUMENTS: dict[str, Callable[[int, int], dict[str, Any]]] = {
     "label_mixture": lambda clients, classes: {"proportions": mixture(clients, classes)},
     "quantity_skew": lambda clients, classes: {"alpha": 0.5},
     "shards": lambda clients, classes: {"per_client": 2},
+    "writers": lambda clients, classes: {},
 }
-BY_CLASS = sorted(set(ARGUMENTS) - {"column", "iid", "quantity_skew"})
+BY_COLUMN = {"column", "writers"}
+BY_CLASS = sorted(set(ARGUMENTS) - BY_COLUMN - {"iid", "quantity_skew"})
 
 
 def mixture(clients: int, classes: int) -> list[list[float]]:
@@ -40,7 +42,8 @@ def made(*sizes: int) -> Split:
     """A split with so many rows of each class, shuffled, by 40 authors."""
     rng = np.random.default_rng(len(sizes))
     labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
-    return Split({"author": [f"author {row % 40}" for row in range(len(labels))]}, labels)
+    authors = [f"author {row % 40}" for row in range(len(labels))]
+    return Split({"author": authors, "writer": authors}, labels)
 
 
 def make(name: str, clients: int, classes: int) -> Partition:
@@ -71,7 +74,7 @@ def test_every_partition_is_tried() -> None:
 )
 def test_clients_hold_rows_of_their_own(name: str, clients: int, sizes: list[int], seed: int) -> None:
     split = made(*sizes)
-    assume(name != "column" or len(set(split.columns["author"])) >= clients)
+    assume(name not in BY_COLUMN or len(set(split.columns["author"])) >= clients)
     parts = make(name, clients, len(sizes))(split, clients, seed)
     assert len(parts) == clients
     assert all(part.dtype == np.int64 and len(part) for part in parts)
@@ -89,7 +92,7 @@ def test_clients_hold_rows_of_their_own(name: str, clients: int, sizes: list[int
 def test_another_seed_gives_another_partition(name: str) -> None:
     split, partition = made(60, 70, 80), make(name, 5, 3)
     # A column leaves nothing to chance.
-    assert same(partition(split, 5, 0), partition(split, 5, 1)) == (name == "column")
+    assert same(partition(split, 5, 0), partition(split, 5, 1)) == (name in BY_COLUMN)
 
 
 @settings(max_examples=60, deadline=None)
@@ -161,7 +164,7 @@ def test_shards_hold_few_classes() -> None:
     assert (table == 20).sum() < 10, "neighbouring shards are dealt to whom they fall, not side by side"
 
 
-@pytest.mark.parametrize("name", sorted(set(PARTITIONS) - {"column"}))
+@pytest.mark.parametrize("name", sorted(set(PARTITIONS) - BY_COLUMN))
 def test_which_rows_of_a_class_a_client_gets_is_drawn(name: str) -> None:
     rows = max(make(name, 4, 1)(Split({}, np.zeros(80, np.int64)), 4, 0), key=len)
     assert (np.diff(rows) > 1).sum() >= 3, "not a run of rows as the source has them"
@@ -208,8 +211,16 @@ def test_values_that_are_written_alike_belong_together() -> None:
     assert [part.tolist() for part in parts] == [[0, 1], [2], [3]]
 
 
+def test_values_that_are_left_out_go_to_nobody() -> None:
+    split = Split({"author": list("abcabca")}, np.zeros(7))
+    parts = PARTITIONS["column"]("author", leave_out=["b"])(split, 2, 0)
+    assert [part.tolist() for part in parts] == [[0, 3, 6], [2, 5]]
+    hands = Split({"writer": np.array([0, 1, 2, 1, 0])}, np.zeros(5))
+    assert [part.tolist() for part in PARTITIONS["writers"](leave_out=[0])(hands, 2, 0)] == [[1, 3], [2]]
+
+
 def test_a_regression_can_be_dealt_without_classes() -> None:
-    split = Split({"author": list("abcdef")}, np.linspace(0, 5, 6))
+    split = Split({"author": list("abcdef"), "writer": np.arange(6)}, np.linspace(0, 5, 6))
     for name in sorted(set(PARTITIONS) - set(BY_CLASS)):
         assert len(np.concatenate(make(name, 3, 2)(split, 3, 0))) == 6
 
@@ -240,6 +251,9 @@ def test_more_clients_than_rows_are_refused(name: str) -> None:
         ("column", {"by": "autor"}, 2, "unknown name 'autor', did you mean author?"),
         ("column", {"by": "author"}, 9, "author has 3 different values for 9 clients, choose 3 clients or fewer"),
         ("column", {"by": "tokens"}, 2, "tokens holds lists"),
+        ("column", {"by": "author", "leave_out": ["d"]}, 2, "leave_out: unknown name 'd', choose from a, b, c"),
+        ("column", {"by": "author", "leave_out": ["a"]}, 3, "has 2 different values for 3 clients, choose 2"),
+        ("writers", {}, 2, "by: unknown name 'writer', choose from author, tokens"),
     ],
 )
 def test_a_partition_that_can_not_be_made_says_why(

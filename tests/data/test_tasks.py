@@ -142,6 +142,26 @@ def test_the_digits_are_those_of_scikit_learn_which_draws_for_validation(tmp_pat
         assert all(np.array_equal(written[name], kept[name]) for name in kept)
 
 
+def test_writers_begin_where_the_sequence_of_labels_begins_anew() -> None:
+    with np.load(Path(digits.__file__).with_name("digits.npz")) as kept:
+        labels, parts = kept["labels"].tolist(), kept["parts"]
+    # Forms have the labels of the first, but for one that differs and some that are missing. So one walks along the
+    # first, over and over, and skips what does not show: as few labels as let the next five agree.
+    form, place, begins = labels[:130] * 15, 0, []
+    for row in range(len(labels)):
+        skipped = [k for k in range(8) if form[place + k : place + k + 5] == labels[row : row + 5]]
+        before, place = place, place + (skipped[0] if skipped and form[place] != labels[row] else 0) + 1
+        if not row or (before - 1) // 130 < (place - 1) // 130:
+            begins.append(row)
+    assert len(begins) == 14
+    task = TASKS["digits"]()
+    for part, split in (("train", task.train), ("validation", task.validation)):
+        rows = np.flatnonzero(parts == part)
+        assert list(split.columns["writer"]) == [sum(row >= begin for begin in begins) - 1 for row in rows]
+    per_writer = np.bincount(np.asarray(task.train.columns["writer"]))
+    assert (len(per_writer), per_writer.min(), per_writer.max()) == (14, 47, 55)
+
+
 def test_metrics_of_a_small_example() -> None:
     predictions, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
     assert METRICS["accuracy"](predictions, labels) == pytest.approx(3 / 5)
