@@ -16,7 +16,7 @@ def run(repeats: int = 5) -> list[Figure]:
     phase = job.algorithm.phase(0)
     times = interleaved(
         {
-            "evaluate": lambda _: job.evaluate(state.adapters),
+            "evaluate": lambda _: job.evaluate(state.adapters, job.clients),
             "step": lambda turn: train_local(
                 job.model,
                 state,
@@ -28,7 +28,7 @@ def run(repeats: int = 5) -> list[Figure]:
         },
         repeats,
     )
-    rows = job.evaluate(state.adapters).rows * (clients + 1)
+    rows = job.evaluate(state.adapters, job.clients).rows * (clients + 1)
     shares = [100 * e / (e + EVERY * LOCAL_STEPS * s) for e, s in zip(times["evaluate"], times["step"], strict=True)]
     return [
         figure(f"evaluation of {clients} clients and their average", times["evaluate"], "s", note=f"{rows:,} rows"),

@@ -32,6 +32,7 @@ class Draw(StrEnum):
     DROPOUT = "dropout"  # client, step, position in the batch
     SHARED_DROPOUT = "shared dropout"  # client, step: of what all rows of a step share
     EVALUATE = "evaluate"
+    HELD_OUT = "held out"  # client
     GENERATE = "generate"  # row
     # who meets whom
     EDGE = "edge"  # round, i, j

@@ -102,7 +102,7 @@ def _job(algorithm: Algorithm, state: State, clients: Sequence[int]) -> Job:
         algorithm=algorithm,
         optim=Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never"),
         steps=lambda clients, t: iter(()),
-        evaluate=lambda adapters: Evaluation("accuracy", [], None, 1, []),
+        evaluate=lambda adapters, clients: Evaluation("accuracy", [], None, 1, []),
         state=state,
         clients=clients,
         rounds=state.round + 2,

@@ -77,11 +77,14 @@ LIKELY = {"label": "warm", "words": [" no", " yes"], "prompt": "{prompt}"}
 def test_what_is_made_to_be_learnt_is_learnt(
     peertune: Call, folder: Path, tmp_path: Path, task: dict[str, Any], before: float, after: float
 ) -> None:
-    records, _ = run(peertune, recipe_of(folder, task=task), tmp_path / "run")
-    assert records[-1]["evaluation"]["metric"] == task["metric"] + (" of 1" if task["metric"] == "f1" else "")
-    scores = [*records[-1]["evaluation"]["clients"], records[-1]["evaluation"]["average"]]
-    found = build(check_recipe(recipe_of(folder, task=task), "test"))
-    start = found.job.evaluate(found.job.state.adapters)
+    judged = {"every": 4, "max_new_tokens": 8, "on": "both"}
+    records, _ = run(peertune, recipe_of(folder, task=task, evaluate=judged), tmp_path / "run")
+    found = records[-1]["evaluation"]
+    assert found["metric"] == task["metric"] + (" of 1" if task["metric"] == "f1" else "")
+    scores = [*found["clients"], *found["own"], found["average"]]
+    assert len(scores) == 5
+    job = build(check_recipe(recipe_of(folder, task=task), "test")).job
+    start = job.evaluate(job.state.adapters, job.clients)
     if task["metric"] == "perplexity":
         assert min(start.clients) > before
         assert max(scores) < after

@@ -105,10 +105,18 @@ def build(
         task.classes,
         held=list(chain(*group.gather(label_counts(task, task.train, list(encoded.held.values()))))),
         validation=label_counts(task, task.validation, [encoded.validating])[0],
-        evaluated=label_counts(task, task.validation, [encoded.evaluated])[0],
+        evaluated=_evaluated(recipe, parts, encoded),
         long=encoded.long,
         left_out={"train": task.train.left_out, "validation": task.validation.left_out},
     )
+
+
+def _evaluated(recipe: Recipe, parts: Parts, encoded: EncodedTask) -> list[int]:
+    """Return how many rows of each class the clients' scores are of."""
+    if recipe.evaluate.on != "own":
+        return label_counts(parts.task, parts.task.validation, [encoded.evaluated])[0]
+    held_out = label_counts(parts.task, parts.task.train, list(encoded.held_out.values()))
+    return [sum(counts) for counts in zip(*chain(*parts.group.gather(held_out)), strict=True)]
 
 
 def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> Job:

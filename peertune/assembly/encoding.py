@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune.assembly.registry import Parts
+from peertune.assembly.registry import Parts, Rows
 from peertune.data.batches import Encoded, encode_images, encode_text
 from peertune.data.completions import encode_completions, encode_words
 from peertune.data.images import Images
@@ -27,7 +27,8 @@ class EncodedTask(NamedTuple):
     validation: Encoded
     max_length: int  # tokens that a row may have
     long: Mapping[str, int]  # for each split, how many rows of all clients were longer
-    held: Mapping[int, NDArray[np.int64]]  # client → the rows of `train` that it trains on
+    held: Rows  # client → the rows of `train` that it trains on
+    held_out: Rows  # client → those on which it is judged
     validating: NDArray[np.int64]  # the rows of `validation` that are used
     evaluated: NDArray[np.int64]  # those of them that are evaluated
 
@@ -39,20 +40,24 @@ def encode(recipe: Recipe, parts: Parts, base: Base) -> EncodedTask:
     the base's.
     """
     max_length = _max_length(recipe, base)
-    own = np.sort(np.concatenate(list(parts.rows.values())))
+    own = np.sort(np.concatenate([*parts.rows.values(), *parts.held_out.values()]))
     train, validation = _encode(recipe, parts.task, base, max_length, own)
     long = {"train": sum(parts.group.gather(len(train.long))), "validation": len(validation.long)}
     _tell_long(recipe, long, {"train": sum(parts.group.gather(len(own))), "validation": len(validation)}, max_length)
-    held = {client: _without_long(recipe, train, rows) for client, rows in parts.rows.items()}
+    held, held_out = (
+        {client: _without_long(recipe, train, rows) for client, rows in part.items()}
+        for part in (parts.rows, parts.held_out)
+    )
     validating = _without_long(recipe, validation, np.arange(len(validation)))
-    if empty := [client for client, rows in held.items() if not len(rows)]:
+    if empty := [client for part in (held, held_out) for client, rows in part.items() if not len(rows)]:
         raise DataError(
-            f"training.long_rows: client {empty[0]} has no row of up to {max_length} tokens; "
+            f"training.long_rows: client {empty[0]} has no row of up to {max_length} tokens to train or be judged on; "
             "raise training.max_length, or use training.long_rows=cut"
         )
     if not len(validating):
         raise DataError("training.long_rows: no row to validate on is short enough; raise training.max_length")
-    return EncodedTask(train, validation, max_length, long, held, validating, evaluated_rows(recipe, validating))
+    evaluated = evaluated_rows(recipe, validating)
+    return EncodedTask(train, validation, max_length, long, held, held_out, validating, evaluated)
 
 
 def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]:

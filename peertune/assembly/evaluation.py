@@ -1,7 +1,8 @@
 """Evaluation: how good the clients' own models are, by the metric of the task."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from peertune.models.generation import Decoding, cached_tokens, generate, pads_l
 from peertune.recipe import Recipe
 from peertune.rounds.record import Evaluation
 from peertune.rounds.training import Read, evaluate, hits, predictions, row_losses
-from peertune.types import Task, Tensors, take
+from peertune.types import Split, Task, Tensors, take
 
 log = logging.getLogger(__name__)
 
@@ -28,42 +29,79 @@ EVALUATION_FACTOR = 2
 
 def build_evaluation(
     recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask
-) -> Callable[[Tensors], Evaluation]:
-    """Return what evaluates a stack `[K, …]`, and, but at a peer, the average of all clients of the group.
+) -> Callable[[Tensors, Sequence[int]], Evaluation]:
+    """Return what evaluates a stack `[K, …]` of these clients, and, but at a peer, the average of all of the group.
 
-    Raises RecipeError where the metric can't be had of this task or this base.
+    Each client's own model is judged on the validation set, on rows that it holds out, or on both. Raises RecipeError
+    where the metric can't be had of this task or this base.
     """
-    task, group, rows, average = parts.task, parts.group, encoded.evaluated, not parts.peer
+    task, group, on = parts.task, parts.group, recipe.evaluate.on
     if recipe.evaluate.temperature and task.metric not in JUDGES:
         raise RecipeError(
             f"evaluate.temperature: nothing is generated for the metric {task.metric}; leave it out, "
             f"or choose {' or '.join(sorted(JUDGES))}"
         )
-    labels = np.asarray(task.validation.labels)[rows]
-    if task.metric in JUDGES:
-        predict = _judged(recipe, task, loaded, encoded)
-        labels = np.ones(len(rows))
-    elif task.form == "choose":
-        predict = _chosen(task, loaded, encoded)
-    else:
-        readers = {"perplexity": row_losses, "token_accuracy": hits}
-        predict = _read(loaded, encoded.validation, rows, readers.get(task.metric, predictions))
-        labels = encoded.validation.targets[rows] if task.form == "complete" else labels
-    score = scorer(task)
+    judge = partial(_judge, recipe, task, loaded, encoded)
+    own = {client: judge(task.train, encoded.train, rows) for client, rows in encoded.held_out.items()}
+    held_out = sum(group.gather(sum(map(len, encoded.held_out.values()))))
+    common = None if on == "own" else judge(task.validation, encoded.validation, encoded.evaluated)
 
-    def run(adapters: Tensors) -> Evaluation:
-        clients = len(next(iter(adapters.values())))
-        singles = [take(adapters, slice(client, client + 1)) for client in range(clients)]
-        if average:
+    def run(adapters: Tensors, clients: Sequence[int]) -> Evaluation:
+        singles = [take(adapters, slice(place, place + 1)) for place in range(len(clients))]
+        alone = [own[client]([single])[0] for client, single in zip(clients, singles, strict=True) if own]
+        scores = [score for score, _ in alone]
+        if common is None:
+            return Evaluation(task.measured, scores, None, held_out, _tops(task, alone), scores)
+        if not parts.peer:
             mean = {name: group.mean(x)[None] for name, x in adapters.items()}
             if group.rank == group.size - 1:  # once, by the one with the fewest clients
                 singles.append(mean)
-        predicted = predict(singles) if singles else np.empty((0, len(rows)))
-        scores = [score(own, labels) for own in predicted]
-        top = [float(np.bincount(own).max() / len(rows)) for own in predicted[:clients] if task.classes]
-        return Evaluation(task.measured, scores[:clients], next(iter(scores[clients:]), None), len(rows), top)
+        found = common(singles) if singles else []
+        together, rest = found[: len(clients)], found[len(clients) :]
+        average = rest[0][0] if rest else None
+        top = _tops(task, together)
+        return Evaluation(task.measured, [score for score, _ in together], average, len(encoded.evaluated), top, scores)
 
     return run
+
+
+Judged = tuple[float, float]
+"""A score, and the share of the rows for which the most frequent class is predicted."""
+
+
+def _tops(task: Task, judged: Sequence[Judged]) -> list[float]:
+    return [top for _, top in judged] if task.classes else []
+
+
+def _judge(
+    recipe: Recipe,
+    task: Task,
+    loaded: Loaded,
+    encodings: EncodedTask,
+    split: Split,
+    encoded: Encoded,
+    rows: NDArray[np.int64],
+) -> Callable[[list[Tensors]], list[Judged]]:
+    """Return what judges single adapters `[1, …]` by these rows of a split."""
+    labels = np.asarray(split.labels)[rows]
+    if task.metric in JUDGES:
+        predict = _judged(recipe, task, loaded, encodings.max_length, split, encoded, rows)
+        labels = np.ones(len(rows))
+    elif task.form == "choose":
+        predict = _chosen(task, loaded, encodings.max_length, split, rows)
+    else:
+        readers = {"perplexity": row_losses, "token_accuracy": hits}
+        predict = _read(loaded, encoded, rows, readers.get(task.metric, predictions))
+        labels = encoded.targets[rows] if task.form == "complete" else labels
+    score = scorer(task)
+
+    def judge(singles: list[Tensors]) -> list[Judged]:
+        return [
+            (score(own, labels), float(np.bincount(own).max() / len(rows)) if task.classes else 0.0)
+            for own in predict(singles)
+        ]
+
+    return judge
 
 
 Predict = Callable[[list[Tensors]], NDArray[Any]]
@@ -80,18 +118,24 @@ def _read(loaded: Loaded, encoded: Encoded, rows: NDArray[np.int64], read: Read)
     return predict
 
 
-def _chosen(task: Task, loaded: Loaded, encoded: EncodedTask) -> Predict:
+def _chosen(task: Task, loaded: Loaded, max_length: int, split: Split, rows: NDArray[np.int64]) -> Predict:
     """Return what finds the likeliest word after each row's prompt."""
-    rows = encoded.evaluated
-    split = task.validation.take(rows, task.inputs)
-    choices = encode_choices(loaded.base.tokenizer, split, task.words, encoded.max_length)
+    choices = encode_choices(loaded.base.tokenizer, split.take(rows, task.inputs), task.words, max_length)
     losses = _read(loaded, choices, np.arange(len(choices)), row_losses)
     return lambda singles: losses(singles).reshape(len(singles), len(rows), -1).argmin(-1)
 
 
-def _judged(recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask) -> Predict:
+def _judged(
+    recipe: Recipe,
+    task: Task,
+    loaded: Loaded,
+    max_length: int,
+    split: Split,
+    encoded: Encoded,
+    rows: NDArray[np.int64],
+) -> Predict:
     """Return what says of each row whether the text that is generated is right."""
-    base, rows, max_length, together = loaded.base, encoded.evaluated, encoded.max_length, clients_together(recipe)
+    base, together = loaded.base, clients_together(recipe)
     settings = recipe.evaluate
     positions = base.positions
     room = max_length if positions is None else min(max_length, positions - settings.max_new_tokens)
@@ -104,14 +148,13 @@ def _judged(recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask) ->
         raise RecipeError(
             f"task.metric: {task.metric} generates, and {type(base.model).__name__} can't from padded rows"
         )
-    split = task.validation.take(rows, task.validation.columns.keys())
-    prompts, long = encode_prompts(base.tokenizer, split, task.inputs, room)
+    prompts, long = encode_prompts(base.tokenizer, split.take(rows, split.columns.keys()), task.inputs, room)
     if long:
         log.warning(
             f"{len(long):,} of {len(rows):,} prompts have more than {room} tokens and lose their beginning "
             "(evaluate.max_new_tokens)"
         )
-    right, ends = completions(base.tokenizer, encoded.validation, rows.tolist())
+    right, ends = completions(base.tokenizer, encoded, rows.tolist())
     decoding = Decoding(
         settings.max_new_tokens,
         settings.temperature,

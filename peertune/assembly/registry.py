@@ -21,6 +21,7 @@ from peertune.method import Algorithm, Local, Message, Mixer, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import MODIFIERS
 from peertune.methods.schedules import switching_interval
+from peertune.randomness import Draw, generator
 from peertune.recipe import Choice, Recipe, arguments
 from peertune.runs import trackers
 from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, graph_near, one_period, rho, summary
@@ -39,6 +40,10 @@ _TABLES = {
 """Block of a recipe → what it may name."""
 
 
+Rows = Mapping[int, NDArray[np.int64]]
+"""Client → rows of the training split, sorted."""
+
+
 class Parts(NamedTuple):
     """The first step of `build`: what the recipe chooses by name, and for whom."""
 
@@ -47,7 +52,8 @@ class Parts(NamedTuple):
     faults: Sequence[Fault]
     algorithm: Algorithm
     clients: Sequence[int]  # all, a process's share of them, or one, a peer
-    rows: Mapping[int, NDArray[np.int64]]  # client → its training rows
+    rows: Rows  # client → the rows that it trains on
+    held_out: Rows  # client → its other ones, on which it is judged; {} where nobody is
     group: Group  # the processes that share the clients
     peer: bool  # whether there are other clients, and nobody here who holds them
 
@@ -67,9 +73,28 @@ def build_parts(
     faults = build_faults(recipe)
     clients = range(recipe.clients) if clients is None else clients
     dealt = dict.fromkeys(clients, np.arange(len(task.train))) if own_data else build_partition(recipe, task)
-    rows = {client: dealt[client] for client in clients}
+    rows, held_out = hold_out(recipe, {client: dealt[client] for client in clients})
     peer = group.size == 1 and len(clients) < recipe.clients
-    return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, group, peer)
+    return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, held_out, group, peer)
+
+
+def hold_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
+    """Divide each client's rows into those that it trains on and those on which it is judged, a seeded draw.
+
+    These are the recipe's share of them, at least one. Raises RecipeError for a client that has one row alone.
+    """
+    if recipe.evaluate.on == "common":
+        return rows, {}
+    held_out = {}
+    for client, own in rows.items():
+        if len(own) < 2:
+            raise RecipeError(
+                f"evaluate.on: client {client} has one row and can hold out none; "
+                "use evaluate.on=common, or fewer clients"
+            )
+        count = min(len(own) - 1, max(1, round(recipe.evaluate.held_out * len(own))))
+        held_out[client] = np.sort(generator(recipe.seed, Draw.HELD_OUT, client).permutation(own)[:count])
+    return {client: np.setdiff1d(own, held_out[client]) for client, own in rows.items()}, held_out
 
 
 def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:

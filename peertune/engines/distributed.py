@@ -76,8 +76,9 @@ def _merged(own: RoundRecord, group: Group) -> RoundRecord:
         evaluation = replace(
             evaluation,
             clients=[score for part in scores for score in part["clients"]],
-            average=next(part["average"] for part in scores if part["average"] is not None),
+            average=next((part["average"] for part in scores if part["average"] is not None), None),
             top_share=[top for part in scores for top in part["top_share"]],
+            own=[score for part in scores for score in part["own"]],
         )
     merged: dict[str, Any] = {name: [value for part in parts for value in part[name]] for name in _LISTS}
     merged |= {name: sorted({(i, j) for part in parts for i, j in part[name]}) for name in _EDGES}

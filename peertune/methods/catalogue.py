@@ -146,8 +146,8 @@ def lora_fair(ridge: float = 0.01) -> Algorithm:
 def fedsa_lora() -> Algorithm:
     """FedSA-LoRA: train both factors in every round, send and average A; B and the head stay a client's own.
 
-    Source: arXiv 2410.01463, with a server. Each client is to be judged by its own model: the mean of all adapters
-    pairs an A with B's that were not trained for it.
+    Source: arXiv 2410.01463, with a server. Each client is to be judged by its own model, best on rows of its
+    own (`evaluate.on=both`): the mean of all adapters pairs an A with B's that were not trained for it.
     """
     return Algorithm(sharing_a(), gossip())
 

@@ -62,7 +62,7 @@ def trial(recipe: Recipe) -> Trial:
         train_local(job.model, part, [batches], phase, job.optim, at, job.algorithm.local)
         taken.append(time.perf_counter() - begun)
     begun = time.perf_counter()
-    seen = job.evaluate(take(part.adapters, slice(0, 1)))  # the client and the average of one
+    seen = job.evaluate(take(part.adapters, slice(0, 1)), job.clients[:1])  # the client and the average of one
     evaluated = (time.perf_counter() - begun) / 2
     whole = min(recipe.evaluate.rows or sys.maxsize, sum(run.validation))
     return Trial(

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from peertune.errors import RecipeError, unknown
 from peertune.recipe.hints import explain
-from peertune.recipe.schema import Recipe, Training
+from peertune.recipe.schema import Evaluate, Recipe, Training
 from peertune.recipe.text import NOT_YAML, read_yaml
 
 
@@ -77,6 +77,8 @@ def _without_effect(recipe: Recipe) -> str | None:
             f"training.warmup_steps: {recipe.training.warmup_steps} steps of warm-up leave none of the {span}'s "
             f"{steps} ({of}) at the full rate; give at most {steps - 1}"
         )
+    if recipe.evaluate.on == "common" and recipe.evaluate.held_out != Evaluate.model_fields["held_out"].default:
+        return "evaluate.held_out: with evaluate.on=common nobody holds out rows; give own or both, or leave it out"
     if recipe.evaluate.top_p < 1 and not recipe.evaluate.temperature:
         return "evaluate.top_p: at evaluate.temperature 0 nothing is sampled; give a temperature, or leave top_p out"
     return None

@@ -52,6 +52,9 @@ def score(run: RunData) -> go.Figure | None:
     drawn = _spread(rounds, clients, values, drawing.colour(run))
     if None not in average:
         drawn.append(line(rounds, average, "averaged adapter", drawing.colour(run), "round %{x}: %{y:.3f}", 2))
+    own = [record["evaluation"]["own"] for record in evaluated(run)]
+    if any(own) and None not in average:  # elsewhere these are what is drawn
+        drawn.append(line(rounds, [fmean(x) for x in own], "on own rows", GREY, "round %{x}: %{y:.3f}", 2))
     labels = evaluated_labels(run.recipe, run.facts)
     if metric([run]) == "accuracy" and any(labels):
         drawn.append(_level(rounds[[0, -1]], max(labels) / sum(labels), "always the commonest class", "name+y"))

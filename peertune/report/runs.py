@@ -205,6 +205,7 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "average": None,
             "rows": min(one["rows"] for one in evaluated),
             "top_share": [share for one in evaluated for share in one["top_share"]],
+            "own": [score for one in evaluated for score in one["own"]],
         }
     stages = dict.fromkeys(stage for record in records for stage in record["seconds"])
     return {

@@ -19,6 +19,7 @@ Row = Mapping[str, Any]
 MEASURES = {
     "mean": "mean",
     "best": "best",
+    "own": "own",
     "min": "min",
     "max": "max",
     "average": "average",
@@ -32,12 +33,12 @@ MEASURES = {
 """What runs are compared by: key of a summary → heading."""
 COLUMNS = {"run": "run", **MEASURES}
 """The same with the run's name in front."""
-SCORES = ("mean", "best", "average", "best_average")
+SCORES = ("mean", "best", "own", "average", "best_average")
 """Measures of which paired differences are taken."""
 LEGEND = """\
-mean, min, max: the clients' own models at the end; best: the best mean of all rounds; average: the averaged adapter at
-the end, best average: at its best; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a
-client in the whole run; s: seconds"""
+mean, min, max: the clients' own models at the end; best: the best mean of all rounds; own: their mean on rows that each
+held out for itself; average: the averaged adapter at the end, best average: at its best; Δ_A, Δ_B: consensus error of
+the factors; cross: the cross term; MB: sent by a client in the whole run; s: seconds"""
 _INTERVAL = "algorithm.switch_every"
 _AUTOMATIC = ("device", "model.dtype")
 """Keys in which runs of one recipe may differ, by machine."""
@@ -45,17 +46,17 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 """Keys in which runs may differ without being runs of different things."""
 
 
-SUMMARISED = ("clients", "bytes_sent", "evaluation.clients")
+SUMMARISED = ("clients", "bytes_sent", "evaluation.clients", "evaluation.own")
 """Which lists of a record are looked at to summarise a run."""
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one row for a run's records, as read from `rounds.jsonl`.
 
-    `mean`, `min`, `max`, `std` are over the clients' own models at the last evaluation, `average` is the averaged
-    adapter's score there; `best` is the best mean of all evaluations and `best_average` the averaged adapter's best.
-    Consensus errors and the cross term are those of the last round, traffic is a client's mean over the run, seconds
-    are the whole run's.
+    `mean`, `min`, `max`, `std` are over the clients' own models at the last evaluation, `own` is their mean on rows
+    that each held out for itself, and `average` is the averaged adapter's score there; `best` is the best mean of all
+    evaluations and `best_average` the averaged adapter's best. Consensus errors and the cross term are those of the
+    last round, traffic is a client's mean over the run, seconds are the whole run's.
     """
     evaluated = [record for record in records if record["evaluation"]]
     row: dict[str, Any] = {"rounds": len(records)}
@@ -73,6 +74,8 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "best": fmean(best["evaluation"]["clients"]),
             "best_round": best["round"],
         }
+        if final["own"]:
+            row["own"] = fmean(final["own"])
         averages = [record["evaluation"]["average"] for record in evaluated]
         if None not in averages:  # a peer knows its own adapter alone
             row |= {"average": averages[-1], "best_average": choose(averages)}

@@ -12,10 +12,11 @@ class Evaluation:
     """How good the clients' own models are, and the model of the averaged adapter; fields as in `RoundRecord`."""
 
     metric: str  # what was measured: a key of METRICS, and the class that it is of
-    clients: list[float]  # [K], each client's own model
+    clients: list[float]  # [K], each client's own model; with `evaluate.on: own` on rows of its own, as `own`
     average: float | None  # the adapter averaged over the clients, factor by factor; None where nobody holds them all
-    rows: int  # rows of the validation set that were used
+    rows: int  # rows of the validation set that were used; with `evaluate.on: own` all that clients hold out
     top_share: list[float]  # [K], share of the rows for which a client predicts its most frequent class; [] for values
+    own: list[float] = field(default_factory=list)  # [K], each client's own model on rows of its own, where asked for
 
 
 @dataclass(frozen=True)

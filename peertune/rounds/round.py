@@ -61,7 +61,7 @@ class Job:
     algorithm: Algorithm
     optim: Optim
     steps: Callable[[Sequence[int], int], Iterator[list[Batch]]]  # (clients, round) → micro-batches of each local step
-    evaluate: Callable[[Tensors], Evaluation]
+    evaluate: Callable[[Tensors, Sequence[int]], Evaluation]  # of adapters [K, …] and whose they are
     state: State  # where the run starts
     clients: Sequence[int]  # [K], whose state it is: all of the graph's, a process's share of them, or a peer
     rounds: int
@@ -151,7 +151,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     watch.lap("metrics")
     evaluation = None
     if due:
-        evaluation = job.evaluate(state.adapters)
+        evaluation = job.evaluate(state.adapters, clients)
         watch.lap("evaluate")
     return state, RoundRecord(
         round=t,

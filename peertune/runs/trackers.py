@@ -89,6 +89,8 @@ def values(record: RoundRecord) -> dict[str, float]:
             f"eval/{metric}_min": min(record.evaluation.clients),
             f"eval/{metric}_max": max(record.evaluation.clients),
         }
+        if record.evaluation.own:
+            found[f"eval/{metric}_own"] = fmean(record.evaluation.own)
         if record.evaluation.average is not None:
             found[f"eval/{metric}_average"] = record.evaluation.average  # of the averaged adapter
     return found

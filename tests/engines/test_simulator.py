@@ -255,7 +255,7 @@ def test_the_averaged_adapter_scores_as_a_client_that_holds_it() -> None:
     assert last.state is not None
     assert last.evaluation is not None
     average = {name: x.mean(0, keepdim=True).expand_as(x) for name, x in last.state.adapters.items()}
-    assert job.evaluate(average).clients == [last.evaluation.average] * 5
+    assert job.evaluate(average, job.clients).clients == [last.evaluation.average] * 5
 
 
 @pytest.mark.parametrize("method", sorted(ALGORITHMS))

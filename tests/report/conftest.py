@@ -121,6 +121,7 @@ def _records(
                     "average": float(scores.mean() + 0.05),
                     "rows": 180,
                     "top_share": [] if metric == "pearson" else [0.5] * clients,
+                    "own": [],
                 }
                 if due
                 else None,

@@ -76,7 +76,7 @@ mean = Mixer(averaged)
 untouched = Mixer(lambda own, *_: (own, {}))
 
 
-def score(adapters: Tensors) -> Evaluation:
+def score(adapters: Tensors, clients: Sequence[int]) -> Evaluation:
     return Evaluation("accuracy", adapters["layer.A"].sum((1, 2)).tolist(), None, 1, [])
 
 
@@ -210,7 +210,7 @@ def test_a_record_says_what_was_sent_between_whom_and_evaluates_where_that_is_du
     assert [one.evaluation is not None for one in (first, second, third)] == [False, True, True]
     assert [one.neighbourhood_cross_term is not None for one in (first, second, third)] == [False, True, True]
     assert [("evaluate" in one.seconds) for one in (first, second, third)] == [False, True, True]
-    assert third.evaluation == score(adapters(third))
+    assert third.evaluation == score(adapters(third), range(CLIENTS))
     assert third.neighbourhood_cross_term is not None
     assert min(third.neighbourhood_cross_term) > 0
     assert third.diagnostics["mean_drift"] < 1e-12
@@ -564,9 +564,9 @@ def test_the_seconds_of_a_round_are_told_by_stage(monkeypatch: pytest.MonkeyPatc
         spent["mix"] += 100
         return averaged(*args)
 
-    def evaluate(state: Tensors) -> Evaluation:
+    def evaluate(state: Tensors, clients: Sequence[int]) -> Evaluation:
         spent["evaluate"] += 10_000
-        return score(state)
+        return score(state, clients)
 
     def slow_steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
         spent["train"] += 1
