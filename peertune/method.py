@@ -157,7 +157,8 @@ class Mixer(NamedTuple):
     `weigh(own, heard, weights, memory, at, phase)` sees whole adapters `[K, …]` and `[H, …]` and returns the weights to
     mix with, those of the graph or others. Where only memory is to change, this is the place.
     `receive(own, heard, weights, memory, at, phase)` is called for one site at a time and returns its new adapters;
-    `heard` holds the kinds that were sent, and all others come back as the very tensors of `own`.
+    `heard` holds the kinds that were sent, and what travels beside them as `<owner>.<adapter>.…`. All other kinds come
+    back as the very tensors of `own`.
     """
 
     receive: Callable[[Tensors, Tensors, Tensor, Memory, At, Phase], tuple[Tensors, Memory]]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Phase, Weights
+from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Phase
 from peertune.types import Tensors, kind
 
 
@@ -126,18 +126,17 @@ def mix_moments(algorithm: Algorithm) -> Algorithm:
         before = [] if message.sound is None else [message.sound(heard)]
         return torch.stack([*fine, *before]).all(0)
 
-    def weigh(
+    def receive(
         own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
-    ) -> tuple[Weights, Memory]:
-        used, changed = mixer.weigh(own, heard, weights, memory, at, phase)
-        for name, x in travel(memory, phase).items():
-            rows = heard[name].flatten(1)
-            changed = changed | {name: (weights.to(rows.device, rows.dtype) @ rows).view_as(x)}
-        return used, changed
+    ) -> tuple[Tensors, Memory]:
+        mixed, changed = mixer.receive(own, heard, weights, memory, at, phase)
+        moments = {name: x.flatten(1) for name, x in heard.items() if name.startswith("moments.")}
+        averaged = {name: weights.to(rows.device, rows.dtype) @ rows for name, rows in moments.items()}
+        return mixed, changed | {name: x.view_as(memory[name]) for name, x in averaged.items()}
 
     return algorithm._replace(
         message=message._replace(send=send, sound=sound, needs=message.needs | {"exchange", "moments"}),
-        mixer=mixer._replace(weigh=weigh),
+        mixer=mixer._replace(receive=receive),
     )
 
 

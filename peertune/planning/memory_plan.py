@@ -81,7 +81,7 @@ def plan(recipe: Recipe) -> Plan:
         held, moments = live.now, _storage_bytes(state.moments.values())
         training = [_training(live, job, state, t, phase) for t, phase in _phases(job)]
         mixing = live.most(lambda: _mixing(job, state)).taken
-        evaluate: Callable[[], object] = partial(job.evaluate, take(state.adapters, slice(0, 1)))  # and the average
+        evaluate: Callable[[], object] = partial(job.evaluate, take(state.adapters, slice(0, 1)), job.clients[:1])
         if run.asked["metric"] in JUDGES:
             evaluate = partial(_generate, job, state, resolved, recipe.evaluate.rows or sys.maxsize)
         evaluation = live.most(evaluate).taken
