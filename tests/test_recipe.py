@@ -308,6 +308,14 @@ def test_a_recipe_may_be_a_file_of_any_name(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "mine").clients == 2
 
 
+def test_a_key_that_yaml_takes_for_a_boolean_is_the_word_that_stands_there(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text(recipe_text("digits-demo").replace("evaluate: {", "evaluate: {on: both, "))
+    recipe = load_recipe(file, ["task={name: text, path: x, classes: {yes: ham, no: spam}}"])
+    assert recipe.evaluate.on == load_recipe("digits-demo", ["evaluate={on: both}"]).evaluate.on == "both"
+    assert recipe.task.settings["classes"] == {"yes": "ham", "no": "spam"}
+
+
 def test_values_that_never_were_yaml_are_checked_alike() -> None:
     with pytest.raises(RecipeError, match=r"^here: clients: is missing$"):
         check_recipe({"model": {"name": "m"}, "task": {"name": "t"}, "algorithm": {"name": "a"}, "rounds": 1}, "here")

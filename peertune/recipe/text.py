@@ -10,13 +10,19 @@ NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)  # a date that doesn't e
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the numbers of JSON, so `2e-3` is one, and `010` and `1:30` are text; no key may stand twice."""
+    """Safe YAML with the numbers of JSON, so `2e-3` is one, and `010` and `1:30` are text.
+
+    No key may stand twice, and the keys `on`, `off`, `yes` and `no`, which YAML 1.1 takes for booleans, are text.
+    """
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         for key, _ in reversed(node.value):
             if keys.count(key.value) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value} stands twice", key.start_mark)
+        for key, _ in node.value:
+            if key.value in ("on", "off", "yes", "no"):
+                key.tag = "tag:yaml.org,2002:str"
         return super().construct_mapping(node, deep)
 
 
