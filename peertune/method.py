@@ -165,6 +165,7 @@ class Mixer(NamedTuple):
     weigh: Callable[[Tensors, Tensors, Tensor, Memory, At, Phase], tuple[Weights, Memory]] = plain_weights
     init: Callable[[Tensors, At], Memory] = nothing
     needs: frozenset[str] = frozenset()
+    keeps_basis: bool = True  # whether what memory says of an adapter's entries is true of them after mixing
 
 
 class Algorithm(NamedTuple):

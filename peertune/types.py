@@ -67,7 +67,8 @@ class Task:
         return self.metric if self.of is None else f"{self.metric} of {self.of}"
 
 
-_MOMENTS = "moments."
+MOMENTS = "moments."
+"""Before the name of one of the optimiser's moments, where a method sees it."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class State:
     @property
     def known(self) -> Tensors:
         """What a method sees beside the adapters: its memory, and the moments as `moments.<name>`."""
-        return self.memory | {f"{_MOMENTS}{name}": x for name, x in self.moments.items()}
+        return self.memory | {f"{MOMENTS}{name}": x for name, x in self.moments.items()}
 
     @property
     def clients(self) -> int:
@@ -119,8 +120,8 @@ class State:
     def remember(self, memory: Tensors, clients: slice | Tensor | None = None) -> None:
         """Take over what a method remembers now, of these clients or of all; its own tensors are never written to."""
         for name, x in memory.items():
-            if name.startswith(_MOMENTS):
-                self.moments[name.removeprefix(_MOMENTS)][slice(None) if clients is None else clients] = x
+            if name.startswith(MOMENTS):
+                self.moments[name.removeprefix(MOMENTS)][slice(None) if clients is None else clients] = x
                 continue
             whole = x
             if clients is not None:
@@ -239,3 +240,13 @@ def select(tensors: Tensors, kinds: Collection[str]) -> Tensors:
 def take(tensors: Tensors, clients: Tensor | slice) -> Tensors:
     """Keep these clients, in this order: `[K, …]` → `[len(clients), …]`."""
     return {name: tensor[clients] for name, tensor in tensors.items()}
+
+
+def over_clients(per_client: Tensor, like: Tensor) -> Tensor:
+    """Return `[K]` in the shape in which it goes with tensors `[K, …]`."""
+    return per_client.view(-1, *[1] * (like.dim() - 1))
+
+
+def norms(tensors: Tensors) -> Tensor:
+    """Return each client's norm `[K]` over all its tensors `[K, …]` together."""
+    return torch.stack([x.flatten(1).square().sum(1) for x in tensors.values()]).sum(0).sqrt()

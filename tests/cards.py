@@ -10,7 +10,6 @@ from playing import begun, played
 
 from peertune import ALGORITHMS, MODIFIERS
 from peertune.method import Algorithm, standing
-from peertune.rounds.training import adamw
 from peertune.types import State
 
 INTRO = """# Methods and modifiers
@@ -98,9 +97,7 @@ def start(algorithm: Algorithm) -> State:
         "site.B": torch.randn(CLIENTS, 32, 4, generator=draw),
         "out.head": torch.randn(CLIENTS, 2, 32, generator=draw),
     }
-    state = begun(algorithm, adapters)
-    state.moments.update({name: x.clone() for name, x in adamw().init(adapters).items()})
-    return state
+    return begun(algorithm, adapters)
 
 
 def sent_bytes(algorithm: Algorithm) -> float:

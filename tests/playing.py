@@ -9,7 +9,7 @@ from torch import Tensor
 from peertune.method import Algorithm, At, Mixer, Phase, standing
 from peertune.rounds.record import Evaluation
 from peertune.rounds.round import Heard, Job, run_round
-from peertune.rounds.training import Optim, sgd
+from peertune.rounds.training import Optim, adamw, sgd
 from peertune.topology import GRAPHS
 from peertune.types import State, Tensors, take
 
@@ -61,9 +61,20 @@ def received(mixer: Mixer, own: Tensors, heard: Tensors, weights: Tensor, round:
 
 def begun(algorithm: Algorithm, adapters: Tensors, round: int = 0, clients: Sequence[int] | None = None) -> State:
     """Return the state of clients that begin with these adapters."""
-    state = starting(adapters, round=round)
-    state.remember(algorithm.init(adapters, standing(clients or range(state.clients), state.rounds)))
+    numbers = clients or range(len(next(iter(adapters.values()))))
+    state = starting(adapters, moments_like(adapters, numbers), round)
+    state.remember(algorithm.init(adapters, standing(numbers, state.rounds)))
     return state
+
+
+def moments_like(adapters: Tensors, clients: Sequence[int]) -> Tensors:
+    """Return moments as AdamW may have them, which differ by client."""
+    moments = {name: x.clone() for name, x in adamw().init(adapters).items()}
+    for name, x in moments.items():
+        if name.endswith((".m", ".v")):
+            size = torch.tensor(clients).to(x.dtype).view(-1, *[1] * (x.dim() - 1)) + 1
+            x += size if name.endswith(".m") else size**2
+    return moments
 
 
 def played(algorithm: Algorithm, state: State, weights: Tensor) -> State:
@@ -82,7 +93,7 @@ def played_alone(algorithm: Algorithm, state: State, weights: Tensor, client: in
     """Return what such a round leaves of one client, which gets its closed neighbourhood's messages and its own row."""
     at = standing(range(state.clients), state.rounds)
     phase = algorithm.schedule.phases(state.memory, at)[client]
-    sent, _ = algorithm.message.send(state.adapters, state.memory, at, phase)
+    sent, _ = algorithm.message.send(state.adapters, state.known, at, phase)
     near = sorted({client, *weights.to_dense()[client].nonzero()[:, 0].tolist()})
 
     def exchange(payload: Tensors, *_: Any) -> Heard:

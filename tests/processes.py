@@ -6,6 +6,7 @@ They are forked from a process that has imported what takes seconds, as a shell'
 import atexit
 import importlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -34,6 +35,7 @@ def forking() -> Any:
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where it finds `warm`
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(["warm"])
+    multiprocessing.forkserver.ensure_running()
     return forks
 
 

@@ -242,6 +242,11 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
             "training={local_steps: 5, warmup_steps: 5, lr_scheduler_span: round}",
             "none of the round's 5 (training.local_",
         ),
+        ("training.lr_scheduler_span=round", "training.lr_scheduler_span: a rate that is constant has none; give lr_"),
+        (
+            "evaluate={on: own, rows: 5}",
+            "evaluate.rows: is of the validation set, and evaluate.on=own takes none of it",
+        ),
         ("training.leaning_rate=1", "training.leaning_rate: unknown key 'leaning_rate', did you mean learning_rate?"),
         ("Rounds=3", "digits-demo: Rounds: unknown key 'Rounds', did you mean rounds?"),
         ("grph.activation=1", "digits-demo: grph: unknown key 'grph', did you mean graph?"),

@@ -66,7 +66,11 @@ class Run:
             "graph": describe_graph(self.job.graph),
             "partition": {"labels": list(self.labels) or ["rows"], "rows": self.held},
             "validation": {"rows": sum(self.validation), "labels": self.validation if self.labels else []},
-            "evaluated": {"rows": sum(self.evaluated), "labels": self.evaluated if self.labels else []},
+            "evaluated": {
+                "rows": sum(self.evaluated),
+                # of rows that each client has for itself, no class is the commonest of all
+                "labels": self.evaluated if self.labels and self.resolved.evaluate.on != "own" else [],
+            },
             "long_rows": dict(self.long),
             "missing_cells": dict(self.left_out),
             "parameters": {

@@ -51,7 +51,7 @@ def build_evaluation(
         alone = [own[client]([single])[0] for client, single in zip(clients, singles, strict=True) if own]
         scores = [score for score, _ in alone]
         if common is None:
-            return Evaluation(task.measured, scores, None, held_out, _tops(task, alone), scores)
+            return Evaluation(task.measured, scores, None, held_out, [], scores)
         if not parts.peer:
             mean = {name: group.mean(x)[None] for name, x in adapters.items()}
             if group.rank == group.size - 1:  # once, by the one with the fewest clients
@@ -59,7 +59,7 @@ def build_evaluation(
         found = common(singles) if singles else []
         together, rest = found[: len(clients)], found[len(clients) :]
         average = rest[0][0] if rest else None
-        top = _tops(task, together)
+        top = [share for _, share in together] if task.classes else []
         return Evaluation(task.measured, [score for score, _ in together], average, len(encoded.evaluated), top, scores)
 
     return run
@@ -67,10 +67,6 @@ def build_evaluation(
 
 Judged = tuple[float, float]
 """A score, and the share of the rows for which the most frequent class is predicted."""
-
-
-def _tops(task: Task, judged: Sequence[Judged]) -> list[float]:
-    return [top for _, top in judged] if task.classes else []
 
 
 def _judge(

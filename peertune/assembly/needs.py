@@ -1,6 +1,7 @@
 """What a method or a modifier needs of a recipe, and what is to be done where the recipe has something else."""
 
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 from peertune.errors import RecipeError
@@ -28,8 +29,10 @@ def _sends(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
 
 
 def _moments(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
-    t = recipe.training
-    return t.reset_optimizer != "round" and (t.optim == "adamw" or t.momentum > 0)
+    training = recipe.training
+    trains = [algorithm.phase(t).train for t in range(min(recipe.rounds, _ROUNDS) + 1)]
+    lasting = {"never": True, "round": False, "phase": any(now == last for last, now in pairwise(trains))}
+    return lasting[training.reset_optimizer] and (training.optim == "adamw" or training.momentum > 0)
 
 
 def _static(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
@@ -40,7 +43,11 @@ NEEDS: Mapping[str, Need] = {
     "both factors": Need(_sends_both, "choose an algorithm that sends A and B in every round"),
     "exchange": Need(_sends, "choose an algorithm that sends something"),
     "head": Need(lambda recipe, graph, algorithm: recipe.head == "trained", "give head=trained"),
-    "moments": Need(_moments, "give training.optim=adamw, or momentum, and reset_optimizer other than round"),
+    "kept basis": Need(
+        lambda recipe, graph, algorithm: algorithm.mixer.keeps_basis,
+        "choose an algorithm whose mixing leaves each row of A what it was, as all but decaf do",
+    ),
+    "moments": Need(_moments, "give training.optim=adamw, or momentum, and training.reset_optimizer=never"),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
     "static graph": Need(_static, "give a graph whose edges stay, graph.activation=1 and no faults"),
 }

@@ -87,22 +87,31 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
       peertune data digits-demo partition.alpha=1
     """
     with messages():
-        from peertune.assembly.registry import build_partition, build_task, label_counts
+        from peertune.assembly.registry import build_partition, build_task, hold_out, label_counts
         from peertune.recipe import load_recipe
         from peertune.report.tables import aligned
 
         loaded = load_recipe(recipe, overrides or [])
         task = build_task(loaded)
-        parts = build_partition(loaded, task)
+        trained, held_out = hold_out(loaded, dict(enumerate(build_partition(loaded, task))))
+        parts = list(trained.values())
     labels = task.classes or ("rows",)
     per_label = label_counts(task, task.train, parts)
-    held = sum(map(sum, per_label))
+    held, judging = sum(map(sum, per_label)), sum(map(len, held_out.values()))
     if as_json:
         clients = [
             {"client": client, "labels": dict(zip(labels, row, strict=True)), "rows": sum(row)}
             for client, row in enumerate(per_label)
         ]
-        print_json({"clients": clients, "rows": len(task.train), "held": held, "validation": len(task.validation)})
+        print_json(
+            {
+                "clients": clients,
+                "rows": len(task.train),
+                "held": held,
+                "held_out": judging,
+                "validation": len(task.validation),
+            }
+        )
         return
     print(f"{task.name}: training rows of each label\n")
     head = ["client", *labels, "all"]
@@ -111,7 +120,8 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
         lines[0] = ["client", *map(str, range(len(labels))), "all"]
         print("\n".join(f"{number}: {label}" for number, label in enumerate(labels)) + "\n")
     print(aligned(lines))
-    print(f"\n{held:,} of {len(task.train):,} training rows are held; {len(task.validation):,} rows validate")
+    beside = f"{judging:,} more are held out; " if judging else ""
+    print(f"\n{held:,} of {len(task.train):,} training rows are held; {beside}{len(task.validation):,} rows validate")
 
 
 def env(as_json: AsJson = False) -> None:

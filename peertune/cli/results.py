@@ -45,10 +45,11 @@ def compare(
         from peertune.report import tables
         from peertune.report.runs import find_runs
 
-        measures = [name.strip() for name in measure.split(",")] if measure else list(tables.MEASURES)
-        if wrong := next((name for name in measures if name not in tables.MEASURES), None):
+        asked = [name.strip() for name in measure.split(",")] if measure else []
+        if wrong := next((name for name in asked if name not in tables.MEASURES), None):
             raise RunError(unknown("--metric", wrong, tables.MEASURES))
         rows = tables.compare(find_runs(runs), [key.strip() for key in by.split(",")] if by else None, paired_with)
+        measures = asked or tables.measured(rows)
     if as_json:
         print_json(rows)
         return

@@ -377,5 +377,5 @@ def print_summary(folder: Path, as_json: bool, **more: object) -> None:
     if as_json:
         print_json({**row, **more, "folder": str(folder)})
         return
-    print(aligned(cells([row], COLUMNS)))
+    print(aligned(cells([row], {key: heading for key, heading in COLUMNS.items() if key in row})))
     print(f"records and adapters are in {folder}")

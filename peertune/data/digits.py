@@ -15,14 +15,15 @@ from peertune.types import Split, Task
 _FILE = Path(__file__).with_name("digits.npz")
 _FIRST = 5  # of those that clients hold; the digits below are for the base
 _FORMS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667)
-# where each hand's form begins: all forms have one sequence of labels, of which a few lack some
+# where each form that one hand filled in begins: all have the labels of the first, but for one and for some that lack
 
 
 def digits() -> Task:
     """Tell the handwritten digits 5 to 9 apart: 896 images of 8 x 8 grey levels that come with scikit-learn.
 
-    `pixel_values` is float32 `[N, 1, 8, 8]` in [-1, 1], `writer` says which of fourteen hands wrote the row, from 0,
-    and class 0 is the digit 5. A fifth of each class, always the same rows, is for validation.
+    `pixel_values` is float32 `[N, 1, 8, 8]` in [-1, 1], `writer` says on which of fourteen forms the row stood,
+    from 0, each filled in by one hand, and class 0 is the digit 5. The source counts thirteen people, so two forms may
+    be of one. A fifth of each class, always the same rows, is for validation.
     """
     train, validation = (_split(part, _FIRST) for part in ("train", "validation"))
     return Task("digits", ("pixel_values",), tuple("56789"), train, validation, "accuracy")

@@ -163,16 +163,16 @@ def column(by: str, leave_out: list[str | int] | None = None, *, missing_cells: 
     """Keep together the rows that have the same value in a column, such as an author or a topic.
 
     Values are the same that are written alike. They go to the clients from the most frequent to the rarest, each to the
-    client with the fewest rows so far; those to `leave_out` go to nobody. Nothing is random here: the seed changes
+    client with the fewest rows so far; the values in `leave_out` go to nobody. Nothing is random here: the seed changes
     nothing. By `missing_cells` rows without a value are refused, go to nobody (`drop`), or belong together (`empty`).
     """
     return _by_value("column", by, leave_out or [], missing_cells)
 
 
 def writers(leave_out: list[str | int] | None = None) -> Partition:
-    """Give each client rows of hands of its own, as the task `digits` has them: `column` by `writer`.
+    """Keep together the rows that one hand wrote, as the task `digits` has them: `column` by `writer`.
 
-    A natural shift of features with even labels. Hands to `leave_out`, from 0, go to nobody.
+    A natural shift of features with even labels. Rows of the writers in `leave_out` go to nobody.
     """
     return _by_value("writers", "writer", leave_out or [], "refuse")
 

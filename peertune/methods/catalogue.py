@@ -1,10 +1,11 @@
-"""The methods, one factory each. All of them send the adapters as they are.
+"""The methods, one factory each.
 
 A factory's signature is its schema: `{name: adf_lora, switch_every: 3}` in a recipe is
 `ALGORITHMS["adf_lora"](switch_every=3)`. All clients start from one A, drawn from the recipe's seed, and B = 0.
 """
 
 from collections.abc import Callable
+from math import inf
 from typing import Literal
 
 from peertune.errors import RecipeError
@@ -105,7 +106,7 @@ def decaf() -> Algorithm:
 
     Source: arXiv 2505.21382. Differs from the paper: it mixes before the local update of a step, a round here mixes
     after its local steps. Not stated in the paper, as far as we know it: how singular values are split between the
-    factors; see `products`.
+    factors. A public port splits them by square roots; `products` says why we don't.
     """
     return Algorithm(both(), products())
 
@@ -138,7 +139,7 @@ def lora_fair(ridge: float = 0.01) -> Algorithm:
     Raises:
         RecipeError: `ridge` is not above 0.
     """
-    if not ridge > 0:
+    if not 0 < ridge < inf:
         raise RecipeError(f"ridge: {ridge} is out of range, give a number above 0")
     return Algorithm(both(), corrected(ridge), settings={"ridge": ridge})
 
@@ -156,8 +157,8 @@ def la_lora() -> Algorithm:
     """LA-LoRA: A and B train in turn by local step, both are sent and averaged in every round; a head trains always.
 
     The authors give B twice the rate of A: `training.loraplus_lr_ratio=2`. Source: arXiv 2602.19926 and the authors'
-    code, with a server. There A begins anew in each pass over the rows; here turns go on, which is the same for an even
-    number of local steps. Their private training, and the smoothing of gradients that goes with it, are not here.
+    code, with a server. There each pass over the rows begins with A; here turns go on from step to step. Their private
+    training, and the smoothing of gradients that goes with it, are not here.
     """
     return Algorithm(both(), gossip(), by_steps())
 

@@ -57,7 +57,8 @@ def products() -> Mixer:
     Acts only in rounds that send both A and B. Source: DeCAF (arXiv 2505.21382). Not stated in the paper, as far as we
     know it: the split, the signs, and what becomes of directions without weight.
     """
-    return _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, _truncate))
+    mix = _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, _truncate))
+    return mix._replace(keeps_basis=False)
 
 
 def corrected(ridge: float) -> Mixer:

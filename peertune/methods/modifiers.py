@@ -6,13 +6,15 @@ which they stand. One that takes the whole algorithm has two of its values to ch
 """
 
 from collections.abc import Callable
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Phase
-from peertune.types import Tensors, kind
+from peertune.types import MOMENTS, Tensors, kind, norms, over_clients
 
 
 def half(message: Message) -> Message:
@@ -38,16 +40,22 @@ def fedspeed(local: Local, proximal: float = 0.1, ascent: float = 0.1) -> Local:
     """FedSpeed: a proximal term and a dual pull each client to the others; gradients are taken a step uphill.
 
     A local step follows `g(x + ascent · g(x) / ‖g(x)‖) + proximal · (x - x_0 + h)`: x_0 is what the round began with,
-    and the dual h is zero at first. After the last step `h ← h + x - x_0`, and x + h is what is sent and mixed. Where
-    gradients differ from client to client, h comes to cancel what differs: at rest it is minus the client's own
-    gradient, over `proximal`. This holds for the kinds that a round both trains and sends. Where all hear all, that is
-    the common optimum. On other graphs clients come to rest apart, `(I - W) x = W h`; a larger `proximal` brings them
-    together.
+    and the dual h is zero at first. After the last step `h ← h + x - x_0`, and x + h is what is sent and mixed; a
+    client that hears nobody keeps it. This holds for the kinds that a round both trains and sends.
+
+    Where gradients differ from client to client, h comes to cancel what differs: at rest it is minus the client's own
+    gradient, over `proximal`. Where all hear all, that is the common optimum. On other graphs clients come to rest
+    apart, `(I - W) x = W h`; a larger `proximal` brings them together.
 
     Source: FedSpeed (arXiv 2302.10429) and the authors' code, whose server adds the mean of all h; with W in the mean's
     place that is DFedADMM with sharpness-aware gradients (arXiv 2308.08290). Derived for SGD: with AdamW, which scales
     what it follows, it is a heuristic. The authors let rates fall by .998 a round.
+
+    Raises:
+        RecipeError: `proximal` or `ascent` is not above 0.
     """
+    if not 0 < ascent < inf:
+        raise RecipeError(f"modifiers: fedspeed: ascent is {ascent}, give a number above 0; dfed_admm goes without")
     return _dual(local, "fedspeed", proximal, ascent)
 
 
@@ -56,18 +64,26 @@ def dfed_admm(local: Local, proximal: float = 0.1) -> Local:
 
     Source: arXiv 2308.08290, of which we know the abstract. The formulas are those that FedSpeed's authors publish,
     with a row of W in the place of the server's mean; `proximal` is one over the paper's λ.
+
+    Raises:
+        RecipeError: `proximal` is not above 0.
     """
     return _dual(local, "dfed_admm", proximal, 0.0)
 
 
-def _dual(local: Local, owner: str, proximal: float, ascent: float) -> Local:
-    """Return `local` with a proximal term and a dual. Memory: `<owner>.<adapter>.dual`, of the adapter's shape."""
+def _dual(local: Local, name: str, proximal: float, ascent: float) -> Local:
+    """Return `local` with a proximal term and a dual. Memory: `dual.<adapter>.h`, of the adapter's shape."""
+    if not 0 < proximal < inf:
+        raise RecipeError(f"modifiers: {name}: proximal is {proximal}, give a number above 0")
 
-    def dual(name: str) -> str:
-        return f"{owner}.{name}.dual"
+    def dual(adapter: str) -> str:
+        return f"dual.{adapter}.h"
 
     def init(adapters: Tensors, at: At) -> Memory:
-        return local.init(adapters, at) | {dual(name): torch.zeros_like(x) for name, x in adapters.items()}
+        made = local.init(adapters, at)
+        if any(dual(adapter) in made for adapter in adapters):
+            raise RecipeError("modifiers: fedspeed and dfed_admm keep the same dual; choose one")
+        return made | {dual(adapter): x.new_zeros(1, *x.shape[1:]).expand(x.shape) for adapter, x in adapters.items()}
 
     def gradients(
         gradient: Gradient, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
@@ -75,9 +91,8 @@ def _dual(local: Local, owner: str, proximal: float, ascent: float) -> Local:
         there = adapters
         if ascent:
             uphill = gradient(adapters)
-            norms = torch.stack([x.flatten(1).square().sum(1) for x in uphill.values()]).sum(0).sqrt()
-            reach = ascent / (norms + 1e-7)
-            there = adapters | {name: adapters[name] + _rows(reach, x) * x for name, x in uphill.items()}
+            reach = ascent / (norms(uphill) + 1e-7)
+            there = adapters | {name: adapters[name] + over_clients(reach, x) * x for name, x in uphill.items()}
         followed, changed = local.gradients(gradient, there, start, memory, at, phase)
         pulled = {
             name: x + proximal * (adapters[name] - start[name] + memory[dual(name)]) if kind(name) in phase.send else x
@@ -89,54 +104,55 @@ def _dual(local: Local, owner: str, proximal: float, ascent: float) -> Local:
         moved, changed = local.end(start, adapters, memory, at, phase)
         came = {name: moved.get(name, adapters[name]) for name in start if kind(name) in phase.send}
         duals = {name: memory[dual(name)] + x - start[name] for name, x in came.items()}
-        return moved | {name: x + duals[name] for name, x in came.items()}, changed | {
-            dual(name): x for name, x in duals.items()
-        }
+        sent = {name: x + duals[name] for name, x in came.items()}
+        return moved | sent, changed | {dual(name): x for name, x in duals.items()}
 
-    return local._replace(gradients=gradients, end=end, keeps_start=True, init=init, needs=local.needs | {"exchange"})
-
-
-def _rows(per_client: Tensor, like: Tensor) -> Tensor:
-    return per_client.view(-1, *[1] * (like.dim() - 1))
+    needs = local.needs | {"exchange", "kept basis"}
+    return local._replace(gradients=gradients, end=end, keeps_start=True, init=init, needs=needs)
 
 
 def mix_moments(algorithm: Algorithm) -> Algorithm:
-    """Send the optimiser's moments of what is sent, too, and average them with the graph's weights.
+    """Send the optimiser's moments of what is sent, too, and average them as the adapters are averaged.
 
     AdamW's second moment scales each client's steps: with moments of its own each scales by its own rows. Bytes are
-    three times as many with AdamW, twice with momentum. A sender whose moments are not finite, or whose second moment
-    is below zero, is not mixed. What it says within that is believed.
+    three times as many with AdamW, twice with momentum. Each client keeps its own count of steps, by which AdamW
+    corrects its moments' bias; one that was away for long corrects by another count than its neighbours.
+
+    A sender is not mixed whose moments can't be Adam's: they are not finite, v is below 0, or m² above 1,100 v. By the
+    inequality of Cauchy and Schwarz m² is at most v / (1 - β₂), and means keep that; it is 1,000 v for β₂ = .999.
 
     Source: the idea of DECA (arXiv 2606.03209), for factors. The paper corrects moments by differences to the
     neighbours'; this is the plain average.
     """
     message, mixer = algorithm.message, algorithm.mixer
 
-    def travel(memory: Memory, phase: Phase) -> Memory:
-        moments = {name: x for name, x in memory.items() if name.startswith("moments.") and name[-2:] in (".m", ".v")}
-        return {name: x for name, x in moments.items() if kind(name[:-2]) in phase.send}
-
     def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
         sent, changed = message.send(adapters, memory, at, phase)
-        return sent | travel(memory, phase), changed
+        moments = {name: x for name, x in memory.items() if name.startswith(MOMENTS) and name[-2:] in (".m", ".v")}
+        return sent | {name: x for name, x in moments.items() if kind(name[:-2]) in phase.send}, changed
 
     def sound(heard: Tensors) -> Tensor:
-        moments = {name: x.flatten(1) for name, x in heard.items() if name.startswith("moments.")}
-        fine = [x.isfinite().all(1) & ((x >= 0).all(1) | (not name.endswith(".v"))) for name, x in moments.items()]
-        before = [] if message.sound is None else [message.sound(heard)]
-        return torch.stack([*fine, *before]).all(0)
+        fine = [torch.ones(len(next(iter(heard.values()))), dtype=torch.bool, device=next(iter(heard.values())).device)]
+        for name, x in heard.items():
+            if not name.startswith(MOMENTS):
+                continue
+            fine.append(x.isfinite().flatten(1).all(1))
+            if name.endswith(".v"):
+                m, v = heard[f"{name[:-1]}m"].double(), x.double()
+                fine.append(((v >= 0) & (m.square() <= 1_100 * v + 1e-30)).flatten(1).all(1))
+        return torch.stack(fine if message.sound is None else [*fine, message.sound(heard)]).all(0)
 
     def receive(
         own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
     ) -> tuple[Tensors, Memory]:
         mixed, changed = mixer.receive(own, heard, weights, memory, at, phase)
-        moments = {name: x.flatten(1) for name, x in heard.items() if name.startswith("moments.")}
+        moments = {name: x.flatten(1) for name, x in heard.items() if name.startswith(MOMENTS)}
         averaged = {name: weights.to(rows.device, rows.dtype) @ rows for name, rows in moments.items()}
         return mixed, changed | {name: x.view_as(memory[name]) for name, x in averaged.items()}
 
+    needs = message.needs | {"exchange", "kept basis", "moments"}
     return algorithm._replace(
-        message=message._replace(send=send, sound=sound, needs=message.needs | {"exchange", "moments"}),
-        mixer=mixer._replace(receive=receive),
+        message=message._replace(send=send, sound=sound, needs=needs), mixer=mixer._replace(receive=receive)
     )
 
 

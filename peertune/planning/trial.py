@@ -63,8 +63,9 @@ def trial(recipe: Recipe) -> Trial:
         taken.append(time.perf_counter() - begun)
     begun = time.perf_counter()
     seen = job.evaluate(take(part.adapters, slice(0, 1)), job.clients[:1])  # the client and the average of one
-    evaluated = (time.perf_counter() - begun) / 2
-    whole = min(recipe.evaluate.rows or sys.maxsize, sum(run.validation))
+    own = recipe.evaluate.on == "own"  # then on rows of its own, and no average
+    evaluated = (time.perf_counter() - begun) / (1 if own else 2)
+    whole = seen.rows if own else min(recipe.evaluate.rows or sys.maxsize, sum(run.validation))
     return Trial(
         start_s=loaded - started,
         step_s=min(taken[1:] or taken) / len(clients),
@@ -112,7 +113,9 @@ def cost_key(recipe: Recipe) -> str:
     values = recipe.model_dump(mode="json", exclude={"graph", "partition", "rounds", "seed", "checkpoint", "report_to"})
     method = recipe.algorithm
     values["algorithm"] = method.name, method.settings.get("switch_every") == "adaptive"  # what trains and travels
-    values["evaluate"] = values["evaluate"]["rows"]
+    values["evaluate"] = [values["evaluate"][key] for key in ("rows", "on", "held_out")]
+    if recipe.evaluate.on != "common":
+        values["partition"] = recipe.partition.model_dump(mode="json")  # how many rows a client holds out
     for free in (
         "learning_rate",
         "loraplus_lr_ratio",

@@ -77,6 +77,12 @@ def _without_effect(recipe: Recipe) -> str | None:
             f"training.warmup_steps: {recipe.training.warmup_steps} steps of warm-up leave none of the {span}'s "
             f"{steps} ({of}) at the full rate; give at most {steps - 1}"
         )
+    if span == "round" and (recipe.training.lr_scheduler_type == "constant" and not recipe.training.warmup_steps):
+        return "training.lr_scheduler_span: a rate that is constant has none; give lr_scheduler_type, or leave it out"
+    if recipe.evaluate.on == "own" and recipe.evaluate.rows is not None:
+        return (
+            "evaluate.rows: is of the validation set, and evaluate.on=own takes none of it; leave it out, or give both"
+        )
     if recipe.evaluate.on == "common" and recipe.evaluate.held_out != Evaluate.model_fields["held_out"].default:
         return "evaluate.held_out: with evaluate.on=common nobody holds out rows; give own or both, or leave it out"
     if recipe.evaluate.top_p < 1 and not recipe.evaluate.temperature:

@@ -168,7 +168,8 @@ def _joined(parts: Sequence[RunData], folder: Path) -> RunData:
         facts["partition"] = facts["partition"] | {"rows": rows}
     for split in ("validation", "evaluated"):
         own = [part.facts[split] for part in parts if split in part.facts]
-        if any(other != own[0] for other in own):  # each has its own
+        each = split == "evaluated" and first.recipe.get("evaluate", {}).get("on") == "own"
+        if each or any(other != own[0] for other in own):  # each has its own
             labels = [sum(counts) for counts in zip(*(held["labels"] for held in own), strict=True)]
             facts[split] = {"rows": sum(held["rows"] for held in own), "labels": labels}
     return RunData(
@@ -200,10 +201,11 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     evaluated = [record["evaluation"] for record in records]
     evaluation = None
     if None not in evaluated:
+        own = all(one["own"] == one["clients"] for one in evaluated)  # each on rows that it holds out
         evaluation = evaluated[0] | {
             "clients": [score for one in evaluated for score in one["clients"]],
             "average": None,
-            "rows": min(one["rows"] for one in evaluated),
+            "rows": (sum if own else min)(one["rows"] for one in evaluated),
             "top_share": [share for one in evaluated for share in one["top_share"]],
             "own": [score for one in evaluated for score in one["own"]],
         }

@@ -74,8 +74,8 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "best": fmean(best["evaluation"]["clients"]),
             "best_round": best["round"],
         }
-        if final["own"]:
-            row["own"] = fmean(final["own"])
+        if own := final.get("own"):
+            row["own"] = fmean(own)
         averages = [record["evaluation"]["average"] for record in evaluated]
         if None not in averages:  # a peer knows its own adapter alone
             row |= {"average": averages[-1], "best_average": choose(averages)}
@@ -247,6 +247,12 @@ def _paired(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
         middle = fmean(differences) if differences else None
         found[key] = {"difference": middle, "low": low, "high": high, "seeds": len(differences)}
     return found
+
+
+def measured(rows: Sequence[Row]) -> list[str]:
+    """Return the measures that any row has; all where none has any, as at a run's beginning."""
+    there = [key for key in MEASURES if any(row["measures"][key]["mean"] is not None for row in rows)]
+    return there or list(MEASURES)
 
 
 def compared(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:

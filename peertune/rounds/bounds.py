@@ -71,7 +71,8 @@ def refused(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, sende
     found = []
     if bound.sound is not None:
         unsound = ~bound.sound(heard)[senders]
-        found = [Refusal(i, j, "signals are out of their range") for i, j in _pairs(receivers, senders, unsound)]
+        why = "what travels beside the adapters is out of its range"
+        found = [Refusal(i, j, why) for i, j in _pairs(receivers, senders, unsound)]
         receivers, senders = receivers[~unsound], senders[~unsound]
     edges = _suspects(bound, own, heard, receivers, senders, FAR).nonzero()[:, 0]
     if len(edges):

@@ -15,7 +15,8 @@ class Evaluation:
     clients: list[float]  # [K], each client's own model; with `evaluate.on: own` on rows of its own, as `own`
     average: float | None  # the adapter averaged over the clients, factor by factor; None where nobody holds them all
     rows: int  # rows of the validation set that were used; with `evaluate.on: own` all that clients hold out
-    top_share: list[float]  # [K], share of the rows for which a client predicts its most frequent class; [] for values
+    # [K], share of the rows for which a client predicts its most frequent class; [] for values, and with `own` alone
+    top_share: list[float]
     own: list[float] = field(default_factory=list)  # [K], each client's own model on rows of its own, where asked for
 
 

@@ -317,6 +317,7 @@ def _train(job: Job, state: State, at: At, phases: list[Phase]) -> tuple[Tensor,
     alike: dict[tuple[Phase, Phase | None, int], list[int]] = {}
     for row, t in enumerate(rounds):
         alike.setdefault((phases[row], before[row] if t else None, t), []).append(row)
+    known = state.known
     loss, grad_norm = torch.zeros(2, len(clients), dtype=torch.float64, device=job.device)
     memory: Memory = {}
     for (phase, last, t), members in alike.items():
@@ -332,7 +333,7 @@ def _train(job: Job, state: State, at: At, phases: list[Phase]) -> tuple[Tensor,
                 state.put(places, replace(part, memory={}))
             for name, x in trained.memory.items():  # one copy for all chunks: a method's own tensors stay as they are
                 if name not in memory:
-                    memory[name] = state.memory[name].clone()
+                    memory[name] = known[name].clone()
                 memory[name][places] = x
             loss[places], grad_norm[places] = trained.loss, trained.grad_norm
             give_back_free()

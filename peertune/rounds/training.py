@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peertune.adapters.stacked import StackedModel
 from peertune.errors import DivergedError, ModelError
 from peertune.method import At, Local, Memory, Phase
-from peertune.types import Batch, State, Tensors, kind, select
+from peertune.types import Batch, State, Tensors, kind, norms, over_clients, select
 
 Rates = Mapping[str, float]
 """Kind → learning rate."""
@@ -50,10 +50,6 @@ class Optim:
     reset: Literal["never", "round", "phase"]  # when moments start afresh
 
 
-def _over_clients(per_client: Tensor, like: Tensor) -> Tensor:
-    return per_client.view(-1, *[1] * (like.dim() - 1))
-
-
 def _zeros_like(x: Tensor) -> Tensor:
     """Zeros that take no memory until they are cloned, since all clients share them."""
     return x.new_zeros((1, *x.shape[1:])).expand(x.shape)
@@ -77,7 +73,7 @@ def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weigh
             moments[f"steps.{what}"] += 1
         for name, grad in grads.items():
             x, m, v = params[name], moments[f"{name}.m"], moments[f"{name}.v"]
-            steps = _over_clients(moments[f"steps.{kind(name)}"].double(), x)
+            steps = over_clients(moments[f"steps.{kind(name)}"].double(), x)
             m.lerp_(grad, 1 - beta1)
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             denominator = (v / (1 - beta2**steps).to(x.dtype)).sqrt_().add_(epsilon)
@@ -183,7 +179,7 @@ def train_local(
     start = {name: x.clone() for name, x in trained.items()} if local.keeps_start else {}
     first = next(iter(adapters.values()))
     totals = torch.zeros(len(first), dtype=torch.float64, device=first.device)
-    norms = torch.zeros_like(totals)
+    lengths = torch.zeros_like(totals)
     global_draws = _generator_state(totals.device)
     first_step, count, changed = int(at.step[0]), 0, dict[str, Tensor]()
     for count, batches in enumerate(steps, start=1):
@@ -192,7 +188,7 @@ def train_local(
         changed |= new
         memory |= new
         totals += gradient.loss
-        norms += clip(grads, optim.max_grad_norm) if grads else 0
+        lengths += clip(grads, optim.max_grad_norm) if grads else 0
         optim.optimizer.update(adapters, grads, state.moments, optim.rates(first_step + count - 1))
         at = at._replace(step=at.step + 1)
         del gradient, grads
@@ -209,7 +205,7 @@ def train_local(
             f"training: a loss or an adapter is no longer finite after round {int(at.round[0])}; "
             "lower training.learning_rate or training.max_grad_norm"
         )
-    return Trained(totals / max(1, count), norms / max(1, count), changed | new)
+    return Trained(totals / max(1, count), lengths / max(1, count), changed | new)
 
 
 class BatchGradient:
@@ -261,11 +257,11 @@ class BatchGradient:
         """
         whose, seen = self.rows.cpu(), Counter[int]()
         place = torch.tensor([seen.update([client]) or seen[client] for client in whose.tolist()])
-        norms = torch.zeros(len(place), dtype=torch.float64)
+        found = torch.zeros(len(place), dtype=torch.float64)
         for nth in range(1, int(place.max()) + 1):
             rows = place == nth
-            norms[rows] = _norms(self(adapters, rows)).double().cpu()[whose[rows]]
-        return norms
+            found[rows] = norms(self(adapters, rows)).double().cpu()[whose[rows]]
+        return found
 
 
 def _generator_state(device: torch.device) -> Tensor:
@@ -277,17 +273,12 @@ def clip(grads: Tensors, max_norm: float) -> Tensor:
 
     As `torch.nn.utils.clip_grad_norm_` does for one client. Returns the norms before, `[K]`.
     """
-    norms = _norms(grads)
+    before = norms(grads)
     if max_norm > 0:
-        scale = (max_norm / (norms + 1e-6)).clamp_(max=1.0)
+        scale = (max_norm / (before + 1e-6)).clamp_(max=1.0)
         for grad in grads.values():
-            grad.mul_(_over_clients(scale, grad))
-    return norms
-
-
-def _norms(grads: Tensors) -> Tensor:
-    """Return the norm `[K]` over all tensors `[K, …]` together."""
-    return torch.stack([grad.flatten(1).square().sum(1) for grad in grads.values()]).sum(0).sqrt()
+            grad.mul_(over_clients(scale, grad))
+    return before
 
 
 @torch.no_grad()

@@ -20,8 +20,9 @@ SMALL = (
     "graph={name: ring}",
     "partition={name: writers}",
     "training={learning_rate: 5e-3, local_steps: 3, per_device_train_batch_size: 8}",
-    "evaluate={every: 2, rows: 30}",
+    "evaluate.every=2",
 )
+BOTH = ("evaluate.on=both", "evaluate.rows=30")
 
 
 def recipe(*more: str) -> Recipe:
@@ -52,11 +53,11 @@ def test_clients_hold_out_a_share_of_their_rows_and_train_on_the_others(share: f
 
 
 def test_each_client_is_judged_on_its_own_rows_and_on_the_common_ones() -> None:
-    both, adapters, asked = last("evaluate.on=both")
+    both, adapters, asked = last(*BOTH)
     own, same, _ = last("evaluate.on=own")
     for name, x in adapters.items():
         assert torch.equal(x, same[name])
-    assert own == Evaluation(both.metric, both.own, None, own.rows, own.top_share, both.own)
+    assert own == Evaluation(both.metric, both.own, None, own.rows, [], both.own)
     assert len(both.clients) == len(both.own) == 5
     assert both.rows == 30
     assert both.average is not None
@@ -73,7 +74,7 @@ def test_each_client_is_judged_on_its_own_rows_and_on_the_common_ones() -> None:
 def test_own_rows_tell_apart_what_common_ones_do_not() -> None:
     """Each client knows two of the classes alone: its own model is good at these and at nothing else."""
     one_class = "partition={name: disjoint_labels}"
-    evaluation, _, _ = last(one_class, "evaluate.on=both", "algorithm.name=local", "rounds=6")
+    evaluation, _, _ = last(one_class, *BOTH, "algorithm.name=local", "rounds=6")
     assert min(evaluation.own) > 0.9
     assert max(evaluation.clients) < 0.5
 
@@ -94,6 +95,7 @@ def test_rows_held_out_are_counted_and_their_mean_is_a_measure() -> None:
         "seconds": {},
     }
     row = summarise([line])
+    assert run.facts["evaluated"] == {"rows": sum(run.evaluated), "labels": []}, "no class is common to all rows"
     assert row["own"] == row["mean"] == pytest.approx(np.mean(evaluation.own))
     assert "average" not in row
 

@@ -37,7 +37,7 @@ RECIPES |= {
     "half": [*SMALL, ADAPTIVE, "modifiers=[{name: half}]"],
     "always": [*SMALL, "graph.activation=1.0"],
     "changing": [*SMALL, "clients=8", "graph={name: exponential}", "evaluate.on=both"],
-    "moments": [*SMALL, "modifiers=[{name: mix_moments}, {name: fedspeed}]", "evaluate.on=own"],
+    "moments": [*SMALL, "modifiers=[{name: mix_moments}, {name: fedspeed}]", "evaluate={every: 3, on: own}"],
     "ring": [*SMALL, "graph={name: ring, activation: 0.7}", "training.reset_optimizer=phase"],
     # with an interval given: to estimate rho of such a graph takes each process longer than all its rounds
     "pairs": [*SMALL, "graph={name: matching, probability: 0.6}", "algorithm.switch_every=2", "head=frozen"],

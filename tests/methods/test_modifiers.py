@@ -3,7 +3,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from playing import BOTH, Quadratic, at_step, begun, played
+from playing import BOTH, Quadratic, at_step, begun, every_kind, played
 from torch import Tensor
 
 from peertune import build, load_recipe, simulate
@@ -14,9 +14,10 @@ from peertune.errors import RecipeError
 from peertune.method import Algorithm, Local, Message, Mixer
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
-from peertune.methods.modifiers import MODIFIERS, dfed_admm, fedspeed, half
+from peertune.methods.modifiers import MODIFIERS, dfed_admm, fedspeed, half, mix_moments
 from peertune.recipe import Recipe
 from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
+from peertune.rounds.training import adamw
 from peertune.types import Tensors
 
 HALF = "modifiers=[{name: half}]"
@@ -247,7 +248,7 @@ def test_what_a_phase_does_not_send_gets_no_dual() -> None:
     torch.testing.assert_close(grads["q.A"], 0.5 * centres["q.A"])
     moved, changed = local.end(start, centres, memory, at_step(4), phase)
     assert moved.keys() == {"q.A"}
-    assert changed.keys() == {"dfed_admm.q.A.dual"}
+    assert changed.keys() == {"dual.q.A.h"}
 
 
 def test_moments_travel_and_are_averaged_and_count_as_bytes() -> None:
@@ -267,7 +268,7 @@ def test_moments_travel_and_are_averaged_and_count_as_bytes() -> None:
     assert any(not torch.equal(x, second.adapters[name]) for name, x in first.adapters.items())
 
 
-@pytest.mark.parametrize(("moment", "value"), [("v", -1.0), ("m", float("nan"))])
+@pytest.mark.parametrize(("moment", "value"), [("v", -1.0), ("m", float("nan")), ("m", 1e30), ("v", 0.0)])
 def test_a_sender_whose_moments_can_not_be_is_not_mixed(moment: str, value: float) -> None:
     settings = ["algorithm.name=dec_lora", "modifiers=[{name: mix_moments}]", "graph={name: complete, activation: 1}"]
     job = build(recipe(*settings)).job
@@ -288,10 +289,36 @@ def test_a_sender_whose_moments_can_not_be_is_not_mixed(moment: str, value: floa
     [
         (["algorithm.name=local", HALF], "^algorithm: local with half needs exchange; choose an algorithm that sends"),
         ([HALF.replace("half", "mix_moments"), "training.optim=sgd"], "needs moments; give training.optim=adamw, or"),
-        ([HALF.replace("half", "mix_moments"), "training.reset_optimizer=round"], "reset_optimizer other than round$"),
+        ([HALF.replace("half", "mix_moments"), "training.reset_optimizer=round"], "training.reset_optimizer=never$"),
+        (
+            ["algorithm.name=rolora", "training.reset_optimizer=phase", "modifiers=[{name: mix_moments}]"],
+            "training.reset_optimizer=never$",
+        ),
+        (["algorithm.name=decaf", "modifiers=[{name: dfed_admm}]"], "needs kept basis; choose an algorithm whose"),
+        (["modifiers=[{name: fedspeed, ascent: 0.0}]"], "ascent is 0.0, give a number above 0; dfed_admm goes without"),
+        (["modifiers=[{name: dfed_admm, proximal: .inf}]"], "dfed_admm: proximal is inf, give a number above 0$"),
         (["modifiers=[{name: half}, {name: fedspeed}, {name: half}]"], r"^modifiers\[2\]: half stands twice; give it"),
     ],
 )
-def test_modifiers_that_would_do_nothing_are_refused(settings: list[str], line: str) -> None:
+def test_modifiers_that_make_no_sense_are_refused(settings: list[str], line: str) -> None:
     with pytest.raises(RecipeError, match=line):
         check_choices(recipe(*settings))
+
+
+def test_two_duals_are_one_too_many() -> None:
+    with pytest.raises(RecipeError, match=r"^modifiers: fedspeed and dfed_admm keep the same dual; choose one$"):
+        build(recipe("modifiers=[{name: fedspeed}, {name: dfed_admm}]"))
+
+
+def test_moments_of_adam_are_always_what_a_sender_may_say() -> None:
+    draw = torch.Generator().manual_seed(0)
+    adapters = {"q.A": torch.zeros(4, 2, 3)}
+    state = begun(mix_moments(ALGORITHMS["dec_lora"]()), adapters)
+    message, optimizer = mix_moments(ALGORITHMS["dec_lora"]()).message, adamw(0.0, 0.999)  # the widest there is
+    moments = {name: x.clone() for name, x in optimizer.init(adapters).items()}
+    assert message.sound is not None
+    for step in range(40):
+        grads = {"q.A": 10.0 ** (4 * torch.randn(4, 2, 3, generator=draw))}
+        optimizer.update(state.adapters, grads, moments, every_kind(1e-3))
+        heard = {f"moments.{name}": x for name, x in moments.items() if name.startswith("q.A")}
+        assert message.sound(heard).all(), step

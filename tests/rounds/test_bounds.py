@@ -258,7 +258,7 @@ def test_signals_that_no_honest_client_holds_are_refused(signal: str, value: flo
     found = refused(bound, honest(), heard, *everybody())
     assert {(one.sender, one.why.partition(" is ")[0]) for one in found} == {
         (1, "q.A"),
-        *([(LIAR, "signals are out of their range")] if refuses else []),
+        *([(LIAR, "what travels beside the adapters")] if refuses else []),
     }
     assert len(found) == len({one[:2] for one in found}) == (8 if refuses else 4)
 

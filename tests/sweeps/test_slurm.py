@@ -27,6 +27,7 @@ QUEUE = ["--out", "all", "--launcher", "slurm"]
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    processes.forking()  # what runs are forked from is not the cluster's, which kills all that is
     made = Cluster(tmp_path / "cluster")
     for key, value in made.environment().items():
         monkeypatch.setenv(key, value)
