@@ -20,6 +20,8 @@ from processes import AT_MOST_S, finish, finish_well, start
 from safetensors.torch import load_file
 from seeing import COLOURS, save_images, save_vit
 
+from peertune import build, load_recipe
+from peertune.assembly.build import agreed
 from peertune.assembly.registry import choice_defaults
 from peertune.recipe import block_defaults
 from peertune.report.runs import find_runs
@@ -184,6 +186,13 @@ def test_what_is_of_a_later_format_is_refused_in_one_line_by_its_number(
         assert peertune(*words) == (2, "", f"peertune: {run}: {said}")
     assert not (run / "report.html").exists()
     assert not Path("adapter").exists()
+
+
+def test_a_name_that_stood_for_something_else_does_not_agree_with_what_it_was() -> None:
+    small = ["clients=2", "rounds=1", "algorithm={name: fedrot_lora, strength: 0.4}"]
+    told = agreed(build(load_recipe("digits-demo", small), [0]))["algorithm"]
+    assert json.loads(told) == {"name": "fedrot_lora", "strength": 0.4, "meaning": 2}
+    assert "meaning" not in agreed(build(load_recipe("digits-demo", small[:2]), [0]))["algorithm"]
 
 
 def test_defaults_that_peers_must_agree_on_stay() -> None:

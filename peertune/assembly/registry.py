@@ -38,6 +38,8 @@ _TABLES = {
     "modifiers": Choices("modifier", MODIFIERS, tuple(map(str.lower, _VALUES)), _VALUES),
 }
 """Block of a recipe → what it may name."""
+_MEANT_OTHERWISE = {("algorithm", "fedrot_lora"): 2}
+"""Names that stood for something else in earlier versions, and how many meanings they have had."""
 
 
 Rows = Mapping[int, NDArray[np.int64]]
@@ -122,10 +124,12 @@ def graph_settings(recipe: Recipe) -> dict[str, Any]:
 def beyond_defaults(where: str, choice: Choice) -> dict[str, Any]:
     """Return a choice's name and those settings that are not their defaults, by key: what it is in every version.
 
-    A version that lacks a setting makes of the choice what one that has it makes of its default.
+    A version that lacks a setting makes of the choice what one that has it makes of its default. A name that stood for
+    something else in an earlier version goes with a number, `meaning`, so that the two don't agree.
     """
-    defaults = choice_defaults(where, choice.name)
-    return {"name": choice.name} | {key: value for key, value in choice.settings.items() if value != defaults.get(key)}
+    defaults, meaning = choice_defaults(where, choice.name), _MEANT_OTHERWISE.get((where, choice.name))
+    marked = {"name": choice.name} if meaning is None else {"name": choice.name, "meaning": meaning}
+    return marked | {key: value for key, value in choice.settings.items() if value != defaults.get(key)}
 
 
 def choice_defaults(where: str, name: str) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 These schedules are pure functions of the round, made by factories that close over their settings; no client counts for
 itself, so a client that missed rounds still agrees with the others. Where factors alternate, B trains first: A has no
-gradient while B = 0. The kind `head` trains in every round and travels in every round that sends anything; where
-the head is frozen there are no such tensors.
+gradient while B = 0. The kind `head` trains in every round and travels in every round that sends anything, but for
+`sharing_a`; where the head is frozen there are no such tensors.
 """
 
 from collections.abc import Callable
