@@ -1,6 +1,6 @@
 """States to begin from, and rounds without training, as an engine makes them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from peertune.rounds.record import Evaluation
 from peertune.rounds.round import Heard, Job, run_round
 from peertune.rounds.training import Optim, adamw, sgd
 from peertune.topology import GRAPHS
-from peertune.types import State, Tensors, take
+from peertune.types import Batch, State, Tensors, take
 
 
 def starting(adapters: Tensors, moments: Tensors | None = None, round: int = 0, **memory: Tensor) -> State:
@@ -77,47 +77,72 @@ def moments_like(adapters: Tensors, clients: Sequence[int]) -> Tensors:
     return moments
 
 
-def played(algorithm: Algorithm, state: State, weights: Tensor) -> State:
-    """Return what a round without local steps leaves of a state in which all hear all, by `weights [K, K]`."""
-    clients = range(state.clients)
+def played(algorithm: Algorithm, state: State, weights: Tensor, steps: int = 0) -> State:
+    """Return what a round of so many local steps leaves of a state in which all hear all, by `weights [K, K]`."""
+    return played_and_sent(algorithm, state, weights, steps)[0]
+
+
+def played_and_sent(algorithm: Algorithm, state: State, weights: Tensor, steps: int = 0) -> tuple[State, Tensors]:
+    """Return what such a round leaves, and what all have sent."""
+    clients, sent = range(state.clients), dict[str, Tensor]()
 
     def exchange(payload: Tensors, *_: Any) -> Heard:
+        sent.update({name: x.clone() for name, x in payload.items()})
         return Heard(job.read(payload), weights, clients, [])
 
-    job = _job(algorithm, state, clients)
+    job = _job(algorithm, state, clients, steps)
     after, _ = run_round(job, state.clone(), clients, state.round, exchange)
-    return after
+    return after, sent
 
 
-def played_alone(algorithm: Algorithm, state: State, weights: Tensor, client: int, reverse: bool = False) -> State:
-    """Return what such a round leaves of one client, which gets its closed neighbourhood's messages and its own row."""
-    at = standing(range(state.clients), state.rounds)
-    phase = algorithm.schedule.phases(state.memory, at)[client]
-    sent, _ = algorithm.message.send(state.adapters, state.known, at, phase)
+def played_alone(
+    algorithm: Algorithm, state: State, weights: Tensor, client: int, sent: Tensors, steps: int = 0
+) -> State:
+    """Return what such a round leaves of one client, which gets of what is `sent` its closed neighbourhood's."""
     near = sorted({client, *weights.to_dense()[client].nonzero()[:, 0].tolist()})
 
     def exchange(payload: Tensors, *_: Any) -> Heard:
         told = take(sent, torch.tensor(near))
         return Heard(job.read(told), weights.to_dense()[client : client + 1, near], near, [])
 
-    job = _job(algorithm, state, [client])
+    job = _job(algorithm, state, [client], steps)
     after, _ = run_round(job, state.take(torch.tensor([client])), [client], state.round, exchange)
     return after
 
 
-def _job(algorithm: Algorithm, state: State, clients: Sequence[int]) -> Job:
-    unused: Any = None
+class Drawn:
+    """A model whose output for a row is the inner product of its client's adapters with directions drawn for it."""
+
+    def __call__(self, params: Tensors, batch: Batch, training: bool) -> Tensor:
+        outputs = []
+        for place, key in zip(batch.clients.tolist(), batch.keys.tolist(), strict=True):
+            draw = torch.Generator().manual_seed(key)
+            own = [x[place] for x in params.values()]
+            outputs.append(sum((x * 0.1 * torch.randn(x.shape, generator=draw, dtype=x.dtype)).sum() for x in own))
+        return torch.stack(outputs)[:, None]  # type: ignore[arg-type]
+
+
+def _rows(clients: Sequence[int], steps: int) -> Iterator[list[Batch]]:
+    """Yield a row of each client for each of so many local steps."""
+    for step in range(steps):
+        places, numbers = torch.arange(len(clients)), torch.tensor(list(clients))
+        ones = torch.ones(len(clients), dtype=torch.float64)
+        yield [Batch({}, ones, places, ones, 100 * numbers + step)]
+
+
+def _job(algorithm: Algorithm, state: State, clients: Sequence[int], steps: int) -> Job:
+    model: Any = Drawn()
     return Job(
-        model=unused,
+        model=model,
         graph=GRAPHS["complete"](clients=max(clients) + 1, activation=1.0),
         algorithm=algorithm,
         optim=Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never"),
-        steps=lambda clients, t: iter(()),
+        steps=lambda clients, t: _rows(clients, steps),
         evaluate=lambda adapters, clients: Evaluation("accuracy", [], None, 1, []),
         state=state,
         clients=clients,
         rounds=state.round + 2,
-        local_steps=1,
+        local_steps=max(1, steps),
         evaluate_every=1000,  # never
         clients_per_pass=2,
     )

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from playing import begun, played, played_alone
+from playing import begun, played, played_alone, played_and_sent
 from torch import Tensor
 
 from peertune.method import Algorithm, Local, Message, Mixer, Schedule
@@ -113,10 +113,10 @@ def test_a_receiver_with_its_closed_neighbourhood_gets_what_the_full_matrix_give
     method: Algorithm, case: Case
 ) -> None:
     before = start(method, case)
-    together = parts(played(method, before, case.weights))
+    together, sent = played_and_sent(method, before, case.weights, steps=2)
     for client in range(len(case.weights)):
-        alone = played_alone(method, before, case.weights, client)
-        assert_close(parts(alone), take(together, slice(client, client + 1)))
+        alone = played_alone(method, before, case.weights, client, sent, steps=2)
+        assert_close(parts(alone), take(parts(together), slice(client, client + 1)))
 
 
 @every_method
@@ -212,9 +212,9 @@ def test_float32_adapters_stay_float32_under_float64_weights(method: Algorithm, 
 def test_stop_and_resume_is_no_stop(method: Algorithm, case: Case) -> None:
     state = whole = start(method, case)
     for _ in range(3):
-        whole = played(method, whole, case.weights)
+        whole = played(method, whole, case.weights, steps=2)
         stored = [{name: x.clone() for name, x in of.items()} for of in (state.adapters, state.moments, state.memory)]
-        state = played(method, State(stored[0], stored[1], state.rounds.clone(), stored[2]), case.weights)
+        state = played(method, State(stored[0], stored[1], state.rounds.clone(), stored[2]), case.weights, steps=2)
     assert_close(parts(state), parts(whole), 0)
 
 
