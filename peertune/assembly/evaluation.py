@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from peertune.assembly.encoding import EncodedTask
@@ -13,13 +14,13 @@ from peertune.assembly.loading import Loaded, clients_together
 from peertune.assembly.registry import Parts
 from peertune.data.batches import Encoded, validation_batches
 from peertune.data.completions import completions, encode_choices, encode_prompts
-from peertune.data.scores import JUDGES, scorer
+from peertune.data.scores import JUDGES, calibration_error, log_loss, scorer
 from peertune.errors import RecipeError
 from peertune.models.generation import Decoding, cached_tokens, generate, pads_left
 from peertune.recipe import Recipe
 from peertune.rounds.record import Evaluation
-from peertune.rounds.training import Read, evaluate, hits, predictions, row_losses
-from peertune.types import Split, Task, Tensors, take
+from peertune.rounds.training import Read, evaluate, hits, predictions, probabilities, row_losses
+from peertune.types import Group, Split, Task, Tensors, take
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,17 @@ def build_evaluation(
             f"evaluate.temperature: nothing is generated for the metric {task.metric}; leave it out, "
             f"or choose {' or '.join(sorted(JUDGES))}"
         )
+    if recipe.evaluate.ensemble and (not task.classes or task.form not in ("classify", "match")):
+        raise RecipeError(
+            "evaluate.ensemble: needs probabilities of classes, and this task has none; leave it out, or choose a task "
+            "that tells classes apart"
+        )
     judge = partial(_judge, recipe, task, loaded, encoded)
     own = {client: judge(task.train, encoded.train, rows) for client, rows in encoded.held_out.items()}
     held_out = sum(group.gather(sum(map(len, encoded.held_out.values()))))
     common = None if on == "own" else judge(task.validation, encoded.validation, encoded.evaluated)
+
+    beside = _probable(task, group, loaded, encoded, alone=parts.peer) if recipe.evaluate.ensemble else None
 
     def run(adapters: Tensors, clients: Sequence[int]) -> Evaluation:
         singles = [take(adapters, slice(place, place + 1)) for place in range(len(clients))]
@@ -52,6 +60,7 @@ def build_evaluation(
         scores = [score for score, _ in alone]
         if common is None:
             return Evaluation(task.measured, scores, None, held_out, [], scores)
+        more = {} if beside is None else beside(singles)
         if not parts.peer:
             mean = {name: group.mean(x)[None] for name, x in adapters.items()}
             if group.rank == group.size - 1:  # once, by the one with the fewest clients
@@ -60,9 +69,38 @@ def build_evaluation(
         together, rest = found[: len(clients)], found[len(clients) :]
         average = rest[0][0] if rest else None
         top = [share for _, share in together] if task.classes else []
-        return Evaluation(task.measured, [score for score, _ in together], average, len(encoded.evaluated), top, scores)
+        rows = len(encoded.evaluated)
+        return Evaluation(task.measured, [score for score, _ in together], average, rows, top, scores, **more)
 
     return run
+
+
+def _probable(
+    task: Task, group: Group, loaded: Loaded, encoded: EncodedTask, alone: bool
+) -> Callable[[list[Tensors]], dict[str, Any]]:
+    """Return what judges the clients' probabilities of the evaluated rows: each client's, and all together."""
+    rows, score = encoded.evaluated, scorer(task)
+    labels = np.asarray(task.validation.labels)[rows]
+    predict = _read(loaded, encoded.validation, rows, probabilities)
+
+    def judge(singles: list[Tensors]) -> dict[str, Any]:
+        found = predict(singles) if singles else np.zeros((0, len(rows), len(task.classes)))
+        each: dict[str, Any] = {
+            "nll": [log_loss(own, labels) for own in found],
+            "ece": [calibration_error(own, labels) for own in found],
+        }
+        if alone:
+            return each
+        held = torch.from_numpy(found).to(loaded.base.model.device)
+        mean = group.mean(held).argmax(-1).cpu().numpy()
+        # of this process the surest client's answer to each row, then of all processes
+        sure, said = held.max(-1) if len(held) else (held.new_zeros(1, len(rows)),) * 2
+        first = sure.argmax(0, keepdim=True)
+        sure, said = (group.concat(x.double().gather(0, first)) for x in (sure, said))
+        routed = said.gather(0, sure.argmax(0, keepdim=True))[0].long().cpu().numpy()
+        return each | {"ensemble": score(mean, labels), "route": score(routed, labels)}
+
+    return judge
 
 
 Judged = tuple[float, float]

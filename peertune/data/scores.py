@@ -58,6 +58,24 @@ def spearman(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
     return pearson(rankdata(predictions), rankdata(labels))
 
 
+def log_loss(probabilities: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the mean negative log-likelihood, in nats, of `[N]` labels under `[N, C]` probabilities."""
+    own = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.maximum(own, np.finfo(np.float64).tiny)).mean())
+
+
+def calibration_error(probabilities: NDArray[Any], labels: NDArray[Any], bins: int = 15) -> float:
+    """Return the expected calibration error of `[N, C]` probabilities of `[N]` labels.
+
+    Rows fall into equal bins by the probability of their likeliest class; it is the mean over rows of how far, in their
+    bin, the mean of that probability is from the share of right answers (Guo et al., arXiv 1706.04599).
+    """
+    sure, right = probabilities.max(1), probabilities.argmax(1) == labels
+    place = np.minimum((sure * bins).astype(np.int64), bins - 1)
+    gaps = np.bincount(place, sure, bins) - np.bincount(place, right, bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
 def perplexity(losses: NDArray[Any], labels: NDArray[Any]) -> float:
     """Return the exponential of the mean loss of a token: both `[N]`, the sum over a row and how many tokens it has."""
     return float(np.exp(losses.sum() / labels.sum()))

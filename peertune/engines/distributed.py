@@ -79,6 +79,8 @@ def _merged(own: RoundRecord, group: Group) -> RoundRecord:
             average=next((part["average"] for part in scores if part["average"] is not None), None),
             top_share=[top for part in scores for top in part["top_share"]],
             own=[score for part in scores for score in part["own"]],
+            nll=[score for part in scores for score in part["nll"]],
+            ece=[score for part in scores for score in part["ece"]],
         )
     merged: dict[str, Any] = {name: [value for part in parts for value in part[name]] for name in _LISTS}
     merged |= {name: sorted({(i, j) for part in parts for i, j in part[name]}) for name in _EDGES}

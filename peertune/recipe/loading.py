@@ -83,6 +83,8 @@ def _without_effect(recipe: Recipe) -> str | None:
         return (
             "evaluate.rows: is of the validation set, and evaluate.on=own takes none of it; leave it out, or give both"
         )
+    if recipe.evaluate.on == "own" and recipe.evaluate.ensemble:
+        return "evaluate.ensemble: is of rows that all have, and evaluate.on=own has none; leave it out, or give both"
     if recipe.evaluate.on == "common" and recipe.evaluate.held_out != Evaluate.model_fields["held_out"].default:
         return "evaluate.held_out: with evaluate.on=common nobody holds out rows; give own or both, or leave it out"
     if recipe.evaluate.top_p < 1 and not recipe.evaluate.temperature:

@@ -84,6 +84,7 @@ class Evaluate(_Block):
     rows: int | None = Field(None, ge=1)  # a seeded subset of the validation set; null: all of it
     on: Literal["common", "own", "both"] = "common"  # the validation set, rows that each client holds out, or both
     held_out: float = Field(0.2, gt=0, lt=1)  # share of a client's rows that it does not train on, with own and both
+    ensemble: bool = False  # whether the clients' probabilities are judged too, each client's and all together
     max_new_tokens: int = Field(256, ge=1)  # where the metric generates
     temperature: float = Field(0.0, ge=0)  # 0: always the likeliest token
     top_p: float = Field(1.0, gt=0, le=1)

@@ -207,7 +207,7 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "average": None,
             "rows": (sum if own else min)(one["rows"] for one in evaluated),
             "top_share": [share for one in evaluated for share in one["top_share"]],
-            "own": [score for one in evaluated for score in one["own"]],
+            **{name: [score for one in evaluated for score in one[name]] for name in ("own", "nll", "ece")},
         }
     stages = dict.fromkeys(stage for record in records for stage in record["seconds"])
     return {

@@ -24,6 +24,10 @@ MEASURES = {
     "max": "max",
     "average": "average",
     "best_average": "best average",
+    "ensemble": "ensemble",
+    "route": "route",
+    "nll": "NLL",
+    "ece": "ECE",
     "consensus_error_A": "Δ_A",
     "consensus_error_B": "Δ_B",
     "cross_term": "cross",
@@ -33,11 +37,13 @@ MEASURES = {
 """What runs are compared by: key of a summary → heading."""
 COLUMNS = {"run": "run", **MEASURES}
 """The same with the run's name in front."""
-SCORES = ("mean", "best", "own", "average", "best_average")
+SCORES = ("mean", "best", "own", "average", "best_average", "ensemble", "route", "nll", "ece")
 """Measures of which paired differences are taken."""
 LEGEND = """\
 mean, min, max: the clients' own models at the end; best: the best mean of all rounds; own: their mean on rows that each
-held out for itself; average: the averaged adapter at the end, best average: at its best; Δ_A, Δ_B: consensus error of
+held out for itself; average: the averaged adapter at the end, best average: at its best; ensemble: the mean of all
+clients' probabilities; route: each row by the surest client; NLL, ECE: mean negative log-likelihood and calibration
+error of the clients' own models; Δ_A, Δ_B: consensus error of
 the factors; cross: the cross term; MB: sent by a client in the whole run; s: seconds"""
 _INTERVAL = "algorithm.switch_every"
 _AUTOMATIC = ("device", "model.dtype")
@@ -46,7 +52,7 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 """Keys in which runs may differ without being runs of different things."""
 
 
-SUMMARISED = ("clients", "bytes_sent", "evaluation.clients", "evaluation.own")
+SUMMARISED = ("clients", "bytes_sent", "evaluation.clients", "evaluation.own", "evaluation.nll", "evaluation.ece")
 """Which lists of a record are looked at to summarise a run."""
 
 
@@ -74,8 +80,8 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "best": fmean(best["evaluation"]["clients"]),
             "best_round": best["round"],
         }
-        if own := final.get("own"):
-            row["own"] = fmean(own)
+        row |= {key: fmean(final[key]) for key in ("own", "nll", "ece") if final.get(key)}
+        row |= {key: final[key] for key in ("ensemble", "route") if final.get(key) is not None}
         averages = [record["evaluation"]["average"] for record in evaluated]
         if None not in averages:  # a peer knows its own adapter alone
             row |= {"average": averages[-1], "best_average": choose(averages)}

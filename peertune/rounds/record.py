@@ -18,6 +18,12 @@ class Evaluation:
     # [K], share of the rows for which a client predicts its most frequent class; [] for values, and with `own` alone
     top_share: list[float]
     own: list[float] = field(default_factory=list)  # [K], each client's own model on rows of its own, where asked for
+    # With `evaluate.ensemble`, on the common rows: each client's negative log-likelihood and calibration error [K], the
+    # score of the mean of all clients' probabilities, and of whoever is surest of a row; None where nobody holds them
+    nll: list[float] = field(default_factory=list)
+    ece: list[float] = field(default_factory=list)
+    ensemble: float | None = None
+    route: float | None = None
 
 
 @dataclass(frozen=True)

@@ -142,12 +142,17 @@ def _row_sums(values: Tensor, batch: Batch) -> Tensor:
 
 
 Read = Callable[[Tensor, Batch], Tensor]
-"""What is read from logits in evaluation: `(logits, batch) → [b]`."""
+"""What is read from logits in evaluation: `(logits, batch) → [b, …]`."""
 
 
 def predictions(logits: Tensor, batch: Batch) -> Tensor:
     """Return the likeliest class of each row, or the value of a regression."""
     return logits.squeeze(-1).double() if batch.labels.is_floating_point() else logits.argmax(-1)
+
+
+def probabilities(logits: Tensor, batch: Batch) -> Tensor:
+    """Return the probability of each class for each row, `[b, classes]` in float64."""
+    return logits.double().softmax(-1)
 
 
 def hits(logits: Tensor, batch: Batch) -> Tensor:
@@ -289,7 +294,7 @@ def evaluate(
     rows: int,
     read: Read = predictions,
 ) -> NDArray[Any]:
-    """Return what is read of each single adapter's logits on one set of rows, `[len(singles), rows]`.
+    """Return what is read of each single adapter's logits on one set of rows, `[len(singles), rows, …]`.
 
     `singles` are adapters `[1, …]`. Each batch comes with the numbers of its rows, `[b]`, and one adapter after the
     other takes it: its rows fill the device, and nothing need be computed for another's factors.
@@ -298,7 +303,7 @@ def evaluate(
     for batch, numbers in batches:
         batch = batch.to(next(iter(singles[0].values())).device)
         found = torch.stack([read(model(single, batch, training=False), batch) for single in singles])
-        values = found.new_zeros(len(singles), rows) if values is None else values
+        values = found.new_zeros(len(singles), rows, *found.shape[2:]) if values is None else values
         values[:, torch.from_numpy(numbers).to(values.device)] = found
     assert values is not None, "a validation set has rows"
     return values.cpu().numpy()

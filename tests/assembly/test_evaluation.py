@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from peertune import build, load_recipe, simulate
+from peertune.assembly.encoding import evaluated_rows
 from peertune.assembly.registry import build_parts, hold_out
+from peertune.data.scores import accuracy, calibration_error, log_loss
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
 from peertune.recipe import Recipe
 from peertune.report.tables import summarise
 from peertune.rounds.record import Evaluation
+from peertune.types import Batch
 
 SMALL = (
     "clients=5",
@@ -100,9 +103,48 @@ def test_rows_held_out_are_counted_and_their_mean_is_a_measure() -> None:
     assert "average" not in row
 
 
+def test_probabilities_are_judged_each_by_itself_and_together() -> None:
+    evaluation, adapters, asked = last(*BOTH, "evaluate.ensemble=true", "partition={name: disjoint_labels}", "rounds=4")
+    run = build(asked)
+    task, rows = TASKS["digits"](), evaluated_rows(asked, np.arange(180))
+    labels, model = task.validation.labels[rows], run.job.model
+    images = torch.tensor(np.asarray(task.validation.columns["pixel_values"])[rows])
+    found = []
+    for client in range(5):
+        single = {name: x[client : client + 1] for name, x in adapters.items()}
+        places = torch.zeros(len(rows), dtype=torch.int64)
+        batch = Batch({"pixel_values": images}, torch.tensor(labels), places, torch.ones(len(rows)), places)
+        found.append(model(single, batch, training=False).detach().double().softmax(-1).numpy())
+    each = np.stack(found)  # [K, N, C]
+    own = each[:, np.arange(len(rows)), labels]
+    assert evaluation.nll == pytest.approx((-np.log(own)).mean(1), rel=1e-5)
+    assert evaluation.ensemble == accuracy(each.mean(0).argmax(-1), labels)
+    surest = each.max(-1).argmax(0)
+    assert evaluation.route == accuracy(each[surest, np.arange(len(rows))].argmax(-1), labels)
+    assert evaluation.ece == pytest.approx([calibration_error(one, labels) for one in each], abs=1e-5)
+    assert len({round(x, 6) for x in evaluation.ece}) > 1
+    alone = build(asked, [1]).job.evaluate({name: x[1:2] for name, x in adapters.items()}, [1])
+    assert (alone.ensemble, alone.route) == (None, None)
+    assert alone.nll == pytest.approx(evaluation.nll[1:2])
+
+
+def test_calibration_errors_of_small_examples() -> None:
+    sure = np.array([[0.95, 0.05], [0.95, 0.05], [0.35, 0.65], [0.65, 0.35]])
+    labels = np.array([0, 1, 1, 0])
+    # two rows said with .95, of which one is right; two with .65, of which both are
+    assert calibration_error(sure, labels) == pytest.approx((2 * abs(0.95 - 0.5) + 2 * abs(0.65 - 1)) / 4)
+    assert calibration_error(np.eye(2)[labels], labels) == 0
+    assert log_loss(sure, labels) == pytest.approx(-np.log([0.95, 0.05, 0.65, 0.65]).mean())
+    assert np.isfinite(log_loss(np.eye(2)[1 - labels], labels))
+
+
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
+        (
+            ["evaluate={on: own, ensemble: true}"],
+            "evaluate.ensemble: is of rows that all have, and evaluate",
+        ),
         (
             ["evaluate.held_out=0.3"],
             r"^digits-demo: evaluate\.held_out: with evaluate\.on=common nobody holds out rows",

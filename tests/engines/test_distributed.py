@@ -36,7 +36,12 @@ RECIPES |= {
     "adaptive": [*SMALL, ADAPTIVE, "rounds=9"],
     "half": [*SMALL, ADAPTIVE, "modifiers=[{name: half}]"],
     "always": [*SMALL, "graph.activation=1.0"],
-    "changing": [*SMALL, "clients=8", "graph={name: exponential}", "evaluate.on=both"],
+    "changing": [
+        *SMALL,
+        "clients=8",
+        "graph={name: exponential}",
+        "evaluate={every: 3, rows: 10, on: both, ensemble: true}",
+    ],
     "moments": [*SMALL, "modifiers=[{name: mix_moments}, {name: fedspeed}]", "evaluate={every: 3, on: own}"],
     "ring": [*SMALL, "graph={name: ring, activation: 0.7}", "training.reset_optimizer=phase"],
     # with an interval given: to estimate rho of such a graph takes each process longer than all its rounds

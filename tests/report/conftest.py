@@ -121,7 +121,8 @@ def _records(
                     "average": float(scores.mean() + 0.05),
                     "rows": 180,
                     "top_share": [] if metric == "pearson" else [0.5] * clients,
-                    "own": [],
+                    **{key: [] for key in ("own", "nll", "ece")},
+                    **dict.fromkeys(("ensemble", "route")),
                 }
                 if due
                 else None,

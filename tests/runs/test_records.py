@@ -28,7 +28,8 @@ def test_records_come_back_as_they_were(run: Path) -> None:
         "average": 0.75,
         "rows": 4,
         "top_share": [0.5, 0.5, 1.0],
-        "own": [],
+        **{key: [] for key in ("own", "nll", "ece")},
+        **dict.fromkeys(("ensemble", "route")),
     }
 
 
