@@ -51,7 +51,7 @@ bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 fr
 same: .venv/developing  ## whether the working tree comes to the same bits as OLD=COMMIT, by all methods and engines (minutes)
 	$(BIN)/python -m benchmarks.same $(OLD)
 
-slower: .venv/developing  ## whether the working tree is slower than OLD=COMMIT, in turn (a quarter of an hour, on a quiet machine)
+slower: .venv/developing  ## whether the working tree is slower than OLD=COMMIT, in turn (half an hour, on a quiet machine)
 	$(BIN)/python -m benchmarks.slower $(OLD)
 
 clean:  ## remove .venv and caches
