@@ -32,7 +32,7 @@ def _moments(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
     training = recipe.training
     trains = [algorithm.phase(t).train for t in range(min(recipe.rounds, _ROUNDS) + 1)]
     lasting = {"never": True, "round": False, "phase": any(now == last for last, now in pairwise(trains))}
-    return lasting[training.reset_optimizer] and (training.optim == "adamw" or training.momentum > 0)
+    return training.optim == "adamw" and lasting[training.reset_optimizer]
 
 
 def _static(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
@@ -47,7 +47,7 @@ NEEDS: Mapping[str, Need] = {
         lambda recipe, graph, algorithm: algorithm.mixer.keeps_basis,
         "choose an algorithm whose mixing leaves each row of A what it was, as all but decaf do",
     ),
-    "moments": Need(_moments, "give training.optim=adamw, or momentum, and training.reset_optimizer=never"),
+    "moments": Need(_moments, "give training.optim=adamw and training.reset_optimizer=never"),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
     "static graph": Need(_static, "give a graph whose edges stay, graph.activation=1 and no faults"),
 }

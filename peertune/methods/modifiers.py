@@ -112,11 +112,12 @@ def _dual(local: Local, name: str, proximal: float, ascent: float) -> Local:
 
 
 def mix_moments(algorithm: Algorithm) -> Algorithm:
-    """Send the optimiser's moments of what is sent, too, and average them as the adapters are averaged.
+    """Send AdamW's moments of what is sent, too, and average them as the adapters are averaged.
 
     AdamW's second moment scales each client's steps: with moments of its own each scales by its own rows. Bytes are
-    three times as many with AdamW, twice with momentum. Each client keeps its own count of steps, by which AdamW
-    corrects its moments' bias; one that was away for long corrects by another count than its neighbours.
+    three times as many. Each client keeps its own count of steps, by which AdamW corrects its moments' bias; one that
+    was away for long corrects by another count than its neighbours. SGD's momentum is refused: nothing says how large
+    an honest one may be.
 
     A sender is not mixed whose moments can't be Adam's: they are not finite, v is below 0, or m² above 1,100 v. By the
     inequality of Cauchy and Schwarz m² is at most v / (1 - β₂), and means keep that; it is 1,000 v for β₂ = .999.

@@ -288,7 +288,7 @@ def test_a_sender_whose_moments_can_not_be_is_not_mixed(moment: str, value: floa
     ("settings", "line"),
     [
         (["algorithm.name=local", HALF], "^algorithm: local with half needs exchange; choose an algorithm that sends"),
-        ([HALF.replace("half", "mix_moments"), "training.optim=sgd"], "needs moments; give training.optim=adamw, or"),
+        ([HALF.replace("half", "mix_moments"), "training.optim=sgd"], "needs moments; give training.optim=adamw and"),
         ([HALF.replace("half", "mix_moments"), "training.reset_optimizer=round"], "training.reset_optimizer=never$"),
         (
             ["algorithm.name=rolora", "training.reset_optimizer=phase", "modifiers=[{name: mix_moments}]"],
