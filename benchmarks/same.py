@@ -246,12 +246,15 @@ def formats(folder: Path) -> set[int]:
 
 def fields(folder: Path) -> dict[str, Any]:
     """Return how many records each run in a folder has, and their fields without the seconds: by file, round, key."""
+    from peertune.recipe import flat  # of the working tree; the sides have their own
+
     found: dict[str, Any] = {}
     for file in (run / "rounds.jsonl" for run in runs(folder)):
         what, lines = str(file.relative_to(folder)), file.read_text(encoding="utf-8").splitlines()
         found[f"{what}: records"] = len(lines)
         for record in map(json.loads, lines):
-            found |= {f"{what}: round {record['round']}: {key}": x for key, x in record.items() if key != "seconds"}
+            record.pop("seconds", None)
+            found |= {f"{what}: round {record['round']}: {key}": x for key, x in flat(record).items()}
     return found
 
 

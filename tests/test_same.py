@@ -37,7 +37,11 @@ def keep(tmp_path: Path) -> Keep:
 
 
 def test_runs_that_differ_only_in_seconds_new_fields_and_older_checkpoints_are_the_same(keep: Keep) -> None:
-    assert difference(keep("old", gone=1), keep("newer", come=2)) == ""
+    told = {"clients": [0.5], "average": None}
+    assert difference(keep("old", gone=1, evaluation=told), keep("newer", come=2, evaluation={**told, "own": []})) == ""
+    assert difference(keep("a", evaluation=told), keep("b", evaluation={**told, "clients": [1.0]})) == (
+        "0/rounds.jsonl: round 1: evaluation.clients: [0.5] in the old, [1.0] in the new"
+    )
 
 
 def test_one_bit_of_one_value_is_a_difference(keep: Keep) -> None:
