@@ -296,6 +296,7 @@ def test_a_sender_whose_moments_can_not_be_is_not_mixed(moment: str, value: floa
         ),
         (["algorithm.name=decaf", "modifiers=[{name: dfed_admm}]"], "needs kept basis; choose an algorithm whose"),
         (["modifiers=[{name: fedspeed, ascent: 0.0}]"], "ascent is 0.0, give a number above 0; dfed_admm goes without"),
+        (["modifiers=[{name: dfed_admm, proximal: 0.0}]"], "dfed_admm: proximal is 0.0, give a number above 0$"),
         (["modifiers=[{name: dfed_admm, proximal: .inf}]"], "dfed_admm: proximal is inf, give a number above 0$"),
         (["modifiers=[{name: half}, {name: fedspeed}, {name: half}]"], r"^modifiers\[2\]: half stands twice; give it"),
     ],
@@ -317,6 +318,7 @@ def test_moments_of_adam_are_always_what_a_sender_may_say() -> None:
     message, optimizer = mix_moments(ALGORITHMS["dec_lora"]()).message, adamw(0.0, 0.999)  # the widest there is
     moments = {name: x.clone() for name, x in optimizer.init(adapters).items()}
     assert message.sound is not None
+    assert message.sound({f"moments.{name}": x for name, x in moments.items() if name.startswith("q.A")}).all()
     for step in range(40):
         grads = {"q.A": 10.0 ** (4 * torch.randn(4, 2, 3, generator=draw))}
         optimizer.update(state.adapters, grads, moments, every_kind(1e-3))
