@@ -232,6 +232,11 @@ def by_site(tensors: Tensors) -> list[Tensors]:
     return list(sites.values())
 
 
+def pairs(names: Collection[str]) -> list[tuple[str, str]]:
+    """Return the names of A and B of each site that has both among these."""
+    return [(name, b) for name in names if kind(name) == "A" and (b := f"{name[:-1]}B") in names]
+
+
 def select(tensors: Tensors, kinds: Collection[str]) -> Tensors:
     """Keep the tensors of these kinds."""
     return {name: tensor for name, tensor in tensors.items() if kind(name) in kinds}

@@ -20,9 +20,13 @@ average, as a share of `dec_lora`'s. They are of one site whose factors are equa
 method that **keeps the mean** mixes without moving the clients' mean adapter. Settings, with their defaults, go beside
 the name: `algorithm: {name: fedrot_lora, strength: 0.4}`.
 
-Not here, and why: RW-LoRA (only one client works at a time), AirComp (it adds signals in the air, which a network
-can't), FLood and FedAgg (their formulas are not known to us), SD-LoRA, SoRA and PRISM (we know of no rule that mixes
-them without a server). RAC-LoRA belongs with ranks that differ, SALF with clients that differ in speed.
+Not here, and why:
+
+- RW-LoRA: only one client works at a time.
+- AirComp: it adds signals in the air, which a network can't.
+- FLood and FedAgg: their formulas are not known to us.
+- SD-LoRA, SoRA and PRISM: we know of no rule that mixes them without a server.
+- RAC-LoRA belongs with ranks that differ, SALF with clients that differ in speed.
 """
 ROUNDS, CLIENTS, INTERVAL = 12, 4, 5
 GIVEN = {"rho", "clients", "seed", "algorithm", "local", "message"}  # what the program hands in

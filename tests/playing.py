@@ -11,7 +11,7 @@ from peertune.rounds.record import Evaluation
 from peertune.rounds.round import Heard, Job, run_round
 from peertune.rounds.training import Optim, adamw, sgd
 from peertune.topology import GRAPHS
-from peertune.types import Batch, State, Tensors, take
+from peertune.types import Batch, State, Tensors, norms, over_clients, take
 
 
 def starting(adapters: Tensors, moments: Tensors | None = None, round: int = 0, **memory: Tensor) -> State:
@@ -42,13 +42,10 @@ class Quadratic:
 
     def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
         scale = self.curvature if weights is None else self.curvature * weights
-        return {
-            name: scale.view(-1, *[1] * (centre.dim() - 1)) * (adapters[name] - centre)
-            for name, centre in self.centres.items()
-        }
+        return {name: over_clients(scale, centre) * (adapters[name] - centre) for name, centre in self.centres.items()}
 
     def norms(self, adapters: Tensors) -> Tensor:
-        return torch.stack([x.flatten(1).square().sum(1) for x in self(adapters).values()]).sum(0).sqrt()
+        return norms(self(adapters))
 
 
 def received(mixer: Mixer, own: Tensors, heard: Tensors, weights: Tensor, round: int = 0) -> Tensors:
@@ -72,7 +69,7 @@ def moments_like(adapters: Tensors, clients: Sequence[int]) -> Tensors:
     moments = {name: x.clone() for name, x in adamw().init(adapters).items()}
     for name, x in moments.items():
         if name.endswith((".m", ".v")):
-            size = torch.tensor(clients).to(x.dtype).view(-1, *[1] * (x.dim() - 1)) + 1
+            size = over_clients(torch.tensor(clients).to(x.dtype), x) + 1
             x += size if name.endswith(".m") else size**2
     return moments
 

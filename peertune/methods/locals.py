@@ -6,8 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from peertune.method import At, Gradient, Local, Memory, Phase, descent
-from peertune.types import Tensors, kind
+from peertune.method import At, Gradient, Local, Memory, Phase
+from peertune.types import Tensors, kind, pairs
 
 
 def by_steps() -> Local:
@@ -16,10 +16,9 @@ def by_steps() -> Local:
     def gradients(
         gradient: Gradient, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
     ) -> tuple[Tensors, Memory]:
-        grads, changed = descent(gradient, adapters, start, memory, at, phase)
         odd = at.step % 2 == 1  # [K]; all that train together are at one step
         idle = "A" if odd.all() else "B"
-        return {name: x for name, x in grads.items() if kind(name) != idle}, changed
+        return {name: x for name, x in gradient(adapters).items() if kind(name) != idle}, {}
 
     return Local(gradients)
 
@@ -36,7 +35,7 @@ def turned_back(strength: float | Literal["hard"]) -> Local:
 
     def end(start: Tensors, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
         moved: Tensors = {}
-        for a, b in [(name, f"{name[:-1]}B") for name in start if kind(name) == "A" and f"{name[:-1]}B" in start]:
+        for a, b in pairs(start):
             A, B, first_A, first_B = adapters[a], adapters[b], start[a], start[b]
             # The r x r algebra is cheap, so it runs in float64: the factors' own rounding then is the only one.
             by_A, by_B = first_A.double() @ A.double().mT, first_B.double().mT @ B.double()  # [K, r, r]

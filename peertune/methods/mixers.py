@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peertune.method import At, Mixer, Phase
-from peertune.types import Tensors, kind
+from peertune.types import Tensors, kind, pairs
 
 _PAIR = frozenset({"A", "B"})
 _ROW_NORM = 1 / sqrt(3)  # of A at the start: d_in entries of variance 1 / (3 d_in), Kaiming-uniform with a = sqrt(5)
@@ -91,12 +91,17 @@ def _forgetful(mix: Callable[[Tensors, Tensors, Tensor, At, Phase], Tensors]) ->
     return Mixer(lambda own, heard, weights, memory, at, phase: (mix(own, heard, weights, at, phase), {}))
 
 
+def averaged(heard: Tensor, weights: Tensor) -> Tensor:
+    """Return `Σ_j W_ij x_j`, `[R, …]`, of x `[H, …]` and weights `[R, H]`, in x's type."""
+    rows = heard.flatten(1)
+    return (weights.to(rows.device, rows.dtype) @ rows).view(-1, *heard.shape[1:])
+
+
 def _average(own: Tensors, heard: Tensors, weights: Tensor, kinds: Collection[str]) -> Tensors:
     mixed = dict(own)
-    for name, tensor in own.items():
+    for name in own:
         if kind(name) in kinds:
-            rows = heard[name].flatten(1)
-            mixed[name] = (weights.to(rows.device, rows.dtype) @ rows).reshape(tensor.shape)
+            mixed[name] = averaged(heard[name], weights)
     return mixed
 
 
@@ -106,7 +111,7 @@ def _by_pairs(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase, combi
     if not phase.send >= _PAIR:
         return mixed
     groups = list(_groups(weights))
-    for a, b in [(name, f"{name[:-1]}B") for name in own if kind(name) == "A"]:
+    for a, b in pairs(own):
         floats = own[a].shape[1:].numel() + own[b].shape[1:].numel()
         new_A, new_B = own[a].clone(), own[b].clone()
         for receivers, A, B in combine(own[a], own[b], heard[a], heard[b], _chunks(groups, floats, own[a].device)):

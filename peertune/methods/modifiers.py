@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Phase
+from peertune.methods.mixers import averaged
 from peertune.types import MOMENTS, Tensors, kind, norms, over_clients
 
 
@@ -147,9 +148,7 @@ def mix_moments(algorithm: Algorithm) -> Algorithm:
         own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
     ) -> tuple[Tensors, Memory]:
         mixed, changed = mixer.receive(own, heard, weights, memory, at, phase)
-        moments = {name: x.flatten(1) for name, x in heard.items() if name.startswith(MOMENTS)}
-        averaged = {name: weights.to(rows.device, rows.dtype) @ rows for name, rows in moments.items()}
-        return mixed, changed | {name: x.view_as(memory[name]) for name, x in averaged.items()}
+        return mixed, changed | {name: averaged(x, weights) for name, x in heard.items() if name.startswith(MOMENTS)}
 
     needs = message.needs | {"exchange", "kept basis", "moments"}
     return algorithm._replace(

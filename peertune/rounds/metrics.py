@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peertune.types import ALONE, Group, Tensors, by_site, kind, select
+from peertune.types import ALONE, Group, Tensors, by_site, kind, pairs, select
 
 
 def consensus_error(tensors: Tensors, group: Group = ALONE) -> float:
@@ -83,8 +83,7 @@ def _weighted(A: Tensor, B: Tensor, w: Tensor) -> float:
 
 def _pairs(adapters: Tensors) -> list[tuple[Tensor, Tensor]]:
     """Return A and B of each site that has both."""
-    names = [name[:-1] for name in adapters if kind(name) == "A" and f"{name[:-1]}B" in adapters]
-    return [(adapters[f"{name}A"], adapters[f"{name}B"]) for name in names]
+    return [(adapters[a], adapters[b]) for a, b in pairs(adapters)]
 
 
 def _product_square(B: Tensor, A: Tensor, clients: int, group: Group = ALONE) -> float:

@@ -272,15 +272,18 @@ def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase:
     assert at.heard is not None, "an exchange says who was heard"
     places = torch.searchsorted(at.heard, at.clients).to(job.device)  # of the receivers among them
     beside = {name: x for name, x in heard.items() if name not in state.adapters}
+    known = state.known
     for own in by_site(state.adapters):
         came = {name: heard[name] for name in own if name in heard}
         if not came:
             continue
-        told = came | {name: x for name, x in beside.items() if name.partition(".")[2].startswith(_prefixes(own))}
+        names = tuple(f"{name}." for name in own)  # after their owner's, those of what travels beside these adapters
+        told = came | {name: x for name, x in beside.items() if name.partition(".")[2].startswith(names)}
         as_read = own if message.exact else own | {name: x[places] for name, x in came.items()}
         share = used if isinstance(used, Tensor) else used[next(iter(own)).rpartition(".")[0]]
-        mixed, changed = mixer.receive(as_read, told, share, state.known, at, phase)
+        mixed, changed = mixer.receive(as_read, told, share, known, at, phase)
         state.remember(changed)
+        known |= changed
         for name, x in own.items():
             if mixed[name] is as_read[name]:
                 continue
@@ -288,11 +291,6 @@ def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase:
                 x.copy_(mixed[name])
             else:
                 x.add_(mixed[name].sub(as_read[name]))
-
-
-def _prefixes(own: Tensors) -> tuple[str, ...]:
-    """Return what, after the owner, the names of tensors begin with that travel beside these adapters."""
-    return tuple(f"{name}." for name in own)
 
 
 def _common(job: Job, phases: list[Phase], t: int) -> Phase:
