@@ -14,7 +14,7 @@ from torch import Tensor
 from peertune.adapters.peft_format import LoraConfig
 from peertune.adapters.stacked import frozen_norms, init_adapters
 from peertune.assembly.encoding import EncodedTask, encode
-from peertune.assembly.evaluation import build_evaluation
+from peertune.assembly.evaluation import build_ensembles, build_evaluation
 from peertune.assembly.loading import Loaded, clients_together, load
 from peertune.assembly.registry import (
     Parts,
@@ -147,6 +147,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         optim=optim,
         steps=steps,
         evaluate=build_evaluation(recipe, parts, loaded, encoded),
+        ensembles=build_ensembles(recipe, parts, loaded, encoded),
         state=_start(recipe, parts, loaded, optim),
         clients=parts.clients,
         rounds=recipe.rounds,

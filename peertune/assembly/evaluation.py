@@ -3,7 +3,8 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,9 @@ from peertune.data.scores import JUDGES, calibration_error, log_loss, scorer
 from peertune.errors import RecipeError
 from peertune.models.generation import Decoding, cached_tokens, generate, pads_left
 from peertune.recipe import Recipe
+from peertune.rounds.metrics import entries
 from peertune.rounds.record import Evaluation
+from peertune.rounds.round import Heard
 from peertune.rounds.training import Read, evaluate, hits, predictions, probabilities, row_losses
 from peertune.types import Group, Split, Task, Tensors, take
 
@@ -26,6 +29,17 @@ log = logging.getLogger(__name__)
 
 EVALUATION_FACTOR = 2
 """How many times more tokens go through together in evaluation, which keeps nothing for a backward pass."""
+
+Predict = Callable[[list[Tensors]], NDArray[Any]]
+"""`predict(singles)` returns what the metric compares with the labels, `[len(singles), rows]`, for single adapters
+`[1, …]`."""
+Judged = tuple[float, float]
+"""A score, and the share of the rows for which the most frequent class is predicted."""
+
+
+class _Judge(NamedTuple):
+    predict: Predict
+    judge: Callable[[NDArray[Any]], list[Judged]]  # of what was predicted
 
 
 def build_evaluation(
@@ -52,39 +66,82 @@ def build_evaluation(
     held_out = sum(group.gather(sum(map(len, encoded.held_out.values()))))
     common = None if on == "own" else judge(task.validation, encoded.validation, encoded.evaluated)
 
-    beside = _probable(task, group, loaded, encoded, alone=parts.peer) if recipe.evaluate.ensemble else None
+    beside = None
+    if recipe.evaluate.ensemble and common is not None:
+        by_class, beside = common.judge, _beside(task, group, loaded, encoded, parts.peer)
+        common = _Judge(_probabilities(loaded, encoded), lambda shares: by_class(shares.argmax(-1)))
 
     def run(adapters: Tensors, clients: Sequence[int]) -> Evaluation:
         singles = [take(adapters, slice(place, place + 1)) for place in range(len(clients))]
-        alone = [own[client]([single])[0] for client, single in zip(clients, singles, strict=True) if own]
-        scores = [score for score, _ in alone]
+        pairs = [(own[client], single) for client, single in zip(clients, singles, strict=True) if own]
+        scores = [score for its, single in pairs for score, _ in its.judge(its.predict([single]))]
         if common is None:
             return Evaluation(task.measured, scores, None, held_out, [], scores)
-        more = {} if beside is None else beside(singles)
         if not parts.peer:
             mean = {name: group.mean(x)[None] for name, x in adapters.items()}
             if group.rank == group.size - 1:  # once, by the one with the fewest clients
                 singles.append(mean)
-        found = common(singles) if singles else []
-        together, rest = found[: len(clients)], found[len(clients) :]
+        rows = len(encoded.evaluated)
+        found = common.predict(singles) if singles else np.zeros((0, rows, len(task.classes)))
+        more = {} if beside is None else beside(found[: len(clients)])
+        judged = common.judge(found)
+        together, rest = judged[: len(clients)], judged[len(clients) :]
         average = rest[0][0] if rest else None
         top = [share for _, share in together] if task.classes else []
-        rows = len(encoded.evaluated)
         return Evaluation(task.measured, [score for score, _ in together], average, rows, top, scores, **more)
 
     return run
 
 
-def _probable(
-    task: Task, group: Group, loaded: Loaded, encoded: EncodedTask, alone: bool
-) -> Callable[[list[Tensors]], dict[str, Any]]:
-    """Return what judges the clients' probabilities of the evaluated rows: each client's, and all together."""
-    rows, score = encoded.evaluated, scorer(task)
-    labels = np.asarray(task.validation.labels)[rows]
-    predict = _read(loaded, encoded.validation, rows, probabilities)
+Ensembles = Callable[[Tensors, Heard, Sequence[int]], list[float]]
+"""`ensembles(own [K, …], came, clients [K])` returns the score of each client's ensemble with those that it heard."""
 
-    def judge(singles: list[Tensors]) -> dict[str, Any]:
-        found = predict(singles) if singles else np.zeros((0, len(rows), len(task.classes)))
+
+def build_ensembles(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> Ensembles | None:
+    """Return what judges each client's ensemble with those whom it mixes, None where the recipe doesn't ask for it.
+
+    It is what a client can compute of what a round brought it: the mean, each counting alike, of the probabilities by
+    its own adapter and by those that it heard, all as they were sent, after local steps and before mixing. So it stands
+    beside the score of the client's own model, which is made of the same adapters by mixing. Where a phase sends some
+    kinds only, the others of an adapter that was heard are the receiver's own.
+    """
+    if not recipe.evaluate.ensemble:
+        return None
+    task, predict = parts.task, _probabilities(loaded, encoded)
+    score, labels = scorer(task), np.asarray(task.validation.labels)[encoded.evaluated]
+
+    def judge(own: Tensors, came: Heard, clients: Sequence[int]) -> list[float]:
+        if not clients:
+            return []
+        told = {name: came.tensors[name] for name in own if name in came.tensors}
+        at = {client: place for place, client in enumerate(came.clients)}
+        near = [{at[client]} for client in clients]
+        for receiver, sender in zip(*(x.tolist() for x in entries(came.weights)[:2]), strict=True):
+            near[receiver] |= {sender} if told else set()
+        whole = told.keys() == own.keys()  # then an adapter that was heard is the same for all receivers
+        members = [[(0 if whole else k, place) for place in sorted(places)] for k, places in enumerate(near)]
+        singles = {
+            (k, place): take(own, slice(k, k + 1)) | take(told, slice(place, place + 1))
+            for k, place in dict.fromkeys(chain(*members))
+        }
+        shares = dict(zip(singles, predict(list(singles.values())), strict=True))
+        return [score(np.mean([shares[one] for one in each], axis=0).argmax(-1), labels) for each in members]
+
+    return judge
+
+
+def _probabilities(loaded: Loaded, encoded: EncodedTask) -> Predict:
+    """Return what predicts the probabilities of the evaluated rows' classes, `[len(singles), rows, classes]`."""
+    return _read(loaded, encoded.validation, encoded.evaluated, probabilities)
+
+
+def _beside(
+    task: Task, group: Group, loaded: Loaded, encoded: EncodedTask, alone: bool
+) -> Callable[[NDArray[Any]], dict[str, Any]]:
+    """Return what judges the clients' probabilities of the evaluated rows: each client's, and all together."""
+    score, labels = scorer(task), np.asarray(task.validation.labels)[encoded.evaluated]
+
+    def judge(found: NDArray[Any]) -> dict[str, Any]:
         each: dict[str, Any] = {
             "nll": [log_loss(own, labels) for own in found],
             "ece": [calibration_error(own, labels) for own in found],
@@ -94,17 +151,13 @@ def _probable(
         held = torch.from_numpy(found).to(loaded.base.model.device)
         mean = group.mean(held).argmax(-1).cpu().numpy()
         # of this process the surest client's answer to each row, then of all processes
-        sure, said = held.max(-1) if len(held) else (held.new_zeros(1, len(rows)),) * 2
+        sure, said = held.max(-1) if len(held) else (held.new_zeros(1, len(labels)),) * 2
         first = sure.argmax(0, keepdim=True)
         sure, said = (group.concat(x.double().gather(0, first)) for x in (sure, said))
         routed = said.gather(0, sure.argmax(0, keepdim=True))[0].long().cpu().numpy()
         return each | {"ensemble": score(mean, labels), "route": score(routed, labels)}
 
     return judge
-
-
-Judged = tuple[float, float]
-"""A score, and the share of the rows for which the most frequent class is predicted."""
 
 
 def _judge(
@@ -115,8 +168,8 @@ def _judge(
     split: Split,
     encoded: Encoded,
     rows: NDArray[np.int64],
-) -> Callable[[list[Tensors]], list[Judged]]:
-    """Return what judges single adapters `[1, …]` by these rows of a split."""
+) -> _Judge:
+    """Return what predicts these rows of a split, and judges what was predicted."""
     labels = np.asarray(split.labels)[rows]
     if task.metric in JUDGES:
         predict = _judged(recipe, task, loaded, encodings.max_length, split, encoded, rows)
@@ -129,17 +182,12 @@ def _judge(
         labels = encoded.targets[rows] if task.form == "complete" else labels
     score = scorer(task)
 
-    def judge(singles: list[Tensors]) -> list[Judged]:
+    def judge(found: NDArray[Any]) -> list[Judged]:
         return [
-            (score(own, labels), float(np.bincount(own).max() / len(rows)) if task.classes else 0.0)
-            for own in predict(singles)
+            (score(own, labels), float(np.bincount(own).max() / len(rows)) if task.classes else 0.0) for own in found
         ]
 
-    return judge
-
-
-Predict = Callable[[list[Tensors]], NDArray[Any]]
-"""`predict(singles)` returns what the metric compares with the labels, `[len(singles), rows]`."""
+    return _Judge(predict, judge)
 
 
 def _read(loaded: Loaded, encoded: Encoded, rows: NDArray[np.int64], read: Read) -> Predict:

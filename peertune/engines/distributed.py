@@ -34,7 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from peertune.errors import Exit, PeertuneError, RunError
 from peertune.rounds.metrics import payload_bytes
-from peertune.rounds.record import RoundRecord
+from peertune.rounds.record import SCORES_OF_CLIENTS, RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
 from peertune.topology import clients_down, planned_weights
 from peertune.types import ALONE, Group, Tensors
@@ -73,15 +73,9 @@ def _merged(own: RoundRecord, group: Group) -> RoundRecord:
     evaluation = own.evaluation
     if evaluation is not None:
         scores = [part["evaluation"] for part in parts]
-        evaluation = replace(
-            evaluation,
-            clients=[score for part in scores for score in part["clients"]],
-            average=next((part["average"] for part in scores if part["average"] is not None), None),
-            top_share=[top for part in scores for top in part["top_share"]],
-            own=[score for part in scores for score in part["own"]],
-            nll=[score for part in scores for score in part["nll"]],
-            ece=[score for part in scores for score in part["ece"]],
-        )
+        lists: dict[str, Any] = {name: [x for part in scores for x in part[name]] for name in SCORES_OF_CLIENTS}
+        average = next((part["average"] for part in scores if part["average"] is not None), None)
+        evaluation = replace(evaluation, **lists, average=average)
     merged: dict[str, Any] = {name: [value for part in parts for value in part[name]] for name in _LISTS}
     merged |= {name: sorted({(i, j) for part in parts for i, j in part[name]}) for name in _EDGES}
     cross_terms = [part["neighbourhood_cross_term"] for part in parts]

@@ -93,16 +93,19 @@ def estimate(recipe: Recipe, measured: Trial) -> Estimate:
     graph = build_graph(recipe)
     algorithm = build_algorithm(recipe, graph)
     sent, kinds = 0, {kind for some in measured.sent_bytes for kind in some.split()}
+    evaluations, judged = -(-recipe.rounds // recipe.evaluate.every), 0
     for t in range(recipe.rounds):
-        each = measured.sent_bytes[" ".join(sorted(algorithm.phase(t).send & kinds))]
-        sent += 2 * len(active_edges(graph, t)) * each if each else 0
-    evaluations = -(-recipe.rounds // recipe.evaluate.every)
+        some = algorithm.phase(t).send & kinds
+        messages = 2 * len(active_edges(graph, t)) if some else 0
+        sent += messages * measured.sent_bytes[" ".join(sorted(some))]
+        if recipe.evaluate.ensemble and ((t + 1) % recipe.evaluate.every == 0 or t + 1 == recipe.rounds):
+            judged += recipe.clients + (messages if some < kinds else 0)
     steps = recipe.rounds * recipe.training.local_steps
     clients_per_pass = min(recipe.clients, recipe.training.clients_per_pass or CLIENTS_PER_PASS)
     return Estimate(
         seconds=measured.start_s
         + steps * recipe.clients * measured.step_s
-        + evaluations * (recipe.clients + 1) * measured.evaluation_s,
+        + (evaluations * (recipe.clients + 1) + judged) * measured.evaluation_s,
         memory_bytes=measured.memory_bytes + (recipe.clients - clients_per_pass) * measured.client_bytes,
         sent_bytes=sent,
     )

@@ -105,8 +105,15 @@ OF_A_RUN: Mapping[str, _Kind] = {
     "score": _Kind(
         "METRIC by round",
         "The thick line is the mean over the clients' own models, the band and thin lines are the clients; a wide band "
-        "means that they are far from agreeing. The dotted line is the model of the averaged adapter.",
+        "means that they are far from agreeing. The dotted line is the model of the averaged adapter. Ensembles of all "
+        "clients, and of each with those it heard (mean over clients), have lines of their own where they are judged.",
         run_figures.score,
+    ),
+    "certainty": _Kind(
+        "Certainty by round",
+        "Whether the clients' own models know how sure they may be: the negative log-likelihood of the right class, "
+        "and how far the probability of the class that is chosen is from how often it is right. Lower is better.",
+        run_figures.certainty,
     ),
     "loss": _Kind(
         "Train loss by round",

@@ -32,6 +32,8 @@ from peertune.report.runs import RunData, evaluated_labels
 
 FACTORS = {"A": PALETTE[0], "B": PALETTE[1]}
 THREAD = "rgba(128,128,128,0.5)"  # of lines behind others
+ENSEMBLES = {"ensemble of all": "ensemble", "with those heard": "heard_ensemble", "surest client": "route"}
+"""Name of a line → what of an evaluation it shows."""
 MOST_LINES = 50  # clients that get a line or a number of their own; beyond, a band
 MOST_STEPS = 60  # of the graph's slider, and columns of the heat map
 MOST_DRAWN = 3_000  # drawn of all edges ever active
@@ -55,10 +57,28 @@ def score(run: RunData) -> go.Figure | None:
     own = [record["evaluation"]["own"] for record in evaluated(run)]
     if any(own) and None not in average:  # elsewhere these are what is drawn
         drawn.append(line(rounds, [fmean(x) for x in own], "on own rows", GREY, "round %{x}: %{y:.3f}", 2))
+    for number, (name, key) in enumerate(ENSEMBLES.items()):
+        drawn += _means(run, key, name, PALETTE[number], number + 3)
     labels = evaluated_labels(run.recipe, run.facts)
     if metric([run]) == "accuracy" and any(labels):
         drawn.append(_level(rounds[[0, -1]], max(labels) / sum(labels), "always the commonest class", "name+y"))
     return chart(*drawn, x="round", y=metric([run]), xaxis=ticks(rounds[-1]))
+
+
+def certainty(run: RunData) -> go.Figure | None:
+    """Draw how far the clients' probabilities are from what they should be, in the mean over clients."""
+    names = {"nll": "negative log-likelihood", "ece": "calibration error"}
+    drawn = [x for number, key in enumerate(names) for x in _means(run, key, names[key], drawing.colour(run), number)]
+    if not drawn:
+        return None
+    return chart(*drawn, x="round", y="mean over clients", xaxis=ticks(drawn[0].x[-1]), yaxis_rangemode="tozero")
+
+
+def _means(run: RunData, key: str, name: str, colour: str, number: int) -> list[go.Scatter]:
+    """Draw the mean over clients of a value of evaluations by round; nothing where no round has it."""
+    found = [(record["round"], record["evaluation"][key]) for record in evaluated(run)]
+    means = {t: fmean(x) if isinstance(x, list) else x for t, x in found if x not in (None, [])}
+    return [line([*means], [*means.values()], name, colour, "round %{x}: %{y:.3f}", number)] if means else []
 
 
 def _level(ends: Any, value: float, name: str, hover: str) -> go.Scatter:

@@ -18,6 +18,7 @@ import yaml
 
 from peertune.errors import RunError
 from peertune.recipe import NO_SETTINGS, NO_SETTINGS_OF_A_SIMULATION, block_defaults, flat
+from peertune.rounds.record import SCORES_OF_CLIENTS
 from peertune.runs import directory, records
 
 log = logging.getLogger(__name__)
@@ -203,11 +204,9 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if None not in evaluated:
         own = all(one["own"] == one["clients"] for one in evaluated)  # each on rows that it holds out
         evaluation = evaluated[0] | {
-            "clients": [score for one in evaluated for score in one["clients"]],
             "average": None,
             "rows": (sum if own else min)(one["rows"] for one in evaluated),
-            "top_share": [share for one in evaluated for share in one["top_share"]],
-            **{name: [score for one in evaluated for score in one[name]] for name in ("own", "nll", "ece")},
+            **{name: [value for one in evaluated for value in one[name]] for name in SCORES_OF_CLIENTS},
         }
     stages = dict.fromkeys(stage for record in records for stage in record["seconds"])
     return {

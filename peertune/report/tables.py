@@ -25,6 +25,7 @@ MEASURES = {
     "average": "average",
     "best_average": "best average",
     "ensemble": "ensemble",
+    "heard_ensemble": "heard ensemble",
     "route": "route",
     "nll": "NLL",
     "ece": "ECE",
@@ -37,14 +38,14 @@ MEASURES = {
 """What runs are compared by: key of a summary → heading."""
 COLUMNS = {"run": "run", **MEASURES}
 """The same with the run's name in front."""
-SCORES = ("mean", "best", "own", "average", "best_average", "ensemble", "route", "nll", "ece")
+SCORES = ("mean", "best", "own", "average", "best_average", "ensemble", "heard_ensemble", "route", "nll", "ece")
 """Measures of which paired differences are taken."""
 LEGEND = """\
 mean, min, max: the clients' own models at the end; best: the best mean of all rounds; own: their mean on rows that each
 held out for itself; average: the averaged adapter at the end, best average: at its best; ensemble: the mean of all
-clients' probabilities; route: each row by the surest client; NLL, ECE: mean negative log-likelihood and calibration
-error of the clients' own models; Δ_A, Δ_B: consensus error of
-the factors; cross: the cross term; MB: sent by a client in the whole run; s: seconds"""
+clients' probabilities; heard ensemble: of a client's and those it heard; route: each row by the surest client; NLL,
+ECE: mean negative log-likelihood and calibration error of the clients' own models; Δ_A, Δ_B: consensus error of the
+factors; cross: the cross term; MB: sent by a client in the whole run; s: seconds"""
 _INTERVAL = "algorithm.switch_every"
 _AUTOMATIC = ("device", "model.dtype")
 """Keys in which runs of one recipe may differ, by machine."""
@@ -52,7 +53,9 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 """Keys in which runs may differ without being runs of different things."""
 
 
-SUMMARISED = ("clients", "bytes_sent", "evaluation.clients", "evaluation.own", "evaluation.nll", "evaluation.ece")
+_MEANS = ("own", "heard_ensemble", "nll", "ece")
+"""Lists of an evaluation of which a summary has the mean over clients."""
+SUMMARISED = ("clients", "bytes_sent", "evaluation.clients", *(f"evaluation.{name}" for name in _MEANS))
 """Which lists of a record are looked at to summarise a run."""
 
 
@@ -80,7 +83,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "best": fmean(best["evaluation"]["clients"]),
             "best_round": best["round"],
         }
-        row |= {key: fmean(final[key]) for key in ("own", "nll", "ece") if final.get(key)}
+        row |= {key: fmean(final[key]) for key in _MEANS if final.get(key)}
         row |= {key: final[key] for key in ("ensemble", "route") if final.get(key) is not None}
         averages = [record["evaluation"]["average"] for record in evaluated]
         if None not in averages:  # a peer knows its own adapter alone

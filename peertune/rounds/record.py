@@ -24,6 +24,12 @@ class Evaluation:
     ece: list[float] = field(default_factory=list)
     ensemble: float | None = None
     route: float | None = None
+    # and [K], of the mean of the probabilities by each client's adapter and by those it heard, as they were sent
+    heard_ensemble: list[float] = field(default_factory=list)
+
+
+SCORES_OF_CLIENTS = ("clients", "top_share", "own", "nll", "ece", "heard_ensemble")
+"""Lists of an evaluation that go by client."""
 
 
 @dataclass(frozen=True)

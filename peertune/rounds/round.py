@@ -69,6 +69,8 @@ class Job:
     evaluate_every: int
     clients_per_pass: int
     bound: Bound | None = None  # what may be mixed; None: everything
+    # of the clients of some adapters [K, …], each with those it heard in a round: scores [K]
+    ensembles: "Callable[[Tensors, Heard, Sequence[int]], list[float]] | None" = None
     most_loss: float = inf  # training to a mean loss above it counts as diverged
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
@@ -143,6 +145,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     cross_terms = metrics.neighbourhood_cross_terms(select(came.tensors, phase.send), weights) if due else None
     before = None if job.alone else metrics.before_mixing(select(state.adapters, phase.send), job.group)
     watch.lap("metrics")
+    together = _together(job, state, clients, came._replace(weights=weights), watch) if due else []
     _mix(job, state, came.tensors, weights, at, phase)
     state = state.at(t + 1)
     watch.lap("mix")
@@ -151,7 +154,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     watch.lap("metrics")
     evaluation = None
     if due:
-        evaluation = job.evaluate(state.adapters, clients)
+        evaluation = replace(job.evaluate(state.adapters, clients), heard_ensemble=together)
         watch.lap("evaluate")
     return state, RoundRecord(
         round=t,
@@ -259,6 +262,15 @@ def _mixable(
     dense[rows, columns] = 0
     pairs = sorted((clients[receiver], came.clients[sender]) for receiver, sender, _ in found)
     return (dense.to_sparse() if weights.is_sparse else dense), pairs
+
+
+def _together(job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: _Watch) -> list[float]:
+    """Return the score of each client's ensemble with those that it mixes, where such are judged."""
+    if job.ensembles is None:
+        return []
+    scores = job.ensembles(state.adapters, mixed, clients)
+    watch.lap("evaluate")
+    return scores
 
 
 def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase: Phase) -> None:

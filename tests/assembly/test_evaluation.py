@@ -1,12 +1,15 @@
 """Clients' own models on the common validation set, and on rows that each holds out for itself."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from peertune import build, load_recipe, simulate
+from peertune.assembly.build import Run
 from peertune.assembly.encoding import evaluated_rows
 from peertune.assembly.registry import build_parts, hold_out
 from peertune.data.scores import accuracy, calibration_error, log_loss
@@ -15,7 +18,8 @@ from peertune.errors import RecipeError
 from peertune.recipe import Recipe
 from peertune.report.tables import summarise
 from peertune.rounds.record import Evaluation
-from peertune.types import Batch
+from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
+from peertune.types import Batch, Tensors, kind, take
 
 SMALL = (
     "clients=5",
@@ -103,29 +107,83 @@ def test_rows_held_out_are_counted_and_their_mean_is_a_measure() -> None:
     assert "average" not in row
 
 
+class Found(NamedTuple):
+    of_classes: NDArray[np.float64]  # [N, C]
+    labels: NDArray[np.int64]  # [N]
+
+
+def probabilities(run: Run, single: Tensors) -> Found:
+    """What a single adapter's model says of the evaluated rows, all in one batch."""
+    task, rows = TASKS["digits"](), evaluated_rows(run.resolved, np.arange(180))
+    labels = task.validation.labels[rows]
+    images = torch.tensor(np.asarray(task.validation.columns["pixel_values"])[rows])
+    places = torch.zeros(len(rows), dtype=torch.int64)
+    batch = Batch({"pixel_values": images}, torch.tensor(labels), places, torch.ones(len(rows)), places)
+    return Found(run.job.model(single, batch, training=False).detach().double().softmax(-1).numpy(), labels)
+
+
 def test_probabilities_are_judged_each_by_itself_and_together() -> None:
     evaluation, adapters, asked = last(*BOTH, "evaluate.ensemble=true", "partition={name: disjoint_labels}", "rounds=4")
     run = build(asked)
-    task, rows = TASKS["digits"](), evaluated_rows(asked, np.arange(180))
-    labels, model = task.validation.labels[rows], run.job.model
-    images = torch.tensor(np.asarray(task.validation.columns["pixel_values"])[rows])
-    found = []
-    for client in range(5):
-        single = {name: x[client : client + 1] for name, x in adapters.items()}
-        places = torch.zeros(len(rows), dtype=torch.int64)
-        batch = Batch({"pixel_values": images}, torch.tensor(labels), places, torch.ones(len(rows)), places)
-        found.append(model(single, batch, training=False).detach().double().softmax(-1).numpy())
-    each = np.stack(found)  # [K, N, C]
-    own = each[:, np.arange(len(rows)), labels]
+    found = [probabilities(run, take(adapters, slice(client, client + 1))) for client in range(5)]
+    labels = found[0].labels
+    each = np.stack([one.of_classes for one in found])  # [K, N, C]
+    own = each[:, np.arange(len(labels)), labels]
     assert evaluation.nll == pytest.approx((-np.log(own)).mean(1), rel=1e-5)
     assert evaluation.ensemble == accuracy(each.mean(0).argmax(-1), labels)
     surest = each.max(-1).argmax(0)
-    assert evaluation.route == accuracy(each[surest, np.arange(len(rows))].argmax(-1), labels)
+    assert evaluation.route == accuracy(each[surest, np.arange(len(labels))].argmax(-1), labels)
     assert evaluation.ece == pytest.approx([calibration_error(one, labels) for one in each], abs=1e-5)
     assert len({round(x, 6) for x in evaluation.ece}) > 1
     alone = build(asked, [1]).job.evaluate({name: x[1:2] for name, x in adapters.items()}, [1])
     assert (alone.ensemble, alone.route) == (None, None)
     assert alone.nll == pytest.approx(evaluation.nll[1:2])
+
+
+ENSEMBLE = (*BOTH, "evaluate={ensemble: true, every: 1}", "partition={name: disjoint_labels}", "training.local_steps=9")
+
+
+@pytest.mark.parametrize(
+    ("method", "sent"),
+    [("dec_lora", {"A", "B", "head"}), ("fedsa_lora", {"A"}), ("rolora", {"B", "head"}), ("local", set())],
+)
+def test_a_client_and_those_it_heard_are_judged_together_as_they_were_sent(method: str, sent: set[str]) -> None:
+    run = build(recipe(*ENSEMBLE, f"algorithm={{name: {method}}}", "faults=[{edge: [0, 1], rounds: [0, 9]}]"))
+    before: list[Tensors] = []
+
+    def exchange(clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
+        assert set(map(kind, payload)) == sent
+        before.append({name: x.clone() for name, x in payload.items()})
+        return exchanged(run.job, clients, clients, payload, t, refuse)
+
+    record = next(run_rounds(run.job, exchange))
+    assert record.evaluation is not None
+    assert record.state is not None
+    scores = []
+    for client in range(5):
+        near = sorted({client, *(i + j - client for i, j in record.edges if client in (i, j))})
+        assert len(near) == (1 if method == "local" else 2 if client < 2 else 3)
+        own = take(record.state.adapters, slice(client, client + 1))  # as before mixing, of kinds that weren't sent
+        found = [probabilities(run, own | take(before[0], slice(other, other + 1))) for other in near]
+        mean = np.mean([one.of_classes for one in found], axis=0)
+        scores.append(accuracy(mean.argmax(-1), found[0].labels))
+    assert record.evaluation.heard_ensemble == scores
+    assert (scores == record.evaluation.clients) == (method == "local")
+    line = {"round": 0, "evaluation": vars(record.evaluation), "diagnostics": {}, "clients": [0], "bytes_sent": [0]}
+    assert summarise([line | {"seconds": {}}])["heard_ensemble"] == pytest.approx(np.mean(scores))
+
+
+def test_who_is_asked_for_probabilities_goes_through_the_base_once() -> None:
+    passes = []
+    for ensemble in ("false", "true"):
+        job = build(recipe(*BOTH, f"evaluate.ensemble={ensemble}")).job
+        rows: list[int] = []
+        job.model.base.register_forward_pre_hook(
+            lambda _, given, named, rows=rows: rows.append(len(named["pixel_values"])), with_kwargs=True
+        )
+        job.evaluate(job.state.adapters, job.clients)
+        passes.append(sum(rows))
+    assert passes[0] == passes[1] > 6 * 30  # five clients and their average, and each client's own rows
 
 
 def test_calibration_errors_of_small_examples() -> None:

@@ -78,6 +78,9 @@ def simulated() -> dict[str, list[RoundRecord]]:
     jobs |= {name: spoilt(jobs[name], value) for name, value in SPOILT.items()}
     records = {name: list(simulate(job)) for name, job in jobs.items()}
     assert records["far"][0].failed_edges == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    judged = records["changing"][-1].evaluation
+    assert judged is not None
+    assert len(judged.heard_ensemble) == len(judged.nll) == 8
     assert records["apart"][0].not_mixed == [(0, 4), (1, 4), (2, 4), (3, 4)]
     return records
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from peertune.assembly.build import build
 from peertune.engines.simulator import simulate
 from peertune.planning.trial import cost_key, estimate, trial
@@ -38,6 +40,13 @@ def test_time_and_memory_grow_with_what_makes_them() -> None:
     assert one.memory_bytes == more.memory_bytes > 50e6
     many = estimate(small("clients=30"), measured)
     assert many.memory_bytes - one.memory_bytes == (30 - 16) * measured.client_bytes
+
+
+def test_ensembles_with_those_heard_take_a_pass_for_each_adapter_or_each_edge() -> None:
+    measured = replace(trial(small()), start_s=0, step_s=0, evaluation_s=1)
+    for method, heard in {"dec_lora": 5, "ffa_lora": 5 + 20, "local": 5}.items():
+        recipe = small(f"algorithm={{name: {method}}}", "graph.activation=1.0", "evaluate.ensemble=true", "rounds=3")
+        assert estimate(recipe, measured).seconds == 2 * (5 + 1 + heard)
 
 
 def test_runs_that_cost_the_same_have_one_key() -> None:

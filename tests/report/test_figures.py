@@ -54,6 +54,20 @@ def test_scores_are_the_records_own(make_run: Any) -> None:
     assert trace(figure, "always the commonest class").y[0] == 0.5
 
 
+def test_ensembles_and_certainty_have_curves_where_they_are_judged(make_run: Any) -> None:
+    run = make_run()
+    judged = [record["evaluation"] for record in run.records if record["evaluation"]]
+    shown = {"ensemble of all": "ensemble", "with those heard": "heard_ensemble", "surest client": "route"}
+    for name, key in shown.items():
+        assert list(trace(drawn(run)["score"], name).y) == pytest.approx([np.mean(one[key]) for one in judged])
+    for name, key in {"negative log-likelihood": "nll", "calibration error": "ece"}.items():
+        assert list(trace(drawn(run)["certainty"], name).y) == pytest.approx([np.mean(one[key]) for one in judged])
+    for one in judged:
+        one |= {"ensemble": None, "heard_ensemble": [], "route": None, "nll": [], "ece": []}
+    assert shown.keys().isdisjoint(each.name for each in drawn(run)["score"].data)
+    assert "certainty" not in drawn(run)
+
+
 def test_the_constant_answer_is_scored_on_the_rows_that_are_evaluated_or_not_at_all(make_run: Any) -> None:
     run = make_run()
     run.facts["evaluated"] = {"rows": 60, "labels": [45, 15, 0]}
@@ -112,7 +126,7 @@ def test_traffic_is_cumulative_over_all_rounds(make_run: Any) -> None:
     ("changed", "missing"),
     [
         ({"rounds": 0}, set(OF_A_RUN) - {"partition"}),
-        ({"every": 0}, {"score", "clients", "traffic"}),
+        ({"every": 0}, {"score", "certainty", "clients", "traffic"}),
         ({"method": "local", "switch_every": None}, {"graph", "traffic", "contraction"}),
         ({"metric": "pearson"}, set()),
         ({"clients": 1}, {"clients", "graph", "traffic"}),

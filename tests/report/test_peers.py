@@ -16,11 +16,12 @@ from peertune.report.findings.diagnosis import diagnose
 from peertune.report.html import page
 from peertune.report.runs import RunData, find_runs
 from peertune.report.tables import compare
-from peertune.rounds.record import RoundRecord
+from peertune.rounds.record import SCORES_OF_CLIENTS, RoundRecord
 
 LISTS = ("loss", "grad_norm", "bytes_sent", "neighbours", "neighbourhood_cross_term")
 TRAINING = {"learning_rate": 0.01, "max_grad_norm": 1.0, "reset_optimizer": "never"}
 ONLY_TOGETHER = {"consensus", "contraction"}  # figures of what no peer knows
+UNKNOWN = dict.fromkeys(("average", "ensemble", "route"))  # and what of an evaluation no peer knows
 
 
 def own_part(record: dict[str, Any], client: int) -> dict[str, Any]:
@@ -34,12 +35,7 @@ def own_part(record: dict[str, Any], client: int) -> dict[str, Any]:
         "failed_edges": [edge for edge in record["failed_edges"] if client in edge],
         "diagnostics": {},
         "evaluation": evaluation
-        and evaluation
-        | {
-            "clients": [evaluation["clients"][client]],
-            "average": None,
-            "top_share": evaluation["top_share"][client : client + 1],
-        },
+        and evaluation | UNKNOWN | {name: evaluation[name][client : client + 1] for name in SCORES_OF_CLIENTS},
     }
 
 
@@ -76,7 +72,7 @@ def test_put_together_they_say_what_a_simulation_says_but_for_what_nobody_knows(
     assert found.facts["partition"] == run.facts["partition"]
     assert found.facts["validation"] == run.facts["validation"]
     for mine, record in zip(found.records, run.records, strict=True):
-        evaluation = record["evaluation"] and record["evaluation"] | {"average": None}
+        evaluation = record["evaluation"] and record["evaluation"] | UNKNOWN
         of_peers = {"failed_writes": 0, "skipped": 0, "not_mixed": [], "suspects": [], "vacant_edges": []}
         assert mine == of_peers | record | {
             "diagnostics": {},
@@ -126,7 +122,7 @@ def test_one_peer_is_drawn_as_the_client_that_it_is(make_run: Any, tmp_path: Pat
     (found,) = find_runs([write(tmp_path / "mine", run, 3)])
     assert found.name == "mine"
     figures = {figure.name: figure.figure for figure in of_a_run(found)}
-    assert figures.keys() == {"score", "loss", "graph", "partition", "traffic"}
+    assert figures.keys() == {"score", "certainty", "loss", "graph", "partition", "traffic"}
     assert all(list(bar.x) == [3] for bar in figures["partition"].data)
     assert figures["score"].data[0].name == "client 3"
     nodes = figures["graph"].data[2]

@@ -304,8 +304,17 @@ def test_what_counts_and_is_too_far_from_the_others_is_left_out_at_the_receivers
 ) -> None:
     monkeypatch.setattr("peertune.rounds.round.DENSE_UP_TO", dense_up_to)
     liar, faults = 3, [Fault(0, 0, down=1)]
-    job = alike(graph=complete(clients=6), bound=BOUND, rounds=1, faults=faults)
+    judged: list[list[int]] = []
+
+    def ensembles(own: Tensors, came: Heard, clients: Sequence[int]) -> list[float]:
+        judged.extend(torch.tensor(came.clients)[row != 0].tolist() for row in came.weights.to_dense())
+        return [0.5] * len(clients)
+
+    job = alike(graph=complete(clients=6), bound=BOUND, rounds=1, faults=faults, ensembles=ensembles)
     (record,) = run_rounds(job, lying(job, liar, 2 * NEAR))
+    assert judged == [[0, 2, 3, 4, 5] if client == liar else [0, 2, 4, 5] for client in (0, 2, 3, 4, 5)]
+    assert record.evaluation is not None
+    assert record.evaluation.heard_ensemble == [0.5] * 5
     assert record.not_mixed == [(client, liar) for client in (0, 2, 4, 5)]
     assert (3, 4) in record.edges
     assert record.neighbours == [4] * 5

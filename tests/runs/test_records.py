@@ -28,7 +28,7 @@ def test_records_come_back_as_they_were(run: Path) -> None:
         "average": 0.75,
         "rows": 4,
         "top_share": [0.5, 0.5, 1.0],
-        **{key: [] for key in ("own", "nll", "ece")},
+        **{key: [] for key in ("own", "nll", "ece", "heard_ensemble")},
         **dict.fromkeys(("ensemble", "route")),
     }
 
