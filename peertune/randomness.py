@@ -33,6 +33,7 @@ class Draw(StrEnum):
     SHARED_DROPOUT = "shared dropout"  # client, step: of what all rows of a step share
     EVALUATE = "evaluate"
     HELD_OUT = "held out"  # client
+    FOLD = "fold"
     GENERATE = "generate"  # row
     # who meets whom
     EDGE = "edge"  # round, i, j

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune.assembly.registry import Parts, Rows
+from peertune.assembly.registry import Parts, Rows, validating_rows
 from peertune.data.batches import Encoded, encode_images, encode_text
 from peertune.data.completions import encode_completions, encode_words
 from peertune.data.images import Images
@@ -48,7 +48,7 @@ def encode(recipe: Recipe, parts: Parts, base: Base) -> EncodedTask:
         {client: _without_long(recipe, train, rows) for client, rows in part.items()}
         for part in (parts.rows, parts.held_out)
     )
-    validating = _without_long(recipe, validation, np.arange(len(validation)))
+    validating = _without_long(recipe, validation, validating_rows(recipe, len(validation)))
     if empty := [client for part in (held, held_out) for client, rows in part.items() if not len(rows)]:
         raise DataError(
             f"training.long_rows: client {empty[0]} has no row of up to {max_length} tokens to train or be judged on; "

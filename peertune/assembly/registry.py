@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from peertune.assembly.needs import check_needs
 from peertune.assembly.plugins import Choices, Found, find
-from peertune.data.partition import PARTITIONS, Partition, counts
+from peertune.data.partition import PARTITIONS, Partition, counts, fold
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, Local, Message, Mixer, Schedule
@@ -75,28 +75,45 @@ def build_parts(
     faults = build_faults(recipe)
     clients = range(recipe.clients) if clients is None else clients
     dealt = dict.fromkeys(clients, np.arange(len(task.train))) if own_data else build_partition(recipe, task)
-    rows, held_out = hold_out(recipe, {client: dealt[client] for client in clients})
+    rows, held_out = hold_out(recipe, {client: dealt[client] for client in clients}, len(task.train))
     peer = group.size == 1 and len(clients) < recipe.clients
     return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, held_out, group, peer)
 
 
-def hold_out(recipe: Recipe, rows: Rows) -> tuple[Rows, Rows]:
-    """Divide each client's rows into those that it trains on and those on which it is judged, a seeded draw.
+def hold_out(recipe: Recipe, rows: Rows, of: int) -> tuple[Rows, Rows]:
+    """Divide each client's rows into those that it trains on and those on which it is judged.
 
-    These are the recipe's share of them, at least one. Raises RecipeError for a client that has one row alone.
+    These are the recipe's share of them, a seeded draw, at least one; or those in a fold of all rows of the split, `of`
+    so many. A fold that is set aside is in neither. Raises RecipeError for a client that is left without rows.
     """
     if recipe.evaluate.on == "common":
         return rows, {}
     held_out = {}
+    if isinstance(part := recipe.evaluate.held_out, str):
+        folds = {name: fold(name, of) for name in (part, recipe.evaluate.set_aside) if name}
+        held_out = {client: np.intersect1d(own, folds[part]) for client, own in rows.items()}
+        trained = {client: np.setdiff1d(own, np.concatenate([*folds.values()])) for client, own in rows.items()}
+        for client in rows:
+            if not (len(held_out[client]) and len(trained[client])):
+                raise RecipeError(
+                    f"evaluate.held_out: client {client} has {len(held_out[client])} rows in fold {part} and "
+                    f"{len(trained[client])} to train on; use fewer folds or clients, or a share such as 0.2"
+                )
+        return trained, held_out
     for client, own in rows.items():
         if len(own) < 2:
             raise RecipeError(
                 f"evaluate.on: client {client} has one row and can hold out none; "
                 "use evaluate.on=common, or fewer clients"
             )
-        count = min(len(own) - 1, max(1, round(recipe.evaluate.held_out * len(own))))
+        count = min(len(own) - 1, max(1, round(part * len(own))))
         held_out[client] = np.sort(generator(recipe.seed, Draw.HELD_OUT, client).permutation(own)[:count])
     return {client: np.setdiff1d(own, held_out[client]) for client, own in rows.items()}, held_out
+
+
+def validating_rows(recipe: Recipe, rows: int) -> NDArray[np.int64]:
+    """Return which of a validation set's `rows` are used: all, or those in the recipe's fold."""
+    return np.arange(rows) if recipe.evaluate.fold is None else fold(recipe.evaluate.fold, rows)
 
 
 def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:

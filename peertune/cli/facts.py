@@ -87,17 +87,18 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
       peertune data digits-demo partition.alpha=1
     """
     with messages():
-        from peertune.assembly.registry import build_partition, build_task, hold_out, label_counts
+        from peertune.assembly.registry import build_partition, build_task, hold_out, label_counts, validating_rows
         from peertune.recipe import load_recipe
         from peertune.report.tables import aligned
 
         loaded = load_recipe(recipe, overrides or [])
         task = build_task(loaded)
-        trained, held_out = hold_out(loaded, dict(enumerate(build_partition(loaded, task))))
+        trained, held_out = hold_out(loaded, dict(enumerate(build_partition(loaded, task))), len(task.train))
         parts = list(trained.values())
     labels = task.classes or ("rows",)
     per_label = label_counts(task, task.train, parts)
     held, judging = sum(map(sum, per_label)), sum(map(len, held_out.values()))
+    validating = len(validating_rows(loaded, len(task.validation)))
     if as_json:
         clients = [
             {"client": client, "labels": dict(zip(labels, row, strict=True)), "rows": sum(row)}
@@ -109,7 +110,7 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
                 "rows": len(task.train),
                 "held": held,
                 "held_out": judging,
-                "validation": len(task.validation),
+                "validation": validating,
             }
         )
         return
@@ -121,7 +122,7 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
         print("\n".join(f"{number}: {label}" for number, label in enumerate(labels)) + "\n")
     print(aligned(lines))
     beside = f"{judging:,} more are held out; " if judging else ""
-    print(f"\n{held:,} of {len(task.train):,} training rows are held; {beside}{len(task.validation):,} rows validate")
+    print(f"\n{held:,} of {len(task.train):,} training rows are held; {beside}{validating:,} rows validate")
 
 
 def env(as_json: AsJson = False) -> None:

@@ -6,26 +6,41 @@
 """
 
 import sys
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
 
+from peertune.errors import DataError
 from peertune.types import Split, Task
 
 _FILE = Path(__file__).with_name("digits.npz")
 _FIRST = 5  # of those that clients hold; the digits below are for the base
 _FORMS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 1667)
 # where each form that one hand filled in begins: all have the labels of the first, but for one and for some that lack
+_WRITERS = frozenset(range(len(_FORMS)))
 
 
-def digits() -> Task:
+def digits(held_out_writers: list[int] | None = None) -> Task:
     """Tell the handwritten digits 5 to 9 apart: 896 images of 8 x 8 grey levels that come with scikit-learn.
 
     `pixel_values` is float32 `[N, 1, 8, 8]` in [-1, 1], `writer` says on which of fourteen forms the row stood,
     from 0, each filled in by one hand, and class 0 is the digit 5. The source counts thirteen people, so two forms may
-    be of one. A fifth of each class, always the same rows, is for validation.
+    be of one. A fifth of each class, always the same rows, is for validation; or, where `held_out_writers` names some,
+    all of their rows, and all others are for training.
+
+    Raises DataError for writers that there aren't, or if none is left.
     """
-    train, validation = (_split(part, _FIRST) for part in ("train", "validation"))
+    if held_out_writers is None:
+        train, validation = (_split([part], _FIRST, _WRITERS) for part in ("train", "validation"))
+    else:
+        out, others = _WRITERS & set(held_out_writers), _WRITERS - set(held_out_writers)
+        if len(out) < len(held_out_writers) or not out or not others:
+            raise DataError(
+                f"task digits: held_out_writers is {held_out_writers}; name some of 0 to {len(_FORMS) - 1}, each once, "
+                "and not all"
+            )
+        train, validation = (_split(["train", "validation"], _FIRST, writers) for writers in (others, out))
     return Task("digits", ("pixel_values",), tuple("56789"), train, validation, "accuracy")
 
 
@@ -34,16 +49,17 @@ def public_digits() -> Split:
 
     No client ever holds them: they are what a small base model can be trained on before it is adapted.
     """
-    return _split("public", 0)
+    return _split(["public"], 0, _WRITERS)
 
 
-def _split(part: str, first: int) -> Split:
+def _split(some: Sequence[str], first: int, by: Set[int]) -> Split:
+    """Return the rows in some parts, whose classes are counted from a first digit, by some of the writers."""
     with np.load(_FILE, allow_pickle=False) as kept:
         levels, labels, parts = kept["levels"], kept["labels"], kept["parts"]  # [N, 64] of 0 … 16, [N], [N]
-    rows = parts == part
+    writers = np.searchsorted(_FORMS, np.arange(len(levels)), side="right") - 1
+    rows = np.isin(parts, some) & np.isin(writers, sorted(by))
     pixels = (levels[rows] / 8 - 1).astype(np.float32).reshape(-1, 1, 8, 8)
-    writers = np.searchsorted(_FORMS, np.flatnonzero(rows), side="right") - 1
-    return Split({"pixel_values": pixels, "writer": writers}, labels[rows].astype(np.int64) - first)
+    return Split({"pixel_values": pixels, "writer": writers[rows]}, labels[rows].astype(np.int64) - first)
 
 
 def write(file: Path) -> None:

@@ -217,6 +217,17 @@ def _by_value(name: str, by: str, leave_out: Sequence[str | int], missing_cells:
     return split_rows
 
 
+def fold(part: str, rows: int) -> RowNumbers:
+    """Return those of a split's `rows` that are in part `k/n`, sorted; the n parts differ by one row at most.
+
+    No seed changes them, and no client: a row is in the same fold in every run. Raises DataError for too few rows.
+    """
+    number, of = map(int, part.split("/"))
+    if of > rows:
+        raise DataError(f"fold {part}: {rows:,} rows make no {of:,} folds; give {rows:,} or fewer")
+    return np.sort(generator(0, Draw.FOLD).permutation(rows)[number - 1 :: of])
+
+
 PARTITIONS: dict[str, Callable[..., Partition]] = {
     "column": column,
     "dirichlet": dirichlet,

@@ -116,7 +116,9 @@ def cost_key(recipe: Recipe) -> str:
     values = recipe.model_dump(mode="json", exclude={"graph", "partition", "rounds", "seed", "checkpoint", "report_to"})
     method = recipe.algorithm
     values["algorithm"] = method.name, method.settings.get("switch_every") == "adaptive"  # what trains and travels
-    values["evaluate"] = [values["evaluate"][key] for key in ("rows", "on", "held_out", "ensemble")]
+    values["evaluate"] = [
+        values["evaluate"][key] for key in ("rows", "fold", "on", "held_out", "set_aside", "ensemble")
+    ]
     if recipe.evaluate.on != "common":
         values["partition"] = recipe.partition.model_dump(mode="json")  # how many rows a client holds out
     for free in (

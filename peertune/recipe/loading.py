@@ -79,14 +79,23 @@ def _without_effect(recipe: Recipe) -> str | None:
         )
     if span == "round" and (recipe.training.lr_scheduler_type == "constant" and not recipe.training.warmup_steps):
         return "training.lr_scheduler_span: a rate that is constant has none; give lr_scheduler_type, or leave it out"
-    if recipe.evaluate.on == "own" and recipe.evaluate.rows is not None:
-        return (
-            "evaluate.rows: is of the validation set, and evaluate.on=own takes none of it; leave it out, or give both"
-        )
+    for key in ("rows", "fold"):
+        if recipe.evaluate.on == "own" and getattr(recipe.evaluate, key) is not None:
+            return (
+                f"evaluate.{key}: is of the validation set, and evaluate.on=own takes none of it; leave it out, "
+                "or give both"
+            )
     if recipe.evaluate.on == "own" and recipe.evaluate.ensemble:
         return "evaluate.ensemble: is of rows that all have, and evaluate.on=own has none; leave it out, or give both"
     if recipe.evaluate.on == "common" and recipe.evaluate.held_out != Evaluate.model_fields["held_out"].default:
         return "evaluate.held_out: with evaluate.on=common nobody holds out rows; give own or both, or leave it out"
+    if (aside := recipe.evaluate.set_aside) is not None:
+        held = recipe.evaluate.held_out
+        if not isinstance(held, str) or held.split("/")[1] != aside.split("/")[1] or held == aside:
+            return (
+                f"evaluate.set_aside: {aside} goes with another fold of as many that clients hold out, "
+                f"and evaluate.held_out is {held}; give such a one, or leave set_aside out"
+            )
     if recipe.evaluate.top_p < 1 and not recipe.evaluate.temperature:
         return "evaluate.top_p: at evaluate.temperature 0 nothing is sampled; give a temperature, or leave top_p out"
     return None

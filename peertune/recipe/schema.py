@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 
@@ -15,6 +16,25 @@ Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 def _trackers(value: Any) -> Any:
     """Take what the Trainer takes: the name of one tracker, or `none`."""
     return ([] if value == "none" else [value]) if isinstance(value, str) else value
+
+
+def _fold(value: str) -> str:
+    """Check what has the form of a fold."""
+    number, _, of = value.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) and int(of) >= 2):
+        raise PydanticCustomError("fold", "input should be a fold k/n, k from 1 to n, such as 2/5")
+    return value
+
+
+def _share(value: float | str) -> float | str:
+    """Check what is a share of rows, or a fold."""
+    if isinstance(value, float) and not 0 < value < 1:
+        raise PydanticCustomError("share", "input should be a share above 0 and below 1, or a fold k/n, such as 2/5")
+    return _fold(value) if isinstance(value, str) else value
+
+
+Fold = Annotated[str, AfterValidator(_fold)]
+"""`k/n`: the k-th of n parts of rows (`peertune.data.partition.fold`)."""
 
 
 class _Block(BaseModel):
@@ -82,8 +102,11 @@ class Evaluate(_Block):
 
     every: int = Field(10, ge=1)  # rounds; the last round always
     rows: int | None = Field(None, ge=1)  # a seeded subset of the validation set; null: all of it
+    fold: Fold | None = None  # the part of the validation set that is used; null: all of it
     on: Literal["common", "own", "both"] = "common"  # the validation set, rows that each client holds out, or both
-    held_out: float = Field(0.2, gt=0, lt=1)  # share of a client's rows that it does not train on, with own and both
+    # Of a client's rows those that it does not train on, with own and both: a seeded share, or a fold.
+    held_out: Annotated[float | str, AfterValidator(_share)] = 0.2
+    set_aside: Fold | None = None  # a fold of the training rows that nobody trains or is judged on
     ensemble: bool = False  # whether the clients' probabilities are judged too, each client's and all together
     max_new_tokens: int = Field(256, ge=1)  # where the metric generates
     temperature: float = Field(0.0, ge=0)  # 0: always the likeliest token

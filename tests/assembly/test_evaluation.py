@@ -12,6 +12,7 @@ from peertune import build, load_recipe, simulate
 from peertune.assembly.build import Run
 from peertune.assembly.encoding import evaluated_rows
 from peertune.assembly.registry import build_parts, hold_out
+from peertune.data.partition import fold
 from peertune.data.scores import accuracy, calibration_error, log_loss
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
@@ -48,15 +49,42 @@ def last(*more: str) -> tuple[Evaluation, dict[str, torch.Tensor], Recipe]:
 def test_clients_hold_out_a_share_of_their_rows_and_train_on_the_others(share: float, counts: Sequence[int]) -> None:
     rows = {client: np.arange(100, 100 + size) for client, size in enumerate((2, 10, 100))}
     asked = recipe("evaluate.on=both", f"evaluate.held_out={share}")
-    train, held_out = hold_out(asked, rows)
+    train, held_out = hold_out(asked, rows, 200)
     assert [len(held_out[client]) for client in rows] == list(counts)
     for client, own in rows.items():
         assert np.array_equal(np.sort(np.concatenate([train[client], held_out[client]])), own)
-        alone = hold_out(asked, {client: own})
+        alone = hold_out(asked, {client: own}, 200)
         assert np.array_equal(alone[1][client], held_out[client]), "a peer draws what the simulator does"
-    assert hold_out(recipe(), rows) == (rows, {})
-    other = hold_out(recipe("seed=1", "evaluate.on=own", f"evaluate.held_out={share}"), rows)[1]
+    assert hold_out(recipe(), rows, 200) == (rows, {})
+    other = hold_out(recipe("seed=1", "evaluate.on=own", f"evaluate.held_out={share}"), rows, 200)[1]
     assert not np.array_equal(other[2], held_out[2])
+
+
+def test_a_row_is_in_the_same_fold_in_every_run_and_one_set_aside_is_nobodys() -> None:
+    folds = [fold(f"{k}/5", 103) for k in range(1, 6)]
+    assert np.array_equal(np.sort(np.concatenate(folds)), np.arange(103))
+    assert {len(part) for part in folds} == {20, 21}
+    assert not np.array_equal(folds[0], np.arange(0, 103, 5)), "rows next to each other are often alike"
+
+    rows = {0: np.arange(40), 1: np.arange(40, 103)}
+    asked = recipe("evaluate={on: own, held_out: 2/5, set_aside: 5/5}", "seed=0")
+    train, held_out = hold_out(asked, rows, 103)
+    for client, own in rows.items():
+        assert np.array_equal(held_out[client], np.intersect1d(own, folds[1]))
+        assert np.array_equal(train[client], np.setdiff1d(own, np.concatenate([folds[1], folds[4]])))
+    again = hold_out(recipe("evaluate={on: both, held_out: 2/5}", "seed=1"), {1: rows[1]}, 103)
+    assert np.array_equal(again[1][1], held_out[1]), "whatever the seed, and at a peer"
+    assert np.array_equal(again[0][1], np.setdiff1d(rows[1], folds[1]))
+
+
+def test_a_fold_of_the_validation_set_is_all_that_is_used_of_it() -> None:
+    runs = [build(recipe(f"evaluate.fold={k}/3")) for k in (1, 2, 3)]
+    counts = [run.validation for run in runs]
+    assert [run.evaluated for run in runs] == counts
+    assert [sum(each) for each in counts] == [60, 60, 60]
+    assert [sum(label) for label in zip(*counts, strict=True)] == build(recipe()).validation
+    few = build(recipe("evaluate={fold: 1/3, rows: 10}"))
+    assert (sum(few.validation), sum(few.evaluated)) == (60, 10)
 
 
 def test_each_client_is_judged_on_its_own_rows_and_on_the_common_ones() -> None:
@@ -211,6 +239,27 @@ def test_calibration_errors_of_small_examples() -> None:
         (
             ["evaluate.on=own", "clients=716", "partition={name: iid}"],
             r"^evaluate\.on: client 0 has one row and can hold out none; use evaluate\.on=common, or fewer clients$",
+        ),
+        (
+            ["evaluate={on: own, held_out: 6/5}"],
+            r"evaluate\.held_out: input should be a fold k/n, k from 1 to n.*'6/5'$",
+        ),
+        (["evaluate={on: own, held_out: 1.5}"], r"evaluate\.held_out: input should be a share above 0 and below 1"),
+        (["evaluate.fold=1/1"], r"evaluate\.fold: input should be a fold k/n"),
+        (
+            ["evaluate={on: own, fold: 1/2}"],
+            r"evaluate\.fold: is of the validation set, and evaluate\.on=own takes none",
+        ),
+        (
+            ["evaluate={on: own, set_aside: 1/5}"],
+            r"evaluate\.set_aside: 1/5 .* and evaluate\.held_out is 0\.2; give such",
+        ),
+        (["evaluate={on: own, held_out: 1/5, set_aside: 1/5}"], r"evaluate\.set_aside: .* held_out is 1/5; give such"),
+        (["evaluate={on: own, held_out: 1/5, set_aside: 2/4}"], r"evaluate\.set_aside: .* held_out is 1/5; give such"),
+        (["evaluate.set_aside=1/5"], r"evaluate\.set_aside: "),
+        (
+            ["evaluate={on: own, held_out: 1/300}"],
+            r"^evaluate\.held_out: client \d has \d rows in fold 1/300 and \d+ to train on; use fewer folds",
         ),
     ],
 )

@@ -162,6 +162,29 @@ def test_writers_begin_where_the_sequence_of_labels_begins_anew() -> None:
     assert (len(per_writer), per_writer.min(), per_writer.max()) == (14, 47, 55)
 
 
+def test_writers_that_are_held_out_have_all_their_digits_in_the_validation_set() -> None:
+    usual, task = TASKS["digits"](), TASKS["digits"](held_out_writers=[12, 3])
+    train, validation = (np.asarray(split.columns["writer"]) for split in (task.train, task.validation))
+    assert set(validation) == {3, 12}
+    assert set(train) == set(range(14)) - {3, 12}
+    everything = np.concatenate(
+        [np.asarray(split.columns["pixel_values"]) for split in (usual.train, usual.validation)]
+    )
+    parts = np.concatenate([np.asarray(split.columns["pixel_values"]) for split in (task.train, task.validation)])
+    assert sorted(image.tobytes() for image in parts) == sorted(image.tobytes() for image in everything)
+    writers = np.concatenate([np.asarray(split.columns["writer"]) for split in (usual.train, usual.validation)])
+    labels = np.concatenate([usual.train.labels, usual.validation.labels])
+    assert np.bincount(task.validation.labels).tolist() == np.bincount(labels[np.isin(writers, [3, 12])]).tolist()
+
+
+@pytest.mark.parametrize("writers", [[], [14], [-1], [3, 3], list(range(14))])
+def test_writers_that_can_not_be_held_out_are_refused(writers: list[int]) -> None:
+    with pytest.raises(
+        DataError, match="^task digits: held_out_writers is .*; name some of 0 to 13, each once, and not"
+    ):
+        TASKS["digits"](held_out_writers=writers)
+
+
 def test_metrics_of_a_small_example() -> None:
     predictions, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 1, 1])
     assert METRICS["accuracy"](predictions, labels) == pytest.approx(3 / 5)

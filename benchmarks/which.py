@@ -1,0 +1,251 @@
+"""Which method? Learning rates chosen on other rows and other seeds, then scores, as pairs by seed.
+
+    python -m benchmarks.which run digits             # or sst2, with SST2=FOLDER; goes on where it was stopped
+    python -m benchmarks.which run digits --part 1/2  # every second cell; 2/2 in a second process has the others
+    python -m benchmarks.which table digits           # of what has been run
+
+The protocol, written before anything was run.
+
+A cell is a method and a graph: each method at p = .5 and .02 (every pair of clients meets in a round with this
+probability), `local`, and with a server, which is the complete graph at p = 1, `dec_lora` (FedAvg), `ffa_lora` and
+`rolora`. Methods have their defaults, but `la_lora` its authors' rate of B, twice that of A. Each cell's learning rate
+is one of five, the best of the mean over two seeds that score nothing, on rows that score nothing.
+
+`digits`: twelve clients, each with the digits of one writer; the last two writers belong to nobody. 40 rounds of 3
+local steps of 4 rows. All rows of the twelve are in five folds. For scores on a fold each client holds out its rows in
+it, and trains on the rest; the rate is then one that was best on the next fold, in runs in which nobody had the first.
+Ten seeds for each fold. Scores are of the clients' own models: `own`, on what each holds out, and `new`, on the two
+writers that no run trained on. A seed's score is its mean over folds. The grid of rates was placed after four cells had
+been looked at with seed 100.
+
+`sst2`: ten clients with the papers' mixture of labels, MiniLM-L6. Rates by the first half of the validation set, scores
+on the second. Three seeds, then two more. `new` is of the second half, `own` of a twentieth of each client's rows.
+
+Differences are from `dec_lora` on the same graph, seed by seed, with Student's 95 % interval. `local` and the servers
+are held against it on both graphs. Not enough to tell: an interval that has 0 in it and is wider than two points.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+from scipy.stats import t as student
+
+from benchmarks.setup import overrides
+from peertune import build, load_recipe, simulate
+from peertune.errors import ModelError
+from peertune.methods.catalogue import ALGORITHMS
+
+KEPT = Path("benchmarks/results")
+RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
+CHOOSING = (100, 101)  # seeds that choose a rate and score nothing
+SERVER = ("dec_lora", "ffa_lora", "rolora")
+MATTERS = 0.02  # an interval that is wider, with 0 in it, tells nothing
+
+Row = dict[str, Any]
+
+
+class Study(NamedTuple):
+    """What one data set is run with."""
+
+    recipe: str
+    settings: tuple[str, ...]
+    seeds: tuple[int, ...]
+    folds: int
+    chosen_by: str  # the score that chooses a rate
+
+
+STUDIES = {
+    "digits": Study(
+        "digits-demo",
+        (
+            "clients=12",
+            "task={name: digits, held_out_writers: [12, 13]}",
+            "partition={name: writers}",
+            "rounds=40",
+            "training.local_steps=3",
+            "training.per_device_train_batch_size=4",
+        ),
+        tuple(range(10)),
+        5,
+        "own",
+    ),
+    "sst2": Study(
+        "tad-sst2-minilm",
+        (
+            "model.dropout=false",
+            "rounds=50",
+            "training.local_steps=3",
+            "training.per_device_train_batch_size=8",
+        ),
+        tuple(range(5)),
+        1,
+        "new",
+    ),
+}
+
+
+class Cell(NamedTuple):
+    """A method on a graph."""
+
+    method: str
+    activation: float
+
+
+def cells() -> Iterator[Cell]:
+    """Yield all cells; a client alone needs no graph."""
+    for activation, method in product((0.5, 0.02), ALGORITHMS):
+        if method != "local" or activation == 0.5:
+            yield Cell(method, activation)
+    yield from (Cell(method, 1.0) for method in SERVER)
+
+
+def held_out(study: str, fold: int, choosing: bool) -> str:
+    """Return the recipe's `evaluate` block."""
+    if study == "sst2":
+        return f"evaluate={{every: 1000, fold: {'1/2' if choosing else '2/2, on: both, held_out: 1/20'}}}"
+    folds = STUDIES[study].folds
+    if not choosing:
+        return f"evaluate={{every: 1000, on: both, held_out: {fold}/{folds}}}"
+    return f"evaluate={{every: 1000, on: own, held_out: {fold % folds + 1}/{folds}, set_aside: {fold}/{folds}}}"
+
+
+def scored(study: str, cell: Cell, rate: float, seed: int, fold: int, choosing: bool) -> Row:
+    """Run once and return the clients' scores after the last round; [] where training diverged."""
+    of, begun = STUDIES[study], time.process_time()
+    base = overrides()[:-1] if study == "sst2" else []
+    extra = ["training.loraplus_lr_ratio=2"] if cell.method == "la_lora" else []
+    settings = [
+        f"algorithm.name={cell.method}",
+        f"graph.activation={cell.activation}",
+        f"training.learning_rate={rate}",
+        f"seed={seed}",
+        held_out(study, fold, choosing),
+    ]
+    found: dict[str, list[float]] = {"own": [], "new": []}
+    try:
+        for record in simulate(build(load_recipe(of.recipe, [*base, *of.settings, *extra, *settings])).job):
+            if (last := record.evaluation) is not None:
+                found = {"own": last.own, "new": last.clients if last.clients != last.own else []}
+    except ModelError:  # diverged
+        found = {"own": [], "new": []}
+    rounded = {name: [round(x, 4) for x in scores] for name, scores in found.items()}
+    return {**rounded, "seconds": round(time.process_time() - begun, 1)}
+
+
+def run(study: str, part: str) -> None:
+    """Run what has not been run: fold by fold, for each cell its rates, then its scores."""
+    file = KEPT / f"which-{study}.jsonl"
+    number, parts = map(int, part.split("/"))
+    torch.set_num_threads(1)
+    of, done = STUDIES[study], kept(study)
+
+    def once(cell: Cell, rate: float, seed: int, fold: int, choosing: bool) -> Row:
+        name = f"{cell.method} p={cell.activation:g} fold={fold} rate={rate:g} seed={seed}"
+        if name not in done:
+            done[name] = {"run": name, **scored(study, cell, rate, seed, fold, choosing)}
+            with file.open("a") as kept_in:
+                kept_in.write(json.dumps(done[name]) + "\n")
+        return done[name]
+
+    for fold, (place, cell) in product(range(1, of.folds + 1), enumerate(cells())):
+        if place % parts != number - 1:
+            continue
+        tried = {rate: [once(cell, rate, seed, fold, True) for seed in CHOOSING] for rate in RATES}
+        rate = best(study, tried)
+        for seed in of.seeds:
+            once(cell, rate, seed, fold, False)
+
+
+def best(study: str, tried: Mapping[float, list[Row]]) -> float:
+    """Return the rate with the best mean score; one at which a run diverged comes last, the lower of equals first."""
+    by = STUDIES[study].chosen_by
+
+    def score(rate: float) -> float:
+        each = [row[by] for row in tried[rate]]
+        return fmean(map(fmean, each)) if all(each) else -1.0
+
+    return max(sorted(tried), key=score)
+
+
+def kept(study: str) -> dict[str, Row]:
+    """Return what has been run, by name."""
+    file = KEPT / f"which-{study}.jsonl"
+    return {row["run"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+
+
+def by_seed(study: str, cell: Cell, score: str) -> dict[int, float]:
+    """Return a cell's score for each seed that has all the folds that any cell has whole: their mean."""
+    done, of = kept(study), STUDIES[study]
+    found: dict[int, list[float]] = {}
+    for fold in range(1, of.folds + 1):
+        for seed in of.seeds:
+            name = f"{cell.method} p={cell.activation:g} fold={fold} rate="
+            rows = [row for key, row in done.items() if key.startswith(name) and key.endswith(f" seed={seed}")]
+            if rows:
+                found.setdefault(seed, []).append(fmean(rows[0][score]) if rows[0][score] else float("nan"))
+    most = max(map(len, found.values()), default=0)
+    return {seed: fmean(scores) for seed, scores in found.items() if len(scores) == most}
+
+
+def paired(one: Mapping[int, float], other: Mapping[int, float]) -> str:
+    """Return the mean difference with its 95 % interval, and whether it is enough to tell."""
+    differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
+    if len(differences) < 2:
+        return ""
+    n, mean = len(differences), fmean(differences)
+    deviation = (sum((x - mean) ** 2 for x in differences) / (n - 1)) ** 0.5
+    half = float(student.ppf(0.975, n - 1)) * deviation / n**0.5
+    unsure = mean - half < 0 < mean + half and 2 * half > MATTERS
+    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]{', not enough to tell' if unsure else ''}"
+
+
+def table(study: str) -> None:
+    """Print what the cells come to, as Markdown."""
+    print("| method | p | rates | seeds | own | from dec_lora | new | from dec_lora |")
+    print("|---|---:|---|---:|---:|---|---:|---|")
+    rates: dict[Cell, set[str]] = {}
+    for name in kept(study):
+        method, p, _, rate, seed = name.split()
+        if int(seed.removeprefix("seed=")) not in CHOOSING:
+            rates.setdefault(Cell(method, float(p[2:])), set()).add(rate.removeprefix("rate="))
+    for cell in cells():
+        if cell not in rates:
+            continue
+        columns = []
+        for score in ("own", "new"):
+            found = by_seed(study, cell, score)
+            against = {p: by_seed(study, Cell("dec_lora", p), score) for p in (0.5, 0.02)}
+            alone = cell.activation == 1 or cell.method == "local"
+            told = [
+                f"{paired(found, other)}{f' (p = {p:g})' if alone else ''}"
+                for p, other in against.items()
+                if alone or (p == cell.activation and cell.method != "dec_lora")
+            ]
+            columns += [f"{fmean(found.values()):.3f}", "; ".join(told) or "–"]
+        where = "–" if cell.method == "local" else f"{cell.activation:g}"
+        tried = ", ".join(sorted(rates[cell], key=float))
+        print(f"| {cell.method} | {where} | {tried} | {len(found)} | {' | '.join(columns)} |")
+
+
+def main() -> None:
+    """Run a study, or print its table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.which", description=__doc__)
+    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("--part", default="1/1", help="k/n: every n-th cell, from the k-th on")
+    options = parser.parse_args()
+    if options.action == "run":
+        run(options.study, options.part)
+    else:
+        table(options.study)
+
+
+if __name__ == "__main__":
+    main()
