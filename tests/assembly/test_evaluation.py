@@ -254,8 +254,8 @@ def test_calibration_errors_of_small_examples() -> None:
             ["evaluate={on: own, set_aside: 1/5}"],
             r"evaluate\.set_aside: 1/5 .* and evaluate\.held_out is 0\.2; give such",
         ),
-        (["evaluate={on: own, held_out: 1/5, set_aside: 1/5}"], r"evaluate\.set_aside: .* held_out is 1/5; give such"),
-        (["evaluate={on: own, held_out: 1/5, set_aside: 2/4}"], r"evaluate\.set_aside: .* held_out is 1/5; give such"),
+        (["evaluate={on: own, held_out: 1/5, set_aside: 1/5}"], r"evaluate\.set_aside: .*held_out is 1/5; give such"),
+        (["evaluate={on: own, held_out: 1/5, set_aside: 2/4}"], r"evaluate\.set_aside: .*held_out is 1/5; give such"),
         (["evaluate.set_aside=1/5"], r"evaluate\.set_aside: "),
         (
             ["evaluate={on: own, held_out: 1/300}"],

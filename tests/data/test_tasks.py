@@ -180,7 +180,7 @@ def test_writers_that_are_held_out_have_all_their_digits_in_the_validation_set()
 @pytest.mark.parametrize("writers", [[], [14], [-1], [3, 3], list(range(14))])
 def test_writers_that_can_not_be_held_out_are_refused(writers: list[int]) -> None:
     with pytest.raises(
-        DataError, match="^task digits: held_out_writers is .*; name some of 0 to 13, each once, and not"
+        DataError, match=r"^task digits: held_out_writers is .*; name some of 0 to 13, each once, and not"
     ):
         TASKS["digits"](held_out_writers=writers)
 
