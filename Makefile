@@ -16,11 +16,13 @@ install: .venv/installed  ## set up .venv with the command .venv/bin/peertune
 	touch .venv/installed $@
 
 # In float32, on the CPU, by one thread each: what it prints is the README's table, whatever the machine.
-demo: .venv/installed  ## ten clients on handwritten digits, three methods compared over three seeds, in minutes
+demo: .venv/installed  ## ten clients on handwritten digits: two methods, alone, and with a server, over three seeds, in minutes
 	rm -rf runs/demo
 	OMP_NUM_THREADS=1 $(BIN)/peertune sweep digits-demo algorithm.name=local,dec_lora,tad_lora seed=0,1,2 \
 		graph.activation=0.2 rounds=40 training.local_steps=5 evaluate.every=20 --out runs/demo --jobs 2
-	$(BIN)/peertune compare runs/demo --by algorithm.name
+	OMP_NUM_THREADS=1 $(BIN)/peertune sweep digits-demo algorithm.name=dec_lora seed=0,1,2 \
+		graph.activation=1 rounds=40 training.local_steps=5 evaluate.every=20 --out runs/demo/server --jobs 3
+	$(BIN)/peertune compare runs/demo --by algorithm.name,graph.activation
 	$(BIN)/peertune report runs/demo
 
 check: .venv/developing  ## style, types and import layers

@@ -20,6 +20,11 @@ average, as a share of `dec_lora`'s. They are of one site whose factors are equa
 method that **keeps the mean** mixes without moving the clients' mean adapter. Settings, with their defaults, go beside
 the name: `algorithm: {name: fedrot_lora, strength: 0.4}`.
 
+Several come from papers with a **server**. That is the complete graph, always active: `graph={name: complete}`. There
+every client takes the mean of all, each counting alike, as from a server that hears everybody in every round. So
+`dec_lora` is FedAvg of both factors, and `ffa_lora`, `rolora` or `fedsa_lora` have their papers' server.
+[Studies](studies.md#baselines) need such a baseline.
+
 Not here, and why:
 
 - RW-LoRA: only one client works at a time.
@@ -45,10 +50,23 @@ def page() -> str:
     )
 
 
+AUTHORS = {
+    "la_lora": [
+        "lora.r=16",
+        "lora.lora_alpha=16",
+        "training.loraplus_lr_ratio=2",
+        "training.reset_optimizer=round",
+        "training.weight_decay=0.01",
+        "graph.activation=1",
+    ]
+}
+"""Method → settings of its authors that are more than a name."""
+
+
 def command(method: str, *modifiers: str) -> list[str]:
     """Return the words of the run that a card names."""
     changes = [f"modifiers=[{', '.join(f'{{name: {name}}}' for name in modifiers)}]"] if modifiers else []
-    return ["peertune", "run", "digits-demo", f"algorithm.name={method}", *changes]
+    return ["peertune", "run", "digits-demo", f"algorithm.name={method}", *AUTHORS.get(method, []), *changes]
 
 
 def made(make: Callable[..., Algorithm]) -> Algorithm:

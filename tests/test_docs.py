@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -76,14 +77,17 @@ STUDIES = ROOT / "docs" / "results.md"
 
 
 def test_the_demo_asks_for_what_its_numbers_depend_on() -> None:
-    (line,) = re.findall(r"^\t(.* sweep digits-demo .*\\\n.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    threads, _, command, recipe, *rest = shlex.split(line.replace("\\\n", " "))
-    assert (threads, command) == ("OMP_NUM_THREADS=1", "sweep")
-    runs = sweep_runs(recipe, [word for word in rest if "=" in word])
-    assert len(runs) == 9
-    assert {(run.recipe.model.name, run.recipe.model.dtype, run.recipe.device) for run in runs} == {
-        ("digits-vit", "float32", "cpu")
-    }
+    lines = re.findall(r"^\t(.* sweep digits-demo .*\\\n.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    asked = []
+    for line in lines:
+        threads, _, command, recipe, *rest = shlex.split(line.replace("\\\n", " "))
+        assert (threads, command) == ("OMP_NUM_THREADS=1", "sweep")
+        asked += [run.recipe for run in sweep_runs(recipe, [word for word in rest if "=" in word])]
+    assert {(one.model.name, one.model.dtype, one.device) for one in asked} == {("digits-vit", "float32", "cpu")}
+    methods = Counter((one.algorithm.name, one.graph.settings["activation"]) for one in asked)
+    assert methods == {("local", 0.2): 3, ("dec_lora", 0.2): 3, ("tad_lora", 0.2): 3, ("dec_lora", 1): 3}
+    alike = {"algorithm": None, "graph": None, "seed": None}
+    assert len({repr(one.model_copy(update=alike)) for one in asked}) == 1, "baselines train as the methods do"
 
 
 def test_the_studies_commands_run(peertune: Call, minilm: str, little_glue: Path) -> None:
