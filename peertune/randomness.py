@@ -40,6 +40,7 @@ class Draw(StrEnum):
     ERDOS_RENYI = "erdos_renyi"  # attempt, i, j
     RANDOM_REGULAR = "random_regular"  # attempt
     MATCHING = "matching"  # round, i, j
+    EPIDEMIC = "epidemic"  # round, client, place among those that it sends to
     EIGENVECTOR = "eigenvector"
     # phases that clients agree on
     PROBE = "probe"  # window, client, sign

@@ -49,6 +49,9 @@ NEEDS: Mapping[str, Need] = {
     ),
     "moments": Need(_moments, "give training.optim=adamw and training.reset_optimizer=never"),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
+    "symmetric weights": Need(
+        lambda recipe, graph, algorithm: not graph.directed, "choose a graph whose edges go both ways, not epidemic"
+    ),
     "static graph": Need(_static, "give a graph whose edges stay, graph.activation=1 and no faults"),
 }
 """What `needs` of a method's values may hold."""

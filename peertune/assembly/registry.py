@@ -24,7 +24,18 @@ from peertune.methods.schedules import switching_interval
 from peertune.randomness import Draw, generator
 from peertune.recipe import Choice, Recipe, arguments
 from peertune.runs import trackers
-from peertune.topology import GRAPHS, Fault, Graph, Neighbourhood, clients_down, graph_near, one_period, rho, summary
+from peertune.topology import (
+    GRAPHS,
+    Fault,
+    Graph,
+    Neighbourhood,
+    clients_down,
+    graph_near,
+    need_both_ways,
+    one_period,
+    rho,
+    summary,
+)
 from peertune.types import ALONE, Group, Split, Task
 
 log = logging.getLogger(__name__)
@@ -77,6 +88,8 @@ def build_parts(
     dealt = dict.fromkeys(clients, np.arange(len(task.train))) if own_data else build_partition(recipe, task)
     rows, held_out = hold_out(recipe, {client: dealt[client] for client in clients}, len(task.train))
     peer = group.size == 1 and len(clients) < recipe.clients
+    if peer:
+        need_both_ways(graph)
     return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, held_out, group, peer)
 
 
@@ -241,7 +254,7 @@ def describe_graph(graph: Graph) -> dict[str, Any]:
         interval: int | None = switching_interval(facts.rho)
     except RecipeError:  # no pair met in any draw
         interval = None
-    settings = {"name": graph.name, "activation": graph.activation, "weights": graph.weights, "period": graph.period}
+    settings = {key: getattr(graph, key) for key in ("name", "activation", "weights", "period", "directed")}
     return settings | vars(facts) | {"one_period": one_period(graph), "switching_interval": interval}
 
 

@@ -65,7 +65,7 @@ def graph(
     how = "exact" if facts["draws"] == 0 else f"estimated from {facts['draws']:,} draws"
     print(
         f"graph                            {made.name}, {made.clients} clients, "
-        f"{round(facts['edges'], 2):,.10g} possible edges a round"
+        f"{round(facts['edges'], 2):,.10g} possible edges a round{', one way' * made.directed}"
     )
     print(f"activation, weights              {made.activation:g}, {made.weights}")
     print(f"rho                              {facts['rho']:.4f} ({how})")

@@ -96,7 +96,7 @@ def estimate(recipe: Recipe, measured: Trial) -> Estimate:
     evaluations, judged = -(-recipe.rounds // recipe.evaluate.every), 0
     for t in range(recipe.rounds):
         some = algorithm.phase(t).send & kinds
-        messages = 2 * len(active_edges(graph, t)) if some else 0
+        messages = (1 if graph.directed else 2) * len(active_edges(graph, t)) if some else 0
         sent += messages * measured.sent_bytes[" ".join(sorted(some))]
         if recipe.evaluate.ensemble and ((t + 1) % recipe.evaluate.every == 0 or t + 1 == recipe.rounds):
             judged += recipe.clients + (messages if some < kinds else 0)

@@ -17,7 +17,7 @@ def draw_graph(graph: Graph, title: str, file: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    possible: Any = nx.Graph()
+    possible: Any = nx.DiGraph() if graph.directed else nx.Graph()
     possible.add_nodes_from(range(graph.clients))
     possible.add_edges_from(np.concatenate([graph.edges_at(t) for t in range(graph.period or 1)]).tolist())
     places = nx.circular_layout(possible)

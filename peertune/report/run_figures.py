@@ -271,13 +271,16 @@ def contraction(run: RunData) -> go.Figure | None:
 
 
 def graph(run: RunData) -> go.Figure | None:
-    """Draw the edges of a round over all edges ever active, with a frame for each of at most 60 rounds."""
+    """Draw the edges of a round over all edges ever active, with a frame for each of at most 60 rounds.
+
+    Those of a directed graph are arrows.
+    """
     edges = {record["round"]: np.array(record["edges"], dtype=int).reshape(-1, 2) for record in run.records}
     seen = np.unique(np.concatenate([*edges.values(), np.empty((0, 2), dtype=int)]), axis=0)
     if not len(seen):
         return None
     highest = max(int(seen.max()), *(client for record in run.records for client in record["clients"]))
-    count = max(int(run.recipe.get("clients", 0)), 1 + highest)
+    count, directed = max(int(run.recipe.get("clients", 0)), 1 + highest), _directed(run)
     steps = [run.records[at]["round"] for at in thin(len(run.records), MOST_STEPS)]
     shown = next((step for step in reversed(steps) if len(edges[step])), steps[-1])
     angles = 2 * np.pi * np.arange(count) / count
@@ -290,7 +293,7 @@ def graph(run: RunData) -> go.Figure | None:
     hidden = {"showgrid": False, "zeroline": False, "showticklabels": False, "range": [-1.2 * RADIUS, 1.2 * RADIUS]}
     figure = chart(
         go.Scatter(_edge_lines(places, seen, MOST_DRAWN) | behind, name="active in some round"),
-        go.Scatter(_edge_lines(places, edges[shown], most) | active, name=f"active in round {shown}"),
+        go.Scatter(active | _edge_lines(places, edges[shown], most, directed), name=f"active in round {shown}"),
         *_nodes(run, places, colours, shown),
         x="",
         y="",
@@ -302,16 +305,30 @@ def graph(run: RunData) -> go.Figure | None:
     )
     frames = []
     for step in steps:
-        now = _edge_lines(places, edges[step], most) | {"name": f"active in round {step}"}
+        now = _edge_lines(places, edges[step], most, directed) | {"name": f"active in round {step}"}
         frames.append({"name": str(step), "traces": [1, 2], "data": [now, {"marker": {"color": colours[step]}}]})
     figure.frames = frames
     return figure
 
 
-def _edge_lines(places: Array, pairs: Array, most: int) -> dict[str, Any]:
-    """Return a line for each of these edges, of at most so many, with a gap after it."""
+def _directed(run: RunData) -> bool:
+    return bool(run.facts.get("graph", {}).get("directed"))
+
+
+def _edge_lines(places: Array, pairs: Array, most: int, directed: bool = False) -> dict[str, Any]:
+    """Return a line for each of these edges, of at most so many, with a gap after it; or an arrow to its second end."""
     ends = places.round().astype(int)[pairs[thin(len(pairs), most)]]  # [edges, 2 ends, x and y]
-    return {name: [at for pair in ends[..., axis].tolist() for at in (*pair, None)] for axis, name in enumerate("xy")}
+    lines = {name: [at for pair in ends[..., axis].tolist() for at in (*pair, None)] for axis, name in enumerate("xy")}
+    if not directed:
+        return lines
+    marker = {
+        "symbol": "arrow",
+        "angleref": "previous",
+        "standoff": 8,
+        "size": [0, 12, 0] * len(ends),
+        "line": {"width": 0},
+    }
+    return lines | {"mode": "lines+markers", "marker": marker}
 
 
 def _nodes(run: RunData, places: Array, colours: dict[int, list[Any]], shown: int) -> tuple[go.Scatter, go.Scatter]:

@@ -161,7 +161,7 @@ def payload_bytes(payload: Tensors) -> int:
     return sum(x.shape[1:].numel() * x.element_size() for x in payload.values())
 
 
-def bytes_sent(payload: Tensors, neighbours: list[int]) -> list[int]:
+def bytes_sent(payload: Tensors, neighbours: Sequence[int]) -> list[int]:
     """Bytes that each client sends in a round, to all of its `neighbours [K]` together."""
     size = payload_bytes(payload)
     return [size * count for count in neighbours]
@@ -176,14 +176,21 @@ def neighbour_counts(weights: Tensor) -> list[int]:
     return [count - 1 for count in torch.bincount(receivers, minlength=weights.shape[0]).tolist()]
 
 
-def edges(weights: Tensor, receivers: Sequence[int], heard: Sequence[int]) -> list[tuple[int, int]]:
+def edges(
+    weights: Tensor, receivers: Sequence[int], heard: Sequence[int], directed: bool = False
+) -> list[tuple[int, int]]:
     """Return the pairs i < j of clients that take something from each other by `weights [R, H]`, sorted.
 
-    `receivers [R]` and `heard [H]` are the clients' numbers.
+    `receivers [R]` and `heard [H]` are the clients' numbers. Of a directed graph these are (sender, receiver).
     """
     rows, places, _ = entries(weights)
-    pairs = ((receivers[i], heard[j]) for i, j in zip(rows.tolist(), places.tolist(), strict=True))
-    return sorted({(min(pair), max(pair)) for pair in pairs if pair[0] != pair[1]})
+    pairs = ((heard[j], receivers[i]) for i, j in zip(rows.tolist(), places.tolist(), strict=True))
+    return sorted({as_edge(*pair, directed) for pair in pairs if pair[0] != pair[1]})
+
+
+def as_edge(sender: int, receiver: int, directed: bool = False) -> tuple[int, int]:
+    """Return what an edge is called: i < j, or where the graph is directed (sender, receiver)."""
+    return (sender, receiver) if directed else (min(sender, receiver), max(sender, receiver))
 
 
 def entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:

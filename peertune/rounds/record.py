@@ -48,8 +48,8 @@ class RoundRecord:
     grad_norm: list[float]  # [K], mean over the local steps, before clipping
     bytes_sent: list[int]  # [K]
     neighbours: list[int]  # [K], how many others each client heard
-    edges: list[tuple[int, int]]  # over which something was sent, i < j
-    failed_edges: list[tuple[int, int]]  # active by the graph, over which nothing came
+    edges: list[tuple[int, int]]  # over which something came, i < j; of a directed graph (sender, receiver)
+    failed_edges: list[tuple[int, int]]  # active by the graph, over which nothing came; in the same order
     out_of_phase: list[int]  # clients that trained other kinds than `train`
     neighbourhood_cross_term: list[float] | None  # [K], of what each heard, before mixing; only in evaluated rounds
     # Consensus errors and cross term after mixing, mean drift and contraction by mixing; {} where only one is known.

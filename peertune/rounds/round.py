@@ -29,7 +29,7 @@ from peertune.rounds import bounds, metrics
 from peertune.rounds.bounds import Bound, Refusal
 from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.rounds.training import Optim, reset_moments, train_local
-from peertune.topology import Fault, Graph, clients_down, drop_edges, planned_weights
+from peertune.topology import Fault, Graph, clients_down, drop_edges, messages_sent, planned_weights
 from peertune.types import ALONE, Batch, Group, State, Tensors, by_site, select
 
 
@@ -39,8 +39,9 @@ class Heard(NamedTuple):
     tensors: Tensors  # [H, …], as they are read; of the receivers themselves among them
     weights: Tensor  # [K, H], what each receiver takes of each that was heard
     clients: Sequence[int]  # [H], who was heard
-    failed: list[tuple[int, int]]  # edges, i < j, that were active and over which nothing came, of the receivers'
+    failed: list[tuple[int, int]]  # edges, as records have them, that were active and over which nothing came
     vacant: Sequence[tuple[int, int]] = ()  # and those at whose other end there is nobody
+    sent: Sequence[int] | None = None  # [K], to how many each sends, where that is not as many as it hears
 
 
 Refuse = Callable[[Tensors, Tensor, Tensor], list[Refusal]]
@@ -163,9 +164,9 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
         clients=list(clients),
         loss=loss.tolist(),
         grad_norm=grad_norm.tolist(),
-        bytes_sent=metrics.bytes_sent(payload, neighbours),
+        bytes_sent=metrics.bytes_sent(payload, neighbours if came.sent is None else came.sent),
         neighbours=neighbours,
-        edges=metrics.edges(came.weights, clients, came.clients) if payload else [],
+        edges=metrics.edges(came.weights, clients, came.clients, job.graph.directed) if payload else [],
         failed_edges=came.failed if payload else [],
         vacant_edges=list(came.vacant) if payload else [],
         not_mixed=unmixed,
@@ -200,26 +201,27 @@ def exchanged(
     The tensors are what was sent. An edge that one end refuses is dropped from the mixing matrix like one that is
     planned to fail, at both ends.
     """
-    tensors = job.read(tensors)
-    matrix, failed = planned_weights(job.graph, job.faults, round)
-    ours, theirs = np.asarray(clients), np.asarray(among)
-    rows = matrix if len(ours) == job.graph.clients else matrix[ours]
+    tensors, graph = job.read(tensors), job.graph
+    matrix, failed = planned_weights(graph, job.faults, round)
+    ours, theirs = (np.asarray(numbers, dtype=np.int64) for numbers in (clients, among))
+    rows = matrix if len(ours) == graph.clients else matrix[ours]
     entries = rows.tocoo()
     receivers, senders = entries.row, np.searchsorted(theirs, entries.col)
     others = (ours[receivers] != entries.col) & (entries.data != 0)
     places = (torch.from_numpy(x[others]).long().to(job.device) for x in (receivers, senders))
     found = refuse(tensors, *places) if tensors else []
     _tell(job, round, found, clients, among, "the edge is dropped")
-    pairs = [(clients[refusal.receiver], among[refusal.sender]) for refusal in found]
-    told = chain(*job.group.gather(sorted({(min(pair), max(pair)) for pair in pairs})))
+    pairs = {metrics.as_edge(among[sender], clients[receiver], graph.directed) for receiver, sender, _ in found}
+    told = chain(*job.group.gather(sorted(pairs)))
     if lost := sorted({(i, j) for i, j in told}):
-        matrix, failed = drop_edges(matrix, lost), sorted({*failed, *lost})
+        matrix, failed = drop_edges(graph, matrix, lost), sorted({*failed, *lost})
         rows = matrix[ours]
-    if len(theirs) < job.graph.clients:
+    if len(theirs) < graph.clients:
         rows = rows[:, theirs]
     if job.group.size > 1:
-        failed = [edge for edge in failed if not set(edge).isdisjoint(clients)]
-    return Heard(tensors, as_weights(rows, job.device), among, failed)
+        failed = [edge for edge in failed if not set(edge).isdisjoint(job.clients)]
+    sent = messages_sent(graph, job.faults, round)[ours].tolist() if graph.directed else None
+    return Heard(tensors, as_weights(rows, job.device), among, failed, sent=sent)
 
 
 def _tell(

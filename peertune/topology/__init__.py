@@ -2,16 +2,16 @@
 
 `GRAPHS` makes a `Graph`: the edges that are possible in each round. `active_edges` decides which of them are active,
 each by a draw of its own. `weights_at` turns them into the round's mixing matrix `W [n, n]`, symmetric and doubly
-stochastic; a peer needs its own row alone, `row_at`, which follows from its `Neighbourhood`. `rho` says how fast mixing
-shrinks disagreement. `Fault` is what is planned to go wrong.
+stochastic but for a directed graph; a peer needs its own row alone, `row_at`, which follows from its `Neighbourhood`.
+`rho` says how fast mixing shrinks disagreement. `Fault` is what is planned to go wrong.
 """
 
-from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, planned_weights
+from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, messages_sent, planned_weights
 from peertune.topology.graphs import GRAPHS
 from peertune.topology.neighbourhood import graph_near, may_meet, neighbourhoods, partners_at, row_at
+from peertune.topology.rules import WEIGHTS
 from peertune.topology.spectrum import one_period, rho, rho_draws, summary
 from peertune.topology.weights import (
-    WEIGHTS,
     Graph,
     GraphSummary,
     Neighbourhood,
@@ -19,6 +19,7 @@ from peertune.topology.weights import (
     digest,
     drop_edges,
     mixing_weights,
+    need_both_ways,
     weights_at,
 )
 
@@ -37,7 +38,9 @@ __all__ = [
     "failed_edges",
     "graph_near",
     "may_meet",
+    "messages_sent",
     "mixing_weights",
+    "need_both_ways",
     "neighbourhoods",
     "one_period",
     "partners_at",

@@ -7,6 +7,8 @@ so that the two can be held against each other when things fail.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from peertune.topology.pairs import Edges
@@ -35,10 +37,13 @@ def clients_down(faults: Sequence[Fault], t: int) -> set[int]:
 
 
 def failed_edges(faults: Sequence[Fault], active: Edges, t: int) -> list[tuple[int, int]]:
-    """Return those of the round's `active [E, 2]` edges that fail: dropped, or with an end that is down; i < j."""
+    """Return those of the round's `active [E, 2]` edges that fail: dropped, or with an end that is down.
+
+    A plan drops edges both ways.
+    """
     down = clients_down(faults, t)
-    dropped = {tuple(sorted(fault.edge)) for fault in faults if fault.edge is not None and fault.at(t)}
-    return [(i, j) for i, j in active.tolist() if i in down or j in down or (i, j) in dropped]
+    dropped = {frozenset(fault.edge) for fault in faults if fault.edge is not None and fault.at(t)}
+    return [(i, j) for i, j in active.tolist() if i in down or j in down or frozenset((i, j)) in dropped]
 
 
 def planned_weights(graph: Graph, faults: Sequence[Fault], t: int) -> tuple[csr_array, list[tuple[int, int]]]:
@@ -47,7 +52,17 @@ def planned_weights(graph: Graph, faults: Sequence[Fault], t: int) -> tuple[csr_
     if not faults:
         return matrix, []
     failed = failed_edges(faults, active_edges(graph, t), t)
-    return drop_edges(matrix, failed), failed
+    return drop_edges(graph, matrix, failed), failed
+
+
+def messages_sent(graph: Graph, faults: Sequence[Fault], t: int) -> NDArray[np.int64]:
+    """Return to how many others each client of a directed graph sends in round t, `[n]`: to all but those down.
+
+    What is lost on the way was sent: its sender doesn't know.
+    """
+    active, down = active_edges(graph, t), clients_down(faults, t)
+    up = ~np.isin(active, sorted(down)).any(axis=1)
+    return np.bincount(active[up, 0], minlength=graph.clients)
 
 
 def delay_s(faults: Sequence[Fault], client: int, t: int) -> float:

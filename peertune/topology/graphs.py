@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from peertune.errors import GraphError
 from peertune.randomness import Draw, uniforms, words
-from peertune.topology.pairs import MOST_EDGES, Edges, all_pairs, drawn_pairs, need_few, need_paired
-from peertune.topology.weights import Graph, Rule, as_edges, need_clients, unreachable
+from peertune.topology.pairs import MOST_EDGES, Edges, all_pairs, drawn_pairs, drawn_receivers, need_few, need_paired
+from peertune.topology.rules import OneWay, Rule
+from peertune.topology.weights import Graph, as_edges, need_clients, unreachable
 
 MOST_ROUNDS = 1_000_000  # of a trace, all of which are held in memory
 TRIES = 100  # random graphs drawn before giving up on a connected one
@@ -214,6 +215,37 @@ def matching(
     return Graph(clients, edges_at, None, activation, seed, weights, "matching", exchangeable=True)
 
 
+def epidemic(
+    *,
+    clients: int,
+    seed: int = 0,
+    activation: float = 1.0,
+    weights: OneWay = "row",
+    fan_out: int,
+) -> Graph:
+    """In each round each client sends to `fan_out` others, drawn anew: a directed graph.
+
+    With an activation p each of these messages is sent with probability p. Source: Epidemic Learning (arXiv
+    2310.01972, its EL-Local), whose receivers average equally what they heard and their own: `weights: row`.
+    """
+    need_clients("epidemic", clients, 2)
+    if not 0 < fan_out < clients:
+        raise GraphError(f"graph epidemic: fan_out is {fan_out}; choose 1 to {clients - 1}")
+    if clients * fan_out > MOST_EDGES:
+        raise GraphError(
+            f"graph epidemic: {clients:,} clients send {clients * fan_out:,} messages, and {MOST_EDGES:,} is the most; "
+            "choose a smaller fan_out"
+        )
+
+    @lru_cache(maxsize=2)  # a round asks for its edges more than once
+    def edges_at(t: int) -> Edges:
+        receivers = drawn_receivers(clients, fan_out, seed, Draw.EPIDEMIC, t)
+        senders = np.repeat(np.arange(clients), fan_out)
+        return as_edges(clients, _joined(senders, receivers), directed=True)
+
+    return Graph(clients, edges_at, None, activation, seed, weights, "epidemic", exchangeable=True, directed=True)
+
+
 def edge_file(
     *,
     clients: int,
@@ -256,6 +288,7 @@ GRAPHS: dict[str, Callable[..., Graph]] = {
     "bipartite": bipartite,
     "complete": complete,
     "edges": edge_file,
+    "epidemic": epidemic,
     "erdos_renyi": erdos_renyi,
     "exponential": exponential,
     "hypercube": hypercube,

@@ -13,17 +13,16 @@ from numpy.typing import ArrayLike, NDArray
 from peertune.errors import GraphError
 from peertune.randomness import Draw, happens
 from peertune.topology.pairs import Edges, drawn_partners, pair_count
+from peertune.topology.rules import by_degree, degrees, metropolis
 from peertune.topology.weights import (
     Graph,
     GraphSummary,
     Neighbourhood,
     active_edges,
-    by_degree,
-    degrees,
     digest,
     first_like,
     matrix,
-    metropolis,
+    need_both_ways,
     need_whole,
     others,
     possible_weights,
@@ -37,6 +36,7 @@ def neighbourhoods(graph: Graph, clients: Sequence[int], summary: GraphSummary) 
     may meet: no part is then smaller than the whole.
     """
     need_whole(graph)
+    need_both_ways(graph)
     if graph.period is None or graph.every_pair:
         raise GraphError(
             f"graph {graph.name}: any two clients may meet, so each must know of all; "
@@ -150,7 +150,8 @@ def _near_each(graph: Graph, clients: Sequence[int], place: int) -> Iterator[tup
 
 
 def _need_near(graph: Graph, client: int) -> None:
-    """Raise GraphError where the client's part of the graph isn't known."""
+    """Raise GraphError where the client's part of the graph isn't known, or its edges go one way."""
+    need_both_ways(graph)
     if graph.known is not None and graph.known.client != client:
         need_whole(graph)
 

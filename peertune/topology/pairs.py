@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from peertune.errors import GraphError
-from peertune.randomness import happens
+from peertune.randomness import happens, words
 
 Edges = NDArray[np.int64]
 
@@ -85,3 +85,19 @@ def drawn_partners(clients: int, client: int, chance: float, seed: int, purpose:
         j = j[happens(chance, seed, purpose, *counters, client, j)]
         found.append(np.stack([np.full(len(j), client), j], axis=1))
     return np.concatenate(found)
+
+
+def drawn_receivers(clients: int, count: int, seed: int, purpose: str, *counters: int) -> NDArray[np.int64]:
+    """Return `count` others for each client, `[n, count]`, any as likely as any other.
+
+    Each client's are its own draw, `words(seed, purpose, *counters, client, place)`, by Floyd's algorithm (Bentley,
+    CACM 30(9), 1987), all clients at a time.
+    """
+    everyone, places = np.arange(clients)[:, None], np.arange(count)
+    at_random = words(seed, purpose, *counters, everyone, places)
+    drawn = np.empty((clients, count), dtype=np.int64)
+    for place, last in enumerate(range(clients - 1 - count, clients - 1)):
+        one = (at_random[:, place] % np.uint64(last + 1)).astype(np.int64)
+        taken = (drawn[:, :place] == one[:, None]).any(axis=1)
+        drawn[:, place] = np.where(taken, last, one)
+    return drawn + (drawn >= everyone)  # of the others, counted without the client itself

@@ -12,17 +12,9 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigs
 
 from peertune.randomness import Draw, generator
 from peertune.topology.neighbourhood import row_at
-from peertune.topology.pairs import MOST_PAIRED, pair_count
-from peertune.topology.weights import (
-    DENSE_CLIENTS,
-    Graph,
-    GraphSummary,
-    degrees,
-    largest_eigenvalue,
-    listed,
-    stacked_weights,
-    weights_at,
-)
+from peertune.topology.pairs import MOST_PAIRED, Edges, pair_count
+from peertune.topology.rules import DENSE_CLIENTS, degrees, largest_eigenvalue
+from peertune.topology.weights import Graph, GraphSummary, listed, stacked_weights, weights_at
 
 MOST_DRAWS = 100_000  # rounds drawn to estimate rho, where that is quick (always at n = 10)
 LEAST_DRAWS = 16
@@ -40,6 +32,9 @@ def rho(graph: Graph, draws: int | None = None) -> float:
     It is `λ_max(E[WᵀW] - J)` where all rounds have one law. Where they follow each other in a period of P rounds it is
     the long run's: the spectral radius of `E[(W_P … W_1) ⊗ (W_P … W_1)]` on the disagreement, to the power 1 / P. A
     period may leave more of the worst disagreement than the long run says, `one_period`; a round may leave all of it.
+
+    Of a directed graph it is `λ_max(E[Wᵀ(I - J)W])` on vectors of mean 0, the same for doubly stochastic W. Where its
+    rounds have a period, that is the mean over one, as if they came in random order.
 
     Exact where every round is known before (`rho_draws` is 0); otherwise estimated from the first `draws` rounds,
     `rho_draws(graph)` of them by default. Of a period with an activation below 1 and more than 1,000 clients it is the
@@ -65,18 +60,19 @@ def rho(graph: Graph, draws: int | None = None) -> float:
     elif n <= DENSE_CLIENTS:
         moment = _second_moment(graph, rounds)
         dense = moment if isinstance(moment, np.ndarray) else moment.toarray()
-        value = np.linalg.eigvalsh(dense - 1 / n)[-1]
-    elif graph.sides:
+        averaged = _averaged(graph, rounds)
+        value = np.linalg.eigvalsh(dense - (averaged.T @ averaged if graph.directed else 1 / n))[-1]
+    elif graph.sides and not graph.directed:
         value = _by_frequency(graph, _first_row(graph, rounds, exact is not None)).max()
     else:
-        if exact:
+        if exact and not graph.directed:
             # The W of a known round may be dense (complete graph): it is applied twice, as forming WᵀW would cost n³.
             W = aslinearoperator(weights_at(graph, 0))
             moment = W.T @ W
         else:
             moment = aslinearoperator(_second_moment(graph, rounds))
-        ones = aslinearoperator(np.full((n, 1), n**-0.5))
-        value = largest_eigenvalue(moment - ones @ ones.T, relative_to=1.0, tolerance=1e-4)
+        averaged = aslinearoperator(_averaged(graph, rounds).T)
+        value = largest_eigenvalue(moment - averaged @ averaged.T, relative_to=1.0, tolerance=1e-4)
     return float(np.clip(value, 0.0, 1.0))
 
 
@@ -111,15 +107,15 @@ def rho_draws(graph: Graph) -> int:
     if _by_rows(graph):
         # A row takes n draws for its client and for each that it meets, about 10 ns each.
         return max(int(10 * DRAWING_NS / (10 * n * (1 + graph.activation * n))), LEAST_DRAWS)
-    pairs = pair_count(n)
+    pairs, ends = pair_count(n), 1 if graph.directed else 2
     possible = len(graph.edges_at(0)) if graph.period is not None and not graph.every_pair else pairs
     # Drawing an edge costs about 20 ns; a client with d active edges adds (d + 1)² products to WᵀW, about 5 ns each.
-    neighbours = 2 * graph.activation * (pairs if graph.every_pair else len(graph.edges_at(0))) / n
+    neighbours = ends * graph.activation * (pairs if graph.every_pair else len(graph.edges_at(0))) / n
     draw_ns = 20 * possible + 5 * n * (1 + neighbours) ** 2
     if _in_order(graph):  # each draw is applied to matrices, 10 ns an entry
         draw_ns += 10 * n**2 * (n**2 if n**2 <= DENSE_CLIENTS else ARNOLDI_STEPS)
     if graph.period is None:
-        draw_ns += 40_000  # such edges are made one by one
+        draw_ns += 160_000 if graph.directed else 40_000  # such edges are made one by one
     least = LEAST_DRAWS
     if graph.exchangeable:
         meetings = max(n * neighbours / 2, 1)
@@ -135,10 +131,10 @@ def summary(graph: Graph) -> GraphSummary:
     if graph.every_pair:
         counts = np.full((1, graph.clients), graph.clients - 1)
     else:
-        counts = np.stack([degrees(graph.clients, graph.edges_at(t)) for t in range(graph.period or draws)])
+        counts = np.stack([_heard(graph, graph.edges_at(t)) for t in range(graph.period or draws)])
     return GraphSummary(
         clients=graph.clients,
-        edges=float(counts.sum(axis=1).mean() / 2),
+        edges=float(counts.sum(axis=1).mean() / (1 if graph.directed else 2)),
         mean_neighbours=float(graph.activation * counts.mean()),
         isolated_share=float(np.mean((1 - graph.activation) ** counts)),
         rho=value,
@@ -147,9 +143,14 @@ def summary(graph: Graph) -> GraphSummary:
     )
 
 
+def _heard(graph: Graph, edges: Edges) -> NDArray[np.int64]:
+    """Count those whom each client may hear over these edges, `[n]`."""
+    return degrees(graph.clients, edges[:, 1:] if graph.directed else edges)
+
+
 def _in_order(graph: Graph) -> bool:
     """Whether rho looks at the order of rounds: they follow each other in a period, and it takes no minutes."""
-    if graph.period in (None, 1):
+    if graph.period in (None, 1) or graph.directed:
         return False
     n, period = graph.clients, graph.period or 1
     if n > DENSE_CLIENTS:
@@ -240,12 +241,21 @@ def _by_rows(graph: Graph) -> bool:
 
 
 def _mean_trace(graph: Graph, rounds: int) -> float:
-    """Return the mean of tr WᵀW, the sum of the squares of W's entries, over the first rounds."""
+    """Return the mean of tr WᵀW, the sum of the squares of W's entries, over the first rounds.
+
+    Of a directed graph it is that of tr Wᵀ(I - J)W + 1, the same for doubly stochastic W.
+    """
     n = graph.clients
     if _by_rows(graph):  # all clients' rows have one law
         rows = [row_at(graph, t % n, t).values() for t in range(rounds)]
         return n * sum(x**2 for row in rows for x in row) / rounds
-    return sum(float(np.square(stacked.data).sum()) for stacked in _in_chunks(graph, rounds)) / rounds
+    total = 0.0
+    for stacked in _in_chunks(graph, rounds):
+        total += float(np.square(stacked.data).sum())
+        if graph.directed:
+            given = _column_sums(stacked, n)
+            total += len(given) - float(np.square(given).sum()) / n
+    return total / rounds
 
 
 def _first_row(graph: Graph, rounds: int, exact: bool) -> NDArray[np.float64]:
@@ -265,6 +275,22 @@ def _first_row(graph: Graph, rounds: int, exact: bool) -> NDArray[np.float64]:
         stride *= side
     first: NDArray[np.float64] = np.bincount(place, moment.data, graph.clients) / moment.shape[0]
     return first
+
+
+def _column_sums(stacked: csr_array, n: int) -> NDArray[np.float64]:
+    """Return how much all together take from each client, `[R, n]`, by the matrices `[R·n, n]` below each other."""
+    entries, rounds = stacked.tocoo(), stacked.shape[0] // n
+    sums = np.bincount(entries.row // n * n + entries.col, entries.data, rounds * n)
+    return np.asarray(sums.reshape(rounds, n))
+
+
+def _averaged(graph: Graph, rounds: int) -> NDArray[np.float64]:
+    """Return G `[rounds, n]` with `GᵀG` the mean of WᵀJW over the first rounds; `[1, n]` where that is J."""
+    n = graph.clients
+    if not graph.directed:
+        return np.full((1, n), n**-0.5)
+    averaged = np.concatenate([_column_sums(stacked, n) for stacked in _in_chunks(graph, rounds)])
+    return np.asarray(averaged / (n * rounds) ** 0.5)
 
 
 def _second_moment(graph: Graph, rounds: int) -> Any:

@@ -1,30 +1,24 @@
 """What a graph is, which of its edges are active in a round, and the round's mixing matrix.
 
-Edges are int64 arrays `[E, 2]` with i < j, sorted, each once. Clients count from 0, rounds (`t`) from 0.
+Edges are int64 arrays `[E, 2]` with i < j, sorted, each once; of a directed graph they are (sender, receiver). Clients
+count from 0, rounds (`t`) from 0.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
-from scipy.linalg import eigvalsh_tridiagonal
+from numpy.typing import NDArray
 from scipy.sparse import csgraph, csr_array, diags_array
 
 from peertune.errors import GraphError, unknown
-from peertune.randomness import Draw, generator, happens
+from peertune.randomness import Draw, happens
 from peertune.topology.pairs import MOST_EDGES, Edges, drawn_pairs, need_few, need_paired, pair_count
+from peertune.topology.rules import ONE_WAY, WEIGHTS, adjacency, degrees, metropolis
 
-log = logging.getLogger(__name__)
-
-Rule = Literal["metropolis", "laplacian", "uniform"]
-
-DENSE_CLIENTS = 1_000  # up to here a dense [n, n] eigenvalue problem is a matter of a second
-LANCZOS_WORK = 2_000_000_000  # clients times steps in search of an eigenvalue: a minute or so
 LISTED_PAIRS = 2**20  # up to here all pairs are held, and the draws of many rounds made in one go
 
 
@@ -76,12 +70,13 @@ class Graph:
     period: int | None  # rounds after which edges_at repeats; None where edges are drawn afresh in each round
     activation: float  # in (0, 1]: the chance of a possible edge to be active in a round
     seed: int
-    weights: str = "metropolis"  # a key of WEIGHTS
+    weights: str = "metropolis"  # a key of WEIGHTS, or of ONE_WAY where edges are directed
     name: str = "custom"  # what messages call it
     exchangeable: bool = False  # whether renumbering the clients leaves the law of its edges as it is
     every_pair: bool = False  # whether any two clients may meet in any round: no list of them is needed to draw some
     sides: tuple[int, ...] = ()  # of a grid in which client numbers run, the last side fastest, if moving all clients
     # round it by the same steps leaves each round's possible edges as they are; empty elsewhere
+    directed: bool = False  # whether what goes over an edge goes one way, and edges are (sender, receiver)
     known: Neighbourhood | None = None  # where this is all that is known of it: edges_at has no others
 
     def __post_init__(self) -> None:
@@ -89,8 +84,9 @@ class Graph:
         need_clients(self.name, self.clients, 1)
         if not 0 < self.activation <= 1:
             raise GraphError(f"{where}: activation is {self.activation}; choose a number above 0, at most 1")
-        if self.weights not in WEIGHTS:
-            raise GraphError(unknown(f"{where}: weights", self.weights, WEIGHTS))
+        rules = ONE_WAY if self.directed else WEIGHTS
+        if self.weights not in rules:
+            raise GraphError(unknown(f"{where}: weights", self.weights, rules))
         if self.known is not None:
             return
         if self.every_pair:
@@ -110,10 +106,11 @@ class Graph:
                 raise GraphError(f"{where}: weights uniform need the same edges every round; choose metropolis")
             return
         rounds = [self.edges_at(t) for t in range(self.period)]
-        if lost := unreachable(self.clients, np.concatenate(rounds)):
+        if lost := unreachable(self.clients, np.concatenate(rounds), self.directed):
             some = ", ".join(map(str, lost[:10])) + (f" and {len(lost) - 10} more" if len(lost) > 10 else "")
             noun = "client" if len(lost) == 1 else "clients"
-            raise GraphError(f"{where}: {noun} {some} can never reach client 0; add edges between them")
+            ways = " and be reached from it" if self.directed else ""
+            raise GraphError(f"{where}: {noun} {some} can never reach client 0{ways}; add edges between them")
         if self.weights == "uniform":
             for edges in rounds:
                 degree = degrees(self.clients, edges)
@@ -163,65 +160,29 @@ def listed(graph: Graph) -> bool:
     return pair_count(graph.clients) <= LISTED_PAIRS
 
 
-def metropolis(clients: int, edges: Edges) -> NDArray[np.float64]:
-    """Weigh each edge by `1 / (1 + max(d_i, d_j))`, d the number of neighbours (Metropolis-Hastings)."""
-    degree = degrees(clients, edges)
-    return by_degree(degree[edges[:, 0]], degree[edges[:, 1]])
-
-
-def by_degree(one: ArrayLike, other: ArrayLike) -> NDArray[np.float64]:
-    """Return the Metropolis weights of edges by the numbers of neighbours at both ends."""
-    return np.asarray(1 / (1 + np.maximum(one, other)))
-
-
-def laplacian(clients: int, edges: Edges) -> NDArray[np.float64]:
-    """Weigh all edges alike, by `2 / (3 λ_max(L))`: `W = I - 2L / (3 λ_max(L))` of Dec-LoRA (arXiv 2501.15361)."""
-    if len(edges) == 0:
-        return np.zeros(0)
-    L = csgraph.laplacian(_adjacency(clients, edges))
-    largest = np.linalg.eigvalsh(L.toarray())[-1] if clients <= DENSE_CLIENTS else largest_eigenvalue(L)
-    return np.full(len(edges), 2 / (3 * largest))
-
-
-def uniform(clients: int, edges: Edges) -> NDArray[np.float64]:
-    """Weigh all edges of a regular graph by `1 / (d + 1)`, so that a client counts as much as each neighbour.
-
-    `Graph` sees to it that the graph is regular.
-    """
-    return np.full(len(edges), 1 / (1 + degrees(clients, edges).max()))
-
-
-WEIGHTS: dict[str, Callable[[int, Edges], NDArray[np.float64]]] = {
-    "metropolis": metropolis,
-    "laplacian": laplacian,
-    "uniform": uniform,
-}
-"""Rules: (clients, edges `[E, 2]`) → a weight `[E]` for each edge; the diagonal of W takes what remains of 1.
-
-`metropolis` looks at a round's active edges. The others look at its possible edges, known to all peers
-before the round, and the weight of an edge that isn't active stays on the diagonal.
-"""
-
-
 def mixing_weights(clients: int, edges: Edges) -> csr_array:
     """Return the Metropolis-Hastings matrix `W [n, n]` float64 of these edges: `W_ii = 1 - Σ_j W_ij`."""
     return matrix(clients, 1, edges, metropolis(clients, edges))
 
 
-def drop_edges(weights: csr_array, failed: Edges | Sequence[tuple[int, int]]) -> csr_array:
-    """Return `W [n, n]` without the `failed` edges, whose weight goes back to the diagonal at both ends.
+def drop_edges(graph: Graph, weights: csr_array, failed: Edges | Sequence[tuple[int, int]]) -> csr_array:
+    """Return the graph's `W [n, n]` without the `failed` edges, whose weight goes back to the diagonal.
 
-    That keeps W symmetric and doubly stochastic, so failures never move the clients' mean. Pairs may come in any order;
-    those that are no edges of W change nothing.
+    It does so at both ends, which keeps W symmetric and doubly stochastic, so that failures never move the clients'
+    mean; of a directed edge at the receiver. Pairs may come in any order, but for those of a directed graph; those that
+    are no edges of W change nothing.
     """
     clients = weights.shape[0]
-    mask = _adjacency(clients, as_edges(clients, failed))
+    mask = adjacency(clients, as_edges(clients, failed, graph.directed), graph.directed)
     lost = csr_array(weights.multiply(mask))
     return csr_array(weights - lost + diags_array(lost.sum(axis=1)))
 
 
 def weights_at(graph: Graph, t: int) -> csr_array:
-    """Return the mixing matrix `W_t [n, n]` float64 of round t: symmetric, doubly stochastic, non-negative."""
+    """Return the mixing matrix `W_t [n, n]` float64 of round t: non-negative, and its rows sum to 1.
+
+    It is symmetric, and so doubly stochastic, but for that of a directed graph.
+    """
     return stacked_weights(graph, range(t, t + 1))
 
 
@@ -238,6 +199,8 @@ def stacked_weights(graph: Graph, rounds: range) -> csr_array:
     at = np.repeat(np.arange(len(rounds)), [len(one) for one in possible])
     active = happens(graph.activation, graph.seed, Draw.EDGE, rounds.start + at, edges[:, 0], edges[:, 1])
     apart = (edges + n * at[:, None])[active]
+    if graph.directed:
+        return one_way(n, len(rounds), apart, ONE_WAY[graph.weights](n * len(rounds), apart))
     if graph.weights == "metropolis":
         return matrix(n, len(rounds), apart, metropolis(n * len(rounds), apart))
     weights = np.concatenate([possible_weights(graph, first_like(graph, t)) for t in rounds])
@@ -266,19 +229,23 @@ def matrix(clients: int, rounds: int, edges: Edges, weights: NDArray[np.float64]
     return csr_array((np.concatenate([weights, weights, diagonal]), (rows, columns)), shape=(len(nodes), clients))
 
 
-def as_edges(clients: int, pairs: Any) -> Edges:
-    """Bring pairs into the form of edges: `[E, 2]`, i < j, sorted, each once."""
+def one_way(clients: int, rounds: int, edges: Edges, weights: NDArray[np.float64]) -> csr_array:
+    """Return the same of directed edges: a weight stands in its receiver's row, and the diagonal has what is left."""
+    nodes, senders, receivers = np.arange(rounds * clients), edges[:, 0], edges[:, 1]
+    diagonal = 1 - np.bincount(receivers, weights, len(nodes))
+    rows, columns = np.concatenate([receivers, nodes]), np.concatenate([senders, nodes]) % clients
+    return csr_array((np.concatenate([weights, diagonal]), (rows, columns)), shape=(len(nodes), clients))
+
+
+def as_edges(clients: int, pairs: Any, directed: bool = False) -> Edges:
+    """Bring pairs into the form of edges: `[E, 2]`, i < j unless they are directed, sorted, each once."""
     array = np.array(pairs if isinstance(pairs, np.ndarray) else list(pairs), dtype=np.int64).reshape(-1, 2)
-    array.sort(axis=1)
+    if not directed:
+        array.sort(axis=1)
     keys = np.sort(array[:, 0] * clients + array[:, 1])  # np.unique takes a hundred times as long for millions
     edges = np.stack(np.divmod(keys[np.diff(keys, prepend=-1) > 0], clients), axis=1)
     edges.flags.writeable = False  # every round hands out the same array
     return edges
-
-
-def _adjacency(clients: int, edges: Edges) -> csr_array:
-    ends = np.concatenate([edges, edges[:, ::-1]])
-    return csr_array((np.ones(len(ends)), (ends[:, 0], ends[:, 1])), shape=(clients, clients))
 
 
 def others(rounds: Iterable[Edges], client: int) -> tuple[int, ...]:
@@ -287,52 +254,11 @@ def others(rounds: Iterable[Edges], client: int) -> tuple[int, ...]:
     return tuple(sorted({other for found in ends for other in found.tolist()}))
 
 
-def degrees(clients: int, edges: Edges) -> NDArray[np.int64]:
-    """Count each client's neighbours, `[n]`."""
-    return np.bincount(edges.ravel(), minlength=clients)
-
-
-def unreachable(clients: int, edges: Edges) -> list[int]:
-    """Return the clients that these edges don't connect to client 0."""
+def unreachable(clients: int, edges: Edges, directed: bool = False) -> list[int]:
+    """Return the clients that these edges don't connect to client 0, where they are directed both ways."""
     once = csr_array((np.ones(len(edges)), (edges[:, 0], edges[:, 1])), shape=(clients, clients))
-    _, component = csgraph.connected_components(once, directed=False)
+    _, component = csgraph.connected_components(once, directed=directed, connection="strong")
     return np.flatnonzero(component != component[0]).tolist()
-
-
-def largest_eigenvalue(symmetric: Any, relative_to: float = 0.0, tolerance: float = 1e-8) -> float:
-    """Return λ_max of a sparse array or LinearOperator `[n, n]`, to about `tolerance · |λ_max - relative_to|`.
-
-    Lanczos without restarts: long rings crowd their eigenvalues so much that ARPACK, which separates them, never ends.
-    λ_max alone needs no such care, and not even orthogonality, whose loss only repeats eigenvalues that were found.
-
-    It ends after `5 n + 64` steps, and beyond 20,000 clients after `LANCZOS_WORK / n`. What is then returned lies below
-    λ_max, and a warning says so: in k steps no eigenvalue shows that is nearer to the next than about (π / k)² of the
-    spectrum's width, as those of graphs with paths of many thousand clients are.
-    """
-    n, previous, value = symmetric.shape[0], 0.0, -np.inf
-    vector = generator(0, Draw.EIGENVECTOR).standard_normal(n)  # fixed: the same number each time and on each peer
-    vector /= np.linalg.norm(vector)
-    diagonal: list[float] = []
-    beside: list[float] = []
-    for step in range(1, min(5 * n + 64, max(1024, LANCZOS_WORK // n)) + 1):
-        image = symmetric @ vector - (beside[-1] * previous if beside else 0.0)
-        diagonal.append(float(vector @ image))
-        image -= diagonal[-1] * vector
-        length = float(np.linalg.norm(image))
-        exhausted = length < 1e-12
-        if exhausted or (step >= 64 and step & (step - 1) == 0):
-            before, value = value, _largest_of_tridiagonal(diagonal, beside)
-            if exhausted or abs(value - before) <= tolerance * abs(value - relative_to):
-                return value
-        beside.append(length)
-        previous, vector = vector, image / length
-    log.warning("an eigenvalue of %d clients did not settle in %d steps: what follows is a bound from below", n, step)
-    return _largest_of_tridiagonal(diagonal, beside[:-1])
-
-
-def _largest_of_tridiagonal(diagonal: list[float], beside: list[float]) -> float:
-    last = len(diagonal) - 1
-    return float(eigvalsh_tridiagonal(diagonal, beside, select="i", select_range=(last, last))[0])
 
 
 def need_clients(name: str, clients: int, least: int) -> None:
@@ -345,3 +271,12 @@ def need_whole(graph: Graph) -> None:
     """Raise GraphError where only one client's neighbourhood of the graph is known."""
     if graph.known is not None:
         raise GraphError(f"graph {graph.name}: only what is near client {graph.known.client} is known of it")
+
+
+def need_both_ways(graph: Graph) -> None:
+    """Raise GraphError for a directed graph, on which peers can't run: they swap, and none pushes."""
+    if graph.directed:
+        raise GraphError(
+            f"graph {graph.name}: its edges go one way, and peers swap; choose a graph whose edges go both ways, "
+            "or simulate it with peertune run"
+        )

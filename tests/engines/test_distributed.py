@@ -46,6 +46,12 @@ RECIPES |= {
     "ring": [*SMALL, "graph={name: ring, activation: 0.7}", "training.reset_optimizer=phase"],
     # with an interval given: to estimate rho of such a graph takes each process longer than all its rounds
     "pairs": [*SMALL, "graph={name: matching, probability: 0.6}", "algorithm.switch_every=2", "head=frozen"],
+    "epidemic": [
+        *SMALL,
+        "graph={name: epidemic, fan_out: 2, activation: 0.8}",
+        f"faults={FAULTS}",
+        "algorithm.switch_every=2",
+    ],
     "many": [*SMALL, "clients=70", "graph={name: ring}", "rounds=2", "training.per_device_train_batch_size=1"],
     **{name: [*SMALL, "graph.activation=1.0", "rounds=2"] for name in SPOILT},
     **{f"faults {name}": [*SMALL, f"algorithm={{name: {name}}}", f"faults={FAULTS}"] for name in ("decaf", "adf_lora")},
@@ -101,6 +107,26 @@ def test_processes_end_with_the_simulators_adapters_and_records(
             theirs = as_json(record)
             assert ours["seconds"].keys() == theirs["seconds"].keys()
             assert_close(ours, theirs | {"seconds": ours["seconds"]}, f"{name}, round {record.round}")
+
+
+def test_a_round_on_a_directed_graph_says_who_heard_whom_and_counts_what_each_sent(
+    simulated: dict[str, list[RoundRecord]],
+) -> None:
+    down, each = [{4}, {3, 4}, {0}, set[int]()], {True: 0}
+    for record in simulated["epidemic"]:
+        off = down[record.round]
+        assert record.clients == [client for client in range(5) if client not in off]
+        assert record.neighbours == [sum(j == client for _, j in record.edges) for client in record.clients]
+        lost = [edge for edge in record.failed_edges if off.isdisjoint(edge)]
+        assert {frozenset(edge) for edge in lost} <= ({frozenset((0, 1))} if record.round in (1, 2) else set())
+        sent = [sum(i == client for i, _ in [*record.edges, *lost]) for client in record.clients]
+        size = max(record.bytes_sent) // max(sent)
+        assert record.bytes_sent == [size * count for count in sent]
+        each[sent == record.neighbours] = each.get(sent == record.neighbours, 0) + 1
+        both = [edge for edge in record.failed_edges if not off.isdisjoint(edge)]
+        assert bool(both) == bool(off)
+    assert each[False] > 1, "who sends to many need not hear many"
+    assert any((j, i) not in record.edges for record in simulated["epidemic"] for i, j in record.edges)
 
 
 def test_a_stage_takes_as_long_as_in_its_slowest_process(simulated: dict[str, list[RoundRecord]]) -> None:

@@ -108,6 +108,21 @@ def test_the_graphs_frames_show_the_edges_of_their_round(make_run: Any) -> None:
     assert "T* 5" in figure.layout.xaxis.title.text
 
 
+def test_the_graph_of_messages_that_go_one_way_has_arrows(make_run: Any) -> None:
+    run = make_run(rounds=4)
+    run.facts["graph"]["directed"] = True
+    for record in run.records:
+        record["edges"] = [[1, 0], [0, 1], [2, 3]]
+    figure = drawn(run)["graph"]
+    for data in (trace(figure, f"active in round {figure.layout.meta}"), figure.frames[0].data[0]):
+        assert data.mode == "lines+markers"
+        assert (data.marker.symbol, data.marker.angleref) == ("arrow", "previous")
+        assert list(data.marker.size) == [0, 12, 0] * 3, "at the receiver's end"
+        (x0, x1, gap, *back) = data.x[:6]
+        assert gap is None
+        assert back == [x1, x0, None]
+
+
 def test_contraction_tells_idle_factors_from_trained_ones(make_run: Any) -> None:
     run = make_run(rounds=8)
     figure = drawn(run)["contraction"]

@@ -23,7 +23,7 @@ def test_every_graph_is_tested() -> None:
     assert set(VALID) == set(GRAPHS)
 
 
-@every_graph
+@pytest.mark.parametrize("name", GRAPHS)
 def test_a_factory_takes_the_common_settings_first_and_all_by_keyword(name: str) -> None:
     parameters = signature(GRAPHS[name]).parameters
     assert list(parameters)[:4] == ["clients", "seed", "activation", "weights"]
@@ -301,6 +301,20 @@ def test_rho_of_a_ring_is_that_of_the_closed_form(clients: int) -> None:
             "graph matching: 200,000 clients make 19,999,900,000 pairs to draw; "
             "choose at most 100,000 clients, or a sparse graph such as random_regular",
         ),
+        ("epidemic", {"clients": 4, "fan_out": 4}, "graph epidemic: fan_out is 4; choose 1 to 3"),
+        ("epidemic", {"clients": 4, "fan_out": 0}, "graph epidemic: fan_out is 0; choose 1 to 3"),
+        ("epidemic", {"clients": 1, "fan_out": 1}, "graph epidemic: clients is 1; choose 2 or more"),
+        (
+            "epidemic",
+            {"clients": 1_000_000, "fan_out": 11},
+            "graph epidemic: 1,000,000 clients send 11,000,000 messages, and 10,000,000 is the most; choose a smaller "
+            "fan_out",
+        ),
+        (
+            "epidemic",
+            {"clients": 4, "fan_out": 2, "weights": "metropolis"},
+            "graph epidemic: weights: unknown name 'metropolis', choose from row",
+        ),
         ("random_regular", {"clients": 4, "degree": 4}, "graph random_regular: degree is 4; choose 1 to 3"),
         ("random_regular", {"clients": 4, "degree": 0}, "graph random_regular: degree is 0; choose 1 to 3"),
         (
@@ -378,6 +392,7 @@ def test_what_is_the_most_is_allowed_itself(monkeypatch: pytest.MonkeyPatch, tmp
         (pairs, "MOST_EDGES", 15, lambda: GRAPHS["complete"](clients=6)),
         (pairs, "MOST_EDGES", 8, lambda: GRAPHS["complete"](clients=6, activation=0.5)),
         (pairs, "MOST_PAIRED", 6, lambda: GRAPHS["matching"](clients=6, probability=0.5)),
+        (graphs, "MOST_EDGES", 12, lambda: GRAPHS["epidemic"](clients=6, fan_out=2)),
         (graphs, "MOST_EDGES", 8, lambda: GRAPHS["bipartite"](clients=6, left=2)),
         (graphs, "MOST_ROUNDS", 2, lambda: GRAPHS["trace"](clients=2, path=path)),
     ]

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from graph_making import (
+    BOTH_WAYS,
     FACTS,
     REGULAR,
     activations,
@@ -106,7 +107,7 @@ def test_who_may_ever_meet_is_known_from_all_rounds(tmp_path: Path) -> None:
     assert may_meet(GRAPHS["matching"](clients=3, probability=0.1), 1) == [0, 2]
 
 
-SPARSE = sorted(GRAPHS.keys() - {"complete", "matching"})
+SPARSE = [name for name in BOTH_WAYS if name not in ("complete", "matching")]
 
 
 @pytest.mark.parametrize("name", SPARSE)

@@ -18,9 +18,9 @@ from peertune.topology import (
     one_period,
     rho,
     rho_draws,
+    rules,
     spectrum,
     summary,
-    weights,
     weights_at,
 )
 
@@ -43,7 +43,7 @@ def test_rho_of_known_and_of_drawn_rounds_follows_from_one_row_where_clients_mov
 def test_a_search_for_an_eigenvalue_that_would_take_too_long_ends_and_says_so(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(weights, "LANCZOS_WORK", 0)  # 1,024 steps
+    monkeypatch.setattr(rules, "LANCZOS_WORK", 0)  # 1,024 steps
     found = rho(GRAPHS["path"](clients=5_000))
     exact = (1 / 3 + 2 / 3 * np.cos(np.pi / 5_000)) ** 2
     assert 1 - exact < 1 - found < 1e-5
@@ -245,11 +245,11 @@ def test_the_order_of_rounds_counts_where_it_can_be_followed(monkeypatch: pytest
 def test_the_largest_eigenvalue_is_found_at_either_end_of_the_spectrum(caplog: pytest.LogCaptureFixture) -> None:
     values = np.linspace(0, 1, 1_500)
     for shift in (0.0, -3.0):
-        found = weights.largest_eigenvalue(diags_array(values + shift))
+        found = rules.largest_eigenvalue(diags_array(values + shift))
         assert found == pytest.approx(1 + shift, abs=1e-6)
         assert found <= 1 + shift + 1e-12
-    assert weights.largest_eigenvalue(diags_array(np.array([2.0, 5.0, 3.0]))) == pytest.approx(5, abs=1e-12)
-    assert weights.largest_eigenvalue(diags_array(np.full(9, -2.0))) == pytest.approx(-2, abs=1e-12)
+    assert rules.largest_eigenvalue(diags_array(np.array([2.0, 5.0, 3.0]))) == pytest.approx(5, abs=1e-12)
+    assert rules.largest_eigenvalue(diags_array(np.full(9, -2.0))) == pytest.approx(-2, abs=1e-12)
     assert not caplog.records, "it settled"
 
 

@@ -77,7 +77,7 @@ def test_dropping_edges_keeps_mixing_fair(
     graph = make(name, size, folder, activation=activation, seed=seed)
     before, active = weights_at(graph, t), active_edges(graph, t)
     failed = active[np.array([data.draw(st.booleans()) for _ in active], dtype=bool)]
-    after = drop_edges(before, failed)
+    after = drop_edges(graph, before, failed)
     assert_mixes_fairly(after)
     kept = np.array(sorted(rows(active) - rows(failed)), dtype=np.int64).reshape(-1, 2)
     assert not after.toarray()[failed[:, 0], failed[:, 1]].any()
@@ -130,7 +130,7 @@ def test_rules_on_possible_edges_give_an_inactive_edge_back_to_both_ends(name: s
     always = replace(graph, activation=1.0)
     for t in range(8):
         inactive = rows(graph.edges_at(t)) - rows(active_edges(graph, t))
-        dropped = drop_edges(weights_at(always, t), np.array(sorted(inactive), dtype=np.int64).reshape(-1, 2))
+        dropped = drop_edges(always, weights_at(always, t), np.array(sorted(inactive), dtype=np.int64).reshape(-1, 2))
         np.testing.assert_allclose(weights_at(graph, t).toarray(), dropped.toarray(), atol=1e-15)
 
 
@@ -154,8 +154,9 @@ def test_laplacian_weights_of_a_trace_are_those_of_each_rounds_own_edges(tmp_pat
 
 
 def test_dropping_takes_edges_in_any_form_and_ignores_those_that_are_not_there() -> None:
-    W = weights_at(GRAPHS["ring"](clients=5), 0)
-    once = drop_edges(W, np.array([[0, 1]]))
-    np.testing.assert_array_equal(drop_edges(W, np.array([[1, 0], [0, 1], [0, 2]])).toarray(), once.toarray())
-    np.testing.assert_array_equal(drop_edges(W, np.zeros((0, 2), dtype=np.int64)).toarray(), W.toarray())
+    graph = GRAPHS["ring"](clients=5)
+    W = weights_at(graph, 0)
+    once = drop_edges(graph, W, np.array([[0, 1]]))
+    np.testing.assert_array_equal(drop_edges(graph, W, np.array([[1, 0], [0, 1], [0, 2]])).toarray(), once.toarray())
+    np.testing.assert_array_equal(drop_edges(graph, W, np.zeros((0, 2), dtype=np.int64)).toarray(), W.toarray())
     assert once[0, 0] == pytest.approx(2 / 3)

@@ -22,7 +22,9 @@ def meet_more(seen: Facts) -> list[str]:
     ways = [f"raise graph.activation from {activation:g}"] if activation < 1 else []
     if graph["name"] in ("edges", "trace"):
         ways.append("add edges to the file in graph.path")
-    if graph["name"] != "complete":
+    if "fan_out" in graph:
+        ways.append(f"raise graph.fan_out from {graph['fan_out']}")
+    elif graph["name"] != "complete":
         ways.append("choose a denser graph.name")
     return ways
 
