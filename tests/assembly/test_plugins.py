@@ -300,9 +300,9 @@ def test_what_a_function_makes_must_be_what_it_says(write: Write) -> None:
 
 
 def test_an_installed_package_offers_names_and_is_imported_when_one_is_named(write: Write) -> None:
-    install(write, "hubs", "[peertune.graphs]", "hub = hubs.inner:hub", "[peertune.tasks]", "hub = hubs:no")
+    install(write, "hubs", "[peertune.graphs]", "hub = hubs.inner.made:hub", "[peertune.tasks]", "hub = hubs:no")
     write("hubs/hubs/__init__.py", TOLD)
-    write("hubs/hubs/inner.py", HUB)
+    write("hubs/hubs/inner/made.py", HUB)
     check_choices(with_graph("ring"))
     with pytest.raises(RecipeError, match=r"^graph\.name: unknown name 'hup', did you mean hub\?$"):
         check_choices(with_graph("hup"))
@@ -311,7 +311,7 @@ def test_an_installed_package_offers_names_and_is_imported_when_one_is_named(wri
     assert build_graph(recipe).name == "hub"
     assert Path("imported").exists()
     code = from_outside(recipe)["graph"]
-    assert (code["function"], code["distribution"]) == ("hubs.inner:hub", "hubs 1.0")
+    assert (code["function"], code["distribution"]) == ("hubs.inner.made:hub", "hubs 1.0")
 
 
 def test_a_name_that_two_offer_is_refused_where_it_is_asked_for(write: Write) -> None:

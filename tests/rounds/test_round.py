@@ -35,7 +35,7 @@ from peertune.rounds.round import (
 from peertune.rounds.training import Optim, sgd
 from peertune.topology import Fault, weights_at
 from peertune.topology.graphs import complete, path, ring
-from peertune.types import Batch, Group, Tensors, select
+from peertune.types import Batch, Group, Tensors, select, take
 
 CLIENTS = 5
 MOMENTUM = 0.9
@@ -77,7 +77,7 @@ untouched = Mixer(lambda own, *_: (own, {}))
 
 
 def score(adapters: Tensors, clients: Sequence[int]) -> Evaluation:
-    return Evaluation("accuracy", adapters["layer.A"].sum((1, 2)).tolist(), None, 1, [])
+    return Evaluation("accuracy", (adapters["layer.A"].sum((1, 2)) + torch.tensor(list(clients))).tolist(), None, 1, [])
 
 
 def made(**changes: Any) -> Job:
@@ -195,6 +195,67 @@ def test_rounds_are_local_steps_of_each_client_and_a_mean_of_whom_it_hears(chang
         torch.testing.assert_close(x, expected[name], rtol=0, atol=1e-12)
 
 
+class Third(Group):
+    """A process of several; the others hold one client, which is up."""
+
+    rank = 1
+    size = 2
+
+    def add(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_a_process_whose_clients_are_all_down_leaves_them_as_they_were() -> None:
+    whole = made(faults=[Fault(0, 0, down=client) for client in (2, 3)], rounds=1)
+    job = replace(whole, state=whole.state.take(slice(2, 4)), clients=[2, 3], group=Third())
+    (record,) = run(job)
+    assert (record.clients, record.loss, record.edges) == ([], [], [])
+    assert record.state is not None
+    assert record.state.round == 1
+    for name, x in adapters(record).items():
+        assert torch.equal(x, job.state.adapters[name])
+
+
+def test_edges_are_told_of_rounds_only_that_send_something() -> None:
+    def exchange(clients: Sequence[int], tensors: Tensors, *_: Any) -> Heard:
+        return Heard(tensors, torch.eye(CLIENTS, dtype=torch.float64), clients, [(0, 1)], [(1, 2)])
+
+    for schedule, failed, vacant in ((both(), [(0, 1)], [(1, 2)]), (silent(), [], [])):
+        (record,) = run_rounds(made(algorithm=Algorithm(schedule, mean), rounds=1), exchange)
+        assert (record.failed_edges, record.vacant_edges) == (failed, vacant)
+
+
+def test_what_a_client_sends_at_the_start_and_how_it_is_read_are_the_messages() -> None:
+    seen = []
+
+    def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+        seen.append((at.clients.tolist(), at.round.tolist(), phase))
+        return {name: x.bfloat16() for name, x in select(adapters, phase.send).items()}, {}
+
+    def read(like: Tensors, heard: Tensors) -> Tensors:
+        return {name: x.to(like[name].dtype) for name, x in heard.items()}
+
+    job = made(algorithm=Algorithm(both(), mean, message=Message(send, read)), clients=[3, 4, 0, 1, 2])
+    sent = job.sent(frozenset("A"))
+    assert seen == [([3], [0], Phase(frozenset("A"), frozenset("A")))]
+    assert sent.keys() == {"layer.A"}
+    assert torch.equal(sent["layer.A"], job.state.adapters["layer.A"][:1].bfloat16())
+    assert job.read(sent)["layer.A"].dtype == torch.float64
+
+
+def test_neighbouring_clients_train_where_the_stack_lies() -> None:
+    seen = []
+
+    def gradients(gradient: Gradient, adapters: Tensors, *_: Any) -> tuple[Tensors, Memory]:
+        seen.append(adapters["layer.A"].data_ptr())
+        return gradient(adapters), {}
+
+    job = made(algorithm=Algorithm(both(), mean, Local(gradients)), clients_per_pass=2, rounds=1)
+    state = job.state.clone()
+    run_round(job, state, job.clients, 0, lambda *given: hear(job)(job.clients, *given))
+    assert seen == [state.adapters["layer.A"][place].data_ptr() for place in (0, 0, 2, 2, 4, 4)]
+
+
 def test_a_record_says_what_was_sent_between_whom_and_evaluates_where_that_is_due() -> None:
     first, second, third = run(made(graph=path(clients=4), faults=FAULTS))
     assert [(one.train, one.send) for one in (first, second, third)] == [
@@ -210,7 +271,8 @@ def test_a_record_says_what_was_sent_between_whom_and_evaluates_where_that_is_du
     assert [one.evaluation is not None for one in (first, second, third)] == [False, True, True]
     assert [one.neighbourhood_cross_term is not None for one in (first, second, third)] == [False, True, True]
     assert [("evaluate" in one.seconds) for one in (first, second, third)] == [False, True, True]
-    assert third.evaluation == score(adapters(third), range(CLIENTS))
+    assert third.evaluation == score(adapters(third), range(4))
+    assert second.evaluation == score(take(adapters(second), torch.tensor([0, 1, 3])), [0, 1, 3])
     assert third.neighbourhood_cross_term is not None
     assert min(third.neighbourhood_cross_term) > 0
     assert third.diagnostics["mean_drift"] < 1e-12

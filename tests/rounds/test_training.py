@@ -26,6 +26,7 @@ from peertune.rounds.training import (
     hits,
     learning_rate,
     predictions,
+    probabilities,
     reset_moments,
     row_losses,
     sgd,
@@ -245,6 +246,11 @@ def test_a_prediction_is_the_likeliest_class_or_the_value() -> None:
     assert (values.dtype, values.tolist()) == (torch.float64, [0.5, 3.0])
 
 
+def test_probabilities_are_of_each_rows_classes_in_float64() -> None:
+    found = probabilities(torch.tensor([[0.0, np.log(3.0)], [2.0, 2.0]]), rows_of(torch.tensor([0, 0])))
+    torch.testing.assert_close(found, torch.tensor([[0.25, 0.75], [0.5, 0.5]], dtype=torch.float64))
+
+
 class Linear(nn.Module):
     """A base of one linear layer, whose dropout draws from PyTorch's global generator where `draws` says so."""
 
@@ -374,7 +380,8 @@ def test_a_local_sees_the_start_each_step_and_its_memory_and_steps_what_it_retur
         assert start.keys() == {"layer.A", "layer.B"}
         assert memory.get("me.steps", torch.zeros(CLIENTS)).tolist() == [len(seen) - 1.0] * CLIENTS
         of = "A" if at.step[0] % 2 else "B"
-        return select(gradient(adapters), {of}), {"me.steps": torch.full((CLIENTS,), float(len(seen)))}
+        first = {"me.first": at.step.clone()} if len(seen) == 1 else {}
+        return select(gradient(adapters), {of}), first | {"me.steps": torch.full((CLIENTS,), float(len(seen)))}
 
     def halfway(start: Tensors, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
         assert torch.equal(start["layer.A"], adapters["layer.A"]) == (len(seen) == 1)
@@ -388,6 +395,7 @@ def test_a_local_sees_the_start_each_step_and_its_memory_and_steps_what_it_retur
         assert torch.equal(after.adapters["layer.A"], before.adapters["layer.A"]) == (steps == 1)
         half = (before.adapters["layer.B"] + plain.adapters["layer.B"]) / 2
         torch.testing.assert_close(after.adapters["layer.B"], half)
+        assert trained.memory["me.first"].tolist() == [4] * CLIENTS
         assert trained.memory["me.steps"].tolist() == [float(steps)] * CLIENTS
         assert trained.memory["me.ended"].tolist() == [4 + steps] * CLIENTS
 
@@ -538,7 +546,7 @@ def test_steps_are_counted_from_the_runs_start() -> None:
 def test_a_base_that_draws_from_the_global_generator_is_refused() -> None:
     optim = Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never")
     model, state = start_of(Linear(draws=True), optim.optimizer)
-    with pytest.raises(ModelError, match=r"use model\.dropout=false"):
+    with pytest.raises(ModelError, match=r"history; use model\.dropout=false$"):
         train_local(model, state, batches(1), Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients))
 
 
