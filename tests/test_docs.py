@@ -173,9 +173,8 @@ def test_the_page_for_deploying_names_every_exit_code_and_its_unit_starts_again_
     assert [int(code) for code in re.findall(r"^\| (\d+) \|", table, re.MULTILINE)] == sorted(Exit)
     (unit,) = blocks(page, "ini")
     said = dict(re.findall(r"^(\w+)=(.*)$", unit, re.MULTILINE))
-    others = sorted(set(Exit) - {Exit.DONE, Exit.FAULT, Exit.STOPPED})
-    assert [int(code) for code in said["RestartPreventExitStatus"].split()] == others
-    assert (said["Restart"], said["SuccessExitStatus"]) == ("on-failure", str(int(Exit.STOPPED)))
+    assert (said["Restart"], said["RestartForceExitStatus"]) == ("on-abnormal", str(int(Exit.FAULT)))
+    assert said["SuccessExitStatus"] == str(int(Exit.STOPPED))
 
 
 def test_the_recipe_page_names_every_key_and_every_name_with_its_settings() -> None:
