@@ -7,14 +7,17 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from benchmarks import cluster, decaf, language, scale
+from benchmarks import cluster, decaf, language, scale, which
 from benchmarks.gpu import save_base
 from benchmarks.measure import Figure, figure, interleaved, machine
 from benchmarks.peft_loop import PeftLoop, client_rows
 from benchmarks.setup import dropout, make, model
 from benchmarks.step import compare, useful_operations
 from benchmarks.table import table
+from peertune import load_recipe
+from peertune.assembly.registry import build_partition, build_task, hold_out
 from peertune.method import standing
+from peertune.methods.catalogue import ALGORITHMS
 from peertune.rounds.training import train_local
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +51,44 @@ def test_a_table_says_what_was_missed() -> None:
         "| speed | 2 × | 1.5 – 2.5 | ≥ 3 | **missed**; a note |",
         "| time | 1,234 s | one run |  |  |",
     ]
+
+
+@pytest.mark.parametrize("fold", [1, 5])
+def test_no_row_that_scores_a_method_is_in_a_run_that_chooses_its_rate(fold: int) -> None:
+    of = which.STUDIES["digits"]
+    parts = {}
+    for choosing in (True, False):
+        asked = load_recipe(of.recipe, [*of.settings, which.held_out("digits", fold, choosing)])
+        task = build_task(asked)
+        dealt = dict(enumerate(build_partition(asked, task)))
+        parts[choosing] = hold_out(asked, dealt, len(task.train))
+    for client, own in dealt.items():
+        scoring = set(parts[False][1][client].tolist())
+        assert scoring.isdisjoint([*parts[True][0][client], *parts[True][1][client]])
+        assert scoring | set(parts[False][0][client].tolist()) == set(own.tolist())
+    assert not set(of.seeds) & set(which.CHOOSING)
+    text = [load_recipe("tad-sst2-minilm", [which.held_out("sst2", 1, choosing)]) for choosing in (True, False)]
+    assert [each.evaluate.fold for each in text] == ["1/2", "2/2"]
+
+
+def test_the_study_has_every_method_and_takes_the_best_rate_that_never_diverged() -> None:
+    found = list(which.cells())
+    assert {cell.method for cell in found} == set(ALGORITHMS)
+    assert len(found) == len(set(found)) == 2 * len(ALGORITHMS) - 1 + 3
+
+    def rows(*scores: list[float]) -> list[dict[str, list[float]]]:
+        return [{"own": each} for each in scores]
+
+    tried = {0.1: rows([0.9, 0.9], []), 0.02: rows([0.5, 0.7], [0.6, 0.6]), 0.01: rows([0.7, 0.5], [0.6, 0.6])}
+    assert which.best("digits", tried) == 0.01
+
+
+def test_a_paired_difference_says_where_its_interval_is_too_wide() -> None:
+    one, other = {0: 0.5, 1: 0.6, 2: 0.7, 9: 0.0}, {0: 0.4, 1: 0.5, 2: 0.6}
+    assert which.paired(one, other) == "+0.100 [+0.100, +0.100]"
+    # differences -.1, 0, .1: Student's quantile with two degrees of freedom is 4.303, by sqrt(3) 2.484
+    assert which.paired({0: 0.3, 1: 0.5, 2: 0.7}, other) == "+0.000 [-0.248, +0.248], not enough to tell"
+    assert which.paired({0: 0.402, 1: 0.501, 2: 0.6}, other) == "+0.001 [-0.001, +0.003]"
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
