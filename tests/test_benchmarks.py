@@ -86,8 +86,8 @@ def test_the_study_has_every_method_and_takes_the_best_rate_that_never_diverged(
 def test_a_paired_difference_says_where_its_interval_is_too_wide() -> None:
     one, other = {0: 0.5, 1: 0.6, 2: 0.7, 9: 0.0}, {0: 0.4, 1: 0.5, 2: 0.6}
     assert which.paired(one, other) == "+0.100 [+0.100, +0.100]"
-    # differences -.1, 0, .1: Student's quantile with two degrees of freedom is 4.303, by sqrt(3) 2.484
-    assert which.paired({0: 0.3, 1: 0.5, 2: 0.7}, other) == "+0.000 [-0.248, +0.248], not enough to tell"
+    # differences -.09, .01, .11: Student's quantile with two degrees of freedom is 4.303, by sqrt(3) 2.484
+    assert which.paired({0: 0.31, 1: 0.51, 2: 0.71}, other) == "+0.010 [-0.238, +0.258], not enough to tell"
     assert which.paired({0: 0.402, 1: 0.501, 2: 0.6}, other) == "+0.001 [-0.001, +0.003]"
 
 
