@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from peertune.errors import RecipeError
-from peertune.method import Algorithm
+from peertune.method import Algorithm, Message, plain_weights
 from peertune.recipe import Recipe
 from peertune.topology import Graph
 
@@ -39,6 +39,15 @@ def _static(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
     return graph.activation == 1 and graph.period == 1 and not recipe.faults
 
 
+def _together_or_apart(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
+    sent = {algorithm.phase(t).send & {"A", "B"} for t in range(min(recipe.rounds, _ROUNDS))} - {frozenset()}
+    return frozenset({"A", "B"}) not in sent or len(sent) == 1
+
+
+def _plain(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
+    return algorithm.message == Message() and algorithm.mixer.weigh is plain_weights
+
+
 NEEDS: Mapping[str, Need] = {
     "both factors": Need(_sends_both, "choose an algorithm that sends A and B in every round"),
     "exchange": Need(_sends, "choose an algorithm that sends something"),
@@ -48,6 +57,12 @@ NEEDS: Mapping[str, Need] = {
         "choose an algorithm whose mixing leaves each row of A what it was, as all but decaf do",
     ),
     "moments": Need(_moments, "give training.optim=adamw and training.reset_optimizer=never"),
+    "factors together or apart": Need(
+        _together_or_apart, "choose an algorithm that sends A and B always in one round, or never"
+    ),
+    "plain messages": Need(
+        _plain, "leave out half, mix_moments and switch_every=adaptive, which send or weigh otherwise"
+    ),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
     "symmetric weights": Need(
         lambda recipe, graph, algorithm: not graph.directed, "choose a graph whose edges go both ways, not epidemic"
@@ -60,8 +75,11 @@ NEEDS: Mapping[str, Need] = {
 def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
     """Raise RecipeError, in one line, for the first need that a recipe doesn't meet."""
     names = " with ".join([recipe.algorithm.name, *(modifier.name for modifier in recipe.modifiers)])
-    for name in sorted(algorithm.needs):
+    needed = [(f"algorithm: {names}", name) for name in sorted(algorithm.needs)]
+    if graph.weights == "push_sum":
+        needed += [("graph: weights push_sum", name) for name in ("factors together or apart", "plain messages")]
+    for who, name in needed:
         if name not in NEEDS:
-            raise RecipeError(f"algorithm: {names} needs {name!r}, which nobody knows; choose from {', '.join(NEEDS)}")
+            raise RecipeError(f"{who} needs {name!r}, which nobody knows; choose from {', '.join(NEEDS)}")
         if not NEEDS[name].met(recipe, graph, algorithm):
-            raise RecipeError(f"algorithm: {names} needs {name}; {NEEDS[name].instead}")
+            raise RecipeError(f"{who} needs {name}; {NEEDS[name].instead}")

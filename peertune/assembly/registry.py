@@ -20,6 +20,7 @@ from peertune.errors import RecipeError
 from peertune.method import Algorithm, Local, Message, Mixer, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import MODIFIERS
+from peertune.methods.push_sum import pushed
 from peertune.methods.schedules import switching_interval
 from peertune.randomness import Draw, generator
 from peertune.recipe import Choice, Recipe, arguments
@@ -31,6 +32,7 @@ from peertune.topology import (
     Neighbourhood,
     clients_down,
     graph_near,
+    lost_messages,
     need_both_ways,
     one_period,
     rho,
@@ -211,7 +213,16 @@ def build_algorithm(recipe: Recipe, graph: Graph, of: Callable[[Graph], float] =
             raise RecipeError(f"modifiers[{place}]: {choice.name} returns its {field} and takes no parameter {field}")
         algorithm = changed if field == "algorithm" else algorithm._replace(**{field: changed})
     check_needs(recipe, graph, algorithm)
-    return algorithm
+    return pushing(algorithm, graph, build_faults(recipe)) if graph.weights == "push_sum" else algorithm
+
+
+def pushing(algorithm: Algorithm, graph: Graph, faults: Sequence[Fault]) -> Algorithm:
+    """Return the method with push-sum on this graph, some of whose messages are planned to be lost."""
+    lossy: list[set[int]] = [set() for _ in range(graph.clients)]
+    for i, j in (fault.edge for fault in faults if fault.edge is not None):
+        lossy[i].add(j)
+        lossy[j].add(i)
+    return pushed(algorithm, graph.clients, partial(lost_messages, graph, faults), [sorted(near) for near in lossy])
 
 
 def build_faults(recipe: Recipe) -> list[Fault]:

@@ -63,6 +63,8 @@ def graph(
         print_json(facts)
         return
     how = "exact" if facts["draws"] == 0 else f"estimated from {facts['draws']:,} draws"
+    if made.weights == "push_sum":
+        how = f"measured on probes in {facts['draws']:,} rounds"
     print(
         f"graph                            {made.name}, {made.clients} clients, "
         f"{round(facts['edges'], 2):,.10g} possible edges a round{', one way' * made.directed}"

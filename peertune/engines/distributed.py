@@ -36,7 +36,7 @@ from peertune.errors import Exit, PeertuneError, RunError
 from peertune.rounds.metrics import payload_bytes
 from peertune.rounds.record import SCORES_OF_CLIENTS, RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
-from peertune.topology import clients_down, planned_weights
+from peertune.topology import clients_down, whose_adapters
 from peertune.types import ALONE, Group, Tensors
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def _exchange(
     job: Job, shares: Sequence[Sequence[int]], clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse
 ) -> Heard:
     """Bring each process the adapters that its clients hear, and no others."""
-    matrix, _ = planned_weights(job.graph, job.faults, t)
+    matrix = whose_adapters(job.graph, job.faults, t)
     down = clients_down(job.faults, t)
     up = [np.array([client for client in share if client not in down], dtype=np.int64) for share in shares]
     heard = [np.union1d(matrix[own].indices, own) for own in up]

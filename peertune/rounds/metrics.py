@@ -56,11 +56,12 @@ def _disagreement(
     return {k: sqrt(error) for k, error in errors.items()}, sqrt(crossed) / clients
 
 
-def neighbourhood_cross_terms(heard: Tensors, weights: Tensor) -> list[float]:
+def neighbourhood_cross_terms(heard: Tensors, weights: Tensor, pushed: bool = False) -> list[float]:
     """Return the cross term that each receiver's own average leaves out, of what it hears.
 
     `C_i = Σ_j w_ij B_j A_j - (Σ_j w_ij B_j)(Σ_j w_ij A_j)` over row i of `weights [R, H]`, in norm over all sites. 0
-    for a receiver that hears only itself, and where not both factors travel.
+    for a receiver that hears only itself, and where not both factors travel. Of what is `pushed`, whose rows don't sum
+    to 1, a sender counts by the share that it gave.
     """
     pairs = _pairs(heard)
     receivers, places, shares = entries(weights)
@@ -68,6 +69,7 @@ def neighbourhood_cross_terms(heard: Tensors, weights: Tensor) -> list[float]:
     known: dict[tuple[float, ...], float] = {}  # on a complete graph all hear the same
     found = []
     for near, w in zip(places.split(counts), shares.double().split(counts), strict=True):
+        w = w / w.sum() if pushed else w
         key = (*near.tolist(), *w.tolist())
         if key not in known:
             known[key] = sqrt(sum(_weighted(A[near], B[near], w.view(-1, 1, 1)) for A, B in pairs if len(near) > 1))

@@ -143,7 +143,10 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
         state.remember(message.settle(state.known, came.weights, at, phase))
     weights, unmixed = _mixable(job, state, clients, t, came)
     watch.lap("mix")
-    cross_terms = metrics.neighbourhood_cross_terms(select(came.tensors, phase.send), weights) if due else None
+    cross_terms = None
+    if due:
+        pushed = job.graph.weights == "push_sum"
+        cross_terms = metrics.neighbourhood_cross_terms(select(came.tensors, phase.send), weights, pushed)
     before = None if job.alone else metrics.before_mixing(select(state.adapters, phase.send), job.group)
     watch.lap("metrics")
     together = _together(job, state, clients, came._replace(weights=weights), watch) if due else []

@@ -6,7 +6,16 @@ stochastic but for a directed graph; a peer needs its own row alone, `row_at`, w
 `rho` says how fast mixing shrinks disagreement. `Fault` is what is planned to go wrong.
 """
 
-from peertune.topology.faults import Fault, clients_down, delay_s, failed_edges, messages_sent, planned_weights
+from peertune.topology.faults import (
+    Fault,
+    clients_down,
+    delay_s,
+    failed_edges,
+    lost_messages,
+    messages_sent,
+    planned_weights,
+    whose_adapters,
+)
 from peertune.topology.graphs import GRAPHS
 from peertune.topology.neighbourhood import graph_near, may_meet, neighbourhoods, partners_at, row_at
 from peertune.topology.rules import WEIGHTS
@@ -37,6 +46,7 @@ __all__ = [
     "drop_edges",
     "failed_edges",
     "graph_near",
+    "lost_messages",
     "may_meet",
     "messages_sent",
     "mixing_weights",
@@ -50,4 +60,5 @@ __all__ = [
     "row_at",
     "summary",
     "weights_at",
+    "whose_adapters",
 ]

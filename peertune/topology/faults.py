@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.sparse import csr_array
 
 from peertune.topology.pairs import Edges
+from peertune.topology.rules import adjacency
 from peertune.topology.weights import Graph, active_edges, drop_edges, weights_at
 
 
@@ -47,12 +48,43 @@ def failed_edges(faults: Sequence[Fault], active: Edges, t: int) -> list[tuple[i
 
 
 def planned_weights(graph: Graph, faults: Sequence[Fault], t: int) -> tuple[csr_array, list[tuple[int, int]]]:
-    """Return the mixing matrix `W [n, n]` of round t without the edges that are planned to fail, and those edges."""
+    """Return the mixing matrix `W [n, n]` of round t without the edges that are planned to fail, and those edges.
+
+    With `push_sum` the share of a message that is lost on the way is nobody's in this round, see `lost_messages`; that
+    for a client that is down stays with its sender.
+    """
     matrix = weights_at(graph, t)
     if not faults:
         return matrix, []
     failed = failed_edges(faults, active_edges(graph, t), t)
+    if gone := _on_the_way(graph, faults, failed, t):
+        matrix = csr_array(matrix - matrix.multiply(adjacency(graph.clients, np.array(gone), directed=True)))
     return drop_edges(graph, matrix, failed), failed
+
+
+def lost_messages(graph: Graph, faults: Sequence[Fault], t: int) -> list[tuple[int, int, float]]:
+    """Return sender, receiver and share of the messages that are lost on the way in round t; [] but for `push_sum`."""
+    gone = _on_the_way(graph, faults, failed_edges(faults, active_edges(graph, t), t), t)
+    shares = weights_at(graph, t) if gone else csr_array((graph.clients,) * 2)
+    return [(i, j, float(shares[j, i])) for i, j in gone]
+
+
+def whose_adapters(graph: Graph, faults: Sequence[Fault], t: int) -> csr_array:
+    """Return a matrix `[n, n]` whose entries say whose adapters a client's state after round t depends on.
+
+    It is the mixing matrix, and with `push_sum` with those whose messages are lost: in a simulation the receiver keeps
+    what is under way to it.
+    """
+    plan = [fault for fault in faults if fault.edge is None] if graph.weights == "push_sum" else faults
+    return planned_weights(graph, plan, t)[0]
+
+
+def _on_the_way(
+    graph: Graph, faults: Sequence[Fault], failed: Sequence[tuple[int, int]], t: int
+) -> list[tuple[int, int]]:
+    """Return those of the `failed` edges over which a mass is under way after the round."""
+    down = clients_down(faults, t)
+    return [edge for edge in failed if down.isdisjoint(edge)] if graph.weights == "push_sum" else []
 
 
 def messages_sent(graph: Graph, faults: Sequence[Fault], t: int) -> NDArray[np.int64]:

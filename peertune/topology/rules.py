@@ -18,7 +18,7 @@ from peertune.topology.pairs import Edges
 log = logging.getLogger(__name__)
 
 Rule = Literal["metropolis", "laplacian", "uniform"]
-OneWay = Literal["row"]
+OneWay = Literal["row", "push_sum"]
 
 DENSE_CLIENTS = 1_000  # up to here a dense [n, n] eigenvalue problem is a matter of a second
 LANCZOS_WORK = 2_000_000_000  # clients times steps in search of an eigenvalue: a minute or so
@@ -73,8 +73,21 @@ def row(clients: int, edges: Edges) -> NDArray[np.float64]:
     return np.asarray(1 / (1 + np.bincount(receivers, minlength=clients)[receivers]))
 
 
-ONE_WAY: dict[str, Callable[[int, Edges], NDArray[np.float64]]] = {"row": row}
-"""Rules for directed edges: (clients, a round's active edges `[E, 2]`) → a weight `[E]` for each."""
+def push_sum(clients: int, edges: Edges) -> NDArray[np.float64]:
+    """Weigh what a sender sends by `1 / (1 + d)`, d to how many: it splits its mass equally, its own part included.
+
+    See `peertune.methods.push_sum`.
+    """
+    senders = edges[:, 0]
+    return np.asarray(1 / (1 + np.bincount(senders, minlength=clients)[senders]))
+
+
+ONE_WAY: dict[str, Callable[[int, Edges], NDArray[np.float64]]] = {"row": row, "push_sum": push_sum}
+"""Rules for directed edges: (clients, a round's active edges `[E, 2]`) → a weight `[E]` for each.
+
+What is left of 1 stands on the diagonal: of a receiver's row, so that rows sum to 1, or with `push_sum` of a sender's
+column, so that columns do.
+"""
 
 
 def degrees(clients: int, edges: Edges) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import csr_array, vstack
+from scipy.sparse import csr_array, diags_array, vstack
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, eigs
 
 from peertune.randomness import Draw, generator
@@ -22,6 +22,7 @@ LEAST_MEETINGS = 1_000  # in all rounds drawn, up to 16: 3 % of the estimate of 
 DRAWING_NS = 1e9  # the time that estimating rho may take, roughly; more clients get fewer draws
 IN_ORDER_WORK = 10_000_000_000  # entries that a period's product takes, up to which rho looks at the order of rounds
 ARNOLDI_STEPS = 40  # applications of a map in search of its largest eigenvalue, roughly
+SETTLING = 16  # rounds of pushing after which masses have come to their usual spread
 CHUNK = 1_000_000  # edges and clients held at once while drawing many rounds
 
 
@@ -34,7 +35,8 @@ def rho(graph: Graph, draws: int | None = None) -> float:
     period may leave more of the worst disagreement than the long run says, `one_period`; a round may leave all of it.
 
     Of a directed graph it is `λ_max(E[Wᵀ(I - J)W])` on vectors of mean 0, the same for doubly stochastic W. Where its
-    rounds have a period, that is the mean over one, as if they came in random order.
+    rounds have a period, that is the mean over one, as if they came in random order. With `push_sum` it is measured on
+    probes: what a round leaves, in the mean over rounds and over values drawn afresh in each, of their disagreement.
 
     Exact where every round is known before (`rho_draws` is 0); otherwise estimated from the first `draws` rounds,
     `rho_draws(graph)` of them by default. Of a period with an activation below 1 and more than 1,000 clients it is the
@@ -55,7 +57,7 @@ def rho(graph: Graph, draws: int | None = None) -> float:
     n, rounds = graph.clients, exact or draws or default
     if _in_order(graph):
         value = _long_run(graph, rounds)
-    elif graph.exchangeable and n > 1:
+    elif (graph.exchangeable or graph.weights == "push_sum") and n > 1:
         value = (_mean_trace(graph, rounds) - 1) / (n - 1)
     elif n <= DENSE_CLIENTS:
         moment = _second_moment(graph, rounds)
@@ -101,7 +103,7 @@ def rho_draws(graph: Graph) -> int:
     At least 16, or where clients are alike, as many as have the rows of 16 rounds of 1,000 clients. Where any two of
     more than 100,000 may meet, only one client's row is drawn of each round, at least 16 of them as well.
     """
-    if graph.activation == 1 and graph.period is not None:
+    if graph.activation == 1 and graph.period is not None and graph.weights != "push_sum":
         return 0
     n = graph.clients
     if _by_rows(graph):
@@ -116,6 +118,8 @@ def rho_draws(graph: Graph) -> int:
         draw_ns += 10 * n**2 * (n**2 if n**2 <= DENSE_CLIENTS else ARNOLDI_STEPS)
     if graph.period is None:
         draw_ns += 160_000 if graph.directed else 40_000  # such edges are made one by one
+    if graph.weights == "push_sum":
+        draw_ns += 600_000  # and so are masses
     least = LEAST_DRAWS
     if graph.exchangeable:
         meetings = max(n * neighbours / 2, 1)
@@ -250,7 +254,7 @@ def _mean_trace(graph: Graph, rounds: int) -> float:
         rows = [row_at(graph, t % n, t).values() for t in range(rounds)]
         return n * sum(x**2 for row in rows for x in row) / rounds
     total = 0.0
-    for stacked in _in_chunks(graph, rounds):
+    for stacked in _pushed(graph, rounds) if graph.weights == "push_sum" else _in_chunks(graph, rounds):
         total += float(np.square(stacked.data).sum())
         if graph.directed:
             given = _column_sums(stacked, n)
@@ -275,6 +279,18 @@ def _first_row(graph: Graph, rounds: int, exact: bool) -> NDArray[np.float64]:
         stride *= side
     first: NDArray[np.float64] = np.bincount(place, moment.data, graph.clients) / moment.shape[0]
     return first
+
+
+def _pushed(graph: Graph, rounds: int) -> Iterator[csr_array]:
+    """Yield of each of so many rounds of pushing `R [n, n]`, by which a client averages, after those of settling."""
+    n, mass, t = graph.clients, np.ones(graph.clients), 0
+    for stacked in _in_chunks(graph, SETTLING + rounds):
+        for start in range(0, stacked.shape[0], n):
+            given = csr_array(stacked[start : start + n] @ diags_array(mass))
+            mass = given.sum(axis=1)
+            t += 1
+            if t > SETTLING:
+                yield csr_array(diags_array(1 / mass) @ given)
 
 
 def _column_sums(stacked: csr_array, n: int) -> NDArray[np.float64]:

@@ -169,19 +169,19 @@ def drop_edges(graph: Graph, weights: csr_array, failed: Edges | Sequence[tuple[
     """Return the graph's `W [n, n]` without the `failed` edges, whose weight goes back to the diagonal.
 
     It does so at both ends, which keeps W symmetric and doubly stochastic, so that failures never move the clients'
-    mean; of a directed edge at the receiver. Pairs may come in any order, but for those of a directed graph; those that
-    are no edges of W change nothing.
+    mean; of a directed edge at the receiver, with `push_sum` at the sender. Pairs may come in any order, but for those
+    of a directed graph; those that are no edges of W change nothing.
     """
     clients = weights.shape[0]
     mask = adjacency(clients, as_edges(clients, failed, graph.directed), graph.directed)
     lost = csr_array(weights.multiply(mask))
-    return csr_array(weights - lost + diags_array(lost.sum(axis=1)))
+    return csr_array(weights - lost + diags_array(lost.sum(axis=0 if graph.weights == "push_sum" else 1)))
 
 
 def weights_at(graph: Graph, t: int) -> csr_array:
     """Return the mixing matrix `W_t [n, n]` float64 of round t: non-negative, and its rows sum to 1.
 
-    It is symmetric, and so doubly stochastic, but for that of a directed graph.
+    It is symmetric, and so doubly stochastic, but for that of a directed graph. With `push_sum` its columns sum to 1.
     """
     return stacked_weights(graph, range(t, t + 1))
 
@@ -200,7 +200,7 @@ def stacked_weights(graph: Graph, rounds: range) -> csr_array:
     active = happens(graph.activation, graph.seed, Draw.EDGE, rounds.start + at, edges[:, 0], edges[:, 1])
     apart = (edges + n * at[:, None])[active]
     if graph.directed:
-        return one_way(n, len(rounds), apart, ONE_WAY[graph.weights](n * len(rounds), apart))
+        return one_way(graph, len(rounds), apart)
     if graph.weights == "metropolis":
         return matrix(n, len(rounds), apart, metropolis(n * len(rounds), apart))
     weights = np.concatenate([possible_weights(graph, first_like(graph, t)) for t in rounds])
@@ -229,12 +229,13 @@ def matrix(clients: int, rounds: int, edges: Edges, weights: NDArray[np.float64]
     return csr_array((np.concatenate([weights, weights, diagonal]), (rows, columns)), shape=(len(nodes), clients))
 
 
-def one_way(clients: int, rounds: int, edges: Edges, weights: NDArray[np.float64]) -> csr_array:
-    """Return the same of directed edges: a weight stands in its receiver's row, and the diagonal has what is left."""
-    nodes, senders, receivers = np.arange(rounds * clients), edges[:, 0], edges[:, 1]
-    diagonal = 1 - np.bincount(receivers, weights, len(nodes))
-    rows, columns = np.concatenate([receivers, nodes]), np.concatenate([senders, nodes]) % clients
-    return csr_array((np.concatenate([weights, diagonal]), (rows, columns)), shape=(len(nodes), clients))
+def one_way(graph: Graph, rounds: int, edges: Edges) -> csr_array:
+    """Return the same of a directed graph: a weight stands in its receiver's row, and the diagonal has what is left."""
+    nodes, senders, receivers = np.arange(rounds * graph.clients), edges[:, 0], edges[:, 1]
+    weights = ONE_WAY[graph.weights](len(nodes), edges)
+    diagonal = 1 - np.bincount(senders if graph.weights == "push_sum" else receivers, weights, len(nodes))
+    rows, columns = np.concatenate([receivers, nodes]), np.concatenate([senders, nodes]) % graph.clients
+    return csr_array((np.concatenate([weights, diagonal]), (rows, columns)), shape=(len(nodes), graph.clients))
 
 
 def as_edges(clients: int, pairs: Any, directed: bool = False) -> Edges:

@@ -52,6 +52,12 @@ RECIPES |= {
         f"faults={FAULTS}",
         "algorithm.switch_every=2",
     ],
+    "push": [
+        *SMALL,
+        "graph={name: epidemic, fan_out: 3, weights: push_sum, activation: 0.8}",
+        f"faults={FAULTS}",
+        "algorithm.switch_every=2",
+    ],
     "many": [*SMALL, "clients=70", "graph={name: ring}", "rounds=2", "training.per_device_train_batch_size=1"],
     **{name: [*SMALL, "graph.activation=1.0", "rounds=2"] for name in SPOILT},
     **{f"faults {name}": [*SMALL, f"algorithm={{name: {name}}}", f"faults={FAULTS}"] for name in ("decaf", "adf_lora")},
@@ -127,6 +133,15 @@ def test_a_round_on_a_directed_graph_says_who_heard_whom_and_counts_what_each_se
         assert bool(both) == bool(off)
     assert each[False] > 1, "who sends to many need not hear many"
     assert any((j, i) not in record.edges for record in simulated["epidemic"] for i, j in record.edges)
+
+
+def test_mass_is_kept_where_clients_are_down_and_messages_are_lost(simulated: dict[str, list[RoundRecord]]) -> None:
+    state = simulated["push"][-1].state
+    assert state is not None
+    for kind in ("A", "B", "head"):
+        own, late = state.memory[f"push.{kind}.weight"], state.memory[f"push.{kind}.late"]
+        assert float(own.sum() + late.sum()) == pytest.approx(5, abs=1e-12)
+    assert {(0, 1), (1, 0)} & set(simulated["push"][1].failed_edges), "something was under way"
 
 
 def test_a_stage_takes_as_long_as_in_its_slowest_process(simulated: dict[str, list[RoundRecord]]) -> None:

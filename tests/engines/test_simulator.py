@@ -340,6 +340,27 @@ def test_clients_that_agree_on_their_phases_are_simulated_and_resumed_to_the_sam
         assert all(torch.equal(x, adapters(records)[name]) for name, x in adapters([last]).items())
 
 
+def test_masses_and_what_is_under_way_are_resumed_to_the_same_bits() -> None:
+    job = made(
+        "graph={name: epidemic, fan_out: 4, weights: push_sum}",
+        "algorithm={name: rolora}",
+        "faults=[{edge: [0, 1], rounds: [0, 1]}, {down: 2, rounds: [1, 2]}]",
+        "rounds=4",
+        "training.local_steps=1",
+    ).job
+    records = kept(job)
+    middle = records[1].state
+    assert middle is not None
+    assert middle.memory["push.B.late"][:2].tolist() == [[pytest.approx(1 / 5)]] * 2, "all to all: a fifth of 1"
+    for record in records[:2]:
+        assert record.state is not None
+        *_, last = simulate(replace(job, state=record.state))
+        assert last.state is not None
+        for name, x in (last.state.adapters | last.state.memory).items():
+            assert records[-1].state is not None
+            assert torch.equal(x, (records[-1].state.adapters | records[-1].state.memory)[name])
+
+
 def test_clients_that_are_out_of_phase_train_their_own_factor_and_say_so() -> None:
     def phases(memory: Memory, at: At) -> list[Phase]:
         return [Phase(frozenset(f"{'A' if client in (1, 3) else 'B'}"), frozenset("AB")) for client in range(5)]

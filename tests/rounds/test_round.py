@@ -437,7 +437,7 @@ def test_a_process_takes_its_rows_of_the_mixing_matrix_without_the_edges_that_an
     caplog: pytest.LogCaptureFixture, among: list[int]
 ) -> None:
     faults = [Fault(0, 9, edge=(4, 5)), Fault(0, 9, edge=(2, 3)), Fault(0, 0, edge=(0, 5))]
-    job = made(graph=ring(clients=6), faults=faults, group=Halves([[1, 2], [0, 1]]))
+    job = replace(made(graph=ring(clients=6), faults=faults, group=Halves([[1, 2], [0, 1]])), clients=[2, 3])
     tensors = {"layer.A": torch.zeros(len(among), 2, 4, dtype=torch.float64)}
     heard = exchanged(job, [2, 3], among, tensors, 0, refusing((1, among.index(4))))
     expected = torch.zeros(6, 6, dtype=torch.float64)

@@ -313,7 +313,7 @@ def test_rho_of_a_ring_is_that_of_the_closed_form(clients: int) -> None:
         (
             "epidemic",
             {"clients": 4, "fan_out": 2, "weights": "metropolis"},
-            "graph epidemic: weights: unknown name 'metropolis', choose from row",
+            "graph epidemic: weights: unknown name 'metropolis', choose from push_sum, row",
         ),
         ("random_regular", {"clients": 4, "degree": 4}, "graph random_regular: degree is 4; choose 1 to 3"),
         ("random_regular", {"clients": 4, "degree": 0}, "graph random_regular: degree is 0; choose 1 to 3"),
