@@ -57,7 +57,7 @@ def make_stack(name: str, dropout: float = 0.0, **settings: Any) -> tuple[Stacke
 
 def make_steps(encoded: Encoded, steps: int, packed: bool, tokens: int = 60) -> list[list[Batch]]:
     parts = np.array_split(np.arange(len(encoded)), K)
-    sizes = {"rows_per_step": ROWS, "local_steps": steps, "tokens": tokens, "clients_together": K}
+    sizes: dict[str, Any] = {"rows_per_step": ROWS, "local_steps": steps, "tokens": tokens, "clients_together": K}
     return list(training_steps(encoded, parts, **sizes, packed=packed, seed=0)(range(K), 0))
 
 

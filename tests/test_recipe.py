@@ -265,6 +265,49 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
         ("training.optim=adam", "training.optim: input should be 'adamw' or 'sgd', not 'adam'"),
         ("lora.target_modules=[1]", "lora.target_modules: input should be a valid string, not 1"),
         ("device=tpu", "device: string should match pattern '^(auto|cpu|cuda"),
+        (
+            "training.warmup_steps=1.5",
+            "training.warmup_steps: input should be a number of steps, or a share of them below",
+        ),
+        (
+            "training.warmup_steps=-1",
+            "training.warmup_steps: input should be a number of steps, or a share of them below",
+        ),
+        (
+            "training={warmup_steps: 1, warmup_ratio: 0.1}",
+            "training.warmup_ratio: unknown key 'warmup_ratio', did you mean",
+        ),
+        ("training.lr_scheduler_kwargs.min_lr=0", "training.lr_scheduler_kwargs.min_lr: is of cosine_with_min_lr, and"),
+        (
+            "training.lr_scheduler_type=cosine_with_min_lr",
+            "training.lr_scheduler_kwargs: cosine_with_min_lr falls to min_lr or min_lr_rate; give one of the two",
+        ),
+        (
+            "lora={layers_to_transform: [0], target_modules: all-linear}",
+            "lora.layers_to_transform: goes with a list of lora.target_modules, which is the expression 'all-linear'",
+        ),
+        ("lora.init_lora_weights=pissa", "lora.init_lora_weights: input should be True or 'gaussian', not 'pissa'"),
+        (
+            "training.gradient_accumulation_steps=4",
+            "training.gradient_accumulation_steps: a step is one batch, cut for the device by training."
+            "tokens_per_pass; for 4 times 16 rows give training.per_device_train_batch_size=64 (docs/recipe.md, "
+            "Names that recipes lack)",
+        ),
+        (
+            "training.num_train_epochs=3",
+            "training.num_train_epochs: a run has rounds · training.local_steps = 800 steps of 16 rows, so that each "
+            "client passes over 12,800 rows; give rounds, or training.local_steps, for 3 times those that a client "
+            "holds (docs",
+        ),
+        (
+            "lora.use_rslora=true",
+            "lora.use_rslora: the scale is lora_alpha / r; for lora_alpha / sqrt(r) give lora.lora_alpha=16 (",
+        ),
+        (
+            "lora={use_rslora: true, r: many}",
+            "lora.use_rslora: the scale is lora_alpha / r; for lora_alpha / sqrt(r) give",
+        ),
+        ("lora.modules_to_save=[classifier]", "lora.modules_to_save: the head trains and is mixed with head=trained"),
         ("rounds.x=1", "override 'rounds.x=1': rounds is no block, it has the value "),
         ("rounds", "override 'rounds': write key=value, such as graph.activation=0.02"),
         ("=3", "override '=3': write key=value"),

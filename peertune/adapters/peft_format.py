@@ -37,14 +37,56 @@ LOADERS = {
 """What a model is for, in the hub's words → the class of `transformers` that loads its base."""
 
 
-def find_sites(base: nn.Module, target_modules: str | Sequence[str], head_roots: Sequence[str]) -> list[str]:
+def find_sites(
+    base: nn.Module,
+    target_modules: str | Sequence[str],
+    head_roots: Sequence[str],
+    exclude_modules: str | Sequence[str] | None = None,
+    layers_to_transform: Sequence[int] | None = None,
+) -> list[str]:
     """Return the names of the layers that PEFT's rules choose.
 
     `target_modules` are last parts of names, a regular expression for whole names, or `all-linear`. Layers of the
-    classification head, and a language model's output layer, never become sites.
+    classification head, and a language model's output layer, never become sites. Of those that are chosen,
+    `exclude_modules` leaves out some, by names or an expression, and `layers_to_transform` all of other numbers.
 
-    Raises ModelError where the expression is malformed or chooses nothing, and for each name that chooses no site.
+    Raises ModelError where an expression is malformed or chooses nothing, and for each name or number without effect.
     """
+    sites = _targeted(base, target_modules, head_roots)
+    numbered = {name: int(found[1]) for name in sites if (found := re.match(r".*?\.[^.]*\.(\d+)\.", name))}
+    for number in layers_to_transform or ():
+        if number not in numbered.values():
+            there = ", ".join(map(str, sorted(set(numbered.values())))) or "without numbers"
+            raise ModelError(f"lora.layers_to_transform: there is no layer {number}; those with adapters are {there}")
+    words = [exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules or ())
+    out = {word: _left_out(sites, word, expression=isinstance(exclude_modules, str)) for word in words}
+    for word, names in out.items():
+        if not names:
+            raise ModelError(
+                f"lora.exclude_modules: {word!r} leaves out none of the layers that target_modules chooses, "
+                f"such as {sites[0]}"
+            )
+    kept = [
+        name
+        for name in sites
+        if (layers_to_transform is None or numbered.get(name) in layers_to_transform)
+        and not any(name in names for names in out.values())
+    ]
+    if not kept:
+        raise ModelError("lora: exclude_modules and layers_to_transform leave no layer for adapters; leave out less")
+    return kept
+
+
+def _left_out(sites: Sequence[str], word: str, *, expression: bool) -> list[str]:
+    """Return which of these layers PEFT's `exclude_modules` leaves out."""
+    config = LoraConfig(target_modules=list(sites), exclude_modules=word if expression else [word])
+    try:
+        return [name for name in sites if not check_target_module_exists(config, name)]
+    except re.error as error:
+        raise ModelError(f"lora.exclude_modules: {word!r} is no regular expression ({error})") from None
+
+
+def _targeted(base: nn.Module, target_modules: str | Sequence[str], head_roots: Sequence[str]) -> list[str]:
     config = LoraConfig(target_modules=target_modules if isinstance(target_modules, str) else list(target_modules))
     _maybe_include_all_linear_layers(config, base)  # writes the names into the config
     in_head = tuple(f"{root}." for root in head_roots)
@@ -116,16 +158,17 @@ def save_adapter(
     and frozen must travel with the adapter, or a reader would draw another, and PEFT reads a head whole or not at all.
     A trained head takes precedence over it.
 
-    In the place of a regular expression or `all-linear` the layers stand one by one: not every program that serves
-    adapters knows PEFT's rules, and none has to guess which layers there were.
+    In the place of a regular expression, `all-linear` or a choice among layers these stand one by one: not every
+    program that serves adapters knows PEFT's rules, and none has to guess which layers there were.
     """
     tensors = {f"base_model.model.{name}": value for name, value in head.items()}
     names = {"A": "lora_A.weight", "B": "lora_B.weight"}
     for name, value in adapter.items():
         path, what = name.rpartition(".")[0], kind(name)
         tensors[f"base_model.model.{path}" + (f".{names[what]}" if what in names else "")] = value
-    if isinstance(lora.target_modules, str):
+    if isinstance(lora.target_modules, str) or lora.exclude_modules or lora.layers_to_transform is not None:
         lora = copy(lora)
+        lora.exclude_modules = lora.layers_to_transform = None
         lora.target_modules = [name.removesuffix(".A") for name in adapter if kind(name) == "A"]
     save_config(folder, lora)
     data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})

@@ -212,9 +212,10 @@ def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
     raise ModelError(f"lora.target_modules: {name} is a {type(layer).__name__}; only linear layers can be sites")
 
 
-def init_adapters(model: StackedModel, clients: int, seed: int) -> Tensors:
+def init_adapters(model: StackedModel, clients: int, seed: int, *, gaussian: bool = False) -> Tensors:
     """Return the common start of all clients: A Kaiming-uniform as in PEFT (bound 1/√d_in), B = 0, the base's own head.
 
+    With `gaussian` A is normal with standard deviation 1/r, as with PEFT's `init_lora_weights="gaussian"`.
     A's values depend on the seed and the site's name alone. Factors are float32, or float64 over a float64 base. All
     clients share the memory: clone a start before training it in place.
     """
@@ -223,8 +224,8 @@ def init_adapters(model: StackedModel, clients: int, seed: int) -> Tensors:
     adapters: Tensors = {}
     for name, site in model.sites.items():
         d_in, d_out = _sizes(name, site.layer)
-        bound = d_in**-0.5
-        a = generator(seed, Draw.ADAPTER.of(name)).uniform(-bound, bound, (site.r, d_in))
+        draw, shape, bound = generator(seed, Draw.ADAPTER.of(name)), (site.r, d_in), d_in**-0.5
+        a = draw.normal(0.0, 1 / site.r, shape) if gaussian else draw.uniform(-bound, bound, shape)
         adapters[f"{name}.A"] = torch.from_numpy(a).to(weight.device, dtype).expand(clients, -1, -1)
         b = torch.zeros(d_out, site.r, dtype=dtype, device=weight.device)
         adapters[f"{name}.B"] = b.expand(clients, -1, -1)

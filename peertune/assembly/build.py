@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peertune.adapters.peft_format import LoraConfig
 from peertune.adapters.stacked import frozen_norms, init_adapters
-from peertune.assembly.encoding import EncodedTask, encode
+from peertune.assembly.encoding import EncodedTask, encode, row_counts
 from peertune.assembly.evaluation import build_ensembles, build_evaluation
 from peertune.assembly.loading import Loaded, clients_together, load
 from peertune.assembly.registry import (
@@ -139,6 +139,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         clients_together=clients_together(recipe),
         packed=model.packs,
         seed=recipe.seed,
+        counts=row_counts(recipe, parts.task, encoded.held),
     )
     return Job(
         model=model,
@@ -164,7 +165,9 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
 
 def _start(recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim) -> State:
     """Return the state in which the clients begin."""
-    adapters = init_adapters(loaded.model, len(parts.clients), recipe.seed)
+    adapters = init_adapters(
+        loaded.model, len(parts.clients), recipe.seed, gaussian=recipe.lora.init_lora_weights == "gaussian"
+    )
     rounds = torch.zeros(len(parts.clients), dtype=torch.int64)
     memory = parts.algorithm.init(adapters, standing(parts.clients, rounds))
     memory = {name: x.to(loaded.base.model.device) for name, x in memory.items()}
@@ -233,13 +236,14 @@ def build_optim(recipe: Recipe) -> Optim:
         optimizer = sgd(t.momentum, t.weight_decay)
     within = t.lr_scheduler_span == "round"
     span = t.local_steps if within else recipe.rounds * t.local_steps
-    rate = learning_rate(t.lr_scheduler_type, t.learning_rate, t.warmup_steps, span)
+    least = t.lr_scheduler_kwargs.min_lr or (t.lr_scheduler_kwargs.min_lr_rate or 0.0) * t.learning_rate
+    rate = learning_rate(t.lr_scheduler_type, t.learning_rate, t.warmup(span), span, least)
 
     def rates(step: int) -> Rates:
         now = rate(step % span if within else step)
         return {"A": now, "B": now * t.loraplus_lr_ratio, "head": now}
 
-    return Optim(optimizer, rates, t.max_grad_norm, t.reset_optimizer)
+    return Optim(optimizer, rates, t.max_grad_norm, t.reset_optimizer, t.label_smoothing_factor)
 
 
 def _resolve(recipe: Recipe, parts: Parts, loaded: Loaded, clients_per_pass: int) -> Recipe:

@@ -11,7 +11,7 @@ from peertune.assembly.registry import Parts, Rows, validating_rows
 from peertune.data.batches import Encoded, encode_images, encode_text
 from peertune.data.completions import encode_completions, encode_words
 from peertune.data.images import Images
-from peertune.errors import DataError, ModelError
+from peertune.errors import DataError, ModelError, RecipeError, unknown
 from peertune.models.load import Base, load_processor
 from peertune.randomness import Draw, generator
 from peertune.recipe import Recipe
@@ -66,6 +66,33 @@ def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]
     if few is None or few >= len(rows):
         return rows
     return np.sort(rows[generator(recipe.seed, Draw.EVALUATE).permutation(len(rows))[:few]])
+
+
+def row_counts(recipe: Recipe, task: Task, held: Rows) -> NDArray[np.float64] | None:
+    """Return how much each row of the training split counts in its client's loss, `[N]`; None where all count alike.
+
+    With `balanced` a row of a client's n counts `n / (c n_y)`, n_y of which are of its class, and c the number of
+    classes that the client holds: scikit-learn's rule, by the client's own rows. Raises RecipeError for class weights
+    where there are no classes, and for a name that is none.
+    """
+    chosen = recipe.training.class_weight
+    if recipe.training.label_smoothing_factor and not task.classes and task.form == "classify":
+        raise RecipeError("training.label_smoothing_factor: needs classes, and this task has values; leave it out")
+    if chosen is None:
+        return None
+    if not task.classes:
+        raise RecipeError("training.class_weight: needs classes, and this task has none; leave it out")
+    labels = np.asarray(task.train.labels, dtype=np.int64)
+    if chosen != "balanced":
+        for name in chosen:
+            if name not in task.classes:
+                raise RecipeError(unknown("training.class_weight", name, task.classes))
+        return np.array([chosen.get(name, 1.0) for name in task.classes])[labels]
+    counts = np.ones(len(labels))
+    for rows in held.values():
+        own = np.bincount(labels[rows], minlength=len(task.classes))
+        counts[rows] = len(rows) / (np.count_nonzero(own) * own[labels[rows]])
+    return counts
 
 
 def _max_length(recipe: Recipe, base: Base) -> int:

@@ -93,6 +93,8 @@ def _lora_config(recipe: Recipe, base: Base, purpose: Purpose) -> LoraConfig:
         lora_alpha=recipe.lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
         lora_dropout=recipe.lora.lora_dropout,
         target_modules=recipe.lora.target_modules,
+        exclude_modules=recipe.lora.exclude_modules,
+        layers_to_transform=recipe.lora.layers_to_transform,
         modules_to_save=list(base.head_roots) or None,
         fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in base.model.modules()),
         base_model_name_or_path=recipe.model.name,
@@ -107,7 +109,13 @@ def _with_sites(recipe: Recipe, task: Task, base: Base) -> StackedModel:
     without = (base.output_name,) if base.output_name else base.head_roots
     return attach(
         base.model,
-        find_sites(base.model, recipe.lora.target_modules, without),
+        find_sites(
+            base.model,
+            recipe.lora.target_modules,
+            without,
+            recipe.lora.exclude_modules,
+            recipe.lora.layers_to_transform,
+        ),
         r=recipe.lora.r,
         lora_alpha=recipe.lora.lora_alpha,
         lora_dropout=recipe.lora.lora_dropout,

@@ -266,11 +266,13 @@ def training_steps(
     clients_together: int,
     packed: bool,
     seed: int,
+    counts: NDArray[np.float64] | None = None,
 ) -> Callable[[Sequence[int], int], Iterator[list[Batch]]]:
     """Return `steps(clients, round)`, which yields the micro-batches of each local step of these clients.
 
     `parts[k]` are the rows that client k holds. A batch's client numbers are places in `clients`, as the stack has
     them; it holds rows of about `clients_together` neighbouring clients at most, and comes with a packing if `packed`.
+    In a client's mean each of the N rows counts as `counts [N]` say, or all count alike.
     """
 
     def steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
@@ -282,8 +284,10 @@ def training_steps(
             positions = np.tile(np.arange(rows_per_step), len(clients))
             keys = words(seed, Draw.DROPOUT, np.repeat(clients, rows_per_step), step, positions).view(np.int64)
             shared = np.repeat(words(seed, Draw.SHARED_DROPOUT, clients, step).view(np.int64), rows_per_step)
-            targets = encoded.targets[rows].reshape(len(clients), rows_per_step)  # a client's loss is the mean over its
-            weights = np.repeat(1 / targets.sum(axis=1), rows_per_step)
+            # A client's loss is the mean over its labels.
+            each = np.ones(len(rows)) if counts is None else counts[rows]
+            labels = (each * encoded.targets[rows]).reshape(len(clients), rows_per_step).sum(axis=1)
+            weights = each / np.repeat(np.where(labels > 0, labels, 1), rows_per_step)
             lengths, least = encoded.lengths[rows], -(-len(clients) // clients_together)
             if packed:
                 chosen = even_parts(lengths, tokens, least)

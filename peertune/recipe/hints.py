@@ -1,16 +1,23 @@
 """What is wrong with a recipe, in one line, and which key was meant."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
+from math import sqrt
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from peertune.errors import unknown
-from peertune.recipe.schema import Recipe
+from peertune.recipe.schema import Recipe, block_defaults, flat
+
+ELSEWHERE_PAGE = "docs/recipe.md, Names that recipes lack"
 
 
-def explain(error: ValidationError) -> str:
-    """Put the gravest of pydantic's complaints in one line: a key that is misspelt is also one that is missing."""
+def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
+    """Put the gravest of pydantic's complaints in one line: a key that is misspelt is also one that is missing.
+
+    `values` are what was complained of.
+    """
     first = min(error.errors(), key=lambda complaint: complaint["type"] != "extra_forbidden")
     path: list[str] = []
     block: type[BaseModel] = Recipe
@@ -22,6 +29,12 @@ def explain(error: ValidationError) -> str:
         block = inner
     key = ".".join(path)
     match first["type"]:
+        case "extra_forbidden" if (instead := ELSEWHERE.get(path[-1])) is not None:
+            try:
+                said = instead(first["input"], {**block_defaults(), **flat(values)})
+            except (KeyError, TypeError, ValueError):  # what the numbers would come from is wrong itself
+                said = instead(1, {**block_defaults(), "rounds": 1})
+            return f"{key}: {said} ({ELSEWHERE_PAGE})"
         case "extra_forbidden":
             return unknown_key(key, block.model_fields)
         case "missing":
@@ -62,7 +75,6 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "alpha": ("lora.lora_alpha", "partition.alpha"),
     "batch_size": ("training.per_device_train_batch_size",),
     "bf16": ("model.dtype",),
-    "epochs": ("rounds", "training.local_steps"),
     "eval_steps": ("evaluate.every",),
     "fp16": ("model.dtype",),
     "load_in_4bit": ("model.quantization",),
@@ -71,7 +83,6 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "max_seq_length": ("training.max_length",),
     "max_steps": ("rounds", "training.local_steps"),
     "model_name_or_path": ("model.name",),
-    "num_train_epochs": ("rounds", "training.local_steps"),
     "optimizer": ("training.optim",),
     "rank": ("lora.r",),
     "save_steps": ("checkpoint.every",),
@@ -84,3 +95,33 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "wd": ("training.weight_decay",),
 }
 """Names that the Trainer, PEFT, TRL or a habit has for a key → the keys here."""
+
+_SIZE = "training.per_device_train_batch_size"
+
+
+def _epochs(given: Any, of: Mapping[str, Any]) -> str:
+    steps, rows = of["rounds"] * of["training.local_steps"], of[_SIZE]
+    return (
+        f"a run has rounds · training.local_steps = {steps:,} steps of {rows:,} rows, so that each client passes over "
+        f"{steps * rows:,} rows; give rounds, or training.local_steps, for {given} times those that a client holds"
+    )
+
+
+ELSEWHERE: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {
+    "alpha_pattern": lambda given, of: "all layers have one scale, lora.lora_alpha / lora.r; leave it out",
+    "bias": lambda given, of: "biases stay the base's own, since no method says how to mix them; leave it out",
+    "epochs": _epochs,
+    "gradient_accumulation_steps": lambda given, of: (
+        "a step is one batch, cut for the device by training.tokens_per_pass; "
+        f"for {given} times {of[_SIZE]} rows give {_SIZE}={given * of[_SIZE]}"
+    ),
+    "modules_to_save": lambda given, of: "the head trains and is mixed with head=trained, and nothing else can be",
+    "num_train_epochs": _epochs,
+    "rank_pattern": lambda given, of: "all layers have one rank, lora.r; leave it out",
+    "use_dora": lambda given, of: "no method says how DoRA's magnitudes are mixed; leave it out",
+    "use_rslora": lambda given, of: (
+        f"the scale is lora_alpha / r; for lora_alpha / sqrt(r) give "
+        f"lora.lora_alpha={of['lora.lora_alpha'] * sqrt(of['lora.r']):.4g}"
+    ),
+}
+"""Names of PEFT and the Trainer that no key has → what is right instead, by the value given and the recipe's values."""

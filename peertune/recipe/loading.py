@@ -53,7 +53,7 @@ def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {explain(error)}") from None
+        raise RecipeError(f"{where}: {explain(error, values)}") from None
     if (idle := _without_effect(recipe)) is not None:
         raise RecipeError(f"{where}: {idle}")
     return recipe
@@ -71,11 +71,25 @@ def _without_effect(recipe: Recipe) -> str | None:
                 )
     span = recipe.training.lr_scheduler_span
     steps = recipe.training.local_steps * (recipe.rounds if span == "run" else 1)
-    if recipe.training.warmup_steps >= steps:
+    if recipe.training.warmup(steps) >= steps:
         of = "rounds · training.local_steps" if span == "run" else "training.local_steps"
         return (
             f"training.warmup_steps: {recipe.training.warmup_steps} steps of warm-up leave none of the {span}'s "
             f"{steps} ({of}) at the full rate; give at most {steps - 1}"
+        )
+    kwargs, shape = recipe.training.lr_scheduler_kwargs, recipe.training.lr_scheduler_type
+    given = [key for key in ("min_lr", "min_lr_rate") if getattr(kwargs, key) is not None]
+    if shape != "cosine_with_min_lr" and given:
+        return (
+            f"training.lr_scheduler_kwargs.{given[0]}: is of cosine_with_min_lr, and training.lr_scheduler_type is "
+            f"{shape}; leave it out, or use training.lr_scheduler_type=cosine_with_min_lr"
+        )
+    if shape == "cosine_with_min_lr" and len(given) != 1:
+        return "training.lr_scheduler_kwargs: cosine_with_min_lr falls to min_lr or min_lr_rate; give one of the two"
+    if recipe.lora.layers_to_transform is not None and isinstance(recipe.lora.target_modules, str):
+        return (
+            "lora.layers_to_transform: goes with a list of lora.target_modules, which is the expression "
+            f"{recipe.lora.target_modules!r}; give a list, or put the numbers in the expression"
         )
     if span == "round" and (recipe.training.lr_scheduler_type == "constant" and not recipe.training.warmup_steps):
         return "training.lr_scheduler_span: a rate that is constant has none; give lr_scheduler_type, or leave it out"

@@ -5,9 +5,10 @@ Names are those of PEFT's `LoraConfig` and Hugging Face's `TrainingArguments` wh
 
 from collections.abc import Mapping
 from functools import cache
+from math import ceil
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
@@ -31,6 +32,18 @@ def _share(value: float | str) -> float | str:
     if isinstance(value, float) and not 0 < value < 1:
         raise PydanticCustomError("share", "input should be a share above 0 and below 1, or a fold k/n, such as 2/5")
     return _fold(value) if isinstance(value, str) else value
+
+
+def _optim(value: Any) -> Any:
+    """Take the Trainer's name for what is `adamw` here."""
+    return "adamw" if value == "adamw_torch" else value
+
+
+def _warmup(value: float) -> float:
+    """Check what is a number of steps, or a share of them."""
+    if value < 0 or (value > 1 and value != int(value)):
+        raise PydanticCustomError("warmup", "input should be a number of steps, or a share of them below 1")
+    return value
 
 
 Fold = Annotated[str, AfterValidator(_fold)]
@@ -70,6 +83,16 @@ class Lora(_Block):
     lora_alpha: float = Field(16, gt=0)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | str = ["query", "value"]
+    exclude_modules: list[str] | str | None = None  # of the layers that target_modules chooses
+    layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None  # numbers of the base's layers; null: all
+    init_lora_weights: Literal[True, "gaussian"] = True  # how A is drawn; B is zero
+
+
+class SchedulerKwargs(_Block):
+    """What `cosine_with_min_lr` falls to; one of the two."""
+
+    min_lr: float | None = Field(None, ge=0)
+    min_lr_rate: float | None = Field(None, ge=0, le=1)  # a share of the learning rate
 
 
 class Training(_Block):
@@ -81,20 +104,38 @@ class Training(_Block):
     per_device_train_batch_size: int = Field(32, ge=1)  # rows of one client in one step
     max_length: int = Field(128, ge=2)  # tokens
     long_rows: Literal["cut", "drop"] = "cut"  # what is done with rows of more; either way they are counted
-    optim: Literal["adamw", "sgd"] = "adamw"
+    label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
+    # How much a row of a class counts: "balanced" by each client's own rows, or by the class's name; null: all alike.
+    class_weight: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
+    optim: Annotated[Literal["adamw", "sgd"], BeforeValidator(_optim)] = "adamw"
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
     momentum: float = Field(0.0, ge=0, lt=1)  # of sgd
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0)  # each client's own gradient; 0 leaves it
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    lr_scheduler_type: Literal["constant", "linear", "cosine", "cosine_with_min_lr"] = "constant"
+    lr_scheduler_kwargs: SchedulerKwargs = SchedulerKwargs()
     lr_scheduler_span: Literal["run", "round"] = "run"  # over which the rate rises and falls
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: Annotated[int | float, AfterValidator(_warmup)] = 0  # below 1 a share of the steps of the span
     reset_optimizer: Literal["never", "round", "phase"] = "never"
     tokens_per_pass: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"  # about so many in one pass
     clients_per_pass: int | None = Field(None, ge=1)  # clients trained at a time; null: 16
     gradient_checkpointing: bool = False  # layers keep their inputs alone and compute twice
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_names(cls, values: Any) -> Any:
+        """Take what `transformers` called `warmup_ratio` up to its version 4."""
+        if not isinstance(values, Mapping) or "warmup_ratio" not in values or "warmup_steps" in values:
+            return values
+        return {key: value for key, value in values.items() if key != "warmup_ratio"} | {
+            "warmup_steps": values["warmup_ratio"]
+        }
+
+    def warmup(self, steps: int) -> int:
+        """Return over how many of a span's `steps` the rate rises."""
+        return ceil(steps * self.warmup_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
 
 
 class Evaluate(_Block):

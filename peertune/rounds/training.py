@@ -48,6 +48,7 @@ class Optim:
     rates: Callable[[int], Rates]  # at a step counted from the run's start
     max_grad_norm: float  # each client's gradient is clipped to this norm; 0 leaves it
     reset: Literal["never", "round", "phase"]  # when moments start afresh
+    smoothing: float = 0.0  # of labels, in training
 
 
 def _zeros_like(x: Tensor) -> Tensor:
@@ -100,11 +101,15 @@ def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
 
 
 def learning_rate(
-    kind: Literal["constant", "linear", "cosine"], peak: float, warmup: int, steps: int
+    kind: Literal["constant", "linear", "cosine", "cosine_with_min_lr"],
+    peak: float,
+    warmup: int,
+    steps: int,
+    least: float = 0.0,
 ) -> Callable[[int], float]:
     """Return the rate at each step: a linear rise over `warmup` steps, then constant, or falling to 0 at `steps`.
 
-    The same three shapes as in Hugging Face's `get_scheduler`.
+    With `cosine_with_min_lr` it falls to `least`. The same shapes as in Hugging Face's `get_scheduler`.
     """
 
     def rate(step: int) -> float:
@@ -116,21 +121,22 @@ def learning_rate(
                 return peak
             case "linear":
                 return peak * max(0.0, 1 - share)
-            case "cosine":
-                return peak * float(0.5 * (1 + np.cos(np.pi * min(1.0, share))))
+            case "cosine" | "cosine_with_min_lr":
+                return least + (peak - least) * float(0.5 * (1 + np.cos(np.pi * min(1.0, share))))
 
     return rate
 
 
-def row_losses(logits: Tensor, batch: Batch) -> Tensor:
+def row_losses(logits: Tensor, batch: Batch, smoothing: float = 0.0) -> Tensor:
     """Return each row's loss `[b]`: cross-entropy over classes, or squared error from targets that are no classes.
 
-    Of a language model it is the sum over the row's labels of their cross-entropy.
+    Of a language model it is the sum over the row's labels of their cross-entropy. With `smoothing` a label is its own
+    class but for this share, which goes to all classes alike.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if batch.labels.is_floating_point():
         return (logits.squeeze(-1) - batch.labels) ** 2
-    losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+    losses = nn.functional.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=smoothing)
     return losses if batch.places is None else _row_sums(losses, batch)
 
 
@@ -188,7 +194,7 @@ def train_local(
     global_draws = _generator_state(totals.device)
     first_step, count, changed = int(at.step[0]), 0, dict[str, Tensor]()
     for count, batches in enumerate(steps, start=1):
-        gradient = BatchGradient(model, batches, phase.train)
+        gradient = BatchGradient(model, batches, phase.train, optim.smoothing)
         grads, new = local.gradients(gradient, adapters, start, memory, at, phase)
         changed |= new
         memory |= new
@@ -216,8 +222,10 @@ def train_local(
 class BatchGradient:
     """The `Gradient` of one local step over its micro-batches; their gradients add up."""
 
-    def __init__(self, model: StackedModel, batches: Sequence[Batch], kinds: Collection[str]) -> None:
-        self.model, self.batches, self.kinds = model, batches, kinds
+    def __init__(
+        self, model: StackedModel, batches: Sequence[Batch], kinds: Collection[str], smoothing: float = 0.0
+    ) -> None:
+        self.model, self.batches, self.kinds, self.smoothing = model, batches, kinds, smoothing
         self._loss: Tensor | None = None
 
     @property
@@ -243,7 +251,7 @@ class BatchGradient:
             part = slice(int(batch.clients.min()), int(batch.clients.max()) + 1)
             params = {name: x[part].detach().requires_grad_(name in trained) for name, x in adapters.items()}
             batch = replace(batch, clients=batch.clients - part.start).to(losses.device)
-            found = row_losses(self.model(params, batch, training=True), batch) * batch.weights
+            found = row_losses(self.model(params, batch, training=True), batch, self.smoothing) * batch.weights
             (found if count is None else found * count.to(found)).sum().backward()
             received = {name: param.grad for name, param in params.items() if param.grad is not None}
             for name, grad in received.items():

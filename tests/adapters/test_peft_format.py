@@ -1,5 +1,6 @@
 """PEFT chooses the same layers, and reads what we write."""
 
+import json
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from peertune.adapters.peft_format import find_sites
+from peertune.adapters.peft_format import find_sites, save_adapter
 from peertune.assembly.build import Run, build
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
@@ -78,6 +79,57 @@ def test_sites_are_the_layers_that_peft_wraps_outside_the_head(architecture: str
     wrapped = [name for name, layer in peft.get_base_model().named_modules() if isinstance(layer, LoraLayer)]
     assert sites == wrapped
     assert not any(name.startswith(head) for name in sites)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "choice"),
+    [
+        ("bert", ["dense", "query"], {"exclude_modules": ["output.dense"]}),
+        ("bert", "all-linear", {"exclude_modules": r".*layer\.0\..*"}),
+        ("bert", ["query", "value"], {"layers_to_transform": [1]}),
+        ("gpt2", ["c_attn", "c_fc"], {"layers_to_transform": [0], "exclude_modules": ["c_fc"]}),
+        ("llama", ["q_proj", "up_proj"], {"layers_to_transform": [1, 0], "exclude_modules": "model.layers.1.*up_proj"}),
+    ],
+    ids=str,
+)
+def test_layers_are_left_out_as_peft_does_and_an_export_names_those_that_are_not(
+    architecture: str, targets: str | list[str], choice: dict[str, Any], tmp_path: Path
+) -> None:
+    model, head = sequence_model(architecture), HEADS.get(architecture, "classifier")
+    conv = any(isinstance(layer, Conv1D) for layer in model.modules())
+    config = LoraConfig(r=2, target_modules=targets, task_type=TaskType.SEQ_CLS, fan_in_fan_out=conv, **choice)
+    sites = find_sites(model, targets, [head], choice.get("exclude_modules"), choice.get("layers_to_transform"))
+    assert sites != find_sites(model, targets, [head])
+
+    layers = dict(model.named_modules())
+    sizes = {name: layers[name].weight.shape[:: -1 if isinstance(layers[name], Conv1D) else 1] for name in sites}
+    adapter = {f"{name}.A": torch.ones(2, d_in) for name, (_, d_in) in sizes.items()}
+    adapter |= {f"{name}.B": torch.ones(d_out, 2) for name, (d_out, _) in sizes.items()}
+    heads = {name: x for name, x in model.state_dict().items() if name.startswith(head)}
+    save_adapter(tmp_path, adapter, head=heads, lora=config)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["exclude_modules"], written["layers_to_transform"]) == (None, None)
+    for peft in (get_peft_model(sequence_model(architecture), config), PeftModel.from_pretrained(model, str(tmp_path))):
+        wrapped = [name for name, layer in peft.get_base_model().named_modules() if isinstance(layer, LoraLayer)]
+        assert sites == wrapped
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        (([], [5]), "lora.layers_to_transform: there is no layer 5; those with adapters are 0, 1"),
+        (
+            (["vlaue"], None),
+            "lora.exclude_modules: 'vlaue' leaves out none of the layers that target_modules chooses, ",
+        ),
+        (("que(ry", None), "lora.exclude_modules: 'que(ry' is no regular expression"),
+        ((["query", "value"], [0]), "lora: exclude_modules and layers_to_transform leave no layer for adapters"),
+    ],
+    ids=str,
+)
+def test_a_choice_among_layers_without_effect_is_refused(choice: tuple[Any, Any], said: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(said)):
+        find_sites(sequence_model("bert"), ["query", "value"], ["classifier"], *choice)
 
 
 @every_text_model

@@ -509,6 +509,11 @@ def test_all_clients_start_from_the_bases_own_answers(case: Case) -> None:
     base = make_base(case)
     base.set_attn_implementation(case.exact)  # type: ignore[operator]
     model, _ = make_stack(case, base, head=True)
+    gaussian = init_adapters(model, K, seed=4, gaussian=True)
+    for name, x in gaussian.items():
+        if name.endswith(".A"):  # as PEFT's init_lora_weights="gaussian", which draws from the global generator
+            r = x.shape[1]
+            assert x[0].std().item() == pytest.approx(1 / r, rel=4 / (2 * x[0].numel()) ** 0.5)
     start = init_adapters(model, K, seed=4)
     assert all(not x.any() for x in select(start, {"B"}).values())
     batch = make_batch(make_steps(case, 1)[0])

@@ -8,11 +8,15 @@ import pytest
 import torch
 import transformers
 from playing import at_step, every_kind, starting
+from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 
 from peertune.adapters.stacked import attach, init_adapters
-from peertune.assembly.build import build_optim
-from peertune.errors import DivergedError, ModelError
+from peertune.assembly.build import build, build_optim
+from peertune.assembly.encoding import row_counts
+from peertune.assembly.registry import build_parts
+from peertune.data.tasks import TASKS
+from peertune.errors import DivergedError, ModelError, RecipeError
 from peertune.method import At, Local, Memory, Phase
 from peertune.recipe import load_recipe
 from peertune.rounds.training import (
@@ -161,20 +165,22 @@ def test_a_norm_of_zero_leaves_gradients_as_they_are() -> None:
     assert all(torch.equal(grads[name], x) for name, x in before.items())
 
 
-@pytest.mark.parametrize("shape", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("shape", ["constant", "linear", "cosine", "cosine_with_min_lr"])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 12), (5, 12), (11, 12), (12, 12), (0, 1)])
 def test_learning_rates_are_those_of_transformers(
-    shape: Literal["constant", "linear", "cosine"], warmup: int, steps: int
+    shape: Literal["constant", "linear", "cosine", "cosine_with_min_lr"], warmup: int, steps: int
 ) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.3)
     name = "constant_with_warmup" if shape == "constant" else shape
-    schedule = cast("Any", transformers.get_scheduler)(name, optimizer, warmup, steps)
-    rate = learning_rate(shape, 0.3, warmup, steps)
+    least = 0.06 if shape == "cosine_with_min_lr" else 0.0
+    kwargs = {"min_lr_rate": 0.2} if least else None
+    schedule = cast("Any", transformers.get_scheduler)(name, optimizer, warmup, steps, kwargs)
+    rate = learning_rate(shape, 0.3, warmup, steps, least)
     for step in range(steps):
         assert rate(step) == pytest.approx(schedule.get_last_lr()[0], abs=1e-15)
         optimizer.step()
         schedule.step()
-    ends_at = 0.3 if shape == "constant" else 0.0
+    ends_at = 0.3 if shape == "constant" else least
     assert [rate(step) for step in (steps + (warmup == steps), steps + 5)] == pytest.approx([ends_at] * 2, abs=1e-15)
 
 
@@ -211,6 +217,25 @@ def test_a_rows_loss_is_cross_entropy_over_classes() -> None:
     logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
     expected = torch.stack([-row.log_softmax(0)[label] for row, label in zip(logits, labels, strict=True)])
     torch.testing.assert_close(row_losses(logits, rows_of(labels)), expected, rtol=0, atol=1e-14)
+
+
+def test_smoothed_labels_are_those_of_the_trainer_and_of_training_alone() -> None:
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    logits, labels = torch.randn(6, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1, 2])
+    expected = LabelSmoother(epsilon=0.3)({"logits": logits}, labels)
+    torch.testing.assert_close(row_losses(logits, rows_of(labels), 0.3).mean(), expected)
+
+    losses = []
+    for smoothing in (0.0, 0.3):
+        optim = Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never", smoothing)
+        model, state = start_of(Linear(), optim.optimizer)
+        both = Phase(frozenset("AB"), frozenset("AB"))
+        ((batch,),) = batches(1)
+        found = row_losses(model(state.adapters, batch, training=True), batch, smoothing).view(CLIENTS, 4).mean(1)
+        losses.append(train_local(model, state, batches(1), both, optim, at_step(state.clients)).loss)
+        torch.testing.assert_close(losses[-1], found.detach())
+    assert not torch.allclose(losses[0], losses[1])
 
 
 def test_a_rows_loss_is_the_squared_error_where_labels_are_no_classes() -> None:
@@ -433,6 +458,64 @@ def test_b_and_heads_learn_at_rates_of_their_own_that_fall_over_a_run_or_a_round
         for rates, share in ((whole(step), step / 12), (each(step), step % 4 / 4)):
             peak = 0.1 * (1 + math.cos(math.pi * share))
             assert rates == pytest.approx({"A": peak, "B": 8 * peak, "head": peak})
+
+
+def test_a_warm_up_and_a_least_rate_are_numbers_or_shares_as_the_trainer_has_them() -> None:
+    def at(step: int, *settings: str) -> float:
+        return build_optim(load_recipe("digits-demo", ["rounds=3", "training.local_steps=7", *settings])).rates(step)[
+            "A"
+        ]
+
+    for share in ("training.warmup_steps=0.1", "training.warmup_ratio=0.1"):  # of 21 steps, rounded up
+        assert [at(step, share, "training.learning_rate=0.3") for step in (1, 2, 3)] == pytest.approx([0.1, 0.2, 0.3])
+    falls = ["training.lr_scheduler_type=cosine_with_min_lr", "training.learning_rate=0.5"]
+    for least in ("min_lr: 0.1", "min_lr_rate: 0.2"):
+        assert at(21, *falls, f"training.lr_scheduler_kwargs={{{least}}}") == pytest.approx(0.1)
+    assert load_recipe("digits-demo", ["training.optim=adamw_torch"]) == load_recipe("digits-demo")
+
+
+SKEWED = ["clients=3", "partition={name: dirichlet, alpha: 1}", "training.local_steps=1", "lora.lora_dropout=0"]
+
+
+@pytest.mark.parametrize("weights", ["balanced", "{'5': 3.0, '7': 0.5}"])
+def test_a_clients_loss_is_pytorchs_weighted_mean_with_its_own_or_given_weights_of_classes(weights: str) -> None:
+    job = build(load_recipe("digits-demo", [*SKEWED, f"training.class_weight={weights}"])).job
+    task, asked = TASKS["digits"](), load_recipe("digits-demo", SKEWED)
+    parts = build_parts(asked).rows
+    ((batch,),) = job.steps([0, 1, 2], 0)
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(len(batch.labels), 5, generator=draw, dtype=torch.float64)
+    found = row_losses(logits, batch) * batch.weights
+    for client, rows in parts.items():
+        own = batch.clients == client
+        by_class = torch.tensor([3.0, 1.0, 0.5, 1.0, 1.0], dtype=torch.float64)
+        if weights == "balanced":
+            labels = task.train.labels[rows]
+            there = np.unique(labels)
+            by_class = torch.zeros(5, dtype=torch.float64)
+            by_class[there] = torch.from_numpy(compute_class_weight("balanced", classes=there, y=labels))
+        expected = nn.functional.cross_entropy(logits[own], batch.labels[own], weight=by_class)
+        torch.testing.assert_close(found[own].sum(), expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["training.class_weight={cat: 2}"], "training.class_weight: unknown name 'cat', choose from 5, 6, 7, 8, 9"),
+        (["training.class_weight={'5': -1}"], "training.class_weight"),
+        (["training.class_weight=even"], "training.class_weight"),
+    ],
+)
+def test_class_weights_that_can_not_be_are_refused(settings: list[str], said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        build(load_recipe("digits-demo", settings))
+
+
+@pytest.mark.parametrize("setting", ["class_weight=balanced", "label_smoothing_factor=0.1"])
+def test_a_regression_has_no_classes_to_weigh_or_to_smooth(setting: str) -> None:
+    values = replace(TASKS["digits"](), classes=())
+    with pytest.raises(RecipeError, match=rf"^training\.{setting.partition('=')[0]}: needs classes, and this task has"):
+        row_counts(load_recipe("digits-demo", [f"training.{setting}"]), values, {})
 
 
 @pytest.mark.parametrize("optimizer", [adamw(weight_decay=0.1), sgd(0.5, 0.1)], ids=["adamw", "sgd"])
