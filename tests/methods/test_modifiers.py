@@ -11,7 +11,7 @@ from peertune.assembly.build import agreed
 from peertune.assembly.needs import NEEDS, check_needs
 from peertune.assembly.registry import build_algorithm, build_graph, check_choices
 from peertune.errors import RecipeError
-from peertune.method import Algorithm, Local, Message, Mixer
+from peertune.method import Algorithm, At, Local, Memory, Message, Mixer, Phase
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
 from peertune.methods.modifiers import MODIFIERS, dfed_admm, fedspeed, half, mix_moments
@@ -70,6 +70,32 @@ def test_half_halves_adapters_and_nothing_beside_them() -> None:
         state.adapters, torch.float32
     )
     assert torch.equal(read["q.A"], state.adapters["q.A"].bfloat16().float())
+
+
+def test_what_half_changes_reads_what_came_by_what_the_receiver_has() -> None:
+    def read(like: Tensors, heard: Tensors) -> Tensors:
+        return {name: like[name] + x for name, x in heard.items()}
+
+    message = half(Message(read=read))
+    assert message.read is not None
+    own = {"q.A": torch.full((1, 2), 0.25, dtype=torch.float64)}
+    came = message.read(own, {"q.A": torch.ones(1, 2, dtype=torch.bfloat16)})["q.A"]
+    assert (came.dtype, came.tolist()) == (torch.float64, [[1.25, 1.25]])
+
+
+def test_moments_are_mixed_beside_what_a_mixer_remembers() -> None:
+    def receive(
+        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        return own, {"me.met": memory["me.met"] + 1}
+
+    method = mix_moments(ALGORITHMS["dec_lora"]()._replace(mixer=Mixer(receive)))
+    own = {"q.A": torch.zeros(2, 3)}
+    heard = own | {"moments.q.A.m": torch.tensor([[1.0], [3.0]])}
+    weights = torch.tensor([[0.5, 0.5], [0.0, 1.0]])
+    mixed, memory = method.mixer.receive(own, heard, weights, {"me.met": torch.ones(2)}, at_step(2), BOTH)
+    assert mixed is own
+    assert {name: x.tolist() for name, x in memory.items()} == {"me.met": [2, 2], "moments.q.A.m": [[2.0], [3.0]]}
 
 
 def test_a_rounded_message_moves_no_mean_where_values_mixed_as_they_are_read_would() -> None:
