@@ -627,7 +627,7 @@ def test_a_client_that_is_not_there_or_a_folder_that_is_cannot_be_exported(
     assert (inputs / "file").read_text() == "mine"
 
 
-@pytest.mark.parametrize("words", [["rounds=3"], ["digits-demo", *SMALL, "rounds=2", "seed=1"]])
+@pytest.mark.parametrize("words", [["rounds=1"], ["digits-demo", *SMALL, "rounds=2", "seed=1"]])
 def test_a_run_is_not_resumed_with_other_settings(peertune: Call, mine: Path, words: list[str]) -> None:
     before = adapters(mine), (mine / "rounds.jsonl").read_text()
     line = refused(peertune("run", "--resume", mine, *words))
@@ -639,6 +639,33 @@ def test_a_run_is_not_resumed_with_other_settings(peertune: Call, mine: Path, wo
 def test_a_run_is_resumed_with_the_settings_it_had(peertune: Call, mine: Path) -> None:
     assert peertune("run", "--resume", mine, "digits-demo", *TINY)[0] == 0
     assert peertune("run", "--resume", mine, "rounds=2")[0] == 0
+
+
+def test_a_run_that_is_given_more_rounds_comes_to_what_it_had_come_to_with_these_from_the_start(
+    peertune: Call, mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert peertune("run", "--resume", mine, "rounds=4")[0] == 0
+    assert f"{mine}: goes on to round 4, where it had 2" in caplog.text
+    assert peertune("run", "digits-demo", *SMALL, "rounds=4", "--out", tmp_path / "whole")[0] == 0
+    ended, whole = (
+        {name: data for name, data in adapters(run).items() if name.startswith("adapters/")}
+        for run in (mine, tmp_path / "whole")
+    )
+    assert len(ended) > 4
+    assert ended == whole
+    lines = (mine / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [0, 1, 2, 3]
+    assert (mine / "resolved.yaml").read_text() == (tmp_path / "whole" / "resolved.yaml").read_text()
+    assert peertune("run", "--resume", mine)[0] == 0, "it has four rounds"
+
+
+def test_more_rounds_of_a_rate_that_falls_are_told_from_a_longer_run(
+    peertune: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    falls = ["training.lr_scheduler_type=linear", "training.learning_rate=0.01", "training.local_steps=2"]
+    assert peertune("run", "digits-demo", *SMALL, "rounds=1", *falls, "--out", tmp_path / "run")[0] == 0
+    assert peertune("run", "--resume", tmp_path / "run", "rounds=2")[0] == 0
+    assert "linear over 1 rounds had come to 0.005 after these, and goes on at 0.0075, as over 2" in caplog.text
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_not_resumed(peertune: Call, mine: Path) -> None:

@@ -72,7 +72,8 @@ def run(
 ) -> None:
     """Run a recipe: train all clients, keep checkpoints, write their adapters.
 
-    Ctrl-C leaves a run that --resume continues to the same bits, with the recipe that it began with.
+    Ctrl-C leaves a run that --resume continues to the same bits, with the recipe that it began with. More rounds may be
+    given.
 
     Examples:
 
@@ -81,6 +82,8 @@ def run(
       peertune run digits-demo algorithm.name=dec_lora graph.activation=0.05 --out runs/sparse
 
       peertune run --resume runs/sparse
+
+      peertune run --resume runs/sparse rounds=200
 
       peertune run digits-demo rounds=1000 --dry-run
 
@@ -117,6 +120,8 @@ def run(
                 assert recipe is not None
                 folder, run = _begun(out, recipe, overrides or [], group)
             with directory.locked(folder) if group.rank == 0 else nullcontext():
+                if resume is not None and group.rank == 0:
+                    _lengthen(run.resolved, folder)
                 there = [*(["--workers", str(group.size)] if group.size > 1 else []), *plugins.options()]
                 engine = simulate if group.size == 1 else run_cluster
                 go_on = " ".join(["peertune run --resume", str(folder), *there])
@@ -161,7 +166,7 @@ def _resumed(folder: Path, recipe: str | None, overrides: list[str], group: "Gro
     if recipe is not None and "=" in recipe:  # no recipe, its first override
         overrides, recipe = [recipe, *overrides], None
     run = _built(load_recipe(recipe or directory.resolved(folder), overrides), group)
-    check_same(run.resolved, folder)
+    check_same(run.resolved, folder, longer=True)
     return run
 
 
@@ -351,8 +356,33 @@ def _free(folder: Path) -> Path:
     return next(place for place in chain([folder], others) if not place.exists())
 
 
-def check_same(resolved: "Recipe", folder: Path) -> None:
-    """Refuse to resume a run with another recipe than its own; warn of other code."""
+def _lengthen(resolved: "Recipe", folder: Path) -> None:
+    """Write down that a run has more rounds than it had, and say what becomes of a rate that falls."""
+    from peertune.assembly.build import build_optim
+    from peertune.files import write_file
+    from peertune.recipe import as_yaml, load_recipe
+    from peertune.runs import directory
+
+    before = load_recipe(directory.resolved(folder))
+    if resolved.rounds == before.rounds:
+        return
+    log.info("%s: goes on to round %d, where it had %d", folder, resolved.rounds, before.rounds)
+    step = before.rounds * before.training.local_steps - 1
+    was, now = (build_optim(recipe).rates(step)["A"] for recipe in (before, resolved))
+    if was != now:
+        log.warning(
+            "training.lr_scheduler_type: %s over %d rounds had come to %.3g after these, and goes on at %.3g, as over "
+            "%d; a run of so many from the start would be another",
+            *(resolved.training.lr_scheduler_type, before.rounds, was, now, resolved.rounds),
+        )
+    write_file(folder / "resolved.yaml", as_yaml(resolved.model_dump(mode="json")).encode())
+
+
+def check_same(resolved: "Recipe", folder: Path, *, longer: bool = False) -> None:
+    """Refuse to resume a run with another recipe than its own, but for more rounds if it may be `longer`.
+
+    Warn of other code.
+    """
     from peertune.assembly.registry import from_outside
     from peertune.recipe import load_recipe
     from peertune.runs import directory
@@ -362,6 +392,8 @@ def check_same(resolved: "Recipe", folder: Path) -> None:
         log.warning("%s: the code of %s is another than the run began with: %s", folder, block, dict(now[block]))
     before = load_recipe(folder / "resolved.yaml").model_dump(mode="json")
     for block, value in resolved.model_dump(mode="json").items():
+        if longer and block == "rounds" and value > before[block]:
+            continue
         if value != before[block]:
             raise RunError(
                 f"{folder}: was run with {block}: {before[block]}, not {value}; resume without a recipe, or start anew"
