@@ -16,7 +16,6 @@ from peertune.cli.common import (
     Overrides,
     Plugins,
     asked_to_stop,
-    duration,
     environment,
     importing,
     interruptible,
@@ -27,6 +26,7 @@ from peertune.cli.common import (
     told_first,
     versions,
 )
+from peertune.cli.estimating import print_estimate
 from peertune.errors import Exit, RunError
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from peertune.assembly.build import Run
-    from peertune.planning.memory_plan import Plan
     from peertune.recipe import Recipe
     from peertune.rounds.record import RoundRecord
     from peertune.rounds.round import Job
@@ -97,7 +96,7 @@ def run(
         if recipe is None or any(option is not None for option in (resume, out, workers)):
             raise RunError("run: --dry-run goes with a RECIPE and overrides alone")
         with interruptible(), messages():
-            _print_estimate(recipe, overrides or [], as_json)
+            print_estimate(recipe, overrides or [], as_json)
         return
     if workers is not None:
         _launch(workers, [*([recipe] if recipe else []), *(overrides or [])], out, resume, as_json)
@@ -198,61 +197,6 @@ def _built(recipe: "Recipe", group: "Group") -> "Run":
     run = build(recipe, share(recipe.clients, group), group=group)
     check_alike(group, run.resolved.model_dump(mode="json") | agreed(run) | {"plugins": from_outside(recipe)})
     return run
-
-
-def _print_estimate(recipe: str, overrides: list[str], as_json: bool) -> None:
-    """Plan the memory before anything is loaded, refuse what can't fit, and try the rest where its device is here."""
-    from dataclasses import asdict
-
-    from peertune.errors import ModelError
-    from peertune.models.load import pick_device
-    from peertune.planning.memory_plan import check_fits, plan
-    from peertune.planning.trial import estimate, trial
-    from peertune.recipe import load_recipe
-
-    loaded = load_recipe(recipe, overrides)
-    planned = plan(loaded)
-    if not as_json:
-        _print_plan(planned)
-    check_fits(loaded, planned)
-    try:
-        pick_device(loaded.device)
-    except ModelError as error:
-        if as_json:
-            print_json({"plan": asdict(planned), "trial": None})
-        else:
-            print(f"time    unknown; {error}")
-        return
-    measured = trial(loaded)
-    found = estimate(loaded, measured)
-    if as_json:
-        print_json({**asdict(found), "plan": asdict(planned), "trial": asdict(measured)})
-        return
-    print(f"        {found.memory_bytes / 2**20:,.0f} MiB as measured in a few steps")
-    print(f"time    {duration(found.seconds)}, of it {duration(measured.start_s)} to start")
-    print(f"sent    {found.sent_bytes / 1e6:,.3f} MB by all clients together")
-
-
-def _print_plan(planned: "Plan") -> None:
-    there = "" if planned.available is None else f" of {planned.available / 2**20:,.0f} MiB"
-    print(
-        f"memory  {planned.total / 2**20:,.0f} MiB{there} on {planned.device}: {planned.dtype}, "
-        f"{planned.clients_per_pass} clients and about {planned.tokens_per_pass:,} tokens at a time"
-    )
-    parts = {
-        "base": "the base",
-        "adapters": "adapters of all clients",
-        "moments": "moments of the optimiser",
-        "process": "the process itself",
-        "gradients": "gradients",
-        "activations": "activations",
-        "holes": "holes that the heap has between them",
-        "mixing": "in the place of these three: measuring a round",
-        "evaluation": "in the place of these three: evaluation",
-    }
-    for part, words in parts.items():
-        if size := getattr(planned, part):
-            print(f"        {size / 2**20:>8,.0f} MiB  {words}")
 
 
 def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[str], **facts: object) -> None:
