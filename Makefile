@@ -1,8 +1,9 @@
 # Every target sets up .venv by itself; nothing but Python 3.11 or later with pip, and make, need be there.
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 BIN := .venv/bin
 
-.PHONY: help install demo check quick test mutants bench same slower clean
+.PHONY: help install demo check quick test mutants bench same slower dist clean
 .NOTPARALLEL:
 
 help:  ## list the targets
@@ -12,7 +13,7 @@ install: .venv/installed  ## set up .venv with the command .venv/bin/peertune
 
 .venv/installed .venv/developing: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.$(if $(filter %developing,$@),[dev])'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.$(if $(filter %developing,$@),[dev])'
 	touch .venv/installed $@
 
 # In float32, on the CPU, by one thread each: what it prints is the README's table, whatever the machine.
@@ -40,7 +41,7 @@ quick: .venv/developing  ## the tests that start no process, no browser and no w
 
 # Beside the working tree, with a configuration of its own: mutmut reads which files from pyproject.toml alone.
 mutants: .venv/developing  ## how many small changes of FILES="peertune/..." do TESTS="tests/..." catch (ONLY='*3': a tenth of them; not in CI)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[mutants]'
+	$(BIN)/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[mutants]'
 	rm -rf .mutants && mkdir .mutants && cp -r peertune tests docs examples README.md Makefile pyproject.toml .mutants
 	printf '\n[tool.mutmut]\nsource_paths = ["peertune"]\nonly_mutate = [$(foreach file,$(FILES),"$(file)",)]\n' >> .mutants/pyproject.toml
 	printf 'pytest_add_cli_args_test_selection = [$(foreach file,$(TESTS),"$(file)",)]\n' >> .mutants/pyproject.toml
@@ -55,6 +56,10 @@ same: .venv/developing  ## whether the working tree comes to the same bits as OL
 
 slower: .venv/developing  ## whether the working tree is slower than OLD=COMMIT, in turn (half an hour, on a quiet machine)
 	$(BIN)/python -m benchmarks.slower $(OLD)
+
+dist: .venv/developing  ## build the wheel and the sdist into dist/
+	rm -rf dist
+	$(BIN)/hatchling build
 
 clean:  ## remove .venv and caches
 	rm -rf .venv .mutants .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

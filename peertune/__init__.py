@@ -38,6 +38,9 @@ if TYPE_CHECKING:  # for those who check types, the same names as below
     from peertune.types import Task as Task
     from peertune.types import Tensors as Tensors
 
+__version__ = "0.2.0"
+"""Of the package; the one place, which the wheel's metadata follow."""
+
 _NAMES = {
     "assembly.build": "build",
     "data.partition": "PARTITIONS Partition",

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -461,10 +460,6 @@ def test_a_run_into_a_file_tells_how_far_it_is(tmp_path: Path) -> None:
     assert told[0] == "starting"
     assert told[-2].startswith("round 1 of 2, loss ")
     assert re.fullmatch(r"round 2 of 2, loss \d\.\d{3}  accuracy \d\.\d{3}", told[-1])
-
-
-def test_the_version_is_told(peertune: Call) -> None:
-    assert peertune("--version") == (0, f"peertune {version('peertune')}\n", "")
 
 
 def refused(called: tuple[int, str, str]) -> str:

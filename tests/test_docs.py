@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from collections import Counter
 from importlib.util import find_spec
 from itertools import product
@@ -26,7 +25,9 @@ from peertune.sweeps.launch import COMMAND
 ROOT = Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     *sorted((ROOT / "docs").glob("*.md")),
     *sorted((ROOT / "examples").glob("*/*.md")),
 ]
@@ -143,12 +144,11 @@ def test_every_command_for_several_machines_is_one(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", pages_with("python"), ids=lambda page: page.name)
-def test_every_python_block_of_the_page_runs(page: Path, tmp_path: Path) -> None:
+def test_every_python_block_of_the_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, as the commands do."""
+    monkeypatch.chdir(tmp_path)
     for block in blocks(page, "python"):
-        done = subprocess.run(
-            [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ
-        )
-        assert done.returncode == 0, f"{page.name}:\n{block}\n{done.stderr}"
+        exec(compile(block, page.name, "exec"), {"__name__": "__main__"})
 
 
 def test_every_link_of_the_pages_leads_somewhere() -> None:
@@ -163,7 +163,8 @@ def test_the_architecture_page_names_every_module_and_no_other() -> None:
     layers = text[text.index("## Layers") : text.index("## The round")]
     rows = [line.split("|")[2] for line in layers.splitlines() if line.startswith("| ") and line[2].isdigit()]
     named = {name.partition(".")[0] for row in rows for name in re.findall(r"`([a-z._]+)`", row)}
-    there = {path.stem for path in (ROOT / "peertune").iterdir() if not path.name.startswith("_")} - {"recipes"}
+    # `py` is the mark py.typed
+    there = {path.stem for path in (ROOT / "peertune").iterdir() if path.name[0] != "_"} - {"recipes", "py"}
     assert named == there
 
 

@@ -2,12 +2,12 @@
 
 import os
 import sys
-from importlib.metadata import version
 from io import TextIOWrapper
 from typing import Annotated
 
 import typer
 
+from peertune import __version__
 from peertune.cli import checking, peering  # noqa: F401  # they add their commands to `peer`
 from peertune.cli.common import leads
 from peertune.cli.facts import data, env, graph, recipes
@@ -30,7 +30,7 @@ app = typer.Typer(
 
 def _say_version(asked: bool) -> None:
     if asked:
-        print("peertune", version("peertune"))
+        print("peertune", __version__)
         raise typer.Exit
 
 

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from peertune import __version__
 from peertune.errors import Exit, PeertuneError
 
 log = logging.getLogger(__name__)
@@ -105,8 +106,9 @@ def environment() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Return the versions of what results depend on."""
-    packages = ("peertune", "torch", "transformers", "peft", "datasets", "safetensors", "numpy")
-    return {package: version(package) for package in packages} | {"python": platform.python_version()}
+    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
+    installed = {package: version(package) for package in packages}
+    return {"peertune": __version__, **installed, "python": platform.python_version()}
 
 
 def _processor() -> str:
