@@ -191,13 +191,16 @@ def agreed(run: Run) -> dict[str, str]:
         text = json.dumps(value)
         return text if len(text) <= 200 else f"{text[:150]}… {sha256(text.encode()).hexdigest()[:16]}"
 
+    graph = beyond_defaults("graph", recipe.graph)
+    if "row_counts" in graph:  # as many as clients
+        graph["row_counts"] = short(graph["row_counts"])
     return {
         "adapters": _shapes(job.state.adapters),
         "algorithm": json.dumps(beyond_defaults("algorithm", recipe.algorithm), sort_keys=True),
         "base": base.hexdigest()[:16],
         "clients": str(recipe.clients),
         "edges": digest(job.graph),
-        "graph": json.dumps(beyond_defaults("graph", recipe.graph), sort_keys=True),
+        "graph": json.dumps(graph, sort_keys=True),
         "labels": short(run.labels),
         "lora": json.dumps(recipe.lora.model_dump(exclude={"lora_dropout"}, exclude_defaults=True), sort_keys=True),
         "rounds": str(recipe.rounds),

@@ -50,6 +50,7 @@ def _plain(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
 
 NEEDS: Mapping[str, Need] = {
     "both factors": Need(_sends_both, "choose an algorithm that sends A and B in every round"),
+    "edges both ways": Need(lambda recipe, graph, algorithm: not graph.directed, "choose another graph than epidemic"),
     "exchange": Need(_sends, "choose an algorithm that sends something"),
     "head": Need(lambda recipe, graph, algorithm: recipe.head == "trained", "give head=trained"),
     "kept basis": Need(
@@ -64,9 +65,6 @@ NEEDS: Mapping[str, Need] = {
         _plain, "leave out half, mix_moments and switch_every=adaptive, which send or weigh otherwise"
     ),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
-    "symmetric weights": Need(
-        lambda recipe, graph, algorithm: not graph.directed, "choose a graph whose edges go both ways, not epidemic"
-    ),
     "static graph": Need(_static, "give a graph whose edges stay, graph.activation=1 and no faults"),
 }
 """What `needs` of a method's values may hold."""

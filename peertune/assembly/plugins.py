@@ -36,6 +36,7 @@ class Choices(NamedTuple):
     own: Mapping[str, Factory]  # name → factory
     given: tuple[str, ...]  # a factory's parameters that the program supplies
     made: Mapping[str, Any]  # what a factory may return, by its name in `peertune`
+    also: Factory | None = None  # what is done to all that is made, with settings that every choice then takes
 
 
 class Found(NamedTuple):

@@ -37,6 +37,7 @@ from peertune.topology import (
     one_period,
     rho,
     summary,
+    with_rows,
 )
 from peertune.types import ALONE, Group, Split, Task
 
@@ -46,7 +47,7 @@ _VALUES = {"Schedule": Schedule, "Local": Local, "Message": Message, "Mixer": Mi
 _TABLES = {
     "task": Choices("task", TASKS, ("seed", "missing_cells"), {"Task": Task}),
     "partition": Choices("partition", PARTITIONS, ("missing_cells",), {"Partition": Partition}),
-    "graph": Choices("graph", GRAPHS, ("clients", "seed"), {"Graph": Graph}),
+    "graph": Choices("graph", GRAPHS, ("clients", "seed"), {"Graph": Graph}, with_rows),
     "algorithm": Choices("algorithm", ALGORITHMS, ("rho", "clients", "seed"), {"Algorithm": Algorithm}),
     "modifiers": Choices("modifier", MODIFIERS, tuple(map(str.lower, _VALUES)), _VALUES),
 }
@@ -139,7 +140,8 @@ def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:
             raise RecipeError(f"graph: {recipe.graph.name} made one of {graph.clients} clients, not {recipe.clients}")
         return graph
     settings = _complete(recipe)["graph"].settings
-    return graph_near(known, seed=recipe.seed, activation=settings["activation"], weights=settings["weights"])
+    near = graph_near(known, seed=recipe.seed, activation=settings["activation"], weights=settings["weights"])
+    return with_rows(near, settings.get("row_counts"))
 
 
 def graph_settings(recipe: Recipe) -> dict[str, Any]:
@@ -302,20 +304,32 @@ def _complete(recipe: Recipe) -> dict[str, Any]:
     """Return the choices of the recipe, by block, with every default written out."""
     whole: dict[str, Any] = {"modifiers": []}
     for block, where, choice in _chosen(recipe, _TABLES):
-        factory = _found(block, choice.name, where).factory
-        made = Choice(name=choice.name, **arguments(factory, choice, where, _TABLES[block].given))
+        own, more = _settings(block, choice, where)
+        made = Choice(name=choice.name, **own, **{key: value for key, value in more.items() if value is not None})
         whole[block] = [*whole[block], made] if block in whole else made
     return whole
+
+
+def _settings(block: str, choice: Choice, where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of the choice's factory, and of what is done to all that is made of the block."""
+    table, factory = _TABLES[block], _found(block, choice.name, where).factory
+    (made, *names) = inspect.signature(table.also).parameters if table.also is not None else ("",)
+    more = {name: choice.settings[name] for name in names if name in choice.settings}
+    own = {name: value for name, value in choice.settings.items() if name not in more}
+    values = arguments(factory, Choice(name=choice.name, **own), where, table.given)
+    if table.also is None:
+        return values, {}
+    return values, arguments(table.also, Choice(name=choice.name, **more), where, [made])
 
 
 def _make(block: str, choice: Choice, where: str = "", **given: Any) -> Any:
     """Call the factory of the choice's name with the recipe's settings, and what it asks for of `given`."""
     table, where = _TABLES[block], where or block
     factory = _found(block, choice.name, where).factory
-    settings = arguments(factory, choice, where, table.given)
+    own, more = _settings(block, choice, where)
     asked = inspect.signature(factory).parameters
-    made = factory(**settings, **{name: value for name, value in given.items() if name in asked})
+    made = factory(**own, **{name: value for name, value in given.items() if name in asked})
     types = tuple(wanted for wanted in table.made.values() if isinstance(wanted, type))
     if types and not isinstance(made, types):
         raise RecipeError(f"{where}: {choice.name} made a {type(made).__name__}, which is no {' or '.join(table.made)}")
-    return made
+    return made if table.also is None else table.also(made, **more)

@@ -70,7 +70,7 @@ def graph(
         f"{round(facts['edges'], 2):,.10g} possible edges a round{', one way' * made.directed}"
     )
     print(f"activation, weights              {made.activation:g}, {made.weights}")
-    print(f"rho                              {facts['rho']:.4f} ({how})")
+    print(f"rho                              {facts['rho']:.4f} ({how}{', weighted by rows' * bool(made.row_counts)})")
     if facts["one_period"] is not None:
         print(f"the same of the first period     {facts['one_period']:.4f} (at most, of its {facts['period']} rounds)")
     print(f"spectral gap, 1 - rho            {facts['spectral_gap']:.4f}")

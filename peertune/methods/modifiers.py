@@ -108,7 +108,7 @@ def _dual(local: Local, name: str, proximal: float, ascent: float) -> Local:
         sent = {name: x + duals[name] for name, x in came.items()}
         return moved | sent, changed | {dual(name): x for name, x in duals.items()}
 
-    needs = local.needs | {"exchange", "kept basis", "symmetric weights"}
+    needs = local.needs | {"exchange", "kept basis", "edges both ways"}
     return local._replace(gradients=gradients, end=end, keeps_start=True, init=init, needs=needs)
 
 

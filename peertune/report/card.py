@@ -103,7 +103,7 @@ def _settings(part: Mapping[str, Any]) -> str:
     for key, value in part.items():
         if key == "path" and value:
             value = Path(value).name
-        if key != "name" and value is not None:
+        if key not in ("name", "row_counts") and value is not None:  # a card is for all to see
             text = json.dumps(value, ensure_ascii=False)
             told.append(f"{key} {text}" if isinstance(value, int | float) else f"{key} `{text[:200]}`")
     return ", ".join(told)

@@ -2,7 +2,7 @@
 
 Pure functions. Sums are accumulated in float64, one tensor at a time, with memory that grows as K and never as K².
 Where the clients are dealt among the processes of a `group`, each of which calls with its own, all get what is true of
-all clients together.
+all clients together. With numbers of `rows [K]` each client counts in all means by its own, else all count alike.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peertune.types import ALONE, Group, Tensors, by_site, kind, pairs, select
+from peertune.types import ALONE, Group, Tensors, by_site, kind, over_clients, pairs, select
 
 
 def consensus_error(tensors: Tensors, group: Group = ALONE) -> float:
@@ -34,7 +34,7 @@ def cross_term(adapters: Tensors, group: Group = ALONE) -> float:
 
 
 def _disagreement(
-    tensors: Tensors, mean: Tensors, group: Group, *, products: bool = True
+    tensors: Tensors, mean: Tensors, group: Group, rows: Tensor | None = None, *, products: bool = True
 ) -> tuple[dict[str, float], float]:
     """Return the consensus error of each kind around the clients' mean, and the cross term (or 0, without `products`).
 
@@ -43,17 +43,23 @@ def _disagreement(
     if not tensors:
         return {}, 0.0
     clients, crossed = _clients(tensors, group), 0.0
+    total = clients if rows is None else float(group.add(rows.sum()))
     squares: Tensors = {}
     for site in by_site(tensors):
         apart = {name: x.double() - mean[name] for name, x in site.items()}
-        squares |= {name: x.square().sum() for name, x in apart.items()}
+        squares |= {name: _counted(x.square(), rows).sum() for name, x in apart.items()}
         if products:
-            crossed += sum(_product_square(B, A, clients, group) for A, B in _pairs(apart))
+            crossed += sum(_product_square(_counted(B, rows), A, clients, group) for A, B in _pairs(apart))
     errors = dict.fromkeys(sorted({kind(name) for name in tensors}), 0.0)
     sums = group.add(torch.stack(list(squares.values())))
-    for name, square in zip(squares, (sums / clients).tolist(), strict=True):
+    for name, square in zip(squares, (sums / total).tolist(), strict=True):
         errors[kind(name)] += square
-    return {k: sqrt(error) for k, error in errors.items()}, sqrt(crossed) / clients
+    return {k: sqrt(error) for k, error in errors.items()}, sqrt(crossed) / total
+
+
+def _counted(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Return each client's part of `x [K, …]` as often as it has rows."""
+    return x if rows is None else x.double() * over_clients(rows, x)
 
 
 def neighbourhood_cross_terms(heard: Tensors, weights: Tensor, pushed: bool = False) -> list[float]:
@@ -115,29 +121,29 @@ class Before(NamedTuple):
     errors: dict[str, float]  # consensus error of each kind sent
 
 
-def before_mixing(payload: Tensors, group: Group = ALONE) -> Before:
+def before_mixing(payload: Tensors, group: Group = ALONE, rows: Tensor | None = None) -> Before:
     """Measure what is sent, just before it is mixed."""
-    mean = client_mean(payload, group)
-    return Before(mean, _disagreement(payload, mean, group, products=False)[0])
+    mean = client_mean(payload, group, rows)
+    return Before(mean, _disagreement(payload, mean, group, rows, products=False)[0])
 
 
-def client_mean(tensors: Tensors, group: Group = ALONE) -> Tensors:
+def client_mean(tensors: Tensors, group: Group = ALONE, rows: Tensor | None = None) -> Tensors:
     """Return the mean over the clients of `tensors [K, …]`, each `[…]` in float64."""
     if not tensors:
         return {}
-    clients = _clients(tensors, group)
-    return {name: group.add(x.sum(0, dtype=torch.float64)) / clients for name, x in tensors.items()}
+    total = _clients(tensors, group) if rows is None else float(group.add(rows.sum()))
+    return {name: group.add(_counted(x, rows).sum(0, dtype=torch.float64)) / total for name, x in tensors.items()}
 
 
 def mean_drift(before: Tensors, after: Tensors) -> float:
     """Norm of the change of the clients' mean, `‖X̄_after - X̄_before‖_F` over all tensors `[…]` of both together.
 
-    Zero, up to rounding, for averages with a doubly stochastic matrix.
+    Zero, up to rounding, for averages with a doubly stochastic matrix, or with one for the clients' rows.
     """
     return sqrt(sum(float((after[name] - x).square().sum()) for name, x in before.items()))
 
 
-def diagnostics(before: Before, after: Tensors, group: Group = ALONE) -> dict[str, float]:
+def diagnostics(before: Before, after: Tensors, group: Group = ALONE, rows: Tensor | None = None) -> dict[str, float]:
     """Describe one mixing step: what `before_mixing` measured of what was sent, and the adapters `[K, …]` after it.
 
     Returns `consensus_error_A`, `consensus_error_B`, `consensus_error_head` where there is a head, and `cross_term`,
@@ -145,8 +151,8 @@ def diagnostics(before: Before, after: Tensors, group: Group = ALONE) -> dict[st
     `contraction_A` and so on, the squared consensus error after over that before: by gossip at most rho on average,
     where all rounds have one law.
     """
-    mean = client_mean(after, group)
-    found, crossed = _disagreement(after, mean, group)
+    mean = client_mean(after, group, rows)
+    found, crossed = _disagreement(after, mean, group, rows)
     known = {"A": 0.0, "B": 0.0} | found
     errors = {f"consensus_error_{k}": error for k, error in known.items()}
     contraction = {

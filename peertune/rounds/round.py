@@ -143,18 +143,17 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
         state.remember(message.settle(state.known, came.weights, at, phase))
     weights, unmixed = _mixable(job, state, clients, t, came)
     watch.lap("mix")
-    cross_terms = None
-    if due:
-        pushed = job.graph.weights == "push_sum"
-        cross_terms = metrics.neighbourhood_cross_terms(select(came.tensors, phase.send), weights, pushed)
-    before = None if job.alone else metrics.before_mixing(select(state.adapters, phase.send), job.group)
+    sent, pushed = select(came.tensors, phase.send), job.graph.weights == "push_sum"
+    cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if due else None
+    rows = None if job.graph.rows is None else torch.from_numpy(job.graph.rows[list(clients)]).to(job.device)
+    before = None if job.alone else metrics.before_mixing(select(state.adapters, phase.send), job.group, rows)
     watch.lap("metrics")
     together = _together(job, state, clients, came._replace(weights=weights), watch) if due else []
     _mix(job, state, came.tensors, weights, at, phase)
     state = state.at(t + 1)
     watch.lap("mix")
     neighbours = metrics.neighbour_counts(came.weights) if payload else [0] * len(clients)
-    diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group)
+    diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group, rows)
     watch.lap("metrics")
     evaluation = None
     if due:

@@ -30,6 +30,7 @@ from peertune.topology.weights import (
     mixing_weights,
     need_both_ways,
     weights_at,
+    with_rows,
 )
 
 __all__ = [
@@ -61,4 +62,5 @@ __all__ = [
     "summary",
     "weights_at",
     "whose_adapters",
+    "with_rows",
 ]

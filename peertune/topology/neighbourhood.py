@@ -13,12 +13,13 @@ from numpy.typing import ArrayLike, NDArray
 from peertune.errors import GraphError
 from peertune.randomness import Draw, happens
 from peertune.topology.pairs import Edges, drawn_partners, pair_count
-from peertune.topology.rules import by_degree, degrees, metropolis
+from peertune.topology.rules import BY_ACTIVE, by_degree, degrees
 from peertune.topology.weights import (
     Graph,
     GraphSummary,
     Neighbourhood,
     active_edges,
+    by_active,
     digest,
     first_like,
     matrix,
@@ -58,7 +59,7 @@ def neighbourhoods(graph: Graph, clients: Sequence[int], summary: GraphSummary) 
 
 def graph_near(known: Neighbourhood, *, seed: int, activation: float, weights: str) -> Graph:
     """Return the graph as one knows it who is told a neighbourhood alone. Raises GraphError where they don't fit."""
-    if bool(known.weights) != (weights != "metropolis"):
+    if bool(known.weights) != (weights not in BY_ACTIVE):
         raise GraphError(f"graph {known.name}: its neighbourhood is not one with weights {weights}")
     rounds = len(known.edges)
     return Graph(
@@ -113,7 +114,9 @@ def row_at(graph: Graph, client: int, t: int) -> dict[int, float]:
     # Clients are renumbered in their order, so that the sums of a row are those of the whole matrix.
     clients, ends = np.unique(np.append(edges, client), return_inverse=True)
     near = ends[:-1].reshape(-1, 2)
-    row = matrix(len(clients), 1, near, metropolis(len(clients), near) if weights is None else weights)[[ends[-1]]]
+    counts = None if graph.rows is None else graph.rows[clients]
+    near_weights = by_active(len(clients), near, counts) if weights is None else weights
+    row = matrix(len(clients), 1, near, near_weights, counts)[[ends[-1]]]
     return dict(sorted(zip(clients[row.indices].tolist(), row.data.tolist(), strict=True)))
 
 
@@ -121,8 +124,8 @@ def row_at(graph: Graph, client: int, t: int) -> dict[int, float]:
 def _near(graph: Graph, client: int, place: int) -> tuple[Edges, NDArray[np.float64] | None]:
     """Return the possible edges from which a client's row follows, and their weights where these follow from them.
 
-    They are the client's own, and for Metropolis weights those of its neighbours as well. The place is one within the
-    graph's period.
+    They are the client's own, and where weights follow from active edges those of its neighbours as well. The place is
+    one within the graph's period.
     """
     _need_near(graph, client)
     (found,) = _near_each(graph, [client], place)
@@ -140,7 +143,7 @@ def _near_each(graph: Graph, clients: Sequence[int], place: int) -> Iterator[tup
         bounds = zip(np.searchsorted(ends, some, "left"), np.searchsorted(ends, some, "right"), strict=True)
         return np.unique(np.concatenate([order[:0], *(order[left:right] for left, right in bounds)]) // 2)
 
-    weights = None if graph.weights == "metropolis" else possible_weights(graph, place)
+    weights = None if graph.weights in BY_ACTIVE else possible_weights(graph, place)
     for client in clients:
         mine = having([client])
         if weights is None:
@@ -158,11 +161,11 @@ def _need_near(graph: Graph, client: int) -> None:
 
 def _anyone(graph: Graph) -> bool:
     """Whether a client may meet anyone, and its row follows from draws alone: no possible edges need be looked up."""
-    return graph.every_pair and graph.weights == "metropolis"
+    return graph.every_pair and graph.weights in BY_ACTIVE
 
 
 def _drawn_near(graph: Graph, client: int, t: int) -> tuple[Edges, NDArray[np.float64]]:
-    """Return a client's active edges and their Metropolis weights, where any two may meet."""
+    """Return a client's active edges and their weights by a rule that looks at active ones, where any two may meet."""
     n = graph.clients
     own = drawn_partners(n, client, graph.activation, graph.seed, Draw.EDGE, t)
     near = list(others([own], client))
@@ -171,4 +174,6 @@ def _drawn_near(graph: Graph, client: int, t: int) -> tuple[Edges, NDArray[np.fl
     else:
         rows = (drawn_partners(n, one, graph.activation, graph.seed, Draw.EDGE, t) for one in near)
         degree = np.fromiter(map(len, rows), np.int64, len(near))
-    return own, by_degree(len(near), degree)
+    if graph.rows is None:
+        return own, by_degree(len(near), degree)
+    return own, np.minimum(graph.rows[client] / (1 + len(near)), graph.rows[near] / (1 + degree))

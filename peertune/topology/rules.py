@@ -17,7 +17,7 @@ from peertune.topology.pairs import Edges
 
 log = logging.getLogger(__name__)
 
-Rule = Literal["metropolis", "laplacian", "uniform"]
+Rule = Literal["metropolis", "laplacian", "uniform", "rows"]
 OneWay = Literal["row", "push_sum"]
 
 DENSE_CLIENTS = 1_000  # up to here a dense [n, n] eigenvalue problem is a matter of a second
@@ -33,6 +33,16 @@ def metropolis(clients: int, edges: Edges) -> NDArray[np.float64]:
 def by_degree(one: ArrayLike, other: ArrayLike) -> NDArray[np.float64]:
     """Return the Metropolis weights of edges by the numbers of neighbours at both ends."""
     return np.asarray(1 / (1 + np.maximum(one, other)))
+
+
+def flows(rows: NDArray[np.float64], edges: Edges, degree: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return for each edge `min(n_i / (1 + d_i), n_j / (1 + d_j))`, n the clients' numbers of rows.
+
+    Each end divides it by its own number: `n_i W_ij = n_j W_ji`, Metropolis-Hastings for the share `n_i / Σ n`. With
+    equal numbers these are Metropolis weights.
+    """
+    given = rows / (1 + degree)
+    return np.asarray(np.minimum(given[edges[:, 0]], given[edges[:, 1]]))
 
 
 def laplacian(clients: int, edges: Edges) -> NDArray[np.float64]:
@@ -52,6 +62,8 @@ def uniform(clients: int, edges: Edges) -> NDArray[np.float64]:
     return np.full(len(edges), 1 / (1 + degrees(clients, edges).max()))
 
 
+BY_ACTIVE = ("metropolis", "rows")
+"""Rules that look at a round's active edges, a client's and those of whom it meets."""
 WEIGHTS: dict[str, Callable[[int, Edges], NDArray[np.float64]]] = {
     "metropolis": metropolis,
     "laplacian": laplacian,
@@ -60,7 +72,8 @@ WEIGHTS: dict[str, Callable[[int, Edges], NDArray[np.float64]]] = {
 """Rules: (clients, edges `[E, 2]`) → a weight `[E]` for each edge; the diagonal of W takes what remains of 1.
 
 `metropolis` looks at a round's active edges. The others look at its possible edges, known to all peers
-before the round, and the weight of an edge that isn't active stays on the diagonal.
+before the round, and the weight of an edge that isn't active stays on the diagonal. `rows` stands apart, since it looks
+at numbers of rows as well: see `flows`.
 """
 
 

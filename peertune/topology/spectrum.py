@@ -38,6 +38,10 @@ def rho(graph: Graph, draws: int | None = None) -> float:
     rounds have a period, that is the mean over one, as if they came in random order. With `push_sum` it is measured on
     probes: what a round leaves, in the mean over rounds and over values drawn afresh in each, of their disagreement.
 
+    With weights `rows` disagreement is `Σ_i n_i ‖x_i - x̄‖²`, around the mean that they keep. With u the roots of
+    `n_i / Σ n` and D the diagonal matrix of these, `S = D W D⁻¹`, which is symmetric, stands in the place of W, and
+    `u uᵀ` in that of J.
+
     Exact where every round is known before (`rho_draws` is 0); otherwise estimated from the first `draws` rounds,
     `rho_draws(graph)` of them by default. Of a period with an activation below 1 and more than 1,000 clients it is the
     first formula's, with the mean over a period: as if its rounds came in random order.
@@ -62,14 +66,14 @@ def rho(graph: Graph, draws: int | None = None) -> float:
     elif n <= DENSE_CLIENTS:
         moment = _second_moment(graph, rounds)
         dense = moment if isinstance(moment, np.ndarray) else moment.toarray()
-        averaged = _averaged(graph, rounds)
-        value = np.linalg.eigvalsh(dense - (averaged.T @ averaged if graph.directed else 1 / n))[-1]
+        averaged, alike = _averaged(graph, rounds), not graph.directed and graph.rows is None
+        value = np.linalg.eigvalsh(dense - (1 / n if alike else averaged.T @ averaged))[-1]
     elif graph.sides and not graph.directed:
         value = _by_frequency(graph, _first_row(graph, rounds, exact is not None)).max()
     else:
         if exact and not graph.directed:
             # The W of a known round may be dense (complete graph): it is applied twice, as forming WᵀW would cost n³.
-            W = aslinearoperator(weights_at(graph, 0))
+            W = aslinearoperator(_stacked(graph, range(1)))
             moment = W.T @ W
         else:
             moment = aslinearoperator(_second_moment(graph, rounds))
@@ -90,7 +94,7 @@ def one_period(graph: Graph) -> float | None:
     if graph.activation == 1:
         value = np.linalg.norm(_after_a_period(graph, np.eye(n)), 2) ** 2
     else:
-        moment = np.eye(n) - 1 / n
+        moment = _apart(graph, np.eye(n))
         for stacked in reversed(_draws_by_round(graph, rho_draws(graph))):
             moment = _mean_square(stacked, moment)
         value = np.linalg.eigvalsh(moment)[-1]
@@ -178,8 +182,7 @@ def _long_run(graph: Graph, rounds: int) -> float:
 
         def mean_square(x: NDArray[np.float64]) -> NDArray[np.float64]:
             moments = x.T.reshape(-1, n, n)
-            moments = moments - moments.mean(1, keepdims=True)
-            moments -= moments.mean(2, keepdims=True)
+            moments = _apart(graph, _apart(graph, moments, 1), 2)
             for stacked in drawn:
                 moments = np.stack([_mean_square(stacked, moment) for moment in moments])
             return moments.reshape(x.T.shape).T
@@ -205,7 +208,7 @@ def _after_a_period(graph: Graph, x: NDArray[np.float64]) -> NDArray[np.float64]
     n = graph.clients
     for stacked in _in_chunks(graph, graph.period or 1):
         for start in range(0, stacked.shape[0], n):
-            x = stacked[start : start + n] @ (x - x.mean(axis=0))
+            x = stacked[start : start + n] @ _apart(graph, x)
     return x
 
 
@@ -304,7 +307,7 @@ def _averaged(graph: Graph, rounds: int) -> NDArray[np.float64]:
     """Return G `[rounds, n]` with `GᵀG` the mean of WᵀJW over the first rounds; `[1, n]` where that is J."""
     n = graph.clients
     if not graph.directed:
-        return np.full((1, n), n**-0.5)
+        return _common(graph)[None]
     averaged = np.concatenate([_column_sums(stacked, n) for stacked in _in_chunks(graph, rounds)])
     return np.asarray(averaged / (n * rounds) ** 0.5)
 
@@ -324,4 +327,28 @@ def _in_chunks(graph: Graph, rounds: int) -> Iterator[csr_array]:
     held = graph.activation * pair_count(graph.clients) if not listed(graph) else len(graph.edges_at(0))
     step = max(1, int(CHUNK // (graph.clients + held)))
     for start in range(0, rounds, step):
-        yield stacked_weights(graph, range(start, min(start + step, rounds)))
+        yield _stacked(graph, range(start, min(start + step, rounds)))
+
+
+def _stacked(graph: Graph, rounds: range) -> csr_array:
+    """Return what these rounds do to values in the norm that rho is of, `[R·n, n]`: S with weights `rows`, else W."""
+    stacked = stacked_weights(graph, rounds)
+    if graph.rows is None:
+        return stacked
+    roots = np.sqrt(graph.rows)
+    return csr_array(diags_array(np.tile(roots, len(rounds))) @ stacked @ diags_array(1 / roots))
+
+
+def _common(graph: Graph) -> NDArray[np.float64]:
+    """Return the unit vector of values that all clients agree on, `[n]`, in the norm that rho is of."""
+    if graph.rows is None:
+        return np.full(graph.clients, graph.clients**-0.5)
+    return np.asarray(np.sqrt(graph.rows / graph.rows.sum()))
+
+
+def _apart(graph: Graph, x: NDArray[np.float64], axis: int = 0) -> NDArray[np.float64]:
+    """Return the disagreement of values, whose axis of clients this is, in the norm that rho is of."""
+    if graph.rows is None:
+        return np.asarray(x - x.mean(axis=axis, keepdims=True))
+    u = np.expand_dims(_common(graph), [other for other in range(x.ndim) if other != axis])
+    return np.asarray(x - u * (u * x).sum(axis=axis, keepdims=True))

@@ -5,7 +5,7 @@ count from 0, rounds (`t`) from 0.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from hashlib import sha256
 from typing import Any
@@ -17,8 +17,10 @@ from scipy.sparse import csgraph, csr_array, diags_array
 from peertune.errors import GraphError, unknown
 from peertune.randomness import Draw, happens
 from peertune.topology.pairs import MOST_EDGES, Edges, drawn_pairs, need_few, need_paired, pair_count
-from peertune.topology.rules import ONE_WAY, WEIGHTS, adjacency, degrees, metropolis
+from peertune.topology.rules import BY_ACTIVE, ONE_WAY, WEIGHTS, adjacency, degrees, flows, metropolis
 
+MOST_ROWS = 10**15  # of a client: sums of fewer are exact
+_COUNTED = "a number of rows in graph.row_counts"
 LISTED_PAIRS = 2**20  # up to here all pairs are held, and the draws of many rounds made in one go
 
 
@@ -70,13 +72,14 @@ class Graph:
     period: int | None  # rounds after which edges_at repeats; None where edges are drawn afresh in each round
     activation: float  # in (0, 1]: the chance of a possible edge to be active in a round
     seed: int
-    weights: str = "metropolis"  # a key of WEIGHTS, or of ONE_WAY where edges are directed
+    weights: str = "metropolis"  # a key of WEIGHTS, or `rows`; where edges are directed, a key of ONE_WAY
     name: str = "custom"  # what messages call it
     exchangeable: bool = False  # whether renumbering the clients leaves the law of its edges as it is
     every_pair: bool = False  # whether any two clients may meet in any round: no list of them is needed to draw some
     sides: tuple[int, ...] = ()  # of a grid in which client numbers run, the last side fastest, if moving all clients
     # round it by the same steps leaves each round's possible edges as they are; empty elsewhere
     directed: bool = False  # whether what goes over an edge goes one way, and edges are (sender, receiver)
+    row_counts: tuple[int, ...] = ()  # how many rows each client has, with weights `rows` (`with_rows`)
     known: Neighbourhood | None = None  # where this is all that is known of it: edges_at has no others
 
     def __post_init__(self) -> None:
@@ -84,7 +87,7 @@ class Graph:
         need_clients(self.name, self.clients, 1)
         if not 0 < self.activation <= 1:
             raise GraphError(f"{where}: activation is {self.activation}; choose a number above 0, at most 1")
-        rules = ONE_WAY if self.directed else WEIGHTS
+        rules = [*ONE_WAY] if self.directed else [*WEIGHTS, "rows"]
         if self.weights not in rules:
             raise GraphError(unknown(f"{where}: weights", self.weights, rules))
         if self.known is not None:
@@ -93,7 +96,7 @@ class Graph:
             lower = f"choose an activation below {MOST_EDGES / max(1, pair_count(self.clients)):.2g}"
             sparse = "or a sparse graph such as random_regular"
             need_few(f"{where}: {self.clients:,} clients", self.clients, self.activation, f"{lower}, {sparse}")
-            if self.weights != "metropolis":
+            if self.weights not in BY_ACTIVE:
                 need_few(
                     f"{where}: weights {self.weights} need all possible edges, and {self.clients:,} clients",
                     self.clients,
@@ -119,6 +122,38 @@ class Graph:
                         f"{where}: weights uniform need the same number of neighbours for every client, but they have "
                         f"{degree.min()} to {degree.max()}; choose metropolis or laplacian"
                     )
+
+    @cached_property
+    def rows(self) -> NDArray[np.float64] | None:
+        """How many rows each client has, `[n]`, with weights `rows`; None with others, where all count alike."""
+        if self.weights != "rows":
+            return None
+        if not self.row_counts:
+            raise GraphError(
+                f"graph {self.name}: weights rows need {_COUNTED}; give one for each of {self.clients} clients"
+            )
+        return np.array(self.row_counts, dtype=np.float64)
+
+
+def with_rows(graph: Graph, row_counts: list[int] | None = None) -> Graph:
+    """Return the graph with these numbers of rows, by which weights `rows` mix: `Σ n_i x_i` is kept.
+
+    Raises GraphError where the graph has such weights and no number above 0 for each client, and for numbers beside
+    other weights.
+    """
+    where = f"graph {graph.name}"
+    if graph.weights != "rows":
+        if row_counts is not None:
+            raise GraphError(f"{where}: row_counts are for weights rows, and these are {graph.weights}; leave them out")
+        return graph
+    if row_counts is None or len(row_counts) != graph.clients:
+        given = "none are given" if row_counts is None else f"row_counts has {len(row_counts)}"
+        raise GraphError(f"{where}: weights rows need {_COUNTED} for each of {graph.clients} clients, and {given}")
+    if wrong := [client for client, count in enumerate(row_counts) if not 0 < count <= MOST_ROWS]:
+        raise GraphError(
+            f"{where}: row_counts[{wrong[0]}] is {row_counts[wrong[0]]}; give whole numbers from 1 to {MOST_ROWS:,}"
+        )
+    return replace(graph, row_counts=tuple(row_counts), exchangeable=False, sides=())
 
 
 def active_edges(graph: Graph, t: int) -> Edges:
@@ -155,7 +190,7 @@ def digest(graph: Graph) -> str:
 
 def listed(graph: Graph) -> bool:
     """Whether a round's possible edges are held to draw from; otherwise they are all pairs, and too many for that."""
-    if not graph.every_pair or graph.weights != "metropolis" or graph.activation == 1:
+    if not graph.every_pair or graph.weights not in BY_ACTIVE or graph.activation == 1:
         return True
     return pair_count(graph.clients) <= LISTED_PAIRS
 
@@ -168,9 +203,9 @@ def mixing_weights(clients: int, edges: Edges) -> csr_array:
 def drop_edges(graph: Graph, weights: csr_array, failed: Edges | Sequence[tuple[int, int]]) -> csr_array:
     """Return the graph's `W [n, n]` without the `failed` edges, whose weight goes back to the diagonal.
 
-    It does so at both ends, which keeps W symmetric and doubly stochastic, so that failures never move the clients'
-    mean; of a directed edge at the receiver, with `push_sum` at the sender. Pairs may come in any order, but for those
-    of a directed graph; those that are no edges of W change nothing.
+    It does so at both ends, each its own, which keeps W symmetric and doubly stochastic, so that failures never move
+    the clients' mean; of a directed edge at the receiver, with `push_sum` at the sender. Pairs may come in any order,
+    but for those of a directed graph; those that are no edges of W change nothing.
     """
     clients = weights.shape[0]
     mask = adjacency(clients, as_edges(clients, failed, graph.directed), graph.directed)
@@ -181,7 +216,8 @@ def drop_edges(graph: Graph, weights: csr_array, failed: Edges | Sequence[tuple[
 def weights_at(graph: Graph, t: int) -> csr_array:
     """Return the mixing matrix `W_t [n, n]` float64 of round t: non-negative, and its rows sum to 1.
 
-    It is symmetric, and so doubly stochastic, but for that of a directed graph. With `push_sum` its columns sum to 1.
+    It is symmetric, and so doubly stochastic, but for that of a directed graph, and with weights `rows`, where
+    `n_i W_ij = n_j W_ji`. With `push_sum` its columns sum to 1.
     """
     return stacked_weights(graph, range(t, t + 1))
 
@@ -193,7 +229,7 @@ def stacked_weights(graph: Graph, rounds: range) -> csr_array:
     n = graph.clients
     if not listed(graph):
         apart = np.concatenate([active_edges(graph, t) + n * at for at, t in enumerate(rounds)])
-        return matrix(n, len(rounds), apart, metropolis(n * len(rounds), apart))
+        return matrix(n, len(rounds), apart, by_active(n * len(rounds), apart, graph.rows), graph.rows)
     possible = [graph.edges_at(t) for t in rounds]
     edges = np.concatenate(possible)
     at = np.repeat(np.arange(len(rounds)), [len(one) for one in possible])
@@ -201,8 +237,8 @@ def stacked_weights(graph: Graph, rounds: range) -> csr_array:
     apart = (edges + n * at[:, None])[active]
     if graph.directed:
         return one_way(graph, len(rounds), apart)
-    if graph.weights == "metropolis":
-        return matrix(n, len(rounds), apart, metropolis(n * len(rounds), apart))
+    if graph.weights in BY_ACTIVE:
+        return matrix(n, len(rounds), apart, by_active(n * len(rounds), apart, graph.rows), graph.rows)
     weights = np.concatenate([possible_weights(graph, first_like(graph, t)) for t in rounds])
     return matrix(n, len(rounds), apart, weights[active])
 
@@ -221,12 +257,25 @@ def possible_weights(graph: Graph, t: int) -> NDArray[np.float64]:
     return WEIGHTS[graph.weights](graph.clients, graph.edges_at(t))
 
 
-def matrix(clients: int, rounds: int, edges: Edges, weights: NDArray[np.float64]) -> csr_array:
-    """Return the mixing matrices of several rounds, `[R·n, n]`, of edges among R·n clients and their weights."""
+def by_active(nodes: int, edges: Edges, rows: NDArray[np.float64] | None) -> NDArray[np.float64]:
+    """Return the weights of edges among so many clients by a rule that looks at active ones; `rows` as in `matrix`."""
+    if rows is None:
+        return metropolis(nodes, edges)
+    return flows(np.tile(rows, nodes // len(rows)), edges, degrees(nodes, edges))
+
+
+def matrix(
+    clients: int, rounds: int, edges: Edges, weights: NDArray[np.float64], rows: NDArray[np.float64] | None = None
+) -> csr_array:
+    """Return the mixing matrices of several rounds, `[R·n, n]`, of edges among R·n clients and their weights.
+
+    With numbers of `rows [n]` each end divides an edge's weight by its own.
+    """
     nodes, i, j = np.arange(rounds * clients), edges[:, 0], edges[:, 1]
-    diagonal = 1 - np.bincount(i, weights, len(nodes)) - np.bincount(j, weights, len(nodes))
-    rows, columns = np.concatenate([i, j, nodes]), np.concatenate([j, i, nodes]) % clients
-    return csr_array((np.concatenate([weights, weights, diagonal]), (rows, columns)), shape=(len(nodes), clients))
+    at_i, at_j = (weights, weights) if rows is None else (weights / rows[end % clients] for end in (i, j))
+    diagonal = 1 - np.bincount(i, at_i, len(nodes)) - np.bincount(j, at_j, len(nodes))
+    receivers, columns = np.concatenate([i, j, nodes]), np.concatenate([j, i, nodes]) % clients
+    return csr_array((np.concatenate([at_i, at_j, diagonal]), (receivers, columns)), shape=(len(nodes), clients))
 
 
 def one_way(graph: Graph, rounds: int, edges: Edges) -> csr_array:

@@ -46,6 +46,12 @@ RECIPES |= {
     "ring": [*SMALL, "graph={name: ring, activation: 0.7}", "training.reset_optimizer=phase"],
     # with an interval given: to estimate rho of such a graph takes each process longer than all its rounds
     "pairs": [*SMALL, "graph={name: matching, probability: 0.6}", "algorithm.switch_every=2", "head=frozen"],
+    "rows": [
+        *SMALL,
+        "graph={name: ring, activation: 0.8, weights: rows, row_counts: [5, 1, 30, 2, 9]}",
+        f"faults={FAULTS}",
+        "algorithm.switch_every=2",
+    ],
     "epidemic": [
         *SMALL,
         "graph={name: epidemic, fan_out: 2, activation: 0.8}",
@@ -133,6 +139,14 @@ def test_a_round_on_a_directed_graph_says_who_heard_whom_and_counts_what_each_se
         assert bool(both) == bool(off)
     assert each[False] > 1, "who sends to many need not hear many"
     assert any((j, i) not in record.edges for record in simulated["epidemic"] for i, j in record.edges)
+
+
+def test_the_mean_over_all_rows_is_kept_where_edges_fail(simulated: dict[str, list[RoundRecord]]) -> None:
+    kept, _, _, last = simulated["rows"]
+    for record in (kept, last):
+        assert record.edges
+        assert record.diagnostics["mean_drift"] < 1e-12
+        assert 0 < record.diagnostics["contraction_B"] < 1
 
 
 def test_mass_is_kept_where_clients_are_down_and_messages_are_lost(simulated: dict[str, list[RoundRecord]]) -> None:

@@ -25,7 +25,7 @@ from peertune.engines.simulator import simulate
 from peertune.errors import Exit
 from peertune.identity.membership import Membership
 from peertune.methods.catalogue import ALGORITHMS
-from peertune.recipe import load_recipe
+from peertune.recipe import Choice, load_recipe
 from peertune.rounds.bounds import Refusal
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Heard, Refuse, _tell, exchanged, run_rounds
@@ -117,7 +117,10 @@ LOCAL = {
         "algorithm={name: tad_lora, switch_every: adaptive}",
     ],
     "laplacian": ["graph={name: erdos_renyi, probability: 0.6, activation: 0.7, weights: laplacian}"],
-    "faults": ["graph={name: star}", "faults=[{edge: [0, 3], rounds: [1, 3]}, {down: 2, rounds: [2, 3]}]"],
+    "faults": [
+        "graph={name: star, weights: rows, row_counts: [3, 30, 7, 1]}",
+        "faults=[{edge: [0, 3], rounds: [1, 3]}, {down: 2, rounds: [2, 3]}]",
+    ],
 }
 
 
@@ -239,6 +242,14 @@ def test_peers_with_other_classes_are_told_apart_however_many_there_are() -> Non
     assert labels(*many) == labels(*many) != labels(*many[:-1], "another")
     assert labels(*many).startswith('["class 0", "class 1", ')
     assert len(labels(*many)) < 200  # messages show it whole
+
+    def graph(*counts: int) -> str:
+        chosen = Choice(name="ring", weights="rows", row_counts=list(counts))
+        return agreed(replace(run, resolved=run.resolved.model_copy(update={"graph": chosen})))["graph"]
+
+    assert graph(3, 30, 7, 1) == '{"name": "ring", "row_counts": "[3, 30, 7, 1]", "weights": "rows"}'
+    assert graph(*range(1, 999)) == graph(*range(1, 999)) != graph(*range(1, 998), 7)
+    assert len(graph(*range(1, 999))) < 300
 
 
 def test_what_has_its_default_is_no_part_of_what_must_agree() -> None:

@@ -124,6 +124,13 @@ def test_many_clients_are_told_by_their_range(run: RunData) -> None:
     assert "20,301 in all, a client has 1 to 201, the median 101" in text
 
 
+def test_a_card_does_not_tell_the_others_numbers_of_rows(run: RunData) -> None:
+    graph = {"name": "ring", "activation": 0.3, "weights": "rows", "row_counts": [70001, 2, 3]}
+    _, text = read(card(replace(run, recipe=run.recipe | {"graph": graph}), "me/films", None, 12, None))
+    assert "`ring`, activation 0.3, weights" in text
+    assert "70001" not in text
+
+
 @pytest.mark.parametrize(
     ("task", "form", "pipeline", "loader"),
     [

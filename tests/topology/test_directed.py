@@ -140,12 +140,13 @@ def test_rho_is_the_largest_eigenvalue_that_its_formula_has(monkeypatch: pytest.
     assert rho(again) == pytest.approx(found, rel=1e-6)
 
 
-def test_a_summary_counts_who_is_heard() -> None:
+def test_a_summary_counts_who_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectrum, "DRAWING_NS", 1e8)
     graph = epidemic(6, 2, activation=0.5)
     facts = summary(graph)
     assert (facts.edges, facts.mean_neighbours) == (12, 1.0)
-    assert facts.isolated_share == pytest.approx((1 - 0.5 * 2 / 5) ** 5, abs=0.01)
-    assert facts.draws > 1000
+    assert facts.isolated_share == pytest.approx((1 - 0.5 * 2 / 5) ** 5, abs=0.02)
+    assert facts.draws > 300
 
 
 def test_one_way_roads_must_lead_from_all_to_all() -> None:
@@ -171,9 +172,9 @@ def test_peers_refuse_a_directed_graph_by_its_name() -> None:
 
 
 @pytest.mark.parametrize("name", ["fedspeed", "dfed_admm"])
-def test_what_needs_symmetric_weights_refuses_a_directed_graph(name: str) -> None:
+def test_what_needs_edges_both_ways_refuses_a_directed_graph(name: str) -> None:
     settings = ["graph={name: epidemic, fan_out: 2}", "algorithm={name: dec_lora}", f"modifiers=[{{name: {name}}}]"]
     with pytest.raises(
-        RecipeError, match=f"dec_lora with {name} needs symmetric weights; choose a graph whose edges go"
+        RecipeError, match=f"dec_lora with {name} needs edges both ways; choose another graph than epidemic"
     ):
         build_parts(load_recipe("digits-demo", settings))
