@@ -44,14 +44,16 @@ def compare(
     with messages():
         from peertune.report import tables
         from peertune.report.runs import find_runs
+        from peertune.report.verdict import ordered, verdicts
 
         asked = [name.strip() for name in measure.split(",")] if measure else []
         if wrong := next((name for name in asked if name not in tables.MEASURES), None):
             raise RunError(unknown("--metric", wrong, tables.MEASURES))
-        rows = tables.compare(find_runs(runs), [key.strip() for key in by.split(",")] if by else None, paired_with)
+        keys = [key.strip() for key in by.split(",")] if by else None
+        rows = ordered(tables.grouped(find_runs(runs), keys, paired_with))
         measures = asked or tables.measured(rows)
     if as_json:
-        print_json(rows)
+        print_json(tables.told(rows))
         return
     if as_csv:
         _print_csv(rows)
@@ -61,6 +63,8 @@ def compare(
     if paired_with is not None and (lines := tables.paired(rows, measures)):
         print(f"\ndifference from {paired_with}, seed by seed, with its 95 % interval\n\n{draw(lines)}")
     if draw is tables.aligned:
+        if judged := verdicts(rows):
+            print("\n" + "\n".join(map(str, judged)))
         scores = {row["metric"] for row in rows} - {None}
         print(f"\n{''.join(f'{score} ' for score in scores) if len(scores) == 1 else ''}{tables.LEGEND}")
 

@@ -134,7 +134,7 @@ def _results(row: Mapping[str, Any], score: float | None, evaluated: Sequence[Ma
         lines.append(f"- **this one: {score:.3f}**" + ("" if last == round - 1 else ", some rounds before"))
     if count > 1:
         lines.append(
-            f"- the clients' own models: {row['mean']:.3f} ± {row['std']:.3f} (mean and standard deviation over "
+            f"- the clients' own models: {row['mean']:.3f} ± {row['spread']:.3f} (mean and standard deviation over "
             f"{count} clients), from {row['min']:.3f} to {row['max']:.3f}"
         )
     if "average" in row:

@@ -23,7 +23,8 @@ from peertune.report.drawing import metric, theme
 from peertune.report.figures import Figure, of_a_run, of_runs
 from peertune.report.findings.finding import Finding
 from peertune.report.runs import RunData, settings
-from peertune.report.tables import compare, compared, measured, summarise
+from peertune.report.tables import compared, grouped, measured, summarise
+from peertune.report.verdict import ordered, verdicts
 
 MARKS = {"problem": "✕ Problem", "notice": "! Notice", "good": "✓ Good"}
 """Severity → how it is marked, the gravest first; never by colour alone."""
@@ -165,9 +166,11 @@ def _peers(run: RunData) -> str:
 
 def _table(runs: Sequence[RunData]) -> str:
     """Return a row for each setting, as `peertune compare` tells it."""
-    rows, shown = compare(runs), ("mean", "min", "best", "own", "average", "megabytes_sent", "seconds")
+    rows, shown = ordered(grouped(runs)), ("mean", "min", "best", "own", "average", "megabytes_sent", "seconds")
     there = measured(rows)
-    return _rows(compared(rows, [key for key in shown if key in there]), "All settings") + (
+    judged = "".join(f"<li>{escape(str(verdict))}</li>" for verdict in verdicts(rows))
+    told = f"<ul>{judged}</ul>" if judged else ""
+    return f"{told}{_rows(compared(rows, [key for key in shown if key in there]), 'All settings')}" + (
         '<p class="soft">Mean ± standard deviation over seeds. mean, min: the clients\' own models at the end; '
         "best: the best mean of all rounds; own: on held-out rows of their own; average: the averaged adapter; MB: "
         "sent by a client in the whole run; s: seconds</p>"

@@ -22,6 +22,8 @@ MEASURES = {
     "own": "own",
     "min": "min",
     "max": "max",
+    "spread": "spread",
+    "worst_tenth": "worst tenth",
     "average": "average",
     "best_average": "best average",
     "ensemble": "ensemble",
@@ -41,7 +43,8 @@ COLUMNS = {"run": "run", **MEASURES}
 SCORES = ("mean", "best", "own", "average", "best_average", "ensemble", "heard_ensemble", "route", "nll", "ece")
 """Measures of which paired differences are taken."""
 LEGEND = """\
-mean, min, max: the clients' own models at the end; best: the best mean of all rounds; own: their mean on rows that each
+mean, min, max: the clients' own models at the end; spread: their standard deviation; worst tenth: the mean of the worst
+tenth of them; best: the best mean of all rounds; own: their mean on rows that each
 held out for itself; average: the averaged adapter at the end, best average: at its best; ensemble: the mean of all
 clients' probabilities; heard ensemble: of a client's and those it heard; route: each row by the surest client; NLL,
 ECE: mean negative log-likelihood and calibration error of the clients' own models; Δ_A, Δ_B: consensus error of the
@@ -62,7 +65,8 @@ SUMMARISED = ("clients", "bytes_sent", "evaluation.clients", *(f"evaluation.{nam
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one row for a run's records, as read from `rounds.jsonl`.
 
-    `mean`, `min`, `max`, `std` are over the clients' own models at the last evaluation, `own` is their mean on rows
+    `mean`, `min`, `max`, `spread` (standard deviation) and `worst_tenth` (the mean of the worst tenth, rounded up) are
+    over the clients' own models at the last evaluation, `own` is their mean on rows
     that each held out for itself, and `average` is the averaged adapter's score there; `best` is the best mean of all
     evaluations and `best_average` the averaged adapter's best. Consensus errors and the cross term are those of the
     last round, traffic is a client's mean over the run, seconds are the whole run's.
@@ -72,14 +76,16 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if evaluated:
         final = evaluated[-1]["evaluation"]
         scores = final["clients"]
-        choose = min if final["metric"] in LOWER_IS_BETTER else max
+        lower = final["metric"] in LOWER_IS_BETTER
+        choose = min if lower else max
         best = choose(evaluated, key=lambda record: fmean(record["evaluation"]["clients"]))
         row |= {
             "metric": final["metric"],
             "mean": fmean(scores),
             "min": min(scores),
             "max": max(scores),
-            "std": pstdev(scores),
+            "spread": pstdev(scores),
+            "worst_tenth": fmean(sorted(scores, reverse=lower)[: -(-len(scores) // 10)]),
             "best": fmean(best["evaluation"]["clients"]),
             "best_round": best["round"],
         }
@@ -111,6 +117,18 @@ def compare(
     Raises RunError for runs of different tasks, for a key that no run has, and where runs of one seed differ in a
     setting that is not in `by`.
     """
+    return told(grouped(runs, by, paired_with))
+
+
+def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Return rows of `grouped` as `compare` does."""
+    return [{key: value for key, value in row.items() if key != "_summaries"} for row in rows]
+
+
+def grouped(
+    runs: Sequence[RunData], by: Sequence[str] | None = None, paired_with: str | None = None
+) -> list[dict[str, Any]]:
+    """Return the rows of `compare`, each with its runs' summaries as `_summaries`."""
     found = {run.name: settings(run) for run in runs}
     keys = list(by) if by is not None else _default_keys(runs)
     known = {key for values in found.values() for key in values}
@@ -143,7 +161,7 @@ def compare(
         )
     if paired_with is not None:
         _pair(rows, keys, paired_with)
-    return [{key: value for key, value in row.items() if key != "_summaries"} for row in rows]
+    return rows
 
 
 def _differences(runs: Sequence[RunData]) -> list[str]:
@@ -211,7 +229,7 @@ def _pair(rows: Sequence[dict[str, Any]], keys: Sequence[str], reference: str) -
                 f"--paired-with: {reference} stands in {len(partners)} rows that {row['by']} could be paired with; "
                 "compare fewer runs, or choose --by"
             )
-        row["paired"] = _paired(row, partners[0]) if partners and partners[0] is not row else None
+        row["paired"] = differences(row, partners[0]) if partners and partners[0] is not row else None
         if not partners:
             alone.append(_in_the_way(row, references, key))
         elif row["paired"] and not set(row["seeds"]) & set(partners[0]["seeds"]):
@@ -243,7 +261,8 @@ def _named(row: Row) -> str:
     return str(row["runs"][0]) + (f" and {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else "")
 
 
-def _paired(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
+def differences(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
+    """Return for each of `SCORES` what a row of `grouped` differs by from another, seed by seed; see `compare`."""
     theirs = dict(zip(partner["seeds"], partner["_summaries"], strict=True))
     both = [(own, theirs[seed]) for seed, own in zip(row["seeds"], row["_summaries"], strict=True) if seed in theirs]
     found = {}
@@ -259,8 +278,10 @@ def _paired(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
 
 
 def measured(rows: Sequence[Row]) -> list[str]:
-    """Return the measures that any row has; all where none has any, as at a run's beginning."""
-    there = [key for key in MEASURES if any(row["measures"][key]["mean"] is not None for row in rows)]
+    """Return the measures to show unasked: those that any row has, or all where none has any, but for fairness."""
+    asked = ("spread", "worst_tenth")
+    found = [key for key in MEASURES if any(row["measures"][key]["mean"] is not None for row in rows)]
+    there = [key for key in found if key not in asked]
     return there or list(MEASURES)
 
 
@@ -326,7 +347,7 @@ def _pooled_form(key: str, value: float) -> str:
     """Two digits: seeds scatter by more than a third one tells, and another processor may print another one."""
     if key == "seconds":
         return ".0f"
-    small = 0 < abs(value) < 0.1 and key not in (*SCORES, "min", "max")
+    small = 0 < abs(value) < 0.1 and key not in (*SCORES, "min", "max", "worst_tenth")
     return "#.2g" if small else ".2f"
 
 

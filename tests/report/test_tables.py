@@ -99,7 +99,7 @@ def test_traffic_and_time_are_of_the_whole_run_and_disagreement_is_the_last() ->
     row = tables.summarise(run.records)
     assert (row["rounds"], row["megabytes_sent"], row["seconds"]) == (3, 18.0, 10.5)
     assert (row["consensus_error_A"], row["cross_term"]) == (0.5, 0.25)
-    assert (row["mean"], row["min"], row["max"], row["std"]) == pytest.approx((0.7, 0.6, 0.8, 0.1))
+    assert (row["mean"], row["min"], row["max"], row["spread"]) == pytest.approx((0.7, 0.6, 0.8, 0.1))
 
 
 def test_a_client_that_was_there_in_some_rounds_counts_among_those_that_sent() -> None:
