@@ -21,6 +21,7 @@ from peertune.cli.common import asked_to_stop, interruptible, lines, messages
 from peertune.errors import RunError
 from peertune.recipe import recipe_names
 from peertune.sweeps.launch import COMMAND
+from peertune.topology import spectrum
 
 SMALL = [
     "clients=4",
@@ -198,7 +199,8 @@ def test_recipes_are_listed_and_printed(peertune: Call, tmp_path: Path) -> None:
     assert json.loads(theirs)["clients"] == len(json.loads(ours)["clients"])
 
 
-def test_graph_describes_and_draws(peertune: Call, tmp_path: Path) -> None:
+def test_graph_describes_and_draws(peertune: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectrum, "DRAWING_NS", 1e8)
     ring = ("digits-demo", "graph={name: ring}", "clients=4")
     code, out, _ = peertune("graph", *ring)
     assert code == 0
@@ -209,6 +211,14 @@ def test_graph_describes_and_draws(peertune: Call, tmp_path: Path) -> None:
     assert (facts["clients"], facts["edges"], facts["switching_interval"]) == (4, 4, 3)
     assert facts["rho"] == pytest.approx(1 / 9)
     assert (tmp_path / "ring.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    told = {
+        "name: epidemic, fan_out: 1": "epidemic, 4 clients, 4 possible edges a round, one way",
+        "name: epidemic, fan_out: 1, weights: push_sum": " (measured on probes in ",
+        "name: ring, weights: rows, row_counts: [1, 2, 3, 4]": " (exact, weighted by rows)",
+    }
+    for graph, said in told.items():
+        code, out, _ = peertune("graph", "digits-demo", f"graph={{{graph}}}", "clients=4", "--png", "it.svg")
+        assert (code, said in out) == (0, True), out
 
 
 def test_data_counts_the_rows_of_every_client(peertune: Call) -> None:

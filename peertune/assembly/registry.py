@@ -139,7 +139,7 @@ def build_graph(recipe: Recipe, known: Neighbourhood | None = None) -> Graph:
         if graph.clients != recipe.clients:
             raise RecipeError(f"graph: {recipe.graph.name} made one of {graph.clients} clients, not {recipe.clients}")
         return graph
-    settings = _complete(recipe)["graph"].settings
+    settings = completed(recipe)["graph"].settings
     near = graph_near(known, seed=recipe.seed, activation=settings["activation"], weights=settings["weights"])
     return with_rows(near, settings.get("row_counts"))
 
@@ -267,14 +267,15 @@ def describe_graph(graph: Graph) -> dict[str, Any]:
         interval: int | None = switching_interval(facts.rho)
     except RecipeError:  # no pair met in any draw
         interval = None
-    settings = {key: getattr(graph, key) for key in ("name", "activation", "weights", "period", "directed")}
+    settings = {key: getattr(graph, key) for key in ("name", "activation", "weights", "period")}
+    settings |= {"directed": True} if graph.directed else {}
     return settings | vars(facts) | {"one_period": one_period(graph), "switching_interval": interval}
 
 
 def check_choices(recipe: Recipe) -> None:
     """Raise PeertuneError for names, settings, graphs and trackers that can't be; nothing is loaded."""
     trackers.check(recipe.report_to)
-    _complete(recipe)
+    completed(recipe)
     build_faults(recipe)
     build_algorithm(recipe, build_graph(recipe), of=lambda graph: 0.0)
 
@@ -282,7 +283,7 @@ def check_choices(recipe: Recipe) -> None:
 def resolved_choices(recipe: Recipe, algorithm: Algorithm) -> dict[str, Any]:
     """Return the choices with every default written out, and what is automatic as it came out for this algorithm."""
     named = {**recipe.algorithm.settings, **algorithm.settings}
-    return _complete(recipe) | {"algorithm": Choice(name=recipe.algorithm.name, **named)}
+    return completed(recipe) | {"algorithm": Choice(name=recipe.algorithm.name, **named)}
 
 
 def _found(block: str, name: str, where: str = "") -> Found:
@@ -300,7 +301,7 @@ def _chosen(recipe: Recipe, blocks: Iterable[str]) -> Iterator[tuple[str, str, C
             yield block, f"{block}[{place}]", choice
 
 
-def _complete(recipe: Recipe) -> dict[str, Any]:
+def completed(recipe: Recipe) -> dict[str, Any]:
     """Return the choices of the recipe, by block, with every default written out."""
     whole: dict[str, Any] = {"modifiers": []}
     for block, where, choice in _chosen(recipe, _TABLES):

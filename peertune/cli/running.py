@@ -327,15 +327,16 @@ def check_same(resolved: "Recipe", folder: Path, *, longer: bool = False) -> Non
 
     Warn of other code.
     """
-    from peertune.assembly.registry import from_outside
+    from peertune.assembly.registry import completed, from_outside
     from peertune.recipe import load_recipe
     from peertune.runs import directory
 
     was, now = directory.plugins(folder), from_outside(resolved)
     for block in (block for block in now if now[block] != was.get(block)):
         log.warning("%s: the code of %s is another than the run began with: %s", folder, block, dict(now[block]))
-    before = load_recipe(folder / "resolved.yaml").model_dump(mode="json")
-    for block, value in resolved.model_dump(mode="json").items():
+    both = (load_recipe(folder / "resolved.yaml"), resolved)  # the first may be from a version with fewer settings
+    before, after = (recipe.model_copy(update=completed(recipe)).model_dump(mode="json") for recipe in both)
+    for block, value in after.items():
         if longer and block == "rounds" and value > before[block]:
             continue
         if value != before[block]:

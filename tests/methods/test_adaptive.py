@@ -104,6 +104,15 @@ def test_all_clients_switch_in_the_same_round_on_a_random_graph(number: int) -> 
 
 
 @pytest.mark.thorough
+def test_all_clients_agree_on_the_interval_where_edges_go_one_way() -> None:
+    graph = GRAPHS["epidemic"](clients=10, fan_out=2, activation=0.3, seed=1)
+    played = list(rounds(weights(graph), 10, 4 * WINDOW, seed=1))
+    assert all(len(set(seen.trained)) == 1 for seen in played)
+    found = np.mean(intervals([seen.trained[0] for seen in played[WINDOW:]]))
+    assert found == pytest.approx(switching_interval(rho(graph, 500)), abs=1)
+
+
+@pytest.mark.thorough
 @pytest.mark.parametrize(("before", "after"), [(0.6, 0.12), (0.12, 0.6)])
 def test_a_graph_whose_density_changes_half_way_changes_the_interval_for_all_at_once(
     before: float, after: float

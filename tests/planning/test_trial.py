@@ -27,6 +27,12 @@ def test_traffic_is_that_of_the_run() -> None:
         assert estimate(recipe, measured).sent_bytes == sent
 
 
+def test_a_message_that_goes_one_way_is_sent_once() -> None:
+    recipe = small("graph={name: epidemic, fan_out: 2, weights: push_sum}", "algorithm={name: dec_lora}")
+    sent = sum(sum(record.bytes_sent) for record in simulate(build(recipe).job))
+    assert estimate(recipe, trial(recipe)).sent_bytes == sent
+
+
 def test_what_travels_beside_the_adapters_counts() -> None:
     recipe = small("algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}")
     sent = sum(sum(record.bytes_sent) for record in simulate(build(recipe).job))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from peertune.assembly.registry import build_parts
+from peertune.assembly.registry import build_parts, describe_graph
 from peertune.errors import GraphError, RecipeError
 from peertune.randomness import Draw, uniforms, words
 from peertune.recipe import load_recipe
@@ -147,6 +147,8 @@ def test_a_summary_counts_who_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (facts.edges, facts.mean_neighbours) == (12, 1.0)
     assert facts.isolated_share == pytest.approx((1 - 0.5 * 2 / 5) ** 5, abs=0.02)
     assert facts.draws > 300
+    assert describe_graph(graph)["directed"] is True
+    assert "directed" not in describe_graph(GRAPHS["ring"](clients=3))
 
 
 def test_one_way_roads_must_lead_from_all_to_all() -> None:
