@@ -8,9 +8,11 @@ elsewhere.
 import json
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from html import escape
 from importlib.resources import files
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from string import Template
 from typing import Any
 
@@ -31,7 +33,11 @@ MARKS = {"problem": "✕ Problem", "notice": "! Notice", "good": "✓ Good"}
 
 
 def page(runs: Sequence[RunData], findings: Mapping[str, Sequence[Finding]]) -> str:
-    """Return the page of a run, or of several and what compares them; `findings` are by the run's name."""
+    """Return the page of a run, or of several and what compares them; `findings` are by the run's name.
+
+    Where files lie on this machine is no part of it.
+    """
+    runs = [replace(run, folder=Path(run.folder.name), recipe=_without_places(run.recipe)) for run in runs]
     sections = [_run(run, findings.get(run.name, ())) for run in runs]
     if len(runs) == 1:
         title, body = runs[0].name, f"<h1>{escape(runs[0].name)}</h1>{sections[0]}"
@@ -47,6 +53,19 @@ def page(runs: Sequence[RunData], findings: Mapping[str, Sequence[Finding]]) -> 
         script=script,
         hashes=" ".join(_hash(text) for text in (plotly, script)),
     )
+
+
+def _without_places(value: Any) -> Any:
+    """Return a recipe, or a part of one, with the last part alone of each path that begins somewhere on a machine."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    if isinstance(value, str):
+        for path in (PurePosixPath(value), PureWindowsPath(value)):
+            if path.is_absolute() or value.startswith(("~", "./", "../", ".\\", "..\\")):
+                return f"…/{path.name}"
+    return value
 
 
 def _file(name: str) -> str:

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -233,3 +234,17 @@ def test_a_run_that_has_just_begun_has_a_page(look: Any, make_run: Any) -> None:
     seen = look(page([make_run(rounds=0)], {}))
     assert "No round is finished yet." in seen.page.locator("main").inner_text()
     assert seen.figure("partition").count() == 1
+
+
+def test_a_page_says_nothing_of_where_files_lie_on_this_machine(make_run: Any) -> None:
+    places = {
+        "model": {"name": "/home/ana/models/minilm"},
+        "task": {"name": "text", "path": "C:\\Users\\ana\\rows", "inputs": ["~ana/text"]},
+        "graph": {"name": "edges", "path": "../secret/edges.csv"},
+    }
+    run = make_run()
+    run = replace(run, folder=Path("/home/ana/runs/first"), recipe={**run.recipe, **places})
+    for made in (page([run], {}), page([run, replace(run, name="second")], {})):
+        assert not re.search(r"\bana\b|secret|home", made[: made.index("plotly.js v")])
+        for kept in ("…/minilm", "…/rows", "…/text", "…/edges.csv"):
+            assert kept in made or kept.replace("…", "\\u2026") in made
