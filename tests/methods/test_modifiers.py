@@ -15,6 +15,7 @@ from peertune.method import Algorithm, At, Local, Memory, Message, Mixer, Phase
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
 from peertune.methods.modifiers import MODIFIERS, dfed_admm, fedspeed, half, mix_moments
+from peertune.methods.schedules import by_round
 from peertune.recipe import Recipe
 from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
 from peertune.rounds.training import adamw
@@ -147,6 +148,10 @@ def test_modifiers_apply_in_their_order_and_their_settings_are_written_out(monke
             "algorithm.name=rolora",
             "an algorithm that sends A and B in every round",
         ),
+        ("exchange", "algorithm.name=dec_lora", "algorithm.name=local", "choose an algorithm that sends something"),
+        ("kept basis", "algorithm.name=dec_lora", "algorithm.name=decaf", "as all but decaf do"),
+        ("moments", "training.optim=adamw", "training.optim=sgd", "training.reset_optimizer=never"),
+        ("moments", "training.optim=adamw", "training.reset_optimizer=round", "training.reset_optimizer=never"),
         ("head", "head=trained", "head=frozen", "give head=trained"),
         ("sgd", "training.optim=sgd", "training.optim=adamw", "give training.optim=sgd"),
         (
@@ -174,6 +179,13 @@ def test_what_a_method_needs_is_held_against_the_recipe_in_one_line(need: str, m
             continue
         with pytest.raises(RecipeError, match=rf"^algorithm: {asked.algorithm.name} needs {need}; .*{line}$"):
             check_needs(asked, graph, needing)
+
+
+def test_a_round_that_sends_nothing_sends_no_factor_without_the_other() -> None:
+    now_and_then = by_round(lambda t: Phase(frozenset("AB"), frozenset("AB" if t % 2 else "")))
+    needing = Algorithm(now_and_then, gossip()._replace(needs=frozenset({"both factors"})))
+    asked = recipe()
+    check_needs(asked, build_graph(asked), needing)
 
 
 def test_an_unknown_need_is_refused_and_not_passed_over() -> None:
