@@ -215,6 +215,14 @@ def test_an_argument_of_a_choice_is_taken_as_it_is_or_refused() -> None:
         given(lr=3)
 
 
+def test_a_recipe_may_be_nested_values_which_overrides_leave_as_they_were() -> None:
+    values = yaml.safe_load(recipe_text("digits-demo"))
+    assert load_recipe(values, ["graph.activation=0.5"]) == load_recipe("digits-demo", ["graph.activation=0.5"])
+    assert values["graph"]["activation"] == 0.1
+    with pytest.raises(RecipeError, match=r"^recipe: lora\.rank: unknown key 'rank', did you mean lora\.r\?"):
+        load_recipe({**values, "lora": {"rank": 4}})
+
+
 def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
     assert load_recipe("digits-demo", ["partition.alpha=null"]).partition.settings == {}
 

@@ -1,6 +1,7 @@
 """Recipes loaded from files or by name, with overrides, and checked before anything else is loaded."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,20 @@ def recipe_text(recipe: str | Path) -> str:
         ) from None
 
 
-def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Load a recipe by path or shipped name and apply overrides such as `graph.activation=0.02`.
+def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe by path or shipped name, or take it as nested values, and apply overrides.
 
-    An override's value is YAML. Raises RecipeError, in one line, for a file that isn't there or isn't YAML, for unknown
-    keys (with the nearest match), wrong types and values out of range. Parts chosen by name are checked by `build`.
+    An override is such as `graph.activation=0.02`; its value is YAML. Raises RecipeError, in one line, for a file that
+    isn't there or isn't YAML, for unknown keys (with the nearest match), wrong types and values out of range. Parts
+    chosen by name are checked by `build`.
     """
-    values = _parse(recipe_text(recipe), str(recipe))
+    if isinstance(recipe, Mapping):
+        values, where = deepcopy(dict(recipe)), "recipe"
+    else:
+        values, where = _parse(recipe_text(recipe), str(recipe)), str(recipe)
     for override in overrides:
         _override(values, override)
-    return check_recipe(values, str(recipe))
+    return check_recipe(values, where)
 
 
 def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
