@@ -33,6 +33,12 @@ def macro_f1(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
     return float(np.mean([f1(predictions, labels, of) for of in np.union1d(predictions, labels)]))
 
 
+def balanced_accuracy(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
+    """Return the mean over the classes of the `[N]` labels of the share of their rows that is right."""
+    right = predictions == labels
+    return float(np.mean([right[labels == of].mean() for of in np.unique(labels)]))
+
+
 def matthews_correlation(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
     """Return Matthews' correlation of two `[N]` class numbers, any number of classes; 0 where either is constant."""
     from sklearn.metrics import matthews_corrcoef
@@ -102,6 +108,7 @@ def same_number(generated: str, reference: str) -> bool:
 
 METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
     "accuracy": accuracy,
+    "balanced_accuracy": balanced_accuracy,
     "f1": f1,
     "macro_f1": macro_f1,
     "matthews_correlation": matthews_correlation,

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score
+from sklearn.metrics import balanced_accuracy_score, f1_score
 from tabular import FORMATS, write
 
 from peertune.data import digits
@@ -192,11 +192,14 @@ def test_metrics_of_a_small_example() -> None:
     assert METRICS["macro_f1"](predictions, labels) == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert METRICS["macro_f1"](predictions, labels) == f1_score(labels, predictions, average="macro")
     assert METRICS["matthews_correlation"](predictions, labels) == pytest.approx(1 / 6)
+    assert METRICS["balanced_accuracy"](predictions, labels) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    several, said = np.array([0, 0, 0, 2, 2, 4]), np.array([0, 0, 1, 2, 0, 1])
+    assert METRICS["balanced_accuracy"](said, several) == pytest.approx(balanced_accuracy_score(several, said))
     assert METRICS["pearson"](predictions, labels) == pytest.approx(1 / 6)
     assert METRICS["spearman"](np.array([1.0, 2.0, 9.0]), np.array([1.0, 2.0, 3.0])) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("metric", sorted(set(METRICS) - OF_LANGUAGE - {"accuracy", "macro_f1"}))
+@pytest.mark.parametrize("metric", sorted(set(METRICS) - OF_LANGUAGE - {"accuracy", "balanced_accuracy", "macro_f1"}))
 def test_predictions_that_are_all_alike_score_nothing(metric: str) -> None:
     value = 0 if metric in {"f1", "matthews_correlation"} else 0.1
     assert METRICS[metric](np.full(7, value), np.array([0, 1, 0, 1, 0, 1, 1])) == 0
