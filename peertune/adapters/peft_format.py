@@ -48,7 +48,8 @@ def find_sites(
 
     `target_modules` are last parts of names, a regular expression for whole names, or `all-linear`. Layers of the
     classification head, and a language model's output layer, never become sites. Of those that are chosen,
-    `exclude_modules` leaves out some, by names or an expression, and `layers_to_transform` all of other numbers.
+    `exclude_modules` leaves out some, by names or an expression, and `layers_to_transform` all of other numbers. PEFT
+    passes over the numbers where a layer is named whole; here they hold.
 
     Raises ModelError where an expression is malformed or chooses nothing, and for each name or number without effect.
     """
