@@ -18,7 +18,7 @@ from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
 from peertune.recipe import Recipe
 from peertune.report.tables import summarise
-from peertune.rounds.record import Evaluation
+from peertune.rounds.record import SCORES_OF_CLIENTS, Evaluation
 from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
 from peertune.types import Batch, Tensors, kind, take
 
@@ -212,6 +212,20 @@ def test_who_is_asked_for_probabilities_goes_through_the_base_once() -> None:
         job.evaluate(job.state.adapters, job.clients)
         passes.append(sum(rows))
     assert passes[0] == passes[1] > 6 * 30  # five clients and their average, and each client's own rows
+
+
+def test_a_process_whose_clients_are_all_down_has_nothing_to_add() -> None:
+    job = build(recipe(*BOTH, "evaluate.ensemble=true")).job
+    nobody = take(job.state.adapters, slice(0, 0))
+    found = job.evaluate(nobody, [])
+    assert [getattr(found, name) for name in SCORES_OF_CLIENTS] == [[]] * len(SCORES_OF_CLIENTS)
+    assert job.ensembles is not None
+    assert job.ensembles(nobody, Heard({}, torch.zeros(0, 0), [], []), []) == []
+
+
+def test_a_temperature_is_refused_where_nothing_is_generated() -> None:
+    with pytest.raises(RecipeError, match=r"^evaluate\.temperature: nothing is generated for the metric accuracy; "):
+        build(recipe("evaluate.temperature=0.5"))
 
 
 def test_calibration_errors_of_small_examples() -> None:
