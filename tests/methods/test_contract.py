@@ -43,7 +43,7 @@ def changed(algorithm: Algorithm, names: tuple[str, ...]) -> Algorithm:
 # Every method with every modifier, and every pair of modifiers, in both orders, on one method after the other.
 ROWS = [*product(PLAIN, ALONE), *zip(cycle(PLAIN), PAIRS)]  # as many as there are pairs
 METHODS = {" + ".join((name, *names)): changed(PLAIN[name], names) for name, names in ROWS}
-METHODS |= {f"{name}, pushed": pushed(PLAIN[name], CLIENTS) for name in ("dec_lora", "rolora", "decaf")}
+METHODS["rolora, pushed"] = pushed(PLAIN["rolora"], CLIENTS)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 some = settings(max_examples=3, deadline=None, derandomize=True)
 
