@@ -107,10 +107,11 @@ def machine() -> dict[str, Any]:
         "memory_GiB": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "torch": torch.__version__,  # which build, as its metadata don't always say
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    return found | {name: version(name) for name in ("torch", "transformers", "peft")}
+    return found | {name: version(name) for name in ("transformers", "peft")}
 
 
 def _cpu() -> str:

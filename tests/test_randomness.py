@@ -63,7 +63,7 @@ def test_large_counters_are_told_apart(counter: int) -> None:
 
 def test_the_package_draws_for_the_purposes_of_the_table_and_for_each_of_them() -> None:
     drawing: list[Any] = [randomness.words, randomness.uniforms, randomness.happens, randomness.generator]
-    drawing += [pairs.drawn_pairs, pairs.drawn_partners]
+    drawing += [pairs.drawn_pairs, pairs.drawn_partners, pairs.drawn_receivers]
     places = {draws.__name__: [*signature(draws).parameters].index("purpose") for draws in drawing}
     passed = set()
     for file in Path(randomness.__file__).parent.rglob("*.py"):
