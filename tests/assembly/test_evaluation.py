@@ -20,7 +20,7 @@ from peertune.recipe import Recipe
 from peertune.report.tables import summarise
 from peertune.rounds.record import SCORES_OF_CLIENTS, Evaluation
 from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
-from peertune.types import Batch, Tensors, kind, take
+from peertune.types import Batch, Group, Tensors, kind, take
 
 SMALL = (
     "clients=5",
@@ -214,11 +214,21 @@ def test_who_is_asked_for_probabilities_goes_through_the_base_once() -> None:
     assert passes[0] == passes[1] > 6 * 30  # five clients and their average, and each client's own rows
 
 
+class First(Group):
+    """A process of two; the other has a client that is up, and judges the average."""
+
+    size = 2
+
+    def add(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
 def test_a_process_whose_clients_are_all_down_has_nothing_to_add() -> None:
-    job = build(recipe(*BOTH, "evaluate.ensemble=true")).job
+    job = build(recipe(*BOTH, "evaluate.ensemble=true"), [0, 1], group=First()).job
     nobody = take(job.state.adapters, slice(0, 0))
     found = job.evaluate(nobody, [])
     assert [getattr(found, name) for name in SCORES_OF_CLIENTS] == [[]] * len(SCORES_OF_CLIENTS)
+    assert found.average is None
     assert job.ensembles is not None
     assert job.ensembles(nobody, Heard({}, torch.zeros(0, 0), [], []), []) == []
 
