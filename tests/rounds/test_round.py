@@ -369,6 +369,7 @@ def test_what_counts_and_is_too_far_from_the_others_is_left_out_at_the_receivers
     judged: list[list[int]] = []
 
     def ensembles(own: Tensors, came: Heard, clients: Sequence[int]) -> list[float]:
+        assert torch.equal(own["layer.A"][0], came.tensors["layer.A"][0]), "before mixing"
         judged.extend(torch.tensor(came.clients)[row != 0].tolist() for row in came.weights.to_dense())
         return [0.5] * len(clients)
 
