@@ -34,7 +34,7 @@ from peertune.rounds.round import (
 )
 from peertune.rounds.training import Optim, sgd
 from peertune.topology import Fault, weights_at
-from peertune.topology.graphs import complete, path, ring
+from peertune.topology.graphs import complete, epidemic, path, ring
 from peertune.types import Batch, Group, Tensors, select, take
 
 CLIENTS = 5
@@ -223,6 +223,15 @@ def test_edges_are_told_of_rounds_only_that_send_something() -> None:
     for schedule, failed, vacant in ((both(), [(0, 1)], [(1, 2)]), (silent(), [], [])):
         (record,) = run_rounds(made(algorithm=Algorithm(schedule, mean), rounds=1), exchange)
         assert (record.failed_edges, record.vacant_edges) == (failed, vacant)
+
+
+def test_edges_of_a_directed_graph_say_who_sent_and_who_heard() -> None:
+    graph = epidemic(clients=CLIENTS, fan_out=1)
+    (record,) = run(made(graph=graph, rounds=1))
+    receivers, senders = weights_at(graph, 0).nonzero()
+    pairs = zip(senders.tolist(), receivers.tolist(), strict=True)
+    assert record.edges == sorted(pair for pair in pairs if pair[0] != pair[1])
+    assert any(sender > receiver for sender, receiver in record.edges)
 
 
 def test_what_a_client_sends_at_the_start_and_how_it_is_read_are_the_messages() -> None:
