@@ -21,6 +21,7 @@ from peertune.topology import (
     active_edges,
     clients_down,
     drop_edges,
+    lost_messages,
     messages_sent,
     neighbourhoods,
     partners_at,
@@ -30,6 +31,7 @@ from peertune.topology import (
     spectrum,
     summary,
     weights_at,
+    whose_adapters,
 )
 from peertune.topology.weights import as_edges
 
@@ -109,6 +111,13 @@ def test_a_plan_drops_messages_both_ways_and_who_is_down_neither_sends_nor_is_se
     np.testing.assert_allclose(after.toarray(), drop_edges(graph, plain, failed).toarray())
     np.testing.assert_allclose(after.sum(axis=1), 1)
     assert [messages_sent(graph, faults, t).tolist() for t in (1, 2)] == [[4] * 5, [3, 3, 3, 3, 0]]
+    assert messages_sent(epidemic(6, 2), [], 0).tolist() == [2] * 6
+    assert lost_messages(graph, faults, 1) == [], "who averages what it heard goes without it"
+    np.testing.assert_array_equal(whose_adapters(graph, faults, 2).toarray(), after.toarray())
+    pushing = epidemic(5, 4, weights="push_sum")
+    assert [lost_messages(pushing, faults, t) for t in (0, 1)] == [[], [(1, 3, 0.2), (3, 1, 0.2)]]
+    needed = whose_adapters(pushing, faults, 2).toarray() > 0
+    assert needed.tolist() == [[i == j or 4 not in (i, j) for j in range(5)] for i in range(5)]
 
 
 def direct(graph: Graph, rounds: int) -> NDArray[np.float64]:
