@@ -12,7 +12,7 @@ from torch import Tensor
 
 from peertune.assembly.registry import build_algorithm, build_graph, pushing
 from peertune.errors import RecipeError
-from peertune.method import Algorithm, Phase
+from peertune.method import Algorithm, Phase, standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
 from peertune.methods.schedules import both, by_round
@@ -145,6 +145,25 @@ def test_totals_hold_and_all_come_to_one_mean_where_a_third_of_the_messages_is_l
     assert float(state.memory["push.A.late"].sum()) > 0.1, "something is under way"
     for name, held in state.adapters.items():
         torch.testing.assert_close(held, start[name].mean(0).expand_as(held), rtol=0, atol=1e-9)
+
+
+def test_a_receiver_by_itself_finds_what_was_lost_to_it() -> None:
+    graph, faults = (
+        epidemic(CLIENTS - 1),
+        [Fault(0, 0, edge=(0, CLIENTS - 1))],
+    )  # all to all, but the first and the last
+    method = pushing(MIXED, graph, faults)
+    state = begun(method, adapters())
+    together = played(method, state, weights(graph, 0, faults))
+    sent, _ = method.message.send(state.adapters, state.memory, standing(range(CLIENTS), state.rounds), MIXED.phase(0))
+    alone = state.take(slice(0, 1))
+    at = standing([0], alone.rounds)._replace(heard=torch.arange(CLIENTS))
+    row = weights(graph, 0, faults)[:1]
+    _, changed = method.mixer.weigh(alone.adapters, sent, row, alone.memory, at, MIXED.phase(0))
+    assert changed["push.A.late"].tolist() == [[pytest.approx(1 / CLIENTS)]]
+    for name, x in changed.items():
+        torch.testing.assert_close(x, together.memory[name][:1])
+    torch.testing.assert_close(changed["push.q.B.late"][0, 0], state.adapters["q.B"][-1])
 
 
 def test_what_is_under_way_takes_memory_only_for_messages_that_are_planned_to_be_lost() -> None:
