@@ -18,6 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and sides.is_thorough(vars(item.module), item.fixturenames):
             item.add_marker("thorough")
+    # What takes minutes must not begin last, when the other processes have nothing left to do.
+    long = {item.path for item in items if item.get_closest_marker("thorough") is not None}
+    items.sort(key=lambda item: item.path not in long)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -505,7 +505,7 @@ BAD = {
     "an unknown key of a block": (["lora.rank=1"], "lora.rank: unknown key 'rank', did you mean lora.r?"),
     "an unknown key of a task": (
         ["task.confg=x"],
-        "task.confg: unknown key 'confg' (digits takes no settings; task.confg=null leaves out",
+        "task.confg: unknown key 'confg' (digits takes held_out_writers; task.confg=null leaves out",
     ),
     "an unknown key of a graph": (
         ["graph.activaton=1"],
