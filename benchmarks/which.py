@@ -28,19 +28,19 @@ are held against it on both graphs. Not enough to tell: an interval that has 0 i
 import argparse
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
-from scipy.stats import t as student
 
 from benchmarks.setup import overrides
 from peertune import build, load_recipe, simulate
 from peertune.errors import ModelError
 from peertune.methods.catalogue import ALGORITHMS
+from peertune.report.tables import interval
 
 KEPT = Path("benchmarks/results")
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
@@ -180,30 +180,35 @@ def kept(study: str) -> dict[str, Row]:
     return {row["run"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
 
 
-def by_seed(study: str, cell: Cell, score: str) -> dict[int, float]:
-    """Return a cell's score for each seed that has all the folds that any cell has whole: their mean."""
-    done, of = kept(study), STUDIES[study]
-    found: dict[int, list[float]] = {}
-    for fold in range(1, of.folds + 1):
-        for seed in of.seeds:
-            name = f"{cell.method} p={cell.activation:g} fold={fold} rate="
-            rows = [row for key, row in done.items() if key.startswith(name) and key.endswith(f" seed={seed}")]
-            if rows:
-                found.setdefault(seed, []).append(fmean(rows[0][score]) if rows[0][score] else float("nan"))
-    most = max(map(len, found.values()), default=0)
-    return {seed: fmean(scores) for seed, scores in found.items() if len(scores) == most}
+Scores = Mapping[tuple[int, int], float]
+"""(seed, fold) → the mean over clients; not a number where training diverged."""
+
+
+def scores(study: str, score: str) -> dict[Cell, dict[tuple[int, int], float]]:
+    """Return what each cell scored in its runs that chose no rate."""
+    found: dict[Cell, dict[tuple[int, int], float]] = {}
+    for name, row in kept(study).items():
+        method, *settings = name.split()
+        p, fold, _, seed = (setting.partition("=")[2] for setting in settings)
+        if int(seed) not in CHOOSING:
+            value = fmean(row[score]) if row[score] else float("nan")
+            found.setdefault(Cell(method, float(p)), {})[int(seed), int(fold)] = value
+    return found
+
+
+def by_seed(found: Scores, common: Collection[tuple[int, int]]) -> dict[int, float]:
+    """Return the mean over the folds that are `common`, by seed."""
+    seeds = {seed for seed, _ in common}
+    return {seed: fmean(found[at] for at in common if at[0] == seed) for seed in sorted(seeds)}
 
 
 def paired(one: Mapping[int, float], other: Mapping[int, float]) -> str:
     """Return the mean difference with its 95 % interval, and whether it is enough to tell."""
-    differences = [one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())]
-    if len(differences) < 2:
+    middle, low, high = interval([one[seed] - other[seed] for seed in sorted(one.keys() & other.keys())])
+    if middle is None or low is None or high is None:
         return ""
-    n, mean = len(differences), fmean(differences)
-    deviation = (sum((x - mean) ** 2 for x in differences) / (n - 1)) ** 0.5
-    half = float(student.ppf(0.975, n - 1)) * deviation / n**0.5
-    unsure = mean - half < 0 < mean + half and 2 * half > MATTERS
-    return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]{', not enough to tell' if unsure else ''}"
+    unsure = low < 0 < high and high - low > MATTERS
+    return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]{', not enough to tell' if unsure else ''}"
 
 
 def table(study: str) -> None:
@@ -215,23 +220,25 @@ def table(study: str) -> None:
         method, p, _, rate, seed = name.split()
         if int(seed.removeprefix("seed=")) not in CHOOSING:
             rates.setdefault(Cell(method, float(p[2:])), set()).add(rate.removeprefix("rate="))
+    scored_by = {score: scores(study, score) for score in ("own", "new")}
     for cell in cells():
         if cell not in rates:
             continue
         columns = []
-        for score in ("own", "new"):
-            found = by_seed(study, cell, score)
-            against = {p: by_seed(study, Cell("dec_lora", p), score) for p in (0.5, 0.02)}
+        for found in scored_by.values():
+            own, told = found[cell], []
             alone = cell.activation == 1 or cell.method == "local"
-            told = [
-                f"{paired(found, other)}{f' (p = {p:g})' if alone else ''}"
-                for p, other in against.items()
-                if alone or (p == cell.activation and cell.method != "dec_lora")
-            ]
-            columns += [f"{fmean(found.values()):.3f}", "; ".join(told) or "–"]
+            for activation in (0.5, 0.02):
+                other = found.get(Cell("dec_lora", activation), {})
+                if alone or (activation == cell.activation and cell.method != "dec_lora"):
+                    common = own.keys() & other.keys()
+                    difference = paired(by_seed(own, common), by_seed(other, common))
+                    told.append(f"{difference}{f' (p = {activation:g})' if alone else ''}")
+            columns += [f"{fmean(own.values()):.3f}", "; ".join(told) or "–"]
+        seeds = len({seed for seed, _ in own})
         where = "–" if cell.method == "local" else f"{cell.activation:g}"
         tried = ", ".join(sorted(rates[cell], key=float))
-        print(f"| {cell.method} | {where} | {tried} | {len(found)} | {' | '.join(columns)} |")
+        print(f"| {cell.method} | {where} | {tried} | {seeds} | {' | '.join(columns)} |")
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peertune.adapters.peft_format import LoraConfig
 from peertune.adapters.stacked import frozen_norms, init_adapters
-from peertune.assembly.encoding import EncodedTask, encode, row_counts
+from peertune.assembly.encoding import EncodedTask, encode, row_weights
 from peertune.assembly.evaluation import build_ensembles, build_evaluation
 from peertune.assembly.loading import Loaded, clients_together, load
 from peertune.assembly.registry import (
@@ -139,7 +139,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         clients_together=clients_together(recipe),
         packed=model.packs,
         seed=recipe.seed,
-        counts=row_counts(recipe, parts.task, encoded.held),
+        row_weights=row_weights(recipe, parts.task, encoded.held),
     )
     return Job(
         model=model,

@@ -68,7 +68,7 @@ def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]
     return np.sort(rows[generator(recipe.seed, Draw.EVALUATE).permutation(len(rows))[:few]])
 
 
-def row_counts(recipe: Recipe, task: Task, held: Rows) -> NDArray[np.float64] | None:
+def row_weights(recipe: Recipe, task: Task, held: Rows) -> NDArray[np.float64] | None:
     """Return how much each row of the training split counts in its client's loss, `[N]`; None where all count alike.
 
     With `balanced` a row of a client's n counts `n / (c n_y)`, n_y of which are of its class, and c the number of

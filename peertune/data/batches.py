@@ -266,13 +266,13 @@ def training_steps(
     clients_together: int,
     packed: bool,
     seed: int,
-    counts: NDArray[np.float64] | None = None,
+    row_weights: NDArray[np.float64] | None = None,
 ) -> Callable[[Sequence[int], int], Iterator[list[Batch]]]:
     """Return `steps(clients, round)`, which yields the micro-batches of each local step of these clients.
 
     `parts[k]` are the rows that client k holds. A batch's client numbers are places in `clients`, as the stack has
     them; it holds rows of about `clients_together` neighbouring clients at most, and comes with a packing if `packed`.
-    In a client's mean each of the N rows counts as `counts [N]` say, or all count alike.
+    In a client's mean each of the N rows counts as `row_weights [N]` say, or all count alike.
     """
 
     def steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
@@ -285,7 +285,7 @@ def training_steps(
             keys = words(seed, Draw.DROPOUT, np.repeat(clients, rows_per_step), step, positions).view(np.int64)
             shared = np.repeat(words(seed, Draw.SHARED_DROPOUT, clients, step).view(np.int64), rows_per_step)
             # A client's loss is the mean over its labels.
-            each = np.ones(len(rows)) if counts is None else counts[rows]
+            each = np.ones(len(rows)) if row_weights is None else row_weights[rows]
             labels = (each * encoded.targets[rows]).reshape(len(clients), rows_per_step).sum(axis=1)
             weights = each / np.repeat(np.where(labels > 0, labels, 1), rows_per_step)
             lengths, least = encoded.lengths[rows], -(-len(clients) // clients_together)

@@ -267,14 +267,21 @@ def differences(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
     both = [(own, theirs[seed]) for seed, own in zip(row["seeds"], row["_summaries"], strict=True) if seed in theirs]
     found = {}
     for key in SCORES:
-        differences = [own[key] - other[key] for own, other in both if key in own and key in other]
-        low = high = None
-        if len(differences) > 1:
-            half = stdtrit(len(differences) - 1, 0.975) * stdev(differences) / sqrt(len(differences))
-            low, high = fmean(differences) - half, fmean(differences) + half
-        middle = fmean(differences) if differences else None
-        found[key] = {"difference": middle, "low": low, "high": high, "seeds": len(differences)}
+        apart = [own[key] - other[key] for own, other in both if key in own and key in other]
+        middle, low, high = interval(apart)
+        found[key] = {"difference": middle, "low": low, "high": high, "seeds": len(apart)}
     return found
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Return the mean of values and its 95 % interval by Student's t; None for what they are too few to tell."""
+    if not values:
+        return None, None, None
+    middle = fmean(values)
+    if len(values) < 2:
+        return middle, None, None
+    half = stdtrit(len(values) - 1, 0.975) * stdev(values) / sqrt(len(values))
+    return middle, middle - half, middle + half
 
 
 def measured(rows: Sequence[Row]) -> list[str]:

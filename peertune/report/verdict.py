@@ -22,9 +22,7 @@ class Verdict(NamedTuple):
     best: str
     score: float
     next: str  # the second
-    lead: Mapping[
-        str, Any
-    ]  # over the second, above 0 if better: `difference`, `low`, `high`, `seeds` (`tables.compare`)
+    lead: Mapping[str, Any]  # over the second, as `paired` of `tables.compare`, and above 0 if better
     seeds_needed: int | None  # in all, for this lead to be surely one; None where it is, or no number would do
 
     @property
@@ -53,14 +51,11 @@ class Verdict(NamedTuple):
 def ordered(rows: Sequence[Row]) -> list[Row]:
     """Put rows in the order of what they are tried on, as it came, and there by their `mean`, the best first."""
 
-    def tried_on(row: Row) -> tuple[Any, ...]:
-        return tuple(repr(value) for key, value in row["by"].items() if not _of_method(key))
-
     def place(row: Row) -> tuple[int, bool, float]:
         score, sign = row["measures"]["mean"]["mean"], 1 if row["metric"] in LOWER_IS_BETTER else -1
-        return order.index(tried_on(row)), score is None, sign * (score or 0.0)
+        return order.index(_tried_on(row)), score is None, sign * (score or 0.0)
 
-    order = list(dict.fromkeys(map(tried_on, rows)))
+    order = list(dict.fromkeys(map(_tried_on, rows)))
     return sorted(rows, key=place)
 
 
@@ -72,7 +67,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     """
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault(tuple(str(value) for key, value in row["by"].items() if not _of_method(key)), []).append(row)
+        groups.setdefault(_tried_on(row), []).append(row)
     if all(len(members) < 2 for members in groups.values()):
         groups = {(): list(rows)}
     found = []
@@ -88,6 +83,11 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
 def _of_method(key: str) -> bool:
     """Whether a key of a recipe says what the method is, and not on what it is tried."""
     return key.partition(".")[0] in ("algorithm", "modifiers")
+
+
+def _tried_on(row: Row) -> tuple[str, ...]:
+    """Return what a row's settings but the method's are."""
+    return tuple(repr(value) for key, value in row["by"].items() if not _of_method(key))
 
 
 def _judge(rows: Sequence[Row], measure: str, shared: Mapping[str, Any]) -> Verdict:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.assembly.build import build, build_optim
-from peertune.assembly.encoding import row_counts
+from peertune.assembly.encoding import row_weights
 from peertune.assembly.registry import build_parts
 from peertune.data.tasks import TASKS
 from peertune.errors import DivergedError, ModelError, RecipeError
@@ -515,7 +515,7 @@ def test_class_weights_that_can_not_be_are_refused(settings: list[str], said: st
 def test_a_regression_has_no_classes_to_weigh_or_to_smooth(setting: str) -> None:
     values = replace(TASKS["digits"](), classes=())
     with pytest.raises(RecipeError, match=rf"^training\.{setting.partition('=')[0]}: needs classes, and this task has"):
-        row_counts(load_recipe("digits-demo", [f"training.{setting}"]), values, {})
+        row_weights(load_recipe("digits-demo", [f"training.{setting}"]), values, {})
 
 
 @pytest.mark.parametrize("optimizer", [adamw(weight_decay=0.1), sgd(0.5, 0.1)], ids=["adamw", "sgd"])
