@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -35,8 +36,12 @@ class Split:
         return f"{self.unit} {row if self.numbers is None else self.numbers[row]}"
 
     def take(self, rows: NDArray[Any], columns: Collection[str]) -> "Split":
-        """Return these rows, of these columns, each as a list."""
-        kept = {name: [self.columns[name][row] for row in rows.tolist()] for name in columns}
+        """Return these rows, of these columns, each as a list, or an array where it is one."""
+        sources = {name: self.columns[name] for name in columns}
+        kept = {
+            name: x[rows] if isinstance(x, np.ndarray) else [x[row] for row in rows.tolist()]
+            for name, x in sources.items()
+        }
         numbers = rows if self.numbers is None else self.numbers[rows]
         return replace(self, columns=kept, labels=self.labels[rows], numbers=numbers)
 
@@ -60,6 +65,7 @@ class Task:
     words: tuple[str, ...] = ()  # to choose from, one for each class
     templates: tuple[str, ...] = ()  # to match an image against: `{}` stands for the name of a class
     of: str | None = None  # the class that the metric is of, where it is of one
+    test: Split | None = None  # rows that no training and no evaluation in rounds reads
 
     @property
     def measured(self) -> str:

@@ -8,6 +8,7 @@ from hashlib import sha256
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,6 +54,7 @@ class Run:
     held: list[list[int]]  # for each client, how many rows of each class it holds
     validation: list[int]  # how many rows of each class validate
     evaluated: list[int]  # and how many of each of these are evaluated
+    tests: list[int]  # how many rows of each class are kept for `peertune score`; empty where there are none
     long: Mapping[str, int]  # for each split, how many rows were longer than `max_length`
     left_out: Mapping[str, int]  # and how many were left out since they lack a cell
 
@@ -71,6 +73,7 @@ class Run:
                 # of rows that each client has for itself, no class is the commonest of all
                 "labels": self.evaluated if self.labels and self.resolved.evaluate.on != "own" else [],
             },
+            **({"test": {"rows": sum(self.tests), "labels": self.tests if self.labels else []}} if self.tests else {}),
             "long_rows": dict(self.long),
             "missing_cells": dict(self.left_out),
             "parameters": {
@@ -110,8 +113,13 @@ def build(
         held=list(chain(*group.gather(label_counts(task, task.train, list(encoded.held.values()))))),
         validation=label_counts(task, task.validation, [encoded.validating])[0],
         evaluated=_evaluated(recipe, parts, encoded),
+        tests=[] if task.test is None else label_counts(task, task.test, [np.arange(len(task.test))])[0],
         long=encoded.long,
-        left_out={"train": task.train.left_out, "validation": task.validation.left_out},
+        left_out={
+            use: split.left_out
+            for use, split in {"train": task.train, "validation": task.validation, "test": task.test}.items()
+            if split is not None
+        },
     )
 
 
@@ -147,8 +155,8 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         algorithm=algorithm,
         optim=optim,
         steps=steps,
-        evaluate=build_evaluation(recipe, parts, loaded, encoded),
-        ensembles=build_ensembles(recipe, parts, loaded, encoded),
+        evaluate=build_evaluation(recipe, parts.task, loaded, encoded, parts.group, peer=parts.peer),
+        ensembles=build_ensembles(recipe, parts.task, loaded, encoded),
         state=_start(recipe, parts, loaded, optim),
         clients=parts.clients,
         rounds=recipe.rounds,

@@ -1,10 +1,11 @@
 """The third step of `build`: the task's rows as the base reads them, and which of these each client has."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from peertune.assembly.registry import Parts, Rows, validating_rows
@@ -41,7 +42,8 @@ def encode(recipe: Recipe, parts: Parts, base: Base) -> EncodedTask:
     """
     max_length = _max_length(recipe, base)
     own = np.sort(np.concatenate([*parts.rows.values(), *parts.held_out.values()]))
-    train, validation = _encode(recipe, parts.task, base, max_length, own)
+    encoded = _encoder(recipe, parts.task, base, max_length)
+    train, validation = encoded(parts.task.train, own), encoded(parts.task.validation, None)
     long = {"train": sum(parts.group.gather(len(train.long))), "validation": len(validation.long)}
     _tell_long(recipe, long, {"train": sum(parts.group.gather(len(own))), "validation": len(validation)}, max_length)
     held, held_out = (
@@ -58,6 +60,19 @@ def encode(recipe: Recipe, parts: Parts, base: Base) -> EncodedTask:
         raise DataError("training.long_rows: no row to validate on is short enough; raise training.max_length")
     evaluated = evaluated_rows(recipe, validating)
     return EncodedTask(train, validation, max_length, long, held, held_out, validating, evaluated)
+
+
+def encode_test(recipe: Recipe, task: Task, base: Base) -> EncodedTask:
+    """Encode what the task validates on, all of it, and nothing to train on; errors are those of `encode`."""
+    max_length = _max_length(recipe, base)
+    tested = _encoder(recipe, task, base, max_length)(task.validation, None)
+    _tell_long(recipe, {"test": len(tested.long)}, {"test": len(tested)}, max_length)
+    rows = _without_long(recipe, tested, np.arange(len(tested)))
+    if not len(rows):
+        raise DataError("training.long_rows: no row to test on is short enough; raise training.max_length")
+    none = np.zeros(0, dtype=np.int64)
+    nothing = Encoded({}, {}, {}, none, none, torch.zeros(0))
+    return EncodedTask(nothing, tested, max_length, {"test": len(tested.long)}, {}, {}, rows, rows)
 
 
 def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -101,28 +116,29 @@ def _max_length(recipe: Recipe, base: Base) -> int:
     return int(min(limit for limit in limits if limit is not None))
 
 
-def _encode(recipe: Recipe, task: Task, base: Base, max_length: int, own: NDArray[np.int64]) -> tuple[Encoded, Encoded]:
-    """Encode the `own` rows of the training split, and the validation split."""
+def _encoder(
+    recipe: Recipe, task: Task, base: Base, max_length: int
+) -> Callable[[Split, NDArray[np.int64] | None], Encoded]:
+    """Return what encodes some rows of a split of the task, or all."""
     images, process = task.inputs == ("pixel_values",), None
     if isinstance(task.train.columns.get("pixel_values"), Images):
         process = load_processor(recipe.model.name, revision=recipe.model.revision, config=base.model.config)
 
-    def encode(split: Split, rows: NDArray[np.int64] | None = None) -> Encoded:
-        match task.form:
-            case "complete":
-                return encode_completions(base.tokenizer, split, task.inputs, max_length, rows)
-            case "choose":
-                return encode_words(base.tokenizer, split, task.words, max_length, rows)
+    def encode(split: Split, rows: NDArray[np.int64] | None) -> Encoded:
         if images:
             return encode_images(split, base.tokens_per_image, process)
-        return encode_text(base.tokenizer, split, task.inputs, max_length, rows)
-
-    if not images:
-        log.info(f"tokenising {len(own) + len(task.validation):,} rows")
-    splits = encode(task.train, own), encode(task.validation)
-    for encoded in () if images else splits:
+        log.info(f"tokenising {len(split if rows is None else rows):,} rows")
+        match task.form:
+            case "complete":
+                encoded = encode_completions(base.tokenizer, split, task.inputs, max_length, rows)
+            case "choose":
+                encoded = encode_words(base.tokenizer, split, task.words, max_length, rows)
+            case _:
+                encoded = encode_text(base.tokenizer, split, task.inputs, max_length, rows)
         _check_tokens(recipe, base, encoded)
-    return splits
+        return encoded
+
+    return encode
 
 
 def _check_tokens(recipe: Recipe, base: Base, encoded: Encoded) -> None:

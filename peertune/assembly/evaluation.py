@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from peertune.assembly.encoding import EncodedTask
 from peertune.assembly.loading import Loaded, clients_together
-from peertune.assembly.registry import Parts
 from peertune.data.batches import Encoded, validation_batches
 from peertune.data.completions import completions, encode_choices, encode_prompts
 from peertune.data.scores import JUDGES, calibration_error, log_loss, scorer
@@ -23,7 +22,7 @@ from peertune.rounds.metrics import entries
 from peertune.rounds.record import Evaluation
 from peertune.rounds.round import Heard
 from peertune.rounds.training import Read, evaluate, hits, predictions, probabilities, row_losses
-from peertune.types import Group, Split, Task, Tensors, take
+from peertune.types import ALONE, Group, Split, Task, Tensors, take
 
 log = logging.getLogger(__name__)
 
@@ -43,14 +42,14 @@ class _Judge(NamedTuple):
 
 
 def build_evaluation(
-    recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask
+    recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask, group: Group = ALONE, *, peer: bool = False
 ) -> Callable[[Tensors, Sequence[int]], Evaluation]:
     """Return what evaluates a stack `[K, …]` of these clients, and, but at a peer, the average of all of the group.
 
     Each client's own model is judged on the validation set, on rows that it holds out, or on both. Raises RecipeError
     where the metric can't be had of this task or this base.
     """
-    task, group, on = parts.task, parts.group, recipe.evaluate.on
+    on = recipe.evaluate.on
     if recipe.evaluate.temperature and task.metric not in JUDGES:
         raise RecipeError(
             f"evaluate.temperature: nothing is generated for the metric {task.metric}; leave it out, "
@@ -68,7 +67,7 @@ def build_evaluation(
 
     beside = None
     if recipe.evaluate.ensemble and common is not None:
-        by_class, beside = common.judge, _beside(task, group, loaded, encoded, parts.peer)
+        by_class, beside = common.judge, _beside(task, group, loaded, encoded, peer)
         common = _Judge(_probabilities(loaded, encoded), lambda shares: by_class(shares.argmax(-1)))
 
     def run(adapters: Tensors, clients: Sequence[int]) -> Evaluation:
@@ -77,7 +76,7 @@ def build_evaluation(
         scores = [score for its, single in pairs for score, _ in its.judge(its.predict([single]))]
         if common is None:
             return Evaluation(task.measured, scores, None, held_out, [], scores)
-        if not parts.peer:
+        if not peer:
             mean = {name: group.mean(x)[None] for name, x in adapters.items()}
             if group.rank == group.size - 1:  # once, by the one with the fewest clients
                 singles.append(mean)
@@ -97,7 +96,7 @@ Ensembles = Callable[[Tensors, Heard, Sequence[int]], list[float]]
 """`ensembles(own [K, …], came, clients [K])` returns the score of each client's ensemble with those that it heard."""
 
 
-def build_ensembles(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> Ensembles | None:
+def build_ensembles(recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask) -> Ensembles | None:
     """Return what judges each client's ensemble with those whom it mixes, None where the recipe doesn't ask for it.
 
     It is what a client can compute of what a round brought it: the mean, each counting alike, of the probabilities by
@@ -107,7 +106,7 @@ def build_ensembles(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: Encod
     """
     if not recipe.evaluate.ensemble:
         return None
-    task, predict = parts.task, _probabilities(loaded, encoded)
+    predict = _probabilities(loaded, encoded)
     score, labels = scorer(task), np.asarray(task.validation.labels)[encoded.evaluated]
 
     def judge(own: Tensors, came: Heard, clients: Sequence[int]) -> list[float]:

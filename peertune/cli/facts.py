@@ -113,6 +113,7 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
                 "held": held,
                 "held_out": judging,
                 "validation": validating,
+                "test": len(task.test or ()),
             }
         )
         return
@@ -124,7 +125,8 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
         print("\n".join(f"{number}: {label}" for number, label in enumerate(labels)) + "\n")
     print(aligned(lines))
     beside = f"{judging:,} more are held out; " if judging else ""
-    print(f"\n{held:,} of {len(task.train):,} training rows are held; {beside}{validating:,} rows validate")
+    tests = "" if task.test is None else f"; {len(task.test):,} are kept for the test"
+    print(f"\n{held:,} of {len(task.train):,} training rows are held; {beside}{validating:,} rows validate{tests}")
 
 
 def env(as_json: AsJson = False) -> None:

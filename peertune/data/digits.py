@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from peertune.errors import DataError
+from peertune.data.splits import Splits
+from peertune.errors import DataError, unknown
 from peertune.types import Split, Task
 
 _FILE = Path(__file__).with_name("digits.npz")
@@ -21,16 +22,24 @@ _FORMS = (0, 130, 256, 386, 516, 646, 776, 906, 1029, 1157, 1287, 1415, 1545, 16
 _WRITERS = frozenset(range(len(_FORMS)))
 
 
-def digits(held_out_writers: list[int] | None = None) -> Task:
+def digits(
+    held_out_writers: list[int] | None = None, validation_split: float | str | None = None, test: str | None = None
+) -> Task:
     """Tell the handwritten digits 5 to 9 apart: 896 images of 8 x 8 grey levels that come with scikit-learn.
 
     `pixel_values` is float32 `[N, 1, 8, 8]` in [-1, 1], `writer` says on which of fourteen forms the row stood,
     from 0, each filled in by one hand, and class 0 is the digit 5. The source counts thirteen people, so two forms may
     be of one. A fifth of each class, always the same rows, is for validation; or, where `held_out_writers` names some,
-    all of their rows, and all others are for training.
+    all of their rows, and all others are for training. With `validation_split`, as of `text`, these rows are
+    for testing, which `test: validation` says.
 
-    Raises DataError for writers that there aren't, or if none is left.
+    Raises DataError for writers that there aren't, or if none is left, and for another split.
     """
+    splits = Splits("train", ("validation",), validation_split, test)
+    splits.check("task digits")
+    wanted = splits.wanted("task digits", ("train", "validation"))
+    if test not in (None, "validation"):
+        raise DataError(unknown("task digits: test", str(test), ("validation",)))
     if held_out_writers is None:
         train, validation = (_split([part], _FIRST, _WRITERS) for part in ("train", "validation"))
     else:
@@ -41,7 +50,8 @@ def digits(held_out_writers: list[int] | None = None) -> Task:
                 "and not all"
             )
         train, validation = (_split(["train", "validation"], _FIRST, writers) for writers in (others, out))
-    return Task("digits", ("pixel_values",), tuple("56789"), train, validation, "accuracy")
+    dealt = splits.dealt("task digits", [{"train": train, "validation": validation}[name] for name, *_ in wanted])
+    return Task("digits", ("pixel_values",), tuple("56789"), metric="accuracy", **dealt)
 
 
 def public_digits() -> Split:

@@ -23,6 +23,7 @@ from torch import Tensor
 from peertune.data.labels import Classes, number_labels
 from peertune.data.scores import OF_VALUES, Metric, read_metric
 from peertune.data.sources import Source, first_line, image_columns, load_from_hub, need_folder
+from peertune.data.splits import Splits
 from peertune.data.tables import MissingCells, Table
 from peertune.errors import DataError, unknown
 from peertune.randomness import Draw, generator
@@ -49,6 +50,8 @@ def images(
     classes: Classes | None = None,
     templates: list[str] | None = None,
     metric: Metric = "accuracy",
+    validation_split: float | str | None = None,
+    test: str | None = None,
     *,
     seed: int,
     missing_cells: MissingCells = "refuse",
@@ -63,11 +66,13 @@ def images(
     where parties train on rows of their own, of which one may lack a class, and where the data have numbers for names.
     `templates` are sentences such as `a photo of a {}, a type of flower`, for a base that holds images against texts
     (CLIP): `{}` stands for the name, with spaces for `_`. `shots` keeps so many training rows of each class, drawn from
-    `seed`, and all of a class that has fewer, as few-shot learning commonly counts.
+    `seed`, and all of a class that has fewer, as few-shot learning commonly counts. `validation_split` and `test` are
+    as for `text`; shots are drawn of the rows that then train.
 
     Raises DataError where the arguments, a folder, a column, a label or an image is wrong.
     """
-    name = Source(path, id, config, revision).named("images", train, validation)
+    splits = Splits(train, (validation,), validation_split, test)
+    name = Source(path, id, config, revision).named("images", splits)
     where = f"task {name}"
     if read_metric(where, metric)[0] in OF_VALUES and not (classes is None and templates is None and shots is None):
         raise DataError(f"{where}: metric {metric} is of values; leave out classes, templates and shots")
@@ -81,33 +86,36 @@ def images(
     if path is not None and (image, label) != ("image", "label"):
         raise DataError(f"{where}: image and label are columns of the hub; leave them out with path")
     if path is not None:
-        source = _open_folder(where, Path(path).expanduser(), (train, validation))
+        source = _open_folder(where, Path(path).expanduser(), splits)
     else:
-        source = _open_hub(where, load_from_hub(where, id or "", config, revision), (train, validation), image)
+        source = _open_hub(where, load_from_hub(where, id or "", config, revision), splits, image)
     others = () if path is not None else (image,)
     found = number_labels(where, source.tables, (), label, classes, metric, missing_cells, others)
-    names, splits = found.classes, found.splits
+    names = found.classes
     if classes is None and templates and all(name.isdecimal() for name in names):
         raise DataError(f"{where}: the classes have numbers for names, which no text matches; name them in classes")
-    kept = [np.arange(len(split)) for split in splits]
-    if shots is not None:
-        kept[0] = _few(where, splits[0].labels, names, shots, seed)
-    made = []
-    for split, rows, labelled in zip(source.images, kept, splits, strict=True):
-        chosen = labelled.take(rows, [column for column in labelled.columns if column != image])
+    made: dict[str, Any] = {}
+    for use, labelled in splits.dealt(where, found.splits).items():
+        if labelled is None:
+            continue
+        few = shots is not None and use == "train"
+        rows = _few(where, labelled.labels, names, shots or 0, seed) if few else np.arange(len(labelled))
+        chosen, split = (
+            labelled.take(rows, [column for column in labelled.columns if column != image]),
+            splits.origin(use),
+        )
         pixels = Images(f"{where}: {split}", source.images[split], np.asarray(chosen.numbers))
         pixels.check()
-        made.append(replace(chosen, columns={**chosen.columns, "pixel_values": pixels}))
+        made[use] = replace(chosen, columns={**chosen.columns, "pixel_values": pixels})
     return Task(
         name,
         ("pixel_values",),
         names,
-        train=made[0],
-        validation=made[1],
         metric=found.metric,
         form="classify" if templates is None else "match",
         templates=tuple(templates or ()),
         of=found.of,
+        **made,
     )
 
 
@@ -195,10 +203,10 @@ class _Source(NamedTuple):
     images: dict[str, Sequence[Any]]  # of each a path, or the hub's `bytes` and `path`
 
 
-def _open_folder(where: str, folder: Path, splits: Sequence[str]) -> _Source:
+def _open_folder(where: str, folder: Path, splits: Splits) -> _Source:
     need_folder(where, folder, "a folder for each split")
     images: dict[str, Sequence[Any]] = {}
-    for split in splits:
+    for split, *_ in splits.wanted(where, _folders(folder)):
         if not (folder / split).is_dir():
             raise DataError(unknown(f"{where}: {folder}: split", split, _folders(folder)))
         names = _folders(folder / split)
@@ -206,7 +214,7 @@ def _open_folder(where: str, folder: Path, splits: Sequence[str]) -> _Source:
             raise DataError(f"{where}: {folder / split} holds no folders; put each class's images in one of its name")
         files = [sorted((folder / split / name).iterdir()) for name in names]
         images[split] = [file for inner in files for file in inner if not file.name.startswith(".")]
-    names = _folders(folder / splits[0])
+    names = _folders(folder / splits.train)
     classes = tuple(sorted(names, key=int) if all(map(str.isdecimal, names)) else names)
     tables = {
         split: Table({"label": [file.parent.name for file in files]}, np.arange(len(files)), classes={"label": classes})
@@ -219,9 +227,9 @@ def _folders(folder: Path) -> list[str]:
     return sorted(inner.name for inner in folder.iterdir() if inner.is_dir() and not inner.name.startswith("."))
 
 
-def _open_hub(where: str, found: Mapping[str, Any], splits: Sequence[str], image: str) -> _Source:
+def _open_hub(where: str, found: Mapping[str, Any], splits: Splits, image: str) -> _Source:
     tables, images = {}, {}
-    for split in splits:
+    for split, *_ in splits.wanted(where, found):
         if split not in found:
             raise DataError(unknown(f"{where}: split", split, found))
         tables[split], images[split] = image_columns(f"{where}: {split}", found[split], image)

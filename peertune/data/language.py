@@ -10,6 +10,7 @@ import numpy as np
 from peertune.data.labels import Classes, need_text, number_labels, told_already
 from peertune.data.scores import JUDGES, OF_LANGUAGE, OF_VALUES, Metric, read_metric
 from peertune.data.sources import Source
+from peertune.data.splits import Splits
 from peertune.data.tables import MissingCells, Table, missing, need_columns, nested, whole, without_missing
 from peertune.errors import DataError, unknown
 from peertune.types import Task
@@ -30,6 +31,8 @@ def instructions(
     chat: bool = False,
     metric: str = "perplexity",
     field: str | None = None,
+    validation_split: float | str | None = None,
+    test: str | None = None,
     *,
     missing_cells: MissingCells = "refuse",
 ) -> Task:
@@ -44,17 +47,19 @@ def instructions(
 
     `metric` is `perplexity`, `token_accuracy`, or one of those that generate: `exact_match` (the whole completion, but
     for space at its ends) and `last_number` (the last number of both agree, as GSM8K's answers are judged).
+    `validation_split` and `test` are as for `text`.
 
     Raises DataError where the arguments, a file, a column or a row is wrong.
     """
     source = Source(path, id, config, revision, field)
-    called = source.named("instructions", train, validation)
+    splits = Splits(train, (validation,), validation_split, test)
+    called = source.named("instructions", splits)
     where = f"task {called}"
     if metric not in OF_LANGUAGE:
         raise DataError(unknown(f"{where}: metric", metric, OF_LANGUAGE))
     if (prompt is None) != (completion is None):
         raise DataError(f"{where}: give both prompt and completion, or neither for the columns of these names")
-    tables = source.read(where, train, validation)
+    tables = source.read(where, splits)
     if prompt is not None and completion is not None:
         tables = _in_words(where, tables, {"prompt": prompt, "completion": completion}, missing_cells)
         inputs: tuple[str, ...] = ("prompt", "completion")
@@ -75,8 +80,8 @@ def instructions(
             tables[name] = table.with_columns({"messages": [_conversation(*pair) for pair in pairs]})
     inputs = ("messages",) if chat else inputs
     # No classes, to deal rows by, as a regression has none.
-    made = [table.split(np.zeros(len(table))) for table in tables.values()]
-    return Task(called, inputs, (), made[0], made[1], metric, "complete")
+    dealt = splits.dealt(where, [table.split(np.zeros(len(table))) for table in tables.values()])
+    return Task(called, inputs, (), metric=metric, form="complete", **dealt)
 
 
 def label_words(
@@ -92,6 +97,8 @@ def label_words(
     metric: Metric = "accuracy",
     classes: Classes | None = None,
     field: str | None = None,
+    validation_split: float | str | None = None,
+    test: str | None = None,
     *,
     missing_cells: MissingCells = "refuse",
 ) -> Task:
@@ -107,7 +114,8 @@ def label_words(
     The data and errors are as for `instructions`.
     """
     source = Source(path, id, config, revision, field)
-    called = source.named("label_words", train, validation)
+    splits = Splits(train, (validation,), validation_split, test)
+    called = source.named("label_words", splits)
     where = f"task {called}"
     if len(words) < 2 or len(set(words)) < len(words) or not all(word.strip() for word in words):
         raise DataError(f"{where}: words is {words}; give two or more different ones, none of them empty")
@@ -115,7 +123,7 @@ def label_words(
         raise DataError(f"{where}: metric {named} is not for classes, choose accuracy, f1 or matthews_correlation")
     if label in _FIELD.findall(prompt):
         raise DataError(told_already(where, label))
-    tables = source.read(where, train, validation)
+    tables = source.read(where, splits)
     for name, table in tables.items():
         need_columns(f"{where}: {name}", table, (label,))
         tables[name] = table.with_columns({label: _truths(table.columns[label])})
@@ -124,10 +132,13 @@ def label_words(
     if classes is None and label not in first.classes and None not in map(whole, first.columns[label]):
         classes = [str(number) for number in range(len(words))]
     found = number_labels(where, tables, ("prompt",), label, classes, metric, missing_cells)
-    names, splits = found.classes, found.splits
+    names = found.classes
     if len(names) != len(words):
         raise DataError(f"{where}: there are {len(names)} classes ({', '.join(names[:5])}) and {len(words)} words")
-    return Task(called, ("prompt",), names, splits[0], splits[1], found.metric, "choose", tuple(words), of=found.of)
+    dealt = splits.dealt(where, found.splits)
+    return Task(
+        called, ("prompt",), names, metric=found.metric, form="choose", words=tuple(words), of=found.of, **dealt
+    )
 
 
 def _truths(labels: list[Any]) -> list[Any]:

@@ -228,6 +228,26 @@ def fold(part: str, rows: int) -> RowNumbers:
     return np.sort(generator(0, Draw.FOLD).permutation(rows)[number - 1 :: of])
 
 
+def part(where: str, share: float | str, rows: int) -> RowNumbers:
+    """Return those of a split's `rows` that are a share of them, or a fold `k/n`, sorted; as of `fold` no seed's.
+
+    Raises DataError for what is neither, and where a share leaves no row on one side.
+    """
+    if isinstance(share, str):
+        number, _, of = share.partition("/")
+        if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of) >= 2):
+            raise DataError(
+                f"{where}: {share!r} is no fold; give k/n, k from 1 to n, such as 2/5, or a share such as .1"
+            )
+        return fold(share, rows)
+    count = round(share * rows)
+    if not 0 < share < 1 or not 0 < count < rows:
+        raise DataError(
+            f"{where}: {share:g} of {rows:,} rows is {count:,}; give a share with rows on both sides, or a fold k/n"
+        )
+    return np.sort(generator(0, Draw.FOLD).permutation(rows)[:count])
+
+
 PARTITIONS: dict[str, Callable[..., Partition]] = {
     "column": column,
     "dirichlet": dirichlet,

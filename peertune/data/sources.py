@@ -4,13 +4,14 @@ A folder holds one file for each split, named after it: `train.parquet`, `valida
 `train.json`. Files are read straight into memory: nothing is cached, and no script of a data set ever runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from peertune.data.readers import NAN, SUFFIXES, read_file
+from peertune.data.splits import Splits
 from peertune.data.tables import Columns, Table, made
 from peertune.errors import DataError, unknown
 
@@ -25,11 +26,11 @@ class Source:
     revision: str | None = None
     field: str | None = None  # what in a folder's JSON files holds the rows
 
-    def named(self, task: str, train: str, validation: str) -> str:
+    def named(self, task: str, splits: Splits) -> str:
         """Return what a task with rows of its own is called, such as `text/reviews`, by its folder or its hub's id.
 
-        Raises DataError where not just one of them is given, or what belongs to the other, and where the same split is
-        to train and to validate on.
+        Raises DataError where not just one of them is given, or what belongs to the other, and for splits that can't
+        be.
         """
         if (self.path is None) == (self.hub_id is None):
             raise DataError(f"task {task}: give either path (a folder) or id (a data set of the hub)")
@@ -38,18 +39,19 @@ class Source:
             raise DataError(f"task {named}: config and revision are of the hub; leave them out with path")
         if self.hub_id is not None and self.field is not None:
             raise DataError(f"task {named}: field is of a folder's JSON files; leave it out with id")
-        if train == validation:
-            both = f"train and validation are both {train}"
-            raise DataError(f"task {named}: {both}; hold some rows out, in a split of their own")
+        splits.check(f"task {named}")
         return named
 
-    def read(self, where: str, train: str, *validation: str) -> dict[str, Table]:
-        """Return the splits to train and to validate on, the latter under any of its names."""
+    def read(self, where: str, splits: Splits) -> dict[str, Table]:
+        """Return the splits that are wanted of the source, by name, the one to train on first."""
         if self.path is not None:
-            read = partial(_from_folder, where, Path(self.path).expanduser(), self.field)
+            folder = Path(self.path).expanduser()
+            there: Collection[str] = {file.stem for file in folder.glob("*") if file.suffix in SUFFIXES}
+            read = partial(_from_folder, where, folder, self.field)
         else:
-            read = partial(_from_hub, where, load_from_hub(where, self.hub_id or "", self.config, self.revision))
-        return {train: read((train,)), validation[0]: read(validation)}
+            there = found = load_from_hub(where, self.hub_id or "", self.config, self.revision)
+            read = partial(_from_hub, where, found)
+        return {names[0]: read(names) for names in splits.wanted(where, there)}
 
 
 def need_folder(where: str, folder: Path, what: str) -> None:

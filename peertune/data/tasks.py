@@ -13,6 +13,7 @@ from peertune.data.labels import Classes, number_labels
 from peertune.data.language import instructions, label_words
 from peertune.data.scores import OF_CLASS, OF_VALUES, Metric, read_metric
 from peertune.data.sources import Source
+from peertune.data.splits import Splits
 from peertune.data.tables import MissingCells
 from peertune.errors import DataError, unknown
 from peertune.types import Task
@@ -49,6 +50,8 @@ def glue(
     revision: str | None = None,
     metric: Metric | None = None,
     field: str | None = None,
+    validation_split: float | str | None = None,
+    test: str | None = None,
     *,
     missing_cells: MissingCells = "refuse",
 ) -> Task:
@@ -57,6 +60,8 @@ def glue(
     `config` is the hub's name of the task, such as `sst2`; `path` a folder to read in place of the hub's `nyu-mll/glue`
     at `revision`, where `field` says what in JSON files holds the rows. MNLI validates on its matched rows. Where GLUE
     has two metrics, `metric` is accuracy, or Pearson's correlation, unless another is named. F1 is of class 1.
+    `validation_split` and `test` are as for `text`; since the hub's test rows have no labels, many test on GLUE's
+    validation rows, by `test: validation` beside a `validation_split`.
 
     Raises DataError for an unknown config, a metric that does not suit it, and data that are missing or malformed.
     """
@@ -74,14 +79,16 @@ def glue(
         raise DataError(f"{where}: revision is of the hub; leave it out with path")
     if path is None and field is not None:
         raise DataError(f"{where}: field is of a folder's JSON files; give path, or leave it out")
-    tables = Source(path, "nyu-mll/glue", config, revision, field).read(where, "train", *known.validation)
+    splits = Splits("train", known.validation, validation_split, test)
+    splits.check(where)
+    tables = Source(path, "nyu-mll/glue", config, revision, field).read(where, splits)
     tables = {  # rows that are not the hub's have the benchmark's numbers all the same
         split: table.named("label", known.classes) if known.classes and "label" in table.columns else table
         for split, table in tables.items()
     }
     found = number_labels(where, tables, known.inputs, "label", None, metric, missing_cells)
-    train, held_out = found.splits
-    return Task(f"glue/{config}", known.inputs, found.classes, train, held_out, found.metric, of=found.of)
+    dealt = splits.dealt(where, found.splits)
+    return Task(f"glue/{config}", known.inputs, found.classes, metric=found.metric, of=found.of, **dealt)
 
 
 def text(
@@ -95,6 +102,8 @@ def text(
     metric: Metric = "accuracy",
     classes: Classes | None = None,
     field: str | None = None,
+    validation_split: float | str | None = None,
+    test: str | None = None,
     *,
     missing_cells: MissingCells = "refuse",
 ) -> Task:
@@ -108,17 +117,21 @@ def text(
     metric `pearson` or `spearman` labels are the targets of a regression. `f1` is of one class: `{name: f1, of: spam}`,
     or class 1 where the classes are 0 and 1.
 
+    Where the data come without rows to validate on, `validation_split` takes some of `train`, a share such as .1 or a
+    fold such as `1/10`, the same rows in every run. `test` names a split that is kept for the end.
+
     Raises DataError where the arguments, a file, a column or a label is wrong.
     """
     source = Source(path, id, config, revision, field)
-    name = source.named("text", "train", validation)
+    splits = Splits("train", (validation,), validation_split, test)
+    name = source.named("text", splits)
     where = f"task {name}"
     if not 1 <= len(inputs) <= 2:
         raise DataError(f"task text: inputs names {len(inputs)} columns, give one or two")
-    tables = source.read(where, "train", validation)
+    tables = source.read(where, splits)
     found = number_labels(where, tables, tuple(inputs), label, classes, metric, missing_cells)
-    train, held_out = found.splits
-    return Task(name, tuple(inputs), found.classes, train, held_out, found.metric, of=found.of)
+    dealt = splits.dealt(where, found.splits)
+    return Task(name, tuple(inputs), found.classes, metric=found.metric, of=found.of, **dealt)
 
 
 TASKS: dict[str, Callable[..., Task]] = {
