@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -16,12 +17,17 @@ from typing import Any
 import pytest
 from processes import PROCESS, finish, start, wait_until
 
+from peertune.assembly.build import build
+from peertune.assembly.registry import build_task
+from peertune.assembly.scoring import score_test
 from peertune.cli import app, main
 from peertune.cli.common import asked_to_stop, interruptible, lines, messages
 from peertune.errors import RunError
-from peertune.recipe import recipe_names
+from peertune.recipe import load_recipe, recipe_names
+from peertune.runs import checkpoints
 from peertune.sweeps.launch import COMMAND
 from peertune.topology import spectrum
+from peertune.types import take
 
 SMALL = [
     "clients=4",
@@ -33,7 +39,20 @@ SMALL = [
     "lora.lora_dropout=0.1",
 ]
 TINY = [*SMALL, "rounds=2"]
-COMMANDS = ["compare", "data", "diagnose", "env", "export", "graph", "recipes", "report", "roster", "run", "sweep"]
+COMMANDS = [
+    "compare",
+    "data",
+    "diagnose",
+    "env",
+    "export",
+    "graph",
+    "recipes",
+    "report",
+    "roster",
+    "run",
+    "score",
+    "sweep",
+]
 COMMANDS += [
     "ca approve",
     "ca init",
@@ -299,6 +318,42 @@ def test_diagnose_says_what_it_found(peertune: Call, done: Path) -> None:
     _, out, _ = peertune("diagnose", done, "--json")
     (findings,) = json.loads(out).values()
     assert all(finding.keys() == {"name", "severity", "title", "text", "advice"} for finding in findings)
+
+
+def test_a_run_is_scored_on_rows_that_it_has_not_seen_as_its_rounds_score(
+    peertune: Call, done: Path, mine: Path
+) -> None:
+    code, _, err = peertune("score", done)
+    assert code == 2
+    assert "task digits: has no test rows; name a split that neither trains nor validates, as in task.test=test" in err
+    code, _, err = peertune("score", done, "seed=1")
+    assert (code, err) == (
+        2,
+        "peertune: seed=1: a run is scored as it was run; what may be given is task.test, task.path, device, "
+        "training.tokens_per_pass\n",
+    )
+    kept = (mine / "resolved.yaml").read_text()
+    kept = kept.replace("test: null", "test: validation").replace("validation_split: null", "validation_split: 0.2")
+    (mine / "resolved.yaml").write_text(kept)
+    code, out, err = peertune("score", mine, "--json")
+    assert (code, err) == (0, "")
+    said = json.loads(out)
+    asked = load_recipe(done / "resolved.yaml", ["evaluate.rows=null"])
+    state = checkpoints.load(done)
+    assert state is not None
+    expected = build(asked).job.evaluate(state.adapters, range(4))
+    assert (said["scores"], said["average"], said["rows"]) == (expected.clients, expected.average, 180)
+    assert (said["clients"], said["mean"]) == ([0, 1, 2, 3], pytest.approx(sum(expected.clients) / 4))
+    labels = Counter(build_task(asked).validation.labels.tolist())
+    assert said["constant"] == pytest.approx(max(labels.values()) / 180)
+    found = score_test(load_recipe(mine / "resolved.yaml"), take(state.adapters, slice(2, 3)), [2], peer=True)
+    assert (found.evaluation.clients, found.evaluation.average) == ([expected.clients[2]], None)
+    code, out, _ = peertune("score", mine)
+    assert f"constant answer      {said['constant']:.3f}\n" in out
+    (mine / "resolved.yaml").write_text(kept.replace("rounds: 2", "rounds: 5"))
+    code, _, err = peertune("score", mine)
+    assert code == 2
+    assert f"{mine}: has made 2 of its 5 rounds, and a test is for the end; go on with peertune run --resume" in err
 
 
 def test_report_writes_one_file_beside_the_runs_or_where_it_is_told(peertune: Call, mine: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from peertune.cli.facts import data, env, graph, recipes
 from peertune.cli.federation import ca_app, peer_app, roster
 from peertune.cli.results import compare, diagnose, export, report
 from peertune.cli.running import run
+from peertune.cli.scoring import score
 from peertune.cli.sweeping import sweep
 from peertune.errors import Exit, PeertuneError
 
@@ -43,7 +44,7 @@ def _options(
     pass
 
 
-for command in (run, sweep, compare, report, diagnose, recipes, graph, data, export, env, roster):
+for command in (run, sweep, compare, report, diagnose, score, recipes, graph, data, export, env, roster):
     app.command()(command)
 app.add_typer(ca_app, name="ca")
 app.add_typer(peer_app, name="peer")

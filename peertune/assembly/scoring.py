@@ -1,0 +1,54 @@
+"""What the adapters of a run that has ended are worth on rows that it never saw: those of the task's test split."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from peertune.assembly.encoding import encode_test
+from peertune.assembly.evaluation import build_evaluation
+from peertune.assembly.loading import load
+from peertune.assembly.registry import build_task
+from peertune.data.scores import scorer
+from peertune.errors import RecipeError
+from peertune.recipe import Recipe
+from peertune.rounds.record import Evaluation
+from peertune.types import Task, Tensors
+
+
+class Tested(NamedTuple):
+    """An evaluation on test rows."""
+
+    evaluation: Evaluation
+    constant: float | None  # the best score that one and the same answer to all rows has; None without classes
+
+
+def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], *, peer: bool = False) -> Tested:
+    """Score adapters `[K, …]` of these clients on the test rows, as a round does on the validation rows.
+
+    Raises RecipeError for a task without test rows, and for adapters that are not the recipe's.
+    """
+    task = build_task(recipe)
+    if task.test is None:
+        raise RecipeError(
+            f"task {task.name}: has no test rows; name a split that neither trains nor validates, as in task.test=test"
+        )
+    task = replace(task, validation=task.test)
+    every = recipe.evaluate.model_copy(update={"on": "common", "rows": None, "fold": None})
+    recipe = recipe.model_copy(update={"evaluate": every})
+    loaded = load(recipe, task)
+    need = {f"{name}.{factor}" for name in loaded.model.sites for factor in "AB"}
+    if lacking := need - adapters.keys():
+        raise RecipeError(f"lora.target_modules: the run has no {min(lacking)}; give the run's own recipe")
+    encoded = encode_test(recipe, task, loaded.base)
+    evaluate = build_evaluation(recipe, task, loaded, encoded, peer=peer)
+    device = loaded.base.model.device
+    found = evaluate({name: x.to(device) for name, x in adapters.items()}, clients)
+    return Tested(found, _constant(task, encoded.evaluated.tolist()))
+
+
+def _constant(task: Task, rows: list[int]) -> float | None:
+    labels, score = np.asarray(task.validation.labels)[rows], scorer(task)
+    answers = [np.full(len(labels), number) for number in range(len(task.classes))]
+    return max((score(answer, labels) for answer in answers), default=None)
