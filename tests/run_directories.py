@@ -62,6 +62,7 @@ def create(folder: Path, **changed: Any) -> Path:
         "lora": LoraConfig(r=2, lora_alpha=4, target_modules=["q"]),
         "head": {"out.bias": torch.ones(5)},
         "labels": ("no", "yes"),
+        "taken": {},
     }
     directory.create(folder, **(given | changed))
     return folder

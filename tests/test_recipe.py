@@ -294,7 +294,10 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
             "lora={layers_to_transform: [0], target_modules: all-linear}",
             "lora.layers_to_transform: goes with a list of lora.target_modules, which is the expression 'all-linear'",
         ),
-        ("lora.init_lora_weights=pissa", "lora.init_lora_weights: input should be True or 'gaussian', not 'pissa'"),
+        (
+            "lora.init_lora_weights=eva",
+            "lora.init_lora_weights: input should be True, 'gaussian', 'pissa' or 'olora', not 'eva'",
+        ),
         (
             "training.gradient_accumulation_steps=4",
             "training.gradient_accumulation_steps: a step is one batch, cut for the device by training."

@@ -9,6 +9,7 @@ from copy import copy
 from difflib import get_close_matches
 from pathlib import Path
 
+import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -151,19 +152,27 @@ def save_adapter(
     *,
     head: Mapping[str, Tensor],
     lora: LoraConfig,
+    taken: Tensors | None = None,
 ) -> None:
     """Write one client's adapter into a folder so that `PeftModel.from_pretrained` loads it.
 
     `adapter` holds tensors without a client axis: `<site>.A [r, d_in]`, `<site>.B [d_out, r]`, `<parameter>.head`.
     `head` holds the head's parameters by name, and what else the base's checkpoint lacks: what was drawn from the seed
     and frozen must travel with the adapter, or a reader would draw another, and PEFT reads a head whole or not at all.
-    A trained head takes precedence over it.
+    A trained head takes precedence over it. What was `taken` out of the base as the clients' start, `<site>.A` and
+    `<site>.B`, is added with the other sign, so that the adapter fits the base as it is published: at twice the rank.
 
     In the place of a regular expression, `all-linear` or a choice among layers these stand one by one: not every
     program that serves adapters knows PEFT's rules, and none has to guess which layers there were.
     """
     tensors = {f"base_model.model.{name}": value for name, value in head.items()}
     names = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    if taken:
+        lora = copy(lora)
+        lora.r, lora.lora_alpha = 2 * lora.r, 2 * lora.lora_alpha  # the same scale
+        a = {name: torch.cat([adapter[name].cpu(), x]) for name, x in taken.items() if kind(name) == "A"}
+        b = {name: torch.cat([adapter[name].cpu(), -x], 1) for name, x in taken.items() if kind(name) == "B"}
+        adapter = adapter | a | b
     for name, value in adapter.items():
         path, what = name.rpartition(".")[0], kind(name)
         tensors[f"base_model.model.{path}" + (f".{names[what]}" if what in names else "")] = value

@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from peertune.adapters.checkpointing import checkpoint_layers
 from peertune.adapters.dropout import KeyedDropout, keyed_dropout
 from peertune.adapters.packing import pack_layers
+from peertune.adapters.principal import Principal, take_out
 from peertune.adapters.rows import Rows, bound_rows, current_rows
 from peertune.errors import ModelError
 from peertune.randomness import Draw, generator
@@ -99,6 +100,7 @@ class StackedModel:
     packs: bool  # whether the base's layers take packed rows
     streams: Mapping[nn.Module, int]
     forward: Forward
+    taken: Tensors  # the factors that were taken out of the base, `<site>.A` and `<site>.B`, with which all begin
 
     def __call__(self, adapters: Tensors, batch: Batch, *, training: bool) -> Tensor:
         """Run the base on a batch, each row with its own client's adapter.
@@ -133,6 +135,7 @@ def attach(
     output_name: str | None = None,
     checkpointing: bool = False,
     forward: Forward | None = None,
+    principal: Principal | None = None,
 ) -> StackedModel:
     """Put sites in the place of the named layers of `base`, which is changed and frozen.
 
@@ -140,7 +143,8 @@ def attach(
     trains for itself. The base's dropout modules are replaced by keyed ones. `output_name` is the layer from which a
     language model's logits come: it is spared the tokens of which none is wanted. With `checkpointing` the layers keep
     nothing but what goes in, and compute again in the backward pass. `forward` says how to get logits from a base
-    that does not return them itself; rows of such a base are not packed.
+    that does not return them itself; rows of such a base are not packed. With `principal` the clients begin with a part
+    of each layer, which is taken out of it.
 
     Raises ModelError for what a stack can't carry exactly: layers other than linear ones, `r` above a layer's size,
     batch normalisation (rows of different clients would share statistics) and routed experts (rows lose their order).
@@ -164,6 +168,7 @@ def attach(
     modules = dict(base.named_modules())
     streams = {module: number for number, module in enumerate(modules.values())}
     sites: dict[str, Site] = {}
+    taken: Tensors = {}
     for name in site_names:
         layer = modules[name]
         d_in, d_out = _sizes(name, layer)
@@ -172,6 +177,9 @@ def attach(
                 f"lora.r: {r} is above the size of {name} ({d_in} in, {d_out} out); use at most {min(d_in, d_out)}"
             )
         sites[name] = Site(layer, name, r, lora_alpha / r, lora_dropout, streams[layer])
+        if principal is not None:
+            parts = take_out(name, layer, r, lora_alpha / r, principal)
+            taken |= {f"{name}.{of}": x for of, x in zip("AB", parts, strict=True)}
     heads: dict[str, Head] = {}
     for name in head_names:
         layer = modules[name]
@@ -192,7 +200,7 @@ def attach(
         base.get_submodule(output_name).register_forward_pre_hook(_wanted)
     if checkpointing:
         checkpoint_layers(base, site_names)
-    return StackedModel(base, sites, heads, base_dropout, packs, streams, forward or _logits)
+    return StackedModel(base, sites, heads, base_dropout, packs, streams, forward or _logits, taken)
 
 
 def _wanted(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
@@ -216,8 +224,9 @@ def init_adapters(model: StackedModel, clients: int, seed: int, *, gaussian: boo
     """Return the common start of all clients: A Kaiming-uniform as in PEFT (bound 1/√d_in), B = 0, the base's own head.
 
     With `gaussian` A is normal with standard deviation 1/r, as with PEFT's `init_lora_weights="gaussian"`.
-    A's values depend on the seed and the site's name alone. Factors are float32, or float64 over a float64 base. All
-    clients share the memory: clone a start before training it in place.
+    A's values depend on the seed and the site's name alone. What was taken out of the base is the start where there is
+    such. Factors are float32, or float64 over a float64 base. All clients share the memory: clone a start before
+    training it in place.
     """
     weight = next(model.base.parameters())
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -229,6 +238,7 @@ def init_adapters(model: StackedModel, clients: int, seed: int, *, gaussian: boo
         adapters[f"{name}.A"] = torch.from_numpy(a).to(weight.device, dtype).expand(clients, -1, -1)
         b = torch.zeros(d_out, site.r, dtype=dtype, device=weight.device)
         adapters[f"{name}.B"] = b.expand(clients, -1, -1)
+    adapters |= {name: x.expand(clients, -1, -1) for name, x in model.taken.items()}
     for name, head in model.heads.items():
         for part, value in head.layer.named_parameters():
             adapters[f"{name}.{part}.head"] = value.detach().to(dtype).expand(clients, *value.shape)

@@ -221,6 +221,11 @@ def _unusual(run: Run) -> dict[str, str]:
     """Return what peers must agree on where it isn't as in every run: bound, modifiers, other code, what travels."""
     recipe, job = run.resolved, run.job
     found = {} if recipe.network.bound else {"bound": "off"}
+    if run.job.model.taken:  # a layer without it is the same for either sign of its vectors
+        start = sha256()
+        for name, x in sorted(run.job.model.taken.items()):
+            start.update(name.encode() + x.float().cpu().contiguous().numpy().data)
+        found["start"] = start.hexdigest()[:16]
     if recipe.modifiers:
         changed = [beyond_defaults("modifiers", choice) for choice in recipe.modifiers]
         found["modifiers"] = json.dumps(changed, sort_keys=True)

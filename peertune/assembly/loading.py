@@ -63,7 +63,7 @@ def load(recipe: Recipe, task: Task, *, planned: bool = False) -> Loaded:
         planned=planned,
     )
     lora = _lora_config(recipe, base, purpose)
-    model = _with_sites(recipe, task, base)
+    model = _with_sites(recipe, task, base, planned)
     if recipe.training.gradient_checkpointing:
         map_tensors_alone()  # who computes twice to save memory has no use for a heap with holes
     return Loaded(base, model, lora, device, dtype, _tokens_per_pass(recipe, base, device))
@@ -104,9 +104,10 @@ def _lora_config(recipe: Recipe, base: Base, purpose: Purpose) -> LoraConfig:
     )
 
 
-def _with_sites(recipe: Recipe, task: Task, base: Base) -> StackedModel:
+def _with_sites(recipe: Recipe, task: Task, base: Base, planned: bool) -> StackedModel:
     """Put the recipe's sites into the base, and heads of the clients' own where these are trained."""
     without = (base.output_name,) if base.output_name else base.head_roots
+    init = recipe.lora.init_lora_weights
     return attach(
         base.model,
         find_sites(
@@ -124,6 +125,7 @@ def _with_sites(recipe: Recipe, task: Task, base: Base) -> StackedModel:
         output_name=base.output_name,
         checkpointing=recipe.training.gradient_checkpointing,
         forward=_matching(task, base) if task.form == "match" else None,
+        principal=init if init in ("pissa", "olora") and not planned else None,
     )
 
 

@@ -215,6 +215,7 @@ def begin(run: "Run", folder: Path, command: str, recipe: str, overrides: list[s
         lora=run.lora,
         head=run.head,
         labels=run.labels,
+        taken=run.job.model.taken,
     )
 
 

@@ -85,7 +85,8 @@ class Lora(_Block):
     target_modules: list[str] | str = ["query", "value"]
     exclude_modules: list[str] | str | None = None  # of the layers that target_modules chooses
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None  # numbers of the base's layers; null: all
-    init_lora_weights: Literal[True, "gaussian"] = True  # how A is drawn; B is zero
+    # How A is drawn, where B is zero; or which part of each layer both are, taken out of it.
+    init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = True
 
 
 class SchedulerKwargs(_Block):

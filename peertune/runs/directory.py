@@ -3,7 +3,8 @@
     runs/<name>/
       recipe.yaml  resolved.yaml  environment.json     what was asked, what was run, on what
       facts.json                                       its format, what follows from the recipe: rho, who holds what
-      adapter/                                         what all adapters share: PEFT's config, head, labels
+      adapter/                                         what all adapters share: PEFT's config, head, labels, what was
+                                                       taken out of the base
       rounds.jsonl                                     a RoundRecord a line: the truth; all else derives from it
       rounds/round-000012.safetensors                  its long lists, where it has any: of over 1,000 clients or edges
       checkpoints/round-000120/                        state-000.safetensors and meta.json, whole or not there
@@ -34,6 +35,8 @@ if TYPE_CHECKING:  # torch and PEFT take seconds to import, and most commands on
     from peertune.adapters.peft_format import LoraConfig
     from peertune.types import Group
 
+TAKEN = "taken.safetensors"
+"""In `adapter/`, what was taken out of the base as the clients' start, where something was."""
 FORMAT = 2
 """Of run directories and checkpoints, in `facts.json` and `meta.json`: grows when a version that does not know a change
 would misread them. All up to this one are read. Those without a number count as 0, and are as those of 1. In 2 a
@@ -85,8 +88,12 @@ def create(
     lora: "LoraConfig",
     head: "Mapping[str, Tensor]",
     labels: Sequence[str],
+    taken: "Mapping[str, Tensor]",
 ) -> None:
-    """Make the run directory. Raises RunError where something is there already, or it can't be written."""
+    """Make the run directory; `taken` was taken out of the base as the clients' start.
+
+    Raises RunError where something is there already, or it can't be written.
+    """
     from safetensors.torch import save
 
     from peertune.adapters.peft_format import save_config
@@ -101,6 +108,9 @@ def create(
         save_config(beside / "adapter", lora)
         shared = save({name: value.cpu().contiguous() for name, value in head.items()})
         (beside / "adapter" / "head.safetensors").write_bytes(shared)
+        if taken:
+            start = save({name: value.cpu().contiguous() for name, value in taken.items()})
+            (beside / "adapter" / TAKEN).write_bytes(start)
         (beside / "adapter" / "labels.json").write_text(json.dumps(list(labels)) + "\n", encoding="utf-8")
         (beside / "rounds.jsonl").touch()
 

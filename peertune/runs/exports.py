@@ -10,7 +10,7 @@ from safetensors.torch import load
 
 from peertune.errors import RunError
 from peertune.files import reported, written_folder
-from peertune.runs.directory import peer, write_together
+from peertune.runs.directory import TAKEN, peer, write_together
 from peertune.types import ALONE, Group, State, Tensors
 
 
@@ -59,11 +59,13 @@ def _adapter_writer(run: Path) -> Callable[[Path, Tensors], None]:
         lora = LoraConfig.from_pretrained(str(run / "adapter"))
         head = load((run / "adapter" / "head.safetensors").read_bytes())
         labels = (run / "adapter" / "labels.json").read_bytes()
+        file = run / "adapter" / TAKEN
+        taken = load(file.read_bytes()) if file.exists() else {}
     except (OSError, ValueError, SafetensorError):
         raise RunError(f"{run}/adapter: is missing or damaged; give the folder of a run") from None
 
     def write(folder: Path, adapter: Tensors) -> None:
-        save_adapter(folder, adapter, head=head, lora=lora)
+        save_adapter(folder, adapter, head=head, lora=lora, taken=taken)
         (folder / "labels.json").write_bytes(labels)
 
     return write

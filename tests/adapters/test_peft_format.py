@@ -213,7 +213,9 @@ def save_base(folder: Path, architecture: str, lacking: str) -> None:
         save_tokenizer(folder)
 
 
-def train(tmp_path: Path, architecture: str, lacking: str, *, head: str, targets: list[str] | str) -> tuple[Run, State]:
+def train(
+    tmp_path: Path, architecture: str, lacking: str, *, head: str, targets: list[str] | str, init: bool | str = True
+) -> tuple[Run, State]:
     """Run two rounds of a recipe on a tiny local task; leave the run directory in `run`."""
     save_base(tmp_path / "base", architecture, lacking)
     rows = [("good film", 1), ("fine plot film", 1), ("bad", 0), ("poor film", 0), ("fine", 1), ("bad plot", 0)] * 2
@@ -224,7 +226,8 @@ def train(tmp_path: Path, architecture: str, lacking: str, *, head: str, targets
     recipe = check_recipe(
         {
             "model": {"name": str(tmp_path / "base"), "dtype": "float64"},
-            "lora": {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "target_modules": targets},
+            "lora": {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "target_modules": targets}
+            | {"init_lora_weights": init},
             "head": head,
             "task": {"name": "digits"} if architecture in ("vit", "clip") else text,
             "clients": 2,
@@ -250,6 +253,7 @@ def train(tmp_path: Path, architecture: str, lacking: str, *, head: str, targets
         lora=run.lora,
         head=run.head,
         labels=run.labels,
+        taken=run.job.model.taken,
     )
     exports.write_all(tmp_path / "run", last.state, run.job.clients)
     return run, last.state
@@ -302,7 +306,21 @@ def read(tmp_path: Path, architecture: str, adapter: str) -> nn.Module:
 def test_peft_reads_every_adapter_with_its_head_and_gives_the_stacks_logits(
     tmp_path: Path, architecture: str, lacking: str, targets: list[str] | str, head: str
 ) -> None:
-    run, state = train(tmp_path, architecture, lacking, head=head, targets=targets)
+    answers_alike(tmp_path, architecture, *train(tmp_path, architecture, lacking, head=head, targets=targets))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "init"), [("roberta", "pissa"), ("gpt2", "pissa"), ("gpt2", "olora"), ("vit", "olora")]
+)
+def test_what_was_taken_out_of_the_base_is_made_good_over_the_published_one(
+    tmp_path: Path, architecture: str, init: str
+) -> None:
+    run, state = train(tmp_path, architecture, "head", head="frozen", targets="all-linear", init=init)
+    answers_alike(tmp_path, architecture, run, state)
+
+
+def answers_alike(tmp_path: Path, architecture: str, run: Run, state: State) -> None:
+    """Assert that PEFT's models over the base answer as the stack does."""
     rows, zeros = inputs(architecture), torch.zeros(3, dtype=torch.int64)
     batch = Batch(rows, zeros, zeros, zeros.double(), zeros)
     answers = {}

@@ -270,6 +270,14 @@ def test_what_has_its_default_is_no_part_of_what_must_agree() -> None:
     assert {name for name in said if said[name] != other[name]} == {"algorithm", "graph", "lora", "adapters", "message"}
 
 
+def test_peers_that_begin_with_vectors_turned_round_are_told_apart() -> None:
+    run = build(load_recipe("digits-demo", recipe(4, "float32", "lora.init_lora_weights=olora")), [0])
+    before = agreed(run)
+    turned = {name: -x for name, x in run.job.model.taken.items()}
+    after = agreed(replace(run, job=replace(run.job, model=replace(run.job.model, taken=turned))))
+    assert {name for name in before if before[name] != after[name]} == {"start"}  # the base says nothing of it
+
+
 def test_a_seat_without_a_member_is_no_edge_that_failed(tmp_path: Path) -> None:
     made = found(tmp_path, 2)
     settings = recipe(4, "float32", "graph.activation=1.0", "rounds=1", "algorithm={name: dec_lora}")
@@ -289,7 +297,7 @@ def test_the_table_of_what_must_agree_names_all_of_it(monkeypatch: pytest.Monkey
     named = [name for row in table[1].splitlines()[2:] for name in re.findall("`(.*?)`", row.split("|")[1])]
     outside = "peertune.topology.graphs"  # as any module is that the command line allows
     settings = ("network.bound=false", "modifiers=[{name: half}]", f"graph={{name: '{outside}:ring'}}")
-    unlike = recipe(4, "float32", *settings)  # no defaults
+    unlike = recipe(4, "float32", *settings, "lora.init_lora_weights=olora")  # no defaults
     monkeypatch.setattr(sys, "path", [*sys.path])
     plugins.allow([outside])
     try:
