@@ -171,7 +171,6 @@ def _in_queue(stand: "SweepProgress") -> str:
 def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_json: bool) -> None:
     """Try one run of each kind in a process of its own, and say of each, as soon as that is known, what it takes."""
     import json
-    import subprocess
 
     width = max(len(run.name) for run in whole)
     if not as_json:
@@ -180,7 +179,7 @@ def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_jso
     from peertune.assembly import plugins
     from peertune.planning.trial import Trial, cost_key, estimate
     from peertune.sweeps.grid import finished
-    from peertune.sweeps.launch import COMMAND, last_words
+    from peertune.sweeps.launch import last_words, tried
 
     trials: dict[str, Trial] = {}
     rows: list[dict[str, Any]] = []
@@ -190,11 +189,10 @@ def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_jso
             key = cost_key(run.recipe)
             if key not in trials:
                 words = ["run", recipe, *run.overrides, "--dry-run", "--json", *plugins.options()]
-                tried = subprocess.run([*COMMAND, *words], capture_output=True)
-                if tried.returncode:
-                    why = last_words(tried.stderr, f"ended with exit code {tried.returncode}")
-                    raise RunError(f"{run.name}: {why}")
-                answer = json.loads(tried.stdout)
+                code, answered, said = tried(words)
+                if code:
+                    raise RunError(f"{run.name}: {last_words(said, f'ended with exit code {code}')}")
+                answer = json.loads(answered)
                 if answer["trial"] is None:
                     device = answer["plan"]["device"]
                     raise RunError(f"{run.name}: {device} isn't there to try it on; use device=cpu or device=auto")

@@ -107,7 +107,23 @@ def local(jobs: int) -> Launcher:
     return launch
 
 
-def _forked(words: list[str], environment: dict[str, str], said: Path) -> "ForkServerProcess":
+def tried(words: list[str]) -> tuple[int, bytes, bytes]:
+    """Run the command with these words as a process, and return its exit code, what it answered and what it said."""
+    with tempfile.TemporaryDirectory() as folder:
+        answered, said = Path(folder, "answered"), Path(folder, "said")
+        process = _forked(words, dict(os.environ), said, answered)
+        try:
+            process.join()
+        finally:
+            process.terminate()
+            process.join()
+        assert process.exitcode is not None
+        return process.exitcode, answered.read_bytes(), said.read_bytes()
+
+
+def _forked(
+    words: list[str], environment: dict[str, str], said: Path, answered: Path = Path(os.devnull)
+) -> "ForkServerProcess":
     """Return a process that is the command with these words, forked from one that has imported `WARM`."""
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload([WARM])
@@ -120,18 +136,19 @@ def _forked(words: list[str], environment: dict[str, str], said: Path) -> "ForkS
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.environ.clear()
         os.environ.update(before)
-    said.touch()
-    process = forks.Process(target=_be, args=(words, environment, said))
+    for file in (said, answered):
+        file.touch()
+    process = forks.Process(target=_be, args=(words, environment, said, answered))
     process.start()
     return process
 
 
-def _be(words: list[str], environment: dict[str, str], said: Path) -> None:
-    """Be the command with these words, in a session of its own, which says what it does to a file."""
+def _be(words: list[str], environment: dict[str, str], said: Path, answered: Path) -> None:
+    """Be the command with these words, in a session of its own, which answers and says what it does to files."""
     os.setsid()
     os.environ.clear()
     os.environ.update(environment)
-    for stream, file in ((1, os.devnull), (2, said)):
+    for stream, file in ((1, answered), (2, said)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.argv = ["peertune", *words]
