@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -178,10 +179,10 @@ def test_what_does_not_fit_is_refused_with_what_would(little: Recipe, monkeypatc
     there = whole.total - whole.activations // 4
     monkeypatch.setattr(plans, "available_bytes", lambda _: there)
     with pytest.raises(RunError, match=r"memory: .* are needed and cpu has .*; give .*gradient_checkpointing=true \("):
-        check_fits(little, plan(little))
+        check_fits(little, replace(whole, available=there))
     monkeypatch.setattr(plans, "available_bytes", lambda _: 1000)
     with pytest.raises(RunError, match="give a smaller base, or another device"):
-        check_fits(little, plan(little))
+        check_fits(little, replace(whole, available=1000))
 
 
 @pytest.mark.usefixtures("own_bytes")
@@ -190,7 +191,7 @@ def test_advice_is_true(little: Recipe, monkeypatch: pytest.MonkeyPatch) -> None
     there = int(0.45 * whole.total)
     monkeypatch.setattr(plans, "available_bytes", lambda _: there)
     with pytest.raises(RunError) as caught:
-        check_fits(little, plan(little))
+        check_fits(little, replace(whole, available=there))
     advice = str(caught.value).partition("; give ")[2]
     assert advice, caught.value
     for alternative in advice.split(" or "):
@@ -212,7 +213,7 @@ from peertune.cli import main
 from peertune.planning.memory_plan import plan
 from peertune.recipe import load_recipe
 if sys.argv[1] == "plan":
-    print(json.dumps(vars(plan(load_recipe(sys.argv[2])))))
+    print(json.dumps([vars(plan(load_recipe(name))) for name in sys.argv[2:]]))
     sys.exit()
 sys.argv = ["peertune", *sys.argv[1:]]
 try:
@@ -225,7 +226,7 @@ finally:
 
 
 def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, which says last how many kB of memory it took; or plan."""
+    """Run the command in a process of its own, which says last how many kB of memory it took; or plan recipes."""
     ran = subprocess.run([sys.executable, "-c", RUN, *map(str, words)], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return ran
@@ -243,16 +244,27 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def planned_large(large: Path) -> dict[bool, tuple[Path, Plan]]:
+    """A recipe of one step with the large base, without gradient checkpointing and with it, and what is planned."""
+    files = []
+    for checkpointing in (False, True):
+        recipe = recipe_of(large, "base", local_steps=1, tokens_per_pass=512, gradient_checkpointing=checkpointing)
+        files.append(large / f"{checkpointing}.yaml")
+        files[-1].write_text(json.dumps(recipe.model_copy(update={"rounds": 1}).model_dump(mode="json")))
+    plans_made = json.loads(process("plan", *files).stdout)
+    return {bool(place): (file, Plan(**made)) for place, (file, made) in enumerate(zip(files, plans_made, strict=True))}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads what Linux says of a process")
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_process_takes_what_was_planned(large: Path, tmp_path: Path, checkpointing: bool) -> None:
-    recipe = recipe_of(large, "base", tokens_per_pass=512, gradient_checkpointing=checkpointing)
-    recipe = recipe.model_copy(update={"rounds": 1})
-    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe.model_dump(mode="json")))
-    planned = Plan(**json.loads(process("plan", tmp_path / "recipe.yaml").stdout))
+def test_a_process_takes_what_was_planned(
+    planned_large: dict[bool, tuple[Path, Plan]], tmp_path: Path, checkpointing: bool
+) -> None:
+    file, planned = planned_large[checkpointing]
     assert planned.base > 200 * 2**20
     assert planned.total - planned.process > planned.process / 2
-    ran = process("run", tmp_path / "recipe.yaml", "--out", tmp_path / "run")
+    ran = process("run", file, "--out", tmp_path / "run")
     taken = 1024 * int(ran.stderr.split()[-1])
     # What a heap leaves unused is chance: .5 to 1.2 times its activations, of which a plan says .8.
     least, most = (planned.total + (seen / plans.HOLES - 1) * planned.holes for seen in (0.5, 1.2))
