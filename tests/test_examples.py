@@ -47,7 +47,7 @@ def let_start(play: subprocess.Popen[str], status: Path) -> None:
 
 
 def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
-    folder, rounds = tmp_path / "play", 32
+    folder, rounds = tmp_path / "play", 24
     said = []
     with (
         (tmp_path / "errors").open("w") as errors,
