@@ -13,7 +13,7 @@ import torch
 from benchmarks.measure import Figure, figure, ratios, timed
 from benchmarks.setup import dropout, make
 from peertune import simulate
-from peertune.assembly.build import Run
+from peertune.assembly.build import Built
 from peertune.engines.distributed import joined, run_cluster, share, start
 from peertune.types import ALONE, Group
 
@@ -22,7 +22,7 @@ SHARED = ((500, 1, 2), (50, 10, 8))
 """Clients of a process, local steps, and rows of a step in the measurements of weak scaling."""
 
 
-def build(clients: int, steps: int = 1, rows: int = 2, group: Group = ALONE) -> Run:
+def build(clients: int, steps: int = 1, rows: int = 2, group: Group = ALONE) -> Built:
     """Return a run of so many clients, or this process's share of it."""
     return make(
         f"clients={clients}",

@@ -6,14 +6,14 @@ Rounds of one local step are timed in turn for all sizes. Mixing's share is that
 from benchmarks.measure import Figure, copy_bandwidth, figure, ratios
 from benchmarks.setup import dropout, make
 from peertune import simulate
-from peertune.assembly.build import Run
+from peertune.assembly.build import Built
 from peertune.rounds.metrics import payload_bytes
 
 SIZES = (10, 100, 1000)
 LOCAL_STEPS = 20
 
 
-def build(clients: int) -> Run:
+def build(clients: int) -> Built:
     """Return an Erdős–Rényi network of so many clients, each with rows of its own, in which both factors train."""
     return make(
         f"clients={clients}",

@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.measure import Figure, figure, interleaved, ratios
 from benchmarks.setup import model as minilm
 from peertune import build, load_recipe
-from peertune.assembly.build import Run
+from peertune.assembly.build import Built
 from peertune.method import standing
 from peertune.models.load import in_four_bits
 from peertune.rounds.training import train_local
@@ -75,7 +75,7 @@ def save_base(folder: Path, shape: Shape) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
-def make(folder: Path, tokens: int, *settings: str) -> Run:
+def make(folder: Path, tokens: int, *settings: str) -> Built:
     """Build ten clients over this base, which train on one row of so many tokens in a step."""
     recipe = (
         "task={name: instructions}",
@@ -95,7 +95,7 @@ def make(folder: Path, tokens: int, *settings: str) -> Run:
     return build(load_recipe("tad-llama-7b-sft", ["model.quantization=null", *recipe, *settings]))
 
 
-def compare(setup: Run, label: str, repeats: int) -> list[Figure]:
+def compare(setup: Built, label: str, repeats: int) -> list[Figure]:
     """Time both on the same rows, turn by turn; on a GPU say how much memory each takes at most."""
     job, clients = setup.job, setup.resolved.clients
     steps = [next(iter(job.steps(range(clients), turn))) for turn in range(repeats + 2)]
@@ -142,7 +142,7 @@ def compare(setup: Run, label: str, repeats: int) -> list[Figure]:
 class Loop:
     """One base with an adapter for each client, trained one after the other."""
 
-    def __init__(self, setup: Run) -> None:
+    def __init__(self, setup: Built) -> None:
         """Load the recipe's base again, in the precision and with the layers of `setup`."""
         recipe, self.device = setup.resolved, setup.job.device
         dtype = getattr(torch, recipe.model.dtype)

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from peertune.assembly.build import Run
+from peertune.assembly.build import Built
 from peertune.types import Batch
 
 ClientRows = tuple[list[Tensor], Tensor]
@@ -32,7 +32,7 @@ class PeftLoop:
 
     def __init__(
         self,
-        run: Run,
+        run: Built,
         *,
         dtype: torch.dtype,
         attention: str | None = None,

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from peertune import build, load_recipe
-from peertune.assembly.build import Run
+from peertune.assembly.build import Built
 from peertune.types import ALONE, Group
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -24,7 +24,7 @@ def overrides(*more: str) -> list[str]:
     return [f"model.name={model()}", *data, "training.per_device_train_batch_size=32", *more]
 
 
-def make(*more: str, clients: Sequence[int] | None = None, group: Group = ALONE) -> Run:
+def make(*more: str, clients: Sequence[int] | None = None, group: Group = ALONE) -> Built:
     """Build the set-up with further overrides, or the part in it of these clients, a process's share."""
     return build(load_recipe("tad-sst2-minilm", overrides(*more)), clients, group=group)
 

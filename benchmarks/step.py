@@ -19,7 +19,7 @@ from benchmarks.measure import Figure, figure, interleaved, matrix_product, rati
 from benchmarks.peft_loop import PeftLoop, client_rows
 from benchmarks.setup import dropout, make
 from peertune.adapters.stacked import StackedModel
-from peertune.assembly.build import Run
+from peertune.assembly.build import Built
 from peertune.method import standing
 from peertune.rounds.training import train_local
 from peertune.types import Batch
@@ -37,7 +37,7 @@ def run(repeats: int = 7) -> list[Figure]:
     return figures
 
 
-def compare(setup: Run, label: str, targets: tuple[str, str], repeats: int, rate: str = "≥ 60") -> list[Figure]:
+def compare(setup: Built, label: str, targets: tuple[str, str], repeats: int, rate: str = "≥ 60") -> list[Figure]:
     """Time the three on the same rows, turn by turn, beside a large matrix product.
 
     `targets` are those of the speed over the two loops, `rate` that of the share of the product's rate, in %.
@@ -89,7 +89,7 @@ def compare(setup: Run, label: str, targets: tuple[str, str], repeats: int, rate
     return figures
 
 
-def _best_loop(setup: Run, dtype: torch.dtype, step: Callable[[PeftLoop], object]) -> tuple[PeftLoop, str]:
+def _best_loop(setup: Built, dtype: torch.dtype, step: Callable[[PeftLoop], object]) -> tuple[PeftLoop, str]:
     """Try attentions and adapter precisions, and return the fastest of two timed steps each, with its description."""
     tried: list[tuple[float, PeftLoop, str]] = []
     for attention in ("eager", "sdpa"):

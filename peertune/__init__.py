@@ -1,21 +1,25 @@
 """Serverless fine-tuning: every party trains a LoRA adapter on its own data and mixes it with its neighbours'.
 
->>> from peertune import build, load_recipe, simulate
->>> run = build(load_recipe("digits-demo", ["rounds=2"]))
->>> for record in simulate(run.job):
-...     print(record.round, record.loss)
+>>> import peertune
+>>> run = peertune.run("digits-demo", ["rounds=2"], out="runs/two")
+>>> run.summary["mean"], run.adapters.keys()
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for those who check types, the same names as below
+    from peertune.api.running import resume as resume
+    from peertune.api.running import run as run
+    from peertune.api.runs import Run as Run
+    from peertune.api.runs import Runs as Runs
     from peertune.assembly.build import build as build
     from peertune.data.partition import PARTITIONS as PARTITIONS
     from peertune.data.partition import Partition as Partition
     from peertune.data.tasks import TASKS as TASKS
     from peertune.engines.simulator import simulate as simulate
     from peertune.errors import PeertuneError as PeertuneError
+    from peertune.errors import Stopped as Stopped
     from peertune.method import Algorithm as Algorithm
     from peertune.method import At as At
     from peertune.method import Gradient as Gradient
@@ -42,11 +46,13 @@ __version__ = "0.2.0"
 """Of the package; the one place, which the wheel's metadata follow."""
 
 _NAMES = {
+    "api.running": "resume run",
+    "api.runs": "Run Runs",
     "assembly.build": "build",
     "data.partition": "PARTITIONS Partition",
     "data.tasks": "TASKS",
     "engines.simulator": "simulate",
-    "errors": "PeertuneError",
+    "errors": "PeertuneError Stopped",
     "method": "Algorithm At Gradient Local Memory Message Mixer Phase Schedule",
     "methods.catalogue": "ALGORITHMS",
     "methods.mixers": "gossip",

@@ -17,6 +17,7 @@ Each message is one line: where it is, what is wrong, what would be right. The c
 from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import IntEnum
+from pathlib import Path
 
 
 class Exit(IntEnum):
@@ -65,6 +66,14 @@ class IdentityError(PeertuneError):
 
 class WireError(PeertuneError):
     """What another peer sent is not what both ends expect; it costs the edge, not the run."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was stopped after so many `rounds`, which its `folder` keeps."""
+
+    def __init__(self, folder: Path, rounds: int) -> None:
+        super().__init__(f"stopped after {rounds} rounds; go on with peertune.resume({str(folder)!r})")
+        self.folder, self.rounds = folder, rounds
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

@@ -21,8 +21,8 @@ NAMES = [
         "PeertuneError",
         "Phase",
     ),
-    *("Schedule", "Split", "Task", "Tensors"),
-    *("alternating", "both", "build", "by_round", "gossip", "load_recipe", "simulate"),
+    *("Run", "Runs", "Schedule", "Split", "Stopped", "Task", "Tensors"),
+    *("alternating", "both", "build", "by_round", "gossip", "load_recipe", "resume", "run", "simulate"),
 ]
 
 

@@ -42,7 +42,7 @@ PEER_KEEPS = {"every": 1, "keep": 6}
 
 
 @dataclass(frozen=True)
-class Run:
+class Built:
     """A job with what its run directory says of it."""
 
     job: Job
@@ -91,7 +91,7 @@ def build(
     known: Neighbourhood | None = None,
     group: Group = ALONE,
     planned: bool = False,
-) -> Run:
+) -> Built:
     """Make everything that a run needs, in the order in which mistakes are cheapest to find.
 
     For these `clients`: all, a process's share of them in a `group`, or one, a peer. With `own_data` all rows of the
@@ -103,7 +103,7 @@ def build(
     loaded = load(recipe, parts.task, planned=planned)
     encoded = encode(recipe, parts, loaded.base)
     job, task = _job(recipe, parts, loaded, encoded), parts.task
-    return Run(
+    return Built(
         job,
         _resolve(recipe, parts, loaded, job.clients_per_pass),
         loaded.lora,
@@ -182,7 +182,7 @@ def _start(recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim) -> State:
     return State(adapters, optim.optimizer.init(adapters), rounds, memory)
 
 
-def agreed(run: Run) -> dict[str, str]:
+def agreed(run: Built) -> dict[str, str]:
     """Return what must be the same at all peers of a run: name → value, or digest of what is long.
 
     What has its default is left out, so that two versions, of which one lacks a setting, agree where it changes
@@ -217,7 +217,7 @@ def agreed(run: Run) -> dict[str, str]:
     } | _unusual(run)
 
 
-def _unusual(run: Run) -> dict[str, str]:
+def _unusual(run: Built) -> dict[str, str]:
     """Return what peers must agree on where it isn't as in every run: bound, modifiers, other code, what travels."""
     recipe, job = run.resolved, run.job
     found = {} if recipe.network.bound else {"bound": "off"}

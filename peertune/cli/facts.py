@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peertune.cli.common import AsJson, Overrides, Plugins, RecipeName, environment, messages, print_json
+from peertune.cli.common import AsJson, Overrides, Plugins, RecipeName, messages, print_json
 
 
 def recipes(
@@ -132,6 +132,8 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
 def env(as_json: AsJson = False) -> None:
     """Print versions and devices, for a bug report."""
     with messages():
+        from peertune.api.environment import environment
+
         facts = environment()
     if as_json:
         print_json(facts)

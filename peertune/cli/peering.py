@@ -12,11 +12,11 @@ import typer
 
 from peertune.cli.common import AsJson, Overrides, Plugins, importing, interruptible, messages
 from peertune.cli.federation import need_seats, peer_app
-from peertune.cli.running import begin, check_same, keeper, print_summary, train
+from peertune.cli.running import print_summary, train
 from peertune.errors import Exit, RecipeError, RunError
 
 if TYPE_CHECKING:
-    from peertune.assembly.build import Run
+    from peertune.assembly.build import Built
     from peertune.identity.membership import Membership
     from peertune.recipe import Recipe
     from peertune.rounds.round import Job
@@ -81,6 +81,7 @@ def start(
         raise RunError("peer start: give --recipe with --out; a resumed run has its own recipe")
     with interruptible(), messages(), ExitStack() as held:
         with importing():
+            from peertune.api.training import keeper_of
             from peertune.assembly.build import agreed
             from peertune.engines.peer import neighbours
             from peertune.files import locked
@@ -119,7 +120,7 @@ def start(
                 known=known_before(place),
                 incarnation=next_incarnation(folder),
             )
-            keeps = keeper(run, place)
+            keeps = keeper_of(run, place)
             with _shown(run, place, swapper, keeps, metrics_port):
                 if (address := where_to_listen(identity.address, listen, insecure_loopback)) is not None:
                     swapper.start(address)
@@ -132,9 +133,10 @@ def start(
 
 
 def _begin_or_resume(
-    run: "Run", place: Path, recipe: str | None, overrides: list[str], who: Mapping[str, object]
+    run: "Built", place: Path, recipe: str | None, overrides: list[str], who: Mapping[str, object]
 ) -> None:
     """Make the run directory of a recipe; without one, see that the directory's run is this peer's own."""
+    from peertune.api.training import begin, check_same
     from peertune.runs import directory
 
     if recipe is not None:
@@ -146,7 +148,7 @@ def _begin_or_resume(
 
 
 @contextmanager
-def _shown(run: "Run", place: Path, swapper: "Swapper", keeps: "Keeper", metrics_port: int | None) -> Iterator[None]:
+def _shown(run: "Built", place: Path, swapper: "Swapper", keeps: "Keeper", metrics_port: int | None) -> Iterator[None]:
     """Show how this peer stands: in its run directory and, where a port is given, to Prometheus."""
     from peertune.engines.peer import neighbours
     from peertune.wire.prometheus import served
@@ -162,9 +164,10 @@ def _shown(run: "Run", place: Path, swapper: "Swapper", keeps: "Keeper", metrics
 
 
 def _take_part(
-    run: "Run", place: Path, swapper: "Swapper", keeps: "Keeper"
+    run: "Built", place: Path, swapper: "Swapper", keeps: "Keeper"
 ) -> tuple[Sequence[Mapping[str, Any]], Exit, bool]:
     """Make this peer's rounds; return the records of all, how the run ended, and whether it is whole."""
+    from peertune.api.training import Training
     from peertune.engines.peer import ended, neighbours, run_peer
     from peertune.runs import records
 
@@ -180,7 +183,7 @@ def _take_part(
     )
     go_on = f"peertune peer start --resume {place} and the options of before"
     try:
-        whole = train(run, place, engine, go_on, keeps, swapper.stop_waiting).round == job.rounds
+        whole = train(Training(run, place, engine, keeps), go_on, swapper.stop_waiting).round == job.rounds
         done = kept_rounds()
         return done, ended(done, whole=whole, refusals=lambda: swapper.refusals(neighbours(job))), whole
     except BaseException:
@@ -223,7 +226,7 @@ def recalled(job: "Job", folder: Path, before: int) -> "State | None":
     return job.state if before > 0 else None
 
 
-def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membership: "Membership") -> "Run":
+def build_own(recipe: str | Path, overrides: list[str], data: Path | None, membership: "Membership") -> "Built":
     """Make this party's part of a recipe. Raises PeertuneError where it can't be run."""
     from peertune.assembly.build import build
     from peertune.assembly.registry import graph_settings

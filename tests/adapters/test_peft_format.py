@@ -19,7 +19,7 @@ from transformers import AutoModelForImageClassification, AutoModelForSequenceCl
 from transformers.pytorch_utils import Conv1D
 
 from peertune.adapters.peft_format import find_sites, save_adapter
-from peertune.assembly.build import Run, build
+from peertune.assembly.build import Built, build
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
 from peertune.recipe import check_recipe
@@ -215,7 +215,7 @@ def save_base(folder: Path, architecture: str, lacking: str) -> None:
 
 def train(
     tmp_path: Path, architecture: str, lacking: str, *, head: str, targets: list[str] | str, init: bool | str = True
-) -> tuple[Run, State]:
+) -> tuple[Built, State]:
     """Run two rounds of a recipe on a tiny local task; leave the run directory in `run`."""
     save_base(tmp_path / "base", architecture, lacking)
     rows = [("good film", 1), ("fine plot film", 1), ("bad", 0), ("poor film", 0), ("fine", 1), ("bad plot", 0)] * 2

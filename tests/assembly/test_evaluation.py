@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from peertune import build, load_recipe, simulate
-from peertune.assembly.build import Run
+from peertune.assembly.build import Built
 from peertune.assembly.encoding import evaluated_rows
 from peertune.assembly.registry import build_parts, hold_out
 from peertune.data.partition import fold
@@ -140,7 +140,7 @@ class Found(NamedTuple):
     labels: NDArray[np.int64]  # [N]
 
 
-def probabilities(run: Run, single: Tensors) -> Found:
+def probabilities(run: Built, single: Tensors) -> Found:
     """What a single adapter's model says of the evaluated rows, all in one batch."""
     task, rows = TASKS["digits"](), evaluated_rows(run.resolved, np.arange(180))
     labels = task.validation.labels[rows]

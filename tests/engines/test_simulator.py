@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from peertune.assembly.build import Run, build
+from peertune.assembly.build import Built, build
 from peertune.assembly.encoding import evaluated_rows
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
@@ -36,7 +36,7 @@ SMALL = (
 )
 
 
-def made(*overrides: str) -> Run:
+def made(*overrides: str) -> Built:
     return build(load_recipe("digits-demo", [*SMALL, *overrides]))
 
 

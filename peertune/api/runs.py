@@ -1,0 +1,164 @@
+"""Runs as values: what their directories hold, and what the commands that look at runs make of it."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from peertune.errors import PeertuneError, RunError
+from peertune.files import reported, written_folder
+from peertune.report import tables
+from peertune.report.findings.diagnosis import diagnose
+from peertune.report.findings.finding import Finding
+from peertune.report.runs import RunData, find_runs, settings, varying
+from peertune.report.verdict import Verdict, ordered, verdicts
+from peertune.rounds.record import SCORES_OF_CLIENTS
+
+if TYPE_CHECKING:  # what only reads records spares itself torch
+    from peertune.types import State, Tensors
+
+
+class Run(RunData):
+    """A run as its directory has it: `folder`, `name`, `recipe`, `facts`, `environment` and `records`.
+
+    It is read once; `Run.open(run.folder)` reads what a run that goes on has written since. Peers' parts of one run,
+    in one folder, are one run.
+    """
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "Run":
+        """Read the run in this directory. Raises RunError where it holds none, or several."""
+        found = find_runs([Path(folder)])
+        if len(found) > 1:
+            raise RunError(f"{folder}: holds {len(found)} runs; give the folder of one, or take Runs.open")
+        return _run(found[0])
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The run in one row, as the command `run --json` tells it; see `peertune.report.tables.summarise`."""
+        return tables.summarise(self.records)
+
+    @property
+    def adapters(self) -> "Tensors":
+        """The clients' adapters in the newest checkpoint, a stack: name → `[K, …]`, such as `<module path>.A`.
+
+        Raises RunError where there is no checkpoint yet.
+        """
+        from peertune.runs import checkpoints
+
+        state = checkpoints.load(self.folder)
+        if state is None:
+            raise RunError(
+                f"{self.folder}: holds no checkpoint; give the folder of a run that has got to its first one"
+            )
+        return state.adapters
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What went wrong in plain words, or that nothing did, as the command `diagnose` tells it."""
+        return diagnose(self.recipe, self.facts, self.records)
+
+    def save(self, folder: str | Path) -> "Run":
+        """Copy the run directory, and return the run there. Raises RunError where something is there already."""
+        to = Path(folder)
+        with reported(to):
+            if to.exists():
+                raise RunError(f"{to}: is there already; give another folder")
+        with written_folder(to) as beside:
+            shutil.copytree(self.folder, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+        return Run.open(to)
+
+    def to_dataframe(self) -> Any:
+        """Return a pandas.DataFrame with a row for each client and round.
+
+        Columns: `round`, `client`, `loss`, `grad_norm`, `bytes_sent`, `neighbours` (how many it heard), and of rounds
+        that were evaluated `score`, by the recipe's metric, and what else there is of `SCORES_OF_CLIENTS`; elsewhere
+        NaN. Raises PeertuneError where pandas is not installed.
+        """
+        return _frame([row for record in self.records for row in _rows(record)])
+
+
+class Runs(tuple[Run, ...]):
+    """Several runs, in order: of a sweep, or any that are to be compared."""
+
+    __slots__ = ()
+
+    @classmethod
+    def open(cls, *folders: str | Path) -> "Runs":
+        """Read the runs in these folders, each a run or one that holds runs at any depth, sorted within each.
+
+        One of several that can't be read is left out with a warning. Raises RunError for a folder without runs, and
+        where none can be read.
+        """
+        return cls(map(_run, find_runs([Path(folder) for folder in folders])))
+
+    def compare(self, by: Sequence[str] | None = None, paired_with: str | None = None) -> list[dict[str, Any]]:
+        """Put runs that differ in their seed alone together, the best first; rows of `peertune.report.tables.compare`.
+
+        `by`: keys of the recipe that make a row, such as `algorithm.name`; where not given, those in which the runs
+        differ. Raises RunError as that does.
+        """
+        return tables.told(self._grouped(by, paired_with))
+
+    def verdicts(self, by: Sequence[str] | None = None) -> list[Verdict]:
+        """Say which setting is best, and whether its lead is more than the seeds' noise; `str` makes lines of them."""
+        return verdicts(self._grouped(by))
+
+    def report(self, file: str | Path, figures: str | Path | None = None) -> list[Path]:
+        """Write one HTML file, and each figure as PNG and SVG into a folder `figures`; return what was written."""
+        from peertune.files import write_file
+        from peertune.report.figures import write_figures
+        from peertune.report.html import page
+
+        text = page(self, {run.name: run.findings for run in self})
+        write_file(Path(file), text.encode())
+        return [Path(file), *(write_figures(self, Path(figures)) if figures is not None else [])]
+
+    def to_dataframe(self) -> Any:
+        """Return a pandas.DataFrame with a row for each run.
+
+        Columns: `run`, its name, the settings in which they differ, the seed, and the keys of `Run.summary`. Raises
+        PeertuneError where pandas is not installed.
+        """
+        keys = list(dict.fromkeys([*varying(self), "seed"]))
+        told = [(run, settings(run)) for run in self]
+        return _frame([{"run": run.name} | {key: own.get(key) for key in keys} | run.summary for run, own in told])
+
+    def _grouped(self, by: Sequence[str] | None, paired_with: str | None = None) -> list[tables.Row]:
+        return ordered(tables.grouped(self, by, paired_with))
+
+
+def newest(run: Path) -> "State":
+    """Return the state in the newest checkpoint of a run. Raises RunError where there is none yet."""
+    from peertune.runs import checkpoints
+
+    state = checkpoints.load(run)
+    if state is None:
+        raise RunError(f"{run}: holds no checkpoint; give the folder of a run that has got to its first one")
+    return state
+
+
+def _run(data: RunData) -> Run:
+    return Run(**{field.name: getattr(data, field.name) for field in fields(data)})
+
+
+def _rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what a record says of each client."""
+    of_clients = ("loss", "grad_norm", "bytes_sent", "neighbours")
+    found = {name: record[name] for name in of_clients}
+    if evaluation := record["evaluation"]:
+        scores = {name: evaluation[name] for name in SCORES_OF_CLIENTS if evaluation[name]}
+        found |= {"score" if name == "clients" else name: values for name, values in scores.items()}
+    return [
+        {"round": record["round"], "client": client} | {name: values[place] for name, values in found.items()}
+        for place, client in enumerate(record["clients"])
+    ]
+
+
+def _frame(rows: Sequence[Mapping[str, Any]]) -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise PeertuneError("to_dataframe: pandas is not installed; pip install 'peertune[pandas]'") from None
+    return pandas.DataFrame(rows)

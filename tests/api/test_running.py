@@ -1,0 +1,139 @@
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Call
+
+import peertune as pt
+from peertune import PeertuneError, Run, Runs, Stopped
+from peertune.recipe import load_recipe
+
+pytestmark = pytest.mark.thorough
+TINY = [
+    "clients=3",
+    "partition={name: iid}",
+    "graph={name: complete}",
+    "training={local_steps: 1, per_device_train_batch_size: 2}",
+    "evaluate={every: 2, rows: 4}",
+    "rounds=3",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run that was made from Python."""
+    return pt.run("digits-demo", TINY, out=tmp_path_factory.mktemp("made") / "run")
+
+
+def left(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, but for the time that it took, and the order in which PEFT writes names of layers."""
+    found: dict[str, Any] = {}
+    for file in sorted(file for file in folder.rglob("*") if file.is_file() and file.name != ".lock"):
+        name = str(file.relative_to(folder))
+        if file.name == "adapter_config.json":
+            config = json.loads(file.read_text())
+            found[name] = config | {"target_modules": sorted(config["target_modules"])}
+        elif file.name == "rounds.jsonl":
+            found[name] = [json.loads(line) | {"seconds": None} for line in file.read_text().splitlines()]
+        else:
+            found[name] = file.read_bytes()
+    return found
+
+
+def test_a_run_from_python_leaves_what_the_command_leaves(peertune: Call, made: Run) -> None:
+    code, out, _ = peertune("run", "digits-demo", *TINY, "--out", "run", "--json")
+    assert code == 0
+    assert left(made.folder) == left(Path("run"))
+    said = json.loads(out)
+    told = {key: value for key, value in made.summary.items() if key != "seconds"}
+    assert told == {key: said[key] for key in told}
+
+
+def test_a_run_is_stopped_by_who_watches_it_and_resumed_to_the_same_bits(tmp_path: Path, made: Run) -> None:
+    with pytest.raises(Stopped, match=r"stopped after 2 rounds; go on with peertune\.resume\(") as caught:
+        pt.run("digits-demo", TINY, out=tmp_path / "run", each=lambda record: record.round == 1)
+    assert (caught.value.folder, caught.value.rounds) == (tmp_path / "run", 2)
+    assert len(Run.open(tmp_path / "run").records) == 2
+    seen: list[int] = []
+    assert len(pt.resume(tmp_path / "run", each=lambda record: seen.append(record.round)).records) == 3
+    assert seen == [2]
+    ours, theirs = left(tmp_path / "run"), left(made.folder)
+    assert {name: ours[name] for name in theirs} == theirs  # beside which there is the checkpoint where it stopped
+
+
+def test_a_run_of_nested_values_without_a_place_goes_with_its_value_unless_it_is_saved(tmp_path: Path) -> None:
+    values = load_recipe("digits-demo", TINY).model_dump(mode="json")
+    run = pt.run(values, ["rounds=1"])
+    folder = run.folder
+    saved = run.save(tmp_path / "kept")
+    assert left(saved.folder) == left(folder)
+    with pytest.raises(PeertuneError, match="kept: is there already"):
+        run.save(tmp_path / "kept")
+    del run
+    gc.collect()
+    assert not folder.parent.exists()
+    asked = (saved.folder / "recipe.yaml").read_text().splitlines()[0]
+    assert asked == "# asked for: peertune run recipe.yaml rounds=1"
+    again = load_recipe(saved.folder / "recipe.yaml", ["rounds=1"])
+    assert again.model_dump(mode="json") == values | {"rounds": 1}
+
+
+def test_a_run_without_a_place_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(PeertuneError, match="unknown name 'rign'"):
+        pt.run("digits-demo", ["graph.name=rign"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_several_processes_each_must_be_told_the_same_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(PeertuneError, match="run: of several processes each needs the same out"):
+        pt.run("digits-demo")
+
+
+def test_a_run_has_its_records_its_summary_its_findings_and_its_adapters(made: Run) -> None:
+    assert [record["round"] for record in made.records] == [0, 1, 2]
+    assert made.summary["mean"] == pytest.approx(sum(made.records[-1]["evaluation"]["clients"]) / 3)
+    assert {finding.name for finding in made.findings} == {"too_short"}
+    assert {x.shape[0] for x in made.adapters.values()} == {3}
+    assert made.recipe["clients"] == 3
+    assert made.environment["peertune"] == pt.__version__
+    assert made.facts["partition"]["labels"] == ["5", "6", "7", "8", "9"]
+
+
+def test_a_run_is_a_table_with_a_row_for_each_client_and_round(made: Run) -> None:
+    table = made.to_dataframe()
+    assert list(table["round"]) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert list(table["client"]) == [0, 1, 2] * 3
+    assert list(table["loss"]) == [loss for record in made.records for loss in record["loss"]]
+    assert list(table[table["round"] == 1]["score"]) == made.records[1]["evaluation"]["clients"]
+    assert table[table["round"] == 0]["score"].isna().all()
+
+
+def test_several_runs_are_a_table_with_a_row_for_each_and_are_compared_as_the_command_does(
+    peertune: Call, made: Run, tmp_path: Path
+) -> None:
+    other = made.save(tmp_path / "other")
+    resolved = (other.folder / "resolved.yaml").read_text()
+    (other.folder / "resolved.yaml").write_text(resolved.replace("seed: 0", "seed: 1"))
+    runs = Runs.open(made.folder, other.folder)
+    table = runs.to_dataframe()
+    assert list(table["run"]) == [run.name for run in runs]
+    assert list(table["seed"]) == [0, 1]
+    assert list(table["mean"]) == [run.summary["mean"] for run in runs]
+    _, out, _ = peertune("compare", made.folder, other.folder, "--json")
+    assert runs.compare() == json.loads(out)
+    made.save(tmp_path / "beside")
+    with pytest.raises(PeertuneError, match="holds 2 runs; give the folder of one, or take Runs"):
+        Run.open(tmp_path)
+
+
+def test_a_table_without_pandas_is_refused_with_what_installs_it(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    for value in (made, Runs((made,))):
+        with pytest.raises(PeertuneError) as caught:
+            value.to_dataframe()
+        assert str(caught.value) == "to_dataframe: pandas is not installed; pip install 'peertune[pandas]'"
