@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # for those who check types, the same names as below
     from peertune.api.running import run as run
     from peertune.api.runs import Run as Run
     from peertune.api.runs import Runs as Runs
+    from peertune.api.sweeping import sweep as sweep
     from peertune.assembly.build import build as build
     from peertune.data.partition import PARTITIONS as PARTITIONS
     from peertune.data.partition import Partition as Partition
@@ -48,6 +49,7 @@ __version__ = "0.2.0"
 _NAMES = {
     "api.running": "resume run",
     "api.runs": "Run Runs",
+    "api.sweeping": "sweep",
     "assembly.build": "build",
     "data.partition": "PARTITIONS Partition",
     "data.tasks": "TASKS",

@@ -22,7 +22,7 @@ NAMES = [
         "Phase",
     ),
     *("Run", "Runs", "Schedule", "Split", "Stopped", "Task", "Tensors"),
-    *("alternating", "both", "build", "by_round", "gossip", "load_recipe", "resume", "run", "simulate"),
+    *("alternating", "both", "build", "by_round", "gossip", "load_recipe", "resume", "run", "simulate", "sweep"),
 ]
 
 

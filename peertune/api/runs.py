@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peertune.errors import PeertuneError, RunError
 from peertune.files import reported, written_folder
@@ -17,6 +17,14 @@ from peertune.rounds.record import SCORES_OF_CLIENTS
 
 if TYPE_CHECKING:  # what only reads records spares itself torch
     from peertune.types import State, Tensors
+
+
+class Exported(NamedTuple):
+    """Where an adapter was written to."""
+
+    folder: Path
+    precision: str | None  # of the weights of a merged model
+    address: str | None  # on the hub
 
 
 class Run(RunData):
@@ -68,6 +76,42 @@ class Run(RunData):
         with written_folder(to) as beside:
             shutil.copytree(self.folder, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
         return Run.open(to)
+
+    def export(
+        self,
+        to: str | Path,
+        client: int | None = None,
+        *,
+        merge: bool = False,
+        push: str | None = None,
+        private: bool = False,
+    ) -> "Exported":
+        """Write one adapter of the newest checkpoint as a folder that PEFT loads, as `peertune export` does.
+
+        Args:
+            to: The folder to write, with a README.md.
+            client: A client's number; None: the average of all.
+            merge: Write the whole model, the adapter added to its base.
+            push: OWNER/NAME on the Hugging Face hub, to put it there as well.
+            private: For its owner alone to see.
+
+        Raises:
+            RunError: For a client that isn't there, a folder that is, and where the hub refuses.
+
+        """
+        from peertune.report.card import card
+        from peertune.runs import exports, hub
+
+        place = Path(to)
+        if push is not None:
+            hub.check_push(push)
+        state = newest(self.folder)
+        with exports.written(self.folder, state, client, place) as folder:
+            precision = hub.merge(self.folder, folder) if merge else None
+            readme = card(self, push or place.name, client, state.round, precision)
+            (folder / "README.md").write_text(readme, encoding="utf-8")
+            address = None if push is None else hub.push(folder, push, private=private)
+        return Exported(place, precision, address)
 
     def to_dataframe(self) -> Any:
         """Return a pandas.DataFrame with a row for each client and round.

@@ -257,6 +257,25 @@ def label_counts(task: Task, split: Split, parts: Sequence[NDArray[np.int64]]) -
     return per_label
 
 
+def describe_data(recipe: Recipe) -> dict[str, Any]:
+    """Return how many rows of each label each client trains on, and how many are held out, validate and test."""
+    task = build_task(recipe)
+    trained, held_out = hold_out(recipe, dict(enumerate(build_partition(recipe, task))), len(task.train))
+    counts = label_counts(task, task.train, list(trained.values()))
+    labels = task.classes or ("rows",)
+    return {
+        "clients": [
+            {"client": client, "labels": dict(zip(labels, row, strict=True)), "rows": sum(row)}
+            for client, row in enumerate(counts)
+        ],
+        "rows": len(task.train),
+        "held": sum(map(sum, counts)),
+        "held_out": sum(map(len, held_out.values())),
+        "validation": len(validating_rows(recipe, len(task.validation))),
+        "test": len(task.test or ()),
+    }
+
+
 def describe_graph(graph: Graph) -> dict[str, Any]:
     """Return a graph's name and settings, its `GraphSummary`, and T* (None where it never mixes).
 

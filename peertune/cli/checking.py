@@ -19,13 +19,10 @@ from peertune.cli.peering import (
     Listen,
     RecipeOption,
     RosterFile,
-    build_own,
-    where_to_listen,
 )
-from peertune.errors import Exit, PeertuneError, RunError
+from peertune.errors import Exit, RunError
 
 if TYPE_CHECKING:
-    from peertune.identity.membership import Membership
     from peertune.wire.doctor import Check
 
 SILENT_S = 15.0  # after which a peer that runs should have written again
@@ -131,23 +128,10 @@ def doctor(
     if recipe is None and resume is None and (overrides or data is not None):
         raise RunError("peer doctor: overrides and --data go with --recipe or --resume")
     with interruptible(), messages():
-        from peertune.runs import directory
-        from peertune.wire.doctor import Check, check_disk, check_identity, check_memory, check_network
+        from peertune.api.peering import Peer, examined
 
-        source = recipe if resume is None else directory.resolved(resume)
-        checks, membership = check_identity(folder, roster, ca_fingerprint)
-        checks += check_memory()
-        agreed: dict[str, str] = {}
-        checkpoint_bytes = 0
-        if membership is None:
-            checks.append(Check("network", "warning", "not looked at: say who this peer is first"))
-        elif source is not None:
-            built, agreed, checkpoint_bytes = _build(source, overrides or [], data, membership)
-            checks.append(built)
-        checks.append(check_disk(resume or Path(), checkpoint_bytes))
-        if membership is not None:
-            address = where_to_listen(membership.current()[0].address, listen, insecure_loopback)
-            checks += check_network(membership, agreed, address, insecure=insecure_loopback)
+        peer = Peer(folder, roster, data, ca_fingerprint, listen, insecure_loopback=insecure_loopback)
+        checks = examined(recipe, overrides or [], peer, resume)
     failed = sum(check.level == "failed" for check in checks)
     warnings = sum(check.level == "warning" for check in checks)
     if as_json:
@@ -162,19 +146,3 @@ def doctor(
 
 def _about(check: "Check") -> str:
     return check.what if check.member is None else f"{check.member}: {check.what}"
-
-
-def _build(
-    source: str | Path, overrides: list[str], data: Path | None, membership: "Membership"
-) -> "tuple[Check, dict[str, str], int]":
-    """Make what the recipe says, as `peer start` does: how that went, what must be the same, a checkpoint's bytes."""
-    from peertune.assembly.build import agreed
-    from peertune.wire.doctor import Check
-
-    try:
-        run = build_own(source, overrides, data, membership)
-    except PeertuneError as error:
-        return Check("recipe", "failed", str(error)), {}, 0
-    state = run.job.state
-    size = sum(x.nbytes for part in (state.adapters, state.moments, state.memory) for x in part.values())
-    return Check("recipe", "ok", f"{source}: loads, with {sum(run.held[0]):,} rows of this peer's"), agreed(run), size

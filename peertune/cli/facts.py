@@ -89,44 +89,28 @@ def data(recipe: RecipeName, overrides: Overrides = None, plugin: Plugins = None
       peertune data digits-demo partition.alpha=1
     """
     with messages():
-        from peertune.assembly.registry import build_partition, build_task, hold_out, label_counts, validating_rows
+        from peertune.assembly.registry import describe_data
         from peertune.recipe import load_recipe
         from peertune.report.tables import aligned
 
         loaded = load_recipe(recipe, overrides or [])
-        task = build_task(loaded)
-        trained, held_out = hold_out(loaded, dict(enumerate(build_partition(loaded, task))), len(task.train))
-        parts = list(trained.values())
-    labels = task.classes or ("rows",)
-    per_label = label_counts(task, task.train, parts)
-    held, judging = sum(map(sum, per_label)), sum(map(len, held_out.values()))
-    validating = len(validating_rows(loaded, len(task.validation)))
+        facts = describe_data(loaded)
     if as_json:
-        clients = [
-            {"client": client, "labels": dict(zip(labels, row, strict=True)), "rows": sum(row)}
-            for client, row in enumerate(per_label)
-        ]
-        print_json(
-            {
-                "clients": clients,
-                "rows": len(task.train),
-                "held": held,
-                "held_out": judging,
-                "validation": validating,
-                "test": len(task.test or ()),
-            }
-        )
+        print_json(facts)
         return
-    print(f"{task.name}: training rows of each label\n")
-    head = ["client", *labels, "all"]
-    lines = [head, *([str(value) for value in (client, *row, sum(row))] for client, row in enumerate(per_label))]
+    print(f"{loaded.task.name}: training rows of each label\n")
+    clients = facts["clients"]
+    labels = list(clients[0]["labels"])
+    rows = [[client["client"], *client["labels"].values(), client["rows"]] for client in clients]
+    lines = [["client", *labels, "all"], *(list(map(str, row)) for row in rows)]
     if len(aligned(lines).splitlines()[0]) > 120:  # long names: number the columns
         lines[0] = ["client", *map(str, range(len(labels))), "all"]
         print("\n".join(f"{number}: {label}" for number, label in enumerate(labels)) + "\n")
     print(aligned(lines))
-    beside = f"{judging:,} more are held out; " if judging else ""
-    tests = "" if task.test is None else f"; {len(task.test):,} are kept for the test"
-    print(f"\n{held:,} of {len(task.train):,} training rows are held; {beside}{validating:,} rows validate{tests}")
+    beside = f"{facts['held_out']:,} more are held out; " if facts["held_out"] else ""
+    held = f"{facts['held']:,} of {facts['rows']:,} training rows are held"
+    tests = f"; {facts['test']:,} are kept for the test" if facts["test"] else ""
+    print(f"\n{held}; {beside}{facts['validation']:,} rows validate{tests}")
 
 
 def env(as_json: AsJson = False) -> None:

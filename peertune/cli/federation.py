@@ -1,7 +1,6 @@
 """The commands that say who is who in a federation: `ca …`, `peer request` and `roster`."""
 
 import sys
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peertune.cli.common import AsJson, Overrides, Plugins, messages, print_json, progress
-from peertune.errors import IdentityError, RecipeError
+from peertune.errors import IdentityError
 
 if TYPE_CHECKING:
     from peertune.identity.authority import Authority
@@ -295,6 +294,7 @@ def _print_roster(authority: "Authority", key: str, what: str, out: Path, as_jso
 
 def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, above: int, as_json: bool) -> None:
     """Issue to each member its own roster, all in a folder, which takes the place of those of before."""
+    from peertune.api.peering import need_seats
     from peertune.assembly.registry import build_graph, graph_settings
     from peertune.files import write_file, written_folder
     from peertune.identity import authority as ca
@@ -315,14 +315,6 @@ def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, abo
                 show(written, "")
             ca.keep(folder, after)  # before they are in their place: no two rosters may have one serial
     _print_roster(after, "rosters", "each member's own roster", out, as_json)
-
-
-def need_seats(clients: int, members: "Sequence[Member]") -> None:
-    """Raise RecipeError where a recipe has no seat for some member."""
-    if members and members[-1].client >= clients:
-        raise RecipeError(
-            f"clients: {clients}, but the roster has {members[-1].client + 1} members; give as many or more"
-        )
 
 
 @peer_app.command("request")

@@ -109,17 +109,11 @@ def report(
       peertune report runs/methods --out methods.html --figures figures
     """
     with messages():
-        from peertune.files import write_file
-        from peertune.report.figures import write_figures
-        from peertune.report.findings.diagnosis import diagnose as find
-        from peertune.report.html import page
-        from peertune.report.runs import find_runs
+        from peertune.api.runs import Runs
 
-        found = find_runs(runs)
+        found = Runs.open(*runs)
         file = out or runs[0] / "report.html"
-        text = page(found, {run.name: find(run.recipe, run.facts, run.records) for run in found})
-        write_file(file, text.encode())
-        written = [file, *(write_figures(found, figures) if figures is not None else [])]
+        written = found.report(file, figures)
     if as_json:
         print_json({"runs": [run.name for run in found], "written": [str(path) for path in written]})
     else:
@@ -143,10 +137,9 @@ def diagnose(
     with messages():
         from dataclasses import asdict
 
-        from peertune.report.findings.diagnosis import diagnose as find
-        from peertune.report.runs import find_runs
+        from peertune.api.runs import Runs
 
-        found = {run.name: find(run.recipe, run.facts, run.records) for run in find_runs(runs)}
+        found = {run.name: run.findings for run in Runs.open(*runs)}
     if as_json:
         print_json({name: [asdict(finding) for finding in findings] for name, findings in found.items()})
         return
@@ -186,22 +179,11 @@ def export(
         raise RunError("--private: goes with --push")
     number = None if client == "average" else int(client)
     with messages():
-        from peertune.report.card import card
-        from peertune.report.runs import find_runs
-        from peertune.runs import checkpoints, directory, exports, hub
+        from peertune.api.runs import Run
+        from peertune.runs import directory
 
-        if push is not None:
-            hub.check_push(push)
-        state = checkpoints.load(run)
-        if state is None:
-            raise RunError(f"{run}: holds no checkpoint; give the folder of a run that has got to its first one")
-        (data,) = find_runs([directory.resolved(run).parent])
-        with exports.written(run, state, number, to) as folder:
-            precision = hub.merge(run, folder) if merge else None
-            readme = card(data, push or to.name, number, state.round, precision)
-            (folder / "README.md").write_text(readme, encoding="utf-8")
-            address = None if push is None else hub.push(folder, push, private=private)
+        done = Run.open(directory.resolved(run).parent).export(to, number, merge=merge, push=push, private=private)
     what = "the average" if number is None else f"client {number}"
-    print(f"{what} of {run}{f', merged into its base in {precision},' if merge else ''} is in {to}")
-    if address is not None:
-        print(f"and at {address}")
+    print(f"{what} of {run}{f', merged into its base in {done.precision},' if merge else ''} is in {to}")
+    if done.address is not None:
+        print(f"and at {done.address}")
