@@ -506,15 +506,15 @@ def test_after_a_command_a_program_that_imports_peertune_hears_as_much_of_it_as_
 def test_where_there_is_no_terminal_progress_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
     caplog.set_level("INFO", "peertune")
-    show = lines("round", 1_000, done=400, clock=lambda: now)
+    show = lines("rounds", 1_000, done=400, clock=lambda: now)
     for done in range(401, 1_001):
         now += 0.1
         show(done, f"loss {done}")
     show(1_000, "loss 1000")
     assert caplog.messages == [
-        "round 401 of 1,000, loss 401, 60 s left",
-        "round 701 of 1,000, loss 701, 30 s left",
-        "round 1,000 of 1,000, loss 1000",
+        "rounds 401 of 1,000, loss 401, 60 s left",
+        "rounds 701 of 1,000, loss 701, 30 s left",
+        "rounds 1,000 of 1,000, loss 1000",
     ]
 
 
@@ -523,8 +523,8 @@ def test_a_run_into_a_file_tells_how_far_it_is(tmp_path: Path) -> None:
     _, err = process.communicate(120)
     told = [line.split(" INFO ")[1] for line in err.splitlines()]
     assert told[0] == "starting"
-    assert told[-2].startswith("round 1 of 2, loss ")
-    assert re.fullmatch(r"round 2 of 2, loss \d\.\d{3}  accuracy \d\.\d{3}", told[-1])
+    assert told[-2].startswith("rounds 1 of 2, loss ")
+    assert re.fullmatch(r"rounds 2 of 2, loss \d\.\d{3}  accuracy \d\.\d{3}", told[-1])
 
 
 def refused(called: tuple[int, str, str]) -> str:
@@ -705,7 +705,7 @@ def test_a_run_that_is_given_more_rounds_comes_to_what_it_had_come_to_with_these
     peertune: Call, mine: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert peertune("run", "--resume", mine, "rounds=4")[0] == 0
-    assert f"{mine}: goes on to round 4, where it had 2" in caplog.text
+    assert f"{mine}: goes on to 4 rounds, where it had 2" in caplog.text
     assert peertune("run", "digits-demo", *SMALL, "rounds=4", "--out", tmp_path / "whole")[0] == 0
     ended, whole = (
         {name: data for name, data in adapters(run).items() if name.startswith("adapters/")}

@@ -93,7 +93,7 @@ def test_a_peer_that_waits_says_so_until_it_is_gone(
     code, out, err = peertune("peer", "status", run)
     assert (code, err) == (0, "")
     assert "peer         peer-0, client 0 of trial, roster 1\n" in out
-    assert "round        0 of 2, waiting, step 1 of 1; trains A, B, head, sends A, B, head\n" in out
+    assert "rounds       0 of 2 behind it, waiting, step 1 of 1; trains A, B, head, sends A, B, head\n" in out
     assert "1       peer-1" in out
     assert "never" in out
     as_json = json.loads(peertune("peer", "status", "--json")[1])
@@ -139,7 +139,7 @@ def test_peers_that_finish_say_what_came_of_each_edge(two: Federation, peertune:
         (known,) = found["neighbours"]
         assert (known["client"], known["up"], known["down"]) == (1 - client, 2, 0)
         assert known["bytes_sent"] == known["bytes_received"] > 0
-        assert "round        2 of 2, finished " in peertune("peer", "status", run)[1]
+        assert "rounds       2 of 2 behind it, finished " in peertune("peer", "status", run)[1]
 
 
 def test_a_stranger_s_connections_neither_end_a_peer_nor_keep_its_neighbour_out(two: Federation) -> None:

@@ -185,7 +185,7 @@ def _lengthen(resolved: Recipe, folder: Path) -> None:
     before = load_recipe(directory.resolved(folder))
     if resolved.rounds == before.rounds:
         return
-    log.info("%s: goes on to round %d, where it had %d", folder, resolved.rounds, before.rounds)
+    log.info("%s: goes on to %d rounds, where it had %d", folder, resolved.rounds, before.rounds)
     step = before.rounds * before.training.local_steps - 1
     was, now = (build_optim(recipe).rates(step)["A"] for recipe in (before, resolved))
     if was != now:

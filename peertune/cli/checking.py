@@ -52,8 +52,8 @@ def status(
     print(f"run          {folder}")
     print(f"peer         {found['name']}, client {found['client']} of {found['federation']}, roster {found['roster']}")
     print(f"certificate  until {until:%Y-%m-%d}")
-    reached = found["rounds" if found["doing"] == "finished" else "round"]
-    print(f"round        {reached} of {found['rounds']}, {_doing(found)}")
+    behind = found["rounds" if found["doing"] == "finished" else "round"]  # in round t there are t behind it
+    print(f"rounds       {behind} of {found['rounds']} behind it, {_doing(found)}")
     if failed := found.get("failed_writes"):
         print(f"disk         {failed} writes failed since the start; see that it has room, and can be written")
     print(_table(found["neighbours"]))

@@ -131,7 +131,7 @@ def train(work: "Training", resume: str, stop_waiting: "Callable[[], None]" = la
     try:
         with (
             asked_to_stop(answer, stop_waiting) as stop,
-            progress("round", work.job.rounds, work.job.state.round) as show,
+            progress("rounds", work.job.rounds, work.job.state.round) as show,
         ):
 
             def each(record: "RoundRecord") -> bool:

@@ -1,7 +1,7 @@
 """The figures that compare runs; each is a function of the runs that returns None where there is nothing to show."""
 
 from collections.abc import Callable, Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
@@ -18,6 +18,8 @@ from peertune.report.drawing import (
     colour,
     evaluated,
     line,
+    mean_score,
+    megabytes,
     method,
     metric,
     thin,
@@ -40,8 +42,11 @@ class Setting(NamedTuple):
     number: int  # among those of the same colour
 
 
-def by_round(runs: Sequence[RunData], value: Value, y: str) -> go.Figure | None:
-    """Draw the mean of a value over seeds by round, ± its standard deviation, a line for each setting."""
+def by_round(runs: Sequence[RunData], value: Value, y: str, floor: float | None = None) -> go.Figure | None:
+    """Draw the mean of a value over seeds by round, ± its standard deviation, a line for each setting.
+
+    With a `floor` above 0 the axis is logarithmic, and bands end there.
+    """
     found = _gathered(runs)
     bands: list[go.Scatter] = []
     lines: list[go.Scatter] = []
@@ -49,15 +54,52 @@ def by_round(runs: Sequence[RunData], value: Value, y: str) -> go.Figure | None:
         rounds, mean, deviation = _over_seeds(alike, value)
         if not len(rounds):
             continue
-        hover = "round %{x}: %{y:.3f} ± %{customdata:.3f}" if len(alike) > 1 else "round %{x}: %{y:.3f}"
+        digits = ".3f" if floor is None else ".3g"
+        spread = f" ± %{{customdata:{digits}}}" if len(alike) > 1 else ""
+        hover = f"round %{{x}}: %{{y:{digits}}}{spread}"
         lines.append(line(rounds, mean, label, drawn, hover, number, customdata=deviation, legendgroup=len(lines)))
         if len(alike) > 1 and len(found) <= MOST_BANDS:
             tied = {"showlegend": False, "legendgroup": lines[-1].legendgroup}
-            bands.append(band(rounds, mean - deviation, mean + deviation, drawn, **tied))
+            low = np.maximum(mean - deviation, -inf if floor is None else floor)
+            bands.append(band(rounds, low, mean + deviation, drawn, **tied))
     if not lines:
         return None
     last = max(int(each.x[-1]) for each in lines)
-    return chart(*bands, *lines, x="round", y=y, height=_height(lines), showlegend=True, xaxis=ticks(last))
+    scale = {} if floor is None else {"yaxis_type": "log"}
+    return chart(*bands, *lines, x="round", y=y, height=_height(lines), showlegend=True, xaxis=ticks(last), **scale)
+
+
+def disagreement(runs: Sequence[RunData], kind: str) -> go.Figure | None:
+    """Draw how far the clients' factors of one kind are from their mean by round, a line for each setting."""
+    key = f"consensus_error_{kind}"
+    told = [record["diagnostics"].get(key) for run in runs for record in run.records]
+    floor = 1e-6 * max((x for x in told if x is not None and isfinite(x)), default=0.0)  # what is less is rounding
+    if not floor > 0:
+        return None
+
+    def value(record: Record) -> float | None:
+        found = record["diagnostics"].get(key)
+        return found if found is not None and found > floor else None
+
+    return by_round(runs, value, f"Δ_{kind} (log scale)", floor)
+
+
+def by_traffic(runs: Sequence[RunData]) -> go.Figure | None:
+    """Draw the mean score over clients and seeds against what a client has sent by then, a line for each setting."""
+    lines: list[go.Scatter] = []
+    for label, alike, drawn, number in _gathered(runs):
+        rounds, mean, _ = _over_seeds(alike, mean_score)
+        sent = [megabytes(run) for run in alike]
+        x = np.array([fmean(each[t] for each in sent) for t in rounds.tolist()])
+        if len(x) and not x[-1] > 0:  # who sends nothing is a point
+            rounds, mean, x = rounds[-1:], mean[-1:], x[-1:]
+        if len(x):
+            hover = "%{y:.3f} after %{x:.3g} MB (round %{customdata})"
+            lines.append(line(x, mean, label, drawn, hover, number, customdata=rounds))
+    if not any(each.x[-1] > 0 for each in lines):
+        return None
+    given: dict[str, Any] = {"height": _height(lines), "showlegend": True, "xaxis_rangemode": "tozero"}
+    return chart(*lines, x="megabytes sent by a client", y=metric(runs), **given)
 
 
 def against(runs: Sequence[RunData], key: str, value: Value, x: str) -> go.Figure | None:

@@ -141,6 +141,12 @@ def mean_loss(record: Record) -> float | None:
     return fmean(record["loss"]) if record["loss"] else None
 
 
+def megabytes(run: RunData) -> dict[int, float]:
+    """Return what a client has sent by the end of each round, in the mean over clients."""
+    sent = np.cumsum([fmean(record["bytes_sent"] or [0]) for record in run.records]) / 1e6
+    return {record["round"]: float(x) for record, x in zip(run.records, sent, strict=True)}
+
+
 def thin(length: int, most: int) -> Array:
     """Return at most so many indices below `length`, evenly spread, the first and the last among them."""
     return np.unique(np.linspace(0, length - 1, min(length, most)).round().astype(int))

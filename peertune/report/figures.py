@@ -166,6 +166,28 @@ OF_RUNS: Mapping[str, _Kind] = {
         "Mean over clients and seeds; the band is ± one standard deviation over seeds.",
         lambda runs: comparisons.by_round(runs, mean_score, metric(runs)),
     ),
+    "averages": _Kind(
+        "METRIC of the averaged adapter by round",
+        "Mean over seeds; the band is ± one standard deviation over seeds.",
+        lambda runs: comparisons.by_round(runs, average, metric(runs)),
+    ),
+    "score-by-traffic": _Kind(
+        "METRIC against traffic",
+        "Mean over clients and seeds, against what a client has sent by then: further left is cheaper. Who sends "
+        "nothing is the point at its end.",
+        comparisons.by_traffic,
+    ),
+    "disagreement-A": _Kind(
+        "Disagreement about A by round",
+        "How far the clients' factors are from their mean after mixing, mean over seeds; the band is ± one standard "
+        "deviation over seeds. Lower is closer; mere rounding is left out.",
+        lambda runs: comparisons.disagreement(runs, "A"),
+    ),
+    "disagreement-B": _Kind(
+        "Disagreement about B by round",
+        "The same of the other factor. Methods that train the factors in turn agree about the one that rests.",
+        lambda runs: comparisons.disagreement(runs, "B"),
+    ),
     "losses": _Kind(
         "Train loss by round",
         "Mean over clients and seeds; the band is ± one standard deviation over seeds.",

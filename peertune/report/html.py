@@ -32,6 +32,11 @@ MARKS = {"problem": "✕ Problem", "notice": "! Notice", "good": "✓ Good"}
 """Severity → how it is marked, the gravest first; never by colour alone."""
 
 
+_SHOWN = ("mean", "min", "best", "own", "average", "best_average")
+_SHOWN += ("consensus_error_A", "consensus_error_B", "cross_term", "megabytes_sent", "seconds")
+"""Columns of the table that compares runs, of those that any of them has."""
+
+
 def page(runs: Sequence[RunData], findings: Mapping[str, Sequence[Finding]]) -> str:
     """Return the page of a run, or of several and what compares them; `findings` are by the run's name.
 
@@ -109,7 +114,7 @@ def _run(run: RunData, findings: Sequence[Finding]) -> str:
     none_yet = "" if run.records else '<p class="soft">No round is finished yet.</p>'
     return (
         f"{_facts(run)}{none_yet}{_listed('Findings', found)}{_peers(run)}"
-        f"<h2>Figures</h2>{_grid(of_a_run(run), run.name)}"
+        f"<h2>Figures</h2><p class='soft'>The first round is round 0.</p>{_grid(of_a_run(run), run.name)}"
         f"<h2>How it was made</h2><p class='soft'>{escape(str(run.folder))}</p>"
         f"<details><summary>Recipe, as resolved</summary><pre>{escape(recipe)}</pre></details>"
         f"<details><summary>Environment</summary><pre>{escape(environment)}</pre></details>"
@@ -185,14 +190,15 @@ def _peers(run: RunData) -> str:
 
 def _table(runs: Sequence[RunData]) -> str:
     """Return a row for each setting, as `peertune compare` tells it."""
-    rows, shown = ordered(grouped(runs)), ("mean", "min", "best", "own", "average", "megabytes_sent", "seconds")
+    rows = ordered(grouped(runs))
     there = measured(rows)
     judged = "".join(f"<li>{escape(str(verdict))}</li>" for verdict in verdicts(rows))
     told = f"<ul>{judged}</ul>" if judged else ""
-    return f"{told}{_rows(compared(rows, [key for key in shown if key in there]), 'All settings')}" + (
+    return f"{told}{_rows(compared(rows, [key for key in _SHOWN if key in there]), 'All settings')}" + (
         '<p class="soft">Mean ± standard deviation over seeds. mean, min: the clients\' own models at the end; '
-        "best: the best mean of all rounds; own: on held-out rows of their own; average: the averaged adapter; MB: "
-        "sent by a client in the whole run; s: seconds</p>"
+        "best: the best mean of all rounds; own: on held-out rows of their own; average: the averaged adapter, best "
+        "average: at its best; Δ_A, Δ_B: how far the clients' factors are from their mean at the end; cross: what "
+        "averaging factors leaves out of the product; MB: sent by a client in the whole run; s: seconds</p>"
     )
 
 

@@ -222,15 +222,14 @@ def partition(run: RunData) -> go.Figure | None:
 
 def traffic(run: RunData) -> go.Figure | None:
     """Draw the scores against what a client has sent by then."""
-    megabytes = np.cumsum([fmean(record["bytes_sent"] or [0]) for record in run.records]) / 1e6
-    due = [at for at, record in enumerate(run.records) if record["evaluation"]]
-    if not due or not megabytes[-1] > 0:
+    records, sent = evaluated(run), drawing.megabytes(run)
+    if not records or not max(sent.values()) > 0:
         return None
-    records = [run.records[at] for at in due]
-    given = {"customdata": [record["round"] for record in records]}
+    rounds = [record["round"] for record in records]
+    x, given = [sent[t] for t in rounds], {"customdata": rounds}
     hover = "%{y:.3f} after %{x:.3g} MB (round %{customdata})"
     drawn = [
-        line(megabytes[due], [value(record) for record in records], name, drawing.colour(run), hover, number, **given)
+        line(x, [value(record) for record in records], name, drawing.colour(run), hover, number, **given)
         for name, value, number in (
             ("mean of clients", drawing.mean_score, 0),
             ("averaged adapter", drawing.average, 2),

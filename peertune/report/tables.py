@@ -68,8 +68,9 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     `mean`, `min`, `max`, `spread` (standard deviation) and `worst_tenth` (the mean of the worst tenth, rounded up) are
     over the clients' own models at the last evaluation, `own` is their mean on rows
     that each held out for itself, and `average` is the averaged adapter's score there; `best` is the best mean of all
-    evaluations and `best_average` the averaged adapter's best. Consensus errors and the cross term are those of the
-    last round, traffic is a client's mean over the run, seconds are the whole run's.
+    evaluations, in the round `best_round` (from 0), and `best_average` the averaged adapter's best. Consensus errors
+    and the cross term are those of the last round, traffic is a client's mean over the run, seconds are the whole
+    run's.
     """
     evaluated = [record for record in records if record["evaluation"]]
     row: dict[str, Any] = {"rounds": len(records)}

@@ -54,7 +54,7 @@ class Keeper:
             return
         self.round = state.round
         if self._failing and self._group.rank == 0:
-            log.warning("%s can be written again: round %d is kept", self._folder, self.round)
+            log.warning("%s can be written again: %d rounds are kept", self._folder, self.round)
         self._failing = False
 
     def _write_records(self) -> None:
@@ -65,5 +65,7 @@ class Keeper:
     def _failed(self, error: RunError) -> None:
         self.failed += 1
         if not self._failing and self._group.rank == 0:
-            log.warning("%s; the run goes on, and tries again: the newest checkpoint is of round %d", error, self.round)
+            log.warning(
+                "%s; the run goes on, and tries again: the newest checkpoint holds %d rounds", error, self.round
+            )
         self._failing = True

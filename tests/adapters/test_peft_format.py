@@ -319,7 +319,7 @@ def test_what_was_taken_out_of_the_base_is_made_good_over_the_published_one(
     answers_alike(tmp_path, architecture, run, state)
 
 
-def answers_alike(tmp_path: Path, architecture: str, run: Run, state: State) -> None:
+def answers_alike(tmp_path: Path, architecture: str, run: Built, state: State) -> None:
     """Assert that PEFT's models over the base answer as the stack does."""
     rows, zeros = inputs(architecture), torch.zeros(3, dtype=torch.int64)
     batch = Batch(rows, zeros, zeros, zeros.double(), zeros)

@@ -194,7 +194,8 @@ def sweep(make_run: Any) -> list[Any]:
 def test_comparisons_are_means_and_deviations_over_seeds(make_run: Any) -> None:
     runs = sweep(make_run)
     found = compared(runs)
-    assert list(found) == ["scores", "losses", "score-by-activation", "average-by-activation"]
+    by_method = ["scores", "averages", "score-by-traffic", "disagreement-A", "disagreement-B", "losses"]
+    assert list(found) == [*by_method, "score-by-activation", "average-by-activation"]
     line = trace(found["scores"], "dec_lora, activation=0.5")
     last: Any = [mean_score(run.records[-1]) for run in runs if run.name.startswith("dec_lora-0.5")]
     assert line.y[-1] == pytest.approx(np.mean(last))
@@ -203,6 +204,28 @@ def test_comparisons_are_means_and_deviations_over_seeds(make_run: Any) -> None:
     assert list(curve.x) == [0.1, 0.5]
     assert curve.y[1] == pytest.approx(np.mean(last))
     assert curve.error_y.array[1] == pytest.approx(np.std(last, ddof=1))
+
+
+def test_methods_are_compared_by_their_averaged_adapter_their_disagreement_and_what_they_sent(make_run: Any) -> None:
+    runs = sweep(make_run)
+    alone = make_run("alone", method="local", switch_every=None, activation=0.5)
+    found, mine = compared([*runs, alone]), [run for run in runs if run.name.startswith("dec_lora-0.5")]
+    name = "dec_lora, activation=0.5"
+    ends = [run.records[-1] for run in mine]
+    assert trace(found["averages"], name).y[-1] == pytest.approx(np.mean([r["evaluation"]["average"] for r in ends]))
+    errors = [[r["diagnostics"]["consensus_error_A"] for r in run.records[4:]] for run in mine]
+    lines = trace(found["disagreement-A"], name)
+    assert list(lines.x) == list(range(4, len(mine[0].records))), "before, they differ by rounding alone"
+    assert list(lines.y) == pytest.approx(np.mean(errors, axis=0).tolist())
+    assert list(trace(found["disagreement-B"], name).x) == list(range(len(mine[0].records)))
+    assert found["disagreement-B"].layout.yaxis.type == "log"
+    bands = [each for each in found["disagreement-B"].data if each.fill == "toself"]
+    assert min(min(each.y) for each in bands) > 0, "no band ends where a logarithm has no place"
+    traffic = trace(found["score-by-traffic"], name)
+    sent = [sum(np.mean(record["bytes_sent"]) for record in run.records) / 1e6 for run in mine]
+    assert (traffic.x[-1], traffic.y[-1]) == pytest.approx((np.mean(sent), np.mean([mean_score(r) for r in ends])))
+    (point,) = [each for each in found["score-by-traffic"].data if each.name.startswith("local")]
+    assert (list(point.x), list(point.y)) == ([0], [pytest.approx(mean_score(alone.records[-1]))])
 
 
 def test_a_method_has_one_colour_everywhere(make_run: Any) -> None:
@@ -238,7 +261,9 @@ def test_runs_of_different_lengths_are_compared_where_both_are(make_run: Any) ->
 
 
 def test_runs_without_evaluations_are_compared_by_their_losses(make_run: Any) -> None:
-    assert list(compared([make_run("a", every=0), make_run("b", every=0, activation=0.7)])) == ["losses"]
+    assert list(compared([make_run("a", every=0), make_run("b", every=0, activation=0.7)])) == [
+        *("disagreement-A", "disagreement-B", "losses"),
+    ]
     assert not compared([make_run("a", rounds=0), make_run("b", rounds=0, activation=0.7)])
 
 

@@ -202,6 +202,12 @@ def test_a_sweep_compares_first_and_shows_the_run_that_is_chosen(look: Any, make
     assert seen.figure("score").locator(".scatterlayer path").count() > 3
     seen.page.set_viewport_size({"width": 400, "height": 900})
     seen.until("document.documentElement.scrollWidth <= 400")
+    table = seen.page.locator(".wide").first
+    assert "Δ_A" in table.inner_text()
+    assert table.evaluate("table => table.scrollWidth > table.clientWidth"), "what is wider than the screen scrolls"
+    table.focus()
+    table.press("ArrowRight")
+    seen.until("document.querySelector('.wide').scrollLeft > 0")
 
 
 def test_runs_that_cannot_be_compared_are_shown_one_by_one(make_run: Any) -> None:

@@ -103,12 +103,12 @@ def test_what_can_t_be_written_is_warned_of_once_and_made_up_for(
     problem = "can't be written (File too large)" if "room" in limit else "can't be written (Too many open files)"
     (said,) = caplog.messages
     assert problem in said
-    assert said.endswith("; the run goes on, and tries again: the newest checkpoint is of round 1")
+    assert said.endswith("; the run goes on, and tries again: the newest checkpoint holds 1 rounds")
     failed = keeper.failed
     make(keeper, 3)
     assert kept(run) == ["round-000001", "round-000004"]
     assert rounds(run) == [0, 1, 2, 3]
-    assert caplog.messages[-1] == f"{run} can be written again: round 4 is kept"
+    assert caplog.messages[-1] == f"{run} can be written again: 4 rounds are kept"
     counts = [line["failed_writes"] for line in records.read(run)]
     assert counts[0] == 0
     assert counts[-1] == keeper.failed == failed
@@ -180,7 +180,7 @@ def test_what_one_of_several_processes_can_t_write_none_keeps_and_all_go_on(
     assert kept(run) == ["round-000001", "round-000004"]
     assert rounds(run) == [0, 1, 2, 3]
     assert "round-000002: can't be written (File too large)" in caplog.messages[0]
-    assert caplog.messages[1:] == [f"{run} can be written again: round 4 is kept"]
+    assert caplog.messages[1:] == [f"{run} can be written again: 4 rounds are kept"]
 
     def end(group: Group) -> str:
         with pytest.raises(RunError) as raised:
