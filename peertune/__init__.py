@@ -7,6 +7,9 @@
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+from warnings import warn
+
+from peertune.deprecation import NAMES, said
 
 if TYPE_CHECKING:  # for those who check types, the same names as below
     from peertune.api.running import resume as resume
@@ -70,6 +73,9 @@ __all__ = sorted(_HOMES, key=lambda name: (not name.isupper(), name[0].islower()
 
 def __getattr__(name: str) -> Any:
     # Names load on first use: `peertune --help` answers without waiting for torch.
+    if (going := NAMES.get(name)) is not None:
+        warn(said(f"peertune.{name}", going), DeprecationWarning, stacklevel=2)
+        name = going.instead
     if name not in _HOMES:
         raise AttributeError(f"module 'peertune' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from peertune.deprecation import CHOICES, KEYS, tell
 from peertune.errors import RecipeError, unknown
 from peertune.recipe.hints import explain
 from peertune.recipe.schema import Evaluate, Recipe, Training
@@ -48,6 +49,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
         values, where = deepcopy(dict(recipe)), "recipe"
     else:
         values, where = _parse(recipe_text(recipe), str(recipe)), str(recipe)
+    values = _renamed(values, where)  # before overrides, which have their effect under either name
     for override in overrides:
         _override(values, override)
     return check_recipe(values, where)
@@ -55,6 +57,7 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
 
 def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     """Make a recipe of plain values; errors name the key and begin with `where`."""
+    values = _renamed(values, where)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
@@ -62,6 +65,34 @@ def check_recipe(values: Mapping[str, Any], where: str) -> Recipe:
     if (idle := _without_effect(recipe)) is not None:
         raise RecipeError(f"{where}: {idle}")
     return recipe
+
+
+def _renamed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the values with what is deprecated under the names that stand in its place."""
+    found = deepcopy(dict(values))
+    for key, going in KEYS.items():
+        block, last, new = _block(found, key), key.rpartition(".")[2], going.instead.rpartition(".")[2]
+        if last not in block:
+            continue
+        if new in block:
+            raise RecipeError(f"{where}: {key}: is the older name of {going.instead}, which is there too; leave it out")
+        tell(f"{where}: {key}", going)
+        block[new] = block.pop(last)
+    for (key, name), going in CHOICES.items():
+        block = found.get(key)
+        for choice in block if isinstance(block, list) else [block]:
+            if isinstance(choice, dict) and choice.get("name") == name:
+                tell(f"{where}: {key}.name: {name}", going)
+                choice["name"] = going.instead
+    return found
+
+
+def _block(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """Return the block that a dotted key stands in; {} where it isn't there."""
+    for name in key.split(".")[:-1]:
+        inner = values.get(name)
+        values = inner if isinstance(inner, dict) else {}
+    return values
 
 
 def _without_effect(recipe: Recipe) -> str | None:
@@ -137,6 +168,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise RecipeError(f"override {override!r}: write key=value, such as graph.activation=0.02")
+    if (going := KEYS.get(key)) is not None:
+        tell(key, going)
+        key = going.instead
     *blocks, last = key.split(".")
     for block in blocks:
         inner = values.setdefault(block, {})

@@ -32,8 +32,8 @@ MARKS = {"problem": "✕ Problem", "notice": "! Notice", "good": "✓ Good"}
 """Severity → how it is marked, the gravest first; never by colour alone."""
 
 
-_SHOWN = ("mean", "min", "best", "own", "average", "best_average")
-_SHOWN += ("consensus_error_A", "consensus_error_B", "cross_term", "megabytes_sent", "seconds")
+_SCORES = ("mean", "min", "best", "own", "average", "best_average")
+_SHOWN = (*_SCORES, "consensus_error_A", "consensus_error_B", "cross_term", "megabytes_sent", "seconds")
 """Columns of the table that compares runs, of those that any of them has."""
 
 
