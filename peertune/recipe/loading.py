@@ -79,8 +79,8 @@ def _renamed(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         tell(f"{where}: {key}", going)
         block[new] = block.pop(last)
     for (key, name), going in CHOICES.items():
-        block = found.get(key)
-        for choice in block if isinstance(block, list) else [block]:
+        chosen = found.get(key)
+        for choice in chosen if isinstance(chosen, list) else [chosen]:
             if isinstance(choice, dict) and choice.get("name") == name:
                 tell(f"{where}: {key}.name: {name}", going)
                 choice["name"] = going.instead
