@@ -113,7 +113,7 @@ def mine(done: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(done, tmp_path / "mine"))
 
 
-LONG = [*SMALL, "rounds=40", "checkpoint={every: 3, keep: 2}"]
+LONG = [*SMALL, "rounds=40", "checkpoint={every: 3, keep: 2}", "evaluate.load_best=true"]
 
 
 @pytest.fixture(scope="module")
@@ -346,7 +346,7 @@ def test_a_run_is_scored_on_rows_that_it_has_not_seen_as_its_rounds_score(
     assert (said["clients"], said["mean"]) == ([0, 1, 2, 3], pytest.approx(sum(expected.clients) / 4))
     labels = Counter(build_task(asked).validation.labels.tolist())
     assert said["constant"] == pytest.approx(max(labels.values()) / 180)
-    found = score_test(load_recipe(mine / "resolved.yaml"), take(state.adapters, slice(2, 3)), [2], peer=True)
+    found = score_test(load_recipe(mine / "resolved.yaml"), take(state.adapters, slice(2, 3)), [2])
     assert (found.evaluation.clients, found.evaluation.average) == ([expected.clients[2]], None)
     code, out, _ = peertune("score", mine)
     assert f"constant answer      {said['constant']:.3f}\n" in out

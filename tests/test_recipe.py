@@ -236,6 +236,14 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
         ("lr=1e-3", "lr: unknown key 'lr', did you mean training.learning_rate?"),
         ("training.lr=1e-3", "training.lr: unknown key 'lr', did you mean training.learning_rate?"),
         ("lora.rank=4", "lora.rank: unknown key 'rank', did you mean lora.r?"),
+        (
+            "evaluate.load_best_model_at_end=true",
+            "unknown key 'load_best_model_at_end', did you mean evaluate.load_best?",
+        ),
+        (
+            "evaluate.greater_is_better=true",
+            "evaluate.greater_is_better: the best is by the score of the task's metric",
+        ),
         ("lora.dropout=.1", "lora.dropout: unknown key 'dropout', did you mean lora_dropout or model.dropout?"),
         ("every=5", "every: unknown key 'every', did you mean evaluate.every or checkpoint.every?"),
         ("rounds=1_000", "rounds: input should be a valid integer, not '1_000'"),

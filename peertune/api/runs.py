@@ -82,6 +82,7 @@ class Run(RunData):
         to: str | Path,
         client: int | None = None,
         *,
+        last: bool = False,
         merge: bool = False,
         push: str | None = None,
         private: bool = False,
@@ -91,6 +92,7 @@ class Run(RunData):
         Args:
             to: The folder to write, with a README.md.
             client: A client's number; None: the average of all.
+            last: Of a run that kept each client's best adapter, write its last one.
             merge: Write the whole model, the adapter added to its base.
             push: OWNER/NAME on the Hugging Face hub, to put it there as well.
             private: For its owner alone to see.
@@ -106,9 +108,10 @@ class Run(RunData):
         if push is not None:
             hub.check_push(push)
         state = newest(self.folder)
-        with exports.written(self.folder, state, client, place) as folder:
+        with exports.written(self.folder, state, client, place, last=last) as folder:
+            made = exports.rounds_behind(folder, state)
             precision = hub.merge(self.folder, folder) if merge else None
-            readme = card(self, push or place.name, client, state.round, precision)
+            readme = card(self, push or place.name, client, made, precision)
             (folder / "README.md").write_text(readme, encoding="utf-8")
             address = None if push is None else hub.push(folder, push, private=private)
         return Exported(place, precision, address)

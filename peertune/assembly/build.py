@@ -29,6 +29,7 @@ from peertune.assembly.registry import (
 from peertune.data.batches import training_steps
 from peertune.method import standing
 from peertune.recipe import Recipe
+from peertune.rounds import best
 from peertune.rounds.bounds import Bound
 from peertune.rounds.round import Job
 from peertune.rounds.training import Optim, Rates, adamw, learning_rate, sgd
@@ -178,6 +179,7 @@ def _start(recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim) -> State:
     )
     rounds = torch.zeros(len(parts.clients), dtype=torch.int64)
     memory = parts.algorithm.init(adapters, standing(parts.clients, rounds))
+    memory |= best.begun(adapters) if recipe.evaluate.load_best else {}
     memory = {name: x.to(loaded.base.model.device) for name, x in memory.items()}
     return State(adapters, optim.optimizer.init(adapters), rounds, memory)
 

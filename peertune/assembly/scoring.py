@@ -24,8 +24,8 @@ class Tested(NamedTuple):
     constant: float | None  # the best score that one and the same answer to all rows has; None without classes
 
 
-def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], *, peer: bool = False) -> Tested:
-    """Score adapters `[K, …]` of these clients on the test rows, as a round does on the validation rows.
+def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], average: Tensors | None = None) -> Tested:
+    """Score adapters `[K, …]` of these clients, and their `average [1, …]`, as a round does on the validation rows.
 
     Raises RecipeError for a task without test rows, and for adapters that are not the recipe's.
     """
@@ -42,9 +42,14 @@ def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], *, pee
     if lacking := need - adapters.keys():
         raise RecipeError(f"lora.target_modules: the run has no {min(lacking)}; give the run's own recipe")
     encoded = encode_test(recipe, task, loaded.base)
-    evaluate = build_evaluation(recipe, task, loaded, encoded, peer=peer)
-    device = loaded.base.model.device
-    found = evaluate({name: x.to(device) for name, x in adapters.items()}, clients)
+    evaluate, device = build_evaluation(recipe, task, loaded, encoded, peer=True), loaded.base.model.device
+
+    def evaluated(some: Tensors, whose: Sequence[int]) -> Evaluation:
+        return evaluate({name: x.to(device) for name, x in some.items()}, whose)
+
+    found = evaluated(adapters, clients)
+    if average is not None:  # of the run's end, which need not be the mean of each client's best
+        found = replace(found, average=evaluated(average, clients[:1]).clients[0])
     return Tested(found, _constant(task, encoded.evaluated.tolist()))
 
 

@@ -159,11 +159,15 @@ def export(
     push: Annotated[
         str | None, typer.Option(metavar="OWNER/NAME", help="Put it on the Hugging Face hub as well, under this name.")
     ] = None,
+    last: Annotated[
+        bool, typer.Option("--last", help="Of a run that kept each client's best adapter, write its last one.")
+    ] = False,
     private: Annotated[bool, typer.Option("--private", help="With --push: for you alone to see.")] = False,
 ) -> None:
     """Write one client's adapter, or the average, as a folder that PEFT loads, or merged into its base.
 
-    A README.md in the folder says how it was trained, how good it is and how to load it.
+    A README.md in the folder says how it was trained, how good it is and how to load it. Of a run with
+    evaluate.load_best a client's adapter is its best one.
 
     Examples:
 
@@ -182,7 +186,8 @@ def export(
         from peertune.api.runs import Run
         from peertune.runs import directory
 
-        done = Run.open(directory.resolved(run).parent).export(to, number, merge=merge, push=push, private=private)
+        found = Run.open(directory.resolved(run).parent)
+        done = found.export(to, number, last=last, merge=merge, push=push, private=private)
     what = "the average" if number is None else f"client {number}"
     print(f"{what} of {run}{f', merged into its base in {done.precision},' if merge else ''} is in {to}")
     if done.address is not None:

@@ -173,4 +173,6 @@ def print_summary(folder: Path, as_json: bool, **more: object) -> None:
         print_json({**row, **more, "folder": str(folder)})
         return
     print(aligned(cells([row], {key: heading for key, heading in COLUMNS.items() if key in row})))
+    if kept := row.get("best_rounds"):
+        print(f"each client's adapter is its best by validation, of the rounds {min(kept)} to {max(kept)}")
     print(f"records and adapters are in {folder}")

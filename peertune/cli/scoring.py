@@ -24,12 +24,16 @@ ONE_BY_ONE = 20
 def score(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run that has ended.")],
     overrides: Overrides = None,
+    last: Annotated[
+        bool, typer.Option("--last", help="Of a run that kept each client's best adapter, score the last ones.")
+    ] = False,
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Score a run's adapters on the task's test rows, which no round has seen.
 
-    The score is that of the rounds. Beside it stands what the best constant answer has on the same rows.
+    The score is that of the rounds. Beside it stands what the best constant answer has on the same rows. Of a run with
+    evaluate.load_best a client's adapter is its best one; the average is of the last ones.
 
     Examples:
 
@@ -39,6 +43,7 @@ def score(
         with importing():
             from peertune.assembly.scoring import score_test
         from peertune.recipe import load_recipe
+        from peertune.rounds import best
         from peertune.runs import checkpoints, directory
 
         for word in overrides or []:
@@ -55,8 +60,10 @@ def score(
                 f"go on with {go_on} --resume {run}"
             )
         clients = list(range(state.clients)) if own is None else [int(own["client"])]
-        found = score_test(recipe, state.adapters, clients, peer=own is not None)
-    told = _told(clients, found)
+        adapters, rounds = (state.adapters, []) if last else best.kept(state)
+        average = None if own is not None else {name: x.mean(0, keepdim=True) for name, x in state.adapters.items()}
+        found = score_test(recipe, adapters, clients, average)
+    told = _told(clients, found) | ({"best_rounds": rounds} if rounds else {})
     if as_json:
         print_json({"run": run.name, "folder": str(run), "round": state.round, **told})
     else:

@@ -14,6 +14,7 @@ import torch
 from peertune.engines.fallback import Past
 from peertune.errors import DivergedError, Exit
 from peertune.method import Phase, standing
+from peertune.rounds import best
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, run_round
 from peertune.topology import clients_down, delay_s, failed_edges, may_meet, partners_at, row_at
@@ -87,7 +88,9 @@ def run_peer(
                 bounded, state, job.clients, state.round, partial(_exchange, job, swapper, past, phase)
             )
         except DivergedError as error:
+            kept = best.part(state.memory)  # what scored well did so, whatever came later
             state = past.fall_back(state.round, error)
+            state.remember(kept)
             continue
         add(vars(record))
         here = state.round

@@ -77,6 +77,7 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "bf16": ("model.dtype",),
     "eval_steps": ("evaluate.every",),
     "fp16": ("model.dtype",),
+    "load_best_model_at_end": ("evaluate.load_best",),
     "load_in_4bit": ("model.quantization",),
     "lr": ("training.learning_rate",),
     "lr_scheduler": ("training.lr_scheduler_type",),
@@ -107,6 +108,10 @@ def _epochs(given: Any, of: Mapping[str, Any]) -> str:
     )
 
 
+def _metric(given: Any, of: Mapping[str, Any]) -> str:
+    return "the best is by the score of the task's metric, whose better side is known; leave it out"
+
+
 ELSEWHERE: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "alpha_pattern": lambda given, of: "all layers have one scale, lora.lora_alpha / lora.r; leave it out",
     "bias": lambda given, of: "biases stay the base's own, since no method says how to mix them; leave it out",
@@ -115,6 +120,8 @@ ELSEWHERE: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {
         "a step is one batch, cut for the device by training.tokens_per_pass; "
         f"for {given} times {of[_SIZE]} rows give {_SIZE}={given * of[_SIZE]}"
     ),
+    "greater_is_better": _metric,
+    "metric_for_best_model": _metric,
     "modules_to_save": lambda given, of: "the head trains and is mixed with head=trained, and nothing else can be",
     "num_train_epochs": _epochs,
     "rank_pattern": lambda given, of: "all layers have one rank, lora.r; leave it out",

@@ -149,6 +149,7 @@ class Evaluate(_Block):
     # Of a client's rows those that it does not train on, with own and both: a seeded share, or a fold.
     held_out: Annotated[float | str, AfterValidator(_share)] = 0.2
     set_aside: Fold | None = None  # a fold of the training rows that nobody trains or is judged on
+    load_best: bool = False  # whether a client's adapter is in the end the one that scored best
     ensemble: bool = False  # whether the clients' probabilities are judged too, each client's and all together
     max_new_tokens: int = Field(256, ge=1)  # where the metric generates
     temperature: float = Field(0.0, ge=0)  # 0: always the likeliest token

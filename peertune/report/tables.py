@@ -58,13 +58,14 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 
 _MEANS = ("own", "heard_ensemble", "nll", "ece")
 """Lists of an evaluation of which a summary has the mean over clients."""
-SUMMARISED = ("clients", "bytes_sent", "evaluation.clients", *(f"evaluation.{name}" for name in _MEANS))
+SUMMARISED = ("clients", "bytes_sent", *(f"evaluation.{name}" for name in ("clients", "best_rounds", *_MEANS)))
 """Which lists of a record are looked at to summarise a run."""
 
 
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one row for a run's records, as read from `rounds.jsonl`.
 
+    `best_rounds`, where each client's best adapter is kept, says of which round each is.
     `mean`, `min`, `max`, `spread` (standard deviation) and `worst_tenth` (the mean of the worst tenth, rounded up) are
     over the clients' own models at the last evaluation, `own` is their mean on rows
     that each held out for itself, and `average` is the averaged adapter's score there; `best` is the best mean of all
@@ -91,6 +92,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "best_round": best["round"],
         }
         row |= {key: fmean(final[key]) for key in _MEANS if final.get(key)}
+        row |= {"best_rounds": final["best_rounds"]} if final.get("best_rounds") else {}
         row |= {key: final[key] for key in ("ensemble", "route") if final.get(key) is not None}
         averages = [record["evaluation"]["average"] for record in evaluated]
         if None not in averages:  # a peer knows its own adapter alone

@@ -26,9 +26,11 @@ class Evaluation:
     route: float | None = None
     # and [K], of the mean of the probabilities by each client's adapter and by those it heard, as they were sent
     heard_ensemble: list[float] = field(default_factory=list)
+    # With `evaluate.load_best` [K], of which evaluated round each client's best adapter so far is, -1 for none
+    best_rounds: list[int] = field(default_factory=list)
 
 
-SCORES_OF_CLIENTS = ("clients", "top_share", "own", "nll", "ece", "heard_ensemble")
+SCORES_OF_CLIENTS = ("clients", "top_share", "own", "nll", "ece", "heard_ensemble", "best_rounds")
 """Lists of an evaluation that go by client."""
 
 

@@ -25,7 +25,7 @@ from peertune.allowance import Lines
 from peertune.errors import DivergedError
 from peertune.memory import give_back_free
 from peertune.method import Algorithm, At, Memory, Phase, nothing, standing
-from peertune.rounds import bounds, metrics
+from peertune.rounds import best, bounds, metrics
 from peertune.rounds.bounds import Bound, Refusal
 from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.rounds.training import Optim, reset_moments, train_local
@@ -158,6 +158,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     evaluation = None
     if due:
         evaluation = replace(job.evaluate(state.adapters, clients), heard_ensemble=together)
+        evaluation = replace(evaluation, best_rounds=best.keep(state, evaluation, t))
         watch.lap("evaluate")
     return state, RoundRecord(
         round=t,

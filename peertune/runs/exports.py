@@ -1,5 +1,6 @@
 """Adapters out of a run, each a folder in PEFT's format."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,16 +11,21 @@ from safetensors.torch import load
 
 from peertune.errors import RunError
 from peertune.files import reported, written_folder
+from peertune.rounds import best
 from peertune.runs.directory import TAKEN, peer, write_together
 from peertune.types import ALONE, Group, State, Tensors
 
+BEST = "best.json"
+"""In the folder of a client's best adapter, of which evaluated round it is; -1 where it never was evaluated."""
+
 
 @contextmanager
-def written(run: Path, state: State, client: int | None, to: Path) -> Iterator[Path]:
+def written(run: Path, state: State, client: int | None, to: Path, *, last: bool = False) -> Iterator[Path]:
     """Yield a folder with one client's adapter, or the average of all where `client` is None, in PEFT's format.
 
-    It takes the place of `to` when all is done that is to be done with it, and vanishes otherwise. Raises RunError for
-    a client that isn't there or a folder that is there already.
+    Where the state has each client's best, a client's is that, unless the `last` is asked for. The folder takes the
+    place of `to` when all is done that is to be done with it, and vanishes otherwise. Raises RunError for a client that
+    isn't there or a folder that is there already.
     """
     own = peer(run)
     clients: Sequence[int] = range(state.clients) if own is None else [int(own["client"])]
@@ -33,25 +39,47 @@ def written(run: Path, state: State, client: int | None, to: Path) -> Iterator[P
             raise RunError(f"{to}: is there already; give another folder")
     write = _adapter_writer(run)
     with written_folder(to) as beside:
-        write(beside, _adapter(state, None if client is None else clients.index(client)))
+        if client is None:
+            write(beside, {name: x.mean(0) for name, x in state.adapters.items()}, None)
+        else:
+            _write_client(write, beside, (state.adapters, []) if last else best.kept(state), clients.index(client))
         yield beside
 
 
+def rounds_behind(folder: Path, state: State) -> int:
+    """Return after how many rounds the adapter in a folder was what it is, which was written of this state."""
+    file = folder / BEST
+    evaluated = int(json.loads(file.read_text())["round"]) if file.exists() else -1
+    return state.round if evaluated < 0 else evaluated + 1
+
+
 def write_all(run: Path, state: State, clients: Sequence[int], group: Group = ALONE) -> None:
-    """Write `adapters/`: those of these clients, of whom the state is, and the average; of a peer its own."""
-    write = _adapter_writer(run)
+    """Write `adapters/`: those of these clients, of whom the state is, and the average; of a peer its own.
+
+    The average is of the last adapters, also where each client's best was kept.
+    """
+    write, kept = _adapter_writer(run), best.kept(state)
     average = {} if peer(run) else {name: group.mean(x) for name, x in state.adapters.items()}
 
     def write_own(beside: Path, _: list[Any]) -> None:
         for place, client in enumerate(clients):
-            write(beside / f"client-{client:03d}", _adapter(state, place))
+            _write_client(write, beside / f"client-{client:03d}", kept, place)
         if average and group.rank == 0:
-            write(beside / "average", average)
+            write(beside / "average", average, None)
 
     write_together(run / "adapters", group, write_own)
 
 
-def _adapter_writer(run: Path) -> Callable[[Path, Tensors], None]:
+_Write = Callable[[Path, Tensors, int | None], None]
+"""Write an adapter into a folder, and of which evaluated round it is, where it is a best one."""
+
+
+def _write_client(write: _Write, folder: Path, kept: tuple[Tensors, list[int]], place: int) -> None:
+    adapters, rounds = kept
+    write(folder, {name: x[place] for name, x in adapters.items()}, rounds[place] if rounds else None)
+
+
+def _adapter_writer(run: Path) -> _Write:
     """Return what writes an adapter into a folder, with all that the adapters of a run share."""
     from peertune.adapters.peft_format import LoraConfig, save_adapter
 
@@ -64,12 +92,10 @@ def _adapter_writer(run: Path) -> Callable[[Path, Tensors], None]:
     except (OSError, ValueError, SafetensorError):
         raise RunError(f"{run}/adapter: is missing or damaged; give the folder of a run") from None
 
-    def write(folder: Path, adapter: Tensors) -> None:
+    def write(folder: Path, adapter: Tensors, round: int | None) -> None:
         save_adapter(folder, adapter, head=head, lora=lora, taken=taken)
         (folder / "labels.json").write_bytes(labels)
+        if round is not None:
+            (folder / BEST).write_text(json.dumps({"round": round}) + "\n")
 
     return write
-
-
-def _adapter(state: State, place: int | None) -> Tensors:
-    return {name: x.mean(0) if place is None else x[place] for name, x in state.adapters.items()}

@@ -42,7 +42,11 @@ RECIPES |= {
         "graph={name: exponential}",
         "evaluate={every: 3, rows: 10, on: both, ensemble: true}",
     ],
-    "moments": [*SMALL, "modifiers=[{name: mix_moments}, {name: fedspeed}]", "evaluate={every: 3, on: own}"],
+    "moments": [
+        *SMALL,
+        "modifiers=[{name: mix_moments}, {name: fedspeed}]",
+        "evaluate={every: 1, on: own, load_best: true}",
+    ],
     "ring": [
         *SMALL,
         "graph={name: ring, activation: 0.7, weights: rows, row_counts: [5, 1, 30, 2, 9]}",

@@ -180,6 +180,9 @@ def test_what_does_not_fit_is_refused_with_what_would(little: Recipe, monkeypatc
     monkeypatch.setattr(plans, "available_bytes", lambda _: there)
     with pytest.raises(RunError, match=r"memory: .* are needed and cpu has .*; give .*gradient_checkpointing=true \("):
         check_fits(little, replace(whole, available=there))
+    best = plan(plans._with(little, "evaluate.load_best", True))
+    score_and_round = 2 * 3 * 16  # of three clients, at the start and while it runs
+    assert best.adapters - whole.adapters == whole.gradients + score_and_round, "one copy more of what is trained"
     monkeypatch.setattr(plans, "available_bytes", lambda _: 1000)
     with pytest.raises(RunError, match="give a smaller base, or another device"):
         check_fits(little, replace(whole, available=1000))

@@ -1,4 +1,6 @@
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ from run_directories import CLIENTS, create, everything, in_threads, no_room, pa
 from safetensors.torch import load_file
 
 from peertune.errors import RunError
+from peertune.rounds import best
+from peertune.rounds.record import Evaluation
 from peertune.runs import exports
 from peertune.types import State
 
@@ -54,6 +58,29 @@ def test_all_adapters_are_written_in_pefts_format(run: Path) -> None:
     average = load_file(run / "adapters" / "average" / "adapter_model.safetensors")
     assert torch.equal(average["base_model.model.enc.q.lora_A.weight"], expected["enc.q.A"].mean(0))
     assert LoraConfig.from_pretrained(str(run / "adapters" / "average")).r == 2
+
+
+def test_of_a_run_that_kept_them_clients_best_adapters_are_written_with_their_rounds(run: Path, tmp_path: Path) -> None:
+    early, late = state(1), state(5)
+    kept = replace(early, memory=best.begun({name: x.clone() for name, x in early.adapters.items()}))
+    best.keep(kept, Evaluation("accuracy", [0.5] * CLIENTS, None, 1, []), 0)
+    now = replace(late, memory=kept.memory)
+    best.keep(now, Evaluation("accuracy", [0.4, 0.5, 0.6], None, 1, []), 4)
+    exports.write_all(run, now, range(CLIENTS))
+    for client, (of, t) in enumerate([(early, 0), (early, 0), (late, 4)]):
+        folder = run / "adapters" / f"client-{client:03d}"
+        written = load_file(folder / "adapter_model.safetensors")["base_model.model.enc.q.lora_A.weight"]
+        assert torch.equal(written, of.adapters["enc.q.A"][client])
+        assert json.loads((folder / "best.json").read_text()) == {"round": t}
+        assert exports.rounds_behind(folder, now) == t + 1
+    average = load_file(run / "adapters" / "average" / "adapter_model.safetensors")
+    assert torch.equal(average["base_model.model.enc.q.lora_A.weight"], late.adapters["enc.q.A"].mean(0))
+    export(run, now, 0, tmp_path / "best")
+    assert everything(tmp_path / "best") == everything(run / "adapters" / "client-000")
+    with exports.written(run, now, 0, tmp_path / "last", last=True) as folder:
+        assert exports.rounds_behind(folder, now) == 5
+    last = load_file(tmp_path / "last" / "adapter_model.safetensors")
+    assert torch.equal(last["base_model.model.enc.q.lora_A.weight"], late.adapters["enc.q.A"][0])
 
 
 def test_exporting_one_client_gives_what_the_run_wrote(run: Path, tmp_path: Path) -> None:

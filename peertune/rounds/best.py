@@ -1,0 +1,59 @@
+"""Each client's best adapter so far.
+
+The best is kept in the client's memory, beside what its method keeps there: `best.score [K]`, `best.round [K]`, and
+`best.<name>` for each tensor of the adapter. So it is resumed, dealt among processes and given to peers as all else is.
+"""
+
+import torch
+
+from peertune.data.scores import LOWER_IS_BETTER
+from peertune.method import Memory
+from peertune.rounds.record import Evaluation
+from peertune.types import State, Tensors, over_clients
+
+_OWNER = "best."
+_SCORE, _ROUND = f"{_OWNER}score", f"{_OWNER}round"
+
+
+def begun(adapters: Tensors) -> Memory:
+    """Return what clients with these adapters `[K, …]` keep of the best before the first evaluation."""
+    like = next(iter(adapters.values()))
+    score = torch.full((len(like),), torch.nan, dtype=torch.float64, device=like.device)
+    rounds = torch.full((len(like),), -1, dtype=torch.int64, device=like.device)
+    return {_SCORE: score, _ROUND: rounds} | {f"{_OWNER}{name}": x for name, x in adapters.items()}
+
+
+def part(memory: Memory) -> Memory:
+    """Return what of a memory is kept of the best; {} where nothing is."""
+    return {name: x for name, x in memory.items() if name.startswith(_OWNER)}
+
+
+def keep(state: State, evaluation: Evaluation, round: int) -> list[int]:
+    """Take the adapters of those clients who never scored better, **in place**, and return whose round is kept, [K].
+
+    Of equal scores the first stays. A score that is not a number is none. [] where no best is kept.
+    """
+    if _SCORE not in state.memory:
+        return []
+    best, rounds = state.memory[_SCORE], state.memory[_ROUND]
+    scores = torch.tensor(evaluation.clients, dtype=best.dtype, device=best.device)
+    ahead = scores < best if evaluation.metric in LOWER_IS_BETTER else scores > best
+    better = ahead | (best.isnan() & ~scores.isnan())
+    best[better], rounds[better] = scores[better], round
+    for name, x in state.adapters.items():
+        state.memory[f"{_OWNER}{name}"][better] = x[better]
+    return [int(number) for number in rounds.tolist()]
+
+
+def kept(state: State) -> tuple[Tensors, list[int]]:
+    """Return each client's best adapter `[K, …]`, and the round of each; where none was kept the last, and [].
+
+    Who was never evaluated has its last adapter, and the round -1.
+    """
+    if _SCORE not in state.memory:
+        return state.adapters, []
+    rounds = state.memory[_ROUND]
+    best = {name: state.memory[f"{_OWNER}{name}"] for name in state.adapters}
+    if bool((none := rounds < 0).any()):
+        best = {name: torch.where(over_clients(none, x), state.adapters[name], x) for name, x in best.items()}
+    return best, [int(number) for number in rounds.tolist()]
