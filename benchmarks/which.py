@@ -40,7 +40,7 @@ from benchmarks.setup import overrides
 from peertune import build, load_recipe, simulate
 from peertune.errors import ModelError
 from peertune.methods.catalogue import ALGORITHMS
-from peertune.report.tables import interval
+from peertune.report.pairing import interval
 
 KEPT = Path("benchmarks/results")
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)

@@ -6,7 +6,7 @@ Shape letters, the same everywhere: `K` clients in this stack, `n` clients in th
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +46,16 @@ class Split:
         return replace(self, columns=kept, labels=self.labels[rows], numbers=numbers)
 
 
+class Measure(NamedTuple):
+    """What scores are of. As text it is how they are called: `accuracy`, `f1 of fraud`."""
+
+    metric: str  # a key of METRICS
+    of: str | None = None  # the class that it is of, where it is of one
+
+    def __str__(self) -> str:
+        return self.metric if self.of is None else f"{self.metric} of {self.of}"
+
+
 @dataclass(frozen=True)
 class Task:
     """What to learn, from what, and in which of four forms.
@@ -60,17 +70,18 @@ class Task:
     classes: tuple[str, ...]  # names by class number; empty for a regression
     train: Split
     validation: Split
-    metric: str  # a key of METRICS
+    metric: str  # a key of METRICS: what is judged by
     form: Literal["classify", "complete", "choose", "match"] = "classify"
     words: tuple[str, ...] = ()  # to choose from, one for each class
     templates: tuple[str, ...] = ()  # to match an image against: `{}` stands for the name of a class
     of: str | None = None  # the class that the metric is of, where it is of one
     test: Split | None = None  # rows that no training and no evaluation in rounds reads
+    also: tuple[Measure, ...] = ()  # what else the same predictions are scored by
 
     @property
-    def measured(self) -> str:
-        """What the scores are of, in words: `accuracy`, `f1 of fraud`."""
-        return self.metric if self.of is None else f"{self.metric} of {self.of}"
+    def measures(self) -> tuple[Measure, ...]:
+        """What the predictions are scored by; the first is what is judged by."""
+        return (Measure(self.metric, self.of), *self.also)
 
 
 MOMENTS = "moments."

@@ -334,6 +334,7 @@ def test_a_run_is_scored_on_rows_that_it_has_not_seen_as_its_rounds_score(
     )
     kept = (mine / "resolved.yaml").read_text()
     kept = kept.replace("test: null", "test: validation").replace("validation_split: null", "validation_split: 0.2")
+    kept = kept.replace("metric: accuracy", "metric: [accuracy, macro_f1]")
     (mine / "resolved.yaml").write_text(kept)
     code, out, err = peertune("score", mine, "--json")
     assert (code, err) == (0, "")
@@ -347,8 +348,11 @@ def test_a_run_is_scored_on_rows_that_it_has_not_seen_as_its_rounds_score(
     labels = Counter(build_task(asked).validation.labels.tolist())
     assert said["constant"] == pytest.approx(max(labels.values()) / 180)
     found = score_test(load_recipe(mine / "resolved.yaml"), take(state.adapters, slice(2, 3)), [2])
-    assert (found.evaluation.clients, found.evaluation.average) == ([expected.clients[2]], None)
+    assert (found.clients, found.average) == ([expected.clients[2]], None)
+    assert found.also[0].clients == said["also"][0]["scores"][2:3]
     code, out, _ = peertune("score", mine)
+    heads = [f"{metric} on 180 test rows, after 2 rounds" for metric in ("accuracy", "macro_f1")]
+    assert [line for line in out.splitlines() if "test rows" in line] == heads
     assert f"constant answer      {said['constant']:.3f}\n" in out
     (mine / "resolved.yaml").write_text(kept.replace("rounds: 2", "rounds: 5"))
     code, _, err = peertune("score", mine)

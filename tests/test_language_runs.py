@@ -60,37 +60,43 @@ def run(peertune: Call, recipe: dict[str, Any], out: Path) -> tuple[list[dict[st
     return [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()], err
 
 
+COLUMNS = {"prompt": "{prompt}", "completion": "{completion}"}
 LIKELY = {"label": "warm", "words": [" no", " yes"], "prompt": "{prompt}"}
 
 
 @pytest.mark.parametrize(
-    ("task", "before", "after"),
+    ("task", "learnt"),
     [
-        ({"metric": "perplexity"}, 30, 3),
-        ({"metric": "token_accuracy"}, 0.2, 0.95),
-        ({"metric": "exact_match"}, 0.1, 0.95),
-        ({"metric": "exact_match", "chat": True, "prompt": "{prompt}", "completion": "{completion}"}, 0.1, 0.95),
-        ({"name": "label_words", "metric": "f1", **LIKELY}, 0.9, 1.0),
+        ({"metric": ["perplexity", "token_accuracy"]}, {"perplexity": (30, 3), "token_accuracy": (0.2, 0.95)}),
+        ({"metric": ["last_number", "exact_match"]}, {"last_number": (0.1, 0.0), "exact_match": (0.1, 0.95)}),
+        ({"metric": "exact_match", "chat": True, **COLUMNS}, {"exact_match": (0.1, 0.95)}),
+        ({"name": "label_words", "metric": "f1", **LIKELY}, {"f1 of 1": (0.9, 1.0)}),
     ],
-    ids=lambda x: str(x.get("metric")) if isinstance(x, dict) else "",
+    ids=["tokens", "texts", "chat", "words"],
 )
 def test_what_is_made_to_be_learnt_is_learnt(
-    peertune: Call, folder: Path, tmp_path: Path, task: dict[str, Any], before: float, after: float
+    peertune: Call, folder: Path, tmp_path: Path, task: dict[str, Any], learnt: dict[str, tuple[float, float]]
 ) -> None:
     judged = {"every": 4, "max_new_tokens": 8, "on": "both"}
     records, _ = run(peertune, recipe_of(folder, task=task, evaluate=judged), tmp_path / "run")
-    found = records[-1]["evaluation"]
-    assert found["metric"] == task["metric"] + (" of 1" if task["metric"] == "f1" else "")
-    scores = [*found["clients"], *found["own"], found["average"]]
-    assert len(scores) == 5
     job = build(check_recipe(recipe_of(folder, task=task), "test")).job
-    start = job.evaluate(job.state.adapters, job.clients)
-    if task["metric"] == "perplexity":
-        assert min(start.clients) > before
-        assert max(scores) < after
-    else:
-        assert max(start.clients) < before
-        assert min(scores) >= after
+    first = job.evaluate(job.state.adapters, job.clients)
+    last = records[-1]["evaluation"]
+    assert [found["metric"] for found in (last, *last["also"])] == list(learnt)
+    for start, found in zip((first, *first.also), (last, *last["also"]), strict=True):
+        scores = [*found["clients"], *found["own"], found["average"]]
+        assert len(scores) == 5
+        assert start.constant == found["constant"]
+        before, after = learnt[found["metric"]]
+        if found["metric"] == "perplexity":
+            assert min(start.clients) > before > found["constant"] > after > max(scores)
+        else:
+            assert max(start.clients) < before
+            assert min(scores) >= after
+    constants = {"exact_match": 2 / 8, "last_number": 0.0, "f1 of 1": 2 * 2 / (2 + 8)}  # eight rows, four colours
+    assert all(
+        found["constant"] == constants.get(found["metric"], found["constant"]) for found in (last, *last["also"])
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -11,6 +11,7 @@ from peertune.files import reported, written_folder
 from peertune.report import tables
 from peertune.report.findings.diagnosis import diagnose
 from peertune.report.findings.finding import Finding
+from peertune.report.pairing import Row
 from peertune.report.runs import RunData, find_runs, settings, varying
 from peertune.report.verdict import Verdict, ordered, verdicts
 from peertune.rounds.record import SCORES_OF_CLIENTS
@@ -120,8 +121,8 @@ class Run(RunData):
         """Return a pandas.DataFrame with a row for each client and round.
 
         Columns: `round`, `client`, `loss`, `grad_norm`, `bytes_sent`, `neighbours` (how many it heard), and of rounds
-        that were evaluated `score`, by the recipe's metric, and what else there is of `SCORES_OF_CLIENTS`; elsewhere
-        NaN. Raises PeertuneError where pandas is not installed.
+        that were evaluated `score`, by the recipe's metric, the scores by its other metrics, under their names, and
+        what else there is of `SCORES_OF_CLIENTS`; elsewhere NaN. Raises PeertuneError where pandas is not installed.
         """
         return _frame([row for record in self.records for row in _rows(record)])
 
@@ -165,14 +166,16 @@ class Runs(tuple[Run, ...]):
     def to_dataframe(self) -> Any:
         """Return a pandas.DataFrame with a row for each run.
 
-        Columns: `run`, its name, the settings in which they differ, the seed, and the keys of `Run.summary`. Raises
-        PeertuneError where pandas is not installed.
+        Columns: `run`, its name, the settings in which they differ, the seed, and the keys of `Run.summary`, those of
+        other metrics as `macro_f1.mean`. Raises PeertuneError where pandas is not installed.
         """
         keys = list(dict.fromkeys([*varying(self), "seed"]))
         told = [(run, settings(run)) for run in self]
-        return _frame([{"run": run.name} | {key: own.get(key) for key in keys} | run.summary for run, own in told])
+        return _frame(
+            [{"run": run.name} | {key: own.get(key) for key in keys} | _flat(run.summary) for run, own in told]
+        )
 
-    def _grouped(self, by: Sequence[str] | None, paired_with: str | None = None) -> list[tables.Row]:
+    def _grouped(self, by: Sequence[str] | None, paired_with: str | None = None) -> list[Row]:
         return ordered(tables.grouped(self, by, paired_with))
 
 
@@ -190,6 +193,13 @@ def _run(data: RunData) -> Run:
     return Run(**{field.name: getattr(data, field.name) for field in fields(data)})
 
 
+def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a summary with the keys of the other metrics beside its own."""
+    found = {key: value for key, value in summary.items() if key != "also"}
+    also = summary.get("also", ())
+    return found | {f"{each['metric']}.{key}": value for each in also for key, value in each.items() if key != "metric"}
+
+
 def _rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what a record says of each client."""
     of_clients = ("loss", "grad_norm", "bytes_sent", "neighbours")
@@ -197,6 +207,7 @@ def _rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     if evaluation := record["evaluation"]:
         scores = {name: evaluation[name] for name in SCORES_OF_CLIENTS if evaluation[name]}
         found |= {"score" if name == "clients" else name: values for name, values in scores.items()}
+        found |= {metric["metric"]: metric["clients"] for metric in evaluation["also"]}
     return [
         {"round": record["round"], "client": client} | {name: values[place] for name, values in found.items()}
         for place, client in enumerate(record["clients"])

@@ -1,7 +1,8 @@
-"""Evaluation: how good the clients' own models are, by the metric of the task."""
+"""Evaluation: how good the clients' own models are, by the metrics of the task."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,15 +15,16 @@ from peertune.assembly.encoding import EncodedTask
 from peertune.assembly.loading import Loaded, clients_together
 from peertune.data.batches import Encoded, validation_batches
 from peertune.data.completions import completions, encode_choices, encode_prompts
-from peertune.data.scores import JUDGES, calibration_error, log_loss, scorer
+from peertune.data.measures import constants, scorers
+from peertune.data.scores import ANSWERS, calibration_error, confusion, log_loss, same
 from peertune.errors import RecipeError
 from peertune.models.generation import Decoding, cached_tokens, generate, pads_left
 from peertune.recipe import Recipe
 from peertune.rounds.metrics import entries
-from peertune.rounds.record import Evaluation
+from peertune.rounds.record import MOST_CLASSES, Evaluation
 from peertune.rounds.round import Heard
 from peertune.rounds.training import Read, evaluate, hits, predictions, probabilities, row_losses
-from peertune.types import ALONE, Group, Split, Task, Tensors, take
+from peertune.types import ALONE, Group, Measure, Split, Task, Tensors, take
 
 log = logging.getLogger(__name__)
 
@@ -30,15 +32,22 @@ EVALUATION_FACTOR = 2
 """How many times more tokens go through together in evaluation, which keeps nothing for a backward pass."""
 
 Predict = Callable[[list[Tensors]], NDArray[Any]]
-"""`predict(singles)` returns what the metric compares with the labels, `[len(singles), rows]`, for single adapters
-`[1, …]`."""
-Judged = tuple[float, float]
-"""A score, and the share of the rows for which the most frequent class is predicted."""
+"""`predict(singles)` returns what the metrics compare with the labels, `[len(singles), rows]`, for single adapters
+`[1, …]`; or `[len(singles), rows, metrics]` where each of the metrics reads something else."""
+
+
+class _Judged(NamedTuple):
+    """What a model's predictions come to."""
+
+    scores: list[float]  # by metric
+    top_share: float  # of the rows for which the most frequent class is predicted; 0 of values and texts
+    confusion: NDArray[np.int64]  # [C, C], rows by class and prediction; [0, 0] where they are not counted
 
 
 class _Judge(NamedTuple):
     predict: Predict
-    judge: Callable[[NDArray[Any]], list[Judged]]  # of what was predicted
+    judge: Callable[[NDArray[Any]], list[_Judged]]  # of what was predicted
+    constants: list[float]  # by metric, what the best answer that is the same for all rows scores
 
 
 def build_evaluation(
@@ -50,10 +59,10 @@ def build_evaluation(
     where the metric can't be had of this task or this base.
     """
     on = recipe.evaluate.on
-    if recipe.evaluate.temperature and task.metric not in JUDGES:
+    if recipe.evaluate.temperature and task.metric not in ANSWERS:
         raise RecipeError(
             f"evaluate.temperature: nothing is generated for the metric {task.metric}; leave it out, "
-            f"or choose {' or '.join(sorted(JUDGES))}"
+            f"or choose {' or '.join(sorted(ANSWERS))}"
         )
     if recipe.evaluate.ensemble and (not task.classes or task.form not in ("classify", "match")):
         raise RecipeError(
@@ -68,32 +77,64 @@ def build_evaluation(
     beside = None
     if recipe.evaluate.ensemble and common is not None:
         by_class, beside = common.judge, _beside(task, group, loaded, encoded, peer)
-        common = _Judge(_probabilities(loaded, encoded), lambda shares: by_class(shares.argmax(-1)))
+        common = common._replace(
+            predict=_probabilities(loaded, encoded), judge=lambda shares: by_class(shares.argmax(-1))
+        )
 
     def run(adapters: Tensors, clients: Sequence[int]) -> Evaluation:
         singles = [take(adapters, slice(place, place + 1)) for place in range(len(clients))]
-        pairs = [(own[client], single) for client, single in zip(clients, singles, strict=True) if own]
-        scores = [score for its, single in pairs for score, _ in its.judge(its.predict([single]))]
+        its = [own[client] for client in clients if own]
+        alone = [found for one, single in zip(its, singles, strict=False) for found in one.judge(one.predict([single]))]
+        levels = [one.constants for one in its]
         if common is None:
-            return Evaluation(task.measured, scores, None, held_out, [], scores)
+            return _told(task, alone, held_out, alone, levels, {})
         if not peer:
             mean = {name: group.mean(x)[None] for name, x in adapters.items()}
             if group.rank == group.size - 1:  # once, by the one with the fewest clients
                 singles.append(mean)
         rows = len(encoded.evaluated)
         found = common.predict(singles) if singles else np.zeros((0, rows, len(task.classes)))
-        more = {} if beside is None else beside(found[: len(clients)])
+        certainty, more = ({}, {}) if beside is None else beside(found[: len(clients)])
         judged = common.judge(found)
         together, rest = judged[: len(clients)], judged[len(clients) :]
-        average = rest[0][0] if rest else None
-        top = [share for _, share in together] if task.classes else []
-        return Evaluation(task.measured, [score for score, _ in together], average, rows, top, scores, **more)
+        more |= {"constant": common.constants} | ({"average": rest[0].scores} if rest else {})
+        top = [one.top_share for one in together] if task.classes else []
+        return replace(_told(task, together, rows, alone, levels, more), top_share=top, **certainty)
 
     return run
 
 
-Ensembles = Callable[[Tensors, Heard, Sequence[int]], list[float]]
-"""`ensembles(own [K, …], came, clients [K])` returns the score of each client's ensemble with those that it heard."""
+def _told(
+    task: Task,
+    clients: Sequence[_Judged],
+    rows: int,
+    own: Sequence[_Judged],
+    own_constant: Sequence[Sequence[float]],
+    by_metric: Mapping[str, Sequence[Any]],
+) -> Evaluation:
+    """Lay out what was judged: an evaluation by the first metric, which holds those by the others."""
+
+    def by(place: int, measure: Measure) -> Evaluation:
+        given: dict[str, Any] = {"average": None, **{name: scores[place] for name, scores in by_metric.items()}}
+        return Evaluation(
+            str(measure),
+            [one.scores[place] for one in clients],
+            rows=rows,
+            top_share=[],
+            own=[one.scores[place] for one in own],
+            own_constant=[scores[place] for scores in own_constant],
+            **given,
+        )
+
+    first, *also = (by(place, measure) for place, measure in enumerate(task.measures))
+    counted = len(task.classes) if len(task.classes) <= MOST_CLASSES else 0
+    counts = sum((one.confusion for one in clients), np.zeros((counted, counted), np.int64))
+    return replace(first, confusion=counts.tolist(), also=also)
+
+
+Ensembles = Callable[[Tensors, Heard, Sequence[int]], list[list[float]]]
+"""`ensembles(own [K, …], came, clients [K])` returns, by metric, the score of each client's ensemble with those that it
+heard."""
 
 
 def build_ensembles(recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask) -> Ensembles | None:
@@ -107,11 +148,11 @@ def build_ensembles(recipe: Recipe, task: Task, loaded: Loaded, encoded: Encoded
     if not recipe.evaluate.ensemble:
         return None
     predict = _probabilities(loaded, encoded)
-    score, labels = scorer(task), np.asarray(task.validation.labels)[encoded.evaluated]
+    scores, labels = scorers(task), np.asarray(task.validation.labels)[encoded.evaluated]
 
-    def judge(own: Tensors, came: Heard, clients: Sequence[int]) -> list[float]:
+    def judge(own: Tensors, came: Heard, clients: Sequence[int]) -> list[list[float]]:
         if not clients:
-            return []
+            return [[] for _ in scores]
         told = {name: came.tensors[name] for name in own if name in came.tensors}
         at = {client: place for place, client in enumerate(came.clients)}
         near = [{at[client]} for client in clients]
@@ -124,7 +165,8 @@ def build_ensembles(recipe: Recipe, task: Task, loaded: Loaded, encoded: Encoded
             for k, place in dict.fromkeys(chain(*members))
         }
         shares = dict(zip(singles, predict(list(singles.values())), strict=True))
-        return [score(np.mean([shares[one] for one in each], axis=0).argmax(-1), labels) for each in members]
+        said = [np.mean([shares[one] for one in each], axis=0).argmax(-1) for each in members]
+        return [[score(answers, labels) for answers in said] for score in scores]
 
     return judge
 
@@ -136,17 +178,17 @@ def _probabilities(loaded: Loaded, encoded: EncodedTask) -> Predict:
 
 def _beside(
     task: Task, group: Group, loaded: Loaded, encoded: EncodedTask, alone: bool
-) -> Callable[[NDArray[Any]], dict[str, Any]]:
-    """Return what judges the clients' probabilities of the evaluated rows: each client's, and all together."""
-    score, labels = scorer(task), np.asarray(task.validation.labels)[encoded.evaluated]
+) -> Callable[[NDArray[Any]], tuple[dict[str, Any], dict[str, list[float]]]]:
+    """Return what judges the clients' probabilities of the evaluated rows: each client's; all together, by metric."""
+    scores, labels = scorers(task), np.asarray(task.validation.labels)[encoded.evaluated]
 
-    def judge(found: NDArray[Any]) -> dict[str, Any]:
-        each: dict[str, Any] = {
+    def judge(found: NDArray[Any]) -> tuple[dict[str, Any], dict[str, list[float]]]:
+        each = {
             "nll": [log_loss(own, labels) for own in found],
             "ece": [calibration_error(own, labels) for own in found],
         }
         if alone:
-            return each
+            return each, {}
         held = torch.from_numpy(found).to(loaded.base.model.device)
         mean = group.mean(held).argmax(-1).cpu().numpy()
         # of this process the surest client's answer to each row, then of all processes
@@ -154,7 +196,8 @@ def _beside(
         first = sure.argmax(0, keepdim=True)
         sure, said = (group.concat(x.double().gather(0, first)) for x in (sure, said))
         routed = said.gather(0, sure.argmax(0, keepdim=True))[0].long().cpu().numpy()
-        return each | {"ensemble": score(mean, labels), "route": score(routed, labels)}
+        together = {"ensemble": mean, "route": routed}
+        return each, {name: [score(said, labels) for score in scores] for name, said in together.items()}
 
     return judge
 
@@ -170,23 +213,36 @@ def _judge(
 ) -> _Judge:
     """Return what predicts these rows of a split, and judges what was predicted."""
     labels = np.asarray(split.labels)[rows]
-    if task.metric in JUDGES:
-        predict = _judged(recipe, task, loaded, encodings.max_length, split, encoded, rows)
+    truths: Sequence[Any] | NDArray[Any] = labels
+    if task.metric in ANSWERS:
+        predict, truths = _generated(recipe, task, loaded, encodings.max_length, split, encoded, rows)
         labels = np.ones(len(rows))
     elif task.form == "choose":
         predict = _chosen(task, loaded, encodings.max_length, split, rows)
+    elif task.form == "complete":
+        reads = [_READS[measure.metric] for measure in task.measures]
+        predict = _read(
+            loaded, encoded, rows, lambda *given: torch.stack([read(*given).double() for read in reads], -1)
+        )
+        labels, truths = encoded.targets[rows], encoded.said(rows)
     else:
-        readers = {"perplexity": row_losses, "token_accuracy": hits}
-        predict = _read(loaded, encoded, rows, readers.get(task.metric, predictions))
-        labels = encoded.targets[rows] if task.form == "complete" else labels
-    score = scorer(task)
+        predict = _read(loaded, encoded, rows, predictions)
+    scores, classes = scorers(task), len(task.classes)
+    counted = classes if classes <= MOST_CLASSES else 0
 
-    def judge(found: NDArray[Any]) -> list[Judged]:
-        return [
-            (score(own, labels), float(np.bincount(own).max() / len(rows)) if task.classes else 0.0) for own in found
-        ]
+    def judge_one(own: NDArray[Any]) -> _Judged:
+        by_metric = own.T if own.ndim > 1 else [own] * len(scores)
+        return _Judged(
+            [score(said, labels) for score, said in zip(scores, by_metric, strict=True)],
+            float(np.bincount(own).max() / len(rows)) if classes else 0.0,
+            confusion(own, labels, counted) if counted else np.zeros((0, 0), np.int64),
+        )
 
-    return _Judge(predict, judge)
+    return _Judge(predict, lambda found: [judge_one(own) for own in found], constants(task, truths))
+
+
+_READS: dict[str, Read] = {"perplexity": row_losses, "token_accuracy": hits}
+"""Metric of tokens → what it reads of each row's logits."""
 
 
 def _read(loaded: Loaded, encoded: Encoded, rows: NDArray[np.int64], read: Read) -> Predict:
@@ -206,7 +262,7 @@ def _chosen(task: Task, loaded: Loaded, max_length: int, split: Split, rows: NDA
     return lambda singles: losses(singles).reshape(len(singles), len(rows), -1).argmin(-1)
 
 
-def _judged(
+def _generated(
     recipe: Recipe,
     task: Task,
     loaded: Loaded,
@@ -214,8 +270,8 @@ def _judged(
     split: Split,
     encoded: Encoded,
     rows: NDArray[np.int64],
-) -> Predict:
-    """Return what says of each row whether the text that is generated is right."""
+) -> tuple[Predict, list[str]]:
+    """Return what says of each row, by metric, whether the text that is generated is right; and the rows' own texts."""
     base, together = loaded.base, clients_together(recipe)
     settings = recipe.evaluate
     positions = base.positions
@@ -244,11 +300,16 @@ def _judged(
         base.tokenizer.pad_token_id,
         recipe.seed,
     )
-    judge, tokens = JUDGES[task.metric], cached_tokens(base.model)
+    tokens = cached_tokens(base.model)
 
     def predict(singles: list[Tensors]) -> NDArray[Any]:
         made = generate(loaded.model, singles, prompts, decoding, together=together, tokens=tokens)
         said = [base.tokenizer.batch_decode(texts, skip_special_tokens=True) for texts in made]
-        return np.array([[judge(*pair) for pair in zip(texts, right, strict=True)] for texts in said])
+        return np.array(
+            [
+                [[same(measure.metric, *pair) for measure in task.measures] for pair in zip(texts, right, strict=True)]
+                for texts in said
+            ]
+        )
 
-    return predict
+    return predict, right

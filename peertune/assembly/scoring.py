@@ -2,29 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
-
-import numpy as np
 
 from peertune.assembly.encoding import encode_test
 from peertune.assembly.evaluation import build_evaluation
 from peertune.assembly.loading import load
 from peertune.assembly.registry import build_task
-from peertune.data.scores import scorer
 from peertune.errors import RecipeError
 from peertune.recipe import Recipe
 from peertune.rounds.record import Evaluation
-from peertune.types import Task, Tensors
+from peertune.types import Tensors
 
 
-class Tested(NamedTuple):
-    """An evaluation on test rows."""
-
-    evaluation: Evaluation
-    constant: float | None  # the best score that one and the same answer to all rows has; None without classes
-
-
-def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], average: Tensors | None = None) -> Tested:
+def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], average: Tensors | None = None) -> Evaluation:
     """Score adapters `[K, …]` of these clients, and their `average [1, …]`, as a round does on the validation rows.
 
     Raises RecipeError for a task without test rows, and for adapters that are not the recipe's.
@@ -48,12 +37,11 @@ def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], averag
         return evaluate({name: x.to(device) for name, x in some.items()}, whose)
 
     found = evaluated(adapters, clients)
-    if average is not None:  # of the run's end, which need not be the mean of each client's best
-        found = replace(found, average=evaluated(average, clients[:1]).clients[0])
-    return Tested(found, _constant(task, encoded.evaluated.tolist()))
-
-
-def _constant(task: Task, rows: list[int]) -> float | None:
-    labels, score = np.asarray(task.validation.labels)[rows], scorer(task)
-    answers = [np.full(len(labels), number) for number in range(len(task.classes))]
-    return max((score(answer, labels) for answer in answers), default=None)
+    if average is None:
+        return found
+    by_metric = (found, *found.also)
+    last = evaluated(average, clients[:1])  # of the run's end, which need not be the mean of each client's best
+    first, *also = (
+        replace(one, average=whole.clients[0]) for one, whole in zip(by_metric, (last, *last.also), strict=True)
+    )
+    return replace(first, also=also)

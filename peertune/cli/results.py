@@ -59,14 +59,18 @@ def compare(
         _print_csv(rows)
         return
     draw = tables.markdown if as_markdown else tables.latex if as_latex else tables.aligned
-    print(draw(tables.compared(rows, measures)))
+    others = tables.by_metric(rows)
+    print((f"{rows[0]['metric']}\n\n" if others else "") + draw(tables.compared(rows, measures)))
+    for name, alike in others:
+        there = [key for key in measures if key in tables.measured(alike)]
+        print(f"\n{name}\n\n{draw(tables.compared(alike, there))}")
     if paired_with is not None and (lines := tables.paired(rows, measures)):
         print(f"\ndifference from {paired_with}, seed by seed, with its 95 % interval\n\n{draw(lines)}")
     if draw is tables.aligned:
         if judged := verdicts(rows):
             print("\n" + "\n".join(map(str, judged)))
         scores = {row["metric"] for row in rows} - {None}
-        print(f"\n{''.join(f'{score} ' for score in scores) if len(scores) == 1 else ''}{tables.LEGEND}")
+        print(f"\n{''.join(f'{score} ' for score in scores) if len(scores) == 1 and not others else ''}{tables.LEGEND}")
 
 
 def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -79,6 +83,7 @@ def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
         {"runs": len(row["runs"]), "metric": row["metric"]}
         | row["by"]
         | flat(row["measures"])
+        | flat({metric["metric"]: metric["measures"] for metric in row["also"]})
         | {f"paired.{key}": value for key, value in flat(row.get("paired") or {}).items()}
         for row in rows
     ]

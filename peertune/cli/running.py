@@ -172,7 +172,8 @@ def print_summary(folder: Path, as_json: bool, **more: object) -> None:
     if as_json:
         print_json({**row, **more, "folder": str(folder)})
         return
-    print(aligned(cells([row], {key: heading for key, heading in COLUMNS.items() if key in row})))
+    rows = [row, *({"run": "", **metric} for metric in row.get("also", ()))]
+    print(aligned(cells(rows, {key: heading for key, heading in COLUMNS.items() if key in row})))
     if kept := row.get("best_rounds"):
         print(f"each client's adapter is its best by validation, of the rounds {min(kept)} to {max(kept)}")
     print(f"records and adapters are in {folder}")

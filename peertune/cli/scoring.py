@@ -11,7 +11,7 @@ from peertune.cli.common import AsJson, Overrides, Plugins, importing, messages,
 from peertune.errors import RunError
 
 if TYPE_CHECKING:
-    from peertune.assembly.scoring import Tested
+    from peertune.rounds.record import Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ def score(
 ) -> None:
     """Score a run's adapters on the task's test rows, which no round has seen.
 
-    The score is that of the rounds. Beside it stands what the best constant answer has on the same rows. Of a run with
-    evaluate.load_best a client's adapter is its best one; the average is of the last ones.
+    The scores are those of the rounds. Beside each stands what the best constant answer has on the same rows. Of a run
+    with evaluate.load_best a client's adapter is its best one; the average is of the last ones.
 
     Examples:
 
@@ -63,37 +63,37 @@ def score(
         adapters, rounds = (state.adapters, []) if last else best.kept(state)
         average = None if own is not None else {name: x.mean(0, keepdim=True) for name, x in state.adapters.items()}
         found = score_test(recipe, adapters, clients, average)
-    told = _told(clients, found) | ({"best_rounds": rounds} if rounds else {})
+    told = {"rows": found.rows, "clients": clients, **_told(found)} | ({"best_rounds": rounds} if rounds else {})
+    also = [_told(metric) for metric in found.also]
     if as_json:
-        print_json({"run": run.name, "folder": str(run), "round": state.round, **told})
+        named = {"run": run.name, "folder": str(run), "round": state.round}
+        print_json(named | told | ({"also": also} if also else {}))
     else:
-        _print(told, state.round)
+        where = f"{found.rows:,} test rows, after {state.round} rounds"
+        print("\n".join(f"{metric['metric']} on {where}\n\n{_lines(metric, clients)}" for metric in (told, *also)))
 
 
-def _told(clients: list[int], found: "Tested") -> dict[str, Any]:
-    scores = found.evaluation.clients
+def _told(found: "Evaluation") -> dict[str, Any]:
+    scores = found.clients
     return {
-        "rows": found.evaluation.rows,
-        "metric": found.evaluation.metric,
-        "clients": clients,
+        "metric": found.metric,
         "scores": scores,
         "mean": fmean(scores),
         "spread": pstdev(scores),
         "min": min(scores),
         "max": max(scores),
-        "average": found.evaluation.average,
+        "average": found.average,
         "constant": found.constant,
     }
 
 
-def _print(told: dict[str, Any], rounds: int) -> None:
-    print(f"{told['metric']} on {told['rows']:,} test rows, after {rounds} rounds\n")
-    many = f", {told['min']:.3f} to {told['max']:.3f} over {len(told['clients'])} clients"
-    print(f"clients' own models  {told['mean']:.3f} ± {told['spread']:.3f}{many if len(told['clients']) > 1 else ''}")
+def _lines(told: dict[str, Any], clients: list[int]) -> str:
+    many = f", {told['min']:.3f} to {told['max']:.3f} over {len(clients)} clients" if len(clients) > 1 else ""
+    lines = [f"clients' own models  {told['mean']:.3f} ± {told['spread']:.3f}{many}"]
     if told["average"] is not None:
-        print(f"averaged adapter     {told['average']:.3f}")
-    print(f"constant answer      {'-' if told['constant'] is None else format(told['constant'], '.3f')}")
-    if 1 < len(told["clients"]) <= ONE_BY_ONE:
-        print()
-        for client, own in zip(told["clients"], told["scores"], strict=True):
-            print(f"client {client:<12}  {own:.3f}")
+        lines.append(f"averaged adapter     {told['average']:.3f}")
+    lines.append(f"constant answer      {told['constant']:.3f}")
+    if 1 < len(clients) <= ONE_BY_ONE:
+        scored = zip(clients, told["scores"], strict=True)
+        lines += ["", *(f"client {client:<12}  {own:.3f}" for client, own in scored)]
+    return "\n".join([*lines, ""])

@@ -46,6 +46,13 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def said(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tokens to predict in these rows, end to end, `[T]`."""
+        own = [self.labels[self.starts[row] :][: self.lengths[row]] for row in rows.tolist()]
+        labels = torch.cat(own)
+        said: NDArray[np.int64] = labels[labels != UNLABELLED].numpy()
+        return said
+
     @cached_property
     def targets(self) -> NDArray[np.int64]:
         """How many labels each row's loss is the sum over, `[N]`."""

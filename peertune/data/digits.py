@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from peertune.data.measures import Metrics, judged, read_metrics, with_classes
+from peertune.data.scores import OF_CLASSES
 from peertune.data.splits import Splits
 from peertune.errors import DataError, unknown
 from peertune.types import Split, Task
@@ -23,7 +25,10 @@ _WRITERS = frozenset(range(len(_FORMS)))
 
 
 def digits(
-    held_out_writers: list[int] | None = None, validation_split: float | str | None = None, test: str | None = None
+    held_out_writers: list[int] | None = None,
+    validation_split: float | str | None = None,
+    test: str | None = None,
+    metric: Metrics = "accuracy",
 ) -> Task:
     """Tell the handwritten digits 5 to 9 apart: 896 images of 8 x 8 grey levels that come with scikit-learn.
 
@@ -31,15 +36,18 @@ def digits(
     from 0, each filled in by one hand, and class 0 is the digit 5. The source counts thirteen people, so two forms may
     be of one. A fifth of each class, always the same rows, is for validation; or, where `held_out_writers` names some,
     all of their rows, and all others are for training. With `validation_split`, as of `text`, these rows are
-    for testing, which `test: validation` says.
+    for testing, which `test: validation` says. `metric` is one of classes, or several.
 
-    Raises DataError for writers that there aren't, or if none is left, and for another split.
+    Raises DataError for writers that there aren't, or if none is left, for another split, and for a metric that does
+    not fit.
     """
     splits = Splits("train", ("validation",), validation_split, test)
     splits.check("task digits")
     wanted = splits.wanted("task digits", ("train", "validation"))
     if test not in (None, "validation"):
         raise DataError(unknown("task digits: test", str(test), ("validation",)))
+    names = tuple("56789")
+    measures = with_classes("task digits", read_metrics("task digits", metric, OF_CLASSES), names)
     if held_out_writers is None:
         train, validation = (_split([part], _FIRST, _WRITERS) for part in ("train", "validation"))
     else:
@@ -51,7 +59,7 @@ def digits(
             )
         train, validation = (_split(["train", "validation"], _FIRST, writers) for writers in (others, out))
     dealt = splits.dealt("task digits", [{"train": train, "validation": validation}[name] for name, *_ in wanted])
-    return Task("digits", ("pixel_values",), tuple("56789"), metric="accuracy", **dealt)
+    return Task("digits", ("pixel_values",), names, **judged(measures), **dealt)
 
 
 def public_digits() -> Split:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peertune.data.labels import Classes, number_labels
-from peertune.data.scores import OF_VALUES, Metric, read_metric
+from peertune.data.measures import Metrics, judged, read_metrics
+from peertune.data.scores import OF_CLASSES, OF_VALUES
 from peertune.data.sources import Source, first_line, image_columns, load_from_hub, need_folder
 from peertune.data.splits import Splits
 from peertune.data.tables import MissingCells, Table
@@ -49,7 +50,7 @@ def images(
     shots: int | None = None,
     classes: Classes | None = None,
     templates: list[str] | None = None,
-    metric: Metric = "accuracy",
+    metric: Metrics = "accuracy",
     validation_split: float | str | None = None,
     test: str | None = None,
     *,
@@ -74,8 +75,9 @@ def images(
     splits = Splits(train, (validation,), validation_split, test)
     name = Source(path, id, config, revision).named("images", splits)
     where = f"task {name}"
-    if read_metric(where, metric)[0] in OF_VALUES and not (classes is None and templates is None and shots is None):
-        raise DataError(f"{where}: metric {metric} is of values; leave out classes, templates and shots")
+    measures = read_metrics(where, metric, OF_CLASSES | OF_VALUES)
+    if measures[0].metric in OF_VALUES and not (classes is None and templates is None and shots is None):
+        raise DataError(f"{where}: metric {measures[0]} is of values; leave out classes, templates and shots")
     if shots is not None and shots < 1:
         raise DataError(f"{where}: shots is {shots}, give at least 1")
     for template in templates or ():
@@ -90,7 +92,7 @@ def images(
     else:
         source = _open_hub(where, load_from_hub(where, id or "", config, revision), splits, image)
     others = () if path is not None else (image,)
-    found = number_labels(where, source.tables, (), label, classes, metric, missing_cells, others)
+    found = number_labels(where, source.tables, (), label, classes, measures, missing_cells, others)
     names = found.classes
     if classes is None and templates and all(name.isdecimal() for name in names):
         raise DataError(f"{where}: the classes have numbers for names, which no text matches; name them in classes")
@@ -111,10 +113,9 @@ def images(
         name,
         ("pixel_values",),
         names,
-        metric=found.metric,
         form="classify" if templates is None else "match",
         templates=tuple(templates or ()),
-        of=found.of,
+        **judged(found.measures),
         **made,
     )
 

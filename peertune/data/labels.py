@@ -11,10 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune.data.scores import METRICS, OF_LANGUAGE, OF_VALUES, Metric, class_of, read_metric
+from peertune.data.measures import with_classes
+from peertune.data.scores import OF_VALUES
 from peertune.data.tables import MissingCells, Table, whole, without_missing
 from peertune.errors import DataError, unknown
-from peertune.types import Split
+from peertune.types import Measure, Split
 
 Classes = list[str] | dict[int | str, str]
 """Names of classes by number, or by what the data call them, such as `{0: cat, 1: dog}`."""
@@ -25,8 +26,7 @@ class Labelled(NamedTuple):
 
     classes: tuple[str, ...]  # names by number; empty for a regression
     splits: list[Split]
-    metric: str  # a key of METRICS
-    of: str | None  # the class that it is of, where it is of one
+    measures: list[Measure]  # each with the class that it is of, where it is of one
 
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
@@ -38,39 +38,35 @@ def number_labels(
     inputs: tuple[str, ...],
     label: str,
     classes: Classes | None,
-    metric: Metric,
+    measures: list[Measure],
     missing_cells: MissingCells,
     others: tuple[str, ...] = (),
 ) -> Labelled:
-    """Check the columns of each split, number their labels, and find the class that the metric is of.
+    """Check the columns of each split, number their labels, and find the classes that the measures are of.
 
     The names are those of `classes`, or else the source's own, or else what `train`, the first split, has; they are
     empty for a regression. `inputs` are columns of text; cells of `others` must be there, too.
 
-    Raises DataError for a column or cell that is missing or malformed, a label without a number, and a metric that does
-    not suit.
+    Raises DataError for a column or cell that is missing or malformed, a label without a number, and a measure that
+    does not suit.
     """
-    metric, of = read_metric(where, metric)
-    suited = {name: METRICS[name] for name in METRICS if name not in OF_LANGUAGE}
-    if metric not in suited:
-        raise DataError(unknown(f"{where}: metric", metric, suited))
+    valued = measures[0].metric in OF_VALUES
     if label in inputs:
         raise DataError(told_already(where, label))
-    named = None if classes is None else _names(where, classes, metric)
+    named = None if classes is None else _names(where, classes, valued)
     tables = without_missing(where, tables, inputs, (*others, label), missing_cells)
     for split, table in tables.items():
         need_text(f"{where}: {split}", table, inputs)
-    if metric in OF_VALUES:
+    if valued:
         targets = [_targets(f"{where}: {split}", table, label) for split, table in tables.items()]
-        valued = [table.split(found) for table, found in zip(tables.values(), targets, strict=True)]
-        return Labelled((), valued, metric, None)
+        return Labelled((), [table.split(x) for table, x in zip(tables.values(), targets, strict=True)], measures)
     texts = {split: _texts(f"{where}: {split}", table, label) for split, table in tables.items()}
     first = next(iter(tables))
     if named is None:
         named = tables[first].classes.get(label) or _learn_classes(where, texts[first])
     if named == tuple(map(str, range(len(named)))):  # numbers, which are the same as 3 and as 3.0
         texts = {split: [text if whole(text) is None else str(whole(text)) for text in texts[split]] for split in texts}
-    of = class_of(where, metric, of, named)
+    measures = with_classes(where, measures, named)
     numbers = {name: number for number, name in enumerate(named)}
     if isinstance(classes, dict):
         numbers = {str(called): numbers[name] for called, name in classes.items()}
@@ -81,7 +77,7 @@ def number_labels(
                 place = f"{where}: {split}: {table.called(row)}: {label}"
                 raise DataError(_unknown_label(place, text, numbers, isinstance(classes, list)))
         splits.append(table.split(np.array([numbers[text] for text in texts[split]], np.int64)))
-    return Labelled(named, splits, metric, of)
+    return Labelled(named, splits, measures)
 
 
 def told_already(where: str, label: str) -> str:
@@ -97,9 +93,9 @@ def need_text(where: str, table: Table, columns: tuple[str, ...]) -> None:
                 raise DataError(f"{where}: {table.called(row)}: {column} is {value!r:.80}, it must be text")
 
 
-def _names(where: str, classes: Classes, metric: str) -> tuple[str, ...]:
+def _names(where: str, classes: Classes, valued: bool) -> tuple[str, ...]:
     named = tuple(classes.values() if isinstance(classes, dict) else classes)
-    if len(named) < 2 or len(set(named)) < len(named) or metric in OF_VALUES:
+    if len(named) < 2 or len(set(named)) < len(named) or valued:
         raise DataError(
             f"{where}: classes is {list(named)}; give two or more different names, and none for a regression"
         )

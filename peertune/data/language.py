@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 
 from peertune.data.labels import Classes, need_text, number_labels, told_already
-from peertune.data.scores import JUDGES, OF_LANGUAGE, OF_VALUES, Metric, read_metric
+from peertune.data.measures import Metrics, judged, read_metrics
+from peertune.data.scores import ANSWERS, OF_CLASSES, OF_TOKENS
 from peertune.data.sources import Source
 from peertune.data.splits import Splits
 from peertune.data.tables import MissingCells, Table, missing, need_columns, nested, whole, without_missing
-from peertune.errors import DataError, unknown
+from peertune.errors import DataError
 from peertune.types import Task
 
 _TRUTHS = {"false": 0, "true": 1}
@@ -29,7 +30,7 @@ def instructions(
     prompt: str | None = None,
     completion: str | None = None,
     chat: bool = False,
-    metric: str = "perplexity",
+    metric: Metrics = "perplexity",
     field: str | None = None,
     validation_split: float | str | None = None,
     test: str | None = None,
@@ -45,8 +46,9 @@ def instructions(
     `"Question: {question}\nAnswer:"` and `" {answer}"`. With `chat` a prompt and a completion become a conversation of
     two messages. Conversations need a tokenizer with a chat template.
 
-    `metric` is `perplexity`, `token_accuracy`, or one of those that generate: `exact_match` (the whole completion, but
-    for space at its ends) and `last_number` (the last number of both agree, as GSM8K's answers are judged).
+    `metric` is `perplexity`, `token_accuracy`, or both; or one or both of those that generate: `exact_match` (the whole
+    completion, but for space at its ends) and `last_number` (the last number of both agree, as GSM8K's answers are
+    judged). The first is what is judged by.
     `validation_split` and `test` are as for `text`.
 
     Raises DataError where the arguments, a file, a column or a row is wrong.
@@ -55,8 +57,7 @@ def instructions(
     splits = Splits(train, (validation,), validation_split, test)
     called = source.named("instructions", splits)
     where = f"task {called}"
-    if metric not in OF_LANGUAGE:
-        raise DataError(unknown(f"{where}: metric", metric, OF_LANGUAGE))
+    measures = read_metrics(where, metric, OF_TOKENS | ANSWERS.keys())
     if (prompt is None) != (completion is None):
         raise DataError(f"{where}: give both prompt and completion, or neither for the columns of these names")
     tables = source.read(where, splits)
@@ -67,8 +68,8 @@ def instructions(
         inputs = _form(where, tables)
     if chat and inputs != ("prompt", "completion"):
         raise DataError(f"{where}: chat is for prompts and completions, and the columns are {', '.join(inputs)}")
-    if inputs == ("text",) and metric in JUDGES:
-        raise DataError(f"{where}: metric {metric} needs prompts to go on from, and the rows are plain text")
+    if inputs == ("text",) and measures[0].metric in ANSWERS:
+        raise DataError(f"{where}: metric {measures[0]} needs prompts to go on from, and the rows are plain text")
     tables = without_missing(where, tables, inputs[:-1], inputs[-1:], missing_cells)
     for name, table in tables.items():
         if inputs == ("messages",):
@@ -81,7 +82,7 @@ def instructions(
     inputs = ("messages",) if chat else inputs
     # No classes, to deal rows by, as a regression has none.
     dealt = splits.dealt(where, [table.split(np.zeros(len(table))) for table in tables.values()])
-    return Task(called, inputs, (), metric=metric, form="complete", **dealt)
+    return Task(called, inputs, (), form="complete", **judged(measures), **dealt)
 
 
 def label_words(
@@ -94,7 +95,7 @@ def label_words(
     revision: str | None = None,
     train: str = "train",
     validation: str = "validation",
-    metric: Metric = "accuracy",
+    metric: Metrics = "accuracy",
     classes: Classes | None = None,
     field: str | None = None,
     validation_split: float | str | None = None,
@@ -119,8 +120,7 @@ def label_words(
     where = f"task {called}"
     if len(words) < 2 or len(set(words)) < len(words) or not all(word.strip() for word in words):
         raise DataError(f"{where}: words is {words}; give two or more different ones, none of them empty")
-    if (named := read_metric(where, metric)[0]) in OF_VALUES | OF_LANGUAGE:
-        raise DataError(f"{where}: metric {named} is not for classes, choose accuracy, f1 or matthews_correlation")
+    measures = read_metrics(where, metric, OF_CLASSES)
     if label in _FIELD.findall(prompt):
         raise DataError(told_already(where, label))
     tables = source.read(where, splits)
@@ -131,14 +131,12 @@ def label_words(
     first = tables[train]
     if classes is None and label not in first.classes and None not in map(whole, first.columns[label]):
         classes = [str(number) for number in range(len(words))]
-    found = number_labels(where, tables, ("prompt",), label, classes, metric, missing_cells)
+    found = number_labels(where, tables, ("prompt",), label, classes, measures, missing_cells)
     names = found.classes
     if len(names) != len(words):
         raise DataError(f"{where}: there are {len(names)} classes ({', '.join(names[:5])}) and {len(words)} words")
     dealt = splits.dealt(where, found.splits)
-    return Task(
-        called, ("prompt",), names, metric=found.metric, form="choose", words=tuple(words), of=found.of, **dealt
-    )
+    return Task(called, ("prompt",), names, form="choose", words=tuple(words), **judged(found.measures), **dealt)
 
 
 def _truths(labels: list[Any]) -> list[Any]:

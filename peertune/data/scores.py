@@ -1,20 +1,12 @@
 """Scores: how good predictions are. `METRICS` names them."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-from peertune.errors import DataError, unknown
-
-if TYPE_CHECKING:  # it knows torch, which reports do without
-    from peertune.types import Task
-
-Metric = str | dict[str, str | int]
-"""A metric in a recipe: a name, or `{name: f1, of: fraud}` with the class that it is of."""
 
 
 def accuracy(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
@@ -30,22 +22,37 @@ def f1(predictions: NDArray[Any], labels: NDArray[Any], of: int = 1) -> float:
 
 def macro_f1(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
     """Return the mean F1 of the classes that are among the `[N]` predictions or labels, as scikit-learn has it."""
-    return float(np.mean([f1(predictions, labels, of) for of in np.union1d(predictions, labels)]))
+    counts = confusion(predictions, labels)
+    there = counts.sum(0) + counts.sum(1)  # [C]
+    return float(np.mean(2 * counts.diagonal()[there > 0] / there[there > 0]))
 
 
 def balanced_accuracy(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
     """Return the mean over the classes of the `[N]` labels of the share of their rows that is right."""
-    right = predictions == labels
-    return float(np.mean([right[labels == of].mean() for of in np.unique(labels)]))
+    counts = confusion(predictions, labels)
+    there = counts.sum(1)  # [C]
+    return float(np.mean(counts.diagonal()[there > 0] / there[there > 0]))
 
 
 def matthews_correlation(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
-    """Return Matthews' correlation of two `[N]` class numbers, any number of classes; 0 where either is constant."""
-    from sklearn.metrics import matthews_corrcoef
+    """Return Matthews' correlation of two `[N]` class numbers, any number of classes; 0 where either is constant.
 
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
-        return 0.0
-    return float(matthews_corrcoef(labels, predictions))
+    For classes k it is `(N h - Σ_k p_k t_k) / sqrt((N² - Σ_k p_k²) (N² - Σ_k t_k²))` with h right answers, p_k
+    predictions and t_k labels of k (Gorodkin, Computational Biology and Chemistry 28, 2004), as scikit-learn has it.
+    """
+    counts = confusion(predictions, labels).astype(np.float64)
+    said, true, rows = counts.sum(0), counts.sum(1), counts.sum()
+    spread = (rows**2 - said @ said) * (rows**2 - true @ true)
+    return float((rows * counts.trace() - said @ true) / np.sqrt(spread)) if spread else 0.0
+
+
+def confusion(predictions: NDArray[Any], labels: NDArray[Any], classes: int = 0) -> NDArray[np.int64]:
+    """Count the rows `[C, C]` by label and by prediction, of two `[N]` class numbers.
+
+    C is `classes`, or as many as it takes.
+    """
+    C = max(classes, int(max(predictions.max(), labels.max())) + 1)
+    return np.bincount(labels * C + predictions, minlength=C * C).reshape(C, C)
 
 
 def pearson(predictions: NDArray[Any], labels: NDArray[Any]) -> float:
@@ -95,15 +102,43 @@ def token_accuracy(hits: NDArray[Any], labels: NDArray[Any]) -> float:
 _NUMBER = re.compile(r"(?:(?<!\w)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 
 
-def same_text(generated: str, reference: str) -> bool:
-    """Whether two texts are the same but for space at their ends."""
-    return generated.strip() == reference.strip()
+def whole_text(text: str) -> str:
+    """Return a text without the space at its ends."""
+    return text.strip()
 
 
-def same_number(generated: str, reference: str) -> bool:
-    """Whether the last numbers of two texts are equal; commas that set off thousands count for nothing."""
-    last = [_NUMBER.findall(text)[-1:] for text in (generated, reference)]
-    return all(last) and float(last[0][0].replace(",", "")) == float(last[1][0].replace(",", ""))
+def last_number(text: str) -> float | None:
+    """Return the last number of a text, None where it has none; commas that set off thousands count for nothing."""
+    found = _NUMBER.findall(text)
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def same(metric: str, generated: str, reference: str) -> bool:
+    """Whether two texts have the same answer, and any."""
+    answer = ANSWERS[metric](generated)
+    return answer is not None and answer == ANSWERS[metric](reference)
+
+
+def constant(metric: str, truths: Sequence[Any] | NDArray[Any], of: int | None = None) -> float:
+    """Return what the best answer that is the same for all rows scores.
+
+    `truths` are what should be predicted: class numbers or values `[N]`, all rows' tokens `[T]`, or texts; `of` is the
+    class that an F1 is of. The answer is that class, or else the commonest class, token, text or number. For perplexity
+    it is the tokens' own distribution; correlations of an answer that is always the same are 0.
+    """
+    if metric in OF_VALUES:
+        return 0.0
+    answers = list(map(ANSWERS[metric], truths)) if metric in ANSWERS else np.asarray(truths).tolist()
+    counts = Counter(answer for answer in answers if answer is not None)
+    if metric == "perplexity":
+        shares = np.array([*counts.values()]) / len(answers)
+        return float(np.exp(-shares @ np.log(shares)))
+    if metric not in OF_CLASSES:
+        return max(counts.values(), default=0) / len(answers)
+    labels = np.asarray(truths)
+    if of is not None:
+        return f1(np.full_like(labels, of), labels, of)
+    return METRICS[metric](np.full_like(labels, counts.most_common(1)[0][0]), labels)
 
 
 METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
@@ -119,45 +154,10 @@ METRICS: dict[str, Callable[[NDArray[Any], NDArray[Any]], float]] = {
     "exact_match": accuracy,  # of judgements, 1 for right, which should all be 1
     "last_number": accuracy,
 }
-OF_CLASS = {"f1"}
+OF_ONE_CLASS = {"f1"}
+OF_CLASSES = {"accuracy", "balanced_accuracy", "f1", "macro_f1", "matthews_correlation"}
 OF_VALUES = {"pearson", "spearman"}
-OF_LANGUAGE = {"perplexity", "token_accuracy", "exact_match", "last_number"}
+OF_TOKENS = {"perplexity", "token_accuracy"}
+ANSWERS: dict[str, Callable[[str], Any]] = {"exact_match": whole_text, "last_number": last_number}
+"""Metrics that generate → what of a text is held against the reference's; None is never right."""
 LOWER_IS_BETTER = {"perplexity"}
-JUDGES: dict[str, Callable[[str, str], bool]] = {"exact_match": same_text, "last_number": same_number}
-"""Metrics that generate: `(generated, reference) → whether it is right`."""
-
-
-def read_metric(where: str, metric: Metric) -> tuple[str, str | None]:
-    """Return the name of a recipe's metric, and the class that it is of, where the recipe says it."""
-    if isinstance(metric, str):
-        return metric, None
-    if metric.keys() != {"name", "of"}:
-        raise DataError(f"{where}: metric is {metric}; give a name, or name and of, as in {{name: f1, of: CLASS}}")
-    name, of = str(metric["name"]), str(metric["of"])
-    if name in METRICS and name not in OF_CLASS:
-        raise DataError(f"{where}: metric {name} is of no one class; leave out of, or choose f1")
-    return name, of
-
-
-def class_of(where: str, metric: str, of: str | None, classes: Sequence[str]) -> str | None:
-    """Return the class that a metric is of: the one that is asked for, or 1 of 0 and 1, as in scikit-learn.
-
-    None for a metric that is of no one class. Raises DataError where classes have names and none is asked for.
-    """
-    if metric not in OF_CLASS:
-        return None
-    if of is None and tuple(classes) != ("0", "1"):
-        raise DataError(
-            f"{where}: metric {metric} is of one class; say of which of {', '.join(classes[:10])}, as in "
-            f"task.metric={{name: {metric}, of: {classes[-1]}}}, or choose macro_f1"
-        )
-    if of is not None and of not in classes:
-        raise DataError(unknown(f"{where}: metric {metric}: of", of, classes))
-    return of or "1"
-
-
-def scorer(task: "Task") -> Callable[[NDArray[Any], NDArray[Any]], float]:
-    """Return what a task is scored by, from predictions and labels `[N]`."""
-    if task.of is None:
-        return METRICS[task.metric]
-    return partial(f1, of=task.classes.index(task.of))

@@ -11,12 +11,13 @@ from peertune.data.digits import digits
 from peertune.data.images import images
 from peertune.data.labels import Classes, number_labels
 from peertune.data.language import instructions, label_words
-from peertune.data.scores import OF_CLASS, OF_VALUES, Metric, read_metric
+from peertune.data.measures import Metrics, judged, read_metrics
+from peertune.data.scores import OF_CLASSES, OF_ONE_CLASS, OF_VALUES
 from peertune.data.sources import Source
 from peertune.data.splits import Splits
 from peertune.data.tables import MissingCells
 from peertune.errors import DataError, unknown
-from peertune.types import Task
+from peertune.types import Measure, Task
 
 
 class _Glue(NamedTuple):
@@ -48,7 +49,7 @@ def glue(
     config: str,
     path: str | None = None,
     revision: str | None = None,
-    metric: Metric | None = None,
+    metric: Metrics | None = None,
     field: str | None = None,
     validation_split: float | str | None = None,
     test: str | None = None,
@@ -59,8 +60,8 @@ def glue(
 
     `config` is the hub's name of the task, such as `sst2`; `path` a folder to read in place of the hub's `nyu-mll/glue`
     at `revision`, where `field` says what in JSON files holds the rows. MNLI validates on its matched rows. Where GLUE
-    has two metrics, `metric` is accuracy, or Pearson's correlation, unless another is named. F1 is of class 1.
-    `validation_split` and `test` are as for `text`; since the hub's test rows have no labels, many test on GLUE's
+    has two metrics, `metric` is accuracy, or Pearson's correlation, unless another is named, or several. F1 is of class
+    1. `validation_split` and `test` are as for `text`; since the hub's test rows have no labels, many test on GLUE's
     validation rows, by `test: validation` beside a `validation_split`.
 
     Raises DataError for an unknown config, a metric that does not suit it, and data that are missing or malformed.
@@ -69,12 +70,12 @@ def glue(
         raise DataError(unknown("task glue: config", config, _GLUE))
     known = _GLUE[config]
     where = f"task glue/{config}"
-    metric = metric or known.metric
-    named, of = read_metric(where, metric)
-    if (named in OF_VALUES) != (known.metric in OF_VALUES):
-        raise DataError(f"{where}: metric {named} does not suit its labels, leave it out for {known.metric}")
-    if named in OF_CLASS and of is None and len(known.classes) == 2:
-        metric = {"name": named, "of": known.classes[1]}
+    fitting = OF_CLASSES if known.classes else OF_VALUES
+    measures = read_metrics(where, known.metric if metric is None else metric, fitting)
+    if len(known.classes) == 2:
+        measures = [
+            m if m.of or m.metric not in OF_ONE_CLASS else Measure(m.metric, known.classes[1]) for m in measures
+        ]
     if path is not None and revision is not None:
         raise DataError(f"{where}: revision is of the hub; leave it out with path")
     if path is None and field is not None:
@@ -86,9 +87,9 @@ def glue(
         split: table.named("label", known.classes) if known.classes and "label" in table.columns else table
         for split, table in tables.items()
     }
-    found = number_labels(where, tables, known.inputs, "label", None, metric, missing_cells)
+    found = number_labels(where, tables, known.inputs, "label", None, measures, missing_cells)
     dealt = splits.dealt(where, found.splits)
-    return Task(f"glue/{config}", known.inputs, found.classes, metric=found.metric, of=found.of, **dealt)
+    return Task(f"glue/{config}", known.inputs, found.classes, **judged(found.measures), **dealt)
 
 
 def text(
@@ -99,7 +100,7 @@ def text(
     config: str | None = None,
     revision: str | None = None,
     validation: str = "validation",
-    metric: Metric = "accuracy",
+    metric: Metrics = "accuracy",
     classes: Classes | None = None,
     field: str | None = None,
     validation_split: float | str | None = None,
@@ -115,7 +116,7 @@ def text(
     set numbers them itself, or `classes` does: a list of names by number, or by what the data call them, such as
     `{0: ham, 1: spam}`. Give it where parties train on rows of their own, of which one may lack a class. With the
     metric `pearson` or `spearman` labels are the targets of a regression. `f1` is of one class: `{name: f1, of: spam}`,
-    or class 1 where the classes are 0 and 1.
+    or class 1 where the classes are 0 and 1. Of several metrics the first is what is judged by.
 
     Where the data come without rows to validate on, `validation_split` takes some of `train`, a share such as .1 or a
     fold such as `1/10`, the same rows in every run. `test` names a split that is kept for the end.
@@ -128,10 +129,11 @@ def text(
     where = f"task {name}"
     if not 1 <= len(inputs) <= 2:
         raise DataError(f"task text: inputs names {len(inputs)} columns, give one or two")
+    measures = read_metrics(where, metric, OF_CLASSES | OF_VALUES)
     tables = source.read(where, splits)
-    found = number_labels(where, tables, tuple(inputs), label, classes, metric, missing_cells)
+    found = number_labels(where, tables, tuple(inputs), label, classes, measures, missing_cells)
     dealt = splits.dealt(where, found.splits)
-    return Task(name, tuple(inputs), found.classes, metric=found.metric, of=found.of, **dealt)
+    return Task(name, tuple(inputs), found.classes, **judged(found.measures), **dealt)
 
 
 TASKS: dict[str, Callable[..., Task]] = {

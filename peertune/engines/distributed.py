@@ -34,7 +34,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from peertune.errors import Exit, PeertuneError, RunError
 from peertune.rounds.metrics import payload_bytes
-from peertune.rounds.record import SCORES_OF_CLIENTS, RoundRecord
+from peertune.rounds.record import Evaluation, RoundRecord, put_together
 from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
 from peertune.topology import clients_down, whose_adapters
 from peertune.types import ALONE, Group, Tensors
@@ -70,12 +70,7 @@ _EDGES = ("edges", "failed_edges", "not_mixed")
 def _merged(own: RoundRecord, group: Group) -> RoundRecord:
     """Put the parts of a record together, by rank, which is by client."""
     parts = group.gather(asdict(replace(own, state=None)))
-    evaluation = own.evaluation
-    if evaluation is not None:
-        scores = [part["evaluation"] for part in parts]
-        lists: dict[str, Any] = {name: [x for part in scores for x in part[name]] for name in SCORES_OF_CLIENTS}
-        average = next((part["average"] for part in scores if part["average"] is not None), None)
-        evaluation = replace(evaluation, **lists, average=average)
+    evaluation = own.evaluation and Evaluation.of(put_together([part["evaluation"] for part in parts]))
     merged: dict[str, Any] = {name: [value for part in parts for value in part[name]] for name in _LISTS}
     merged |= {name: sorted({(i, j) for part in parts for i, j in part[name]}) for name in _EDGES}
     cross_terms = [part["neighbourhood_cross_term"] for part in parts]

@@ -16,7 +16,7 @@ import torch
 from peertune.adapters.rows import Rows, bound_rows
 from peertune.assembly.build import build
 from peertune.assembly.loading import TOKENS_PER_PASS, clients_together
-from peertune.data.scores import JUDGES
+from peertune.data.scores import ANSWERS
 from peertune.errors import PeertuneError, RunError
 from peertune.memory import LiveBytes, Most, available_bytes, meta_stands_for, resident_bytes
 from peertune.method import Phase, standing
@@ -82,7 +82,7 @@ def plan(recipe: Recipe) -> Plan:
         training = [_training(live, job, state, t, phase) for t, phase in _phases(job)]
         mixing = live.most(lambda: _mixing(job, state)).taken
         evaluate: Callable[[], object] = partial(job.evaluate, take(state.adapters, slice(0, 1)), job.clients[:1])
-        if run.asked["metric"] in JUDGES:
+        if run.asked["metric"] in ANSWERS:
             evaluate = partial(_generate, job, state, resolved, recipe.evaluate.rows or sys.maxsize)
         evaluation = live.most(evaluate).taken
     most, gradients = max(training)

@@ -30,18 +30,18 @@ def card(run: RunData, name: str, client: int | None, round: int, merged: str | 
     recipe, purpose = run.recipe, directory.pipeline_tag(run.folder)  # which looks whether the adapter is whole
     lora = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     evaluated = [record for record in run.records if record["round"] < round and record["evaluation"]]
-    row, score = summarise(evaluated), _score(evaluated[-1], client) if evaluated else None
+    row, score = summarise(evaluated), _score(evaluated[-1], client) if evaluated else {}
     task = "/".join([recipe["task"]["name"], *filter(None, [recipe["task"].get("config")])])
     data = None if recipe["task"].get("path") else recipe["task"].get("id") or _DATA.get(recipe["task"]["name"])
     results = None
-    if score is not None and evaluated[-1]["round"] == round - 1:
-        results = [EvalResult(purpose, data or task, task, row["metric"], score)]
+    if score and evaluated[-1]["round"] == round - 1:
+        results = [EvalResult(purpose, data or task, task, name, value) for name, value in score.items()]
     about = ModelCardData(
         base_model=recipe["model"]["name"] if _on_the_hub(recipe["model"]) else None,
         library_name="transformers" if merged else "peft",
         pipeline_tag=purpose,
         datasets=data,
-        metrics=[row["metric"]] if evaluated else None,
+        metrics=[one["metric"] for one in _by_metric(evaluated[-1])] if evaluated else None,
         tags=["peertune", "lora", "federated-learning", recipe["algorithm"]["name"]],
         model_name=name,
         eval_results=results,
@@ -117,29 +117,45 @@ def _rows(held: Sequence[int]) -> str:
     return f"{sum(held):,} in all; of the clients in order {', '.join(f'{rows:,}' for rows in held)}"
 
 
-def _score(record: Mapping[str, Any], client: int | None) -> float | None:
-    """Return the score of what was exported; None where the record has none."""
-    evaluation = record["evaluation"]
-    scores: dict[int | None, float | None] = dict(zip(record["clients"], evaluation["clients"], strict=True))
-    return (scores | {None: evaluation["average"]}).get(client)
+def _by_metric(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return a record's evaluation, and the same by the task's other metrics."""
+    return [record["evaluation"], *record["evaluation"].get("also", ())]
 
 
-def _results(row: Mapping[str, Any], score: float | None, evaluated: Sequence[Mapping[str, Any]], round: int) -> str:
+def _score(record: Mapping[str, Any], client: int | None) -> dict[str, float]:
+    """Return the score of what was exported by metric; {} where the record has none."""
+    found = {}
+    for evaluation in _by_metric(record):
+        scores: dict[int | None, float | None] = dict(zip(record["clients"], evaluation["clients"], strict=True))
+        score = (scores | {None: evaluation["average"]}).get(client)
+        if score is not None:
+            found[evaluation["metric"]] = score
+    return found
+
+
+def _results(
+    row: Mapping[str, Any], score: Mapping[str, float], evaluated: Sequence[Mapping[str, Any]], round: int
+) -> str:
     if not evaluated:
         return "None of its rounds was evaluated."
     last, evaluation = evaluated[-1]["round"], evaluated[-1]["evaluation"]
     count = len(evaluation["clients"])
-    lines = [f"{row['metric']} on {evaluation['rows']:,} validation rows, after {last + 1} rounds:", ""]
-    if score is not None:
-        lines.append(f"- **this one: {score:.3f}**" + ("" if last == round - 1 else ", some rounds before"))
-    if count > 1:
-        lines.append(
-            f"- the clients' own models: {row['mean']:.3f} ± {row['spread']:.3f} (mean and standard deviation over "
-            f"{count} clients), from {row['min']:.3f} to {row['max']:.3f}"
-        )
-    if "average" in row:
-        lines.append(f"- the averaged adapter: {row['average']:.3f}")
-    return "\n".join(lines)
+    told = []
+    for metric in (row, *row.get("also", ())):
+        lines = [f"{metric['metric']} on {evaluation['rows']:,} validation rows, after {last + 1} rounds:", ""]
+        if (own := score.get(metric["metric"])) is not None:
+            lines.append(f"- **this one: {own:.3f}**" + ("" if last == round - 1 else ", some rounds before"))
+        if count > 1:
+            lines.append(
+                f"- the clients' own models: {metric['mean']:.3f} ± {metric['spread']:.3f} (mean and standard "
+                f"deviation over {count} clients), from {metric['min']:.3f} to {metric['max']:.3f}"
+            )
+        if "average" in metric:
+            lines.append(f"- the averaged adapter: {metric['average']:.3f}")
+        if "constant" in metric:
+            lines.append(f"- the best answer that is the same for all rows: {metric['constant']:.3f}")
+        told.append("\n".join(lines))
+    return "\n\n".join(told)
 
 
 def _code(run: RunData, purpose: str, name: str, merged: str | None) -> str:

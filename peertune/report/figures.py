@@ -106,7 +106,8 @@ OF_A_RUN: Mapping[str, _Kind] = {
         "METRIC by round",
         "The thick line is the mean over the clients' own models, the band and thin lines are the clients; a wide band "
         "means that they are far from agreeing. The dotted line is the model of the averaged adapter. Ensembles of all "
-        "clients, and of each with those it heard (mean over clients), have lines of their own where they are judged.",
+        "clients, and of each with those it heard (mean over clients), have lines of their own where they are judged. "
+        "The best constant answer is the same for all rows: who scores no more has learnt nothing of them.",
         run_figures.score,
     ),
     "certainty": _Kind(

@@ -28,12 +28,13 @@ from peertune.report.drawing import (
     thin,
     ticks,
 )
-from peertune.report.runs import RunData, evaluated_labels
+from peertune.report.runs import RunData
 
 FACTORS = {"A": PALETTE[0], "B": PALETTE[1]}
 THREAD = "rgba(128,128,128,0.5)"  # of lines behind others
 ENSEMBLES = {"ensemble of all": "ensemble", "with those heard": "heard_ensemble", "surest client": "route"}
 """Name of a line → what of an evaluation it shows."""
+CONSTANT = "best constant answer"
 MOST_LINES = 50  # clients that get a line or a number of their own; beyond, a band
 MOST_STEPS = 60  # of the graph's slider, and columns of the heat map
 MOST_DRAWN = 3_000  # drawn of all edges ever active
@@ -59,9 +60,7 @@ def score(run: RunData) -> go.Figure | None:
         drawn.append(line(rounds, [fmean(x) for x in own], "on own rows", GREY, "round %{x}: %{y:.3f}", 2))
     for number, (name, key) in enumerate(ENSEMBLES.items()):
         drawn += _means(run, key, name, PALETTE[number], number + 3)
-    labels = evaluated_labels(run.recipe, run.facts)
-    if metric([run]) == "accuracy" and any(labels):
-        drawn.append(_level(rounds[[0, -1]], max(labels) / sum(labels), "always the commonest class", "name+y"))
+    drawn += _means(run, "constant", CONSTANT, GREY, 1) + _means(run, "own_constant", f"{CONSTANT}, own rows", GREY, 3)
     return chart(*drawn, x="round", y=metric([run]), xaxis=ticks(rounds[-1]))
 
 

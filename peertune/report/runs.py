@@ -18,7 +18,7 @@ import yaml
 
 from peertune.errors import RunError
 from peertune.recipe import NO_SETTINGS, NO_SETTINGS_OF_A_SIMULATION, block_defaults, flat
-from peertune.rounds.record import SCORES_OF_CLIENTS
+from peertune.rounds.record import put_together
 from peertune.runs import directory, records
 
 log = logging.getLogger(__name__)
@@ -98,7 +98,18 @@ def _read(folder: Path, name: str) -> RunData:
     peer = facts.get("peer")
     if isinstance(peer, dict) and peer.keys() >= {"client", "name", "federation"}:
         facts["peers"] = [peer]
-    return RunData(folder, name, recipe, facts, environment, records.read(folder))
+    return RunData(folder, name, recipe, facts, environment, _with_constants(recipe, facts, records.read(folder)))
+
+
+def _with_constants(
+    recipe: Mapping[str, Any], facts: Mapping[str, Any], read: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return records with the constant answer's accuracy, which those of earlier versions don't say."""
+    labels = evaluated_labels(recipe, facts)
+    for evaluation in (record["evaluation"] for record in read if record["evaluation"] and any(labels)):
+        if evaluation["metric"] == "accuracy" and evaluation["constant"] is None and not evaluation["own_constant"]:
+            evaluation["constant"] = max(labels) / sum(labels)
+    return read
 
 
 # ---- peers, each with its own part of a run
@@ -203,11 +214,9 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     evaluation = None
     if None not in evaluated:
         own = all(one["own"] == one["clients"] for one in evaluated)  # each on rows that it holds out
-        evaluation = evaluated[0] | {
-            "average": None,
-            "rows": (sum if own else min)(one["rows"] for one in evaluated),
-            **{name: [value for one in evaluated for value in one[name]] for name in SCORES_OF_CLIENTS},
-        }
+        rows = {"rows": (sum if own else min)(one["rows"] for one in evaluated)}
+        evaluation = put_together(evaluated) | rows
+        evaluation["also"] = [metric | rows for metric in evaluation["also"]]
     stages = dict.fromkeys(stage for record in records for stage in record["seconds"])
     return {
         "round": records[0]["round"],

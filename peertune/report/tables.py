@@ -1,25 +1,23 @@
 """Runs as tables: what `rounds.jsonl` comes to in one row, several seeds to a mean, and rows as text."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from math import sqrt
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean, pstdev, stdev
 from typing import Any
 
-from scipy.special import stdtrit
-
 from peertune.data.scores import LOWER_IS_BETTER
 from peertune.errors import RunError, unknown
+from peertune.report.pairing import SCORES, Row, pair
 from peertune.report.runs import RunData, different, settings, varying
 
 log = logging.getLogger(__name__)
 
-Row = Mapping[str, Any]
-
 MEASURES = {
     "mean": "mean",
+    "constant": "constant",
     "best": "best",
     "own": "own",
+    "own_constant": "own constant",
     "min": "min",
     "max": "max",
     "spread": "spread",
@@ -38,17 +36,18 @@ MEASURES = {
     "seconds": "s",
 }
 """What runs are compared by: key of a summary → heading."""
-COLUMNS = {"run": "run", **MEASURES}
-"""The same with the run's name in front."""
-SCORES = ("mean", "best", "own", "average", "best_average", "ensemble", "heard_ensemble", "route", "nll", "ece")
-"""Measures of which paired differences are taken."""
+COLUMNS = {"run": "run", "metric": "metric", **MEASURES}
+"""The same with the run's name and the metric's in front."""
+_ON_THE_SCALE = (*SCORES, "constant", "own_constant", "min", "max", "spread", "worst_tenth")
+"""Measures that are scores, or differences of some: what each of a run's metrics has."""
 LEGEND = """\
-mean, min, max: the clients' own models at the end; spread: their standard deviation; worst tenth: the mean of the worst
-tenth of them; best: the best mean of all rounds; own: their mean on rows that each
-held out for itself; average: the averaged adapter at the end, best average: at its best; ensemble: the mean of all
-clients' probabilities; heard ensemble: of a client's and those it heard; route: each row by the surest client; NLL,
-ECE: mean negative log-likelihood and calibration error of the clients' own models; Δ_A, Δ_B: consensus error of the
-factors; cross: the cross term; MB: sent by a client in the whole run; s: seconds"""
+mean, min, max: the clients' own models at the end; constant: the best answer that is the same for all rows, on the same
+rows; spread: the models' standard deviation; worst tenth: the mean of the worst tenth of them; best: the best mean of
+all rounds; own, own constant: on rows that each client held out for itself; average: the averaged adapter at the end,
+best average: at its best; ensemble: the mean of all clients' probabilities; heard ensemble: of a client's and those it
+heard; route: each row by the surest client; NLL, ECE: mean negative log-likelihood and calibration error of the
+clients' own models; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole
+run; s: seconds"""
 _INTERVAL = "algorithm.switch_every"
 _AUTOMATIC = ("device", "model.dtype")
 """Keys in which runs of one recipe may differ, by machine."""
@@ -56,7 +55,7 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 """Keys in which runs may differ without being runs of different things."""
 
 
-_MEANS = ("own", "heard_ensemble", "nll", "ece")
+_MEANS = ("own", "own_constant", "heard_ensemble", "nll", "ece")
 """Lists of an evaluation of which a summary has the mean over clients."""
 SUMMARISED = ("clients", "bytes_sent", *(f"evaluation.{name}" for name in ("clients", "best_rounds", *_MEANS)))
 """Which lists of a record are looked at to summarise a run."""
@@ -65,38 +64,22 @@ SUMMARISED = ("clients", "bytes_sent", *(f"evaluation.{name}" for name in ("clie
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return one row for a run's records, as read from `rounds.jsonl`.
 
-    `best_rounds`, where each client's best adapter is kept, says of which round each is.
     `mean`, `min`, `max`, `spread` (standard deviation) and `worst_tenth` (the mean of the worst tenth, rounded up) are
-    over the clients' own models at the last evaluation, `own` is their mean on rows
-    that each held out for itself, and `average` is the averaged adapter's score there; `best` is the best mean of all
-    evaluations, in the round `best_round` (from 0), and `best_average` the averaged adapter's best. Consensus errors
-    and the cross term are those of the last round, traffic is a client's mean over the run, seconds are the whole
-    run's.
+    over the clients' own models at the last evaluation, `own` is their mean on rows that each held out for itself, and
+    `average` is the averaged adapter's score there. `constant` and `own_constant` are what the best answer that is the
+    same for all rows scores on those rows. `best` is the best mean of all evaluations, in the round `best_round` (from
+    0), and `best_average` the averaged adapter's best. All these are by the first metric; `also` has the same of each
+    other one. Consensus errors and the cross term are those of the last round, traffic is a client's mean over the run,
+    seconds are the whole run's. `best_rounds`, where each client's best adapter is kept, says of which round each is.
     """
-    evaluated = [record for record in records if record["evaluation"]]
+    evaluated = [(record["round"], record["evaluation"]) for record in records if record["evaluation"]]
     row: dict[str, Any] = {"rounds": len(records)}
     if evaluated:
-        final = evaluated[-1]["evaluation"]
-        scores = final["clients"]
-        lower = final["metric"] in LOWER_IS_BETTER
-        choose = min if lower else max
-        best = choose(evaluated, key=lambda record: fmean(record["evaluation"]["clients"]))
-        row |= {
-            "metric": final["metric"],
-            "mean": fmean(scores),
-            "min": min(scores),
-            "max": max(scores),
-            "spread": pstdev(scores),
-            "worst_tenth": fmean(sorted(scores, reverse=lower)[: -(-len(scores) // 10)]),
-            "best": fmean(best["evaluation"]["clients"]),
-            "best_round": best["round"],
-        }
-        row |= {key: fmean(final[key]) for key in _MEANS if final.get(key)}
-        row |= {"best_rounds": final["best_rounds"]} if final.get("best_rounds") else {}
-        row |= {key: final[key] for key in ("ensemble", "route") if final.get(key) is not None}
-        averages = [record["evaluation"]["average"] for record in evaluated]
-        if None not in averages:  # a peer knows its own adapter alone
-            row |= {"average": averages[-1], "best_average": choose(averages)}
+        row |= _scores(evaluated)
+        others = zip(*(evaluation.get("also", ()) for _, evaluation in evaluated), strict=False)
+        rounds = [t for t, _ in evaluated]
+        if also := [_scores(list(zip(rounds, evaluations, strict=True))) for evaluations in others]:
+            row["also"] = also
     if records:
         last = records[-1]["diagnostics"]
         row |= {key: last[key] for key in ("consensus_error_A", "consensus_error_B", "cross_term") if key in last}
@@ -106,13 +89,41 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return row
 
 
+def _scores(evaluated: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:
+    """Return what evaluations by one metric, each with its round, come to."""
+    final = evaluated[-1][1]
+    scores, lower = final["clients"], final["metric"] in LOWER_IS_BETTER
+    choose = min if lower else max
+    best_round, best = choose(((t, fmean(each["clients"])) for t, each in evaluated), key=lambda pair: pair[1])
+    found = {
+        "metric": final["metric"],
+        "mean": fmean(scores),
+        "min": min(scores),
+        "max": max(scores),
+        "spread": pstdev(scores),
+        "worst_tenth": fmean(sorted(scores, reverse=lower)[: -(-len(scores) // 10)]),
+        "best": best,
+        "best_round": best_round,
+    }
+    found |= {key: fmean(final[key]) for key in _MEANS if final.get(key)}
+    found |= {"best_rounds": final["best_rounds"]} if final.get("best_rounds") else {}
+    found |= {key: final[key] for key in ("constant", "ensemble", "route") if final.get(key) is not None}
+    if "own_constant" in found and "constant" not in found:  # the clients were judged on rows of their own alone
+        found["constant"] = found["own_constant"]
+    averages = [evaluation["average"] for _, evaluation in evaluated]
+    if None not in averages:  # a peer knows its own adapter alone
+        found |= {"average": averages[-1], "best_average": choose(averages)}
+    return found
+
+
 def compare(
     runs: Sequence[RunData], by: Sequence[str] | None = None, paired_with: str | None = None
 ) -> list[dict[str, Any]]:
     """Put runs that differ in their seed alone together: a row for each combination of the settings `by`.
 
     A row has `by` (key → value), `seeds`, `runs`, `metric`, and `measures`: for each of `MEASURES` its `mean` over the
-    seeds and `std` (of a sample; None for one seed). With `paired_with`, the value of one of the keys, such as a
+    seeds and `std` (of a sample; None for one seed); and `also`, where the task has other metrics: for each its
+    `metric` and those `measures` that are scores. With `paired_with`, the value of one of the keys, such as a
     method's name, a row has `paired`: for each of `SCORES` the mean `difference` from the row which has that value and
     agrees in all keys of other blocks, seed by seed, and its 95 % interval `low` to `high` by Student's t (None for one
     seed). Rows without such a partner have None.
@@ -158,12 +169,16 @@ def grouped(
                 "seeds": [found[run.name]["seed"] for run in members],
                 "runs": [run.name for run in members],
                 "metric": summaries[0].get("metric"),
-                "measures": {key: _spread([summary.get(key) for summary in summaries]) for key in MEASURES},
+                "measures": _spreads(summaries, MEASURES),
+                "also": [
+                    {"metric": each[0]["metric"], "measures": _spreads(each, _ON_THE_SCALE)}
+                    for each in zip(*(summary.get("also", ()) for summary in summaries), strict=False)
+                ],
                 "_summaries": summaries,
             }
         )
     if paired_with is not None:
-        _pair(rows, keys, paired_with)
+        pair(rows, keys, paired_with)
     return rows
 
 
@@ -210,6 +225,10 @@ def _check_members(members: Sequence[RunData], by: Sequence[str]) -> None:
         log.warning("%s make one row, though they differ in %s; put that into --by", names, ", ".join(pooled))
 
 
+def _spreads(summaries: Sequence[Row], keys: Collection[str]) -> dict[str, dict[str, float | None]]:
+    return {key: _spread([summary.get(key) for summary in summaries]) for key in MEASURES if key in keys}
+
+
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
     there = [value for value in values if value is not None]
     if not there or len(there) < len(values):
@@ -217,80 +236,19 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": fmean(there), "std": stdev(there) if len(there) > 1 else None}
 
 
-def _pair(rows: Sequence[dict[str, Any]], keys: Sequence[str], reference: str) -> None:
-    """Give each row its differences from its reference, seed by seed."""
-    key = next((key for key in keys if any(str(row["by"][key]) == reference for row in rows)), None)
-    if key is None:
-        values = sorted({str(value) for row in rows for value in row["by"].values()})
-        raise RunError(f"--paired-with: no run has {reference}; choose from {', '.join(values)}")
-    references = [row for row in rows if str(row["by"][key]) == reference]
-    alone = []
-    for row in rows:
-        partners = [other for other in references if not _apart(row, other, key)]
-        if len(partners) > 1:
-            raise RunError(
-                f"--paired-with: {reference} stands in {len(partners)} rows that {row['by']} could be paired with; "
-                "compare fewer runs, or choose --by"
-            )
-        row["paired"] = differences(row, partners[0]) if partners and partners[0] is not row else None
-        if not partners:
-            alone.append(_in_the_way(row, references, key))
-        elif row["paired"] and not set(row["seeds"]) & set(partners[0]["seeds"]):
-            alone.append(f"{_named(row)} has seeds {row['seeds']}, and {_named(partners[0])} {partners[0]['seeds']}")
-    if len(references) == len(rows):
-        raise RunError(f"--paired-with: all rows have {key}={reference}; give runs of another value as well")
-    if len(alone) == len(rows) - len(references):
-        raise RunError(f"--paired-with: nothing pairs with {reference}: {'; '.join(alone)}")
-    for why in alone:
-        log.warning("--paired-with: %s; it is left out", why)
-
-
-def _apart(row: Row, other: Row, key: str) -> list[str]:
-    """Return the other keys in which two rows differ; one of the same block may be a setting that one of them lacks."""
-    block = key.partition(".")[0]
-    pairs = [(k, row["by"][k], other["by"][k]) for k in row["by"] if k != key]
-    return [k for k, a, b in pairs if a != b and not (k.partition(".")[0] == block and None in (a, b))]
-
-
-def _in_the_way(row: Row, references: Sequence[Row], key: str) -> str:
-    """Say in which settings the nearest of the references differs from a row that has no partner."""
-    nearest = min(references, key=lambda other: len(_apart(row, other, key)))
-    keys = _apart(row, nearest, key)
-    told = ", ".join(f"{k} is {row['by'][k]} here and {nearest['by'][k]} there" for k in keys)
-    return f"{_named(row)} and {_named(nearest)} differ: {told}"
-
-
-def _named(row: Row) -> str:
-    return str(row["runs"][0]) + (f" and {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else "")
-
-
-def differences(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
-    """Return for each of `SCORES` what a row of `grouped` differs by from another, seed by seed; see `compare`."""
-    theirs = dict(zip(partner["seeds"], partner["_summaries"], strict=True))
-    both = [(own, theirs[seed]) for seed, own in zip(row["seeds"], row["_summaries"], strict=True) if seed in theirs]
-    found = {}
-    for key in SCORES:
-        apart = [own[key] - other[key] for own, other in both if key in own and key in other]
-        middle, low, high = interval(apart)
-        found[key] = {"difference": middle, "low": low, "high": high, "seeds": len(apart)}
-    return found
-
-
-def interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Return the mean of values and its 95 % interval by Student's t; None for what they are too few to tell."""
-    if not values:
-        return None, None, None
-    middle = fmean(values)
-    if len(values) < 2:
-        return middle, None, None
-    half = stdtrit(len(values) - 1, 0.975) * stdev(values) / sqrt(len(values))
-    return middle, middle - half, middle + half
+def by_metric(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Return the other metrics of rows that `compare` found, each with the rows as it judges them."""
+    names = dict.fromkeys(metric["metric"] for row in rows for metric in row["also"])
+    return [
+        (name, [{**row, **metric} for row in rows for metric in row["also"] if metric["metric"] == name])
+        for name in names
+    ]
 
 
 def measured(rows: Sequence[Row]) -> list[str]:
     """Return the measures to show unasked: those that any row has, or all where none has any, but for fairness."""
     asked = ("spread", "worst_tenth")
-    found = [key for key in MEASURES if any(row["measures"][key]["mean"] is not None for row in rows)]
+    found = [key for key in MEASURES if any(row["measures"].get(key, {}).get("mean") is not None for row in rows)]
     there = [key for key in found if key not in asked]
     return there or list(MEASURES)
 
@@ -357,7 +315,7 @@ def _pooled_form(key: str, value: float) -> str:
     """Two digits: seeds scatter by more than a third one tells, and another processor may print another one."""
     if key == "seconds":
         return ".0f"
-    small = 0 < abs(value) < 0.1 and key not in (*SCORES, "min", "max", "worst_tenth")
+    small = 0 < abs(value) < 0.1 and key not in _ON_THE_SCALE
     return "#.2g" if small else ".2f"
 
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 from scipy.special import stdtrit
 
 from peertune.data.scores import LOWER_IS_BETTER
-from peertune.report.tables import Row, differences, headings
+from peertune.report.pairing import Row, differences
+from peertune.report.tables import headings
 
 MEASURES = {"mean": "the clients' own models", "own": "their own rows", "average": "the averaged adapter"}
 """What is judged → in words."""

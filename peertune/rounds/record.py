@@ -1,10 +1,15 @@
 """What a round leaves: the values that the records of a run are made of. They hold no tensors, but for the state."""
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what only reads records spares itself torch
     from peertune.types import State
+
+MOST_CLASSES = 100
+"""Classes up to which an evaluation counts what was taken for what: that many squared numbers."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,51 @@ class Evaluation:
     heard_ensemble: list[float] = field(default_factory=list)
     # With `evaluate.load_best` [K], of which evaluated round each client's best adapter so far is, -1 for none
     best_rounds: list[int] = field(default_factory=list)
+    # What the best answer that is the same for all rows scores on the common rows (the mean over peers whose rows
+    # differ; None with `evaluate.on: own`), and [K] on the rows of `own`
+    constant: float | None = None
+    own_constant: list[float] = field(default_factory=list)
+    # [C, C], rows by their class and by the class that was predicted, summed over the clients' own models, each on the
+    # rows of `clients`; [] for values and texts, and of more than MOST_CLASSES classes
+    confusion: list[list[int]] = field(default_factory=list)
+    also: "list[Evaluation]" = field(default_factory=list)  # the same predictions by the task's other metrics
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "Evaluation":
+        """Return what `dataclasses.asdict` wrote."""
+        return cls(**{**values, "also": [cls.of(metric) for metric in values["also"]]})
+
+    def with_heard(self, scores: Sequence[list[float]]) -> "Evaluation":
+        """Return the same with `heard_ensemble`, a list for each metric; where there are none, as it is."""
+        if not scores:
+            return self
+        also = [replace(one, heard_ensemble=heard) for one, heard in zip(self.also, scores[1:], strict=True)]
+        return replace(self, heard_ensemble=scores[0], also=also)
 
 
-SCORES_OF_CLIENTS = ("clients", "top_share", "own", "nll", "ece", "heard_ensemble", "best_rounds")
+SCORES_OF_CLIENTS = ("clients", "top_share", "own", "nll", "ece", "heard_ensemble", "best_rounds", "own_constant")
 """Lists of an evaluation that go by client."""
+
+
+def put_together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Put an evaluation together of which processes or peers have parts, as `dataclasses.asdict` writes them.
+
+    What some clients lack, whose version is older, nobody has. Each has the same `rows`, or what its caller makes of
+    them.
+    """
+    found = dict(parts[0])
+    for name in SCORES_OF_CLIENTS:
+        whole = all(part[name] or not part["clients"] for part in parts)
+        found[name] = [value for part in parts for value in part[name]] if whole else []
+    found["average"] = next((part["average"] for part in parts if part["average"] is not None), None)
+    levels = [part["constant"] for part in parts]
+    found["constant"] = levels[0] if len({*levels}) == 1 else None if None in levels else fmean(levels)
+    found["confusion"] = [
+        [sum(counts) for counts in zip(*rows, strict=True)]
+        for rows in zip(*(part["confusion"] for part in parts), strict=False)
+    ]
+    found["also"] = [put_together(metric) for metric in zip(*(part["also"] for part in parts), strict=True)]
+    return found
 
 
 @dataclass(frozen=True)

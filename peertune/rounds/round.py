@@ -70,8 +70,8 @@ class Job:
     evaluate_every: int
     clients_per_pass: int
     bound: Bound | None = None  # what may be mixed; None: everything
-    # of the clients of some adapters [K, …], each with those it heard in a round: scores [K]
-    ensembles: "Callable[[Tensors, Heard, Sequence[int]], list[float]] | None" = None
+    # of the clients of some adapters [K, …], each with those it heard in a round: by metric, scores [K]
+    ensembles: "Callable[[Tensors, Heard, Sequence[int]], list[list[float]]] | None" = None
     most_loss: float = inf  # training to a mean loss above it counts as diverged
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
@@ -157,7 +157,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     watch.lap("metrics")
     evaluation = None
     if due:
-        evaluation = replace(job.evaluate(state.adapters, clients), heard_ensemble=together)
+        evaluation = job.evaluate(state.adapters, clients).with_heard(together)
         evaluation = replace(evaluation, best_rounds=best.keep(state, evaluation, t))
         watch.lap("evaluate")
     return state, RoundRecord(
@@ -269,8 +269,8 @@ def _mixable(
     return (dense.to_sparse() if weights.is_sparse else dense), pairs
 
 
-def _together(job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: _Watch) -> list[float]:
-    """Return the score of each client's ensemble with those that it mixes, where such are judged."""
+def _together(job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: _Watch) -> list[list[float]]:
+    """Return by metric the score of each client's ensemble with those that it mixes, where such are judged."""
     if job.ensembles is None:
         return []
     scores = job.ensembles(state.adapters, mixed, clients)

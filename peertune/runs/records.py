@@ -3,7 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Container, Iterator
+import re
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ from safetensors.numpy import save
 
 from peertune.errors import RunError
 from peertune.files import reported, write_file
-from peertune.recipe import flat
 from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.runs.directory import peer
 
@@ -33,8 +33,7 @@ def append(folder: Path, record: RoundRecord) -> None:
     """
     values = asdict(replace(record, state=None))
     del values["state"]
-    lists = {name: x for name, x in flat(values).items() if isinstance(x, list)}  # `loss`, `evaluation.clients`
-    long = {name: np.asarray(x) for name, x in lists.items() if len(x) > LONGEST_LIST}
+    long = {name: np.asarray(x) for name, x in _lists(values) if len(x) > LONGEST_LIST}
     if long:
         file = _long_lists(folder, record.round)
         with reported(file):
@@ -60,19 +59,35 @@ def _long_lists(folder: Path, round: int) -> Path:
     return folder / "rounds" / f"round-{round:06d}.safetensors"
 
 
+def _lists(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, list[Any]]]:
+    """Yield a record's lists by name: `loss`, `evaluation.clients`, `evaluation.also.0.clients` of another metric."""
+    for key, value in values.items():
+        if key == "also":
+            value = dict(enumerate(value))
+        if isinstance(value, Mapping):
+            yield from _lists(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            yield f"{prefix}{key}", value
+
+
 def _put(values: dict[str, Any], name: str, value: Any) -> None:
     """Put something in the place of one of these lists."""
     *blocks, last = name.split(".")
+    found: Any = values
     for block in blocks:
-        values = values[block]
-    values[last] = value
+        found = found[int(block) if isinstance(found, list) else block]
+    found[last] = value
+
+
+def _looked_at(name: str, lists: Container[str] | None) -> bool:
+    return lists is None or re.sub(r"\balso\.\d+\.", "", name) in lists
 
 
 def read(folder: Path, lists: Container[str] | None = None) -> list[dict[str, Any]]:
     """Read `rounds.jsonl`, a record for each round in order, with its long lists in their places.
 
-    Given `lists`, only long lists of these names are read, such as `evaluation.clients`; the others stay what the line
-    has, a mean or a length.
+    Given `lists`, only long lists of these names are read, such as `evaluation.clients`, which stands for those of the
+    other metrics, too; the others stay what the line has, a mean or a length.
 
     A line that is damaged, or whose long lists are, is left out with a warning; a last line that was cut off is no
     record. Raises RunError where the file isn't there.
@@ -83,7 +98,7 @@ def read(folder: Path, lists: Container[str] | None = None) -> list[dict[str, An
             if "long" in record:
                 with safe_open(_long_lists(folder, record["round"]), framework="np") as held:
                     for name in record.pop("long"):
-                        if lists is None or name in lists:
+                        if _looked_at(name, lists):
                             _put(record, name, held.get_tensor(name).tolist())
             found.append(record)
         except (OSError, ValueError, TypeError, KeyError, SafetensorError):
@@ -102,7 +117,8 @@ def _lines(folder: Path) -> Iterator[tuple[dict[str, Any], str]]:
         try:
             record = _whole(json.loads(line), RoundRecord)
             if record["evaluation"] is not None:
-                record["evaluation"] = _whole(record["evaluation"], Evaluation)
+                evaluation = record["evaluation"] = _whole(record["evaluation"], Evaluation)
+                evaluation["also"] = [_whole(metric, Evaluation) for metric in evaluation["also"]]
             if record["round"] < next_round:
                 raise ValueError("a round stands twice")
         except (ValueError, TypeError, KeyError, AttributeError):

@@ -82,17 +82,17 @@ def values(record: RoundRecord) -> dict[str, float]:
         "train/edges": len(record.edges),
         **{f"train/{name}": value for name, value in record.diagnostics.items()},
     }
-    if record.evaluation is not None:
-        metric = record.evaluation.metric
-        found |= {
-            f"eval/{metric}": fmean(record.evaluation.clients),
-            f"eval/{metric}_min": min(record.evaluation.clients),
-            f"eval/{metric}_max": max(record.evaluation.clients),
+    for evaluation in [] if record.evaluation is None else [record.evaluation, *record.evaluation.also]:
+        scores = {
+            "": fmean(evaluation.clients),
+            "_min": min(evaluation.clients),
+            "_max": max(evaluation.clients),
+            "_own": fmean(evaluation.own) if evaluation.own else None,
+            "_average": evaluation.average,  # of the averaged adapter
+            "_constant": evaluation.constant,  # of the best answer that is the same for all rows
+            "_own_constant": fmean(evaluation.own_constant) if evaluation.own_constant else None,
         }
-        if record.evaluation.own:
-            found[f"eval/{metric}_own"] = fmean(record.evaluation.own)
-        if record.evaluation.average is not None:
-            found[f"eval/{metric}_average"] = record.evaluation.average  # of the averaged adapter
+        found |= {f"eval/{evaluation.metric}{what}": score for what, score in scores.items() if score is not None}
     return found
 
 

@@ -1,6 +1,7 @@
 """Clients' own models on the common validation set, and on rows that each holds out for itself."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ SMALL = (
     "evaluate.every=2",
 )
 BOTH = ("evaluate.on=both", "evaluate.rows=30")
+SEVERAL = "task.metric=[accuracy, macro_f1, {name: f1, of: 8}]"
 
 
 def recipe(*more: str) -> Recipe:
@@ -92,7 +94,9 @@ def test_each_client_is_judged_on_its_own_rows_and_on_the_common_ones() -> None:
     own, same, _ = last("evaluate.on=own")
     for name, x in adapters.items():
         assert torch.equal(x, same[name])
-    assert own == Evaluation(both.metric, both.own, None, own.rows, [], both.own)
+    alone = Evaluation(both.metric, both.own, None, own.rows, [], both.own)
+    assert own == replace(alone, own_constant=both.own_constant, confusion=own.confusion)
+    assert np.sum(own.confusion) == own.rows
     assert len(both.clients) == len(both.own) == 5
     assert both.rows == 30
     assert both.average is not None
@@ -102,6 +106,8 @@ def test_each_client_is_judged_on_its_own_rows_and_on_the_common_ones() -> None:
     for client, rows in parts.held_out.items():
         adapter = {name: x[client : client + 1] for name, x in adapters.items()}
         alone = build(asked, [client]).job.evaluate(adapter, [client])
+        counts = np.bincount(parts.task.train.labels[rows])
+        assert alone.own_constant == [both.own_constant[client]] == [counts.max() / len(rows)]
         assert (alone.own, alone.clients) == ([both.own[client]], [both.clients[client]])
         assert both.own[client] * len(rows) == pytest.approx(round(both.own[client] * len(rows)))
 
@@ -201,17 +207,47 @@ def test_a_client_and_those_it_heard_are_judged_together_as_they_were_sent(metho
     assert summarise([line | {"seconds": {}}])["heard_ensemble"] == pytest.approx(np.mean(scores))
 
 
-def test_who_is_asked_for_probabilities_goes_through_the_base_once() -> None:
+def test_who_is_asked_for_probabilities_or_several_metrics_goes_through_the_base_once() -> None:
     passes = []
-    for ensemble in ("false", "true"):
-        job = build(recipe(*BOTH, f"evaluate.ensemble={ensemble}")).job
+    for setting in ("evaluate.ensemble=false", "evaluate.ensemble=true", SEVERAL):
+        job = build(recipe(*BOTH, setting)).job
         rows: list[int] = []
         job.model.base.register_forward_pre_hook(
             lambda _, given, named, rows=rows: rows.append(len(named["pixel_values"])), with_kwargs=True
         )
         job.evaluate(job.state.adapters, job.clients)
         passes.append(sum(rows))
-    assert passes[0] == passes[1] > 6 * 30  # five clients and their average, and each client's own rows
+    assert passes[0] == passes[1] == passes[2] > 6 * 30  # five clients and their average, and each client's own rows
+
+
+def test_several_metrics_are_what_each_is_by_itself() -> None:
+    start = build(recipe()).job.state.adapters
+    noise = torch.Generator().manual_seed(0)
+    adapters = {name: x + 0.1 * torch.randn(x.shape, generator=noise) for name, x in start.items()}
+
+    def judged(metric: str) -> Evaluation:
+        job = build(recipe(*BOTH, metric, "evaluate.ensemble=true", "partition={name: disjoint_labels}")).job
+        return job.evaluate(adapters, job.clients)
+
+    several = judged(SEVERAL)
+    metrics = ("accuracy", "macro_f1", "{name: f1, of: 8}")
+    assert [one.metric for one in (several, *several.also)] == ["accuracy", "macro_f1", "f1 of 8"]
+    for one, metric in zip((several, *several.also), metrics, strict=True):
+        alone = judged(f"task.metric={metric}")
+        assert len({*alone.clients}) > 2
+        for name in ("clients", "average", "own", "constant", "own_constant", "ensemble", "route", "rows"):
+            assert getattr(one, name) == getattr(alone, name), (metric, name)
+        assert alone.confusion == several.confusion
+    counts = np.array(several.confusion)  # of five clients on the same thirty rows
+    assert counts.sum() == 5 * 30
+    assert counts.trace() / counts.sum() == pytest.approx(np.mean(several.clients))
+    assert several.constant == counts.sum(1).max() / counts.sum()
+
+
+def test_classes_are_counted_up_to_a_number_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peertune.assembly.evaluation.MOST_CLASSES", 4)
+    job = build(recipe(*BOTH)).job
+    assert job.evaluate(job.state.adapters, job.clients).confusion == []
 
 
 class First(Group):
@@ -230,7 +266,7 @@ def test_a_process_whose_clients_are_all_down_has_nothing_to_add() -> None:
     assert [getattr(found, name) for name in SCORES_OF_CLIENTS] == [[]] * len(SCORES_OF_CLIENTS)
     assert found.average is None
     assert job.ensembles is not None
-    assert job.ensembles(nobody, Heard({}, torch.zeros(0, 0), [], []), []) == []
+    assert job.ensembles(nobody, Heard({}, torch.zeros(0, 0), [], []), []) == [[]]
 
 
 def test_a_temperature_is_refused_where_nothing_is_generated() -> None:

@@ -280,7 +280,7 @@ def test_an_unreachable_hub_is_said_at_once() -> None:
         ({"classes": ["red"]}, "classes is \\['red'\\]; give two or more different names"),
         ({"classes": {"red": "x", "blue": "x", "green": "y"}}, "give two or more different names"),
         ({"metric": "acuracy"}, "metric: unknown name 'acuracy', did you mean accuracy"),
-        ({"metric": "perplexity"}, "metric: unknown name 'perplexity'"),
+        ({"metric": "perplexity"}, "metric perplexity does not fit; choose from accuracy, "),
         ({"metric": "f1"}, "metric f1 is of one class; say of which of blue, green, red, as in task.metric={"),
         ({"validation": "train"}, "train and validation are both train; hold some rows out"),
         ({"validation": "valid"}, "split: unknown name 'valid', did you mean validation"),

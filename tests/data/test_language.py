@@ -102,7 +102,7 @@ def test_labels_get_their_words(tmp_path: Path, labels: list[Any], of: str) -> N
     rows = [{"a": f"{number}", "verdict": label} for number, label in enumerate(labels)]
     task = label_words("{a}?", "verdict", [" No", " Yes"], folder(tmp_path, rows), metric={"name": "f1", "of": of})
     assert (task.form, task.words, len(task.classes)) == ("choose", (" No", " Yes"), 2)
-    assert task.measured == f"f1 of {of}"
+    assert str(task.measures[0]) == f"f1 of {of}"
     assert task.train.labels.tolist() == [0, 1, 1]
     assert task.train.columns["prompt"] == ["0?", "1?", "2?"]
 
@@ -114,7 +114,11 @@ def conversation(*roles: str, content: str | None = "x") -> Rows:
 @pytest.mark.parametrize(
     ("rows", "settings", "said"),
     [
-        (PAIRS, {"metric": "accuracy"}, "metric: unknown name 'accuracy', did you mean token_accuracy?"),
+        (
+            PAIRS,
+            {"metric": "accuracy"},
+            "metric accuracy does not fit; choose from exact_match, last_number, perplexity, token_accuracy",
+        ),
         (PAIRS, {"prompt": "{prompt}"}, "give both prompt and completion, or neither"),
         (PAIRS, {"prompt": "{promt}", "completion": "x"}, "train: '{promt}': column: unknown name 'promt'"),
         ([{"a": 1}], {}, "train: has no messages, no prompt and completion, no text, but a; say what is learnt"),
@@ -165,8 +169,8 @@ def test_what_is_wrong_with_instructions_is_said(
         ({"prompt": "q"}, "'q' takes nothing from the rows; put a column's name in braces"),
         ({"label": "lable"}, "train: column: unknown name 'lable', did you mean label?"),
         ({"prompt": "{b}"}, "'{b}': column: unknown name 'b'"),
-        ({"metric": "pearson"}, "metric pearson is not for classes"),
-        ({"metric": "perplexity"}, "metric perplexity is not for classes"),
+        ({"metric": "pearson"}, "metric pearson does not fit; choose from accuracy, balanced_accuracy, f1"),
+        ({"metric": ["f1", "perplexity"]}, "metric perplexity does not fit; choose from accuracy, balanced"),
         ({"metric": "f2"}, "metric: unknown name 'f2'"),
         ({"path": None}, "give either path (a folder) or id"),
     ],

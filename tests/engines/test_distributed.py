@@ -41,6 +41,7 @@ RECIPES |= {
         "clients=8",
         "graph={name: exponential}",
         "evaluate={every: 3, rows: 10, on: both, ensemble: true}",
+        "task.metric=[accuracy, macro_f1]",
     ],
     "moments": [
         *SMALL,

@@ -21,6 +21,7 @@ def make(
     activation: float = 0.3,
     seed: int = 0,
     metric: str = "accuracy",
+    also: tuple[str, ...] = (),
     labels: tuple[str, ...] = ("no", "yes", "perhaps"),
 ) -> RunData:
     """Make a run up, in all that `facts.json` and `rounds.jsonl` hold; `every=0` is one without evaluations."""
@@ -35,6 +36,8 @@ def make(
         activation=activation,
         metric=metric,
     )
+    for evaluation in (record["evaluation"] for record in records if record["evaluation"]):
+        evaluation["also"] = [by_another(evaluation, name) for name in also]
     regression = metric == "pearson"
     algorithm = {"name": method} | ({} if switch_every is None else {"switch_every": switch_every})
     shares = draw.integers(5, 200, (clients, 1 if regression else len(labels)))
@@ -127,6 +130,10 @@ def _records(
                     "ensemble": float(scores.max()),
                     "route": float(scores.min()),
                     "heard_ensemble": (scores / 2).tolist(),
+                    "constant": 0.0 if metric == "pearson" else 0.5,
+                    "own_constant": [],
+                    "confusion": [] if metric == "pearson" else _counts(scores).tolist(),
+                    "also": [],
                 }
                 if due
                 else None,
@@ -137,6 +144,19 @@ def _records(
             }
         )
     return records
+
+
+def by_another(evaluation: dict[str, Any], metric: str) -> dict[str, Any]:
+    """Make up what the same predictions score by another metric: less by 0.2."""
+    scores = {"clients": [score - 0.2 for score in evaluation["clients"]], "average": evaluation["average"] - 0.2}
+    gone = {"nll": [], "ece": [], "top_share": [], "confusion": [], "also": [], "constant": 0.3}
+    return evaluation | scores | gone | {"metric": metric}
+
+
+def _counts(scores: np.ndarray) -> np.ndarray:
+    """Return what was taken for what, of 90, 60 and 30 rows by each client: wrong ones for the next class."""
+    right = np.array([[round(rows * score) for rows in (90, 60, 30)] for score in scores]).sum(0)
+    return np.diag(right) + np.roll(np.diag(np.array([90, 60, 30]) * len(scores) - right), 1, axis=1)
 
 
 def _pairs(clients: int) -> np.ndarray:

@@ -43,6 +43,7 @@ def read(text: str) -> tuple[dict[str, Any], str]:
 def test_a_card_says_what_the_records_say(run: RunData) -> None:
     about, text = read(card(run, "me/films", None, 12, None))
     final = run.records[-1]["evaluation"]
+    assert "- the best answer that is the same for all rows: 0.500" in text
     assert about["base_model"] == "lab/base"
     assert (about["library_name"], about["pipeline_tag"]) == ("peft", "text-classification")
     assert about["metrics"] == ["accuracy"]

@@ -68,13 +68,15 @@ def test_ensembles_and_certainty_have_curves_where_they_are_judged(make_run: Any
     assert "certainty" not in drawn(run)
 
 
-def test_the_constant_answer_is_scored_on_the_rows_that_are_evaluated_or_not_at_all(make_run: Any) -> None:
-    run = make_run()
-    run.facts["evaluated"] = {"rows": 60, "labels": [45, 15, 0]}
-    assert trace(drawn(run)["score"], "always the commonest class").y == (0.75, 0.75)
-    del run.facts["evaluated"]
-    run.recipe["evaluate"] = {"rows": 60}  # of 180, and nobody knows which
-    assert "always the commonest class" not in [each.name for each in drawn(run)["score"].data]
+def test_the_constant_answer_has_lines_where_it_is_scored(make_run: Any) -> None:
+    run = make_run(rounds=4, every=2)
+    for record in run.records:
+        if record["evaluation"]:
+            record["evaluation"] |= {"own_constant": [0.5, 0.75], "constant": 0.25 if record["round"] == 3 else None}
+    assert trace(drawn(run)["score"], "best constant answer").y == (0.25,)
+    assert trace(drawn(run)["score"], "best constant answer, own rows").y == (0.625, 0.625)
+    run.records[-1]["evaluation"] |= {"own_constant": [], "constant": None}
+    assert "best constant answer" not in [each.name for each in drawn(run)["score"].data]
 
 
 def test_phases_are_shaded_where_factors_train_in_turn_and_only_there(make_run: Any) -> None:

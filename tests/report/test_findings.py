@@ -118,7 +118,7 @@ def test_in_a_run_in_which_nothing_is_wrong_nothing_is_found(overrides: tuple[st
     (finding,) = found(lived(*overrides)).values()
     assert (finding.name, finding.severity) in {("healthy", "good"), ("still_learning", "notice")}
     assert "accuracy" in finding.text
-    assert "Always the commonest class would score 0." in finding.text
+    assert "The best answer that is the same for all rows would score 0." in finding.text
 
 
 def test_a_loss_that_jumps_at_switches_oscillates() -> None:
@@ -283,11 +283,11 @@ def test_a_jump_is_found_at_its_size_and_not_below(make_run: MakeRun) -> None:
         assert ("oscillation" in names(run)) == there
 
 
-def scored(run: RunData, *scores: float, metric: str = "accuracy") -> set[str]:
-    """What is found where the last evaluations come to these."""
+def scored(run: RunData, *scores: float, metric: str = "accuracy", level: float = 0.5) -> set[str]:
+    """What is found where the last evaluations come to these, and the constant answer to a level."""
     due = [record for record in run.records if record["evaluation"]]
     for record, score in zip(due[-len(scores) :], scores, strict=True):
-        record["evaluation"] |= {"metric": metric, "clients": [score] * len(record["clients"])}
+        record["evaluation"] |= {"metric": metric, "clients": [score] * len(record["clients"]), "constant": level}
     return names(run)
 
 
@@ -297,8 +297,8 @@ def test_a_run_that_ends_while_it_still_learns_is_not_said_to_be_well(make_run: 
     assert scored(run, 0.60, 0.67, 0.74) == {"still_learning"}
     assert scored(run, 0.72, 0.73, 0.74) == {"healthy"}
     assert scored(run, 0.75, 0.67, 0.74) == {"healthy"}
-    assert scored(run, 9.0, 7.0, 6.0, metric="perplexity") == {"still_learning"}
-    assert scored(run, 6.0, 7.0, 9.0, metric="perplexity") == {"healthy"}
+    assert scored(run, 9.0, 7.0, 6.0, metric="perplexity", level=20) == {"still_learning"}
+    assert scored(run, 6.0, 7.0, 9.0, metric="perplexity", level=20) == {"healthy"}
     run.recipe["rounds"] = 100  # it has not ended
     assert scored(run, 0.60, 0.67, 0.74) == {"healthy"}
 
@@ -319,9 +319,10 @@ def test_whether_a_run_still_learns_is_not_told_from_fewer_than_three_evaluation
 def test_clients_that_score_no_more_than_one_answer_for_all_have_learnt_nothing(make_run: MakeRun) -> None:
     run = make_run()
     settled(run)
-    run.facts["evaluated"] = {"rows": 60, "labels": [45, 10, 5]}
-    assert scored(run, 0.7, 0.7, 0.75) == {"nothing_learnt"}
-    assert scored(run, 0.7, 0.7, 0.76) == {"healthy"}
+    for metric in ("accuracy", "macro_f1"):
+        assert scored(run, 0.7, 0.7, 0.75, metric=metric, level=0.75) == {"nothing_learnt"}
+        assert scored(run, 0.7, 0.7, 0.76, metric=metric, level=0.75) == {"healthy"}
+    assert scored(run, 6.0, 7.0, 9.0, metric="perplexity", level=9) == {"nothing_learnt"}
 
 
 def test_gradients_are_said_to_explode_at_thirty_times_their_start_and_not_before(make_run: MakeRun) -> None:

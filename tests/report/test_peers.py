@@ -24,6 +24,17 @@ ONLY_TOGETHER = {"consensus", "contraction"}  # figures of what no peer knows
 UNKNOWN = dict.fromkeys(("average", "ensemble", "route"))  # and what of an evaluation no peer knows
 
 
+def own_scores(evaluation: dict[str, Any], client: int) -> dict[str, Any]:
+    """What a peer knows of an evaluation, and by each metric: of the counts the first peer has all."""
+    return {
+        **evaluation,
+        **UNKNOWN,
+        **{name: evaluation[name][client : client + 1] for name in SCORES_OF_CLIENTS},
+        "confusion": (np.array(evaluation["confusion"], dtype=int) * (client == 0)).tolist(),
+        "also": [own_scores(metric, client) for metric in evaluation["also"]],
+    }
+
+
 def own_part(record: dict[str, Any], client: int) -> dict[str, Any]:
     """What a peer writes of a round."""
     evaluation = record["evaluation"]
@@ -34,8 +45,7 @@ def own_part(record: dict[str, Any], client: int) -> dict[str, Any]:
         "edges": [edge for edge in record["edges"] if client in edge],
         "failed_edges": [edge for edge in record["failed_edges"] if client in edge],
         "diagnostics": {},
-        "evaluation": evaluation
-        and evaluation | UNKNOWN | {name: evaluation[name][client : client + 1] for name in SCORES_OF_CLIENTS},
+        "evaluation": evaluation and own_scores(evaluation, client),
     }
 
 
@@ -63,7 +73,7 @@ def write_all(folder: Path, run: RunData, missed: Sequence[int] = (), **changed:
 
 
 def test_put_together_they_say_what_a_simulation_says_but_for_what_nobody_knows(make_run: Any, tmp_path: Path) -> None:
-    run = make_run(clients=8)
+    run = make_run(clients=8, also=("macro_f1",))
     run.records[3]["failed_edges"] = [[0, 5], [2, 7]]
     (found,) = find_runs([write_all(tmp_path / "runs", run)])
     assert (found.name, found.folder) == ("hospitals", tmp_path / "runs")
@@ -73,6 +83,8 @@ def test_put_together_they_say_what_a_simulation_says_but_for_what_nobody_knows(
     assert found.facts["validation"] == run.facts["validation"]
     for mine, record in zip(found.records, run.records, strict=True):
         evaluation = record["evaluation"] and record["evaluation"] | UNKNOWN
+        if evaluation:
+            evaluation["also"] = [metric | UNKNOWN for metric in evaluation["also"]]
         of_peers = {"failed_writes": 0, "skipped": 0, "not_mixed": [], "suspects": [], "vacant_edges": []}
         assert mine == of_peers | record | {
             "diagnostics": {},

@@ -1,6 +1,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -46,6 +47,20 @@ def test_settings_are_flat_and_those_that_vary_are_found_without_the_seed(tmp_pa
     write(tmp_path / "d", training={"optim": "adamw"}, head="frozen")  # by a version that knows more, in the same way
     assert varying([first, find_runs([tmp_path / "d"])[0]]) == []
     assert varying([first, third]) == ["graph.activation", "graph.weights"]
+
+
+@pytest.mark.parametrize(("rows", "level"), [(None, 90 / 180), (180, 90 / 180), (60, None)])
+def test_runs_that_do_not_say_what_the_constant_answer_scores_have_its_accuracy_from_their_labels(
+    make_run: Any, tmp_path: Path, rows: int | None, level: float | None
+) -> None:
+    run, folder = make_run(rounds=2, every=1), write(tmp_path / "old", evaluate={"rows": rows})
+    for record in run.records:
+        for name in ("constant", "own_constant", "confusion", "also") if record["evaluation"] else ():
+            del record["evaluation"][name]
+    (folder / "facts.json").write_text(json.dumps(run.facts))
+    (folder / "rounds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in run.records))
+    (found,) = find_runs([folder])
+    assert found.records[-1]["evaluation"]["constant"] == level
 
 
 @pytest.mark.parametrize("file", ["resolved.yaml", "facts.json", "environment.json"])

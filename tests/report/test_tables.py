@@ -263,3 +263,25 @@ def test_of_perplexity_the_lowest_is_the_best() -> None:
         record["evaluation"]["metric"] = "perplexity"
     row = tables.summarise(run.records)
     assert (row["mean"], row["best"], row["best_round"], row["best_average"]) == (6.0, 4.0, 1, 5.0)
+
+
+def test_other_metrics_have_the_measures_that_are_scores_and_choose_nothing(make_run: Any) -> None:
+    runs = [make_run(f"{m}{seed}", method=m, seed=seed, also=("macro_f1", "f1 of no")) for m in "ab" for seed in (0, 1)]
+    final = runs[0].records[-1]["evaluation"]
+    row = tables.summarise(runs[0].records)
+    assert [also["metric"] for also in row["also"]] == ["macro_f1", "f1 of no"]
+    for also in row["also"]:
+        assert also["mean"] == pytest.approx(row["mean"] - 0.2)
+        assert also["average"] == pytest.approx(final["average"] - 0.2)
+        assert (also["constant"], row["constant"]) == (0.3, 0.5)
+    rows = tables.grouped(runs)
+    for name, alike in tables.by_metric(rows):
+        assert [each["by"] for each in alike] == [each["by"] for each in rows]
+        for first, other in zip(rows, alike, strict=True):
+            assert other["metric"] == name
+            assert other["measures"]["mean"]["mean"] == pytest.approx(first["measures"]["mean"]["mean"] - 0.2)
+            assert other["measures"]["mean"]["std"] == pytest.approx(first["measures"]["mean"]["std"])
+        shown = tables.measured(alike)
+        assert {"mean", "constant", "average"} <= set(shown)
+        assert not {"seconds", "megabytes_sent", "cross_term", "nll"} & set(shown)
+        assert len(tables.compared(alike, shown)) == 3

@@ -377,10 +377,10 @@ def test_what_counts_and_is_too_far_from_the_others_is_left_out_at_the_receivers
     liar, faults = 3, [Fault(0, 0, down=1)]
     judged: list[list[int]] = []
 
-    def ensembles(own: Tensors, came: Heard, clients: Sequence[int]) -> list[float]:
+    def ensembles(own: Tensors, came: Heard, clients: Sequence[int]) -> list[list[float]]:
         assert torch.equal(own["layer.A"][0], came.tensors["layer.A"][0]), "before mixing"
         judged.extend(torch.tensor(came.clients)[row != 0].tolist() for row in came.weights.to_dense())
-        return [0.5] * len(clients)
+        return [[0.5] * len(clients)]
 
     job = alike(graph=complete(clients=6), bound=BOUND, rounds=1, faults=faults, ensembles=ensembles)
     (record,) = run_rounds(job, lying(job, liar, 2 * NEAR))

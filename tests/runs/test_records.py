@@ -28,8 +28,8 @@ def test_records_come_back_as_they_were(run: Path) -> None:
         "average": 0.75,
         "rows": 4,
         "top_share": [0.5, 0.5, 1.0],
-        **{key: [] for key in ("own", "nll", "ece", "heard_ensemble")},
-        **dict.fromkeys(("ensemble", "route")),
+        **{key: [] for key in ("own", "nll", "ece", "heard_ensemble", "own_constant", "confusion", "also")},
+        **dict.fromkeys(("ensemble", "route", "constant")),
     }
 
 
@@ -37,9 +37,10 @@ def crowded(round: int) -> RoundRecord:
     """Return a record of 1,500 clients."""
     draw = np.random.default_rng(round)
     clients = list(range(1500))
-    values: list[list[float]] = draw.random((5, 1500)).tolist()
+    values: list[list[float]] = draw.random((6, 1500)).tolist()
+    by_f1 = Evaluation("f1 of v1.2", values[5], 0.5, 4, [])
     return replace(
-        record(round, Evaluation("accuracy", values[0], 0.75, 4, values[1])),
+        record(round, replace(Evaluation("accuracy", values[0], 0.75, 4, values[1]), also=[by_f1])),
         clients=clients,
         loss=values[2],
         grad_norm=values[3],
@@ -67,6 +68,7 @@ def test_long_lists_of_a_record_lie_beside_its_line_and_come_back_as_they_were(r
         pytest.approx(np.mean(crowded(1).loss)),
         whole[1]["evaluation"]["clients"],
     )
+    assert part["evaluation"]["also"][0]["clients"] == whole[1]["evaluation"]["also"][0]["clients"]
     records.rewind(run, 2)
     assert (run / "rounds.jsonl").read_text().splitlines() == lines[:2]
     records.append(run, crowded(2))

@@ -25,7 +25,15 @@ RECORD = RoundRecord(
     neighbourhood_cross_term=[0.0, 0.0],
     diagnostics={"cross_term": 0.25},
     seconds={},
-    evaluation=Evaluation("accuracy", [0.25, 0.75], 0.625, 8, [0.5, 1.0]),
+    evaluation=Evaluation(
+        "accuracy",
+        [0.25, 0.75],
+        0.625,
+        8,
+        [0.5, 1.0],
+        constant=0.375,
+        also=[Evaluation("macro_f1", [0.5, 1.0], None, 8, [], own=[0.25, 0.75], own_constant=[0.25, 0.5])],
+    ),
 )
 
 
@@ -46,6 +54,12 @@ def test_what_is_logged_has_the_trainers_names() -> None:
         "eval/accuracy_min": 0.25,
         "eval/accuracy_max": 0.75,
         "eval/accuracy_average": 0.625,
+        "eval/accuracy_constant": 0.375,
+        "eval/macro_f1": 0.75,
+        "eval/macro_f1_min": 0.5,
+        "eval/macro_f1_max": 1.0,
+        "eval/macro_f1_own": 0.5,
+        "eval/macro_f1_own_constant": 0.375,
     }
     assert not [name for name in trackers.values(replace(RECORD, evaluation=None)) if name.startswith("eval/")]
 

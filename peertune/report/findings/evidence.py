@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,18 @@ class Facts:
         return np.equal(self.table("neighbours"), 0)
 
     @cached_property
-    def constant(self) -> float | None:
-        """How often whoever always answers the commonest class is right, on the rows evaluated; None if unknown."""
+    def commonest(self) -> float | None:
+        """The share of the commonest class in the rows evaluated, None if unknown."""
         labels = evaluated_labels(self.recipe, self.facts)
         return max(labels) / sum(labels) if any(labels) else None
+
+    @cached_property
+    def constant(self) -> float | None:
+        """What the best answer that is the same for all rows scores on the rows last evaluated, None if unknown."""
+        final = self.evaluated[-1]["evaluation"] if self.evaluated else {}
+        own = final.get("own_constant")
+        level: float | None = final.get("constant")
+        return fmean(own) if level is None and own else level
 
     @property
     def ended(self) -> int:

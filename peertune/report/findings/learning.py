@@ -25,7 +25,7 @@ NORM_GROWTH = 30.0  # over the first round's norms; as the other factor grows, t
 
 def one_class(seen: Facts) -> Said | None:
     """Clients whose model answers with one class."""
-    expected, names = seen.constant, seen.facts["partition"]["labels"]
+    expected, names = seen.commonest, seen.facts["partition"]["labels"]
     if not seen.evaluated or not seen.evaluated[-1]["evaluation"]["top_share"] or expected is None:
         return None
     shares = dict(zip(seen.evaluated[-1]["clients"], seen.evaluated[-1]["evaluation"]["top_share"], strict=False))
@@ -122,27 +122,28 @@ def still_learning(seen: Facts) -> Said | None:
         "The clients were still learning when the run ended",
         f"Their {metric} went from {first:.3f} by {before:.3f} to {final:.3f} in the last three evaluations, after the "
         f"rounds {', '.join(str(record['round']) for record in last)}."
-        + ("" if seen.constant is None or metric != "accuracy" else f" {_constant(seen.constant)}"),
+        + ("" if seen.constant is None else f" {_constant(seen.constant)}"),
         f"Run for more rounds, such as rounds={2 * rounds}.",
     )
 
 
 def nothing_learnt(seen: Facts) -> Said | None:
-    """Clients that are right no more often than whoever always gives the same answer."""
+    """Clients that score no better than whoever always gives the same answer."""
     if not seen.evaluated or len(seen.records) < LEAST_ROUNDS or seen.constant is None or one_class(seen):
         return None
     final = seen.evaluated[-1]["evaluation"]
-    if final["metric"] != "accuracy" or fmean(final["clients"]) > seen.constant:
+    score = fmean(final["clients"])
+    if score < seen.constant if final["metric"] in LOWER_IS_BETTER else score > seen.constant:
         return None
     return Said(
         "The clients know no more than one answer for all",
-        f"Their accuracy is {fmean(final['clients']):.3f} on average. {_constant(seen.constant)}",
+        f"Their {final['metric']} is {score:.3f} on average. {_constant(seen.constant)}",
         "Run for more rounds, or with another training.learning_rate.",
     )
 
 
 def _constant(score: float) -> str:
-    return f"Always the commonest class would score {score:.3f} on the same rows."
+    return f"The best answer that is the same for all rows would score {score:.3f} on them."
 
 
 def healthy(seen: Facts) -> Said:
@@ -154,7 +155,7 @@ def healthy(seen: Facts) -> Said:
         f"{scores.mean():.3f} on average, from {scores.min():.3f} to {scores.max():.3f}"
     )
     text += "." if final["average"] is None else f", the averaged adapter's {final['average']:.3f}."
-    if seen.constant is not None and final["metric"] == "accuracy":
+    if seen.constant is not None:
         text += f" {_constant(seen.constant)}"
     if len(seen.contraction) and seen.method not in NO_GOSSIP:
         text += f" A round leaves {seen.contraction.mean():.3f} of the squared disagreement; rho is {seen.rho:.3f}."
