@@ -241,6 +241,11 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
             "unknown key 'load_best_model_at_end', did you mean evaluate.load_best?",
         ),
         (
+            "evaluate.early_stopping_patience=3",
+            "unknown key 'early_stopping_patience', did you mean evaluate.patience?",
+        ),
+        ("evaluate.early_stopping_threshold=0.1", "any improvement counts for evaluate.patience, however small"),
+        (
             "evaluate.greater_is_better=true",
             "evaluate.greater_is_better: the best is by the score of the task's metric",
         ),

@@ -58,7 +58,7 @@ def resume(folder: str | Path, overrides: Sequence[str] = (), *, each: Each = un
 
     Args:
         folder: The run directory.
-        overrides: None, or `rounds=N` with more than the run had.
+        overrides: None, or `rounds=N` with more than the run had, or another `evaluate.patience`.
         each: As for `run`.
 
     Returns:

@@ -20,6 +20,7 @@ from peertune.engines.simulator import simulate
 from peertune.errors import PeertuneError, RunError, Stopped
 from peertune.files import write_file
 from peertune.recipe import Recipe, as_yaml, load_recipe, recipe_text
+from peertune.rounds.patience import Seen, ran_out, seen
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Job
 from peertune.runs import checkpoints, directory, exports, records
@@ -62,7 +63,7 @@ class Training:
         job, state, keeper = self.job, self.job.state, self._keeper
         try:
             with reporting(self.folder, self.built.resolved) if job.group.rank == 0 else nullcontext() as report:
-                for record in self._engine(job):
+                for record in self._patiently():
                     assert record.state is not None
                     if report is not None:
                         keeper.record(record)
@@ -81,6 +82,19 @@ class Training:
             if isinstance(stop.__context__, PeertuneError):  # which the signal overtook
                 raise stop.__context__ from None
             raise Stopped(self.folder, keeper.round) from None
+
+    def _patiently(self) -> Iterator[RoundRecord]:
+        """Yield the records of the rounds that are left, until the recipe's patience runs out, if it does."""
+        job, evaluate = self.job, self.built.resolved.evaluate
+        done: Sequence[Mapping[str, Any]] = ()
+        if evaluate.patience is not None and job.group.rank == 0:
+            done = records.read(self.folder, ("evaluation.clients",))
+        (told, *_) = job.group.gather([one for record in done for one in seen(record, evaluate.every)])
+        evaluations, rounds = [Seen(*one) for one in told], self._engine(job)
+        while ran_out(evaluations, evaluate.patience) is None and (record := next(rounds, None)) is not None:
+            yield record
+            found = None if record.evaluation is None else vars(record.evaluation)
+            evaluations += seen({"round": record.round, "evaluation": found}, evaluate.every)
 
 
 def keeper_of(built: Built, folder: Path) -> Keeper:
@@ -181,11 +195,12 @@ def begin(built: Built, folder: Path, command: str, recipe: Source, overrides: S
 
 
 def _lengthen(resolved: Recipe, folder: Path) -> None:
-    """Write down that a run has more rounds than it had, and say what becomes of a rate that falls."""
+    """Write down that a run has more rounds than it had, or other patience; say what becomes of a rate that falls."""
     before = load_recipe(directory.resolved(folder))
-    if resolved.rounds == before.rounds:
+    if (resolved.rounds, resolved.evaluate.patience) == (before.rounds, before.evaluate.patience):
         return
-    log.info("%s: goes on to %d rounds, where it had %d", folder, resolved.rounds, before.rounds)
+    if resolved.rounds > before.rounds:
+        log.info("%s: goes on to %d rounds, where it had %d", folder, resolved.rounds, before.rounds)
     step = before.rounds * before.training.local_steps - 1
     was, now = (build_optim(recipe).rates(step)["A"] for recipe in (before, resolved))
     if was != now:
@@ -198,7 +213,7 @@ def _lengthen(resolved: Recipe, folder: Path) -> None:
 
 
 def check_same(resolved: Recipe, folder: Path, *, longer: bool = False) -> None:
-    """Refuse to resume a run with another recipe than its own, but for more rounds if it may be `longer`.
+    """Refuse to resume a run with another recipe than its own, but for more rounds or patience if it may be `longer`.
 
     Warn of other code.
     """
@@ -210,6 +225,8 @@ def check_same(resolved: Recipe, folder: Path, *, longer: bool = False) -> None:
     for block, value in after.items():
         if longer and block == "rounds" and value > before[block]:
             continue
+        if longer and block == "evaluate":
+            before[block] |= {"patience": value["patience"]}
         if value != before[block]:
             raise RunError(
                 f"{folder}: was run with {block}: {before[block]}, not {value}; resume without a recipe, or start anew"

@@ -93,6 +93,11 @@ def build_parts(
     peer = group.size == 1 and len(clients) < recipe.clients
     if peer:
         need_both_ways(graph)
+        if recipe.evaluate.patience is not None:
+            raise RecipeError(
+                "evaluate.patience: a peer that stops early leaves its neighbours' edges to fail; leave it out, and "
+                "give evaluate.load_best=true, by which each peer keeps its best adapter"
+            )
     return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, held_out, group, peer)
 
 

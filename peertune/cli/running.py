@@ -165,15 +165,26 @@ def _free(folder: Path) -> Path:
 
 def print_summary(folder: Path, as_json: bool, **more: object) -> None:
     """Print one row for the run; as JSON with what `more` there is to say."""
+    from peertune.recipe import load_recipe
     from peertune.report.tables import COLUMNS, SUMMARISED, aligned, cells, summarise
-    from peertune.runs import records
+    from peertune.rounds.patience import ended_early
+    from peertune.runs import directory, records
 
-    row = {"run": folder.name, **summarise(records.read(folder, SUMMARISED))}
+    read = records.read(folder, SUMMARISED)
+    row = {"run": folder.name, **summarise(read)}
+    evaluate = load_recipe(directory.resolved(folder)).evaluate
+    if early := ended_early(read, evaluate.model_dump()):
+        row["ended_early"] = {"round": early.round, "best_round": early.best}
     if as_json:
         print_json({**row, **more, "folder": str(folder)})
         return
     rows = [row, *({"run": "", **metric} for metric in row.get("also", ()))]
     print(aligned(cells(rows, {key: heading for key, heading in COLUMNS.items() if key in row})))
     if kept := row.get("best_rounds"):
-        print(f"each client's adapter is its best by validation, of the rounds {min(kept)} to {max(kept)}")
+        print(f"each client's adapter is its best by validation, from after {min(kept) + 1} to {max(kept) + 1} rounds")
+    if early:
+        print(
+            f"ended early, after {early.round + 1} rounds: no evaluation since that after {early.best + 1} had a "
+            f"better mean (evaluate.patience={evaluate.patience})"
+        )
     print(f"records and adapters are in {folder}")

@@ -44,7 +44,8 @@ def score(
             from peertune.assembly.scoring import score_test
         from peertune.recipe import load_recipe
         from peertune.rounds import best
-        from peertune.runs import checkpoints, directory
+        from peertune.rounds.patience import ended_early
+        from peertune.runs import checkpoints, directory, records
 
         for word in overrides or []:
             if word.partition("=")[0] not in ELSEWHERE:
@@ -52,7 +53,8 @@ def score(
         recipe = load_recipe(directory.resolved(run), overrides or [])
         state = checkpoints.load(run)
         own = directory.peer(run)
-        if state is None or state.round < recipe.rounds:
+        early = ended_early(records.read(run, ("evaluation.clients",)), recipe.evaluate.model_dump())
+        if state is None or (state.round < recipe.rounds and early is None):
             made = 0 if state is None else state.round
             go_on = "peertune run" if own is None else "peertune peer start"
             raise RunError(

@@ -75,6 +75,7 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "alpha": ("lora.lora_alpha", "partition.alpha"),
     "batch_size": ("training.per_device_train_batch_size",),
     "bf16": ("model.dtype",),
+    "early_stopping_patience": ("evaluate.patience",),
     "eval_steps": ("evaluate.every",),
     "fp16": ("model.dtype",),
     "load_best_model_at_end": ("evaluate.load_best",),
@@ -112,9 +113,14 @@ def _metric(given: Any, of: Mapping[str, Any]) -> str:
     return "the best is by the score of the task's metric, whose better side is known; leave it out"
 
 
+def _threshold(given: Any, of: Mapping[str, Any]) -> str:
+    return "any improvement counts for evaluate.patience, however small; leave it out"
+
+
 ELSEWHERE: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "alpha_pattern": lambda given, of: "all layers have one scale, lora.lora_alpha / lora.r; leave it out",
     "bias": lambda given, of: "biases stay the base's own, since no method says how to mix them; leave it out",
+    "early_stopping_threshold": _threshold,
     "epochs": _epochs,
     "gradient_accumulation_steps": lambda given, of: (
         "a step is one batch, cut for the device by training.tokens_per_pass; "

@@ -150,6 +150,8 @@ class Evaluate(_Block):
     held_out: Annotated[float | str, AfterValidator(_share)] = 0.2
     set_aside: Fold | None = None  # a fold of the training rows that nobody trains or is judged on
     load_best: bool = False  # whether a client's adapter is in the end the one that scored best
+    # after so many evaluations in which the clients' mean score did not improve a simulation ends; null: never
+    patience: int | None = Field(None, ge=1)
     ensemble: bool = False  # whether the clients' probabilities are judged too, each client's and all together
     max_new_tokens: int = Field(256, ge=1)  # where the metric generates
     temperature: float = Field(0.0, ge=0)  # 0: always the likeliest token

@@ -27,6 +27,7 @@ from peertune.report.findings.finding import Finding
 from peertune.report.runs import RunData, settings
 from peertune.report.tables import compared, grouped, measured, summarise
 from peertune.report.verdict import ordered, verdicts
+from peertune.rounds.patience import ended_early
 
 MARKS = {"problem": "✕ Problem", "notice": "! Notice", "good": "✓ Good"}
 """Severity → how it is marked, the gravest first; never by colour alone."""
@@ -138,7 +139,8 @@ def _facts(run: RunData) -> str:
         "graph": f"{values.get('graph.name')}, p = {values.get('graph.activation', graph.get('activation'))}",
         "rho": _rounded(graph.get("rho")),
         "T*": graph.get("switching_interval"),
-        "rounds": f"{len(run.records)} of {values.get('rounds')}",
+        "rounds": f"{len(run.records)} of {values.get('rounds')}"
+        + (", ended early" if ended_early(run.records, run.recipe.get("evaluate", {})) else ""),
         f"final {measured}": f"{row['mean']:.3f}{spread}" if measured else None,
         "averaged adapter": _rounded(row.get("average")),
         "sent by a client": f"{row['megabytes_sent']:.3g} MB" if run.records else None,

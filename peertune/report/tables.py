@@ -9,6 +9,7 @@ from peertune.data.scores import LOWER_IS_BETTER
 from peertune.errors import RunError, unknown
 from peertune.report.pairing import SCORES, Row, pair
 from peertune.report.runs import RunData, different, settings, varying
+from peertune.rounds.patience import ended_early
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +154,7 @@ def grouped(
         done = len(run.records)
         if run.records and run.facts.get("peers"):  # which may have missed some
             done = run.records[-1]["round"] + 1
-        if done < run.recipe.get("rounds", 0):
+        if done < run.recipe.get("rounds", 0) and not ended_early(run.records, run.recipe.get("evaluate", {})):
             log.warning("%s is not finished: it has %d of %d rounds", run.name, done, run.recipe["rounds"])
     groups: dict[tuple[Any, ...], list[RunData]] = {}
     for run in runs:

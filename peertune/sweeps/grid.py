@@ -18,6 +18,8 @@ from peertune.assembly import plugins
 from peertune.assembly.registry import check_choices
 from peertune.errors import RecipeError
 from peertune.recipe import Recipe, flat, load_recipe
+from peertune.rounds.patience import ended_early
+from peertune.runs import records
 from peertune.sweeps.launch import Command, Launcher, Queued
 
 LONGEST_NAME = 160
@@ -117,9 +119,16 @@ def rounds_done(folder: Path) -> int:
         return 0
 
 
+def _early(folder: Path, recipe: Recipe) -> bool:
+    read = records.read(folder, ("evaluation.clients",))
+    return ended_early(read, recipe.evaluate.model_dump()) is not None
+
+
 def finished(folder: Path, recipe: Recipe) -> bool:
-    """Return whether this run has all its rounds and has written its adapters."""
-    whole = rounds_done(folder) >= recipe.rounds and (folder / "adapters").is_dir()
+    """Return whether this run has all its rounds, or ended early, and has written its adapters."""
+    whole = (folder / "adapters").is_dir() and (
+        rounds_done(folder) >= recipe.rounds or (recipe.evaluate.patience is not None and _early(folder, recipe))
+    )
     return whole and conflict(folder, recipe) is None
 
 
