@@ -16,7 +16,7 @@ from peertune.adapters.peft_format import LoraConfig
 from peertune.adapters.stacked import frozen_norms, init_adapters
 from peertune.assembly.encoding import EncodedTask, encode, row_weights
 from peertune.assembly.evaluation import build_ensembles, build_evaluation
-from peertune.assembly.loading import Loaded, clients_together, load
+from peertune.assembly.loading import Loaded, begun_with, clients_together, load
 from peertune.assembly.registry import (
     Parts,
     beyond_defaults,
@@ -134,8 +134,8 @@ def _evaluated(recipe: Recipe, parts: Parts, encoded: EncodedTask) -> list[int]:
 
 def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> Job:
     """Put together what an engine runs."""
+    state = _start(recipe, parts, loaded, optim := build_optim(recipe))  # first, since the base may get another head
     model, algorithm, training = loaded.model, parts.algorithm, recipe.training
-    optim = build_optim(recipe)
     bound = None
     if recipe.network.bound and not loaded.planned:
         bound = Bound(frozen_norms(model), algorithm.message.sound)
@@ -158,7 +158,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         steps=steps,
         evaluate=build_evaluation(recipe, parts.task, loaded, encoded, parts.group, peer=parts.peer),
         ensembles=build_ensembles(recipe, parts.task, loaded, encoded),
-        state=_start(recipe, parts, loaded, optim),
+        state=state,
         clients=parts.clients,
         rounds=recipe.rounds,
         local_steps=training.local_steps,
@@ -177,6 +177,8 @@ def _start(recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim) -> State:
     adapters = init_adapters(
         loaded.model, len(parts.clients), recipe.seed, gaussian=recipe.lora.init_lora_weights == "gaussian"
     )
+    if recipe.lora.init is not None:
+        adapters |= begun_with(recipe, parts.task, loaded, adapters)
     rounds = torch.zeros(len(parts.clients), dtype=torch.int64)
     memory = parts.algorithm.init(adapters, standing(parts.clients, rounds))
     memory |= best.begun(adapters) if recipe.evaluate.load_best else {}
@@ -212,7 +214,9 @@ def agreed(run: Built) -> dict[str, str]:
         "edges": digest(job.graph),
         "graph": json.dumps(graph, sort_keys=True),
         "labels": short(run.labels),
-        "lora": json.dumps(recipe.lora.model_dump(exclude={"lora_dropout"}, exclude_defaults=True), sort_keys=True),
+        "lora": json.dumps(
+            recipe.lora.model_dump(exclude={"lora_dropout", "init"}, exclude_defaults=True), sort_keys=True
+        ),
         "rounds": str(recipe.rounds),
         "seed": str(recipe.seed),
         "task": short({part: run.asked[part] for part in ("form", "words", "templates", "of") if run.asked[part]}),
@@ -223,9 +227,12 @@ def _unusual(run: Built) -> dict[str, str]:
     """Return what peers must agree on where it isn't as in every run: bound, modifiers, other code, what travels."""
     recipe, job = run.resolved, run.job
     found = {} if recipe.network.bound else {"bound": "off"}
-    if run.job.model.taken:  # a layer without it is the same for either sign of its vectors
+    begun = job.model.taken  # a layer without it is the same for either sign of its vectors
+    if recipe.lora.init is not None:
+        begun = {name: x[0] for name, x in job.state.adapters.items()}
+    if begun:
         start = sha256()
-        for name, x in sorted(run.job.model.taken.items()):
+        for name, x in sorted(begun.items()):
             start.update(name.encode() + x.float().cpu().contiguous().numpy().data)
         found["start"] = start.hexdigest()[:16]
     if recipe.modifiers:

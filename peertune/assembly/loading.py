@@ -1,20 +1,22 @@
 """The second step of `build`: a base with sites for the clients' adapters, and how much goes through it together."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from peertune.adapters.existing import read_adapter
 from peertune.adapters.matching import match_names
 from peertune.adapters.peft_format import LoraConfig, TaskType, find_sites
 from peertune.adapters.stacked import Forward, StackedModel, attach
 from peertune.data.images import prompts
 from peertune.errors import DataError, RecipeError
 from peertune.memory import map_tensors_alone
-from peertune.models.load import Base, Purpose, load_base, pick_device, pick_dtype
+from peertune.models.load import MODELS, Base, Purpose, load_base, pick_device, pick_dtype
 from peertune.recipe import Recipe
-from peertune.types import Task
+from peertune.types import Task, Tensors
 
 TOKENS_PER_PASS = {"cpu": 1536, "cuda": 65536}
 """Tokens that go through the base together where the recipe leaves it open: enough to fill the device, few enough to
@@ -67,6 +69,29 @@ def load(recipe: Recipe, task: Task, *, planned: bool = False) -> Loaded:
     if recipe.training.gradient_checkpointing:
         map_tensors_alone()  # who computes twice to save memory has no use for a heap with holes
     return Loaded(base, model, lora, device, dtype, _tokens_per_pass(recipe, base, device))
+
+
+def begun_with(recipe: Recipe, task: Task, loaded: Loaded, adapters: Tensors) -> Tensors:
+    """Return for clients with such adapters the one of `lora.init`, and give the base that one's head, **in place**.
+
+    Raises what `read_adapter` raises.
+    """
+    folder, name, head = Path(recipe.lora.init or "").expanduser(), recipe.model.name, loaded.base.head
+    found = read_adapter(
+        folder,
+        adapters,
+        head,
+        base=(name, str(MODELS.get(name, name))),
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.lora_alpha,
+        classes=task.classes,
+    )
+    for own in head.keys() & found.keys():
+        head[own].copy_(found[own])
+    named = {key: key.removesuffix(".head") for key in adapters}
+    return {
+        key: found[named[key]].to(x.device, x.dtype).expand_as(x) for key, x in adapters.items() if named[key] in found
+    }
 
 
 def clients_together(recipe: Recipe) -> int:

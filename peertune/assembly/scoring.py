@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from peertune.assembly.encoding import encode_test
 from peertune.assembly.evaluation import build_evaluation
-from peertune.assembly.loading import load
+from peertune.assembly.loading import begun_with, load
 from peertune.assembly.registry import build_task
 from peertune.errors import RecipeError
 from peertune.recipe import Recipe
@@ -30,6 +30,8 @@ def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], averag
     need = {f"{name}.{factor}" for name in loaded.model.sites for factor in "AB"}
     if lacking := need - adapters.keys():
         raise RecipeError(f"lora.target_modules: the run has no {min(lacking)}; give the run's own recipe")
+    if recipe.lora.init is not None:  # the head that the clients began with, and that is the base's where it is frozen
+        begun_with(recipe, task, loaded, adapters)
     encoded = encode_test(recipe, task, loaded.base)
     evaluate, device = build_evaluation(recipe, task, loaded, encoded, peer=True), loaded.base.model.device
 

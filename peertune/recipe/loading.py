@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from peertune.deprecation import CHOICES, KEYS, tell
 from peertune.errors import RecipeError, unknown
 from peertune.recipe.hints import explain
-from peertune.recipe.schema import Evaluate, Recipe, Training
+from peertune.recipe.schema import Evaluate, Lora, Recipe, Training
 from peertune.recipe.text import NOT_YAML, read_yaml
 
 
@@ -122,11 +122,8 @@ def _without_effect(recipe: Recipe) -> str | None:
         )
     if shape == "cosine_with_min_lr" and len(given) != 1:
         return "training.lr_scheduler_kwargs: cosine_with_min_lr falls to min_lr or min_lr_rate; give one of the two"
-    if recipe.lora.layers_to_transform is not None and isinstance(recipe.lora.target_modules, str):
-        return (
-            "lora.layers_to_transform: goes with a list of lora.target_modules, which is the expression "
-            f"{recipe.lora.target_modules!r}; give a list, or put the numbers in the expression"
-        )
+    if (idle := _without_effect_on_adapters(recipe.lora)) is not None:
+        return idle
     if span == "round" and (recipe.training.lr_scheduler_type == "constant" and not recipe.training.warmup_steps):
         return "training.lr_scheduler_span: a rate that is constant has none; give lr_scheduler_type, or leave it out"
     for key in ("rows", "fold"):
@@ -148,6 +145,17 @@ def _without_effect(recipe: Recipe) -> str | None:
             )
     if recipe.evaluate.top_p < 1 and not recipe.evaluate.temperature:
         return "evaluate.top_p: at evaluate.temperature 0 nothing is sampled; give a temperature, or leave top_p out"
+    return None
+
+
+def _without_effect_on_adapters(lora: Lora) -> str | None:
+    if lora.init is not None and lora.init_lora_weights is not True:
+        return f"lora.init_lora_weights: {lora.init_lora_weights} is one start, and lora.init another; leave one out"
+    if lora.layers_to_transform is not None and isinstance(lora.target_modules, str):
+        return (
+            "lora.layers_to_transform: goes with a list of lora.target_modules, which is the expression "
+            f"{lora.target_modules!r}; give a list, or put the numbers in the expression"
+        )
     return None
 
 

@@ -87,6 +87,7 @@ class Lora(_Block):
     layers_to_transform: list[Annotated[int, Field(ge=0)]] | None = None  # numbers of the base's layers; null: all
     # How A is drawn, where B is zero; or which part of each layer both are, taken out of it.
     init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = True
+    init: str | None = None  # the folder of an adapter, in PEFT's format, that all clients begin with
 
 
 class SchedulerKwargs(_Block):

@@ -1,0 +1,128 @@
+"""An adapter that is there already, in PEFT's format, as the clients' start.
+
+Nothing but JSON and safetensors is read, and no tensor before its name, shape and type are known to fit.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from peertune.errors import ModelError
+from peertune.types import Tensors, kind
+
+_PREFIX = "base_model.model."
+_FACTORS = {"A": "lora_A.weight", "B": "lora_B.weight"}
+_OTHERWISE = {
+    "use_rslora": "its scale is lora_alpha / sqrt(r)",
+    "use_dora": "it has DoRA's magnitudes",
+    "rank_pattern": "its ranks differ from layer to layer",
+    "alpha_pattern": "its scales differ from layer to layer",
+    "layer_replication": "it repeats layers of the base",
+}
+"""What PEFT can make of an adapter that no recipe can → why."""
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Starts of PEFT's that change the base: saved as they are, such adapters fit no base that is published."""
+
+
+def read_adapter(
+    folder: Path,
+    like: Tensors,
+    head: Mapping[str, Tensor],
+    *,
+    base: Sequence[str],
+    r: int,
+    lora_alpha: float,
+    classes: Sequence[str],
+) -> Tensors:
+    """Return the adapter in a folder: `<site>.A [r, d_in]`, `<site>.B [d_out, r]`, and its part of the head, by name.
+
+    `like` has the tensors of clients, `[K, …]`, whose sites, ranks and sizes must be the same. `head` is the base's,
+    by name. `base` are names of the base, of which the adapter must have one; of a folder the last part counts.
+
+    Raises ModelError, with both values, for an adapter of another base, rank, scale or set of layers, for one that is
+    more than factors and a head, and for one that is damaged or not finite.
+    """
+    where = f"lora.init: {folder}"
+    config = _config(where, folder)
+    _check(where, config, base, r, lora_alpha)
+    labels = folder / "labels.json"
+    if labels.exists() and (said := json.loads(labels.read_text(encoding="utf-8"))) != list(classes):
+        raise ModelError(f"{where}: its classes are {said}, and the task's {list(classes)}; give both in one order")
+    factors = {f"{_PREFIX}{name[:-1]}{_FACTORS[kind(name)]}": name for name in like if kind(name) in _FACTORS}
+    heads = {f"{_PREFIX}{name}": name for name in head}
+    shapes = {key: tuple(like[name].shape[1:]) for key, name in factors.items()}
+    shapes |= {key: tuple(head[name].shape) for key, name in heads.items()}
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            there = list(file.keys())
+            _check_names(where, set(there), set(factors), set(heads))
+            for key in there:
+                part = file.get_slice(key)
+                if tuple(part.get_shape()) != shapes[key]:
+                    raise ModelError(f"{where}: {key} is {tuple(part.get_shape())}, and the recipe's {shapes[key]}")
+                if part.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                    raise ModelError(f"{where}: {key} is of type {part.get_dtype()}; give one in floating point")
+            found = {(factors | heads)[key]: file.get_tensor(key) for key in there}
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{where}: has no readable adapter_model.safetensors ({reason}); give what PEFT saved"
+        ) from None
+    if odd := next((name for name, x in found.items() if not bool(x.isfinite().all())), None):
+        raise ModelError(f"{where}: {odd} holds numbers that are not finite; give another")
+    return found
+
+
+def _config(where: str, folder: Path) -> Mapping[str, Any]:
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise ModelError(f"{where}: has no readable adapter_config.json; give a folder that PEFT saved") from None
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind_of = config.get("peft_type") if isinstance(config, dict) else None
+        raise ModelError(f"{where}: is of the kind {kind_of}, and adapters here are LORA; give such a one")
+    return config
+
+
+def _check(where: str, config: Mapping[str, Any], base: Sequence[str], r: int, lora_alpha: float) -> None:
+    """Raise ModelError where the configuration is of another adapter than the recipe's."""
+    said = str(config.get("base_model_name_or_path"))
+    names = {part for name in base for part in (name, Path(name).name if Path(name).is_dir() else name)}
+    if said not in names and Path(said).name not in names:
+        raise ModelError(f"{where}: its base is {said}, and model.name is {base[0]}; give an adapter of this base")
+    for key, own in {"r": r, "lora_alpha": lora_alpha}.items():
+        if config.get(key) != own:
+            raise ModelError(f"{where}: its {key} is {config.get(key)}, and lora.{key} is {own:g}; give both alike")
+    for key, why in _OTHERWISE.items():
+        if config.get(key):
+            raise ModelError(f"{where}: {why} ({key}), which no recipe can say; give one without")
+    if config.get("bias", "none") != "none":
+        raise ModelError(f"{where}: it has biases of its own (bias), which no recipe can say; give one without")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_OTHER_BASES):
+        raise ModelError(
+            f"{where}: it is over a base that {start} changed; save it with path_initial_model_for_weight_conversion"
+        )
+
+
+def _check_names(where: str, there: set[str], factors: set[str], heads: set[str]) -> None:
+    """Raise ModelError where a file's names are not those of all factors, and of whole modules of the head."""
+
+    def first(names: set[str]) -> str:
+        return min(names).removeprefix(_PREFIX)
+
+    if lacking := factors - there:
+        raise ModelError(f"{where}: lacks {first(lacking)}, which lora.target_modules has; give both the same layers")
+    if more := there - factors - heads:
+        raise ModelError(f"{where}: has {first(more)}, which lora.target_modules lacks; give both the same layers")
+    roots = {_root(key) for key in there & heads}
+    if part := {key for key in heads - there if _root(key) in roots}:
+        raise ModelError(f"{where}: has a part of the head, and lacks {first(part)}; give all of it, or none")
+
+
+def _root(key: str) -> str:
+    return key.removeprefix(_PREFIX).partition(".")[0]
