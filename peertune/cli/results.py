@@ -115,12 +115,14 @@ def report(
     """
     with messages():
         from peertune.api.runs import Runs
+        from peertune.report.judging import by_class
 
         found = Runs.open(*runs)
         file = out or runs[0] / "report.html"
         written = found.report(file, figures)
     if as_json:
-        print_json({"runs": [run.name for run in found], "written": [str(path) for path in written]})
+        classes = {run.name: by_class(run) for run in found}
+        print_json({"runs": [*classes], "written": [str(path) for path in written], "classes": classes})
     else:
         print(f"the report on {len(found)} run{'s' * (len(found) > 1)} is in {file}")
         if figures is not None:

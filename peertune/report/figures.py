@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from peertune.errors import RunError
-from peertune.report import comparisons, run_figures
+from peertune.report import comparisons, judging, run_figures
 from peertune.report.drawing import average, mean_loss, mean_score, metric, theme
 from peertune.report.runs import RunData
 
@@ -110,6 +110,12 @@ OF_A_RUN: Mapping[str, _Kind] = {
         "The best constant answer is the same for all rows: who scores no more has learnt nothing of them.",
         run_figures.score,
     ),
+    "others": _Kind(
+        "Other metrics by round",
+        "The same predictions by the task's other metrics, in the mean over the clients' own models. Dashed lines are "
+        "the best answers that are the same for all rows.",
+        judging.others,
+    ),
     "certainty": _Kind(
         "Certainty by round",
         "Whether the clients' own models know how sure they may be: the negative log-likelihood of the right class, "
@@ -133,6 +139,12 @@ OF_A_RUN: Mapping[str, _Kind] = {
         "METRIC of each client",
         "One row for each client, one column for each evaluated round; a row that stays dark is a client left behind.",
         run_figures.clients,
+    ),
+    "confusion": _Kind(
+        "Which class was taken for which",
+        "At the last evaluation, the answers of all clients' own models together: a row for each class, a column for "
+        "each prediction, as shares of the class. Off the diagonal are mistakes; point at a field for its count.",
+        judging.confusion,
     ),
     "graph": _Kind(
         "Who met whom",

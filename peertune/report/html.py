@@ -24,8 +24,18 @@ from peertune.errors import RunError
 from peertune.report.drawing import metric, theme
 from peertune.report.figures import Figure, of_a_run, of_runs
 from peertune.report.findings.finding import Finding
+from peertune.report.judging import by_class
+from peertune.report.pairing import Row
 from peertune.report.runs import RunData, settings
-from peertune.report.tables import compared, grouped, measured, summarise
+from peertune.report.tables import (
+    MEASURES,
+    by_metric,
+    cells,
+    compared,
+    grouped,
+    measured,
+    summarise,
+)
 from peertune.report.verdict import ordered, verdicts
 from peertune.rounds.patience import ended_early
 
@@ -33,9 +43,13 @@ MARKS = {"problem": "✕ Problem", "notice": "! Notice", "good": "✓ Good"}
 """Severity → how it is marked, the gravest first; never by colour alone."""
 
 
-_SCORES = ("mean", "min", "best", "own", "average", "best_average")
+_SCORES = ("mean", "constant", "min", "best", "own", "own_constant", "average", "best_average")
 _SHOWN = (*_SCORES, "consensus_error_A", "consensus_error_B", "cross_term", "megabytes_sent", "seconds")
 """Columns of the table that compares runs, of those that any of them has."""
+
+
+MOST_UNFOLDED = 20
+"""Classes up to which their table is open."""
 
 
 def page(runs: Sequence[RunData], findings: Mapping[str, Sequence[Finding]]) -> str:
@@ -114,7 +128,7 @@ def _run(run: RunData, findings: Sequence[Finding]) -> str:
     environment = json.dumps(run.environment, indent=2, ensure_ascii=False)
     none_yet = "" if run.records else '<p class="soft">No round is finished yet.</p>'
     return (
-        f"{_facts(run)}{none_yet}{_listed('Findings', found)}{_peers(run)}"
+        f"{_facts(run)}{none_yet}{_scores(run)}{_listed('Findings', found)}{_peers(run)}{_classes(run)}"
         f"<h2>Figures</h2><p class='soft'>The first round is round 0.</p>{_grid(of_a_run(run), run.name)}"
         f"<h2>How it was made</h2><p class='soft'>{escape(str(run.folder))}</p>"
         f"<details><summary>Recipe, as resolved</summary><pre>{escape(recipe)}</pre></details>"
@@ -126,7 +140,7 @@ def _facts(run: RunData) -> str:
     """Return the run in a few words and numbers."""
     values, row = settings(run), summarise(run.records)
     graph, peers = run.facts.get("graph", {}), run.facts.get("peers", [])
-    measured = str(row.get("metric", "")).replace("_", " ")
+    measured = _words(row.get("metric", ""))
     spread = f" ({row['min']:.3f} – {row['max']:.3f})" if measured and len(peers) != 1 else ""
     facts = {
         "method": values.get("algorithm.name"),
@@ -149,6 +163,40 @@ def _facts(run: RunData) -> str:
     told = {key: escape(str(value)) for key, value in facts.items() if value is not None}
     pairs = "".join(f"<div><dt>{escape(key)}</dt><dd>{value}</dd></div>" for key, value in told.items())
     return f'<dl class="facts">{pairs}</dl>'
+
+
+def _scores(run: RunData) -> str:
+    """Return a row for each metric: the clients' own models, the averaged adapter, and constant answers beside them."""
+    row = summarise(run.records)
+    if "metric" not in row:
+        return ""
+    rows = [{**one, "metric": _words(one["metric"])} for one in (row, *row.get("also", ()))]
+    columns = {key: MEASURES[key] for key in (*_SCORES, "max") if key in row}
+    lines = cells(rows, {"metric": "metric", **columns})
+    return f"<h2>Scores</h2>{_rows(lines, 'Scores')}" + (
+        '<p class="soft">At the last evaluation. constant: the best answer that is the same for all rows, on the same '
+        "rows; best: the best mean of all rounds; own: on held-out rows of their own</p>"
+    )
+
+
+def _words(metric: object) -> str:
+    return str(metric).replace("_", " ")
+
+
+def _classes(run: RunData) -> str:
+    """Return a row for each class, folded away where they are many."""
+    found = by_class(run)
+    if not found:
+        return ""
+    columns = {"class": "class", "answers": "answers", "precision": "precision", "recall": "recall", "f1": "F1"}
+    table = _rows(cells(found, columns | {"mistaken": "most often mistaken for"}), "Classes")
+    if len(found) > MOST_UNFOLDED:
+        table = f"<details><summary>{len(found)} classes</summary>{table}</details>"
+    return f"<h2>Classes</h2>{table}" + (
+        '<p class="soft">At the last evaluation, the answers of all clients\' own models together. answers: how many '
+        "were given to rows of the class; precision: of the answers that named it, how many were right; recall: of its "
+        "rows, how many were named; F1: the harmonic mean of both</p>"
+    )
 
 
 def _rounded(value: float | None) -> str | None:
@@ -193,11 +241,17 @@ def _peers(run: RunData) -> str:
 def _table(runs: Sequence[RunData]) -> str:
     """Return a row for each setting, as `peertune compare` tells it."""
     rows = ordered(grouped(runs))
-    there = measured(rows)
+
+    def shown(some: Sequence[Row], label: str) -> str:
+        there = measured(some)
+        return _rows(compared(some, [key for key in _SHOWN if key in there]), label)
+
+    others = "".join(f"<h3>{escape(_words(name))}</h3>{shown(alike, name)}" for name, alike in by_metric(rows))
     judged = "".join(f"<li>{escape(str(verdict))}</li>" for verdict in verdicts(rows))
     told = f"<ul>{judged}</ul>" if judged else ""
-    return f"{told}{_rows(compared(rows, [key for key in _SHOWN if key in there]), 'All settings')}" + (
+    return f"{told}{shown(rows, 'All settings')}{others}" + (
         '<p class="soft">Mean ± standard deviation over seeds. mean, min: the clients\' own models at the end; '
+        "constant: the best answer that is the same for all rows, on the same rows; "
         "best: the best mean of all rounds; own: on held-out rows of their own; average: the averaged adapter, best "
         "average: at its best; Δ_A, Δ_B: how far the clients' factors are from their mean at the end; cross: what "
         "averaging factors leaves out of the product; MB: sent by a client in the whole run; s: seconds</p>"

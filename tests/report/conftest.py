@@ -21,7 +21,7 @@ def make(
     activation: float = 0.3,
     seed: int = 0,
     metric: str = "accuracy",
-    also: tuple[str, ...] = (),
+    also: tuple[str, ...] = ("macro_f1",),
     labels: tuple[str, ...] = ("no", "yes", "perhaps"),
 ) -> RunData:
     """Make a run up, in all that `facts.json` and `rounds.jsonl` hold; `every=0` is one without evaluations."""
@@ -132,6 +132,7 @@ def _records(
                     "heard_ensemble": (scores / 2).tolist(),
                     "constant": 0.0 if metric == "pearson" else 0.5,
                     "own_constant": [],
+                    "best_rounds": [],
                     "confusion": [] if metric == "pearson" else _counts(scores).tolist(),
                     "also": [],
                 }

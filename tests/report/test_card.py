@@ -46,11 +46,12 @@ def test_a_card_says_what_the_records_say(run: RunData) -> None:
     assert "- the best answer that is the same for all rows: 0.500" in text
     assert about["base_model"] == "lab/base"
     assert (about["library_name"], about["pipeline_tag"]) == ("peft", "text-classification")
-    assert about["metrics"] == ["accuracy"]
+    assert about["metrics"] == ["accuracy", "macro_f1"]
     assert about["tags"] == ["peertune", "lora", "federated-learning", "tad_lora"]
     assert "datasets" not in about
     (result,) = about["model-index"][0]["results"]
-    assert result["metrics"] == [{"type": "accuracy", "value": final["average"]}]
+    by_metric = {"accuracy": final["average"], "macro_f1": final["also"][0]["average"]}
+    assert result["metrics"] == [{"type": name, "value": score} for name, score in by_metric.items()]
     assert "the average of all clients, trained with peertune by 6 clients in a simulation" in text
     assert "[lab/base](https://huggingface.co/lab/base) at `abc123`" in text
     assert "rank 4, `lora_alpha` 8, in `query`, `value`; 100 parameters, head frozen" in text
@@ -108,7 +109,7 @@ def test_the_hubs_data_are_named(run: RunData) -> None:
 def test_a_peer_tells_of_itself_alone(run: RunData) -> None:
     (run.folder / "facts.json").write_text(json.dumps(run.facts | {"peer": {"client": 2}}))
     partition = run.facts["partition"] | {"rows": [[5, 6, 7]]}
-    evaluation = run.records[-1]["evaluation"] | {"clients": [0.75], "average": None}
+    evaluation = run.records[-1]["evaluation"] | {"clients": [0.75], "average": None, "also": []}
     record = run.records[-1] | {"clients": [2], "evaluation": evaluation, "bytes_sent": [1]}
     own = replace(run, facts=run.facts | {"partition": partition, "peer": {"client": 2}}, records=[record])
     _, text = read(card(own, "films", 2, 12, None))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from peertune.errors import RunError
+from peertune.report import judging
 from peertune.report.comparisons import by_round
 from peertune.report.drawing import METHOD_COLOURS, mean_score
 from peertune.report.figures import OF_A_RUN, of_a_run, of_runs, write_figures
@@ -51,7 +52,7 @@ def test_scores_are_the_records_own(make_run: Any) -> None:
     third = lines.y[lines.customdata == 3]
     assert third[:-1] == pytest.approx([record["evaluation"]["clients"][3] for record in evaluated])
     assert np.isnan(third[-1])
-    assert trace(figure, "always the commonest class").y[0] == 0.5
+    assert trace(figure, "best constant answer").y[0] == 0.5
 
 
 def test_ensembles_and_certainty_have_curves_where_they_are_judged(make_run: Any) -> None:
@@ -77,6 +78,49 @@ def test_the_constant_answer_has_lines_where_it_is_scored(make_run: Any) -> None
     assert trace(drawn(run)["score"], "best constant answer, own rows").y == (0.625, 0.625)
     run.records[-1]["evaluation"] |= {"own_constant": [], "constant": None}
     assert "best constant answer" not in [each.name for each in drawn(run)["score"].data]
+
+
+def test_which_class_was_taken_for_which_is_drawn_by_name_as_shares_of_each_class(make_run: Any) -> None:
+    run = make_run(labels=("no", "no <b>", "perhaps"))
+    (heat,) = drawn(run)["confusion"].data
+    counts = np.array(run.records[-1]["evaluation"]["confusion"])
+    assert heat.customdata.tolist() == counts.tolist()
+    assert heat.z == pytest.approx(counts / counts.sum(1, keepdims=True), abs=1e-4)
+    assert list(heat.x) == list(heat.y) == ["no", "no &lt;b&gt;", "perhaps"]
+    long = drawn(make_run(labels=(f"{'x' * 80}1", f"{'x' * 80}2", "c")))["confusion"].data[0]
+    assert len({*long.x}) == 3, "cut to the same, they would share a row"
+
+
+def test_other_metrics_have_curves_beside_their_constant_answers(make_run: Any) -> None:
+    run = make_run(also=("macro_f1", "f1 of no"))
+    for metric in (0, 1):
+        for record in run.records:
+            if record["evaluation"]:
+                record["evaluation"]["also"][metric]["own_constant"] = [0.25, 0.75]
+    run.records[-1]["evaluation"]["also"][1]["constant"] = None
+    figure, last = drawn(run)["others"], run.records[-1]["evaluation"]["also"]
+    for metric, level in zip(last, (0.3, 0.5), strict=True):
+        name = metric["metric"].replace("_", " ")
+        assert trace(figure, name).y[-1] == pytest.approx(np.mean(metric["clients"]))
+        assert trace(figure, f"{name}, constant answer").y[-1] == level
+
+
+def test_what_was_made_of_each_class_is_told_by_its_name(make_run: Any) -> None:
+    run = make_run(clients=1)
+    run.records[-1]["evaluation"]["confusion"] = [[8, 2, 0], [0, 5, 5], [0, 0, 0]]
+    first, second, third = judging.by_class(run)
+    assert first == {
+        "class": "no",
+        "answers": 10,
+        "precision": 1.0,
+        "recall": 0.8,
+        "f1": pytest.approx(16 / 18),
+        "mistaken": "yes",
+    }
+    assert (second["precision"], second["recall"], second["mistaken"]) == (5 / 7, 0.5, "perhaps")
+    assert third == dict.fromkeys(first, 0.0) | {"class": "perhaps", "answers": 0, "mistaken": None}
+    run.records[-1]["evaluation"]["confusion"] = []
+    assert judging.by_class(run) == []
 
 
 def test_phases_are_shaded_where_factors_train_in_turn_and_only_there(make_run: Any) -> None:
@@ -143,9 +187,9 @@ def test_traffic_is_cumulative_over_all_rounds(make_run: Any) -> None:
     ("changed", "missing"),
     [
         ({"rounds": 0}, set(OF_A_RUN) - {"partition"}),
-        ({"every": 0}, {"score", "certainty", "clients", "traffic"}),
+        ({"every": 0}, {"score", "others", "certainty", "clients", "confusion", "traffic"}),
         ({"method": "local", "switch_every": None}, {"graph", "traffic", "contraction"}),
-        ({"metric": "pearson"}, set()),
+        ({"metric": "pearson", "also": ()}, {"others", "confusion"}),
         ({"clients": 1}, {"clients", "graph", "traffic"}),
     ],
 )

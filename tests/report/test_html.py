@@ -193,7 +193,10 @@ def test_a_sweep_compares_first_and_shows_the_run_that_is_chosen(look: Any, make
     found = seen.colours()
     assert list(found)[: len(OF_RUNS)] == list(OF_RUNS)
     assert min(found.values()) > 50, found
-    assert seen.page.locator("tbody tr").count() == 4
+    for label in ("All settings", "macro_f1"):
+        assert seen.page.locator(f"[aria-label='{label}'] tbody tr").count() == 4
+    assert seen.page.locator(".run:visible [aria-label=Scores] tbody tr").count() == 2
+    assert seen.page.locator(".run:visible [aria-label=Classes] tbody tr").count() == 3
     assert "Two clients never met." in seen.page.locator(".findings").first.inner_text()
     assert seen.page.locator(".run:visible").count() == 1
     seen.page.select_option("#choice", label=runs[3].name)

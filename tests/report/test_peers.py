@@ -134,7 +134,7 @@ def test_one_peer_is_drawn_as_the_client_that_it_is(make_run: Any, tmp_path: Pat
     (found,) = find_runs([write(tmp_path / "mine", run, 3)])
     assert found.name == "mine"
     figures = {figure.name: figure.figure for figure in of_a_run(found)}
-    assert figures.keys() == {"score", "certainty", "loss", "graph", "partition", "traffic"}
+    assert figures.keys() == {"score", "others", "certainty", "loss", "confusion", "graph", "partition", "traffic"}
     assert all(list(bar.x) == [3] for bar in figures["partition"].data)
     assert figures["score"].data[0].name == "client 3"
     nodes = figures["graph"].data[2]
