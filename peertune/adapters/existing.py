@@ -47,10 +47,9 @@ def read_adapter(
     more than factors and a head, and for one that is damaged or not finite.
     """
     where = f"lora.init: {folder}"
-    config = _config(where, folder)
+    config = _read(where, folder, "adapter_config.json")
     _check(where, config, base, r, lora_alpha)
-    labels = folder / "labels.json"
-    if labels.exists() and (said := json.loads(labels.read_text(encoding="utf-8"))) != list(classes):
+    if (folder / "labels.json").exists() and (said := _read(where, folder, "labels.json")) != list(classes):
         raise ModelError(f"{where}: its classes are {said}, and the task's {list(classes)}; give both in one order")
     factors = {f"{_PREFIX}{name[:-1]}{_FACTORS[kind(name)]}": name for name in like if kind(name) in _FACTORS}
     heads = {f"{_PREFIX}{name}": name for name in head}
@@ -77,19 +76,18 @@ def read_adapter(
     return found
 
 
-def _config(where: str, folder: Path) -> Mapping[str, Any]:
+def _read(where: str, folder: Path, name: str) -> Any:
     try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        return json.loads((folder / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise ModelError(f"{where}: has no readable adapter_config.json; give a folder that PEFT saved") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind_of = config.get("peft_type") if isinstance(config, dict) else None
-        raise ModelError(f"{where}: is of the kind {kind_of}, and adapters here are LORA; give such a one")
-    return config
+        raise ModelError(f"{where}: has no readable {name}; give a folder that PEFT saved") from None
 
 
-def _check(where: str, config: Mapping[str, Any], base: Sequence[str], r: int, lora_alpha: float) -> None:
+def _check(where: str, config: Any, base: Sequence[str], r: int, lora_alpha: float) -> None:
     """Raise ModelError where the configuration is of another adapter than the recipe's."""
+    kind_of = config.get("peft_type") if isinstance(config, dict) else None
+    if kind_of != "LORA":
+        raise ModelError(f"{where}: is of the kind {kind_of}, and adapters here are LORA; give such a one")
     said = str(config.get("base_model_name_or_path"))
     names = {part for name in base for part in (name, Path(name).name if Path(name).is_dir() else name)}
     if said not in names and Path(said).name not in names:

@@ -134,7 +134,8 @@ def _evaluated(recipe: Recipe, parts: Parts, encoded: EncodedTask) -> list[int]:
 
 def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> Job:
     """Put together what an engine runs."""
-    state = _start(recipe, parts, loaded, optim := build_optim(recipe))  # first, since the base may get another head
+    optim = build_optim(recipe)
+    state = _start(recipe, parts, loaded, optim)  # first, since the base may get another head
     model, algorithm, training = loaded.model, parts.algorithm, recipe.training
     bound = None
     if recipe.network.bound and not loaded.planned:

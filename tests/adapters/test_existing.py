@@ -133,6 +133,7 @@ def first(found: dict[str, Tensor], part: str) -> str:
         (config(bias="all"), "it has biases of its own"),
         (config(init_lora_weights="pissa_niter_4"), "it is over a base that pissa_niter_4 changed"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "no readable adapter_config.json"),
+        (lambda folder: (folder / "labels.json").write_text("{"), "no readable labels.json"),
         (lambda folder: (folder / WEIGHTS).rename(folder / "adapter_model.bin"), f"no readable {WEIGHTS}"),
         (lambda folder: (folder / WEIGHTS).write_bytes(b"x" * 99), f"no readable {WEIGHTS}"),
         (tensors(lambda x: x.pop(first(x, "lora_A"))), r"lacks vit\..*lora_A\.weight, which lora\.target_modules has"),
