@@ -71,7 +71,8 @@ def score(
         named = {"run": run.name, "folder": str(run), "round": state.round}
         print_json(named | told | ({"also": also} if also else {}))
     else:
-        where = f"{found.rows:,} test rows, after {state.round} rounds"
+        best_of = f", clients' best adapters from after {min(rounds) + 1} to {max(rounds) + 1}" if rounds else ""
+        where = f"{found.rows:,} test rows, after {state.round} rounds{best_of}"
         print("\n".join(f"{metric['metric']} on {where}\n\n{_lines(metric, clients)}" for metric in (told, *also)))
 
 

@@ -33,8 +33,14 @@ class Splits(NamedTuple):
     def wanted(self, where: str, there: Collection[str]) -> list[tuple[str, ...]]:
         """Return what is to be read of the splits that are `there`: each under any of some names.
 
-        Raises DataError where rows of `train` are to validate, and there is a split for it.
+        Raises DataError where rows of `train` are to validate, and there is a split for it, or where none validates.
         """
+        left_open = self.share is None and self.validation[0] == "validation"
+        if left_open and self.train in there and not any(name in there for name in self.validation):
+            raise DataError(
+                f"{where}: there is no split validation to validate on, but {', '.join(sorted(there))}; name another, "
+                f"or have rows of {self.train} validate by validation_split=0.1"
+            )
         test = self.validation if self.test in self.validation else (self.test,) if self.test is not None else None
         idle = None if self.share is None else next((name for name in self.validation if name in there), None)
         if idle is not None and test != self.validation:

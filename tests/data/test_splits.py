@@ -88,7 +88,7 @@ def test_images_are_dealt_before_shots_are_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({}, "holds none of validation.parquet"),
+        ({}, "no split validation to validate on, but dev, train; name another, or have rows of train"),
         ({"validation_split": 0.1, "validation": "dev"}, "validation=dev and validation_split say both"),
         ({"validation_split": 0.1, "test": "train"}, "test is train, whose rows train; give test a split of its own"),
         ({"validation": "dev", "test": "dev"}, "test is dev, whose rows validate"),

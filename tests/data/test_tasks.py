@@ -355,7 +355,8 @@ def test_a_data_set_of_the_hub_brings_its_own_numbering(monkeypatch: pytest.Monk
     assert task.classes == ("yes", "no")
     assert task.train.labels.tolist() == [0, 1]
     with pytest.raises(
-        DataError, match=r"^task text/some/data: split: unknown name 'validation', choose from test, train"
+        DataError,
+        match=r"^task text/some/data: there is no split validation to validate on, but test, train; name another, or",
     ):
         text(["text"], "label", id="some/data")
 
