@@ -1,7 +1,7 @@
 """From a recipe to a job that an engine runs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -158,6 +158,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         optim=optim,
         steps=steps,
         evaluate=build_evaluation(recipe, parts.task, loaded, encoded, parts.group, peer=parts.peer),
+        judge_own=_judge_own(recipe, parts, loaded, encoded) if recipe.evaluate.mixing else None,
         ensembles=build_ensembles(recipe, parts.task, loaded, encoded),
         state=state,
         clients=parts.clients,
@@ -171,6 +172,15 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         faults=parts.faults,
         group=parts.group,
     )
+
+
+def _judge_own(
+    recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask
+) -> Callable[[Tensors, Sequence[int]], list[float]]:
+    """Return what scores adapters `[K, …]` on the rows that their clients hold out: as evaluation on these alone."""
+    alone = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"on": "own", "ensemble": False})})
+    judge = build_evaluation(alone, parts.task, loaded, encoded, parts.group, peer=parts.peer)
+    return lambda adapters, clients: judge(adapters, clients).own
 
 
 def _start(recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim) -> State:

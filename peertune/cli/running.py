@@ -163,6 +163,14 @@ def _free(folder: Path) -> Path:
     return next(place for place in chain([folder], others) if not place.exists())
 
 
+_OF_OWN = {
+    "own_trained": "its own adapter as trained",
+    "own": "the one after mixing",
+    "own_heard": "the average of what its neighbours sent",
+}
+"""What a client judges on rows of its own → in words, in the order of the round."""
+
+
 def print_summary(folder: Path, as_json: bool, **more: object) -> None:
     """Print one row for the run; as JSON with what `more` there is to say."""
     from peertune.recipe import load_recipe
@@ -187,4 +195,7 @@ def print_summary(folder: Path, as_json: bool, **more: object) -> None:
             f"ended early, after {early.round + 1} rounds: no evaluation since that after {early.best + 1} had a "
             f"better mean (evaluate.patience={evaluate.patience})"
         )
+    if "best_of_own" in row:
+        told = ", ".join(f"{words} {row[key]:.3f}" for key, words in _OF_OWN.items())
+        print(f"on held-out rows of its own: {told}; best: {_OF_OWN[row['best_of_own']]}")
     print(f"records and adapters are in {folder}")

@@ -62,9 +62,14 @@ def trial(recipe: Recipe) -> Trial:
         train_local(job.model, part, [batches], phase, job.optim, at, job.algorithm.local)
         taken.append(time.perf_counter() - begun)
     begun = time.perf_counter()
-    seen = job.evaluate(take(part.adapters, slice(0, 1)), job.clients[:1])  # the client and the average of one
+    one = take(part.adapters, slice(0, 1))
+    seen = job.evaluate(one, job.clients[:1])  # the client and the average of one
     own = recipe.evaluate.on == "own"  # then on rows of its own, and no average
     evaluated = (time.perf_counter() - begun) / (1 if own else 2)
+    if job.judge_own is not None:  # what it has, and what it hears, before mixing
+        begun = time.perf_counter()
+        job.judge_own(one, job.clients[:1])
+        evaluated += 2 * (time.perf_counter() - begun)
     whole = seen.rows if own else min(recipe.evaluate.rows or sys.maxsize, sum(run.validation))
     return Trial(
         start_s=loaded - started,
@@ -117,7 +122,7 @@ def cost_key(recipe: Recipe) -> str:
     method = recipe.algorithm
     values["algorithm"] = method.name, method.settings.get("switch_every") == "adaptive"  # what trains and travels
     values["evaluate"] = [
-        values["evaluate"][key] for key in ("rows", "fold", "on", "held_out", "set_aside", "ensemble")
+        values["evaluate"][key] for key in ("rows", "fold", "on", "held_out", "set_aside", "ensemble", "mixing")
     ]
     if recipe.evaluate.on != "common":
         values["partition"] = recipe.partition.model_dump(mode="json")  # how many rows a client holds out

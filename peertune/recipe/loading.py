@@ -134,6 +134,8 @@ def _without_effect(recipe: Recipe) -> str | None:
             )
     if recipe.evaluate.on == "own" and recipe.evaluate.ensemble:
         return "evaluate.ensemble: is of rows that all have, and evaluate.on=own has none; leave it out, or give both"
+    if recipe.evaluate.on == "common" and recipe.evaluate.mixing:
+        return "evaluate.mixing: is of rows that clients hold out, and evaluate.on=common has none; give own or both"
     if recipe.evaluate.on == "common" and recipe.evaluate.held_out != Evaluate.model_fields["held_out"].default:
         return "evaluate.held_out: with evaluate.on=common nobody holds out rows; give own or both, or leave it out"
     if (aside := recipe.evaluate.set_aside) is not None:

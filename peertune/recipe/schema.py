@@ -154,6 +154,7 @@ class Evaluate(_Block):
     # after so many evaluations in which the clients' mean score did not improve a simulation ends; null: never
     patience: int | None = Field(None, ge=1)
     ensemble: bool = False  # whether the clients' probabilities are judged too, each client's and all together
+    mixing: bool = False  # whether clients judge on rows of their own what they had before mixing, too
     max_new_tokens: int = Field(256, ge=1)  # where the metric generates
     temperature: float = Field(0.0, ge=0)  # 0: always the likeliest token
     top_p: float = Field(1.0, gt=0, le=1)

@@ -14,7 +14,9 @@ log = logging.getLogger(__name__)
 
 Row = Mapping[str, Any]
 
-SCORES = ("mean", "best", "own", "average", "best_average", "ensemble", "heard_ensemble", "route", "nll", "ece")
+OWN = ("own", "own_trained", "own_heard")
+"""What a client judges on rows of its own: what it has after mixing, what it trained, the mean of what others sent."""
+SCORES = ("mean", "best", *OWN, "average", "best_average", "ensemble", "heard_ensemble", "route", "nll", "ece")
 """Measures of which paired differences are taken."""
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from peertune.data.scores import LOWER_IS_BETTER
 from peertune.errors import RunError, unknown
-from peertune.report.pairing import SCORES, Row, pair
+from peertune.report.pairing import OWN, SCORES, Row, pair
 from peertune.report.runs import RunData, different, settings, varying
 from peertune.rounds.patience import ended_early
 
@@ -19,6 +19,8 @@ MEASURES = {
     "best": "best",
     "own": "own",
     "own_constant": "own constant",
+    "own_trained": "own trained",
+    "own_heard": "own heard",
     "min": "min",
     "max": "max",
     "spread": "spread",
@@ -42,13 +44,14 @@ COLUMNS = {"run": "run", "metric": "metric", **MEASURES}
 _ON_THE_SCALE = (*SCORES, "constant", "own_constant", "min", "max", "spread", "worst_tenth")
 """Measures that are scores, or differences of some: what each of a run's metrics has."""
 LEGEND = """\
-mean, min, max: the clients' own models at the end; constant: the best answer that is the same for all rows, on the same
-rows; spread: the models' standard deviation; worst tenth: the mean of the worst tenth of them; best: the best mean of
-all rounds; own, own constant: on rows that each client held out for itself; average: the averaged adapter at the end,
-best average: at its best; ensemble: the mean of all clients' probabilities; heard ensemble: of a client's and those it
-heard; route: each row by the surest client; NLL, ECE: mean negative log-likelihood and calibration error of the
-clients' own models; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole
-run; s: seconds"""
+mean, min, max: the clients' own models at the end; constant: the best answer that is the same for all rows, on the
+same rows; spread: the models' standard deviation; worst tenth: the mean of the worst tenth of them; best: the best
+mean of all rounds; own, own constant: on rows that each client held out for itself; own trained, own heard: there, of
+the adapter before mixing and of the mean of what others sent; average: the averaged adapter at the end, best average:
+at its best; ensemble: the mean of all clients' probabilities; heard ensemble: of a client's and those it heard;
+route: each row by the surest client; NLL, ECE: mean negative log-likelihood and calibration error of the clients' own
+models; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole run; s:
+seconds"""
 _INTERVAL = "algorithm.switch_every"
 _AUTOMATIC = ("device", "model.dtype")
 """Keys in which runs of one recipe may differ, by machine."""
@@ -56,7 +59,7 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 """Keys in which runs may differ without being runs of different things."""
 
 
-_MEANS = ("own", "own_constant", "heard_ensemble", "nll", "ece")
+_MEANS = (*OWN, "own_constant", "heard_ensemble", "nll", "ece")
 """Lists of an evaluation of which a summary has the mean over clients."""
 SUMMARISED = ("clients", "bytes_sent", *(f"evaluation.{name}" for name in ("clients", "best_rounds", *_MEANS)))
 """Which lists of a record are looked at to summarise a run."""
@@ -71,7 +74,8 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     same for all rows scores on those rows. `best` is the best mean of all evaluations, in the round `best_round` (from
     0), and `best_average` the averaged adapter's best. All these are by the first metric; `also` has the same of each
     other one. Consensus errors and the cross term are those of the last round, traffic is a client's mean over the run,
-    seconds are the whole run's. `best_rounds`, where each client's best adapter is kept, says of which round each is.
+    seconds are the whole run's. `best_rounds`, where each client's best adapter is kept, says of which round each is,
+    and `best_of_own` which of `OWN` is best, where all were judged.
     """
     evaluated = [(record["round"], record["evaluation"]) for record in records if record["evaluation"]]
     row: dict[str, Any] = {"rounds": len(records)}
@@ -107,6 +111,8 @@ def _scores(evaluated: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any
         "best_round": best_round,
     }
     found |= {key: fmean(final[key]) for key in _MEANS if final.get(key)}
+    if all(key in found for key in OWN):
+        found["best_of_own"] = choose(OWN, key=found.__getitem__)  # of equals what it has
     found |= {"best_rounds": final["best_rounds"]} if final.get("best_rounds") else {}
     found |= {key: final[key] for key in ("constant", "ensemble", "route") if final.get(key) is not None}
     if "own_constant" in found and "constant" not in found:  # the clients were judged on rows of their own alone

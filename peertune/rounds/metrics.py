@@ -209,6 +209,30 @@ def entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return receivers, places, entries.values()[held]
 
 
+def heard_mean(own: Tensors, heard: Tensors, weights: Tensor, clients: Sequence[int], among: Sequence[int]) -> Tensors:
+    """Return for each of the K clients the mean of what it takes of others, factor by factor: `[K, …]`, as `own`.
+
+    `heard [H, …]` are of the clients `among`, `weights [K, H]`; whatever has a weight counts alike. Who takes nothing
+    of others has its own, and so it is with kinds that were not sent.
+    """
+    receivers, places, _ = entries(weights)
+    ours, theirs = (torch.tensor(numbers, device=weights.device) for numbers in (clients, among))
+    others = ours[receivers] != theirs[places]
+    receivers, places = receivers[others], places[others]
+    counts = torch.bincount(receivers, minlength=len(ours))
+    found = dict(own)
+    for name in own.keys() & heard.keys():
+        x = heard[name].flatten(1)
+        share = (1 / counts[receivers]).to(x.dtype)
+        takes = torch.sparse_coo_tensor(
+            torch.stack([receivers, places]), share, (len(ours), len(x)), check_invariants=False
+        )
+        mean = torch.sparse.mm(takes, x).view_as(own[name])
+        alone = (counts == 0).view(-1, *[1] * (mean.dim() - 1))
+        found[name] = torch.where(alone, own[name], mean)
+    return found
+
+
 def _clients(tensors: Tensors, group: Group) -> int:
     """Return how many clients there are in all processes together."""
     return int(group.add(torch.tensor(len(next(iter(tensors.values()))))))

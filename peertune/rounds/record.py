@@ -33,6 +33,10 @@ class Evaluation:
     heard_ensemble: list[float] = field(default_factory=list)
     # With `evaluate.load_best` [K], of which evaluated round each client's best adapter so far is, -1 for none
     best_rounds: list[int] = field(default_factory=list)
+    # With `evaluate.mixing`, on the rows of `own` [K]: of each client's adapter as it was trained, before mixing, and
+    # of the mean of the factors that others sent it; its own where it heard nobody, and of kinds that weren't sent
+    own_trained: list[float] = field(default_factory=list)
+    own_heard: list[float] = field(default_factory=list)
     # What the best answer that is the same for all rows scores on the common rows (the mean over peers whose rows
     # differ; None with `evaluate.on: own`), and [K] on the rows of `own`
     constant: float | None = None
@@ -55,7 +59,8 @@ class Evaluation:
         return replace(self, heard_ensemble=scores[0], also=also)
 
 
-SCORES_OF_CLIENTS = ("clients", "top_share", "own", "nll", "ece", "heard_ensemble", "best_rounds", "own_constant")
+_OWN = ("own", "own_trained", "own_heard", "own_constant")
+SCORES_OF_CLIENTS = ("clients", "top_share", *_OWN, "nll", "ece", "heard_ensemble", "best_rounds")
 """Lists of an evaluation that go by client."""
 
 

@@ -72,6 +72,8 @@ class Job:
     bound: Bound | None = None  # what may be mixed; None: everything
     # of the clients of some adapters [K, …], each with those it heard in a round: by metric, scores [K]
     ensembles: "Callable[[Tensors, Heard, Sequence[int]], list[list[float]]] | None" = None
+    # of some adapters [K, …] and whose they are: each one's score on its client's own rows [K]; None: nobody asks
+    judge_own: "Callable[[Tensors, Sequence[int]], list[float]] | None" = None
     most_loss: float = inf  # training to a mean loss above it counts as diverged
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
@@ -148,7 +150,9 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     rows = None if job.graph.rows is None else torch.from_numpy(job.graph.rows[list(clients)]).to(job.device)
     before = None if job.alone else metrics.before_mixing(select(state.adapters, phase.send), job.group, rows)
     watch.lap("metrics")
-    together = _together(job, state, clients, came._replace(weights=weights), watch) if due else []
+    mixed = came._replace(weights=weights)
+    together = _together(job, state, clients, mixed, watch) if due else []
+    own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
     _mix(job, state, came.tensors, weights, at, phase)
     state = state.at(t + 1)
     watch.lap("mix")
@@ -158,6 +162,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     evaluation = None
     if due:
         evaluation = job.evaluate(state.adapters, clients).with_heard(together)
+        evaluation = replace(evaluation, own_trained=own_trained, own_heard=own_heard)
         evaluation = replace(evaluation, best_rounds=best.keep(state, evaluation, t))
         watch.lap("evaluate")
     return state, RoundRecord(
@@ -274,6 +279,18 @@ def _together(job: Job, state: State, clients: Sequence[int], mixed: Heard, watc
     if job.ensembles is None:
         return []
     scores = job.ensembles(state.adapters, mixed, clients)
+    watch.lap("evaluate")
+    return scores
+
+
+def _on_own_rows(
+    job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: _Watch
+) -> tuple[list[float], list[float]]:
+    """Return the scores on its own rows of what each client trained, and of the mean of what others sent it."""
+    if job.judge_own is None:
+        return [], []
+    heard = metrics.heard_mean(state.adapters, mixed.tensors, mixed.weights, clients, mixed.clients)
+    scores = job.judge_own(state.adapters, clients), job.judge_own(heard, clients)
     watch.lap("evaluate")
     return scores
 

@@ -207,6 +207,46 @@ def test_a_client_and_those_it_heard_are_judged_together_as_they_were_sent(metho
     assert summarise([line | {"seconds": {}}])["heard_ensemble"] == pytest.approx(np.mean(scores))
 
 
+MIXING = ("evaluate={on: own, held_out: 0.4, mixing: true, every: 1}", "training.local_steps=9")
+
+
+@pytest.mark.parametrize(
+    ("method", "sent"), [("dec_lora", {"A", "B", "head"}), ("fedsa_lora", {"A"}), ("local", set())]
+)
+def test_a_client_judges_on_its_own_rows_what_it_trained_what_it_mixed_and_the_mean_of_what_it_heard(
+    method: str, sent: set[str]
+) -> None:
+    down = "faults=[{edge: [0, 1], rounds: [0, 9]}, {edge: [0, 4], rounds: [0, 9]}]"  # client 0 hears nobody
+    run = build(recipe(*BOTH, *MIXING, f"algorithm={{name: {method}}}", down))
+    before: list[Tensors] = []
+
+    def exchange(clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
+        before.append({name: x.clone() for name, x in payload.items()})
+        return exchanged(run.job, clients, clients, payload, t, refuse)
+
+    record = next(run_rounds(run.job, exchange))
+    state, found = record.state, record.evaluation
+    assert state is not None
+    assert found is not None
+    assert set(map(kind, before[0])) == sent
+    trained = {name: before[0].get(name, x) for name, x in state.adapters.items()}
+    heard = {name: x.clone() for name, x in trained.items()}
+    for client in range(5):
+        near = [i + j - client for i, j in record.edges if client in (i, j)]
+        assert bool(near) == (bool(client) and method != "local")
+        for name in before[0] if near else ():
+            heard[name][client] = before[0][name][near].mean(0)
+    assert found.own_trained == run.job.evaluate(trained, range(5)).own
+    assert found.own == run.job.evaluate(state.adapters, range(5)).own
+    assert found.own_heard == run.job.evaluate(heard, range(5)).own
+    assert (found.own_heard == found.own_trained) == (method == "local")
+    line = {"round": 0, "evaluation": vars(found), "diagnostics": {}, "clients": [0], "bytes_sent": [0], "seconds": {}}
+    row = summarise([line])
+    assert row["own_heard"] == pytest.approx(np.mean(found.own_heard))
+    assert row[row["best_of_own"]] == max(row["own"], row["own_trained"], row["own_heard"])
+    assert "best_of_own" not in summarise([line | {"evaluation": vars(found) | {"own_heard": []}}])
+
+
 def test_who_is_asked_for_probabilities_or_several_metrics_goes_through_the_base_once() -> None:
     passes = []
     for setting in ("evaluate.ensemble=false", "evaluate.ensemble=true", SEVERAL):
@@ -290,6 +330,10 @@ def test_calibration_errors_of_small_examples() -> None:
         (
             ["evaluate={on: own, ensemble: true}"],
             "evaluate.ensemble: is of rows that all have, and evaluate",
+        ),
+        (
+            ["evaluate.mixing=true"],
+            "evaluate.mixing: is of rows that clients hold out, and evaluate.on=common has none",
         ),
         (
             ["evaluate.held_out=0.3"],

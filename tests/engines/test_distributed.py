@@ -40,7 +40,7 @@ RECIPES |= {
         *SMALL,
         "clients=8",
         "graph={name: exponential}",
-        "evaluate={every: 3, rows: 10, on: both, ensemble: true}",
+        "evaluate={every: 3, rows: 10, on: both, ensemble: true, mixing: true}",
         "task.metric=[accuracy, macro_f1]",
     ],
     "moments": [
@@ -103,7 +103,7 @@ def simulated() -> dict[str, list[RoundRecord]]:
     assert records["far"][0].failed_edges == [(0, 4), (1, 4), (2, 4), (3, 4)]
     judged = records["changing"][-1].evaluation
     assert judged is not None
-    assert len(judged.heard_ensemble) == len(judged.nll) == 8
+    assert len(judged.heard_ensemble) == len(judged.nll) == len(judged.own_trained) == len(judged.own_heard) == 8
     assert records["apart"][0].not_mixed == [(0, 4), (1, 4), (2, 4), (3, 4)]
     return records
 

@@ -28,10 +28,8 @@ def test_records_come_back_as_they_were(run: Path) -> None:
         "average": 0.75,
         "rows": 4,
         "top_share": [0.5, 0.5, 1.0],
-        **{
-            key: []
-            for key in ("own", "nll", "ece", "heard_ensemble", "best_rounds", "own_constant", "confusion", "also")
-        },
+        **{key: [] for key in ("own", "nll", "ece", "heard_ensemble", "own_constant", "confusion", "also")},
+        **{key: [] for key in ("best_rounds", "own_trained", "own_heard")},
         **dict.fromkeys(("ensemble", "route", "constant")),
     }
 
