@@ -249,7 +249,8 @@ def _table(runs: Sequence[RunData]) -> str:
     others = "".join(f"<h3>{escape(_words(name))}</h3>{shown(alike, name)}" for name, alike in by_metric(rows))
     judged = "".join(f"<li>{escape(str(verdict))}</li>" for verdict in verdicts(rows))
     told = f"<ul>{judged}</ul>" if judged else ""
-    return f"{told}{shown(rows, 'All settings')}{others}" + (
+    first = f"<h3>{escape(_words(rows[0]['metric']))}</h3>" if others else ""
+    return f"{told}{first}{shown(rows, 'All settings')}{others}" + (
         '<p class="soft">Mean ± standard deviation over seeds. mean, min: the clients\' own models at the end; '
         "constant: the best answer that is the same for all rows, on the same rows; "
         "best: the best mean of all rounds; own: on held-out rows of their own; average: the averaged adapter, best "

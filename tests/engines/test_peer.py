@@ -77,8 +77,10 @@ def assert_same(
             lost = [list(edge) for edge in record.failed_edges if client in edge]
             assert (mine["edges"], mine["failed_edges"]) == (near, lost)
             if record.evaluation is not None:
-                for what in ("own", "heard_ensemble", "best_rounds", "own_trained", "own_heard"):
+                for what in ("own", "own_constant", "heard_ensemble", "best_rounds", "own_trained", "own_heard"):
                     assert mine["evaluation"][what] == getattr(record.evaluation, what)[client : client + 1]
+                for metric, whole in zip(mine["evaluation"]["also"], record.evaluation.also, strict=True):
+                    assert metric["own"] == whole.own[client : client + 1]
             if lie is None or client != lie.client:
                 assert mine["not_mixed"] == [list(pair) for pair in record.not_mixed if pair[0] == client]
     return records
@@ -100,7 +102,8 @@ def test_four_peers_end_with_the_simulators_adapters_for_every_method_and_in_flo
         recipes["half"] = recipe(4, dtype, "algorithm={name: decaf}", "modifiers=[{name: half}]")
         changes = "modifiers=[{name: mix_moments}, {name: fedspeed}]"
         judged = "evaluate={every: 2, rows: 20, on: both, ensemble: true, load_best: true, mixing: true}"
-        recipes["own"] = recipe(4, dtype, "algorithm={name: tad_lora}", changes, judged)
+        several = "task.metric=[accuracy, macro_f1]"
+        recipes["own"] = recipe(4, dtype, "algorithm={name: tad_lora}", changes, judged, several)
     for method, played in play(four, recipes).items():
         assert_same(recipes[method], played, tolerance)
 
