@@ -314,7 +314,7 @@ def test_a_full_disk_costs_checkpoints_and_stops_nobody(tmp_path: Path) -> None:
             group.wait_until(partial(group.beyond, group.rounds(0) + 2, 0))
             assert group.kept(1) == kept
             (small / "filler").unlink()
-            group.wait_until(lambda: "can be written again: round" in group.log(1))
+            group.wait_until(lambda: "can be written again: " in group.log(1))
             group.end(0, 1, 2)
             assert "Traceback" not in group.log(1)
             assert group.records(1)[-1]["failed_writes"] > 0
