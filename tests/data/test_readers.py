@@ -73,7 +73,7 @@ def test_a_field_of_csv_may_be_as_long_as_its_file(tmp_path: Path, monkeypatch: 
 def test_a_file_that_can_not_be_read_is_named(name: str, content: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(DataError) as caught:
-        text(["text"], "label", path=str(tmp_path))
+        text(["text"], "label", path=str(tmp_path), validation_split=0.5)
     assert f"{name} can't be read (" in str(caught.value)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -102,4 +102,4 @@ def test_one_split_is_one_file(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label\na,0\n")
     (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]))
     with pytest.raises(DataError, match=r"holds train.csv and train.jsonl; leave one of them there$"):
-        text(["text"], "label", path=str(tmp_path))
+        text(["text"], "label", path=str(tmp_path), validation_split=0.5)

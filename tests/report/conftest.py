@@ -132,6 +132,8 @@ def _records(
                     "heard_ensemble": (scores / 2).tolist(),
                     "constant": 0.0 if metric == "pearson" else 0.5,
                     "own_constant": [],
+                    "own_trained": [],
+                    "own_heard": [],
                     "best_rounds": [],
                     "confusion": [] if metric == "pearson" else _counts(scores).tolist(),
                     "also": [],
