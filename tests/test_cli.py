@@ -364,7 +364,9 @@ def test_report_writes_one_file_beside_the_runs_or_where_it_is_told(peertune: Ca
     code, out, err = peertune("report", mine)
     assert (code, err, out) == (0, "", f"the report on 1 run is in {mine / 'report.html'}\n")
     code, out, _ = peertune("report", mine, "--out", tmp_path / "it.html", "--json")
-    assert json.loads(out) == {"runs": ["mine"], "written": [str(tmp_path / "it.html")]}
+    told = json.loads(out)
+    assert [row["class"] for row in told.pop("classes")["mine"]] == list("56789")
+    assert told == {"runs": ["mine"], "written": [str(tmp_path / "it.html")]}
     assert (tmp_path / "it.html").read_bytes() == (mine / "report.html").read_bytes()
 
 
@@ -564,7 +566,7 @@ BAD = {
     "an unknown key of a block": (["lora.rank=1"], "lora.rank: unknown key 'rank', did you mean lora.r?"),
     "an unknown key of a task": (
         ["task.confg=x"],
-        "task.confg: unknown key 'confg' (digits takes held_out_writers; task.confg=null leaves out",
+        "task.confg: unknown key 'confg' (digits takes held_out_writers, metric, test, validation_split; task.confg=null leaves out",
     ),
     "an unknown key of a graph": (
         ["graph.activaton=1"],
@@ -663,7 +665,7 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing(
         (["sweep", "digits-demo", "seed=0,1", "--out", "inputs/file/x"], "inputs/file/x"),
         (["run", "digits-demo", "report_to=[wandb]"], "report_to: wandb is not installed; pip install wandb, or take"),
         (["run", "digits-demo", "--dry-run", "--out", "x"], "run: --dry-run goes with a RECIPE and overrides alone"),
-        (["export", "inputs", "--client", "0", "--to", "x"], "inputs: holds no checkpoint; give the folder of a run"),
+        (["export", "inputs", "--client", "0", "--to", "x"], "inputs: is no run, it holds no resolved.yaml"),
         (
             ["export", "inputs", "--client", "first", "--to", "x"],
             "--client: 'first' is no client; give a number, or average",
