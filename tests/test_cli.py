@@ -566,7 +566,7 @@ BAD = {
     "an unknown key of a block": (["lora.rank=1"], "lora.rank: unknown key 'rank', did you mean lora.r?"),
     "an unknown key of a task": (
         ["task.confg=x"],
-        "task.confg: unknown key 'confg' (digits takes held_out_writers, metric, test, validation_split; task.confg=null leaves out",
+        "task.confg: unknown key 'confg' (digits takes held_out_writers, metric, test, validation_split; ",
     ),
     "an unknown key of a graph": (
         ["graph.activaton=1"],
