@@ -83,6 +83,9 @@ grep -h "peertune: " hospital-1.log hospital-3.log || true # what they said abou
 echo "== what came of it"
 peertune report runs --out report.html # all eight runs, put together
 peertune compare runs
-scores=$(for k in 1 2 3 4 5 6 7 8; do awk -v run="hospital-$k" '$1 == run { print $2 }' "hospital-$k.log"; done)
+# Each log ends with a table of one row: what stands below `mean`.
+scores=$(for k in 1 2 3 4 5 6 7 8; do
+    awk -v run="hospital-$k" '$1 == "run" { for (n = 1; n <= NF; n++) if ($n == "mean") place = n } $1 == run { print $place }' "hospital-$k.log"
+done)
 echo "the adapters' scores, hospital 1 to 8: $(echo $scores)"
 pids=()
