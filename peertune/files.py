@@ -24,6 +24,13 @@ def reported(path: Path) -> Iterator[None]:
         raise RunError(f"{path}: can't be written ({reason}); give one you can write to, with room") from error
 
 
+def check_absent(folder: Path) -> None:
+    """Raise RunError where there is something in the place of what is to be written."""
+    with reported(folder):
+        if folder.exists():
+            raise RunError(f"{folder}: is there already; give another folder")
+
+
 @contextmanager
 def written_folder(folder: Path, *, private: bool = False) -> Iterator[Path]:
     """Yield a folder to write into, which takes the place of `folder` when all is written, and vanishes otherwise.

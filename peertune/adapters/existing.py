@@ -11,11 +11,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from peertune.adapters.peft_format import FACTORS, PREFIX
 from peertune.errors import ModelError
 from peertune.types import Tensors, kind
 
-_PREFIX = "base_model.model."
-_FACTORS = {"A": "lora_A.weight", "B": "lora_B.weight"}
 _OTHERWISE = {
     "use_rslora": "its scale is lora_alpha / sqrt(r)",
     "use_dora": "it has DoRA's magnitudes",
@@ -51,8 +50,8 @@ def read_adapter(
     _check(where, config, base, r, lora_alpha)
     if (folder / "labels.json").exists() and (said := _read(where, folder, "labels.json")) != list(classes):
         raise ModelError(f"{where}: its classes are {said}, and the task's {list(classes)}; give both in one order")
-    factors = {f"{_PREFIX}{name[:-1]}{_FACTORS[kind(name)]}": name for name in like if kind(name) in _FACTORS}
-    heads = {f"{_PREFIX}{name}": name for name in head}
+    factors = {f"{PREFIX}{name[:-1]}{FACTORS[kind(name)]}": name for name in like if kind(name) in FACTORS}
+    heads = {f"{PREFIX}{name}": name for name in head}
     shapes = {key: tuple(like[name].shape[1:]) for key, name in factors.items()}
     shapes |= {key: tuple(head[name].shape) for key, name in heads.items()}
     try:
@@ -111,7 +110,7 @@ def _check_names(where: str, there: set[str], factors: set[str], heads: set[str]
     """Raise ModelError where a file's names are not those of all factors, and of whole modules of the head."""
 
     def first(names: set[str]) -> str:
-        return min(names).removeprefix(_PREFIX)
+        return min(names).removeprefix(PREFIX)
 
     if lacking := factors - there:
         raise ModelError(f"{where}: lacks {first(lacking)}, which lora.target_modules has; give both the same layers")
@@ -123,4 +122,4 @@ def _check_names(where: str, there: set[str], factors: set[str], heads: set[str]
 
 
 def _root(key: str) -> str:
-    return key.removeprefix(_PREFIX).partition(".")[0]
+    return key.removeprefix(PREFIX).partition(".")[0]

@@ -29,6 +29,10 @@ _complaints.disabled = False
 
 log = logging.getLogger(__name__)
 
+PREFIX = "base_model.model."
+"""What PEFT writes before the name of a module of the base."""
+FACTORS = {"A": "lora_A.weight", "B": "lora_B.weight"}
+"""A factor's kind → its last part in PEFT's names."""
 LOADERS = {
     "text-classification": "AutoModelForSequenceClassification",
     "text-generation": "AutoModelForCausalLM",
@@ -165,8 +169,7 @@ def save_adapter(
     In the place of a regular expression, `all-linear` or a choice among layers these stand one by one: not every
     program that serves adapters knows PEFT's rules, and none has to guess which layers there were.
     """
-    tensors = {f"base_model.model.{name}": value for name, value in head.items()}
-    names = {"A": "lora_A.weight", "B": "lora_B.weight"}
+    tensors = {f"{PREFIX}{name}": value for name, value in head.items()}
     if taken:
         lora = copy(lora)
         lora.r, lora.lora_alpha = 2 * lora.r, 2 * lora.lora_alpha  # the same scale
@@ -175,7 +178,7 @@ def save_adapter(
         adapter = adapter | a | b
     for name, value in adapter.items():
         path, what = name.rpartition(".")[0], kind(name)
-        tensors[f"base_model.model.{path}" + (f".{names[what]}" if what in names else "")] = value
+        tensors[f"{PREFIX}{path}" + (f".{FACTORS[what]}" if what in FACTORS else "")] = value
     if isinstance(lora.target_modules, str) or lora.exclude_modules or lora.layers_to_transform is not None:
         lora = copy(lora)
         lora.exclude_modules = lora.layers_to_transform = None

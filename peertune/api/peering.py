@@ -17,7 +17,7 @@ from peertune.engines.peer import ended, neighbours, run_peer
 from peertune.errors import Exit, PeertuneError, RecipeError, RunError
 from peertune.files import locked
 from peertune.identity.certificates import check_address, fingerprint_of
-from peertune.identity.entries import Member
+from peertune.identity.entries import need_seats
 from peertune.identity.incarnation import next_incarnation
 from peertune.identity.membership import Membership
 from peertune.recipe import Recipe, load_recipe
@@ -54,13 +54,16 @@ class Part:
     training: Training
     swapper: Swapper
 
-    def finish(self, train: Callable[[Training], State]) -> tuple[Exit, bool]:
-        """Train, and let neighbours have what they wait for; return how it ended, and whether the run is whole."""
+    def finish(self, train: Callable[[Training], State]) -> tuple[Exit, bool, list[dict[str, Any]]]:
+        """Train, and let neighbours have what they wait for.
+
+        Return how it ended, whether the run is whole, and its records.
+        """
         job = self.training.job
         with _stopped(self.swapper):
             whole = train(self.training).round == job.rounds
             done = records.read(self.training.folder)
-            return ended(done, whole=whole, refusals=lambda: self.swapper.refusals(neighbours(job))), whole
+            return ended(done, whole=whole, refusals=lambda: self.swapper.refusals(neighbours(job))), whole, done
 
 
 def take_part(
@@ -90,7 +93,7 @@ def take_part(
 
     """
     with joined_peers(recipe, overrides, Path(out), peer) as part:
-        end, whole = part.finish(lambda training: training.finish(each))
+        end, whole, _ = part.finish(lambda training: training.finish(each))
         if not whole:
             raise RunError(f"{out}: its neighbours refuse this peer; see what they say with peer doctor")
     return Run.open(out), end
@@ -267,14 +270,6 @@ def where_to_listen(address: str | None, listen: str | None, insecure: bool) -> 
     if address is None:
         return None
     return address if insecure else f"[::]:{address.rpartition(':')[2]}"
-
-
-def need_seats(clients: int, members: Sequence[Member]) -> None:
-    """Raise RecipeError where a recipe has no seat for some member."""
-    if members and members[-1].client >= clients:
-        raise RecipeError(
-            f"clients: {clients}, but the roster has {members[-1].client + 1} members; give as many or more"
-        )
 
 
 def _tried(

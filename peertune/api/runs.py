@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peertune.errors import PeertuneError, RunError
-from peertune.files import reported, written_folder
+from peertune.files import check_absent, written_folder
 from peertune.report import tables
 from peertune.report.findings.diagnosis import diagnose
 from peertune.report.findings.finding import Finding
@@ -54,14 +54,7 @@ class Run(RunData):
 
         Raises RunError where there is no checkpoint yet.
         """
-        from peertune.runs import checkpoints
-
-        state = checkpoints.load(self.folder)
-        if state is None:
-            raise RunError(
-                f"{self.folder}: holds no checkpoint; give the folder of a run that has got to its first one"
-            )
-        return state.adapters
+        return newest(self.folder).adapters
 
     @property
     def findings(self) -> list[Finding]:
@@ -71,9 +64,7 @@ class Run(RunData):
     def save(self, folder: str | Path) -> "Run":
         """Copy the run directory, and return the run there. Raises RunError where something is there already."""
         to = Path(folder)
-        with reported(to):
-            if to.exists():
-                raise RunError(f"{to}: is there already; give another folder")
+        check_absent(to)
         with written_folder(to) as beside:
             shutil.copytree(self.folder, beside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
         return Run.open(to)

@@ -294,10 +294,10 @@ def _print_roster(authority: "Authority", key: str, what: str, out: Path, as_jso
 
 def _own_rosters(recipe: str, overrides: list[str], folder: Path, out: Path, above: int, as_json: bool) -> None:
     """Issue to each member its own roster, all in a folder, which takes the place of those of before."""
-    from peertune.api.peering import need_seats
     from peertune.assembly.registry import build_graph, graph_settings
     from peertune.files import write_file, written_folder
     from peertune.identity import authority as ca
+    from peertune.identity.entries import need_seats
     from peertune.recipe import load_recipe
 
     place = out.resolve()

@@ -1,8 +1,9 @@
 """The command `peer start`: one party's part of a recipe, over the network."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -73,8 +74,8 @@ def start(
         assert place is not None
         with joined_peers(recipe, overrides or [], place, peer) as part:
             go_on = f"peertune peer start --resume {place} and the options of before"
-            end, whole = part.finish(lambda training: train(training, go_on, part.swapper.stop_waiting))
-            _tell(place, end, part.training.job.rounds, as_json)
+            end, whole, done = part.finish(lambda training: train(training, go_on, part.swapper.stop_waiting))
+            _tell(place, done, end, part.training.job.rounds, as_json)
             if not whole:
                 sys.exit(end)
     if end != Exit.DONE:
@@ -89,11 +90,8 @@ _ENDS = {
 """What is said of a run that ended otherwise than well."""
 
 
-def _tell(place: Path, end: Exit, rounds: int, as_json: bool) -> None:
-    """Print what came of a peer's run."""
-    from peertune.runs import records
-
-    done = records.read(place)
+def _tell(place: Path, done: Sequence[Mapping[str, Any]], end: Exit, rounds: int, as_json: bool) -> None:
+    """Print what came of a peer's run, whose records are `done`."""
     made = len(done)
     up = made + sum(record["skipped"] for record in done)
     print_summary(place, as_json, rounds_up=up, exit=end)

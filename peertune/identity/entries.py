@@ -1,6 +1,6 @@
 """A member, and its entry in rosters and in the CA's own folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from types import UnionType
@@ -9,7 +9,7 @@ from typing import Any, get_args
 import yaml
 from cryptography import x509
 
-from peertune.errors import IdentityError
+from peertune.errors import IdentityError, RecipeError
 from peertune.identity.certificates import check_address, check_issued, check_name, fingerprint_of, holds_at, pem
 
 Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -34,6 +34,14 @@ class Member:
         """Return the certificates in their validity."""
         now = now or datetime.now(UTC)
         return tuple(certificate for certificate in self.certificates if holds_at(certificate, now))
+
+
+def need_seats(clients: int, members: Sequence[Member]) -> None:
+    """Raise RecipeError where a recipe has no seat for some member."""
+    if members and members[-1].client >= clients:
+        raise RecipeError(
+            f"clients: {clients}, but the roster has {members[-1].client + 1} members; give as many or more"
+        )
 
 
 class _Dumper(_SafeDumper):  # type: ignore[misc]  # of two kinds, as libyaml is there or not

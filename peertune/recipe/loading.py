@@ -46,10 +46,10 @@ def load_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str]
     chosen by name are checked by `build`.
     """
     if isinstance(recipe, Mapping):
-        values, where = deepcopy(dict(recipe)), "recipe"
+        values, where = dict(recipe), "recipe"
     else:
         values, where = _parse(recipe_text(recipe), str(recipe)), str(recipe)
-    values = _renamed(values, where)  # before overrides, which have their effect under either name
+    values = _renamed(values, where)  # a copy; before overrides, which have their effect under either name
     for override in overrides:
         _override(values, override)
     return check_recipe(values, where)

@@ -162,8 +162,8 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     evaluation = None
     if due:
         evaluation = job.evaluate(state.adapters, clients).with_heard(together)
-        evaluation = replace(evaluation, own_trained=own_trained, own_heard=own_heard)
-        evaluation = replace(evaluation, best_rounds=best.keep(state, evaluation, t))
+        kept = best.keep(state, evaluation, t)
+        evaluation = replace(evaluation, own_trained=own_trained, own_heard=own_heard, best_rounds=kept)
         watch.lap("evaluate")
     return state, RoundRecord(
         round=t,

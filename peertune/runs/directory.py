@@ -106,11 +106,9 @@ def create(
         (beside / "facts.json").write_text(json.dumps({"format": FORMAT, **facts}, indent=2) + "\n")
         (beside / "adapter").mkdir()
         save_config(beside / "adapter", lora)
-        shared = save({name: value.cpu().contiguous() for name, value in head.items()})
-        (beside / "adapter" / "head.safetensors").write_bytes(shared)
-        if taken:
-            start = save({name: value.cpu().contiguous() for name, value in taken.items()})
-            (beside / "adapter" / TAKEN).write_bytes(start)
+        for file, tensors in {"head.safetensors": head, **({TAKEN: taken} if taken else {})}.items():
+            data = save({name: value.cpu().contiguous() for name, value in tensors.items()})
+            (beside / "adapter" / file).write_bytes(data)
         (beside / "adapter" / "labels.json").write_text(json.dumps(list(labels)) + "\n", encoding="utf-8")
         (beside / "rounds.jsonl").touch()
 

@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from peertune.errors import RunError
-from peertune.files import reported, written_folder
+from peertune.files import check_absent, written_folder
 from peertune.rounds import best
 from peertune.runs.directory import TAKEN, peer, write_together
 from peertune.types import ALONE, Group, State, Tensors
@@ -34,9 +34,7 @@ def written(run: Path, state: State, client: int | None, to: Path, *, last: bool
         raise RunError(f"client {client}: {who}")
     if client is None and own is not None:
         raise RunError(f"average: {who}; give --client {clients[0]}")
-    with reported(to):
-        if to.exists():
-            raise RunError(f"{to}: is there already; give another folder")
+    check_absent(to)
     write = _adapter_writer(run)
     with written_folder(to) as beside:
         if client is None:
