@@ -1,6 +1,6 @@
 """Which method? Learning rates chosen on other rows and other seeds, then scores, as pairs by seed.
 
-    python -m benchmarks.which run digits             # or sst2, with SST2=FOLDER; goes on where it was stopped
+    python -m benchmarks.which run digits             # or changes; or sst2, with SST2=FOLDER; goes on where it stopped
     python -m benchmarks.which run digits --part 1/2  # every second cell; 2/2 in a second process has the others
     python -m benchmarks.which table digits           # of what has been run
 
@@ -17,6 +17,9 @@ it, and trains on the rest; the rate is then one that was best on the next fold,
 Ten seeds for each fold. Scores are of the clients' own models: `own`, on what each holds out, and `new`, on the two
 writers that no run trained on. A seed's score is its mean over folds. The grid of rates was placed after four cells had
 been looked at with seed 100.
+
+`changes`: the same digits, with what changes `dec_lora`: each modifier that any method takes, and each start of the
+factors, with its defaults. Two folds of the five; `dec_lora` itself is that of `digits`.
 
 `sst2`: ten clients with the papers' mixture of labels, MiniLM-L6. Rates by the first half of the validation set, scores
 on the second. Three seeds, then two more. `new` is of the second half, `own` of a twentieth of each client's rows.
@@ -42,6 +45,10 @@ from peertune.errors import ModelError
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.report.pairing import interval
 
+MODIFIED = {name: f"modifiers=[{{name: {name}}}]" for name in ("fedspeed", "dfed_admm", "mix_moments", "half")}
+STARTS = {name: f"lora.init_lora_weights={name}" for name in ("gaussian", "pissa", "olora")}
+CHANGES = {f"dec_lora+{name}": setting for name, setting in (MODIFIED | STARTS).items()}
+"""What changes `dec_lora` → how a recipe says so."""
 KEPT = Path("benchmarks/results")
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 CHOOSING = (100, 101)  # seeds that choose a rate and score nothing
@@ -58,6 +65,7 @@ class Study(NamedTuple):
     settings: tuple[str, ...]
     seeds: tuple[int, ...]
     folds: int
+    scored: tuple[int, ...]  # the folds that are
     chosen_by: str  # the score that chooses a rate
 
 
@@ -74,6 +82,7 @@ STUDIES = {
         ),
         tuple(range(10)),
         5,
+        (1, 2, 3, 4, 5),
         "own",
     ),
     "sst2": Study(
@@ -86,9 +95,11 @@ STUDIES = {
         ),
         tuple(range(5)),
         1,
+        (1,),
         "new",
     ),
 }
+STUDIES["changes"] = STUDIES["digits"]._replace(scored=(1, 2))
 
 
 class Cell(NamedTuple):
@@ -98,8 +109,11 @@ class Cell(NamedTuple):
     activation: float
 
 
-def cells() -> Iterator[Cell]:
+def cells(study: str) -> Iterator[Cell]:
     """Yield all cells; a client alone needs no graph."""
+    if study == "changes":
+        yield from (Cell(method, activation) for activation in (0.5, 0.02) for method in ("dec_lora", *CHANGES))
+        return
     for activation, method in product((0.5, 0.02), ALGORITHMS):
         if method != "local" or activation == 0.5:
             yield Cell(method, activation)
@@ -121,8 +135,9 @@ def scored(study: str, cell: Cell, rate: float, seed: int, fold: int, choosing: 
     of, begun = STUDIES[study], time.process_time()
     base = overrides()[:-1] if study == "sst2" else []
     extra = ["training.loraplus_lr_ratio=2"] if cell.method == "la_lora" else []
+    extra += [CHANGES[cell.method]] if cell.method in CHANGES else []
     settings = [
-        f"algorithm.name={cell.method}",
+        f"algorithm.name={cell.method.partition('+')[0]}",
         f"graph.activation={cell.activation}",
         f"training.learning_rate={rate}",
         f"seed={seed}",
@@ -154,7 +169,7 @@ def run(study: str, part: str) -> None:
                 kept_in.write(json.dumps(done[name]) + "\n")
         return done[name]
 
-    for fold, (place, cell) in product(range(1, of.folds + 1), enumerate(cells())):
+    for fold, (place, cell) in product(of.scored, enumerate(cells(study))):
         if place % parts != number - 1:
             continue
         tried = {rate: [once(cell, rate, seed, fold, True) for seed in CHOOSING] for rate in RATES}
@@ -175,9 +190,11 @@ def best(study: str, tried: Mapping[float, list[Row]]) -> float:
 
 
 def kept(study: str) -> dict[str, Row]:
-    """Return what has been run, by name."""
-    file = KEPT / f"which-{study}.jsonl"
-    return {row["run"]: row for row in map(json.loads, file.read_text().splitlines())} if file.exists() else {}
+    """Return what has been run on the study's folds, by name."""
+    files = [KEPT / f"which-{name}.jsonl" for name in (study, *(["digits"] if study == "changes" else []))]
+    rows = [json.loads(line) for file in files if file.exists() for line in file.read_text().splitlines()]
+    folds = {f"fold={fold}" for fold in STUDIES[study].scored}
+    return {row["run"]: row for row in rows if folds & {*row["run"].split()}}
 
 
 Scores = Mapping[tuple[int, int], float]
@@ -221,7 +238,7 @@ def table(study: str) -> None:
         if int(seed.removeprefix("seed=")) not in CHOOSING:
             rates.setdefault(Cell(method, float(p[2:])), set()).add(rate.removeprefix("rate="))
     scored_by = {score: scores(study, score) for score in ("own", "new")}
-    for cell in cells():
+    for cell in cells(study):
         if cell not in rates:
             continue
         columns = []

@@ -15,7 +15,7 @@ from benchmarks.setup import dropout, make, model
 from benchmarks.step import compare, useful_operations
 from benchmarks.table import table
 from peertune import load_recipe
-from peertune.assembly.registry import build_partition, build_task, hold_out
+from peertune.assembly.registry import build_partition, build_task, check_choices, hold_out
 from peertune.method import standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.rounds.training import train_local
@@ -72,12 +72,17 @@ def test_no_row_that_scores_a_method_is_in_a_run_that_chooses_its_rate(fold: int
 
 
 def test_the_study_has_every_method_and_takes_the_best_rate_that_never_diverged() -> None:
-    found = list(which.cells())
+    found = list(which.cells("digits"))
     assert {cell.method for cell in found} == set(ALGORITHMS)
     assert len(found) == len(set(found)) == 2 * len(ALGORITHMS) - 1 + 3
 
     def rows(*scores: list[float]) -> list[dict[str, list[float]]]:
         return [{"own": each} for each in scores]
+
+    changed = [cell.method for cell in which.cells("changes") if cell not in found]
+    assert sorted(changed) == sorted(2 * [*which.CHANGES])
+    for setting in which.CHANGES.values():
+        check_choices(load_recipe("digits-demo", ["algorithm.name=dec_lora", setting]))
 
     tried = {0.1: rows([0.9, 0.9], []), 0.02: rows([0.5, 0.7], [0.6, 0.6]), 0.01: rows([0.7, 0.5], [0.6, 0.6])}
     assert which.best("digits", tried) == 0.01
