@@ -126,22 +126,24 @@ class Message(NamedTuple):
 
     `send(adapters, memory, at, phase)` returns tensors `[K, …]`: under an adapter's name what stands for it, and
     anything else that a mixer's `weigh` wants. A phase that sends no kind sends nothing.
-    `read(like, heard)` returns the tensors `[H, …]` that a mixer gets, of as many senders as `heard` has; `like` are
-    adapters of the receiver's shapes and types.
+    `read(like, heard, round)` returns the tensors `[H, …]` that a mixer gets, of as many senders as `heard` has; `like`
+    are adapters of the receiver's shapes and types.
     `layout(own, client, phase)` returns what a client sends, `[1, …]` on the meta device, if that has other shapes or
     types than `own`, what the receiver sends. Receivers hold every byte that comes against it.
     `settle(memory, weights, at, phase)` is told over which edges the round counted, by non-zero `weights [K, H]`, at
     both of their ends alike. So what an edge that failed has lost can be sent again.
     `sound(heard)` tells of each sender, `[H]`, whether an honest client may have sent this.
-    If reading what was sent isn't `exact`, differences are mixed: see `peertune.rounds.round`.
+    If reading what was sent isn't `exact`, differences are mixed: see `peertune.rounds.round`. If what is read isn't
+    `whole`, it has zeros for entries that were not sent, and each entry is mixed by itself.
     """
 
     send: Callable[[Tensors, Memory, At, Phase], tuple[Tensors, Memory]] = adapters_as_they_are
-    read: Callable[[Tensors, Tensors], Tensors] | None = None
+    read: Callable[[Tensors, Tensors, int], Tensors] | None = None
     layout: Callable[[Tensors, int, Phase], Tensors] | None = None
     settle: Callable[[Memory, Tensor, At, Phase], Memory] | None = None
     sound: Callable[[Tensors], Tensor] | None = None
     exact: bool = True
+    whole: bool = True
     init: Callable[[Tensors, At], Memory] = nothing
     needs: frozenset[str] = frozenset()
 
@@ -166,6 +168,7 @@ class Mixer(NamedTuple):
     init: Callable[[Tensors, At], Memory] = nothing
     needs: frozenset[str] = frozenset()
     keeps_basis: bool = True  # whether what memory says of an adapter's entries is true of them after mixing
+    by_entry: bool = True  # whether each entry is mixed by itself
 
 
 class Algorithm(NamedTuple):

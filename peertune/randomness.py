@@ -42,6 +42,9 @@ class Draw(StrEnum):
     MATCHING = "matching"  # round, i, j
     EPIDEMIC = "epidemic"  # round, client, place among those that it sends to
     EIGENVECTOR = "eigenvector"
+    # what is sent
+    ROUNDING = "rounding"  # of an adapter: round, entry
+    SHARED_MASK = "shared mask"  # of an adapter: round, entry
     # phases that clients agree on
     PROBE = "probe"  # window, client, sign
     REPORTER = "reporter"  # window, place among those who report
@@ -95,6 +98,12 @@ def words(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.uint64]:
 def uniforms(seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.float64]:
     """Uniform numbers in [0, 1), one for each element of the counters' broadcast shape."""
     return (words(seed, purpose, *counters) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def fractions(seed: int, purpose: str, count: int, *counters: ArrayLike) -> NDArray[np.float32]:
+    """`count` uniform numbers in (0, 1), each the middle of one of 2**16 equal parts; four are made of a word."""
+    drawn = words(seed, purpose, *counters, np.arange(-(-count // 4)))
+    return (drawn.astype("<u8").view("<u2")[:count] + np.float32(0.5)) * np.float32(2.0**-16)
 
 
 def happens(chance: float, seed: int, purpose: str, *counters: ArrayLike) -> NDArray[np.bool_]:

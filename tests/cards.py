@@ -10,6 +10,7 @@ from playing import begun, played
 
 from peertune import ALGORITHMS, MODIFIERS
 from peertune.method import Algorithm, standing
+from peertune.rounds.metrics import payload_bytes
 from peertune.types import State
 
 INTRO = """# Methods and modifiers
@@ -111,24 +112,24 @@ def phases(algorithm: Algorithm) -> str:
     return "; ".join(f"{', '.join(map(str, rounds[:INTERVAL]))} … {what}" for what, rounds in told.items())
 
 
-def start(algorithm: Algorithm) -> State:
+def start(algorithm: Algorithm, *, head: bool = True) -> State:
     """Return clients before their first round, with adapters drawn at random."""
     draw = torch.Generator().manual_seed(0)
     adapters = {
         "site.A": torch.randn(CLIENTS, 4, 32, generator=draw),
         "site.B": torch.randn(CLIENTS, 32, 4, generator=draw),
-        "out.head": torch.randn(CLIENTS, 2, 32, generator=draw),
     }
+    adapters |= {"out.head": torch.randn(CLIENTS, 2, 32, generator=draw)} if head else {}
     return begun(algorithm, adapters)
 
 
 def sent_bytes(algorithm: Algorithm) -> float:
     """Return what a client sends in a round for the site's two factors, on average."""
-    state, total = start(algorithm), 0
+    state, total = start(algorithm, head=False), 0
     for t in range(ROUNDS):
         at = standing(range(CLIENTS), torch.full((CLIENTS,), t))
         sent, _ = algorithm.message.send(state.adapters, state.known, at, algorithm.phase(t))
-        total += sum(x[0].nbytes for name, x in sent.items() if "site" in name)
+        total += payload_bytes(sent)
     return total / ROUNDS
 
 

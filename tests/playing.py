@@ -85,7 +85,7 @@ def played_and_sent(algorithm: Algorithm, state: State, weights: Tensor, steps: 
 
     def exchange(payload: Tensors, *_: Any) -> Heard:
         sent.update({name: x.clone() for name, x in payload.items()})
-        return Heard(job.read(payload), weights, clients, [])
+        return Heard(job.read(payload, state.round), weights, clients, [])
 
     job = _job(algorithm, state, clients, steps)
     after, _ = run_round(job, state.clone(), clients, state.round, exchange)
@@ -100,7 +100,7 @@ def played_alone(
 
     def exchange(payload: Tensors, *_: Any) -> Heard:
         told = take(sent, torch.tensor(near))
-        return Heard(job.read(told), weights.to_dense()[client : client + 1, near], near, [])
+        return Heard(job.read(told, state.round), weights.to_dense()[client : client + 1, near], near, [])
 
     job = _job(algorithm, state, [client], steps)
     after, _ = run_round(job, state.take(torch.tensor([client])), [client], state.round, exchange)

@@ -44,6 +44,16 @@ def test_what_happens_is_what_the_uniforms_say(chance: float) -> None:
     assert randomness.happens(float(np.nextafter(one, 1)), 3, "edge", 7, 2, 5)
 
 
+def test_fractions_are_the_middles_of_equal_parts_and_a_longer_draw_begins_like_a_shorter_one() -> None:
+    drawn = randomness.fractions(3, "test", 10_001, 7)
+    assert drawn.dtype == np.float32
+    assert 0 < drawn.min() < 1e-3 < 0.999 < drawn.max() < 1
+    np.testing.assert_array_equal(drawn * 2**16 % 1, 0.5)
+    np.testing.assert_array_equal(randomness.fractions(3, "test", 5, 7), drawn[:5])
+    counts = np.histogram(drawn, bins=50, range=(0, 1))[0]
+    assert ((counts - 200.02) ** 2 / 200.02).sum() < 90
+
+
 def test_words_broadcast_their_counters_and_accept_any_seed() -> None:
     assert randomness.words(-1, "x", np.zeros((4, 1)), np.zeros(3)).shape == (4, 3)
     assert randomness.words(10**30, "x").shape == ()
@@ -63,7 +73,7 @@ def test_large_counters_are_told_apart(counter: int) -> None:
 
 def test_the_package_draws_for_the_purposes_of_the_table_and_for_each_of_them() -> None:
     drawing: list[Any] = [randomness.words, randomness.uniforms, randomness.happens, randomness.generator]
-    drawing += [pairs.drawn_pairs, pairs.drawn_partners, pairs.drawn_receivers]
+    drawing += [randomness.fractions, pairs.drawn_pairs, pairs.drawn_partners, pairs.drawn_receivers]
     places = {draws.__name__: [*signature(draws).parameters].index("purpose") for draws in drawing}
     passed = set()
     for file in Path(randomness.__file__).parent.rglob("*.py"):

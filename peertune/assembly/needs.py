@@ -57,14 +57,23 @@ NEEDS: Mapping[str, Need] = {
         lambda recipe, graph, algorithm: algorithm.mixer.keeps_basis,
         "choose an algorithm whose mixing leaves each row of A what it was, as all but decaf do",
     ),
+    "mixing by entry": Need(
+        lambda recipe, graph, algorithm: algorithm.mixer.by_entry,
+        "choose an algorithm that mixes each entry by itself, as all but decaf and lora_fair do",
+    ),
     "moments": Need(_moments, "give training.optim=adamw and training.reset_optimizer=never"),
     "factors together or apart": Need(
         _together_or_apart, "choose an algorithm that sends A and B always in one round, or never"
     ),
     "plain messages": Need(
-        _plain, "leave out half, mix_moments and switch_every=adaptive, which send or weigh otherwise"
+        _plain,
+        "leave out half, int8, int4, shared_mask, mix_moments and switch_every=adaptive, which send or weigh otherwise",
     ),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
+    "unjudged messages": Need(
+        lambda recipe, graph, algorithm: not (recipe.evaluate.ensemble or recipe.evaluate.mixing),
+        "leave out evaluate.ensemble and evaluate.mixing, which judge whole adapters of others",
+    ),
     "static graph": Need(_static, "give a graph whose edges stay, graph.activation=1 and no faults"),
 }
 """What `needs` of a method's values may hold."""

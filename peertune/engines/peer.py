@@ -144,7 +144,7 @@ def _exchange(job: Job, swapper: Swapper, past: Past, phase: Phase, payload: Ten
 
     def read(tensors: Tensors) -> Tensors:
         """Return what one client sent as a mixer gets it, `[1, …]`, on the device."""
-        return job.read({name: x.to(job.device) for name, x in tensors.items()})
+        return job.read({name: x.to(job.device) for name, x in tensors.items()}, t)
 
     def check(client: int, tensors: Tensors) -> str:
         why = past.left_out(client, t)

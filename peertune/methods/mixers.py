@@ -58,7 +58,7 @@ def products() -> Mixer:
     know it: the split, the signs, and what becomes of directions without weight.
     """
     mix = _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, _truncate))
-    return mix._replace(keeps_basis=False)
+    return mix._replace(keeps_basis=False, by_entry=False)
 
 
 def corrected(ridge: float) -> Mixer:
@@ -83,7 +83,8 @@ def corrected(ridge: float) -> Mixer:
             new_B = torch.linalg.solve(mean_A @ mean_A.mT + weight, wanted, left=False)
             yield receivers, mean_A.to(own_A.dtype), new_B.to(own_B.dtype)
 
-    return _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, correct))
+    mix = _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, correct))
+    return mix._replace(by_entry=False)
 
 
 def _forgetful(mix: Callable[[Tensors, Tensors, Tensor, At, Phase], Tensors]) -> Mixer:

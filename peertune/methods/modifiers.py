@@ -2,7 +2,8 @@
 
 A modifier's first parameter is what it changes, under that name, and it returns another of the same kind. The rest of
 its signature is its schema: `modifiers: [{name: half}]` in a recipe. Several that change one kind apply in the order in
-which they stand. One that takes the whole algorithm has two of its values to change together.
+which they stand. One that takes the whole algorithm has two of its values to change together. Those that make messages
+smaller are in `peertune.methods.smaller`.
 """
 
 from collections.abc import Callable
@@ -13,28 +14,10 @@ import torch
 from torch import Tensor
 
 from peertune.errors import RecipeError
-from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Phase
+from peertune.method import Algorithm, At, Gradient, Local, Memory, Phase
 from peertune.methods.mixers import averaged
+from peertune.methods.smaller import half, int4, int8, shared_mask
 from peertune.types import MOMENTS, Tensors, kind, norms, over_clients
-
-
-def half(message: Message) -> Message:
-    """Send adapters in bfloat16, which halves what travels of those in float32.
-
-    Others read a rounded adapter, so differences of what is read are mixed, see `peertune.rounds.round`: with symmetric
-    W the clients' mean stays what it was. What travels beside adapters stays as it is. Our own; rounding values without
-    error feedback leaves clients about one part in 500 apart.
-    """
-
-    def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
-        sent, changed = message.send(adapters, memory, at, phase)
-        return {name: x.bfloat16() if name in adapters else x for name, x in sent.items()}, changed
-
-    def read(like: Tensors, heard: Tensors) -> Tensors:
-        whole = {name: x.to(like[name].dtype) if name in like else x for name, x in heard.items()}
-        return whole if message.read is None else message.read(like, whole)
-
-    return message._replace(send=send, read=read, exact=False, needs=message.needs | {"exchange"})
 
 
 def fedspeed(local: Local, proximal: float = 0.1, ascent: float = 0.1) -> Local:
@@ -160,6 +143,9 @@ MODIFIERS: dict[str, Callable[..., Any]] = {
     "dfed_admm": dfed_admm,
     "fedspeed": fedspeed,
     "half": half,
+    "int4": int4,
+    "int8": int8,
     "mix_moments": mix_moments,
+    "shared_mask": shared_mask,
 }
 """Name in a recipe → what changes a value of a method."""

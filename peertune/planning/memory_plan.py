@@ -121,7 +121,7 @@ def _mixing(job: Job, state: State) -> None:
     """Do of a round what takes memory beyond adapters: send, read, and measure."""
     at, algorithm = standing(job.clients, state.rounds), job.algorithm
     payload, _ = algorithm.message.send(state.adapters, state.known, at, algorithm.phase(0))
-    heard = job.read(payload)
+    heard = job.read(payload, 0)
     diagnostics(before_mixing(state.adapters), state.adapters)
     del heard
 

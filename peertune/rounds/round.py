@@ -90,10 +90,10 @@ class Job:
         at = standing(self.clients[:1], one.rounds)
         return self.algorithm.message.send(one.adapters, one.known, at, Phase(kinds, kinds))[0]
 
-    def read(self, tensors: Tensors) -> Tensors:
-        """Return what was sent as mixers get it, `[H, …]` both."""
+    def read(self, tensors: Tensors, round: int) -> Tensors:
+        """Return what was sent in a round as mixers get it, `[H, …]` both."""
         read = self.algorithm.message.read
-        return tensors if read is None else read(self.state.adapters, tensors)
+        return tensors if read is None else read(self.state.adapters, tensors, round)
 
     @property
     def device(self) -> torch.device:
@@ -146,7 +146,7 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     weights, unmixed = _mixable(job, state, clients, t, came)
     watch.lap("mix")
     sent, pushed = select(came.tensors, phase.send), job.graph.weights == "push_sum"
-    cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if due else None
+    cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if due and message.whole else None
     rows = None if job.graph.rows is None else torch.from_numpy(job.graph.rows[list(clients)]).to(job.device)
     before = None if job.alone else metrics.before_mixing(select(state.adapters, phase.send), job.group, rows)
     watch.lap("metrics")
@@ -209,7 +209,7 @@ def exchanged(
     The tensors are what was sent. An edge that one end refuses is dropped from the mixing matrix like one that is
     planned to fail, at both ends.
     """
-    tensors, graph = job.read(tensors), job.graph
+    tensors, graph = job.read(tensors, round), job.graph
     matrix, failed = planned_weights(graph, job.faults, round)
     ours, theirs = (np.asarray(numbers, dtype=np.int64) for numbers in (clients, among))
     rows = matrix if len(ours) == graph.clients else matrix[ours]

@@ -35,6 +35,14 @@ ADAPTIVE = "algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}
 RECIPES |= {
     "adaptive": [*SMALL, ADAPTIVE, "rounds=9"],
     "half": [*SMALL, ADAPTIVE, "modifiers=[{name: half}]"],
+    "int8": [*SMALL, ADAPTIVE, "modifiers=[{name: int8, block: 7}]"],
+    "masked": [
+        *SMALL,
+        "graph={name: matching, probability: 0.6}",
+        "modifiers=[{name: shared_mask}]",
+        "algorithm.switch_every=2",
+        f"faults={FAULTS}",
+    ],
     "always": [*SMALL, "graph.activation=1.0"],
     "changing": [
         *SMALL,

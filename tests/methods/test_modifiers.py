@@ -14,8 +14,9 @@ from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Local, Memory, Message, Mixer, Phase
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
-from peertune.methods.modifiers import MODIFIERS, dfed_admm, fedspeed, half, mix_moments
+from peertune.methods.modifiers import MODIFIERS, dfed_admm, fedspeed, mix_moments
 from peertune.methods.schedules import by_round
+from peertune.methods.smaller import half
 from peertune.recipe import Recipe
 from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
 from peertune.rounds.training import adamw
@@ -66,7 +67,7 @@ def test_half_halves_adapters_and_nothing_beside_them() -> None:
         "adaptive.known": torch.bool,
     }
     assert message.read is not None
-    read = message.read(state.adapters, sent)
+    read = message.read(state.adapters, sent, 0)
     assert {name: x.dtype for name, x in read.items() if name in state.adapters} == dict.fromkeys(
         state.adapters, torch.float32
     )
@@ -74,13 +75,13 @@ def test_half_halves_adapters_and_nothing_beside_them() -> None:
 
 
 def test_what_half_changes_reads_what_came_by_what_the_receiver_has() -> None:
-    def read(like: Tensors, heard: Tensors) -> Tensors:
+    def read(like: Tensors, heard: Tensors, round: int) -> Tensors:
         return {name: like[name] + x for name, x in heard.items()}
 
     message = half(Message(read=read))
     assert message.read is not None
     own = {"q.A": torch.full((1, 2), 0.25, dtype=torch.float64)}
-    came = message.read(own, {"q.A": torch.ones(1, 2, dtype=torch.bfloat16)})["q.A"]
+    came = message.read(own, {"q.A": torch.ones(1, 2, dtype=torch.bfloat16)}, 0)["q.A"]
     assert (came.dtype, came.tolist()) == (torch.float64, [[1.25, 1.25]])
 
 

@@ -241,7 +241,7 @@ def test_what_a_client_sends_at_the_start_and_how_it_is_read_are_the_messages() 
         seen.append((at.clients.tolist(), at.round.tolist(), phase))
         return {name: x.bfloat16() for name, x in select(adapters, phase.send).items()}, {}
 
-    def read(like: Tensors, heard: Tensors) -> Tensors:
+    def read(like: Tensors, heard: Tensors, round: int) -> Tensors:
         return {name: x.to(like[name].dtype) for name, x in heard.items()}
 
     job = made(algorithm=Algorithm(both(), mean, message=Message(send, read)), clients=[3, 4, 0, 1, 2])
@@ -249,7 +249,7 @@ def test_what_a_client_sends_at_the_start_and_how_it_is_read_are_the_messages() 
     assert seen == [([3], [0], Phase(frozenset("A"), frozenset("A")))]
     assert sent.keys() == {"layer.A"}
     assert torch.equal(sent["layer.A"], job.state.adapters["layer.A"][:1].bfloat16())
-    assert job.read(sent)["layer.A"].dtype == torch.float64
+    assert job.read(sent, 0)["layer.A"].dtype == torch.float64
 
 
 def test_neighbouring_clients_train_where_the_stack_lies() -> None:
