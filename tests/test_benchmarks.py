@@ -7,14 +7,14 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from benchmarks import cluster, decaf, language, scale, which
+from benchmarks import cluster, decaf, language, scale, smaller, studies, which
 from benchmarks.gpu import save_base
 from benchmarks.measure import Figure, figure, interleaved, machine
 from benchmarks.peft_loop import PeftLoop, client_rows
 from benchmarks.setup import dropout, make, model
 from benchmarks.step import compare, useful_operations
 from benchmarks.table import table
-from peertune import load_recipe
+from peertune import build, load_recipe
 from peertune.assembly.registry import build_partition, build_task, check_choices, hold_out
 from peertune.method import standing
 from peertune.methods.catalogue import ALGORITHMS
@@ -55,10 +55,10 @@ def test_a_table_says_what_was_missed() -> None:
 
 @pytest.mark.parametrize("fold", [1, 5])
 def test_no_row_that_scores_a_method_is_in_a_run_that_chooses_its_rate(fold: int) -> None:
-    of = which.STUDIES["digits"]
+    of = studies.STUDIES["digits"]
     parts = {}
     for choosing in (True, False):
-        asked = load_recipe(of.recipe, [*of.settings, which.held_out("digits", fold, choosing)])
+        asked = load_recipe(of.recipe, [*of.settings, studies.held_out("digits", fold, choosing)])
         task = build_task(asked)
         dealt = dict(enumerate(build_partition(asked, task)))
         parts[choosing] = hold_out(asked, dealt, len(task.train))
@@ -67,7 +67,7 @@ def test_no_row_that_scores_a_method_is_in_a_run_that_chooses_its_rate(fold: int
         assert scoring.isdisjoint([*parts[True][0][client], *parts[True][1][client]])
         assert scoring | set(parts[False][0][client].tolist()) == set(own.tolist())
     assert not set(of.seeds) & set(which.CHOOSING)
-    text = [load_recipe("tad-sst2-minilm", [which.held_out("sst2", 1, choosing)]) for choosing in (True, False)]
+    text = [load_recipe("tad-sst2-minilm", [studies.held_out("sst2", 1, choosing)]) for choosing in (True, False)]
     assert [each.evaluate.fold for each in text] == ["1/2", "2/2"]
 
 
@@ -90,10 +90,34 @@ def test_the_study_has_every_method_and_takes_the_best_rate_that_never_diverged(
 
 def test_a_paired_difference_says_where_its_interval_is_too_wide() -> None:
     one, other = {0: 0.5, 1: 0.6, 2: 0.7, 9: 0.0}, {0: 0.4, 1: 0.5, 2: 0.6}
-    assert which.paired(one, other) == "+0.100 [+0.100, +0.100]"
+    assert studies.paired(one, other) == "+0.100 [+0.100, +0.100]"
     # differences -.09, .01, .11: Student's quantile with two degrees of freedom is 4.303, by sqrt(3) 2.484
-    assert which.paired({0: 0.31, 1: 0.51, 2: 0.71}, other) == "+0.010 [-0.238, +0.258], not enough to tell"
-    assert which.paired({0: 0.402, 1: 0.501, 2: 0.6}, other) == "+0.001 [-0.001, +0.003]"
+    assert studies.paired({0: 0.31, 1: 0.51, 2: 0.71}, other) == "+0.010 [-0.238, +0.258], not enough to tell"
+    assert studies.paired({0: 0.402, 1: 0.501, 2: 0.6}, other) == "+0.001 [-0.001, +0.003]"
+
+
+def test_a_smaller_message_meets_its_target_by_the_intervals_upper_end() -> None:
+    whole, row = {0: 0.5, 1: 0.6, 2: 0.7, 9: 0.0}, {0: 0.49, 1: 0.59, 2: 0.69}
+    assert smaller.lost(whole, row) == pytest.approx((0.01, 0.01, 0.01))
+    told = [
+        smaller.verdict(times, upper) for times, upper in ((3.9, 0.0), (4, 0.01), (7.9, 0.011), (8, 0.02), (9, 0.021))
+    ]
+    assert told == [
+        "–",
+        "≥ 4 ×, ≤ 0.01: met",
+        "≥ 4 ×, ≤ 0.01: **missed**",
+        "≥ 8 ×, ≤ 0.02: met",
+        "≥ 8 ×, ≤ 0.02: **missed**",
+    ]
+
+
+def test_every_row_of_smaller_messages_is_a_recipe_and_counts_a_message_with_its_header() -> None:
+    of, sizes = studies.STUDIES["digits"], {}
+    for name, modifiers in smaller.ROWS.items():
+        asked = [*of.settings, "algorithm.name=dec_lora", f"modifiers=[{modifiers}]"]
+        sizes[name] = smaller.message_bytes(build(load_recipe(of.recipe, asked)).job)["message_bytes"]
+    assert sizes["whole"] == max(sizes.values())
+    assert sizes["int4 quarter"] == min(sizes.values())
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
