@@ -1,7 +1,8 @@
 """Smaller messages: how many times fewer bytes, and what that costs in accuracy, as pairs by seed.
 
-    python -m benchmarks.smaller run digits   # or sst2, with SST2=FOLDER; goes on where it was stopped
-    python -m benchmarks.smaller table digits # of what has been run
+    python -m benchmarks.smaller run digits  # or sst2, with SST2=FOLDER; goes on where it was stopped
+    python -m benchmarks.smaller run digits whole int4  # these rows alone
+    python -m benchmarks.smaller table digits  # of what has been run
 
 The protocol, written before anything was run.
 
@@ -46,7 +47,7 @@ ROWS = {
     "int4 quarter": "{name: int4}, {name: shared_mask}",
     "half": "{name: half}",
 }
-"""Row → its modifiers, in the order in which they are run."""
+"""Row → its modifiers."""
 RATES = {"digits": 1e-2, "sst2": 5e-3}
 TARGETS = {8: 0.02, 4: 0.01}
 """At least so many times fewer bytes → the most that accuracy may lose."""
@@ -58,10 +59,10 @@ def message_bytes(job: Job) -> Row:
 
 
 def run(study: str, rows: list[str]) -> None:
-    """Run what has not been run: row by row, fold by fold, seed by seed."""
+    """Run what has not been run: fold by fold, seed by seed, each with all rows, so that what is there is in pairs."""
     torch.set_num_threads(1)
     of, kept = STUDIES[study], Kept(f"smaller-{study}")
-    for row, fold, seed in product(rows or ROWS, range(1, of.folds + 1), of.seeds):
+    for fold, seed, row in product(range(1, of.folds + 1), of.seeds, rows or ROWS):
         settings = [
             "algorithm.name=dec_lora",
             f"modifiers=[{ROWS[row]}]",
