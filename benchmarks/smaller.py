@@ -9,7 +9,8 @@ The protocol, written before anything was run.
 A row is `dec_lora` with a list of modifiers, at p = .5: every pair of clients meets in a round with this probability.
 All rows have the same rounds and, by seed, the same edges; only what travels over them differs. All have one learning
 rate, that of whole messages: .01 for the digits, the middle of the grid in `benchmarks.which`, and .005 for SST-2, the
-best of three in docs/results.md. No row has a rate of its own.
+best of three in docs/results.md. No row has a rate of its own. Whole messages at this rate are cells of
+`benchmarks.which`; what has been run there isn't run again.
 
 The set-ups are those of `benchmarks.which`, with the rows that score there. `digits`: twelve clients with a writer
 each, two writers held out, 40 rounds, five folds, ten seeds. `sst2`: ten clients, MiniLM-L6, 50 rounds, the second
@@ -24,7 +25,7 @@ both scores do.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from itertools import product
 from statistics import fmean
@@ -58,11 +59,26 @@ def message_bytes(job: Job) -> Row:
     return {"message_bytes": len(encode(job.sent(job.algorithm.phase(0).send)))}
 
 
+def names(study: str, rows: Iterable[str] = ROWS) -> dict[str, tuple[int, int, str]]:
+    """Return fold, seed and row of each run, by the name that it has in `benchmarks.which`, too: fold by fold."""
+    of = STUDIES[study]
+    found = {}
+    for fold, seed, row in product(of.scored, of.seeds, rows):
+        what = "dec_lora" if row == "whole" else "+".join(["dec_lora", *row.split()])
+        found[f"{what} p=0.5 fold={fold} rate={RATES[study]:g} seed={seed}"] = fold, seed, row
+    return found
+
+
+def kept(study: str) -> Kept:
+    """Return what has been run."""
+    return Kept(f"smaller-{study}", f"which-{study}", only=names(study).__contains__)
+
+
 def run(study: str, rows: list[str]) -> None:
     """Run what has not been run: fold by fold, seed by seed, each with all rows, so that what is there is in pairs."""
     torch.set_num_threads(1)
-    of, kept = STUDIES[study], Kept(f"smaller-{study}")
-    for fold, seed, row in product(range(1, of.folds + 1), of.seeds, rows or ROWS):
+    runs = kept(study)
+    for name, (fold, seed, row) in names(study, rows or ROWS).items():
         settings = [
             "algorithm.name=dec_lora",
             f"modifiers=[{ROWS[row]}]",
@@ -71,8 +87,7 @@ def run(study: str, rows: list[str]) -> None:
             f"seed={seed}",
             held_out(study, fold, choosing=False),
         ]
-        name = f"{row.replace(' ', '+')} fold={fold} seed={seed}"
-        kept.once(name, partial(scored, study, settings, message_bytes))
+        runs.once(name, partial(scored, study, settings, message_bytes))
 
 
 def lost(whole: Mapping[int, float], row: Mapping[int, float]) -> tuple[float, float, float]:
@@ -93,13 +108,13 @@ def table(study: str) -> None:
     """Print what the rows come to, as Markdown."""
     scores: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
     size: dict[str, int] = {}
-    for name, row in Kept(f"smaller-{study}").rows.items():
-        what, fold, seed = name.split()
-        size[what] = row["message_bytes"]
+    every = names(study)
+    for name, row in kept(study).rows.items():
+        fold, seed, what = every[name]
+        size[what] = row.get("message_bytes") or size.get(what, 0)
         for score in ("own", "new"):
             value = fmean(row[score]) if row[score] else float("nan")
-            at = (int(seed.partition("=")[2]), int(fold.partition("=")[2]))
-            scores.setdefault(what, {}).setdefault(score, {})[at] = value
+            scores.setdefault(what, {}).setdefault(score, {})[seed, fold] = value
     print("| message | bytes | times fewer | seeds | own | loss | new | loss | target |")
     print("|---|---:|---:|---:|---:|---|---:|---|---|")
     for what, found in scores.items():
@@ -122,7 +137,7 @@ def main() -> None:
     """Run a study, or print its table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smaller", description=__doc__)
     parser.add_argument("action", choices=["run", "table"])
-    parser.add_argument("study", choices=list(STUDIES))
+    parser.add_argument("study", choices=list(RATES))
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"{', '.join(ROWS)}; all, in this order")
     options = parser.parse_args()
     if unknown := set(options.rows) - ROWS.keys():

@@ -97,7 +97,7 @@ class Kept:
 
     def __init__(self, name: str, *others: str, only: Callable[[str], bool] = lambda run: True) -> None:
         self.file, *also = (KEPT / f"{each}.jsonl" for each in (name, *others))
-        files = [file for file in (self.file, *also) if file.exists()]
+        files = [file for file in (*also, self.file) if file.exists()]
         rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         self.rows: dict[str, Row] = {row["run"]: row for row in rows if only(row["run"])}
 
