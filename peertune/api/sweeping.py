@@ -40,7 +40,6 @@ def sweep(
     """
     whole, folder = sweep_runs(recipe, grid), Path(out)
     runs = whole if part is None else shard(whole, part)
-    folder.mkdir(parents=True, exist_ok=True)
     for stand in run_sweep(recipe, runs, folder, launcher or local(1), lambda: 0):
         failed = dict(stand.failed)
     if failed:

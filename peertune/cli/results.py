@@ -64,8 +64,10 @@ def compare(
     for name, alike in others:
         there = [key for key in measures if key in tables.measured(alike)]
         print(f"\n{name}\n\n{draw(tables.compared(alike, there))}")
-    if paired_with is not None and (lines := tables.paired(rows, measures)):
-        print(f"\ndifference from {paired_with}, seed by seed, with its 95 % interval\n\n{draw(lines)}")
+    for name, alike in [("", rows), *others] if paired_with is not None else []:
+        if lines := tables.paired(alike, measures):
+            what = f"{name or rows[0]['metric']}, difference" if others else "difference"
+            print(f"\n{what} from {paired_with}, seed by seed, with its 95 % interval\n\n{draw(lines)}")
     if draw is tables.aligned:
         if judged := verdicts(rows):
             print("\n" + "\n".join(map(str, judged)))
@@ -84,7 +86,8 @@ def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
         | row["by"]
         | flat(row["measures"])
         | flat({metric["metric"]: metric["measures"] for metric in row["also"]})
-        | {f"paired.{key}": value for key, value in flat(row.get("paired") or {}).items()}
+        | flat({"paired": row.get("paired") or {}})
+        | flat({metric["metric"]: {"paired": metric.get("paired") or {}} for metric in row["also"]})
         for row in rows
     ]
     writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")

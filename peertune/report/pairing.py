@@ -35,7 +35,7 @@ def pair(rows: Sequence[dict[str, Any]], keys: Sequence[str], reference: str) ->
                 f"--paired-with: {reference} stands in {len(partners)} rows that {row['by']} could be paired with; "
                 "compare fewer runs, or choose --by"
             )
-        row["paired"] = differences(row, partners[0]) if partners and partners[0] is not row else None
+        _hold_against(row, partners[0] if partners and partners[0] is not row else None)
         if not partners:
             alone.append(_in_the_way(row, references, key))
         elif row["paired"] and not set(row["seeds"]) & set(partners[0]["seeds"]):
@@ -46,6 +46,15 @@ def pair(rows: Sequence[dict[str, Any]], keys: Sequence[str], reference: str) ->
         raise RunError(f"--paired-with: nothing pairs with {reference}: {'; '.join(alone)}")
     for why in alone:
         log.warning("--paired-with: %s; it is left out", why)
+
+
+def _hold_against(row: dict[str, Any], partner: Row | None) -> None:
+    """Give a row its differences from its partner, by each metric."""
+    row["paired"] = None if partner is None else differences(row, partner)
+    theirs = {} if partner is None else {metric["metric"]: metric for metric in partner["also"]}
+    for metric in row["also"]:
+        other = theirs.get(metric["metric"])
+        metric["paired"] = None if partner is None or other is None else differences(row | metric, {**partner, **other})
 
 
 def _apart(row: Row, other: Row, key: str) -> list[str]:

@@ -133,7 +133,7 @@ def compare(
     `metric` and those `measures` that are scores. With `paired_with`, the value of one of the keys, such as a
     method's name, a row has `paired`: for each of `SCORES` the mean `difference` from the row which has that value and
     agrees in all keys of other blocks, seed by seed, and its 95 % interval `low` to `high` by Student's t (None for one
-    seed). Rows without such a partner have None.
+    seed). Rows without such a partner have None. Each of `also` has its own.
 
     Raises RunError for runs of different tasks, for a key that no run has, and where runs of one seed differ in a
     setting that is not in `by`.
@@ -143,13 +143,14 @@ def compare(
 
 def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return rows of `grouped` as `compare` does."""
-    return [{key: value for key, value in row.items() if key != "_summaries"} for row in rows]
+    shown = [{key: value for key, value in row.items() if key != "_summaries"} for row in rows]
+    return [{**row, "also": told(row["also"])} if "also" in row else row for row in shown]
 
 
 def grouped(
     runs: Sequence[RunData], by: Sequence[str] | None = None, paired_with: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return the rows of `compare`, each with its runs' summaries as `_summaries`."""
+    """Return the rows of `compare`; they, and what they have of each other metric, with summaries as `_summaries`."""
     found = {run.name: settings(run) for run in runs}
     keys = list(by) if by is not None else _default_keys(runs)
     known = {key for values in found.values() for key in values}
@@ -178,7 +179,7 @@ def grouped(
                 "metric": summaries[0].get("metric"),
                 "measures": _spreads(summaries, MEASURES),
                 "also": [
-                    {"metric": each[0]["metric"], "measures": _spreads(each, _ON_THE_SCALE)}
+                    {"metric": each[0]["metric"], "measures": _spreads(each, _ON_THE_SCALE), "_summaries": each}
                     for each in zip(*(summary.get("also", ()) for summary in summaries), strict=False)
                 ],
                 "_summaries": summaries,
@@ -244,7 +245,7 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def by_metric(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Return the other metrics of rows that `compare` found, each with the rows as it judges them."""
+    """Return the other metrics of rows of `grouped` or `compare`, each with the rows as it judges them."""
     names = dict.fromkeys(metric["metric"] for row in rows for metric in row["also"])
     return [
         (name, [{**row, **metric} for row in rows for metric in row["also"] if metric["metric"] == name])

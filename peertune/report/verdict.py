@@ -8,7 +8,7 @@ from scipy.special import stdtrit
 
 from peertune.data.scores import LOWER_IS_BETTER
 from peertune.report.pairing import Row, differences
-from peertune.report.tables import headings
+from peertune.report.tables import by_metric, headings
 
 MEASURES = {"mean": "the clients' own models", "own": "their own rows", "average": "the averaged adapter"}
 """What is judged → in words."""
@@ -25,6 +25,7 @@ class Verdict(NamedTuple):
     next: str  # the second
     lead: Mapping[str, Any]  # over the second, as `paired` of `tables.compare`, and above 0 if better
     seeds_needed: int | None  # in all, for this lead to be surely one; None where it is, or no number would do
+    metric: str | None = None  # of several; None where there is one
 
     @property
     def sure(self) -> bool:
@@ -36,7 +37,8 @@ class Verdict(NamedTuple):
         names = zip(headings(list(self.where)), self.where.values(), strict=True)
         at = "".join(f"{heading} {value}, " for heading, value in names)
         digits = 3 if self.lead["seeds"] == 1 else 2
-        told = f"{at}{MEASURES[self.measure]}: {self.best} is best, {self.score:.{digits}f}"
+        by = "" if self.metric is None else f"{self.metric}, "
+        told = f"{by}{at}{MEASURES[self.measure]}: {self.best} is best, {self.score:.{digits}f}"
         if self.lead["difference"] is None:
             return f"{told}; {self.next} is next, and has no seed in common with it"
         told = f"{told}, by {self.lead['difference']:.3f} before {self.next}"
@@ -61,11 +63,19 @@ def ordered(rows: Sequence[Row]) -> list[Row]:
 
 
 def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """Judge rows of `tables.grouped`: for each measure that all of them have, the best and the second.
+    """Judge rows of `tables.grouped`: by each metric, and each measure that all of them have, the best and the second.
 
     Rows that differ in another block than the algorithm's are judged apart, where methods differ. The interval is
     Student's, 95 %, of differences seed by seed; `seeds_needed` takes their mean and deviation for the true ones.
     """
+    others = by_metric(rows)
+    if not others:
+        return _by_one(rows, None)
+    return [verdict for name, alike in [(rows[0]["metric"], rows), *others] for verdict in _by_one(alike, name)]
+
+
+def _by_one(rows: Sequence[Row], metric: str | None) -> list[Verdict]:
+    """Judge rows by one metric, named where there are several."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(_tried_on(row), []).append(row)
@@ -77,7 +87,7 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
         judged = [key for key in MEASURES if all(row["measures"][key]["mean"] is not None for row in members)]
         if all(row["measures"]["own"] == row["measures"]["mean"] for row in members):
             judged = [key for key in judged if key != "own"]
-        found += [_judge(members, key, shared) for key in judged if len(members) > 1]
+        found += [_judge(members, key, shared)._replace(metric=metric) for key in judged if len(members) > 1]
     return found
 
 

@@ -65,7 +65,5 @@ class Keeper:
     def _failed(self, error: RunError) -> None:
         self.failed += 1
         if not self._failing and self._group.rank == 0:
-            log.warning(
-                "%s; the run goes on, and tries again: the newest checkpoint holds %d rounds", error, self.round
-            )
+            log.warning("%s; the run goes on, and tries again: rounds in the newest checkpoint: %d", error, self.round)
         self._failing = True

@@ -1,4 +1,6 @@
+import csv
 import gc
+import io
 import json
 import sys
 from pathlib import Path
@@ -19,6 +21,7 @@ TINY = [
     "training={local_steps: 1, per_device_train_batch_size: 2}",
     "evaluate={every: 2, rows: 4}",
     "rounds=3",
+    "task.metric=[accuracy, macro_f1]",
 ]
 
 
@@ -109,7 +112,9 @@ def test_a_run_is_a_table_with_a_row_for_each_client_and_round(made: Run) -> Non
     assert list(table["round"]) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert list(table["client"]) == [0, 1, 2] * 3
     assert list(table["loss"]) == [loss for record in made.records for loss in record["loss"]]
-    assert list(table[table["round"] == 1]["score"]) == made.records[1]["evaluation"]["clients"]
+    evaluation = made.records[1]["evaluation"]
+    assert list(table[table["round"] == 1]["score"]) == evaluation["clients"]
+    assert list(table[table["round"] == 1]["macro_f1"]) == evaluation["also"][0]["clients"]
     assert table[table["round"] == 0]["score"].isna().all()
 
 
@@ -124,11 +129,21 @@ def test_several_runs_are_a_table_with_a_row_for_each_and_are_compared_as_the_co
     assert list(table["run"]) == [run.name for run in runs]
     assert list(table["seed"]) == [0, 1]
     assert list(table["mean"]) == [run.summary["mean"] for run in runs]
+    assert list(table["macro_f1.mean"]) == [run.summary["also"][0]["mean"] for run in runs]
     _, out, _ = peertune("compare", made.folder, other.folder, "--json")
     assert runs.compare() == json.loads(out)
+    _, out, _ = peertune("compare", made.folder, other.folder, "--csv")
+    (row,) = csv.DictReader(io.StringIO(out))
+    assert float(row["macro_f1.mean.mean"]) == runs.compare()[0]["also"][0]["measures"]["mean"]["mean"]
     made.save(tmp_path / "beside")
     with pytest.raises(PeertuneError, match="holds 2 runs; give the folder of one, or take Runs"):
         Run.open(tmp_path)
+
+
+def test_a_sweep_whose_folder_can_not_be_made_is_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(PeertuneError, match=r"file/runs: can't be written \(Not a directory\); give one"):
+        pt.sweep("digits-demo", ["seed=0"], out=tmp_path / "file" / "runs")
 
 
 def test_a_table_without_pandas_is_refused_with_what_installs_it(made: Run, monkeypatch: pytest.MonkeyPatch) -> None:

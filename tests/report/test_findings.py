@@ -227,6 +227,15 @@ def test_two_rounds_are_too_few_to_judge() -> None:
     assert [finding.name for finding in diagnose(recipe, facts, records[:2])] == ["interval", "too_short"]
 
 
+def test_a_short_run_whose_patience_ran_out_is_not_told_to_go_on(make_run: Any) -> None:
+    run = make_run(rounds=6, every=2)
+    for record in run.records[1::2]:
+        record["evaluation"]["clients"] = [0.5] * len(record["clients"])
+    recipe = run.recipe | {"rounds": 40, "evaluate": {"every": 2, "patience": 2}}
+    found = {finding.name: finding for finding in diagnose(recipe, run.facts, run.records)}
+    assert found["too_short"].advice == "Its evaluate.patience ran out: give it more, or none."
+
+
 def test_problems_come_before_notices() -> None:
     severities = [finding.severity for finding in diagnose(*lived("algorithm.name=rolora"))]
     assert severities == sorted(severities, key=["problem", "notice", "good"].index)

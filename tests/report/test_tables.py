@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import t as student
 
 from peertune.errors import RunError
 from peertune.report import tables
@@ -285,3 +286,22 @@ def test_other_metrics_have_the_measures_that_are_scores_and_choose_nothing(make
         assert {"mean", "constant", "average"} <= set(shown)
         assert not {"seconds", "megabytes_sent", "cross_term", "nll"} & set(shown)
         assert len(tables.compared(alike, shown)) == 3
+
+
+def test_differences_are_paired_by_each_metric(make_run: Any) -> None:
+    runs = [make_run(f"{m}{seed}", method=m, seed=seed, also=("macro_f1",)) for m in "ab" for seed in (0, 1)]
+    for run, gain in zip(runs[:2], (0.1, 0.3), strict=True):
+        (also,) = run.records[-1]["evaluation"]["also"]
+        run.records[-1]["evaluation"]["also"] = [also | {"clients": [score + gain for score in also["clients"]]}]
+    held, reference = tables.compare(runs, paired_with="b")
+    assert held["paired"]["mean"]["difference"] == pytest.approx(0)
+    assert held["also"][0]["paired"]["mean"] == pytest.approx(
+        {
+            "difference": 0.2,
+            "low": 0.2 - student.ppf(0.975, 1) * 0.1,
+            "high": 0.2 + student.ppf(0.975, 1) * 0.1,
+            "seeds": 2,
+        }
+    )
+    assert (reference["paired"], reference["also"][0]["paired"]) == (None, None)
+    assert not any("_summaries" in each for row in (held, reference) for each in (row, *row["also"]))

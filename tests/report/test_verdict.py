@@ -2,6 +2,7 @@
 
 from math import sqrt
 from statistics import stdev
+from typing import Any
 
 import pytest
 from scipy.stats import t
@@ -93,3 +94,17 @@ def test_how_unlike_clients_are_is_shown_where_it_is_asked_for() -> None:
     records[0]["evaluation"]["metric"] = "perplexity"
     assert tables.summarise(records)["worst_tenth"] == pytest.approx(0.9)
     assert not {"spread", "worst_tenth"} & set(tables.measured(tables.grouped(METHODS)))
+
+
+def test_each_metric_is_judged_by_itself_and_named_where_there_are_several(make_run: Any) -> None:
+    runs = [make_run(f"{m}{seed}", method=m, seed=seed, also=("macro_f1",)) for m in "ab" for seed in (0, 1)]
+    for run in runs[:2]:  # a is the better one by the second metric alone
+        (also,) = run.records[-1]["evaluation"]["also"]
+        run.records[-1]["evaluation"]["also"] = [also | {"clients": [0.9 for _ in also["clients"]]}]
+    judged = [one for one in verdicts(tables.grouped(runs)) if one.measure == "mean"]
+    assert [one.metric for one in judged] == ["accuracy", "macro_f1"]
+    by_first, by_second = judged
+    assert by_second.best == "a"
+    assert by_second.score == pytest.approx(0.9)
+    assert by_second.lead["difference"] > 0 == by_first.lead["difference"]
+    assert str(by_second).startswith("macro_f1, the clients' own models: a is best, 0.90, by ")

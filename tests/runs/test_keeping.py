@@ -103,7 +103,7 @@ def test_what_can_t_be_written_is_warned_of_once_and_made_up_for(
     problem = "can't be written (File too large)" if "room" in limit else "can't be written (Too many open files)"
     (said,) = caplog.messages
     assert problem in said
-    assert said.endswith("; the run goes on, and tries again: the newest checkpoint holds 1 rounds")
+    assert said.endswith("; the run goes on, and tries again: rounds in the newest checkpoint: 1")
     failed = keeper.failed
     make(keeper, 3)
     assert kept(run) == ["round-000001", "round-000004"]

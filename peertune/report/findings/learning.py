@@ -9,6 +9,7 @@ from peertune.data.scores import LOWER_IS_BETTER
 from peertune.report.findings import advice
 from peertune.report.findings.evidence import Facts, Floats
 from peertune.report.findings.finding import LEAST_ROUNDS, NO_GOSSIP, WARM_UP, Said, called
+from peertune.rounds.patience import ended_early
 
 LEAST_EVALUATIONS = 3  # below, nobody can say whether a score still rises
 ONE_CLASS = 0.98  # of the predictions
@@ -94,7 +95,9 @@ def too_short(seen: Facts) -> Said | None:
     if rounds >= LEAST_ROUNDS and evaluations:
         return None
     advice = "Run it again: most of its rounds, or their evaluations, are not in its records."
-    if seen.ended < seen.recipe["rounds"]:
+    if ended_early(seen.records, seen.recipe.get("evaluate", {})):
+        advice = "Its evaluate.patience ran out: give it more, or none."
+    elif seen.ended < seen.recipe["rounds"]:
         advice = "Let the run go on."
     elif seen.recipe["rounds"] < LEAST_ROUNDS:
         advice = f"Set rounds={LEAST_ROUNDS} or more."
