@@ -105,10 +105,6 @@ def sweep(
                 _print_estimates(recipe, mine, out, as_json)
                 return
         start = queue(out / "slurm", jobs or len(mine), slurm or []) if queued else local(jobs or 1)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(f"{out}: can't be written ({error.strerror}); give another --out") from None
         answer = "stopping after these rounds; once more to go back to the last checkpoints"
         stand, stopped = sweeps.SweepProgress(), False
         with (

@@ -17,6 +17,7 @@ import yaml
 from peertune.assembly import plugins
 from peertune.assembly.registry import check_choices
 from peertune.errors import RecipeError
+from peertune.files import reported
 from peertune.recipe import Recipe, flat, load_recipe
 from peertune.rounds.patience import ended_early
 from peertune.runs import records
@@ -147,8 +148,11 @@ def run_sweep(
 ) -> Iterator[SweepProgress]:
     """Run what is left of a sweep as the launcher does, and yield how it stands every now and then.
 
-    `stopping()` counts how often the user has asked to stop. A run that fails stops no other.
+    `stopping()` counts how often the user has asked to stop. A run that fails stops no other. Raises RunError where
+    the folder can't be made.
     """
+    with reported(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     recipes = {run.name: run.recipe for run in whole}
     progress = SweepProgress(done=[name for name, asked in recipes.items() if finished(folder / name, asked)])
     settled = sum(recipes[name].rounds for name in progress.done)
