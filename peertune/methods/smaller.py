@@ -43,14 +43,14 @@ def half(message: Message) -> Message:
 def int8(message: Message, block: int = 64, seed: int = 0) -> Message:
     """Send adapters in 8 bits, a quarter of what travels of those in float32.
 
-    An entry x travels as a whole number q from -127 to 127, and is read as `q · s`. The step s is a power of two for
-    each `block` of entries, the least with which all fit, and takes a byte. x is rounded at random,
+    An entry x travels as a whole number q from -127 to 127, and is read as `q · s`. Each `block` of entries has a step
+    s that takes a byte: the least, of four for each power of two, with which all fit. x is rounded at random,
     `q = floor(x / s + u)`, so that the mean of what is read is x. All clients use the same u, drawn from the recipe's
     seed, the round, and the entry's place, so those who agree are read alike. Without training, clients come to agree
     to about a fifth of a step.
 
-    Source: rounding at random as in QSGD (arXiv 1610.02132), steps as in the MX formats of the Open Compute Project,
-    one u for all as in Moniqua (arXiv 2002.11787). That differences are mixed is ours.
+    Source: rounding at random as in QSGD (arXiv 1610.02132), one u for all as in Moniqua (arXiv 2002.11787). The steps,
+    and that differences are mixed, are ours.
 
     Raises:
         RecipeError: `block` is below 1, or adapters are rounded already.
@@ -156,8 +156,8 @@ def _rounded(message: Message, rounding: "_Rounding") -> Message:
     return message._replace(send=send, read=read, exact=False, needs=needs)
 
 
-_LEAST, _MOST = -126, 127  # exponents: with these both a step and what it divides by are numbers in float32
-_STEPS = torch.ldexp(torch.ones(256, dtype=torch.float64), torch.arange(-128, 128))
+_STEPS = torch.tensor([m * 2.0**e for e in range(-47, 17) for m in (1, 1.25, 1.5, 1.75)], dtype=torch.float64)
+"""By a byte; all of them exact in float32, from 7e-15 to 114,688."""
 
 
 class _Rounding(NamedTuple):
@@ -176,46 +176,45 @@ class _Rounding(NamedTuple):
     def pack(self, adapters: Tensors, rounds: Tensor) -> Tensor:
         """Return what stands for adapters `[K, …]` of one kind in these `rounds [K]`: `[K, N]` uint8.
 
-        First come the exponents of all steps, then all entries; the adapters are in the order of their names.
+        First come the bytes of all steps, then all entries; the adapters are in the order of their names.
         """
         each = [self._divided(name, x.flatten(1), rounds) for name, x in sorted(adapters.items())]
-        exponents, numbers = (torch.cat(part, 1) for part in zip(*each, strict=True))
+        steps, numbers = (torch.cat(part, 1) for part in zip(*each, strict=True))
         if self.bits == 4:
             numbers = pad(numbers + 8, (0, numbers.shape[1] % 2)).view(torch.uint8)
             numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
-        return torch.cat([exponents.view(torch.uint8), numbers.view(torch.uint8)], 1)
+        return torch.cat([steps, numbers.view(torch.uint8)], 1)
 
     def unpack(self, packed: Tensor, like: Tensors) -> Tensors:
         """Return adapters `[H, …]`, of the shapes and types of these, that `packed [H, N]` stands for."""
         shapes = {name: (x.shape[1:], x.dtype) for name, x in sorted(like.items())}
         sizes = [shape.numel() for shape, _ in shapes.values()]
         blocks = [-(-size // self.block) for size in sizes]
-        exponents, numbers = packed.tensor_split([sum(blocks)], 1)
+        steps, numbers = packed.tensor_split([sum(blocks)], 1)
         if self.bits == 4:
             numbers = torch.stack([numbers & 15, numbers >> 4], 2).flatten(1)[:, : sum(sizes)]
         numbers = numbers.view(torch.int8) - (8 if self.bits == 4 else 0)
-        parts = zip(shapes.items(), exponents.split(blocks, 1), numbers.split(sizes, 1), strict=True)
+        parts = zip(shapes.items(), steps.split(blocks, 1), numbers.split(sizes, 1), strict=True)
         return {
-            name: (number * self._steps(exponent.view(torch.int8), number.shape[1], dtype)).view(-1, *shape)
-            for (name, (shape, dtype)), exponent, number in parts
+            name: (number * self._spread(step, number.shape[1], dtype)).view(-1, *shape)
+            for (name, (shape, dtype)), step, number in parts
         }
 
     def _divided(self, name: str, x: Tensor, rounds: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the exponents `[K, blocks]` and the whole numbers `[K, n]` of x `[K, n]`, both int8.
+        """Return the bytes of the steps, `[K, blocks]` uint8, and the whole numbers `[K, n]` int8, of x `[K, n]`.
 
         What isn't finite travels as the largest number that there is, which nobody mixes.
         """
         size = x.shape[1]
         largest = pad(x.abs(), (0, -size % self.block)).unflatten(1, (-1, self.block)).amax(2)
-        exponents = torch.frexp(largest / self.most).exponent.clamp(_LEAST, _MOST)
-        exponents = exponents.where(largest.isfinite(), _MOST).to(torch.int8)
+        fit = torch.searchsorted(_STEPS.to(x.device, x.dtype), largest / self.most)
+        steps = fit.clamp(max=len(_STEPS) - 1).to(torch.uint8)
         times, place = rounds.unique(return_inverse=True)
         drawn = [fractions(self.seed, Draw.ROUNDING.of(name), size, t) for t in times.tolist()]
         up = torch.from_numpy(np.array(drawn, dtype=np.float32).reshape(-1, size))[place].to(x.device)
-        numbers = (x / self._steps(exponents, size, x.dtype) + up).floor()
-        return exponents, numbers.nan_to_num(nan=self.most).clamp(-self.most, self.most).to(torch.int8)
+        numbers = (x / self._spread(steps, size, x.dtype) + up).floor()
+        return steps, numbers.nan_to_num(nan=self.most).clamp(-self.most, self.most).to(torch.int8)
 
-    def _steps(self, exponents: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    def _spread(self, steps: Tensor, size: int, dtype: torch.dtype) -> Tensor:
         """Return the step of each of the entries, `[K, size]`."""
-        steps = _STEPS.to(exponents.device, dtype)[exponents.long() + 128]
-        return steps.repeat_interleave(self.block, 1)[:, :size]
+        return _STEPS.to(steps.device, dtype)[steps.long()].repeat_interleave(self.block, 1)[:, :size]

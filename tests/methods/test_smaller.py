@@ -48,14 +48,13 @@ def through(message: Message, adapters: Tensors, round: int = 0) -> Tensors:
 
 
 def steps(x: Tensor, block: int, most: int) -> Tensor:
-    """Return the least power of two for each block with which all of its entries fit, the slow and obvious way."""
+    """Return the least step for each block with which all of its entries fit, the slow and obvious way."""
     found = torch.empty_like(x.flatten(1))
     for row, flat in zip(found, x.flatten(1), strict=True):
         for start in range(0, len(flat), block):
-            part, step = flat[start : start + block], 2.0**-40
-            while step * most < part.abs().max():
-                step *= 2
-            row[start : start + block] = step
+            part = flat[start : start + block]
+            fitting = (m * 2.0**e for e in range(-40, 9) for m in (1, 1.25, 1.5, 1.75))
+            row[start : start + block] = next(step for step in fitting if step >= part.abs().max() / most)
     return found.view_as(x)
 
 
@@ -95,7 +94,7 @@ def test_clients_that_agree_are_read_alike_and_those_that_nearly_do_nearly_alike
     read = through(int4(Message()), adapters)["q.A"]
     assert torch.equal(read[0], read[1])
     errors = [float(((read[k] - read[0]) - (adapters["q.A"][k] - x[0])).norm()) for k in (2, 3)]
-    assert errors[0] < 0.1 * errors[1]
+    assert errors[0] < 0.25 * errors[1]
 
 
 def test_what_is_drawn_is_another_in_each_round_for_each_adapter_and_by_each_seed() -> None:
@@ -197,7 +196,7 @@ def test_a_sender_of_too_large_steps_or_of_what_is_not_finite_is_mixed_by_nobody
     def exchange(clients: Sequence[int], payload: Tensors, round: int, refuse: Refuse) -> Heard:
         lied = {of: x.clone() for of, x in payload.items()}
         if spoilt == "far":
-            lied[f"{name}.A"][1] = 127
+            lied[f"{name}.A"][1] = 255
         else:
             own = {of: x.clone() for of, x in job.state.adapters.items()}
             next(iter(own.values()))[1, 0, 0] = float(spoilt[:3])
