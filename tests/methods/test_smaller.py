@@ -175,7 +175,7 @@ def test_clients_come_to_agree_to_a_quarter_of_a_step(make: Callable[..., Messag
 
 @pytest.mark.parametrize("bytes_", [255, 127, 0])
 @ROUNDED
-def test_whatever_the_bytes_are_they_are_read_as_numbers(make: Callable[..., Message], most: int, bytes_: int) -> None:
+def test_whatever_the_bytes_are_what_is_read_is_finite(make: Callable[..., Message], most: int, bytes_: int) -> None:
     adapters, message = drawn(), make(Message())
     sent, _ = message.send(adapters, {}, at_step(3), BOTH)
     assert message.read is not None
@@ -183,7 +183,7 @@ def test_whatever_the_bytes_are_they_are_read_as_numbers(make: Callable[..., Mes
     assert {name: (x.shape, x.dtype) for name, x in read.items()} == {
         name: (x.shape, x.dtype) for name, x in adapters.items()
     }
-    assert not any(x.isnan().any() for x in read.values())
+    assert all(x.isfinite().all() for x in read.values())
 
 
 @pytest.mark.parametrize("name", ["int8", "int4"])
