@@ -14,10 +14,13 @@ Each message is one line: where it is, what is wrong, what would be right. The c
 `Exit.INPUT`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from enum import IntEnum
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Exit(IntEnum):
@@ -74,6 +77,14 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, folder: Path, rounds: int) -> None:
         super().__init__(f"stopped after {rounds} rounds; go on with peertune.resume({str(folder)!r})")
         self.folder, self.rounds = folder, rounds
+
+
+def tried(make: Callable[[], T]) -> T | Exception:
+    """Return what is made, or why it can't be, where one of several that fails is to stop no other."""
+    try:
+        return make()
+    except Exception as error:
+        return error
 
 
 def unknown(what: str, name: object, known: Iterable[str]) -> str:

@@ -1,7 +1,7 @@
 """States to begin from, and rounds without training, as an engine makes them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -109,6 +109,8 @@ def played_alone(
 
 class Drawn:
     """A model whose output for a row is the inner product of its client's adapters with directions drawn for it."""
+
+    frozen: ClassVar[Tensors] = {}
 
     def __call__(self, params: Tensors, batch: Batch, training: bool) -> Tensor:
         outputs = []

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from peertune.adapters.attention import register_attention
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
-from peertune.data.batches import UNLABELLED, Encoded, training_steps, validation_batches
+from peertune.data.batches import UNLABELLED, Encoded, TrainingSteps, validation_batches
 from peertune.data.completions import encode_completions, encode_prompts
 from peertune.method import Phase
 from peertune.models.generation import Decoding, generate, sampler
@@ -58,7 +58,7 @@ def make_stack(name: str, dropout: float = 0.0, **settings: Any) -> tuple[Stacke
 def make_steps(encoded: Encoded, steps: int, packed: bool, tokens: int = 60) -> list[list[Batch]]:
     parts = np.array_split(np.arange(len(encoded)), K)
     sizes: dict[str, Any] = {"rows_per_step": ROWS, "local_steps": steps, "tokens": tokens, "clients_together": K}
-    return list(training_steps(encoded, parts, **sizes, packed=packed, seed=0)(range(K), 0))
+    return list(TrainingSteps(encoded, parts, **sizes, packed=packed, seed=0)(range(K), 0))
 
 
 def train(model: StackedModel, adapters: Tensors, steps: list[list[Batch]]) -> tuple[Tensors, Tensor]:

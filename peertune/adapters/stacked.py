@@ -9,7 +9,7 @@ Where the classification head is trained, a `Head` gives each row its client's w
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import hypot
 
 import torch
@@ -59,12 +59,16 @@ class Site(nn.Module):
 
 
 class Head(nn.Module):
-    """A linear layer of which every client has a copy of its own; without bound rows it is the layer alone."""
+    """A linear layer of which every client has a copy of its own; without bound rows it is the layer alone.
 
-    def __init__(self, layer: nn.Linear, name: str) -> None:
+    Copies are tensors of the `kind`: `head`, which are trained, or `frozen`, which are not.
+    """
+
+    def __init__(self, layer: nn.Linear, name: str, kind: str) -> None:
         super().__init__()
         self.layer = layer
         self.name = name
+        self.kind = kind
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [b, …, d_in]` → `[b, …, d_out]`."""
@@ -72,10 +76,10 @@ class Head(nn.Module):
         if rows is None:
             return self.layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
         clients = rows.clients_of(x)
-        weight = rows.adapters[f"{self.name}.weight.head"].to(x.dtype)  # [K, d_out, d_in]
+        weight = rows.adapters[f"{self.name}.weight.{self.kind}"].to(x.dtype)  # [K, d_out, d_in]
         y = x.flatten(0, -2) @ weight.flatten(0, 1).T
         if self.layer.bias is not None:
-            y = y + rows.adapters[f"{self.name}.bias.head"].to(x.dtype).flatten()
+            y = y + rows.adapters[f"{self.name}.bias.{self.kind}"].to(x.dtype).flatten()
         y = y.view(len(y), *weight.shape[:2])[torch.arange(len(y), device=y.device), clients]
         return y.view(*x.shape[:-1], -1)
 
@@ -101,6 +105,8 @@ class StackedModel:
     streams: Mapping[nn.Module, int]
     forward: Forward
     taken: Tensors  # the factors that were taken out of the base, `<site>.A` and `<site>.B`, with which all begin
+    # `<layer>.<part>.frozen [1, …]`, what one of several runs over the base has of it for itself
+    frozen: Tensors = field(default_factory=dict)
 
     def __call__(self, adapters: Tensors, batch: Batch, *, training: bool) -> Tensor:
         """Run the base on a batch, each row with its own client's adapter.
@@ -109,7 +115,7 @@ class StackedModel:
         """
         self.base.train(training and self.base_dropout)
         rows = Rows(
-            adapters,
+            adapters | (self.frozen | adapters),
             batch.clients,
             batch.keys,
             training,
@@ -131,6 +137,7 @@ def attach(
     lora_alpha: float,
     lora_dropout: float = 0.0,
     head_names: Iterable[str] = (),
+    frozen_names: Iterable[str] = (),
     base_dropout: bool = False,
     output_name: str | None = None,
     checkpointing: bool = False,
@@ -140,11 +147,11 @@ def attach(
     """Put sites in the place of the named layers of `base`, which is changed and frozen.
 
     The update is scaled by `lora_alpha / r`, as in PEFT. `head_names` are the linear layers of a head that each client
-    trains for itself. The base's dropout modules are replaced by keyed ones. `output_name` is the layer from which a
-    language model's logits come: it is spared the tokens of which none is wanted. With `checkpointing` the layers keep
-    nothing but what goes in, and compute again in the backward pass. `forward` says how to get logits from a base
-    that does not return them itself; rows of such a base are not packed. With `principal` the clients begin with a part
-    of each layer, which is taken out of it.
+    trains for itself, `frozen_names` those of which each run has its own that nobody trains. The base's dropout modules
+    are replaced by keyed ones. `output_name` is the layer from which a language model's logits come: it is spared the
+    tokens of which none is wanted. With `checkpointing` the layers keep nothing but what goes in, and compute again in
+    the backward pass. `forward` says how to get logits from a base that does not return them itself; rows of such a
+    base are not packed. With `principal` the clients begin with a part of each layer, which is taken out of it.
 
     Raises ModelError for what a stack can't carry exactly: layers other than linear ones, `r` above a layer's size,
     batch normalisation (rows of different clients would share statistics) and routed experts (rows lose their order).
@@ -180,26 +187,27 @@ def attach(
         if principal is not None:
             parts = take_out(name, layer, r, lora_alpha / r, principal)
             taken |= {f"{name}.{of}": x for of, x in zip("AB", parts, strict=True)}
-    heads: dict[str, Head] = {}
-    for name in head_names:
+    copied: dict[str, Head] = {}
+    for name, what in (dict.fromkeys(frozen_names, "frozen") | dict.fromkeys(head_names, "head")).items():
         layer = modules[name]
         if not isinstance(layer, nn.Linear):
             raise ModelError(
                 f"head: {name} is a {type(layer).__name__}; only linear layers can be trained, use head=frozen"
             )
-        heads[name] = Head(layer, name)
+        copied[name] = Head(layer, name, what)
     dropouts = {
         name: KeyedDropout(module.p, streams[module])
         for name, module in modules.items()
         if isinstance(module, nn.Dropout)
     }
-    for name, module in (sites | heads | dropouts).items():
+    for name, module in (sites | copied | dropouts).items():
         parent, _, child = name.rpartition(".")
         setattr(base.get_submodule(parent), child, module)
     if output_name is not None:
         base.get_submodule(output_name).register_forward_pre_hook(_wanted)
     if checkpointing:
         checkpoint_layers(base, site_names)
+    heads = {name: head for name, head in copied.items() if head.kind == "head"}
     return StackedModel(base, sites, heads, base_dropout, packs, streams, forward or _logits, taken)
 
 
@@ -241,7 +249,8 @@ def init_adapters(model: StackedModel, clients: int, seed: int, *, gaussian: boo
     adapters |= {name: x.expand(clients, -1, -1) for name, x in model.taken.items()}
     for name, head in model.heads.items():
         for part, value in head.layer.named_parameters():
-            adapters[f"{name}.{part}.head"] = value.detach().to(dtype).expand(clients, *value.shape)
+            own = value.detach().to(dtype, copy=True)  # the base may come to have another run's
+            adapters[f"{name}.{part}.head"] = own.expand(clients, *value.shape)
     return adapters
 
 

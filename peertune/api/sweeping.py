@@ -17,7 +17,10 @@ def sweep(
     part: str | None = None,
     launcher: Launcher | None = None,
 ) -> Runs:
-    """Run a recipe with all combinations of settings, each in a directory of its own, and a process of its own.
+    """Run a recipe with all combinations of settings, each in a directory of its own.
+
+    Runs have a process each, but on this machine those of a small base, that differ in seed, rates, graph and the like:
+    they train as one stack in one.
 
     What is finished is skipped and what is not goes on, so the same call continues a sweep that was stopped. In a
     script it stands below `if __name__ == "__main__":`, since the processes import the script.
@@ -40,7 +43,7 @@ def sweep(
     """
     whole, folder = sweep_runs(recipe, grid), Path(out)
     runs = whole if part is None else shard(whole, part)
-    for stand in run_sweep(recipe, runs, folder, launcher or local(1), lambda: 0):
+    for stand in run_sweep(recipe, grid, runs, folder, launcher or local(1), lambda: 0):
         failed = dict(stand.failed)
     if failed:
         name, why = next(iter(failed.items()))

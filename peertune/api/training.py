@@ -34,6 +34,8 @@ Source = str | Path | Mapping[str, Any]
 """A recipe as `load_recipe` takes it: the name of a shipped one, a path, or nested values."""
 Each = Callable[[RoundRecord], object]
 """Is told each record; where it returns what counts as true, the run stops after that round."""
+Report = Callable[[RoundRecord], object]
+"""Logs a record in the trackers."""
 Engine = Callable[[Job], Iterator[RoundRecord]]
 
 
@@ -52,6 +54,7 @@ class Training:
         self.job = replace(job, state=state.to(job.device))
         self._keeper = keeper or keeper_of(built, folder)
         self._keeper.round = state.round
+        self._evaluations: list[Seen] = []
         if job.group.rank == 0:
             records.rewind(folder, state.round)
 
@@ -60,41 +63,63 @@ class Training:
 
         Raises Stopped where `each` asks for it, once its round is kept, and on KeyboardInterrupt.
         """
-        job, state, keeper = self.job, self.job.state, self._keeper
         try:
-            with reporting(self.folder, self.built.resolved) if job.group.rank == 0 else nullcontext() as report:
-                for record in self._patiently():
-                    assert record.state is not None
-                    if report is not None:
-                        keeper.record(record)
-                        report(record)
-                    state = record.state
-                    asked = bool(job.group.add(torch.tensor(int(bool(each(record))))))
-                    stopping = asked and state.round < job.rounds
-                    keeper.checkpoint(state, last=stopping or state.round >= job.rounds)
-                    if stopping:
+            with self.reporting() as report:
+                rounds = self._engine(self.job)
+                while not self.over and (record := next(rounds, None)) is not None:
+                    if self.keep(record, report, each):
                         raise KeyboardInterrupt
-                if state.round < job.rounds:  # the engine ended before the last round
-                    keeper.checkpoint(state, last=True)
-            exports.write_all(self.folder, state, job.clients, job.group)
-            return state
+                return self.end()
         except KeyboardInterrupt as stop:
             if isinstance(stop.__context__, PeertuneError):  # which the signal overtook
                 raise stop.__context__ from None
-            raise Stopped(self.folder, keeper.round) from None
+            raise Stopped(self.folder, self._keeper.round) from None
 
-    def _patiently(self) -> Iterator[RoundRecord]:
-        """Yield the records of the rounds that are left, until the recipe's patience runs out, if it does."""
+    @contextmanager
+    def reporting(self) -> Iterator[Report]:
+        """Yield what logs a record in the recipe's trackers; it also counts what the recipe's patience goes by."""
         job, evaluate = self.job, self.built.resolved.evaluate
         done: Sequence[Mapping[str, Any]] = ()
         if evaluate.patience is not None and job.group.rank == 0:
             done = records.read(self.folder, ("evaluation.clients",))
         (told, *_) = job.group.gather([one for record in done for one in seen(record, evaluate.every)])
-        evaluations, rounds = [Seen(*one) for one in told], self._engine(job)
-        while ran_out(evaluations, evaluate.patience) is None and (record := next(rounds, None)) is not None:
-            yield record
-            found = None if record.evaluation is None else vars(record.evaluation)
-            evaluations += seen({"round": record.round, "evaluation": found}, evaluate.every)
+        self._evaluations = [Seen(*one) for one in told]
+        with reporting(self.folder, self.built.resolved) if job.group.rank == 0 else nullcontext(unwatched) as report:
+            yield report
+
+    @property
+    def over(self) -> bool:
+        """Whether no round is left, or the recipe's patience has run out."""
+        job, patience = self.job, self.built.resolved.evaluate.patience
+        return job.state.round >= job.rounds or ran_out(self._evaluations, patience) is not None
+
+    def keep(self, record: RoundRecord, report: Report, each: Each) -> bool:
+        """Keep what a round came to, in records and checkpoints; return whether `each` asks to stop after it."""
+        job, keeper = self.job, self._keeper
+        assert record.state is not None
+        if job.group.rank == 0:
+            keeper.record(record)
+            report(record)
+        self.job = replace(job, state=record.state)
+        found = None if record.evaluation is None else vars(record.evaluation)
+        self._evaluations += seen({"round": record.round, "evaluation": found}, self.built.resolved.evaluate.every)
+        asked = bool(job.group.add(torch.tensor(int(bool(each(record))))))
+        stopping = asked and record.state.round < job.rounds
+        keeper.checkpoint(record.state, last=stopping or record.state.round >= job.rounds)
+        return stopping
+
+    def end(self) -> State:
+        """Write the adapters, and return the state."""
+        job, state = self.job, self.job.state
+        if state.round < job.rounds:  # the engine ended before the last round
+            self._keeper.checkpoint(state, last=True)
+        exports.write_all(self.folder, state, job.clients, job.group)
+        return state
+
+    def halt(self) -> None:
+        """Keep the state as it is, to go on from."""
+        if self._keeper.round != self.job.state.round:
+            self._keeper.checkpoint(self.job.state, last=True)
 
 
 def keeper_of(built: Built, folder: Path) -> Keeper:

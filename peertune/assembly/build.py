@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import sha256
 from itertools import chain
 from typing import Any
@@ -14,19 +14,21 @@ from torch import Tensor
 
 from peertune.adapters.peft_format import LoraConfig
 from peertune.adapters.stacked import frozen_norms, init_adapters
-from peertune.assembly.encoding import EncodedTask, encode, row_weights
+from peertune.assembly.encoding import EncodedTask, encode, encode_splits, row_weights
 from peertune.assembly.evaluation import build_ensembles, build_evaluation
-from peertune.assembly.loading import Loaded, begun_with, clients_together, load
+from peertune.assembly.loading import Loaded, begun_with, clients_together, load, of_run
 from peertune.assembly.registry import (
     Parts,
     beyond_defaults,
     build_parts,
+    build_task,
     describe_graph,
     from_outside,
     label_counts,
     resolved_choices,
 )
-from peertune.data.batches import training_steps
+from peertune.data.batches import TrainingSteps
+from peertune.errors import tried
 from peertune.method import standing
 from peertune.recipe import Recipe
 from peertune.rounds import best
@@ -102,7 +104,36 @@ def build(
     """
     parts = build_parts(recipe, clients, own_data, known=known, group=group)
     loaded = load(recipe, parts.task, planned=planned)
-    encoded = encode(recipe, parts, loaded.base)
+    return _put_together(recipe, parts, loaded, encode(recipe, parts, loaded.base))
+
+
+def build_stack(recipes: Mapping[str, Recipe]) -> dict[str, Built | Exception]:
+    """Make several runs over one base and one set of rows, by name; or return why one can't be made.
+
+    The recipes differ in no key by which the base, the task's rows or the shape of adapters do (`peertune.sweeps`).
+    Raises what `build` raises where it is so for all, and ModelError where a layer that is drawn from the seed can't
+    be each run's own.
+    """
+    (first, *_) = recipes.values()
+    task = build_task(first)
+    chosen = {name: tried(partial(build_parts, recipe, task=task)) for name, recipe in recipes.items()}
+    rows = [chain(one.rows.values(), one.held_out.values()) for one in chosen.values() if isinstance(one, Parts)]
+    several = len({recipe.seed for recipe in recipes.values()}) > 1
+    loaded = load(first, task, by_run=several)
+    splits = encode_splits(first, task, loaded.base, chain(*rows)) if rows else None
+
+    def made(name: str) -> Built:
+        recipe, parts = recipes[name], chosen[name]
+        if isinstance(parts, Exception):
+            raise parts
+        own = of_run(loaded, recipe) if several else loaded
+        return _put_together(recipe, parts, own, encode(recipe, parts, own.base, splits))
+
+    return {name: tried(partial(made, name)) for name in recipes}
+
+
+def _put_together(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> Built:
+    """Put together what an engine runs, and what is said of it."""
     job, task = _job(recipe, parts, loaded, encoded), parts.task
     return Built(
         job,
@@ -111,7 +142,7 @@ def build(
         loaded.base.head,
         {"form": task.form, "metric": task.metric, "of": task.of, "words": task.words, "templates": task.templates},
         task.classes,
-        held=list(chain(*group.gather(label_counts(task, task.train, list(encoded.held.values()))))),
+        held=list(chain(*parts.group.gather(label_counts(task, task.train, list(encoded.held.values()))))),
         validation=label_counts(task, task.validation, [encoded.validating])[0],
         evaluated=_evaluated(recipe, parts, encoded),
         tests=[] if task.test is None else label_counts(task, task.test, [np.arange(len(task.test))])[0],
@@ -140,7 +171,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
     bound = None
     if recipe.network.bound and not loaded.planned:
         bound = Bound(frozen_norms(model), algorithm.message.sound)
-    steps = training_steps(
+    steps = TrainingSteps(
         encoded.train,
         encoded.held,
         rows_per_step=training.per_device_train_batch_size,

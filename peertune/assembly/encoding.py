@@ -1,7 +1,7 @@
 """The third step of `build`: the task's rows as the base reads them, and which of these each client has."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -34,17 +34,27 @@ class EncodedTask(NamedTuple):
     evaluated: NDArray[np.int64]  # those of them that are evaluated
 
 
-def encode(recipe: Recipe, parts: Parts, base: Base) -> EncodedTask:
-    """Encode what these clients train on, and what validates; tell of rows that are too long.
+Splits = tuple[Encoded, Encoded]
+"""Both splits of a task, encoded."""
+
+
+def encode_splits(recipe: Recipe, task: Task, base: Base, rows: Iterable[NDArray[np.int64]]) -> Splits:
+    """Encode these of the training rows, and all that may validate."""
+    encoded = _encoder(recipe, task, base, _max_length(recipe, base))
+    return encoded(task.train, np.unique(np.concatenate([*rows]))), encoded(task.validation, None)
+
+
+def encode(recipe: Recipe, parts: Parts, base: Base, splits: Splits | None = None) -> EncodedTask:
+    """Encode what these clients train on, and what validates, unless that is done; tell of rows that are too long.
 
     Raises DataError where a client, or validation, is left without a row, and ModelError for a tokenizer that is not
     the base's.
     """
     max_length = _max_length(recipe, base)
     own = np.sort(np.concatenate([*parts.rows.values(), *parts.held_out.values()]))
-    encoded = _encoder(recipe, parts.task, base, max_length)
-    train, validation = encoded(parts.task.train, own), encoded(parts.task.validation, None)
-    long = {"train": sum(parts.group.gather(len(train.long))), "validation": len(validation.long)}
+    train, validation = splits or encode_splits(recipe, parts.task, base, [own])
+    own_long = np.intersect1d(train.long, own)
+    long = {"train": sum(parts.group.gather(len(own_long))), "validation": len(validation.long)}
     _tell_long(recipe, long, {"train": sum(parts.group.gather(len(own))), "validation": len(validation)}, max_length)
     held, held_out = (
         {client: _without_long(recipe, train, rows) for client, rows in part.items()}

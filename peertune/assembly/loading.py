@@ -1,6 +1,7 @@
 """The second step of `build`: a base with sites for the clients' adapters, and how much goes through it together."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from peertune.adapters.stacked import Forward, StackedModel, attach
 from peertune.data.images import prompts
 from peertune.errors import DataError, RecipeError
 from peertune.memory import map_tensors_alone
+from peertune.models.heads import seed_parameters
 from peertune.models.load import MODELS, Base, Purpose, load_base, pick_device, pick_dtype
 from peertune.recipe import Recipe
 from peertune.types import Task, Tensors
@@ -46,8 +48,12 @@ class Loaded(NamedTuple):
         return bool(self.base.model.device.type == "meta")
 
 
-def load(recipe: Recipe, task: Task, *, planned: bool = False) -> Loaded:
-    """Load the recipe's base for this task; where it is `planned`, without weights. Raises what `load_base` raises."""
+def load(recipe: Recipe, task: Task, *, planned: bool = False, by_run: bool = False) -> Loaded:
+    """Load the recipe's base for this task; where it is `planned`, without weights.
+
+    With `by_run` it is for several runs, each with what was drawn of the base from its own seed: `of_run` makes each
+    one's. Raises what `load_base` raises.
+    """
     purpose = _purpose(task)
     if recipe.head == "trained" and purpose in _HEADLESS:
         raise RecipeError(f"head: {_HEADLESS[purpose]} has no head to train; use head=frozen")
@@ -65,10 +71,25 @@ def load(recipe: Recipe, task: Task, *, planned: bool = False) -> Loaded:
         planned=planned,
     )
     lora = _lora_config(recipe, base, purpose)
-    model = _with_sites(recipe, task, base, planned)
+    model = _with_sites(recipe, task, base, planned, _drawn_layers(base) if by_run else ())
     if recipe.training.gradient_checkpointing:
         map_tensors_alone()  # who computes twice to save memory has no use for a heap with holes
     return Loaded(base, model, lora, device, dtype, _tokens_per_pass(recipe, base, device))
+
+
+def of_run(loaded: Loaded, recipe: Recipe) -> Loaded:
+    """Return the base as it is for a run of this seed, for which it was loaded `by_run`; valid until the next one's."""
+    base, model = loaded.base, loaded.model
+    seed_parameters(base.model, base.drawn, recipe.seed)
+    head = {name: x.clone() for name, x in base.head.items()}
+    by_run = {name for name in _drawn_layers(base) if name not in model.heads}
+    frozen = {f"{name}.frozen": x[None] for name, x in head.items() if name.rpartition(".")[0] in by_run}
+    return loaded._replace(base=replace(base, head=head), model=replace(model, frozen=frozen))
+
+
+def _drawn_layers(base: Base) -> list[str]:
+    """Return the layers whose weights were drawn from the seed."""
+    return sorted({name.rpartition(".")[0] for name, x in base.drawn.items() if x.dim() > 1})
 
 
 def begun_with(recipe: Recipe, task: Task, loaded: Loaded, adapters: Tensors) -> Tensors:
@@ -129,8 +150,8 @@ def _lora_config(recipe: Recipe, base: Base, purpose: Purpose) -> LoraConfig:
     )
 
 
-def _with_sites(recipe: Recipe, task: Task, base: Base, planned: bool) -> StackedModel:
-    """Put the recipe's sites into the base, and heads of the clients' own where these are trained."""
+def _with_sites(recipe: Recipe, task: Task, base: Base, planned: bool, by_run: Sequence[str]) -> StackedModel:
+    """Put the recipe's sites into the base, heads of the clients' own where these are trained, and layers `by_run`."""
     without = (base.output_name,) if base.output_name else base.head_roots
     init = recipe.lora.init_lora_weights
     return attach(
@@ -146,6 +167,7 @@ def _with_sites(recipe: Recipe, task: Task, base: Base, planned: bool) -> Stacke
         lora_alpha=recipe.lora.lora_alpha,
         lora_dropout=recipe.lora.lora_dropout,
         head_names=_head_layers(base) if recipe.head == "trained" else (),
+        frozen_names=by_run,
         base_dropout=recipe.model.dropout,
         output_name=base.output_name,
         checkpointing=recipe.training.gradient_checkpointing,

@@ -81,10 +81,11 @@ def build_parts(
     *,
     known: Neighbourhood | None = None,
     group: Group = ALONE,
+    task: Task | None = None,
 ) -> Parts:
-    """Make all that is chosen by name, for these clients; the arguments are those of `build`."""
+    """Make all that is chosen by name, but a task that is there; for these clients, and as the arguments of `build`."""
     trackers.check(recipe.report_to)
-    task = build_task(recipe)
+    task = build_task(recipe) if task is None else task
     graph = build_graph(recipe, known)
     faults = build_faults(recipe)
     clients = range(recipe.clients) if clients is None else clients

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -21,9 +21,10 @@ from peertune.cli.common import (
     print_json,
     progress,
 )
-from peertune.errors import Exit, RunError
+from peertune.errors import Exit, PeertuneError, RunError
 
 if TYPE_CHECKING:
+    from peertune.rounds.record import RoundRecord
     from peertune.sweeps.grid import SweepProgress, SweepRun
 
 
@@ -72,10 +73,17 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs and what they would take, and write nothing.")
     ] = False,
+    stack: Annotated[
+        list[str] | None,
+        typer.Option("--stack", hidden=True, help="Run this and all others so named here, as one stack."),
+    ] = None,
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe with all combinations of settings, each in a directory of its own.
+
+    Runs of a small base that differ in seed, rates, graph and the like train as one stack, in one process, on this
+    machine; each comes to the same as by itself, up to rounding.
 
     What is finished is skipped and what is not goes on, so the same command continues a sweep that was stopped. What
     is in SLURM's queue is followed, not submitted again; Ctrl-C leaves it there.
@@ -100,9 +108,11 @@ def sweep(
 
         with interruptible():
             whole = sweeps.sweep_runs(recipe, grid)
+            if stack:
+                _run_stack(recipe, [run for run in whole if run.name in stack], out)
             mine = whole if part is None else sweeps.shard(whole, part)
             if dry_run:
-                _print_estimates(recipe, mine, out, as_json)
+                _print_estimates(recipe, mine, out, as_json, 0 if queued else jobs or 1)
                 return
         start = queue(out / "slurm", jobs or len(mine), slurm or []) if queued else local(jobs or 1)
         answer = "stopping after these rounds; once more to go back to the last checkpoints"
@@ -112,7 +122,7 @@ def sweep(
             progress("rounds", sum(run.recipe.rounds for run in mine)) as show,
         ):
             try:
-                for stand in sweeps.run_sweep(recipe, mine, out, start, lambda: detach + len(stop)):
+                for stand in sweeps.run_sweep(recipe, grid, mine, out, start, lambda: detach + len(stop)):
                     show(stand.rounds, _describe(stand, len(mine)))
             except KeyboardInterrupt:
                 stopped = True
@@ -123,6 +133,31 @@ def sweep(
         sys.exit(Exit.STOPPED)
     if stand.failed:
         sys.exit(Exit.INPUT)
+
+
+def _run_stack(recipe: str, runs: "Sequence[SweepRun]", out: Path) -> NoReturn:
+    """Run these in this process as one stack, and end as `sweep` does."""
+    from peertune.api.stacking import Asked, run_together
+    from peertune.sweeps.grid import rounds_done
+
+    asked = {run.name: Asked(recipe, run.overrides, run.recipe, out / run.name) for run in runs}
+    done = sum(rounds_done(one.folder) for one in asked.values())
+    answer = "stopping after these rounds; once more to go back to the last checkpoints"
+    with asked_to_stop(answer) as stop, progress("rounds", sum(run.recipe.rounds for run in runs), done) as show:
+
+        def each(record: "RoundRecord") -> None:
+            nonlocal done
+            done += 1
+            show(done, f"{len(runs)} runs as one stack")
+
+        try:
+            failed = run_together(asked, each, lambda: bool(stop))
+        except KeyboardInterrupt:
+            sys.exit(Exit.STOPPED)
+    for name, error in failed.items():
+        reason = str(error) if isinstance(error, PeertuneError) else f"{type(error).__name__}: {error}"
+        print(f"peertune: {name}: {' '.join(reason.split())}", file=sys.stderr)
+    sys.exit(Exit.INPUT if failed else Exit.DONE)
 
 
 def _print_outcome(mine: "Sequence[SweepRun]", stand: "SweepProgress", out: Path, as_json: bool) -> None:
@@ -137,6 +172,7 @@ def _print_outcome(mine: "Sequence[SweepRun]", stand: "SweepProgress", out: Path
                     "folder": str(out / run.name),
                     "status": status.get(run.name, "unfinished"),
                     "job": stand.jobs[run.name].id if run.name in stand.jobs else None,
+                    "stack": _place(run.name, stand.stacks),
                     "error": stand.failed.get(run.name),
                 }
                 for run in mine
@@ -152,6 +188,11 @@ def _print_outcome(mine: "Sequence[SweepRun]", stand: "SweepProgress", out: Path
         print(f"peertune: {_in_queue(stand)} in the queue; {what_next}", file=sys.stderr)
 
 
+def _place(name: str, stacks: "Sequence[Sequence[str]]") -> int | None:
+    """Return in which of these stacks a run trains; None where it has a process of its own, or had nothing left."""
+    return next((place for place, stack in enumerate(stacks) if name in stack), None)
+
+
 def _describe(stand: "SweepProgress", runs: int) -> str:
     """Say how many runs are where."""
     failed = f"{len(stand.failed)} failed" if stand.failed else ""
@@ -164,7 +205,7 @@ def _in_queue(stand: "SweepProgress") -> str:
     return ", ".join(f"{count} {state}" for state, count in states.most_common())
 
 
-def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_json: bool) -> None:
+def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_json: bool, processes: int) -> None:
     """Try one run of each kind in a process of its own, and say of each, as soon as that is known, what it takes."""
     import json
 
@@ -176,7 +217,10 @@ def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_jso
     from peertune.planning.trial import Trial, cost_key, estimate
     from peertune.sweeps.grid import finished
     from peertune.sweeps.launch import last_words, tried
+    from peertune.sweeps.stacks import described, stacks
 
+    parts = stacks([run for run in whole if not finished(out / run.name, run.recipe)], processes) if processes else []
+    together = [[run.name for run in part] for part in parts if len(part) > 1]
     trials: dict[str, Trial] = {}
     rows: list[dict[str, Any]] = []
     with progress("runs", len(whole)) as show:
@@ -195,6 +239,7 @@ def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_jso
                 trials[key] = Trial(**answer["trial"])
             found = estimate(run.recipe, trials[key])
             row = {"run": run.name, "finished": finished(out / run.name, run.recipe), **asdict(found)}
+            row["stack"] = _place(run.name, together)
             rows.append(row)
             if not as_json:
                 size, sent = f"{found.memory_bytes / 2**20:,.0f}", f"{found.sent_bytes / 1e6:,.3f}"
@@ -209,6 +254,8 @@ def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_jso
         f"\n{len(left)} of {len(rows)} runs are left: {duration(sum(row['seconds'] for row in left))} one after the "
         f"other, {max((row['memory_bytes'] for row in left), default=0) / 2**20:,.0f} MiB each at most"
     )
+    if told := described(parts):
+        print(f"{told}, which takes less")
 
 
 _LINE = "{:<{width}} {:>11} {:>9} {:>12} {}"

@@ -10,7 +10,7 @@ which rows a client trains on.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -263,58 +263,89 @@ def sample(seed: int, client: int, rows: int, step: int, size: int) -> NDArray[n
     return np.array([_epoch(seed, client, int(place) // rows, rows)[place % rows] for place in places], dtype=np.int64)
 
 
-def training_steps(
-    encoded: Encoded,
-    parts: Mapping[int, NDArray[np.int64]] | Sequence[NDArray[np.int64]],
-    *,
-    rows_per_step: int,
-    local_steps: int,
-    tokens: int,
-    clients_together: int,
-    packed: bool,
-    seed: int,
-    row_weights: NDArray[np.float64] | None = None,
-) -> Callable[[Sequence[int], int], Iterator[list[Batch]]]:
-    """Return `steps(clients, round)`, which yields the micro-batches of each local step of these clients.
+class Drawn(NamedTuple):
+    """The rows that some clients train on in one local step, one client's after the other's; `b` of them."""
 
-    `parts[k]` are the rows that client k holds. A batch's client numbers are places in `clients`, as the stack has
-    them; it holds rows of about `clients_together` neighbouring clients at most, and comes with a packing if `packed`.
-    In a client's mean each of the N rows counts as `row_weights [N]` say, or all count alike.
+    rows: NDArray[np.int64]  # [b], their numbers
+    clients: NDArray[np.int64]  # [b], whose each is: a place among the clients
+    weights: NDArray[np.float64]  # [b], what each counts in its client's mean
+    keys: NDArray[np.int64]  # [b], what its dropout masks are drawn from
+    shared: NDArray[np.int64]  # [b], what masks are drawn from that all rows of a client's step share
+
+
+@dataclass(frozen=True)
+class TrainingSteps:
+    """The local steps of a run: which rows each client draws, and the micro-batches in which they travel."""
+
+    encoded: Encoded
+    # which rows client k holds
+    parts: Mapping[int, NDArray[np.int64]] | Sequence[NDArray[np.int64]]
+    rows_per_step: int  # of each client
+    local_steps: int  # a round
+    tokens: int  # of a micro-batch, about
+    clients_together: int  # about so many neighbouring clients have rows in a micro-batch at most
+    packed: bool  # whether it comes with a packing
+    seed: int
+    row_weights: NDArray[np.float64] | None = None  # [N], what each row counts in its client's mean; None: all alike
+
+    def __call__(self, clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each of a round's local steps of these clients.
+
+        A batch's client numbers are places in `clients`, as the stack has them.
+        """
+        return steps_together([(self, clients, round)])
+
+    def drawn(self, clients: Sequence[int], step: int) -> Drawn:
+        """Return what these clients train on in a step, counted from the run's start."""
+        size = self.rows_per_step
+        own = [self.parts[client] for client in clients]
+        rows = np.concatenate(
+            [held[sample(self.seed, client, len(held), step, size)] for client, held in zip(clients, own, strict=True)]
+        )
+        positions = np.tile(np.arange(size), len(clients))
+        keys = words(self.seed, Draw.DROPOUT, np.repeat(clients, size), step, positions).view(np.int64)
+        shared = np.repeat(words(self.seed, Draw.SHARED_DROPOUT, clients, step).view(np.int64), size)
+        # A client's loss is the mean over its labels.
+        each = np.ones(len(rows)) if self.row_weights is None else self.row_weights[rows]
+        labels = (each * self.encoded.targets[rows]).reshape(len(clients), size).sum(axis=1)
+        weights = each / np.repeat(np.where(labels > 0, labels, 1), size)
+        return Drawn(rows, np.repeat(np.arange(len(clients)), size), weights, keys, shared)
+
+
+def steps_together(runs: Sequence[tuple[TrainingSteps, Sequence[int], int]]) -> Iterator[list[Batch]]:
+    """Yield the micro-batches of each local step of some clients of several runs, in these rounds of theirs.
+
+    The runs have the same encoded rows, and as many local steps. A batch's client numbers are places among all clients,
+    one run's after the other's.
     """
+    steps = runs[0][0]
+    for number in range(steps.local_steps):
+        each = [one.drawn(clients, t * one.local_steps + number) for one, clients, t in runs]
+        starts = np.cumsum([0, *(len(clients) for _, clients, _ in runs)])
+        placed = [drawn._replace(clients=drawn.clients + start) for drawn, start in zip(each, starts, strict=False)]
+        yield _cut(steps, Drawn(*map(np.concatenate, zip(*placed, strict=True))), int(starts[-1]))
 
-    def steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
-        for step in range(round * local_steps, (round + 1) * local_steps):
-            rows = np.concatenate(
-                [parts[client][sample(seed, client, len(parts[client]), step, rows_per_step)] for client in clients]
-            )
-            places = np.repeat(np.arange(len(clients)), rows_per_step)
-            positions = np.tile(np.arange(rows_per_step), len(clients))
-            keys = words(seed, Draw.DROPOUT, np.repeat(clients, rows_per_step), step, positions).view(np.int64)
-            shared = np.repeat(words(seed, Draw.SHARED_DROPOUT, clients, step).view(np.int64), rows_per_step)
-            # A client's loss is the mean over its labels.
-            each = np.ones(len(rows)) if row_weights is None else row_weights[rows]
-            labels = (each * encoded.targets[rows]).reshape(len(clients), rows_per_step).sum(axis=1)
-            weights = each / np.repeat(np.where(labels > 0, labels, 1), rows_per_step)
-            lengths, least = encoded.lengths[rows], -(-len(clients) // clients_together)
-            if packed:
-                chosen = even_parts(lengths, tokens, least)
-            else:
-                groups = np.array_split(np.arange(len(rows)), least)
-                chosen = [group[part] for group in groups for part in micro_batches(lengths[group], tokens)]
-            yield [
-                make_batch(
-                    encoded,
-                    rows[part],
-                    clients=torch.from_numpy(places[part]),
-                    weights=torch.from_numpy(weights[part]),
-                    keys=torch.from_numpy(keys[part]),
-                    shared=torch.from_numpy(shared[part]),
-                    packed=packed,
-                )
-                for part in chosen
-            ]
 
-    return steps
+def _cut(steps: TrainingSteps, drawn: Drawn, clients: int) -> list[Batch]:
+    """Cut what so many clients have drawn into micro-batches."""
+    lengths, least = steps.encoded.lengths[drawn.rows], -(-clients // steps.clients_together)
+    if steps.packed:
+        chosen = even_parts(lengths, steps.tokens, least)
+    else:
+        groups = np.array_split(np.arange(len(lengths)), least)
+        chosen = [group[part] for group in groups for part in micro_batches(lengths[group], steps.tokens)]
+    return [
+        make_batch(
+            steps.encoded,
+            drawn.rows[part],
+            clients=torch.from_numpy(drawn.clients[part]),
+            weights=torch.from_numpy(drawn.weights[part]),
+            keys=torch.from_numpy(drawn.keys[part]),
+            shared=torch.from_numpy(drawn.shared[part]),
+            packed=steps.packed,
+        )
+        for part in chosen
+    ]
 
 
 def validation_batches(

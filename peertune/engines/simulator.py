@@ -1,10 +1,10 @@
 """All clients in one process, their adapters in one stack."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
+from peertune.rounds.round import Heard, Job, Refuse, exchanged, next_rounds, run_rounds
 from peertune.types import Tensors
 
 
@@ -16,6 +16,17 @@ def simulate(job: Job) -> Iterator[RoundRecord]:
     what is to be kept. `job.state` stays as it is. Clients that are down by `job.faults` keep what they have.
     """
     return run_rounds(job, partial(_exchange, job))
+
+
+def simulate_together(jobs: Mapping[str, Job]) -> Iterator[tuple[str, RoundRecord | Exception]]:
+    """Run a round of those of these jobs that are the furthest behind, and yield each one's record, by its name.
+
+    Their clients train in common passes over the base that they share. Each job goes on from its state, **in place**:
+    the caller's next call is for jobs with the states of these records. Of one that can't go on it is told why.
+    """
+    behind = min(job.state.round for job in jobs.values())
+    now = {name: job for name, job in jobs.items() if job.state.round == behind}
+    yield from zip(now, next_rounds([(job, partial(_exchange, job)) for job in now.values()]), strict=True)
 
 
 def _exchange(job: Job, clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:

@@ -2,12 +2,12 @@
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peertune.randomness import Draw, generator
 
@@ -32,11 +32,10 @@ def head_roots(model: nn.Module) -> tuple[str, ...]:
     return tuple(name for name, size in sizes.items() if size and name != backbone)
 
 
-def seed_parameters(model: nn.Module, names: Collection[str], seed: int) -> None:
-    """Draw these parameters from the seed: weights normal with the model's `initializer_range`, biases zero."""
+def seed_parameters(model: nn.Module, parameters: Mapping[str, Tensor], seed: int) -> None:
+    """Draw these of a model's parameters from the seed: weights normal with its `initializer_range`, biases zero."""
     std = getattr(model.config, "initializer_range", 0.02)
-    for name in names:
-        parameter = model.get_parameter(name)
+    for name, parameter in parameters.items():
         if parameter.dim() > 1:
             value = generator(seed, Draw.HEAD.of(name)).normal(0.0, std, tuple(parameter.shape))
         else:

@@ -34,6 +34,7 @@ class Base:
     tokenizer: Any  # None where there are images alone
     head_roots: tuple[str, ...]  # the modules of the classification head, and what else the checkpoint lacks
     head: Mapping[str, Tensor]  # all that these hold, by name: what must travel with an adapter
+    drawn: Mapping[str, Tensor]  # what of it was drawn from the seed
     output_name: str | None  # the layer that a language model's logits come from
     stop: tuple[int, ...]  # the tokens at which a language model ends
     positions: int | None  # tokens that a row may have; None where any number will do
@@ -146,7 +147,8 @@ def load_base(
     head = {name: value for name, value in model.state_dict().items() if name.startswith(inside)}
     per_image = _tokens_per_image(model.config) if purpose in ("image", "match") else 0
     positions = usable_positions(model) if purpose in ("text", "language") else None
-    return Base(model, tokenizer, roots, head, output_name, stop, positions, per_image, commit)
+    drawn = {name: head[name] for name in lacking}
+    return Base(model, tokenizer, roots, head, drawn, output_name, stop, positions, per_image, commit)
 
 
 def load_processor(name: str, *, revision: str | None, config: Any) -> Callable[[Any], Tensor]:
@@ -240,7 +242,7 @@ def _fill_in(
             f"model.name: {name}: its weights don't fit {type(model).__name__}: {len(odd)} are missing or of "
             f"another size, such as {min(odd)}; give a checkpoint of this architecture"
         )
-    seed_parameters(model, lacking, seed)
+    seed_parameters(model, {key: model.get_parameter(key) for key in lacking}, seed)
     return lacking, beyond
 
 

@@ -1,5 +1,6 @@
 """What a round leaves: the values that the records of a run are made of. They hold no tensors, but for the state."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -117,3 +118,17 @@ class RoundRecord:
     # (receiver, sender, round, times): a peer takes nothing from the sender until that round; it fell back so often
     suspects: list[tuple[int, int, int, int]] = field(default_factory=list)
     state: "State | None" = field(default=None, repr=False, compare=False)  # after the round; never written as JSON
+
+
+class Watch:
+    """Adds up the seconds of each stage."""
+
+    def __init__(self, trained: float) -> None:
+        self.seconds = {"train": trained}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        """Count the time since the last lap as this stage's."""
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now

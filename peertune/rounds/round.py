@@ -6,7 +6,6 @@ For gossip this is `x_i + Σ_j W_ij (Q(x_j) - Q(x_i))`: with symmetric W the cli
 rounding, and a client that hears nobody keeps its adapter. Rounded others beside an exact own would move the mean.
 """
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,15 +21,15 @@ from torch import Tensor
 
 from peertune.adapters.stacked import StackedModel
 from peertune.allowance import Lines
-from peertune.errors import DivergedError
-from peertune.memory import give_back_free
-from peertune.method import Algorithm, At, Memory, Phase, nothing, standing
+from peertune.errors import DivergedError, tried
+from peertune.method import Algorithm, At, Phase, nothing, standing
 from peertune.rounds import best, bounds, metrics
 from peertune.rounds.bounds import Bound, Refusal
-from peertune.rounds.record import Evaluation, RoundRecord
-from peertune.rounds.training import Optim, reset_moments, train_local
+from peertune.rounds.record import Evaluation, RoundRecord, Watch
+from peertune.rounds.training import Optim
+from peertune.rounds.turns import Came, Steps, Turn, train
 from peertune.topology import Fault, Graph, clients_down, drop_edges, messages_sent, planned_weights
-from peertune.types import ALONE, Batch, Group, State, Tensors, by_site, select
+from peertune.types import ALONE, Group, State, Tensors, by_site, select
 
 
 class Heard(NamedTuple):
@@ -61,7 +60,7 @@ class Job:
     graph: Graph
     algorithm: Algorithm
     optim: Optim
-    steps: Callable[[Sequence[int], int], Iterator[list[Batch]]]  # (clients, round) → micro-batches of each local step
+    steps: Steps
     evaluate: Callable[[Tensors, Sequence[int]], Evaluation]  # of adapters [K, …] and whose they are
     state: State  # where the run starts
     clients: Sequence[int]  # [K], whose state it is: all of the graph's, a process's share of them, or a peer
@@ -101,24 +100,36 @@ class Job:
         return next(iter(self.state.adapters.values())).device
 
 
-def run_rounds(job: Job, exchange: Callable[[Sequence[int], Tensors, int, Refuse], Heard]) -> Iterator[RoundRecord]:
+ExchangeOf = Callable[[Sequence[int], Tensors, int, Refuse], Heard]
+"""`exchange(clients, payload, round, refuse)`: an exchange that is told which of a job's clients take part."""
+
+
+def run_rounds(job: Job, exchange: ExchangeOf) -> Iterator[RoundRecord]:
     """Run the rounds that are left for the job's clients and yield a record after each, with the state that it left.
 
-    `exchange` is told which of them take part. Those that are down by the job's faults keep what they have.
+    Those that are down by the job's faults keep what they have.
     """
-    state = job.state.clone()
-    for t in range(state.round, job.rounds):
-        down = clients_down(job.faults, t)
-        if down.isdisjoint(job.clients):
-            state, record = run_round(job, state, job.clients, t, partial(exchange, job.clients))
-            yield record
-            continue
-        places = [place for place, client in enumerate(job.clients) if client not in down]
-        up, rows = [job.clients[place] for place in places], torch.tensor(places, dtype=torch.int64, device=job.device)
-        part, record = run_round(job, state.take(rows), up, t, partial(exchange, up))
-        state.put(rows, part)
-        state = state.at(t + 1)
-        yield replace(record, state=state)
+    job = replace(job, state=job.state.clone())
+    while job.state.round < job.rounds:
+        (record,) = next_rounds([(job, exchange)])
+        if isinstance(record, Exception):
+            raise record
+        assert record.state is not None
+        job = replace(job, state=record.state)
+        yield record
+
+
+def next_rounds(runs: Sequence[tuple[Job, ExchangeOf]]) -> Iterator[RoundRecord | Exception]:
+    """Run one round of each of these jobs, from its state, **in place**, and yield what it came to, in their order.
+
+    Local steps are done together (`peertune.rounds.turns`), all else is done by each job for itself. Why one can't go
+    on is yielded in the place of its record; it costs the others nothing.
+    """
+    begun = [tried(partial(_begin_of, job)) for job, _ in runs]
+    trained = iter(train([one.turn for one in begun if isinstance(one, _Begun)]))
+    for (job, exchange), one in zip(runs, begun, strict=True):
+        came = one if isinstance(one, Exception) else next(trained)
+        yield tried(partial(_end_of, job, one, came, exchange))
 
 
 def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: Exchange) -> tuple[State, RoundRecord]:
@@ -129,34 +140,83 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
 
     Raises DivergedError, before anything is sent, where training diverged; `state` then is of no more use.
     """
-    due = (t + 1) % job.evaluate_every == 0 or t + 1 == job.rounds
-    watch, message = _Watch(), job.algorithm.message
+    begun = _begin(job, state, clients, t)
+    (came,) = train([begun.turn])
+    return _end(job, begun, came, exchange)
+
+
+class _Begun(NamedTuple):
+    """A round whose local steps are to be done."""
+
+    turn: Turn
+    clients: Sequence[int]  # [K], who take part
+    t: int
+    phase: Phase  # in which most of them are
+    rows: Tensor | None = None  # of these among the job's clients; None: all
+
+
+def _begin_of(job: Job) -> _Begun:
+    """Return the next round of a job, for those of its clients that are up."""
+    state, t = job.state, job.state.round
+    down = clients_down(job.faults, t)
+    if down.isdisjoint(job.clients):
+        return _begin(job, state, job.clients, t)
+    places = [place for place, client in enumerate(job.clients) if client not in down]
+    rows = torch.tensor(places, dtype=torch.int64, device=job.device)
+    return _begin(job, state.take(rows), [job.clients[place] for place in places], t)._replace(rows=rows)
+
+
+def _end_of(job: Job, begun: _Begun | Exception, came: Came | Exception, exchange: ExchangeOf) -> RoundRecord:
+    """Return the record of a job's round whose local steps are done, with the state of all its clients."""
+    if isinstance(begun, Exception):
+        raise begun
+    part, record = _end(job, begun, came, partial(exchange, begun.clients))
+    if begun.rows is None:
+        return record
+    job.state.put(begun.rows, part)
+    return replace(record, state=job.state.at(begun.t + 1))
+
+
+def _begin(job: Job, state: State, clients: Sequence[int], t: int) -> _Begun:
+    """Say what the K `clients` of `state` are to train in round t."""
     at = standing(clients, state.rounds, job.local_steps)
     phases = job.algorithm.schedule.phases(state.known, at)
-    phase = _common(job, phases, t)
-    loss, grad_norm = _train(job, state, at, phases)
-    watch.lap("train")
+    before = job.algorithm.schedule.phases(state.known, at._replace(round=at.round - 1))
+    local, per_pass = job.algorithm.local, job.clients_per_pass
+    turn = Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass)
+    return _Begun(turn, clients, t, _common(job, phases, t))
+
+
+def _end(job: Job, begun: _Begun, came: Came | Exception, exchange: Exchange) -> tuple[State, RoundRecord]:
+    """Do what is left of a round after its local steps, **in place**."""
+    if isinstance(came, Exception):
+        raise came
+    turn, clients, t, phase, _ = begun
+    if bool((came.loss > job.most_loss).any()):
+        raise DivergedError(f"training: the loss is {float(came.loss.max()):.3g} in round {t}")
+    due = (t + 1) % job.evaluate_every == 0 or t + 1 == job.rounds
+    state, at, message, watch = turn.state, turn.at, job.algorithm.message, Watch(came.seconds)
     payload, changed = message.send(state.adapters, state.known, at, phase)
     state.remember(changed)
-    came = exchange(payload, t, _refusing(job, state))
+    heard = exchange(payload, t, _refusing(job, state))
     watch.lap("exchange")
-    at = at._replace(heard=torch.tensor(came.clients, dtype=torch.int64))
+    at = at._replace(heard=torch.tensor(heard.clients, dtype=torch.int64))
     if message.settle is not None:
-        state.remember(message.settle(state.known, came.weights, at, phase))
-    weights, unmixed = _mixable(job, state, clients, t, came)
+        state.remember(message.settle(state.known, heard.weights, at, phase))
+    weights, unmixed = _mixable(job, state, clients, t, heard)
     watch.lap("mix")
-    sent, pushed = select(came.tensors, phase.send), job.graph.weights == "push_sum"
+    sent, pushed = select(heard.tensors, phase.send), job.graph.weights == "push_sum"
     cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if due and message.whole else None
     rows = None if job.graph.rows is None else torch.from_numpy(job.graph.rows[list(clients)]).to(job.device)
     before = None if job.alone else metrics.before_mixing(select(state.adapters, phase.send), job.group, rows)
     watch.lap("metrics")
-    mixed = came._replace(weights=weights)
+    mixed = heard._replace(weights=weights)
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
-    _mix(job, state, came.tensors, weights, at, phase)
+    _mix(job, state, heard.tensors, weights, at, phase)
     state = state.at(t + 1)
     watch.lap("mix")
-    neighbours = metrics.neighbour_counts(came.weights) if payload else [0] * len(clients)
+    neighbours = metrics.neighbour_counts(heard.weights) if payload else [0] * len(clients)
     diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group, rows)
     watch.lap("metrics")
     evaluation = None
@@ -170,35 +230,21 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
         train=sorted(phase.train),
         send=sorted(phase.send),
         clients=list(clients),
-        loss=loss.tolist(),
-        grad_norm=grad_norm.tolist(),
-        bytes_sent=metrics.bytes_sent(payload, neighbours if came.sent is None else came.sent),
+        loss=came.loss.tolist(),
+        grad_norm=came.grad_norm.tolist(),
+        bytes_sent=metrics.bytes_sent(payload, neighbours if heard.sent is None else heard.sent),
         neighbours=neighbours,
-        edges=metrics.edges(came.weights, clients, came.clients, job.graph.directed) if payload else [],
-        failed_edges=came.failed if payload else [],
-        vacant_edges=list(came.vacant) if payload else [],
+        edges=metrics.edges(heard.weights, clients, heard.clients, job.graph.directed) if payload else [],
+        failed_edges=heard.failed if payload else [],
+        vacant_edges=list(heard.vacant) if payload else [],
         not_mixed=unmixed,
-        out_of_phase=[client for client, own in zip(clients, phases, strict=True) if own != phase],
+        out_of_phase=[client for client, own in zip(clients, turn.phases, strict=True) if own != phase],
         neighbourhood_cross_term=cross_terms,
         diagnostics=diagnostics,
         seconds=watch.seconds,
         evaluation=evaluation,
         state=state,
     )
-
-
-class _Watch:
-    """Adds up the seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        """Count the time since the last lap as this stage's."""
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
-        self._last = now
 
 
 def exchanged(
@@ -274,7 +320,7 @@ def _mixable(
     return (dense.to_sparse() if weights.is_sparse else dense), pairs
 
 
-def _together(job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: _Watch) -> list[list[float]]:
+def _together(job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: Watch) -> list[list[float]]:
     """Return by metric the score of each client's ensemble with those that it mixes, where such are judged."""
     if job.ensembles is None:
         return []
@@ -284,7 +330,7 @@ def _together(job: Job, state: State, clients: Sequence[int], mixed: Heard, watc
 
 
 def _on_own_rows(
-    job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: _Watch
+    job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: Watch
 ) -> tuple[list[float], list[float]]:
     """Return the scores on its own rows of what each client trained, and of the mean of what others sent it."""
     if job.judge_own is None:
@@ -333,46 +379,9 @@ def _common(job: Job, phases: list[Phase], t: int) -> Phase:
         return job.algorithm.phase(t)
     told = [[sorted(phase.train), sorted(phase.send), count] for phase, count in Counter(phases).items()]
     counts: Counter[Phase] = Counter()
-    for train, send, count in chain(*job.group.gather(told)):
-        counts[Phase(frozenset(train), frozenset(send))] += count
+    for trained, sent, count in chain(*job.group.gather(told)):
+        counts[Phase(frozenset(trained), frozenset(sent))] += count
     return counts.most_common(1)[0][0]
-
-
-def _train(job: Job, state: State, at: At, phases: list[Phase]) -> tuple[Tensor, Tensor]:
-    """Do the local steps of the K clients in place, a few at a time of those that are alike.
-
-    These are in one phase, come from one phase, and are in the same round of their own. Returns the losses and the
-    norms of gradients, `[K]` each.
-    """
-    before = job.algorithm.schedule.phases(state.known, at._replace(round=at.round - 1))
-    rounds, clients = at.round.tolist(), at.clients.tolist()
-    alike: dict[tuple[Phase, Phase | None, int], list[int]] = {}
-    for row, t in enumerate(rounds):
-        alike.setdefault((phases[row], before[row] if t else None, t), []).append(row)
-    known = state.known
-    loss, grad_norm = torch.zeros(2, len(clients), dtype=torch.float64, device=job.device)
-    memory: Memory = {}
-    for (phase, last, t), members in alike.items():
-        for start in range(0, len(members), job.clients_per_pass):
-            chunk = members[start : start + job.clients_per_pass]
-            neighbouring = len(chunk) == chunk[-1] - chunk[0] + 1
-            places = slice(chunk[0], chunk[-1] + 1) if neighbouring else torch.tensor(chunk, device=job.device)
-            part, here = state.take(places), At(*(x[chunk] for x in at[:3]))
-            reset_moments(part.moments, job.optim.reset, phase, last)
-            steps = job.steps([clients[row] for row in chunk], t)
-            trained = train_local(job.model, part, steps, phase, job.optim, here, job.algorithm.local)
-            if isinstance(places, Tensor):
-                state.put(places, replace(part, memory={}))
-            for name, x in trained.memory.items():  # one copy for all chunks: a method's own tensors stay as they are
-                if name not in memory:
-                    memory[name] = known[name].clone()
-                memory[name][places] = x
-            loss[places], grad_norm[places] = trained.loss, trained.grad_norm
-            give_back_free()
-    state.remember(memory)
-    if bool((loss > job.most_loss).any()):
-        raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {max(rounds)}")
-    return loss, grad_norm
 
 
 DENSE_UP_TO = 64

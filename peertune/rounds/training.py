@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -16,8 +17,8 @@ from peertune.errors import DivergedError, ModelError
 from peertune.method import At, Local, Memory, Phase
 from peertune.types import Batch, State, Tensors, kind, norms, over_clients, select
 
-Rates = Mapping[str, float]
-"""Kind → learning rate."""
+Rates = Mapping[str, float | Tensor]
+"""Kind → learning rate, for all clients or for each, `[K]`."""
 
 
 class Optimizer(NamedTuple):
@@ -56,6 +57,14 @@ def _zeros_like(x: Tensor) -> Tensor:
     return x.new_zeros((1, *x.shape[1:])).expand(x.shape)
 
 
+def _descend(x: Tensor, step: Tensor, rate: float | Tensor) -> None:
+    """Step `x [K, …]` down, in place, at its client's rate."""
+    if isinstance(rate, Tensor):
+        x.sub_(step * over_clients(rate, x).to(x.dtype))
+    else:
+        x.sub_(step, alpha=rate)
+
+
 def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), equal to `torch.optim.AdamW` for each client.
 
@@ -79,7 +88,10 @@ def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weigh
             v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
             denominator = (v / (1 - beta2**steps).to(x.dtype)).sqrt_().add_(epsilon)
             rate = rates[kind(name)]
-            x.mul_(1 - rate * weight_decay).sub_(m / (1 - beta1**steps).to(x.dtype) / denominator, alpha=rate)
+            if weight_decay:
+                decay = 1 - rate * weight_decay
+                x.mul_(over_clients(decay, x).to(x.dtype) if isinstance(decay, Tensor) else decay)
+            _descend(x, m / (1 - beta1**steps).to(x.dtype) / denominator, rate)
 
     return Optimizer(init, update)
 
@@ -95,7 +107,7 @@ def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
             step = grad.add(params[name], alpha=weight_decay)
             if momentum:
                 step = moments[f"{name}.m"].mul_(momentum).add_(step)
-            params[name].sub_(step, alpha=rates[kind(name)])
+            _descend(params[name], step, rates[kind(name)])
 
     return Optimizer(init, update)
 
@@ -174,13 +186,15 @@ def train_local(
     optim: Optim,
     at: At,
     local: Local = Local(),  # noqa: B008  # which can't be changed
+    frozen: Tensors | None = None,
 ) -> Trained:
     """Train the phase's kinds on each client's own rows, **in place**: gradients, `local`, clip, step.
 
     `steps` yields the micro-batches of one local step after the other; their gradients add up, so how the rows are cut
     changes nothing. The K clients stand `at` one step, counted from the run's start. Kinds that the phase does not
     train get no gradient and stay bit for bit. Adapters and moments are stepped where they lie: a copy of thousands of
-    them would double what they take. What `local` remembers is returned.
+    them would double what they take. What `local` remembers is returned. `frozen [K, …]` is what each client has of the
+    base for itself: as `StackedModel.frozen`.
 
     Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and
     DivergedError where a loss or an adapter is not finite.
@@ -194,7 +208,7 @@ def train_local(
     global_draws = _generator_state(totals.device)
     first_step, count, changed = int(at.step[0]), 0, dict[str, Tensor]()
     for count, batches in enumerate(steps, start=1):
-        gradient = BatchGradient(model, batches, phase.train, optim.smoothing)
+        gradient = BatchGradient(model, batches, phase.train, optim.smoothing, frozen or {})
         grads, new = local.gradients(gradient, adapters, start, memory, at, phase)
         changed |= new
         memory |= new
@@ -223,9 +237,15 @@ class BatchGradient:
     """The `Gradient` of one local step over its micro-batches; their gradients add up."""
 
     def __init__(
-        self, model: StackedModel, batches: Sequence[Batch], kinds: Collection[str], smoothing: float = 0.0
+        self,
+        model: StackedModel,
+        batches: Sequence[Batch],
+        kinds: Collection[str],
+        smoothing: float = 0.0,
+        frozen: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.model, self.batches, self.kinds, self.smoothing = model, batches, kinds, smoothing
+        self.frozen = frozen
         self._loss: Tensor | None = None
 
     @property
@@ -250,6 +270,7 @@ class BatchGradient:
             # Only the clients of this batch pass through autograd: its cost does not grow with the stack.
             part = slice(int(batch.clients.min()), int(batch.clients.max()) + 1)
             params = {name: x[part].detach().requires_grad_(name in trained) for name, x in adapters.items()}
+            params |= {name: x[part] for name, x in self.frozen.items()}
             batch = replace(batch, clients=batch.clients - part.start).to(losses.device)
             found = row_losses(self.model(params, batch, training=True), batch, self.smoothing) * batch.weights
             (found if count is None else found * count.to(found)).sum().backward()

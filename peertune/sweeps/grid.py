@@ -5,6 +5,7 @@ killed goes on with the same command, and parts of it can run on several machine
 """
 
 import itertools
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -22,6 +23,9 @@ from peertune.recipe import Recipe, flat, load_recipe
 from peertune.rounds.patience import ended_early
 from peertune.runs import records
 from peertune.sweeps.launch import Command, Launcher, Queued
+from peertune.sweeps.stacks import described, stacks
+
+log = logging.getLogger(__name__)
 
 LONGEST_NAME = 160
 """Characters of a run directory's name, beyond which it is cut and marked by a digest; file systems take 255 bytes."""
@@ -138,18 +142,24 @@ class SweepProgress:
     """Where a sweep stands; what `run_sweep` yields, changed in place."""
 
     done: list[str] = field(default_factory=list)
+    stacks: list[list[str]] = field(default_factory=list)  # names of runs that train as one stack
     failed: dict[str, str] = field(default_factory=dict)  # name → why, one line
     jobs: Mapping[str, Queued] = field(default_factory=dict)  # what is in a cluster's queue, by name
     rounds: int = 0  # finished in all runs together
 
 
 def run_sweep(
-    recipe: str | Path, whole: Sequence[SweepRun], folder: Path, launcher: Launcher, stopping: Callable[[], int]
+    recipe: str | Path,
+    words: Sequence[str],
+    whole: Sequence[SweepRun],
+    folder: Path,
+    launcher: Launcher,
+    stopping: Callable[[], int],
 ) -> Iterator[SweepProgress]:
     """Run what is left of a sweep as the launcher does, and yield how it stands every now and then.
 
-    `stopping()` counts how often the user has asked to stop. A run that fails stops no other. Raises RunError where
-    the folder can't be made.
+    `whole` are the runs of the grid of these `words`, or a part of them. `stopping()` counts how often the user has
+    asked to stop. A run that fails stops no other. Raises RunError where the folder can't be made.
     """
     with reported(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -160,16 +170,18 @@ def run_sweep(
     rounds = {run.name: rounds_done(folder / run.name) for run in left}
     progress.rounds = settled
     yield progress
-    tasks = {}
     for run in left:
-        place = folder / run.name
-        if other := conflict(place, run.recipe):
+        if other := conflict(folder / run.name, run.recipe):
             progress.failed[run.name] = other
-        else:
-            tasks[run.name] = Command((str(recipe), *run.overrides), place, (*plugins.options(),))
+    free = [run for run in left if run.name not in progress.failed]
+    parts = stacks(free, launcher.stacks) if launcher.stacks else [[run] for run in free]
+    progress.stacks = [[run.name for run in part] for part in parts if len(part) > 1]
+    if told := described(parts):
+        log.info(told)
+    tasks = {part[0].name: _command(recipe, words, part, folder) for part in parts}
     if not tasks:
         return
-    with closing(launcher(tasks, stopping)) as looks:
+    with closing(launcher.launch(tasks, stopping)) as looks:
         for look in looks:
             for name in look.ended:
                 if finished(folder / name, recipes[name]):
@@ -177,6 +189,17 @@ def run_sweep(
                 else:
                     progress.failed[name] = look.ended[name]
             progress.jobs = look.jobs
-            rounds |= {name: max(rounds[name], rounds_done(folder / name)) for name in tasks}
+            rounds |= {run.name: max(rounds[run.name], rounds_done(folder / run.name)) for run in free}
             progress.rounds = settled + sum(rounds.values())
             yield progress
+    told_of = {*progress.done, *progress.failed}  # a stack that was stopped says nothing of those that were finished
+    progress.done += [run.name for run in free if run.name not in told_of and finished(folder / run.name, run.recipe)]
+    yield progress
+
+
+def _command(recipe: str | Path, words: Sequence[str], part: Sequence[SweepRun], folder: Path) -> Command:
+    """Return the process of a run, or of several as one stack."""
+    options = (*plugins.options(),)
+    if len(part) > 1:
+        return Command((str(recipe), *words), folder, options, tuple(run.name for run in part))
+    return Command((str(recipe), *part[0].overrides), folder / part[0].name, options)

@@ -31,14 +31,18 @@ LOOK_S = 0.2
 
 @dataclass(frozen=True)
 class Command:
-    """One run as a process, begun, or gone on with where it has begun."""
+    """One run as a process, or several as one stack; begun, or gone on with where it has begun."""
 
-    words: tuple[str, ...]  # of `peertune run` at its beginning: recipe and overrides
-    folder: Path  # its run directory
+    words: tuple[str, ...]  # of `peertune run` at its beginning, recipe and overrides; of `sweep` recipe and grid
+    folder: Path  # its run directory, or the sweep's
     options: tuple[str, ...] = ()  # of it whenever it starts
+    stack: tuple[str, ...] = ()  # the runs of the grid that are one stack, where it is one
 
     def now(self) -> list[str]:
         """Return the words of the command line to start now."""
+        if self.stack:
+            names = [word for name in self.stack for word in ("--stack", name)]
+            return ["sweep", *self.options, *self.words, "--out", str(self.folder), *names]
         words = ("--resume",) if self.folder.is_dir() else (*self.words, "--out")
         return ["run", *self.options, *words, str(self.folder)]
 
@@ -54,12 +58,19 @@ class Queued(NamedTuple):
 class Look:
     """How the tasks stand."""
 
-    ended: Mapping[str, str]  # since the last look: name → its last words, which say why if it isn't finished
+    # since the last look: the name of a run → the last words on it, which say why if it isn't finished
+    ended: Mapping[str, str]
     jobs: Mapping[str, Queued] = field(default_factory=dict)  # what is in the queue, where there is one
 
 
 Looks = Generator[Look, None, None]
-Launcher = Callable[[Mapping[str, Command], Callable[[], int]], Looks]
+
+
+class Launcher(NamedTuple):
+    """Where the processes of a sweep are."""
+
+    launch: Callable[[Mapping[str, Command], Callable[[], int]], Looks]
+    stacks: int = 0  # for how many processes runs are put together to stacks; 0: each run has its own
 
 
 def local(jobs: int) -> Launcher:
@@ -87,15 +98,14 @@ def local(jobs: int) -> Launcher:
                         told += 1
                         for process in at_work.values():
                             process.terminate()
-                    ended = {}
+                    ended: dict[str, str] = {}
                     for name, process in list(at_work.items()):
                         if process.exitcode is None:
                             continue
                         del at_work[name]
                         if process.exitcode == 0 or not told:
-                            ended[name] = last_words(
-                                said[name].read_bytes(), f"ended with exit code {process.exitcode}"
-                            )
+                            messages, silent = said[name].read_bytes(), f"ended with exit code {process.exitcode}"
+                            ended |= {run: last_words(messages, silent, run) for run in tasks[name].stack or [name]}
                     yield Look(ended)
                     if at_work:
                         wait([process.sentinel for process in at_work.values()], LOOK_S)
@@ -104,7 +114,7 @@ def local(jobs: int) -> Launcher:
                     process.terminate()
                     process.join()
 
-    return launch
+    return Launcher(launch, stacks=jobs)
 
 
 def tried(words: list[str]) -> tuple[int, bytes, bytes]:
@@ -158,12 +168,15 @@ def _be(words: list[str], environment: dict[str, str], said: Path, answered: Pat
 _PROGRESS = re.compile(r"peertune: \S+ \S+ INFO ")
 
 
-def last_words(messages: bytes, silent: str) -> str:
+def last_words(messages: bytes, silent: str, run: str = "") -> str:
     """Return the last line that a process said, or that what starts it did, or `silent` where neither said anything.
 
-    What it logs while all goes well counts for nothing.
+    Of several runs it is the line that begins with the name of this `run`, where there is one. What it logs while all
+    goes well counts for nothing.
     """
     lines = [line for line in messages.decode(errors="replace").splitlines() if line.strip()]
     lines = [line for line in lines if not _PROGRESS.match(line)]
     own = [line for line in lines if not line.startswith(("submitit ", "srun: "))]
-    return (own or lines or [silent])[-1].removeprefix("peertune: ")
+    last = [line.removeprefix("peertune: ") for line in own or lines or [silent]]
+    mine = [line.removeprefix(f"{run}: ") for line in last if run and line.startswith(f"{run}: ")]
+    return (mine or last)[-1]

@@ -99,7 +99,7 @@ def slurm(folder: Path, jobs: int, settings: Sequence[str]) -> Launcher:
             while time.monotonic() < until and not stopping():
                 time.sleep(0.05)
 
-    return launch
+    return Launcher(launch)
 
 
 def _values(settings: Sequence[str]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from peertune.adapters.attention import register_attention
 from peertune.adapters.matching import match_names
 from peertune.adapters.peft_format import find_sites, save_adapter
 from peertune.adapters.stacked import StackedModel, attach, init_adapters
-from peertune.data.batches import Encoded, training_steps
+from peertune.data.batches import Encoded, TrainingSteps
 from peertune.method import Phase
 from peertune.rounds.training import Optim, adamw, row_losses, train_local
 from peertune.types import Batch, State, Tensors, take
@@ -208,7 +208,7 @@ def train_on_budget(targets: str | list[str], budget: int, clients_together: int
     model, adapters = make_stack(targets, lora_dropout=0.3, base_dropout=0.2, templates=2)
     pixels, labels = make_rows(3, 20)
     zeros = np.zeros(20, dtype=np.int64)
-    steps = training_steps(
+    steps = TrainingSteps(
         Encoded({"pixel_values": pixels}, {}, {}, zeros, zeros + 5, labels),
         [np.arange(7), np.arange(7, 9), np.arange(9, 20)],
         rows_per_step=4,

@@ -21,7 +21,7 @@ from peertune.adapters.attention import register_attention
 from peertune.adapters.peft_format import find_sites
 from peertune.adapters.rows import Rows, bound_rows
 from peertune.adapters.stacked import StackedModel, attach, frozen_norms, init_adapters
-from peertune.data.batches import Encoded, pack_rows, training_steps
+from peertune.data.batches import Encoded, TrainingSteps, pack_rows
 from peertune.method import Phase
 from peertune.rounds.training import Optim, adamw, row_losses, train_local
 from peertune.types import Batch, State, Tensors, kind, select, take
@@ -407,7 +407,7 @@ def encode(seed: int, rows: int, longest: int) -> Encoded:
 
 def train_on_budget(case: Case, budget: int, clients_together: int, packed: bool) -> State:
     model, adapters = make_stack(case, make_base(case, dropout=0.2), head=True, lora_dropout=0.2, base_dropout=True)
-    steps = training_steps(
+    steps = TrainingSteps(
         encode(3, 20, longest=8),
         [np.arange(7), np.arange(7, 9), np.arange(9, 20)],
         rows_per_step=4,

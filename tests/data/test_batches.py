@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from peertune.data.batches import (
     BLOCK,
     Encoded,
+    TrainingSteps,
     encode_images,
     encode_text,
     even_parts,
@@ -19,7 +20,6 @@ from peertune.data.batches import (
     pack_rows,
     pad,
     sample,
-    training_steps,
     validation_batches,
 )
 from peertune.errors import DataError
@@ -272,14 +272,14 @@ def test_what_a_client_trains_on_does_not_depend_on_who_is_asked_for_with_it(
     common: dict[str, Any] = {"rows_per_step": 6, "local_steps": 3, "seed": seed}
     everyone = list(range(5))
     whole: dict[str, Any] = {"tokens": 10_000, "clients_together": 5, "packed": False, **common}
-    together = rows_and_keys(list(training_steps(encoded, parts, **whole)(everyone, round)), everyone)
+    together = rows_and_keys(list(TrainingSteps(encoded, parts, **whole)(everyone, round)), everyone)
     assert all(len(rows) == 6 for rows in together.values())
     assert all({row for row, _, _ in rows} <= set(parts[client].tolist()) for (_, client), rows in together.items())
     assert all(count == encoded.lengths[row] for rows in together.values() for row, _, count in rows)
     keys = [key for rows in together.values() for _, key, _ in rows]
     assert len(set(keys)) == len(keys)
     cut: dict[str, Any] = {"tokens": tokens, "clients_together": clients_together, "packed": packed, **common}
-    steps = training_steps(encoded, parts, **cut)
+    steps = TrainingSteps(encoded, parts, **cut)
     for start in range(0, 5, chunk):
         some = everyone[start : start + chunk]
         alone = rows_and_keys(list(steps(some, round)), some)
@@ -295,7 +295,7 @@ def test_a_batch_holds_rows_of_few_neighbouring_clients(seed: int, tokens: int, 
     parts = np.array_split(np.arange(60), 6)
     common: dict[str, Any] = {"rows_per_step": 8, "local_steps": 2, "clients_together": clients_together, "seed": seed}
     for packed in (False, True):
-        for batches in training_steps(encoded, parts, tokens=tokens, packed=packed, **common)(range(6), 0):
+        for batches in TrainingSteps(encoded, parts, tokens=tokens, packed=packed, **common)(range(6), 0):
             for batch in batches:
                 spread = int(batch.clients.max() - batch.clients.min()) + 1
                 lengths = batch.inputs["attention_mask"].sum(1)
@@ -312,14 +312,14 @@ def test_a_batch_holds_rows_of_few_neighbouring_clients(seed: int, tokens: int, 
 
 def test_rounds_go_on_where_the_one_before_stopped() -> None:
     encoded = encoded_rows(20)
-    steps = training_steps(encoded, [np.arange(20)], rows_per_step=4, local_steps=5, **ALL)
+    steps = TrainingSteps(encoded, [np.arange(20)], rows_per_step=4, local_steps=5, **ALL)
     seen = [row for step in range(2) for rows in rows_and_keys(list(steps([0], step)), [0]).values() for row in rows]
     assert sorted(row for row, _, _ in seen) == sorted([*range(20), *range(20)])
     assert len({key for _, key, _ in seen}) == 40
 
 
 def test_a_clients_shares_in_its_loss_sum_to_one() -> None:
-    steps = training_steps(encoded_rows(20), [np.arange(20)], rows_per_step=7, local_steps=1, **ALL)
+    steps = TrainingSteps(encoded_rows(20), [np.arange(20)], rows_per_step=7, local_steps=1, **ALL)
     (batches,) = steps([0], 0)
     assert sum(float(batch.weights.sum()) for batch in batches) == pytest.approx(1)
 

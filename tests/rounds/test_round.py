@@ -26,16 +26,17 @@ from peertune.rounds.round import (
     Heard,
     Job,
     Refuse,
-    _train,
     as_weights,
     exchanged,
     run_round,
     run_rounds,
 )
 from peertune.rounds.training import Optim, sgd
+from peertune.rounds.turns import Came, Turn
+from peertune.rounds.turns import train as train_turns
 from peertune.topology import Fault, weights_at
 from peertune.topology.graphs import complete, epidemic, path, ring
-from peertune.types import Batch, Group, Tensors, select, take
+from peertune.types import Batch, Group, State, Tensors, select, take
 
 CLIENTS = 5
 MOMENTUM = 0.9
@@ -581,17 +582,26 @@ def test_weights_may_differ_by_site_and_depend_on_whole_adapters() -> None:
     torch.testing.assert_close(after["other.A"], mine["other.A"].mean(0, keepdim=True).expand(CLIENTS, -1, -1))
 
 
+def trained(job: Job, state: State, at: At) -> Tensor:
+    schedule = job.algorithm.schedule
+    phases, before = (schedule.phases({}, at._replace(round=at.round - back)) for back in (0, 1))
+    local, per_pass = job.algorithm.local, job.clients_per_pass
+    (came,) = train_turns([Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass)])
+    assert isinstance(came, Came)
+    return came.loss
+
+
 def test_clients_in_rounds_of_their_own_train_by_these() -> None:
     """Two clients in round 2 and three in round 0 do what they do in those rounds."""
     job = made(algorithm=Algorithm(alternating(1, "both"), untouched))
     rounds = torch.tensor([2, 0, 0, 2, 0])
     state = replace(job.state.clone(), rounds=rounds.clone())
     at = standing(range(CLIENTS), rounds, job.local_steps)
-    loss, _ = _train(job, state, at, job.algorithm.schedule.phases({}, at))
+    loss = trained(job, state, at)
     for t in (0, 2):
         alike = job.state.clone().at(t)
         here = standing(range(CLIENTS), alike.rounds, job.local_steps)
-        expected, _ = _train(job, alike, here, job.algorithm.schedule.phases({}, here))
+        expected = trained(job, alike, here)
         for client in (rounds == t).nonzero()[:, 0].tolist():
             assert loss[client] == expected[client]
             for name, x in state.adapters.items():

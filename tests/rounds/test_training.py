@@ -462,9 +462,8 @@ def test_b_and_heads_learn_at_rates_of_their_own_that_fall_over_a_run_or_a_round
 
 def test_a_warm_up_and_a_least_rate_are_numbers_or_shares_as_the_trainer_has_them() -> None:
     def at(step: int, *settings: str) -> float:
-        return build_optim(load_recipe("digits-demo", ["rounds=3", "training.local_steps=7", *settings])).rates(step)[
-            "A"
-        ]
+        recipe = load_recipe("digits-demo", ["rounds=3", "training.local_steps=7", *settings])
+        return float(build_optim(recipe).rates(step)["A"])
 
     for share in ("training.warmup_steps=0.1", "training.warmup_ratio=0.1"):  # of 21 steps, rounded up
         assert [at(step, share, "training.learning_rate=0.3") for step in (1, 2, 3)] == pytest.approx([0.1, 0.2, 0.3])

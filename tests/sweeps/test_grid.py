@@ -10,10 +10,11 @@ from pathlib import Path
 
 import processes
 import pytest
-from sweeping import SMALL, finish, records, start
+from sweeping import SMALL, assert_same, finish, records, start
 
 from peertune.errors import PeertuneError, RecipeError
 from peertune.sweeps import grid
+from peertune.sweeps.stacks import stacks
 
 
 def names(*words: str) -> list[str]:
@@ -85,6 +86,38 @@ def test_a_grid_that_can_not_be_is_refused_as_a_whole(words: list[str], complain
     assert complaint in str(caught.value)
 
 
+def stacked(*words: str, processes: int = 1) -> list[list[str]]:
+    """Which runs are one stack, by the value that differs."""
+    found = stacks(grid.sweep_runs("digits-demo", words), processes)
+    return [[run.name.partition("=")[2] for run in part] for part in found]
+
+
+def test_runs_that_differ_in_what_goes_by_run_are_one_stack_and_others_none(tmp_path: Path) -> None:
+    assert stacked("seed=0,1,2") == [["0", "1", "2"]]
+    assert stacked("training.learning_rate=1e-3,2e-3") == [["1e-3", "2e-3"]]
+    assert len(stacked("algorithm.name=dec_lora,local", "graph.activation=0.1,1", "rounds=2,3")) == 1
+    for key in (
+        "lora.r=2,4",
+        "training.local_steps=1,2",
+        "head=frozen,trained",
+        "clients=4,5",
+        "model.dropout=false,true",
+    ):
+        assert len(stacked(key)) == 2
+    assert len(stacked("seed=0,1", "report_to=tensorboard")) == 2
+    assert len(stacked("seed=0,1", "model.name=of/the-hub")) == 2
+    assert stacked("seed=0,1,2", "head=frozen,trained") == [
+        [f"{seed},head={head}" for seed in "012"] for head in ("frozen", "trained")
+    ]
+
+
+def test_a_stack_is_as_many_as_processes_would_be_idle_without() -> None:
+    assert stacked("seed=0,1,2,3,4", processes=2) == [["0", "1", "2"], ["3", "4"]]
+    assert len(stacked("seed=0,1,2", "head=frozen,trained", processes=2)) == 2
+    assert len(stacked("seed=0,1,2", "head=frozen,trained", processes=3)) == 4
+    assert stacked("seed=0,1", processes=9) == [["0"], ["1"]]
+
+
 @pytest.mark.parametrize("part", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
 def test_a_part_that_is_none_is_refused(part: str) -> None:
     with pytest.raises(RecipeError, match="is no part; write i/k with i from 1 to k"):
@@ -115,6 +148,8 @@ def test_a_sweep_takes_no_other_run_for_its_own(whole: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in whole.rglob("*")} == before
 
 
+ROUNDED = 1e-3
+"""What float32 rounds by comes to in 40 rounds."""
 GRID = ["algorithm.name=dec_lora,local", "seed=0,1", "rounds=40", "checkpoint.every=5"]
 
 
@@ -142,7 +177,7 @@ def test_a_sweep_that_is_finished_has_nothing_to_do(whole: Path) -> None:
     assert {file: file.stat().st_mtime_ns for file in whole.rglob("*")} == before
 
 
-def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(whole: Path, tmp_path: Path) -> None:
+def test_a_sweep_that_is_stopped_goes_on_to_the_same(whole: Path, tmp_path: Path) -> None:
     words = [*GRID, "--out", "all", "--shard", "1/2"]
     process = start(tmp_path, *words)
     lines = tmp_path / "all" / "algorithm.name=dec_lora,seed=0" / "rounds.jsonl"
@@ -156,11 +191,12 @@ def test_a_sweep_that_is_stopped_goes_on_to_the_same_bits(whole: Path, tmp_path:
         "peertune: stopped; go on with the same command",
     ]
     assert 2 <= len(records(lines.parent)) < 40
-    assert [path.name for path in (tmp_path / "all").iterdir() if path.is_dir()] == [lines.parent.name]
+    runs = [f"algorithm.name={name},seed=0" for name in ("dec_lora", "local")]
+    assert {len(records(tmp_path / "all" / run)) for run in runs} == {len(records(lines.parent))}  # in one stack
     code, _, err = finish(start(tmp_path, *words, "--jobs", "2"))
     assert (code, err) == (0, "")
-    for run in (f"algorithm.name={name},seed=0" for name in ("dec_lora", "local")):
-        assert records(tmp_path / "all" / run) == records(whole / run)
+    for run in runs:
+        assert_same(records(tmp_path / "all" / run), records(whole / run), ROUNDED)
 
 
 def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
@@ -177,6 +213,7 @@ def test_a_full_disk_is_one_line_for_each_run_and_leaves_nothing_half_written(tm
     limited = f"ulimit -f 40; exec {shlex.quote(sys.executable)} -m peertune {shlex.join(words)}"  # blocks of 1 KiB
     done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "0 of 2 runs are finished in all\n")
+    assert "2 of 2 runs train as one stack: their clients share every pass" in done.stderr
     assert [line.partition(": can't be written (")[0] for line in processes.problems(done.stderr).splitlines()] == [
         f"peertune: seed={seed}: all/seed={seed}/checkpoints/round-000001" for seed in (0, 1)
     ]
@@ -190,7 +227,7 @@ def test_a_run_that_was_killed_is_resumed_by_its_sweep(whole: Path, tmp_path: Pa
     shutil.rmtree(run / "checkpoints" / "round-000040")
     code, _, err = finish(start(tmp_path, *GRID, "--out", "all", "--shard", "4/4"))
     assert (code, err) == (0, "")
-    assert records(run) == records(whole / run.name)
+    assert_same(records(run), records(whole / run.name), ROUNDED)
     assert (run / "adapters").is_dir()
 
 
@@ -200,9 +237,11 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(whole: Path, tmp_path: Path
     rows = json.loads(out)
     assert [row["run"] for row in rows] == [run.name for run in grid.sweep_runs("digits-demo", [*SMALL, *GRID])]
     assert all(row["finished"] and row["seconds"] > 0 and row["memory_bytes"] > 1e7 for row in rows)
+    assert {row["stack"] for row in rows} == {None}
     sent = {row["run"]: sum(map(sum, ([r["bytes_sent"] for r in records(whole / row["run"])]))) for row in rows}
     assert {row["run"]: row["sent_bytes"] for row in rows} == sent
     code, out, _ = finish(start(tmp_path, "rounds=1", "seed=0,1", "--out", "none", "--dry-run"))
     assert code == 0
     assert "2 of 2 runs are left" in out
+    assert "2 of 2 runs train as one stack" in out
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,86 @@
+"""Which runs of a sweep train as one stack, in one process: what they share is the base, its rows and adapters' shape.
+
+A small base leaves a processor idle between its many small steps; the clients of several runs fill them. A large one
+fills it by itself, so its runs gain nothing from each other, and each has a process of its own.
+"""
+
+from collections.abc import Sequence
+from math import ceil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from peertune.assembly.registry import takes
+from peertune.models.load import MODELS
+from peertune.recipe import Recipe, flat
+
+if TYPE_CHECKING:
+    from peertune.sweeps.grid import SweepRun
+
+SMALL_BYTES = 2**24
+"""Weights up to which a base is small enough for several runs to gain from common passes."""
+BY_RUN = ("seed", "partition", "graph", "algorithm", "modifiers", "faults", "rounds", "checkpoint")
+"""Blocks and keys that runs of one stack may differ in."""
+BY_RUN_IN_TRAINING = (
+    "learning_rate",
+    "loraplus_lr_ratio",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "lr_scheduler_span",
+    "warmup_steps",
+)
+"""And keys of the block `training`: rates go by client."""
+
+
+def stacks(runs: "Sequence[SweepRun]", processes: int) -> "list[list[SweepRun]]":
+    """Return the runs that are one stack, for all runs; most often of one run alone where nothing is to gain.
+
+    What could be one stack is several where so many `processes` would otherwise have nothing to do.
+    """
+    alike: dict[str, list[SweepRun]] = {}
+    for run in runs:
+        alike.setdefault(_shared(run), []).append(run)
+    parts = [np.array_split(range(len(some)), ceil(processes * len(some) / len(runs))) for some in alike.values()]
+    return [
+        [some[place] for place in part]
+        for some, each in zip(alike.values(), parts, strict=True)
+        for part in each
+        if len(part)
+    ]
+
+
+def described(parts: "Sequence[Sequence[SweepRun]]") -> str:
+    """Say how many runs train as how many stacks; nothing where none does."""
+    sizes = [len(part) for part in parts if len(part) > 1]
+    if not sizes:
+        return ""
+    of = "one stack" if len(sizes) == 1 else f"{len(sizes)} stacks of {', '.join(map(str, sizes))}"
+    return f"{sum(sizes)} of {sum(map(len, parts))} runs train as {of}: their clients share every pass"
+
+
+def _shared(run: "SweepRun") -> str:
+    """Return what runs of one stack have in common; a run that shares with none has its name in it."""
+    recipe = run.recipe
+    values = flat(recipe.model_dump(mode="json", exclude=set(BY_RUN)))
+    shared = {key: x for key, x in values.items() if not key.startswith(_TRAINING)}
+    return str(shared) if _can_share(recipe) else f"{run.name} {shared}"
+
+
+_TRAINING = tuple(f"training.{key}" for key in BY_RUN_IN_TRAINING)
+
+
+def _can_share(recipe: Recipe) -> bool:
+    """Return whether a run can be in a stack with others, and gains by it.
+
+    Trackers know one run at a time. A task that takes the seed may draw other rows for each. An adapter that is there
+    already brings a head, which the base has once.
+    """
+    alone = recipe.report_to or recipe.lora.init is not None or takes("task", recipe.task.name, "seed")
+    return not alone and _weights_bytes(recipe.model.name) <= SMALL_BYTES
+
+
+def _weights_bytes(name: str) -> float:
+    """Return how large a base's weights are, of one that comes with the package or is a folder; inf of the hub's."""
+    files = [*Path(MODELS.get(name, name)).glob("*.safetensors")]
+    return sum(file.stat().st_size for file in files) if files else float("inf")
