@@ -1,6 +1,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's client: no test may reach for the network
+os.environ["PEERTUNE_CACHE"] = ""  # no test finds what another has kept, or the user
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: on tensors this small, threads wait more than they work
 
 import sys
@@ -11,6 +12,9 @@ from pathlib import Path
 import pytest
 import sides
 
+from peertune import deferring
+
+deferring.alone()  # as the command is
 sides.watch()
 
 

@@ -40,6 +40,7 @@ SMALL = [
 ]
 TINY = [*SMALL, "rounds=2"]
 COMMANDS = [
+    "cache",
     "compare",
     "data",
     "diagnose",

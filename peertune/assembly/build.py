@@ -104,7 +104,8 @@ def build(
     """
     parts = build_parts(recipe, clients, own_data, known=known, group=group)
     loaded = load(recipe, parts.task, planned=planned)
-    return _put_together(recipe, parts, loaded, encode(recipe, parts, loaded.base))
+    private = own_data or (clients is not None and group.size == 1)
+    return _put_together(recipe, parts, loaded, encode(recipe, parts, loaded.base, private=private))
 
 
 def build_stack(recipes: Mapping[str, Recipe]) -> dict[str, Built | Exception]:

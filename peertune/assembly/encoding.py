@@ -2,12 +2,14 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from peertune.assembly.kept import kept
 from peertune.assembly.registry import Parts, Rows, validating_rows
 from peertune.data.batches import Encoded, encode_images, encode_text
 from peertune.data.completions import encode_completions, encode_words
@@ -38,13 +40,21 @@ Splits = tuple[Encoded, Encoded]
 """Both splits of a task, encoded."""
 
 
-def encode_splits(recipe: Recipe, task: Task, base: Base, rows: Iterable[NDArray[np.int64]]) -> Splits:
-    """Encode these of the training rows, and all that may validate."""
-    encoded = _encoder(recipe, task, base, _max_length(recipe, base))
+def encode_splits(
+    recipe: Recipe, task: Task, base: Base, rows: Iterable[NDArray[np.int64]], *, private: bool = False
+) -> Splits:
+    """Encode these of the training rows, and all that may validate.
+
+    Tokens are kept for the next run, unless rows are `private` or the recipe's `keep_tokens` says otherwise.
+    """
+    keeps = not private if recipe.keep_tokens is None else recipe.keep_tokens
+    encoded = _encoder(recipe, task, base, _max_length(recipe, base), keeps)
     return encoded(task.train, np.unique(np.concatenate([*rows]))), encoded(task.validation, None)
 
 
-def encode(recipe: Recipe, parts: Parts, base: Base, splits: Splits | None = None) -> EncodedTask:
+def encode(
+    recipe: Recipe, parts: Parts, base: Base, splits: Splits | None = None, *, private: bool = False
+) -> EncodedTask:
     """Encode what these clients train on, and what validates, unless that is done; tell of rows that are too long.
 
     Raises DataError where a client, or validation, is left without a row, and ModelError for a tokenizer that is not
@@ -52,7 +62,7 @@ def encode(recipe: Recipe, parts: Parts, base: Base, splits: Splits | None = Non
     """
     max_length = _max_length(recipe, base)
     own = np.sort(np.concatenate([*parts.rows.values(), *parts.held_out.values()]))
-    train, validation = splits or encode_splits(recipe, parts.task, base, [own])
+    train, validation = splits or encode_splits(recipe, parts.task, base, [own], private=private)
     own_long = np.intersect1d(train.long, own)
     long = {"train": sum(parts.group.gather(len(own_long))), "validation": len(validation.long)}
     _tell_long(recipe, long, {"train": sum(parts.group.gather(len(own))), "validation": len(validation)}, max_length)
@@ -75,7 +85,7 @@ def encode(recipe: Recipe, parts: Parts, base: Base, splits: Splits | None = Non
 def encode_test(recipe: Recipe, task: Task, base: Base) -> EncodedTask:
     """Encode what the task validates on, all of it, and nothing to train on; errors are those of `encode`."""
     max_length = _max_length(recipe, base)
-    tested = _encoder(recipe, task, base, max_length)(task.validation, None)
+    tested = _encoder(recipe, task, base, max_length, bool(recipe.keep_tokens))(task.validation, None)
     _tell_long(recipe, {"test": len(tested.long)}, {"test": len(tested)}, max_length)
     rows = _without_long(recipe, tested, np.arange(len(tested)))
     if not len(rows):
@@ -127,24 +137,29 @@ def _max_length(recipe: Recipe, base: Base) -> int:
 
 
 def _encoder(
-    recipe: Recipe, task: Task, base: Base, max_length: int
+    recipe: Recipe, task: Task, base: Base, max_length: int, keeps: bool
 ) -> Callable[[Split, NDArray[np.int64] | None], Encoded]:
     """Return what encodes some rows of a split of the task, or all."""
     images, process = task.inputs == ("pixel_values",), None
     if isinstance(task.train.columns.get("pixel_values"), Images):
         process = load_processor(recipe.model.name, revision=recipe.model.revision, config=base.model.config)
 
-    def encode(split: Split, rows: NDArray[np.int64] | None) -> Encoded:
-        if images:
-            return encode_images(split, base.tokens_per_image, process)
+    def tokenised(split: Split, rows: NDArray[np.int64] | None) -> Encoded:
         log.info(f"tokenising {len(split if rows is None else rows):,} rows")
         match task.form:
             case "complete":
-                encoded = encode_completions(base.tokenizer, split, task.inputs, max_length, rows)
+                return encode_completions(base.tokenizer, split, task.inputs, max_length, rows)
             case "choose":
-                encoded = encode_words(base.tokenizer, split, task.words, max_length, rows)
+                return encode_words(base.tokenizer, split, task.words, max_length, rows)
             case _:
-                encoded = encode_text(base.tokenizer, split, task.inputs, max_length, rows)
+                return encode_text(base.tokenizer, split, task.inputs, max_length, rows)
+
+    def encode(split: Split, rows: NDArray[np.int64] | None) -> Encoded:
+        if images:
+            return encode_images(split, base.tokens_per_image, process)
+        make = partial(tokenised, split, rows)
+        says = {"form": task.form, "inputs": task.inputs, "words": task.words, "max_length": max_length}
+        encoded = kept(make, base.tokenizer, split, rows, **says) if keeps else make()
         _check_tokens(recipe, base, encoded)
         return encoded
 

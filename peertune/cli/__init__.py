@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from peertune import __version__
+from peertune import __version__, deferring
 from peertune.cli import checking, peering  # noqa: F401  # they add their commands to `peer`
+from peertune.cli.caching import cache
 from peertune.cli.common import leads
 from peertune.cli.facts import data, env, graph, recipes
 from peertune.cli.federation import ca_app, peer_app, roster
@@ -44,7 +45,7 @@ def _options(
     pass
 
 
-for command in (run, sweep, compare, report, diagnose, score, recipes, graph, data, export, env, roster):
+for command in (run, sweep, compare, report, diagnose, score, recipes, graph, data, export, cache, env, roster):
     app.command()(command)
 app.add_typer(ca_app, name="ca")
 app.add_typer(peer_app, name="peer")
@@ -64,6 +65,7 @@ def main() -> None:
 
 def _main() -> None:
     """Run the command line; a user's mistake ends in one line and `Exit.INPUT`."""
+    deferring.alone()
     if isinstance(sys.stdout, TextIOWrapper):
         # A terminal without a Δ shows a ?, and a line shows in a file or a pipe as soon as it is said.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)

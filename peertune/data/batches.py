@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peertune.data.images import Images, Pixels
+from peertune.data.tokens import put_around, tokenise
 from peertune.errors import DataError
 from peertune.randomness import Draw, generator, words
 from peertune.types import Batch, Packing, Split
@@ -81,34 +82,16 @@ def encode_text(
     first, last = put_around(tokenizer)
     texts[0] = [text.removeprefix(first) for text in texts[0]]
     texts[-1] = [text.removesuffix(last) for text in texts[-1]]
-    encoding = tokenizer(*texts, truncation=True, max_length=max_length, padding=False, return_attention_mask=False)
-    lengths = np.array([len(row) for row in encoding["input_ids"]], dtype=np.int64)
-    if not lengths.all():
-        empty = split.called(int(rows[lengths.argmin()]))
+    found = tokenise(tokenizer, texts, max_length)
+    if not found.lengths.all():
+        empty = split.called(int(rows[found.lengths.argmin()]))
         raise DataError(f"task: {empty} of the data has no tokens; remove empty rows")
-    if lengths.max() > max_length:
-        raise DataError(
-            f"training.max_length: {max_length} leaves no room for text; give {int(lengths.max()) + 2} or more"
-        )
-    tokens = {
-        name: torch.from_numpy(np.concatenate([np.asarray(row) for row in found])) for name, found in encoding.items()
-    }
+    if (most := int(found.lengths.max())) > max_length:
+        raise DataError(f"training.max_length: {max_length} leaves no room for text; give {most + 2} or more")
+    tokens = {name: torch.from_numpy(x) for name, x in found.features.items()}
     padding = {name: tokenizer.pad_token_id if name == "input_ids" else 0 for name in tokens}
-    full = np.flatnonzero(lengths == max_length).tolist()
-    if full:
-        whole = tokenizer(*([text[row] for row in full] for text in texts), verbose=False)["input_ids"]
-        full = [row for row, ids in zip(full, whole, strict=True) if len(ids) > max_length]
-    return Encoded({}, tokens, padding, *end_to_end(len(split), rows, lengths), _labels(split), rows[full].tolist())
-
-
-def put_around(tokenizer: Any) -> tuple[str, str]:
-    """Return the token that a tokenizer puts before every text and the one that it puts after, as text; "" for none.
-
-    A text that has them already, as texts from chat templates do, would have them twice.
-    """
-    made = tokenizer("a", return_special_tokens_mask=True)
-    tokens, added = tokenizer.convert_ids_to_tokens(made["input_ids"]), made["special_tokens_mask"]
-    return (tokens[0] if added and added[0] else "", tokens[-1] if added and added[-1] else "")
+    places = end_to_end(len(split), rows, found.lengths)
+    return Encoded({}, tokens, padding, *places, labels_of(split), rows[found.cut].tolist())
 
 
 def end_to_end(
@@ -134,10 +117,11 @@ def encode_images(split: Split, tokens: int, process: Callable[[Any], Tensor] | 
     else:
         pixels = torch.from_numpy(np.asarray(images, dtype=np.float32))
     zeros = np.zeros(len(split), dtype=np.int64)
-    return Encoded({"pixel_values": pixels}, {}, {}, zeros, zeros + tokens, _labels(split))
+    return Encoded({"pixel_values": pixels}, {}, {}, zeros, zeros + tokens, labels_of(split))
 
 
-def _labels(split: Split) -> Tensor:
+def labels_of(split: Split) -> Tensor:
+    """Return the labels of a split's rows, `[N]`: int64 or float32."""
     labels = torch.from_numpy(np.asarray(split.labels))
     return labels.float() if labels.is_floating_point() else labels.long()
 

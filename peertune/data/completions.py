@@ -12,15 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from peertune.data.batches import UNLABELLED, Encoded, end_to_end, put_around
+from peertune.data.batches import UNLABELLED, Encoded, end_to_end
 from peertune.data.chat import variables
+from peertune.data.tokens import TOGETHER, Tokens, put_around
 from peertune.errors import DataError
 from peertune.types import Split
 
-Tokens = NDArray[np.int64]
-
-TOGETHER = 1000
-"""Texts that are tokenised at a time: what a tokenizer says of each takes much more memory than its tokens."""
 _A_DAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 """Put before a chat template that writes the date, so that rows are the same on every day and at every peer."""
 

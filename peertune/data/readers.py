@@ -41,13 +41,24 @@ def _read_parquet(file: Path) -> Table:
     with ParquetFile(file) as parquet:
         table = parquet.read()
     _need_different(table.column_names)
-    classes = {}
-    if b"huggingface" in (table.schema.metadata or {}):  # where `datasets` says what its numbers stand for
-        from datasets import ClassLabel, Features
+    return made(table.to_pydict(), classes=_class_names(table.schema))
 
-        features = Features.from_arrow_schema(table.schema)
-        classes = {name: kind.names for name, kind in features.items() if isinstance(kind, ClassLabel)}
-    return made(table.to_pydict(), classes=classes)
+
+def _class_names(schema: Any) -> dict[str, list[str]]:
+    """Return what the numbers in the columns of a Parquet file stand for, where `datasets` says so in its metadata."""
+    written = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    try:
+        features = dict(written["info"]["features"])
+    except (KeyError, TypeError, ValueError):  # nothing of the kind
+        return {}
+    found = {}
+    for field in schema:
+        kind = features.get(field.name)
+        if not isinstance(kind, dict) or kind.get("_type") != "ClassLabel":
+            continue
+        if str(field.type) == "int64":  # else the column was changed since
+            found[field.name] = list(kind["names"])
+    return found
 
 
 def _read_csv(file: Path) -> Table:

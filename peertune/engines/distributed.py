@@ -28,9 +28,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not re-exported
 from torch.distributed.distributed_c10d import PrefixStore, Store
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from peertune.errors import Exit, PeertuneError, RunError
 from peertune.rounds.metrics import payload_bytes
@@ -325,6 +322,9 @@ def joined(timeout_s: float = 600) -> Iterator[Group]:
 
 def launch(processes: int, words: Sequence[str]) -> int:
     """Start `peertune` with these words in so many processes on this machine, as torchrun does; return an exit code."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # they finish the round
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     logging.disable()  # what fails, the messages of the processes say
@@ -340,6 +340,8 @@ def launch(processes: int, words: Sequence[str]) -> int:
 
 def start(processes: int, entry: Callable[..., Any] | str, *arguments: Any) -> dict[int, Any]:
     """Run a function, or a program, in so many processes on this machine, and return what it returns, by rank."""
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

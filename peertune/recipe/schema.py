@@ -198,6 +198,7 @@ class Recipe(_Block):
     head: Literal["frozen", "trained"] = "frozen"
     task: Choice
     missing_cells: Literal["refuse", "drop", "empty"] = "refuse"  # what is done with rows that lack a cell
+    keep_tokens: bool | None = None  # in the cache, for the next run; null: those of all rows but a peer's
     clients: int = Field(ge=1)
     partition: Choice = Choice(name="iid")
     graph: Choice = Choice(name="complete")
@@ -218,6 +219,7 @@ class Recipe(_Block):
 NO_SETTINGS = (
     "checkpoint.every",  # a run that is resumed ends in the same bits
     "checkpoint.keep",
+    "keep_tokens",
     "report_to",
     "training.tokens_per_pass",  # how batches are cut changes the order of sums, and results by rounding
     "training.clients_per_pass",

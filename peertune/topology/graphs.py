@@ -11,7 +11,6 @@ from math import log
 from pathlib import Path
 from typing import Any
 
-import networkx as nx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -167,6 +166,8 @@ def random_regular(
     degree: int,
 ) -> Graph:
     """Each client has `degree` neighbours, drawn once for all rounds; drawn again until it is connected."""
+    import networkx as nx
+
     need_clients("random_regular", clients, 2)
     if not 0 < degree < clients:
         raise GraphError(f"graph random_regular: degree is {degree}; choose 1 to {clients - 1}")
