@@ -110,6 +110,19 @@ def map_tensors_alone() -> None:
     _glibc("mallopt", -3, 2**20)  # M_MMAP_THRESHOLD, which set once no longer moves
 
 
+KEPT_BYTES = 2**27
+
+
+def keep_free() -> None:
+    """Have glibc keep what is freed for what comes next, up to `KEPT_BYTES`, in this process, from now on.
+
+    A peer's swaps take and free as much as they send, round by round, and fresh pages cost more than all else. What is
+    `MAPPED_BYTES` or larger is mapped by itself as before. Elsewhere than on Linux with glibc nothing is done.
+    """
+    _glibc("mallopt", -3, MAPPED_BYTES)  # M_MMAP_THRESHOLD
+    _glibc("mallopt", -1, KEPT_BYTES)  # M_TRIM_THRESHOLD
+
+
 def give_back_free() -> None:
     """Have glibc return what it holds free: micro-batches of many sizes fragment it, by a gigabyte in 200 steps."""
     _glibc("malloc_trim", 0)

@@ -12,6 +12,7 @@ from peertune.identity.entries import Member
 from peertune.identity.keys import Identity
 from peertune.identity.membership import Membership
 from peertune.wire.codec import encode
+from peertune.wire.framing import serialize
 from peertune.wire.node import METHOD, Node, SeatError, nobody
 from peertune.wire.peer_pb2 import Chunk, Verdict
 from peertune.wire.rpc import grpc
@@ -65,7 +66,7 @@ def requests(parts: Sequence[Said]) -> Iterator[Chunk]:
 def called(swapper: Swapper, client: int, *parts: Said) -> Generator[Chunk, None, None]:
     """Call a peer as this client with these parts, and yield what it answers."""
     for part in swapper.answering.answer(requests(parts), Context(client)):
-        yield part if isinstance(part, Chunk) else Chunk(data=bytes(part))
+        yield Chunk.FromString(serialize(part))
 
 
 class Script:
@@ -123,7 +124,7 @@ class Call:
 
     @cached_property
     def sent(self) -> list[Chunk]:
-        return [part if isinstance(part, Chunk) else Chunk(data=bytes(part)) for part in self._sent]
+        return [Chunk.FromString(serialize(part)) for part in self._sent]
 
 
 started: list[Swapper] = []

@@ -20,6 +20,7 @@ from peertune.identity.certificates import check_address, fingerprint_of
 from peertune.identity.entries import need_seats
 from peertune.identity.incarnation import next_incarnation
 from peertune.identity.membership import Membership
+from peertune.memory import keep_free
 from peertune.recipe import Recipe, load_recipe
 from peertune.rounds.round import Job
 from peertune.runs import checkpoints, directory, records
@@ -103,6 +104,7 @@ def take_part(
 def joined_peers(recipe: str | Path | None, overrides: Sequence[str], place: Path, peer: Peer) -> Iterator[Part]:
     """Make a peer's part of a run and its directory, or of None what the directory holds, and answer its neighbours."""
     raise_open_files()
+    keep_free()
     membership = Membership(peer.folder, peer.roster, peer.ca_fingerprint)
     with ExitStack() as held:
         held.enter_context(locked(peer.folder, "peer"))

@@ -13,7 +13,7 @@ from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation
 from peertune.topology import Fault, clients_down
 from peertune.wire import limits, tls
-from peertune.wire.codec import Assembler, chunks
+from peertune.wire.codec import Assembler
 from peertune.wire.edge import Edge, Offer, Say
 from peertune.wire.framing import Part, data_of, deserialize, field_of, serialize
 from peertune.wire.meeting import Meeting, Meetings, Own
@@ -165,8 +165,8 @@ class Answering:
         self, client: int, hello: Hello, meeting: Meeting, own: Own, requests: Iterator[Part], context: Any
     ) -> "Generator[Part, None, Verdict.Outcome]":
         """Send this end's payload while the other's comes, and return the verdict."""
-        yield Chunk(total=len(own.data))
-        sending, assembler = chunks(own.data), None
+        sending, assembler = own.data.parts(hello), None
+        yield next(sending)
         while True:
             part = next(sending, None)
             if part is not None:

@@ -10,7 +10,7 @@ from typing import Any, Concatenate, ParamSpec
 from peertune.allowance import one_line
 from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation
-from peertune.wire.codec import Assembler, chunks
+from peertune.wire.codec import Assembler
 from peertune.wire.edge import Action, Ask, Edge, Offer, Say, Step, Stream
 from peertune.wire.framing import Part, data_of, field_of
 from peertune.wire.meeting import Meeting, Meetings
@@ -114,13 +114,13 @@ class _Call:
     def __init__(self, meetings: Meetings, client: int, round: int, meeting: Meeting, deadline: float) -> None:
         self._node, self._meetings = meetings.node, meetings
         self._client, self._round, self._meeting = client, round, meeting
-        self._requests: SimpleQueue[Chunk | bytes | None] = SimpleQueue()
+        self._requests: SimpleQueue[Chunk | Iterator[Part] | None] = SimpleQueue()
         self._call = self._node.stub(client)(
             _sent(self._requests), timeout=max(0.1, deadline - time.monotonic()), metadata=self._node.claim()
         )
         self._own = meetings.own.get(round)
         self._assembler: Assembler | None = None
-        self._speaks = Incarnation()
+        self._speaks, self._hello = Incarnation(), Hello()
         self._purpose: Hello.Purpose = Hello.SWAP
         self._greeted = self._over = False
         self._there = 0  # the round it is in
@@ -182,7 +182,7 @@ class _Call:
 
     def _take_hello(self, hello: Hello) -> None:
         node, client = self._node, self._client
-        self._greeted, self._there = True, hello.round
+        self._greeted, self._there, self._hello = True, hello.round, hello
         node.check_hello(client, hello)
         node.check_incarnation(client, hello)
         node.saw(client, hello.round)
@@ -202,7 +202,7 @@ class _Call:
         self._assembler = Assembler(total, self._own.layout(self._client))
         for action in self._do(Edge.offered):
             assert isinstance(action, Offer)
-            self._requests.put(self._own.data)
+            self._requests.put(self._own.data.parts(self._hello))
 
     def _add(self, data: bytes | memoryview) -> None:
         """Take more of the other end's payload, and say what this end makes of it once it is whole."""
@@ -251,11 +251,10 @@ def at_once(action: Callable[[int], object], clients: Iterable[int]) -> None:
         thread.join()
 
 
-def _sent(queue: "SimpleQueue[Chunk | bytes | None]") -> Iterator[Part]:
-    """Turn what is put in the queue into a call's requests; bytes are a payload."""
+def _sent(queue: "SimpleQueue[Chunk | Iterator[Part] | None]") -> Iterator[Part]:
+    """Turn what is put in the queue into a call's requests: parts, and several at a time."""
     while (item := queue.get()) is not None:
-        if isinstance(item, bytes):
-            yield Chunk(total=len(item))
-            yield from chunks(item)
-        else:
+        if isinstance(item, Chunk):
             yield item
+        else:
+            yield from item

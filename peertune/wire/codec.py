@@ -14,7 +14,7 @@ unpickled.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,8 +29,8 @@ from torch import Tensor
 from peertune.errors import WireError
 from peertune.types import Tensors
 
-CHUNK_BYTES = 2**20
-"""The longest chunk; gRPC's own limit to a message is four times as much."""
+CHUNK_BYTES = 2**22
+"""The longest chunk; shorter ones cost more for each byte, and a message has room for no more."""
 
 ALIGN_BYTES = 64
 """Where a tensor may begin without being copied."""
@@ -102,10 +102,8 @@ def layout(payload: Tensors) -> Layout:
     return Layout(tensors)
 
 
-def encode(payload: Tensors) -> bytes:
-    """Return one client's tensors, each `[1, …]`, as safetensors bytes; equal payloads give equal bytes.
-
-    The library's own `save` gives the same bytes, and copies each value three times.
+def laid_out(payload: Tensors) -> list[memoryview]:
+    """Return the pieces whose bytes, end to end, are the encoding; those of tensors on the CPU are not copied.
 
     Raises:
         ValueError: a tensor is not that of one client.
@@ -118,13 +116,33 @@ def encode(payload: Tensors) -> bytes:
         header[name] = _entry(x, begin, end)
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _ALIGNMENT_BYTES)
-    return b"".join((len(text).to_bytes(_LENGTH_BYTES, "little"), text, *bodies))
+    return [memoryview(len(text).to_bytes(_LENGTH_BYTES, "little") + text), *bodies]
 
 
-def chunks(data: bytes, size: int = CHUNK_BYTES) -> Iterator[memoryview]:
-    """Cut an encoding into chunks of `size` bytes, the last one shorter; none is copied."""
-    for begin in range(0, len(data), size):
-        yield memoryview(data)[begin : begin + size]
+def encode(payload: Tensors) -> bytes:
+    """Return one client's tensors, each `[1, …]`, as safetensors bytes; equal payloads give equal bytes.
+
+    The library's own `save` gives the same bytes, and copies each value three times.
+
+    Raises:
+        ValueError: a tensor is not that of one client.
+    """
+    return b"".join(laid_out(payload))
+
+
+def chunks(pieces: Sequence[memoryview], size: int = CHUNK_BYTES) -> Iterator[list[memoryview]]:
+    """Cut what lies end to end into chunks of `size` bytes, the last one shorter, each in pieces; none is copied."""
+    chunk: list[memoryview] = []
+    room = size
+    for piece in pieces:
+        while len(piece) >= room:
+            yield [*chunk, piece[:room]]
+            chunk, piece, room = [], piece[room:], size
+        if len(piece):
+            chunk.append(piece)
+            room -= len(piece)
+    if chunk:
+        yield chunk
 
 
 class Assembler:

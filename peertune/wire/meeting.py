@@ -17,6 +17,7 @@ from peertune.identity.incarnation import Incarnation
 from peertune.types import Tensors
 from peertune.wire.codec import Layout, decode
 from peertune.wire.edge import Action, Cancel, Edge, Step
+from peertune.wire.framing import Outgoing
 from peertune.wire.node import PROBE_S, Node
 from peertune.wire.peer_pb2 import Verdict
 
@@ -34,7 +35,7 @@ P = ParamSpec("P")
 class Own:
     """What this end sends in a round, and what it takes for it."""
 
-    data: bytes
+    data: Outgoing
     like: Layout  # of what was sent, and of what comes from all but some
     check: PayloadCheck
     others: Mapping[int, Layout]  # of what comes from these
@@ -134,7 +135,7 @@ class Meetings:
         """
         tensors = decode(received, own.layout(client))
         self._check_content(client, meeting, speaks, received)
-        self.node.count_bytes(client, len(own.data), len(received))
+        self.node.count_bytes(client, own.data.total_bytes, len(received))
         return tensors, own.check(client, tensors)
 
     def _check_content(self, client: int, meeting: Meeting, speaks: Incarnation, received: memoryview) -> None:

@@ -15,6 +15,7 @@ from peertune.identity.keys import Identity
 from peertune.identity.membership import Membership
 from peertune.identity.roster import MAX_ROSTER_BYTES
 from peertune.wire import tls
+from peertune.wire.codec import CHUNK_BYTES
 from peertune.wire.framing import deserialize, field_of, serialize
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
 from peertune.wire.rpc import grpc
@@ -242,6 +243,7 @@ class Node:
             own_roster=roster.own is not None,
             incarnation=own.number,
             nonce=own.nonce,
+            chunk_bytes=CHUNK_BYTES,
         )
 
     def check_hello(self, client: int, hello: Hello) -> None:

@@ -24,7 +24,7 @@ class Chunk(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., total: _Optional[int] = ..., data: _Optional[bytes] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., roster: _Optional[bytes] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("protocol", "federation", "agreed", "round", "roster_serial", "purpose", "clock", "own_roster", "incarnation", "nonce")
+    __slots__ = ("protocol", "federation", "agreed", "round", "roster_serial", "purpose", "clock", "own_roster", "incarnation", "nonce", "chunk_bytes")
     class Purpose(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         SWAP: _ClassVar[Hello.Purpose]
@@ -54,6 +54,7 @@ class Hello(_message.Message):
     OWN_ROSTER_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     NONCE_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     federation: str
     agreed: _containers.ScalarMap[str, str]
@@ -64,7 +65,8 @@ class Hello(_message.Message):
     own_roster: bool
     incarnation: int
     nonce: int
-    def __init__(self, protocol: _Optional[int] = ..., federation: _Optional[str] = ..., agreed: _Optional[_Mapping[str, str]] = ..., round: _Optional[int] = ..., roster_serial: _Optional[int] = ..., purpose: _Optional[_Union[Hello.Purpose, str]] = ..., clock: _Optional[float] = ..., own_roster: _Optional[bool] = ..., incarnation: _Optional[int] = ..., nonce: _Optional[int] = ...) -> None: ...
+    chunk_bytes: int
+    def __init__(self, protocol: _Optional[int] = ..., federation: _Optional[str] = ..., agreed: _Optional[_Mapping[str, str]] = ..., round: _Optional[int] = ..., roster_serial: _Optional[int] = ..., purpose: _Optional[_Union[Hello.Purpose, str]] = ..., clock: _Optional[float] = ..., own_roster: _Optional[bool] = ..., incarnation: _Optional[int] = ..., nonce: _Optional[int] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
 
 class Wait(_message.Message):
     __slots__ = ("round", "step", "left_ms")

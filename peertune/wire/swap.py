@@ -22,7 +22,8 @@ from peertune.types import Tensors
 from peertune.wire import tls
 from peertune.wire.answering import Answering
 from peertune.wire.calling import Calling, at_once
-from peertune.wire.codec import encode, layout
+from peertune.wire.codec import layout
+from peertune.wire.framing import outgoing
 from peertune.wire.meeting import Meetings, Own, PayloadCheck
 from peertune.wire.node import PROBE_S, Neighbour, Node, SeatError, UnusableError, nobody
 from peertune.wire.rpc import grpc
@@ -106,7 +107,7 @@ class Swapper(Node):
         at all, not.
         """
         expected = {client: layout(tensors) for client, tensors in layouts.items()}
-        own = Own(encode(payload), layout(payload), check, expected)
+        own = Own(outgoing(payload), layout(payload), check, expected)
         with self.changed:
             self.round, self._doing, self.answering.open = round, "swapping", True
             meetings = self.meetings.begin(round, own, neighbours, time.monotonic() - self._entered)

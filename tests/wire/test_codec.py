@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from peertune.errors import PeertuneError, WireError
 from peertune.types import Tensors
 from peertune.wire.codec import CHUNK_BYTES, Assembler, Expected, Layout, chunks, decode, encode, layout
+from peertune.wire.node import MESSAGE_BYTES
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8]
@@ -45,7 +46,7 @@ def assert_same(ours: Tensors, theirs: Tensors) -> None:
 
 def assembled(data: bytes, expected: Layout, size: int) -> memoryview:
     assembler = Assembler(len(data), expected)
-    for chunk in chunks(data, size):
+    for (chunk,) in chunks([memoryview(data)], size):
         assembler.add(chunk)
     return assembler.data()
 
@@ -120,9 +121,11 @@ def test_the_header_of_minilm_adds_less_than_two_percent_to_the_factors() -> Non
 
 
 def test_chunks_stay_below_the_limit_of_a_grpc_message() -> None:
-    data = bytes(2 * CHUNK_BYTES + 5)
-    assert [len(chunk) for chunk in chunks(data)] == [CHUNK_BYTES, CHUNK_BYTES, 5]
-    assert CHUNK_BYTES + 1024 < 4 * 2**20
+    data = memoryview(bytes(2 * CHUNK_BYTES + 5))
+    assert [len(chunk) for (chunk,) in chunks([data])] == [CHUNK_BYTES, CHUNK_BYTES, 5]
+    assert CHUNK_BYTES + 1024 < MESSAGE_BYTES
+    assert [list(map(len, chunk)) for chunk in chunks([data[:3], data[:0], data[:9]], 4)] == [[3, 1], [4], [4]]
+    assert list(chunks([data[:0]])) == []
 
 
 @pytest.mark.parametrize(("value", "shown"), [(torch.nan, "nan"), (-torch.inf, "-inf")])
@@ -292,8 +295,8 @@ def test_chunks_that_are_empty_too_long_too_many_or_too_few_are_refused() -> Non
     assembler = Assembler(256, LAYOUT)
     assembler.add(bytes(200))
     for size, message in [
-        (0, "a chunk has 0 bytes where 1 to 1048576 are expected"),
-        (CHUNK_BYTES + 1, "a chunk has 1048577 bytes where 1 to 1048576 are expected"),
+        (0, "a chunk has 0 bytes where 1 to 4194304 are expected"),
+        (CHUNK_BYTES + 1, "a chunk has 4194305 bytes where 1 to 4194304 are expected"),
         (57, "a chunk has 57 bytes where 56 are left to come"),
     ]:
         with pytest.raises(WireError, match=f"^payload: {message}$"):
@@ -654,7 +657,7 @@ Messages = tuple[int, list[bytes]]
 
 
 def as_sent(rng: random.Random, data: bytes) -> Messages:
-    return len(data), [bytes(chunk) for chunk in chunks(data, rng.choice([1, 7, 64, len(data)]))]
+    return len(data), [bytes(chunk) for (chunk,) in chunks([memoryview(data)], rng.choice([1, 7, 64, len(data)]))]
 
 
 def another_total(rng: random.Random, data: bytes) -> Messages:

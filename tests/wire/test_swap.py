@@ -395,7 +395,7 @@ GARBAGE: dict[str, tuple[list[Chunk], str]] = {  # what is sent, what is said of
     "huge total": ([hello(0), Chunk(total=2**63)], "payload: 9223372036854775808 bytes are announced where 1200 to"),
     "no total": ([hello(0), Chunk(data=GOOD)], DISORDER),
     "two totals": ([hello(0), TOTAL, TOTAL], DISORDER),
-    "empty chunk": ([hello(0), TOTAL, Chunk(data=b"")], "payload: a chunk has 0 bytes where 1 to 1048576 are expected"),
+    "empty chunk": ([hello(0), TOTAL, Chunk(data=b"")], "payload: a chunk has 0 bytes where 1 to 4194304 are expected"),
     "too much": ([hello(0), TOTAL, Chunk(data=GOOD + b"x")], "payload: a chunk has 1337 bytes where 1336 are left"),
     "too little": ([hello(0), TOTAL, Chunk(data=GOOD[:-1]), HAVE], "payload: ends after 1335 bytes where 1336 were"),
     "not a number": ([hello(0), TOTAL, Chunk(data=NAN), HAVE], "q.A: holds nan where finite values are expected"),
