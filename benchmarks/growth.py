@@ -7,7 +7,7 @@ from benchmarks.measure import Figure, copy_bandwidth, figure, ratios
 from benchmarks.setup import dropout, make
 from peertune import simulate
 from peertune.assembly.build import Built
-from peertune.rounds.metrics import payload_bytes
+from peertune.types import payload_bytes
 
 SIZES = (10, 100, 1000)
 LOCAL_STEPS = 20

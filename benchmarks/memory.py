@@ -7,7 +7,7 @@ from itertools import pairwise
 from benchmarks.growth import SIZES, build
 from benchmarks.measure import Figure, figure
 from peertune import simulate
-from peertune.rounds.metrics import payload_bytes
+from peertune.types import payload_bytes
 
 
 def run() -> list[Figure]:

@@ -121,6 +121,22 @@ class Local(NamedTuple):
     needs: frozenset[str] = frozenset()
 
 
+class Edgewise(NamedTuple):
+    """What goes over an edge in the place of a payload, where both ends hold what went over it before.
+
+    `pack(payload, memory, to, round)` returns what of a client's payload `[1, …]` goes to a neighbour, and
+    `unpack(came, memory, from, round)` the payload of which this came from one; it raises WireError for what can't be.
+    What comes has the shapes of what goes. `packed_bytes(payload, memory)` is how much goes over an edge both of whose
+    ends hold something, and `bytes_sent(payload, memory, weights, at)` how much each of K clients sends over all of its
+    edges that count, those of non-zero `weights [K, H]`.
+    """
+
+    pack: Callable[[Tensors, Memory, int, int], Tensors]
+    unpack: Callable[[Tensors, Memory, int, int], Tensors]
+    packed_bytes: Callable[[Tensors, Memory], int]
+    bytes_sent: Callable[[Tensors, Memory, Tensor, At], list[int]]
+
+
 class Message(NamedTuple):
     """What is sent, and how it is read.
 
@@ -130,8 +146,9 @@ class Message(NamedTuple):
     are adapters of the receiver's shapes and types.
     `layout(own, client, phase)` returns what a client sends, `[1, …]` on the meta device, if that has other shapes or
     types than `own`, what the receiver sends. Receivers hold every byte that comes against it.
-    `settle(memory, weights, at, phase)` is told over which edges the round counted, by non-zero `weights [K, H]`, at
-    both of their ends alike. So what an edge that failed has lost can be sent again.
+    `settle(memory, heard, weights, at, phase)` is told what was heard, and over which edges the round counted, by
+    non-zero `weights [K, H]`, at both of their ends alike. So what an edge that failed has lost can be sent again.
+    `edgewise` says how less than what was sent goes over an edge both of whose ends remember.
     `sound(heard)` tells of each sender, `[H]`, whether an honest client may have sent this.
     If reading what was sent isn't `exact`, differences are mixed: see `peertune.rounds.round`. If what is read isn't
     `whole`, it has zeros for entries that were not sent, and each entry is mixed by itself.
@@ -140,7 +157,8 @@ class Message(NamedTuple):
     send: Callable[[Tensors, Memory, At, Phase], tuple[Tensors, Memory]] = adapters_as_they_are
     read: Callable[[Tensors, Tensors, int], Tensors] | None = None
     layout: Callable[[Tensors, int, Phase], Tensors] | None = None
-    settle: Callable[[Memory, Tensor, At, Phase], Memory] | None = None
+    settle: Callable[[Memory, Tensors, Tensor, At, Phase], Memory] | None = None
+    edgewise: Edgewise | None = None
     sound: Callable[[Tensors], Tensor] | None = None
     exact: bool = True
     whole: bool = True

@@ -272,3 +272,8 @@ def over_clients(per_client: Tensor, like: Tensor) -> Tensor:
 def norms(tensors: Tensors) -> Tensor:
     """Return each client's norm `[K]` over all its tensors `[K, …]` together."""
     return torch.stack([x.flatten(1).square().sum(1) for x in tensors.values()]).sum(0).sqrt()
+
+
+def payload_bytes(payload: Tensors) -> int:
+    """Bytes of the tensors that one client of `payload [K, …]` sends to one neighbour, without any framing."""
+    return sum(x.shape[1:].numel() * x.element_size() for x in payload.values())

@@ -10,8 +10,7 @@ from playing import begun, played
 
 from peertune import ALGORITHMS, MODIFIERS
 from peertune.method import Algorithm, standing
-from peertune.rounds.metrics import payload_bytes
-from peertune.types import State
+from peertune.types import State, payload_bytes
 
 INTRO = """# Methods and modifiers
 
@@ -35,7 +34,7 @@ Not here, and why:
 - RAC-LoRA belongs with ranks that differ, SALF with clients that differ in speed.
 """
 ROUNDS, CLIENTS, INTERVAL = 12, 4, 5
-GIVEN = {"rho", "clients", "seed", "algorithm", "local", "message"}  # what the program hands in
+GIVEN = {"rho", "clients", "seed", "near", "algorithm", "local", "message"}  # what the program hands in
 
 
 def page() -> str:
@@ -62,12 +61,15 @@ AUTHORS = {
     ]
 }
 """Method → settings of its authors that are more than a name."""
+GRAPHS = {"choco": ["graph={name: ring}"]}
+"""Modifier → a graph that it goes with, where that of the demo is none."""
 
 
 def command(method: str, *modifiers: str) -> list[str]:
     """Return the words of the run that a card names."""
     changes = [f"modifiers=[{', '.join(f'{{name: {name}}}' for name in modifiers)}]"] if modifiers else []
-    return ["peertune", "run", "digits-demo", f"algorithm.name={method}", *AUTHORS.get(method, []), *changes]
+    graphs = [setting for name in modifiers for setting in GRAPHS.get(name, [])]
+    return ["peertune", "run", "digits-demo", f"algorithm.name={method}", *AUTHORS.get(method, []), *changes, *graphs]
 
 
 def made(make: Callable[..., Algorithm]) -> Algorithm:
@@ -129,7 +131,8 @@ def sent_bytes(algorithm: Algorithm) -> float:
     for t in range(ROUNDS):
         at = standing(range(CLIENTS), torch.full((CLIENTS,), t))
         sent, _ = algorithm.message.send(state.adapters, state.known, at, algorithm.phase(t))
-        total += payload_bytes(sent)
+        edgewise = algorithm.message.edgewise
+        total += payload_bytes(sent) if edgewise is None else edgewise.packed_bytes(sent, state.known)
     return total / ROUNDS
 
 

@@ -17,9 +17,9 @@ from peertune.engines.simulator import simulate, simulate_together
 from peertune.errors import tried
 from peertune.memory import available_bytes
 from peertune.recipe import Recipe
-from peertune.rounds.metrics import payload_bytes
 from peertune.rounds.record import RoundRecord
 from peertune.runs import directory
+from peertune.types import payload_bytes
 
 log = logging.getLogger(__name__)
 

@@ -67,7 +67,7 @@ NEEDS: Mapping[str, Need] = {
     ),
     "plain messages": Need(
         _plain,
-        "leave out half, int8, int4, shared_mask, mix_moments and switch_every=adaptive, which send or weigh otherwise",
+        "leave out all modifiers of what is sent and switch_every=adaptive, which send or weigh otherwise",
     ),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
     "unjudged messages": Need(

@@ -33,6 +33,7 @@ from peertune.topology import (
     clients_down,
     graph_near,
     lost_messages,
+    may_meet,
     need_both_ways,
     one_period,
     rho,
@@ -49,7 +50,7 @@ _TABLES = {
     "partition": Choices("partition", PARTITIONS, ("missing_cells",), {"Partition": Partition}),
     "graph": Choices("graph", GRAPHS, ("clients", "seed"), {"Graph": Graph}, with_rows),
     "algorithm": Choices("algorithm", ALGORITHMS, ("rho", "clients", "seed"), {"Algorithm": Algorithm}),
-    "modifiers": Choices("modifier", MODIFIERS, (*map(str.lower, _VALUES), "seed"), _VALUES),
+    "modifiers": Choices("modifier", MODIFIERS, (*map(str.lower, _VALUES), "seed", "near"), _VALUES),
 }
 """Block of a recipe → what it may name."""
 _MEANT_OTHERWISE = {("algorithm", "fedrot_lora"): 2}
@@ -214,7 +215,8 @@ def build_algorithm(recipe: Recipe, graph: Graph, of: Callable[[Graph], float] =
     for place, choice in enumerate(recipe.modifiers):
         if choice.name in [earlier.name for earlier in recipe.modifiers[:place]]:
             raise RecipeError(f"modifiers[{place}]: {choice.name} stands twice; give it once")
-        values: dict[str, Any] = algorithm._asdict() | {"algorithm": algorithm, "seed": recipe.seed}
+        values: dict[str, Any] = algorithm._asdict() | {"algorithm": algorithm}
+        values |= {"seed": recipe.seed, "near": partial(_near, graph)}
         changed = _make("modifiers", choice, f"modifiers[{place}]", **values)
         (field,) = (name for name, x in values.items() if type(x) is type(changed))
         if not takes("modifiers", choice.name, field):
@@ -222,6 +224,12 @@ def build_algorithm(recipe: Recipe, graph: Graph, of: Callable[[Graph], float] =
         algorithm = changed if field == "algorithm" else algorithm._replace(**{field: changed})
     check_needs(recipe, graph, algorithm)
     return pushing(algorithm, graph, build_faults(recipe)) if graph.weights == "push_sum" else algorithm
+
+
+def _near(graph: Graph) -> dict[int, list[int]]:
+    """Return whom each client may meet; of a neighbourhood, of the one client that it is of."""
+    clients = range(graph.clients) if graph.known is None else [graph.known.client]
+    return {client: may_meet(graph, client) for client in clients}
 
 
 def pushing(algorithm: Algorithm, graph: Graph, faults: Sequence[Fault]) -> Algorithm:

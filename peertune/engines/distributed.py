@@ -30,11 +30,10 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from peertune.errors import Exit, PeertuneError, RunError
-from peertune.rounds.metrics import payload_bytes
 from peertune.rounds.record import Evaluation, RoundRecord, put_together
 from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
 from peertune.topology import clients_down, whose_adapters
-from peertune.types import ALONE, Group, Tensors
+from peertune.types import ALONE, Group, Tensors, payload_bytes
 
 log = logging.getLogger(__name__)
 

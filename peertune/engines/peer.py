@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from peertune.engines.fallback import Past
-from peertune.errors import DivergedError, Exit
+from peertune.errors import DivergedError, Exit, WireError
 from peertune.method import Phase, standing
 from peertune.rounds import best
 from peertune.rounds.record import RoundRecord
@@ -85,7 +85,7 @@ def run_peer(
         try:
             bounded = replace(job, most_loss=past.most_loss(state.round))
             state, record = run_round(
-                bounded, state, job.clients, state.round, partial(_exchange, job, swapper, past, phase)
+                bounded, state, job.clients, state.round, partial(_exchange, job, swapper, past, state, phase)
             )
         except DivergedError as error:
             kept = best.part(state.memory)  # what scored well did so, whatever came later
@@ -131,7 +131,9 @@ def in_words(refusals: Mapping[str, str]) -> str:
     return "refused by " + "; ".join(f"{name}: {why}" for name, why in refusals.items())
 
 
-def _exchange(job: Job, swapper: Swapper, past: Past, phase: Phase, payload: Tensors, t: int, refuse: Refuse) -> Heard:
+def _exchange(
+    job: Job, swapper: Swapper, past: Past, state: State, phase: Phase, payload: Tensors, t: int, refuse: Refuse
+) -> Heard:
     """Swap with the round's neighbours, and take from each what the mixing matrix says."""
     (me,) = job.clients
     if (delay := delay_s(job.faults, me, t)) > 0:
@@ -142,25 +144,33 @@ def _exchange(job: Job, swapper: Swapper, past: Past, phase: Phase, payload: Ten
     near = [other for other in row if other != me]
     first = torch.zeros(1, dtype=torch.int64, device=job.device)
 
-    def read(tensors: Tensors) -> Tensors:
-        """Return what one client sent as a mixer gets it, `[1, …]`, on the device."""
-        return job.read({name: x.to(job.device) for name, x in tensors.items()}, t)
+    layout, edgewise = job.algorithm.message.layout, job.algorithm.message.edgewise
+
+    def read(client: int, tensors: Tensors) -> Tensors:
+        """Return what a client sent as a mixer gets it, `[1, …]`, on the device. Raises WireError for what can't be."""
+        tensors = {name: x.to(job.device) for name, x in tensors.items()}
+        if edgewise is not None and client != me:
+            tensors = edgewise.unpack(tensors, state.known, client, t)
+        return job.read(tensors, t)
 
     def check(client: int, tensors: Tensors) -> str:
         why = past.left_out(client, t)
-        if not why and (found := refuse(read(tensors), first, first)):
-            why = found[0].why
+        try:
+            if not why and (found := refuse(read(client, tensors), first, first)):
+                why = found[0].why
+        except WireError as error:
+            why = str(error)
         return f"round {t}: {why}; the edge fails" if why else ""
 
-    layout = job.algorithm.message.layout
     layouts = {} if layout is None else {client: layout(payload, client, phase) for client in near}
-    came = swapper.swap(t, payload, near, check, layouts)
+    packed = {} if edgewise is None else {client: edgewise.pack(payload, state.known, client, t) for client in near}
+    came = swapper.swap(t, payload, near, check, layouts, packed)
     lost = {other: (min(me, other), max(me, other)) for other in near if other not in came}
     vacant = [edge for other, edge in lost.items() if swapper.vacant(other)]
     failed = [edge for edge in lost.values() if edge not in vacant]
     row[me] += sum(row.pop(other) for other in lost)
     heard = sorted([me, *came])
-    parts = [read(payload if client == me else came[client]) for client in heard]
+    parts = [read(client, payload if client == me else came[client]) for client in heard]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     weights = torch.tensor([[row[client] for client in heard]], dtype=torch.float64, device=job.device)
     return Heard(tensors, weights, heard, failed, vacant)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Gradient, Local, Memory, Phase
+from peertune.methods.choco import choco
 from peertune.methods.mixers import averaged
 from peertune.methods.smaller import half, int4, int8, shared_mask
 from peertune.types import MOMENTS, Tensors, kind, norms, over_clients
@@ -140,6 +141,7 @@ def mix_moments(algorithm: Algorithm) -> Algorithm:
 
 
 MODIFIERS: dict[str, Callable[..., Any]] = {
+    "choco": choco,
     "dfed_admm": dfed_admm,
     "fedspeed": fedspeed,
     "half": half,

@@ -27,7 +27,7 @@ def half(message: Message) -> Message:
     Raises:
         RecipeError: adapters are rounded already.
     """
-    _check_whole("half", message)
+    check_whole("half", message)
 
     def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
         sent, changed = message.send(adapters, memory, at, phase)
@@ -117,17 +117,20 @@ def shared_mask(message: Message, share: float = 0.25, seed: int = 0) -> Message
     return message._replace(send=send, read=read, exact=False, whole=False, needs=needs)
 
 
-def _check_whole(name: str, message: Message) -> None:
+def check_whole(name: str, message: Message) -> None:
     """Raise RecipeError where a message holds something else than whole adapters as they are."""
     if not message.whole:
-        raise RecipeError(f"modifiers: {name}: stands after shared_mask; give it before that")
+        instead = "leave one of the two out" if name == "choco" else "give it before that"
+        raise RecipeError(f"modifiers: {name}: stands after shared_mask; {instead}")
     if not message.exact:
-        raise RecipeError(f"modifiers: {name}: adapters are rounded already; give one of half, int8 and int4")
+        raise RecipeError(f"modifiers: {name}: less is sent already; give one of choco, half, int8 and int4")
     _check_layout(name, message)
 
 
 def _check_layout(name: str, message: Message) -> None:
-    """Raise RecipeError where senders may send other shapes than their receivers."""
+    """Raise RecipeError where senders may send other shapes than their receivers, or changes."""
+    if message.edgewise is not None:
+        raise RecipeError(f"modifiers: {name}: stands after choco; leave one of the two out")
     if message.layout is not None:
         raise RecipeError(f"modifiers: {name}: needs clients that send the same shapes; choose another algorithm")
 
@@ -136,7 +139,7 @@ def _rounded(message: Message, rounding: "_Rounding") -> Message:
     """Return the message with each sent kind as bytes, `<modifier>.<kind>` `[K, N]` uint8."""
     if rounding.block < 1:
         raise RecipeError(f"modifiers: {rounding.name}: block is {rounding.block}, give a number of entries above 0")
-    _check_whole(rounding.name, message)
+    check_whole(rounding.name, message)
 
     def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
         sent, changed = message.send(adapters, memory, at, phase)

@@ -13,11 +13,10 @@ from peertune.assembly.build import CLIENTS_PER_PASS, build
 from peertune.assembly.registry import build_algorithm, build_graph
 from peertune.method import standing
 from peertune.recipe import Recipe
-from peertune.rounds.metrics import payload_bytes
 from peertune.rounds.round import Job
 from peertune.rounds.training import train_local
 from peertune.topology import active_edges
-from peertune.types import kind, take
+from peertune.types import kind, payload_bytes, take
 
 STEPS = 3
 """Local steps that are tried; the first warms up."""
@@ -84,8 +83,11 @@ def trial(recipe: Recipe) -> Trial:
 def _sent_bytes(job: Job) -> dict[str, int]:
     """Return how large a client's message is, by the kinds that its phase sends."""
     kinds, found = sorted(set(map(kind, job.state.adapters))), {"": 0}
+    edgewise = job.algorithm.message.edgewise
     for some in chain.from_iterable(combinations(kinds, size) for size in range(1, len(kinds) + 1)):
-        found[" ".join(some)] = payload_bytes(job.sent(frozenset(some)))
+        sent = job.sent(frozenset(some))
+        size = payload_bytes(sent) if edgewise is None else edgewise.packed_bytes(sent, job.state.memory)
+        found[" ".join(some)] = size
     return found
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peertune.types import ALONE, Group, Tensors, by_site, kind, over_clients, pairs, select
+from peertune.types import ALONE, Group, Tensors, by_site, kind, over_clients, pairs, payload_bytes, select
 
 
 def consensus_error(tensors: Tensors, group: Group = ALONE) -> float:
@@ -162,11 +162,6 @@ def diagnostics(before: Before, after: Tensors, group: Group = ALONE, rows: Tens
     }
     drift = mean_drift(before.mean, mean)
     return errors | {"cross_term": crossed, "mean_drift": drift} | contraction
-
-
-def payload_bytes(payload: Tensors) -> int:
-    """Bytes of the tensors that one client of `payload [K, …]` sends to one neighbour, without any framing."""
-    return sum(x.shape[1:].numel() * x.element_size() for x in payload.values())
 
 
 def bytes_sent(payload: Tensors, neighbours: Sequence[int]) -> list[int]:

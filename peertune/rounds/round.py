@@ -201,8 +201,12 @@ def _end(job: Job, begun: _Begun, came: Came | Exception, exchange: Exchange) ->
     heard = exchange(payload, t, _refusing(job, state))
     watch.lap("exchange")
     at = at._replace(heard=torch.tensor(heard.clients, dtype=torch.int64))
+    neighbours = metrics.neighbour_counts(heard.weights) if payload else [0] * len(clients)
+    sent_bytes = metrics.bytes_sent(payload, neighbours if heard.sent is None else heard.sent)
+    if message.edgewise is not None:
+        sent_bytes = message.edgewise.bytes_sent(payload, state.known, heard.weights, at)
     if message.settle is not None:
-        state.remember(message.settle(state.known, heard.weights, at, phase))
+        state.remember(message.settle(state.known, heard.tensors, heard.weights, at, phase))
     weights, unmixed = _mixable(job, state, clients, t, heard)
     watch.lap("mix")
     sent, pushed = select(heard.tensors, phase.send), job.graph.weights == "push_sum"
@@ -216,7 +220,6 @@ def _end(job: Job, begun: _Begun, came: Came | Exception, exchange: Exchange) ->
     _mix(job, state, heard.tensors, weights, at, phase)
     state = state.at(t + 1)
     watch.lap("mix")
-    neighbours = metrics.neighbour_counts(heard.weights) if payload else [0] * len(clients)
     diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group, rows)
     watch.lap("metrics")
     evaluation = None
@@ -232,7 +235,7 @@ def _end(job: Job, begun: _Begun, came: Came | Exception, exchange: Exchange) ->
         clients=list(clients),
         loss=came.loss.tolist(),
         grad_norm=came.grad_norm.tolist(),
-        bytes_sent=metrics.bytes_sent(payload, neighbours if heard.sent is None else heard.sent),
+        bytes_sent=sent_bytes,
         neighbours=neighbours,
         edges=metrics.edges(heard.weights, clients, heard.clients, job.graph.directed) if payload else [],
         failed_edges=heard.failed if payload else [],

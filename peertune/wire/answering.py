@@ -165,7 +165,7 @@ class Answering:
         self, client: int, hello: Hello, meeting: Meeting, own: Own, requests: Iterator[Part], context: Any
     ) -> "Generator[Part, None, Verdict.Outcome]":
         """Send this end's payload while the other's comes, and return the verdict."""
-        sending, assembler = own.data.parts(hello), None
+        sending, assembler = own.sent(client).parts(hello), None
         yield next(sending)
         while True:
             part = next(sending, None)

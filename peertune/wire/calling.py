@@ -202,7 +202,7 @@ class _Call:
         self._assembler = Assembler(total, self._own.layout(self._client))
         for action in self._do(Edge.offered):
             assert isinstance(action, Offer)
-            self._requests.put(self._own.data.parts(self._hello))
+            self._requests.put(self._own.sent(self._client).parts(self._hello))
 
     def _add(self, data: bytes | memoryview) -> None:
         """Take more of the other end's payload, and say what this end makes of it once it is whole."""

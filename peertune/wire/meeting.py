@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any, Concatenate, ParamSpec
 
@@ -39,6 +39,11 @@ class Own:
     like: Layout  # of what was sent, and of what comes from all but some
     check: PayloadCheck
     others: Mapping[int, Layout]  # of what comes from these
+    packed: Mapping[int, Outgoing] = field(default_factory=dict)  # what these are sent in the data's place
+
+    def sent(self, client: int) -> Outgoing:
+        """What a client is sent."""
+        return self.packed.get(client, self.data)
 
     def layout(self, client: int) -> Layout:
         """What a client must send."""
@@ -135,7 +140,7 @@ class Meetings:
         """
         tensors = decode(received, own.layout(client))
         self._check_content(client, meeting, speaks, received)
-        self.node.count_bytes(client, own.data.total_bytes, len(received))
+        self.node.count_bytes(client, own.sent(client).total_bytes, len(received))
         return tensors, own.check(client, tensors)
 
     def _check_content(self, client: int, meeting: Meeting, speaks: Incarnation, received: memoryview) -> None:

@@ -97,17 +97,20 @@ class Swapper(Node):
         neighbours: Sequence[int],
         check: PayloadCheck = lambda client, tensors: "",
         layouts: Mapping[int, Tensors] = MappingProxyType({}),
+        packed: Mapping[int, Tensors] = MappingProxyType({}),
     ) -> dict[int, Tensors]:
         """Swap `payload [1, …]` with these clients and return what came, `[1, …]` each, of those whose edge counts.
 
         `layouts` says of clients whose payload isn't like this one what they send, `[1, …]`, by shapes and types alone.
+        `packed` is what clients are sent in its place; what they send is like it.
         What `check` has something to say against costs the edge at both ends. It is called from several threads.
         Waits for a neighbour at most `patience_s`; for one that is itself waiting for somebody, a little longer than
         it will; for one that it gave up before, PROBE_S, unless that is heard meanwhile; for one that can't be reached
         at all, not.
         """
-        expected = {client: layout(tensors) for client, tensors in layouts.items()}
-        own = Own(outgoing(payload), layout(payload), check, expected)
+        expected = {client: layout(tensors) for client, tensors in (*packed.items(), *layouts.items())}
+        each = {client: outgoing(tensors) for client, tensors in packed.items()}
+        own = Own(outgoing({} if packed else payload), layout(payload), check, expected, each)
         with self.changed:
             self.round, self._doing, self.answering.open = round, "swapping", True
             meetings = self.meetings.begin(round, own, neighbours, time.monotonic() - self._entered)

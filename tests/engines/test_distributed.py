@@ -36,6 +36,7 @@ RECIPES |= {
     "adaptive": [*SMALL, ADAPTIVE, "rounds=9"],
     "half": [*SMALL, ADAPTIVE, "modifiers=[{name: half}]"],
     "int8": [*SMALL, ADAPTIVE, "modifiers=[{name: int8, block: 7}]"],
+    "choco": [*SMALL, "graph={name: ring}", "modifiers=[{name: choco, share: 0.2}]"],
     "masked": [
         *SMALL,
         "graph={name: matching, probability: 0.6}",

@@ -101,6 +101,9 @@ def test_four_peers_end_with_the_simulators_adapters_for_every_method_and_in_flo
     if dtype == "float64":  # a rounding of float32 may fall on the other side of a bfloat16
         recipes["half"] = recipe(4, dtype, "algorithm={name: decaf}", "modifiers=[{name: half}]")
         recipes["int4"] = recipe(4, dtype, "algorithm={name: rolora}", "modifiers=[{name: int4}]")
+        recipes["choco"] = recipe(
+            4, dtype, "algorithm={name: rolora}", "modifiers=[{name: choco}]", "graph={name: ring}"
+        )
         masked = "modifiers=[{name: int8}, {name: shared_mask, share: 0.4}]"
         recipes["masked"] = recipe(4, dtype, "algorithm={name: tad_lora}", masked)
         changes = "modifiers=[{name: mix_moments}, {name: fedspeed}]"

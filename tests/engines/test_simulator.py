@@ -17,11 +17,10 @@ from peertune.method import Algorithm, At, Memory, Mixer, Phase, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
 from peertune.rounds import round as rounds
-from peertune.rounds.metrics import payload_bytes
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Job
 from peertune.topology import weights_at
-from peertune.types import Batch, Tensors, kind, select
+from peertune.types import Batch, Tensors, kind, payload_bytes, select
 
 SMALL = (
     "model.dtype=float64",

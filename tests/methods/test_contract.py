@@ -25,10 +25,11 @@ PLAIN: dict[str, Algorithm] = {name: make(**SETTINGS.get(name, {})) for name, ma
 PLAIN["tad_lora, adaptive"] = ALGORITHMS["tad_lora"](switch_every="adaptive", window_rounds=4, clients=CLIENTS, seed=1)
 LINEAR = PLAIN.keys() - {"decaf", "lora_fair"}  # plain averages
 FIELDS = {Schedule: "schedule", Local: "local", Message: "message", Mixer: "mixer"}
-SMALLER = ("int4", "int8", "shared_mask")  # of which a few methods show what all do
+SMALLER = ("choco", "int4", "int8", "shared_mask")  # of which a few methods show what all do
 ALONE = [(), *((name,) for name in MODIFIERS if name not in SMALLER)]
-ROUNDING = {"half", "int4", "int8"}
+ROUNDING = {"choco", "half", "int4", "int8"}
 NOT = {*permutations(("fedspeed", "dfed_admm"), 2), *permutations(ROUNDING, 2), *product(["shared_mask"], ROUNDING)}
+NOT.add(("choco", "shared_mask"))
 PAIRS = [(name,) for name in 3 * SMALLER] + [pair for pair in permutations(MODIFIERS, 2) if pair not in NOT]
 
 

@@ -199,7 +199,10 @@ def test_rho_of_push_sum_is_what_a_round_leaves_of_fresh_probes() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["modifiers=[{name: half}]"], "needs plain messages; leave out half, int8, int4, shared_mask, mix_moments"),
+        (
+            ["modifiers=[{name: half}]"],
+            "needs plain messages; leave out all modifiers of what is sent",
+        ),
         (["modifiers=[{name: mix_moments}]"], "needs plain messages"),
         (["modifiers=[{name: int4}]"], "needs plain messages"),
         (["modifiers=[{name: shared_mask}]"], "needs plain messages"),

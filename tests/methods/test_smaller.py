@@ -214,13 +214,13 @@ def test_a_sender_of_too_large_steps_or_of_what_is_not_finite_is_mixed_by_nobody
         ("[{name: int8, block: 0}]", "^modifiers: int8: block is 0, give a number of entries above 0$"),
         (
             "[{name: half}, {name: int8}]",
-            "^modifiers: int8: adapters are rounded already; give one of half, int8 and int4$",
+            "^modifiers: int8: less is sent already; give one of choco, half, int8 and int4$",
         ),
         (
             "[{name: int8}, {name: half}]",
-            "^modifiers: half: adapters are rounded already",
+            "^modifiers: half: less is sent already",
         ),
-        ("[{name: int8}, {name: int4}]", "^modifiers: int4: adapters are rounded already"),
+        ("[{name: int8}, {name: int4}]", "^modifiers: int4: less is sent already"),
         ("[{name: shared_mask}, {name: int4}]", "^modifiers: int4: stands after shared_mask; give it before that$"),
         ("[{name: shared_mask, share: 0.0}]", "^modifiers: shared_mask: share is 0.0, give a number between 0 and 1$"),
         ("[{name: shared_mask, share: 1.0}]", "share is 1.0, give a number between 0 and 1$"),

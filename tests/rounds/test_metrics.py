@@ -19,9 +19,8 @@ from peertune.rounds.metrics import (
     mean_drift,
     neighbour_counts,
     neighbourhood_cross_terms,
-    payload_bytes,
 )
-from peertune.types import Tensors, select
+from peertune.types import Tensors, payload_bytes, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 

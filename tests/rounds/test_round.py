@@ -545,7 +545,7 @@ def test_a_message_is_settled_by_the_edges_that_counted_and_what_failed_is_sent_
     def send(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
         return select(adapters, phase.send), {"me.owed": memory["me.owed"] + 1}
 
-    def settle(memory: Memory, weights: Tensor, at: At, phase: Phase) -> Memory:
+    def settle(memory: Memory, heard: Tensors, weights: Tensor, at: At, phase: Phase) -> Memory:
         assert at.heard is not None
         places = torch.searchsorted(at.heard, memory["me.near"]).clamp(max=len(at.heard) - 1)
         there = at.heard[places] == memory["me.near"]  # who is down was not heard at all
