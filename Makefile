@@ -48,8 +48,8 @@ mutants: .venv/developing  ## how many small changes of FILES="peertune/..." do 
 	printf 'process_isolation = "forkserver"\n' >> .mutants/pyproject.toml  # a process that has used gRPC can't be forked
 	cd .mutants && OMP_NUM_THREADS=1 ../$(BIN)/mutmut run --max-children 1 $(if $(ONLY),'$(ONLY)') && ../$(BIN)/mutmut results | sed '/not checked/d'
 
-bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some)
-	SST2=$(SST2) $(BIN)/python -m benchmarks $(PARTS)
+bench: .venv/developing  ## measure speed (an hour; SST2=FOLDER to read SST-2 from there, PARTS="step growth" for some, OLD=COMMIT to compare)
+	SST2=$(SST2) $(BIN)/python -m benchmarks $(PARTS) $(if $(OLD),--old $(OLD))
 
 same: .venv/developing  ## whether the working tree comes to the same bits as OLD=COMMIT, by all methods and engines (minutes)
 	$(BIN)/python -m benchmarks.same $(OLD)

@@ -1,4 +1,7 @@
-"""`python -m benchmarks [PART …] [--out FOLDER]`: measure, print a table, and write the figures as JSON."""
+"""`python -m benchmarks [PART …] [--out FOLDER]`: measure, print a table, and write the figures as JSON.
+
+With `--old COMMIT` parts that can be are measured of that commit's package and of this one, in turn; none is written.
+"""
 
 import argparse
 import datetime
@@ -9,11 +12,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from benchmarks import against
 from benchmarks.measure import machine
-from benchmarks.table import table
+from benchmarks.table import compared, table
 from peertune.errors import PeertuneError
 
 PARTS = (
+    "demo",
     "start",
     "step",
     "growth",
@@ -39,6 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"{', '.join(PARTS)}; all but {', '.join(LONG)}")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
+    parser.add_argument("--old", metavar="COMMIT", help="compare with this commit's package")
+    parser.add_argument("--turns", type=int, default=5, help="of each of the two")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for part in options.parts:
@@ -51,6 +58,13 @@ def main() -> None:
         except PeertuneError as error:
             print(f"benchmarks {part}: {error}; set SST2=FOLDER to read SST-2 from a folder", file=sys.stderr)
             sys.exit(2)
+        return
+    if options.old:
+        parts = against.parts_of_two(options.parts or [part for part in PARTS if part not in LONG])
+        if left := set(options.parts).difference(parts):
+            parser.error(f"{', '.join(sorted(left))}: can't be measured of two builds")
+        for what, figures in against.compare(options.old, parts, options.turns):
+            print(f"{what}\n\n{compared(figures)}\n", flush=True)
         return
     found = machine()
     name = re.sub(r"[^a-z0-9]+", "-", f"{found.get('gpu', found['cpu'])} {found['cores']} cores".lower()).strip("-")

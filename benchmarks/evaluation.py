@@ -1,6 +1,10 @@
 """Evaluation of ten clients and their average on one validation set: rows per second, and its share of a run."""
 
-from benchmarks.measure import Figure, figure, interleaved
+from functools import partial
+
+import torch
+
+from benchmarks.measure import Figure, figure, interleaved, processor
 from benchmarks.setup import make
 from peertune.method import standing
 from peertune.rounds.training import train_local
@@ -35,3 +39,16 @@ def run(repeats: int = 5) -> list[Figure]:
         figure("evaluation", [rows / x for x in times["evaluate"]], "rows/s"),
         figure(f"its share of a run, every {EVERY} rounds of {LOCAL_STEPS} steps", shares, "%"),
     ]
+
+
+def turn() -> list[Figure]:
+    """Measure evaluation alone, by one thread's processor time, in float32 and in what the machine has."""
+    torch.set_num_threads(1)
+    figures = []
+    for dtype in ("float32", "auto"):
+        job = make("algorithm.name=dec_lora", f"model.dtype={dtype}").job
+        rows = job.evaluate(job.state.adapters, job.clients).rows * (len(job.clients) + 1)
+        taken = processor(partial(job.evaluate, job.state.adapters, job.clients), 3)
+        name = f"evaluation of a row of a client, {job.model.base.dtype}".replace("torch.", "")
+        figures.append(figure(name, [1e3 * x / rows for x in taken], "ms"))
+    return figures

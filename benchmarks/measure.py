@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,6 +42,31 @@ class Figure:
 def figure(name: str, values: Sequence[float], unit: str, target: str = "", note: str = "") -> Figure:
     """Make a figure of repeated values."""
     return Figure(name, statistics.median(values), min(values), max(values), unit, len(values), target, note)
+
+
+class Compared(NamedTuple):
+    """One figure of two builds, turn by turn."""
+
+    old: list[Figure]
+    new: list[Figure]
+
+    @property
+    def over(self) -> list[float]:
+        """Old over new, of each turn."""
+        return ratios([one.value for one in self.old], [one.value for one in self.new])
+
+
+def processor(action: Callable[[], object], repeats: int = 5) -> list[float]:
+    """Return the processor seconds that each repetition of an action takes this process, after a warm-up.
+
+    Of one thread this is what a shared machine tells most surely.
+    """
+    taken = []
+    for _ in range(repeats + 1):
+        begin = time.process_time()
+        action()
+        taken.append(time.process_time() - begin)
+    return taken[1:]
 
 
 def seconds(action: Callable[[], object]) -> float:

@@ -23,6 +23,16 @@ def run() -> list[Figure]:
     return figures
 
 
+def turn() -> list[Figure]:
+    """Measure the peak for ten clients, and what each of ninety further ones takes."""
+    peaks = {size: _peak(size) / 2**20 for size in SIZES[:2]}
+    small, large = peaks
+    return [
+        figure(f"peak memory, {small} clients", [peaks[small]], "MiB"),
+        figure("memory for a further client", [(peaks[large] - peaks[small]) / (large - small)], "MiB"),
+    ]
+
+
 def _peak(clients: int) -> int:
     """Return the largest resident size, in bytes, of a process of its own for so many clients.
 

@@ -2,13 +2,17 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
+from peertune.adapters.packing import pack
 from peertune.assembly.build import Built
+from peertune.data.batches import pack_rows
 from peertune.types import Batch
 
 ClientRows = tuple[list[Tensor], Tensor]
@@ -38,14 +42,17 @@ class PeftLoop:
         attention: str | None = None,
         pad_to: int | None = None,
         adapters_in_float32: bool = True,
+        packed: bool = False,
     ) -> None:
         """Take the recipe's base, head, rank, rate and dropout from `run`.
 
         `attention` is transformers' (None: its default); rows are padded to `pad_to` tokens, or else to the longest of
-        their client's batch. PEFT keeps the adapters of a bfloat16 base in float32, unless told otherwise.
+        their client's batch, or `packed`, which takes a base like BERT. PEFT keeps the adapters of a bfloat16 base in
+        float32, unless told otherwise.
         """
         recipe = run.resolved
         self.pad_to = pad_to
+        self.packed = packed
         self.device = run.job.device
         extra = {} if attention is None else {"attn_implementation": attention}
         base = AutoModelForSequenceClassification.from_pretrained(
@@ -84,15 +91,33 @@ class PeftLoop:
         losses = []
         for (name, optimizer), (ids, labels) in zip(self.optimizers.items(), rows, strict=True):
             self.model.set_adapter(name)
-            tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True)
-            if self.pad_to is not None:
-                tokens = nn.functional.pad(tokens, (0, self.pad_to - tokens.shape[1]))
-            lengths = torch.tensor([len(row) for row in ids])
-            mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
-            logits = self.model(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device)).logits
+            logits = self._packed(ids) if self.packed else self._padded(ids)
             loss = nn.functional.cross_entropy(logits.float(), labels.to(self.device))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.detach())
         return torch.stack(losses).tolist()
+
+    def _padded(self, ids: Sequence[Tensor]) -> Tensor:
+        tokens = nn.utils.rnn.pad_sequence(list(ids), batch_first=True)
+        if self.pad_to is not None:
+            tokens = nn.functional.pad(tokens, (0, self.pad_to - tokens.shape[1]))
+        lengths = torch.tensor([len(row) for row in ids])
+        mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).long()
+        logits: Tensor = self.model(input_ids=tokens.to(self.device), attention_mask=mask.to(self.device)).logits
+        return logits
+
+    def _packed(self, ids: Sequence[Tensor]) -> Tensor:
+        """Lay rows end to end in blocks, kept apart by a mask, and give the head the first token of each."""
+        packing = pack_rows(np.array([len(row) for row in ids]))
+        assert packing is not None, "rows of a step are short enough to share blocks"
+        packing = packing.to(self.device)
+        tokens = pack(nn.utils.rnn.pad_sequence(list(ids), batch_first=True).to(self.device), packing)
+        base: Any = self.model.base_model.model
+        apart = packing.rows[:, None, :, None] != packing.rows[:, None, None, :]
+        mask = torch.zeros_like(apart, dtype=base.dtype).masked_fill_(apart, torch.finfo(base.dtype).min)
+        hidden = base.bert(input_ids=tokens, position_ids=packing.positions, attention_mask=mask).last_hidden_state
+        first = hidden.flatten(0, 1)[packing.starts][:, None]
+        logits: Tensor = base.classifier(base.dropout(base.bert.pooler(first)))
+        return logits

@@ -1,28 +1,31 @@
 """One local step of all clients: peertune against a PEFT loop, and against the rate of a large matrix product.
 
-All three train both factors of every site on the same rows, with the same dropout, and both are AdamW:
+All four train both factors of every site on the same rows, with the same dropout, and both are AdamW:
 
 - `loop`: PEFT, one client after the other, rows padded to 128 tokens, float32: what the papers' scripts do;
 - `best loop`: PEFT as good as it gets by hand: padded to the longest row of a client's batch, bfloat16, and whichever
   of transformers' attentions and of PEFT's adapter precisions is fastest here;
+- `packed loop`: the best loop with the rows of a client packed instead of padded;
 - `peertune`: all clients in one pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count, product
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import Figure, figure, interleaved, matrix_product, ratios, seconds
+from benchmarks.measure import Figure, figure, interleaved, matrix_product, processor, ratios, seconds
 from benchmarks.peft_loop import PeftLoop, client_rows
 from benchmarks.setup import dropout, make
 from peertune.adapters.stacked import StackedModel
 from peertune.assembly.build import Built
 from peertune.method import standing
+from peertune.rounds.round import Job
 from peertune.rounds.training import train_local
-from peertune.types import Batch
+from peertune.types import Batch, State
 
 PAPERS_LENGTH = 128
 TARGETS = {False: ("≥ 15", "≥ 3"), True: ("≥ 10", "≥ 2")}
@@ -37,8 +40,26 @@ def run(repeats: int = 7) -> list[Figure]:
     return figures
 
 
+def turn() -> list[Figure]:
+    """Measure peertune's steps alone, by one thread's processor time, in float32 and in what the machine has."""
+    torch.set_num_threads(1)
+    figures = []
+    for dtype, on in product(dict.fromkeys(("float32", "auto")), (False, True)):
+        job = make("algorithm.name=dec_lora", "training.local_steps=1", f"model.dtype={dtype}", *dropout(on)).job
+        state, turns = job.state.clone(), count()
+
+        def step(job: Job = job, state: State = state, turns: Iterator[int] = turns) -> None:
+            number = next(turns)
+            at = standing(job.clients, state.at(number).rounds)
+            train_local(job.model, state, job.steps(job.clients, number), job.algorithm.phase(0), job.optim, at)
+
+        name = f"a step, {job.model.base.dtype}, dropout {'on' if on else 'off'}".replace("torch.", "")
+        figures.append(figure(name, processor(step), "s"))
+    return figures
+
+
 def compare(setup: Built, label: str, targets: tuple[str, str], repeats: int, rate: str = "≥ 60") -> list[Figure]:
-    """Time the three on the same rows, turn by turn, beside a large matrix product.
+    """Time the four on the same rows, turn by turn, beside a large matrix product.
 
     `targets` are those of the speed over the two loops, `rate` that of the share of the product's rate, in %.
     """
@@ -57,12 +78,14 @@ def compare(setup: Built, label: str, targets: tuple[str, str], repeats: int, ra
 
     loop = PeftLoop(setup, dtype=torch.float32, pad_to=PAPERS_LENGTH)
     best, how = _best_loop(setup, dtype, lambda loop: loop.step(rows[0]))
+    packed, packed_how = _best_loop(setup, dtype, lambda loop: loop.step(rows[0]), packed=True)
     _check([stacked(0).tolist(), loop.step(rows[0])])
     product, operations = matrix_product(dtype, job.device)
     times = interleaved(
         {
             "loop": lambda turn: loop.step(rows[turn]),
             "best loop": lambda turn: best.step(rows[turn]),
+            "packed loop": lambda turn: packed.step(rows[turn]),
             "peertune": stacked,
             "product": product,
         },
@@ -72,14 +95,21 @@ def compare(setup: Built, label: str, targets: tuple[str, str], repeats: int, ra
     speed = [operations / taken for taken in times["product"]]
     reached = [done / taken for done, taken in zip(useful, times["peertune"], strict=True)]
     tokens = [sum(len(ids) for own, _ in client for ids in own) for client in rows[1 : repeats + 1]]
+    padding = [
+        sum(len(own) * max(map(len, own)) for own, _ in client) / count
+        for client, count in zip(rows[1 : repeats + 1], tokens, strict=True)
+    ]
     figures = [
         figure(f"step, PEFT loop padded to {PAPERS_LENGTH}, float32 ({label})", times["loop"], "s"),
         figure(f"step, best PEFT loop ({label})", times["best loop"], "s", note=how),
+        figure(f"step, packed PEFT loop ({label})", times["packed loop"], "s", note=packed_how),
         figure(f"step, peertune ({label})", times["peertune"], "s", note=f"{sum(tokens) // len(tokens):,} tokens"),
         figure(f"speed over the PEFT loop ({label})", ratios(times["loop"], times["peertune"]), "×", targets[0]),
         figure(
             f"speed over the best PEFT loop ({label})", ratios(times["best loop"], times["peertune"]), "×", targets[1]
         ),
+        figure(f"speed over the packed PEFT loop ({label})", ratios(times["packed loop"], times["peertune"]), "×"),
+        figure(f"tokens that the best loop computes over those of the rows ({label})", padding, "×"),
     ]
     if not setup.resolved.model.dropout:
         figures += [
@@ -89,12 +119,14 @@ def compare(setup: Built, label: str, targets: tuple[str, str], repeats: int, ra
     return figures
 
 
-def _best_loop(setup: Built, dtype: torch.dtype, step: Callable[[PeftLoop], object]) -> tuple[PeftLoop, str]:
+def _best_loop(
+    setup: Built, dtype: torch.dtype, step: Callable[[PeftLoop], object], packed: bool = False
+) -> tuple[PeftLoop, str]:
     """Try attentions and adapter precisions, and return the fastest of two timed steps each, with its description."""
     tried: list[tuple[float, PeftLoop, str]] = []
     for attention in ("eager", "sdpa"):
         for in_float32 in (True, False):
-            loop = PeftLoop(setup, dtype=dtype, attention=attention, adapters_in_float32=in_float32)
+            loop = PeftLoop(setup, dtype=dtype, attention=attention, adapters_in_float32=in_float32, packed=packed)
             step(loop)
             taken = min(seconds(partial(step, loop)) for _ in range(2))
             precision = "float32" if in_float32 else str(dtype).removeprefix("torch.")

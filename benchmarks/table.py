@@ -1,7 +1,10 @@
 """Figures as a Markdown table."""
 
+import statistics
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from benchmarks.measure import Compared
 
 
 def table(figures: Iterable[Mapping[str, Any]]) -> str:
@@ -13,6 +16,17 @@ def table(figures: Iterable[Mapping[str, Any]]) -> str:
         verdict = {True: "met", False: "**missed**", None: ""}[figure["met"]]
         note = "; ".join(part for part in (verdict, figure["note"]) if part)
         lines.append(f"| {figure['name']} | {median} {figure['unit']} | {spread} | {figure['target']} | {note} |")
+    return "\n".join(lines)
+
+
+def compared(figures: Iterable[Compared]) -> str:
+    """Return one line for each figure of two builds: their medians, and old over new, with its spread."""
+    lines = ["| figure | old | new | old over new | least – largest |", "| --- | ---: | ---: | ---: | ---: |"]
+    for figure in figures:
+        old, new = (_number(statistics.median(one.value for one in side)) for side in figure)
+        over, low, high = map(_number, (statistics.median(figure.over), min(figure.over), max(figure.over)))
+        unit = figure.new[0].unit
+        lines.append(f"| {figure.new[0].name} | {old} {unit} | {new} {unit} | {over} × | {low} – {high} |")
     return "\n".join(lines)
 
 

@@ -169,13 +169,16 @@ class Packing:
     rows: Tensor  # [N, S] int64, the row in each slot, -1 in an empty one
     positions: Tensor  # [N, S] int64, the token's position in its row, 0 in an empty slot
     width: int  # s
+    starts: Tensor  # [b] int64, where each row's first token goes
+    seats: Tensor  # [b] int64, block · m + which of the block's rows it is, for blocks of m rows at most
+    most: int  # m
 
     def to(self, device: torch.device) -> "Packing":
         """Return the same packing on another device."""
-        slots, tokens, rows, positions = (
-            value.to(device, non_blocking=True) for value in (self.slots, self.tokens, self.rows, self.positions)
-        )
-        return Packing(slots, tokens, rows, positions, self.width)
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ import torch
 from transformers import AutoConfig
 
 from benchmarks import cluster, decaf, language, scale, smaller, studies, which
+from benchmarks.against import parts_of_two
 from benchmarks.gpu import save_base
-from benchmarks.measure import Figure, figure, interleaved, machine
+from benchmarks.measure import Compared, Figure, figure, interleaved, machine
 from benchmarks.peft_loop import PeftLoop, client_rows
 from benchmarks.setup import dropout, make, model
 from benchmarks.step import compare, useful_operations
-from benchmarks.table import table
+from benchmarks.table import compared, table
 from peertune import build, load_recipe
 from peertune.assembly.registry import build_partition, build_task, check_choices, hold_out
 from peertune.method import standing
@@ -51,6 +52,12 @@ def test_a_table_says_what_was_missed() -> None:
         "| speed | 2 × | 1.5 – 2.5 | ≥ 3 | **missed**; a note |",
         "| time | 1,234 s | one run |  |  |",
     ]
+
+
+def test_two_builds_are_compared_turn_by_turn() -> None:
+    sides = [[Figure("a step", x, x, x, "s", 1) for x in taken] for taken in ((4.0, 6.0, 5.0), (2.0, 2.0, 2.0))]
+    assert compared([Compared(*sides)]).splitlines()[2:] == ["| a step | 5 s | 2 s | 2.5 × | 2 – 3 |"]
+    assert parts_of_two(["step", "wire", "evaluation"]) == ["step", "evaluation"]
 
 
 @pytest.mark.parametrize("fold", [1, 5])
@@ -209,7 +216,7 @@ class TestStep:
     @pytest.mark.parametrize("on", [False, True])
     def test_it_measures_all_three_and_the_hardware(self, settings: list[str], on: bool) -> None:
         figures = compare(make(*settings, *dropout(on)), "here", ("≥ 0", "≥ 0"), 1)
-        assert len(figures) == (5 if on else 7)
+        assert len(figures) == (8 if on else 10)
         assert all(found.value > 0 for found in figures)
 
     def test_the_loop_and_peertune_train_the_same(self, settings: list[str]) -> None:
@@ -233,6 +240,16 @@ class TestStep:
                 standing(job.clients, state.at(step).rounds),
             ).loss
             torch.testing.assert_close(ours, torch.tensor(theirs).double(), rtol=1e-4, atol=1e-5)
+
+    def test_the_loop_that_packs_trains_what_the_loop_that_pads_does(self, settings: list[str]) -> None:
+        setup = make(*settings, *dropout(False))
+        (batches,) = setup.job.steps(range(3), 0)
+        losses = []
+        for packed in (False, True):
+            torch.manual_seed(0)  # for PEFT's own draws
+            loop = PeftLoop(setup, dtype=torch.float32, attention="eager", packed=packed)
+            losses.append([loop.step(client_rows(batches, 3)) for _ in range(3)])
+        torch.testing.assert_close(*map(torch.tensor, losses), rtol=1e-4, atol=1e-5)
 
     def test_useful_operations_are_those_of_a_count_by_hand(self, settings: list[str]) -> None:
         setup = make(*settings, *dropout(False))

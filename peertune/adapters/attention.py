@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from peertune.adapters.dropout import keyed_dropout
+from peertune.adapters.packing import pack, unpack
 from peertune.adapters.rows import current_rows
 from peertune.errors import ModelError
 from peertune.memory import device_type
@@ -54,28 +55,46 @@ def attention(
     if heads_per_group > 1:
         key, value = key.repeat_interleave(heads_per_group, dim=1), value.repeat_interleave(heads_per_group, dim=1)
     rows = current_rows()
+    if rows is not None and rows.watch is not None:
+        rows.watch.append((module, None, None))
+    read = rows.last.read if rows is not None and rows.last is not None and rows.last.attention is module else None
+    if read is not None:  # of all tokens that may be looked at, these alone look
+        blocks = len(query)
+        query = pack(query.transpose(1, 2), read).transpose(1, 2)
+        if attention_mask is not None and attention_mask.shape[2] > 1:
+            attention_mask = attention_mask.expand(blocks, -1, -1, -1).transpose(1, 2)
+            attention_mask = pack(attention_mask, read).transpose(1, 2)
     drops = module.training and dropout > 0 and rows is not None
-    if device_type(query) != "cpu" and not drops and softcap is None:
-        return _fused(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    # Of a CPU the fused kernel's bfloat16 backward is slow.
+    slow = device_type(query) == "cpu" and query.dtype.itemsize == 2 and torch.is_grad_enabled()
+    if not (drops or slow) and softcap is None:
+        found = _fused(query, key, value, attention_mask, scaling).transpose(1, 2)
+        return (found.contiguous() if read is None else unpack(found, read, len(found))), None
+    scores = (query @ key.transpose(2, 3)).mul_(query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None:
-        scores = scores + attention_mask
+        scores = scores.add_(attention_mask)
     # In float32, as many models do themselves: more exact, and faster than PyTorch's bfloat16 softmax of short rows.
     precise = torch.promote_types(query.dtype, torch.float32)
     probabilities = scores.softmax(-1, dtype=precise).to(query.dtype)
     if drops and rows is not None:
         probabilities = keyed_dropout(probabilities, dropout, rows, rows.streams[module], scores=True)
-    return (probabilities @ value).transpose(1, 2).contiguous(), None
+    found = (probabilities @ value).transpose(1, 2)
+    return (found.contiguous() if read is None else unpack(found, read, len(found))), None
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
     if not query.is_meta:
         return nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scaling)
-    # Of meta tensors PyTorch would take the products apart; this is the kernel that a GPU has for a mask.
-    bias = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
+    # Of meta tensors PyTorch would take the products apart; these are the kernels that devices have for a mask.
     fused: Tensor
+    if device_type(query) == "cpu":
+        fused, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=mask, scale=scaling
+        )
+        return fused
+    bias = None if mask is None else mask.expand(*query.shape[:3], key.shape[2])
     fused, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, bias, True, scale=scaling)
     return fused
 

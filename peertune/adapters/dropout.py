@@ -34,18 +34,17 @@ def keyed_dropout(x: Tensor, p: float, rows: Rows, stream: int, *, scores: bool 
     if packing is not None:
         words, places = words[packing.rows], (packing.positions.to(torch.int32) + 1) * _SPREAD
         if scores:
-            words, columns = (
-                _mix(words[:, None] + _indices(x.shape[1], x.device)[:, None]),
-                (_mix(places) | 1)[:, None, None],
-            )
+            words = _mix(words[:, None] + _indices(x.shape[1], x.device)[:, None])
             words, middle = _mix(words + places[:, None]), middle[2:]
+            if rows.packing is not None:  # the keys' places
+                columns = (_mix((rows.packing.positions.to(torch.int32) + 1) * _SPREAD) | 1)[:, None, None]
         else:
             words, middle = _mix(words + places), middle[1:]
     for size in middle:
         words = _mix(words[..., None] + _indices(size, x.device))
     # The one full-size product of integers: by odd numbers it permutes the words, so each element's is uniform.
     keep = words[..., None] * columns >= threshold - 2**31
-    return torch.where(keep, x, 0) * (2**32 / (2**32 - threshold))
+    return torch.where(keep, x, 0).mul_(2**32 / (2**32 - threshold))
 
 
 _SPREAD = -0x61C88647  # the golden ratio's 32-bit fraction: its multiples differ in many bits before they are mixed

@@ -60,7 +60,7 @@ def _text_rows(rows: Rows, prompts: int) -> Rows:
     own = rows.shared.new_zeros(stack).index_put((rows.clients,), rows.shared)
     keys = own[:, None] + _SPREAD * torch.arange(1, prompts + 1, device=device)
     clients = torch.arange(stack, device=device).repeat_interleave(prompts)
-    return replace(rows, clients=clients, keys=keys.flatten(), shared=own[clients], packing=None, columns={})
+    return replace(rows, clients=clients, keys=keys.flatten(), shared=own[clients], packing=None, columns={}, made={})
 
 
 def _unit(x: Tensor) -> Tensor:

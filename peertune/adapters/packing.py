@@ -94,7 +94,9 @@ def _keeps_rows_apart(base: nn.Module, layers: nn.ModuleList, lengths: tuple[int
     position = torch.cat([torch.arange(length) for length in lengths])
     rows, positions = torch.full((2, 8), -1), torch.zeros(2, 8, dtype=torch.int64)
     rows.view(-1)[: len(row)], positions.view(-1)[: len(row)] = row, position  # the first two rows fill the first block
-    packing = Packing(torch.arange(len(row)), row * width + position, rows, positions, width).to(device)
+    starts, seats = torch.tensor([0, lengths[0], 8]), torch.arange(3)
+    packing = Packing(torch.arange(len(row)), row * width + position, rows, positions, width, starts, seats, 2)
+    packing = packing.to(device)
     real = torch.zeros(3, width, dtype=torch.bool, device=device)
     real.view(-1)[packing.tokens] = True
     zeros = torch.zeros(3, dtype=torch.int64, device=device)

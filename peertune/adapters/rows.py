@@ -4,12 +4,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peertune.errors import ModelError
 from peertune.types import Packing, Tensors
+
+
+@dataclass
+class LastLayer:
+    """The token of each row that is read of the last layer, and what its hooks tell each other (see `reading.py`)."""
+
+    position: Tensor  # [b] int64, of the token in its row
+    read: Packing | None = None  # where they lie in what enters the layer, [N, m] of [N, S]; None: it is not pruned
+    whole: Tensor | None = None  # what enters, [N, S, d]
+    attention: nn.Module | None = None  # what attends in it
 
 
 @dataclass(frozen=True)
@@ -25,17 +36,22 @@ class Rows:
     shared: Tensor | None = None  # [b] int64, what masks are drawn from that all rows of a client's step share
     places: Tensor | None = None  # [T] int64, row · s + position of the tokens after which a language model predicts
     columns: dict[tuple[torch.Size, int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)  # made before
+    made: dict[Any, Any] = field(default_factory=dict, repr=False)  # by layers together, what was made for all of them
+    last: LastLayer | None = None  # what is read of the last layer; None: all of it
+    watch: list[Any] | None = None  # where a module that attends is noted, if somebody wants to know
 
     def packed(self, x: Tensor, slots: int = 1) -> Packing | None:
         """Return how `x` is packed, with its slots along the axis `slots`, or None where it has one entry for each row.
 
+        In the last layer `x` may hold the tokens alone that are read.
+
         Raises ModelError for anything else: a layer that regroups rows has no row's client or key.
         """
+        for packing in (None if self.last is None else self.last.read, self.packing):
+            if packing is not None and (len(x), *x.shape[slots:-1][:1]) == packing.rows.shape:
+                return packing
         if len(x) == len(self.clients):
             return None
-        blocks, size = (0, 0) if self.packing is None else self.packing.rows.shape
-        if len(x) == blocks and x.shape[slots:-1][:1] == (size,):
-            return self.packing
         raise ModelError(
             f"model: a layer got {len(x)} rows where the batch has {len(self.clients)}; layers that regroup rows "
             "(windows, flattened tokens) can't be told whose they are: use other target_modules, or model.dropout=false"

@@ -10,6 +10,7 @@ Where the classification head is trained, a `Head` gives each row its client's w
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from math import hypot
 
 import torch
@@ -17,72 +18,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peertune.adapters.checkpointing import checkpoint_layers
-from peertune.adapters.dropout import KeyedDropout, keyed_dropout
+from peertune.adapters.dropout import KeyedDropout
 from peertune.adapters.packing import pack_layers
 from peertune.adapters.principal import Principal, take_out
+from peertune.adapters.reading import Reading, find_reading
 from peertune.adapters.rows import Rows, bound_rows, current_rows
+from peertune.adapters.sites import Head, Site, put_together, read_alike
 from peertune.errors import ModelError
 from peertune.randomness import Draw, generator
 from peertune.types import Batch, Tensors
-
-
-class Site(nn.Module):
-    """A frozen linear layer that carries a stack; without bound rows it is the layer alone."""
-
-    def __init__(self, layer: nn.Module, name: str, r: int, scaling: float, dropout: float, stream: int) -> None:
-        super().__init__()
-        self.layer = layer
-        self.name = name
-        self.r = r
-        self.scaling = scaling
-        self.dropout = dropout
-        self.stream = stream
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [b, s, d_in]`, packed `[N, S, d_in]`, or `[b, d_in]` → the same with d_out."""
-        rows = current_rows()
-        if rows is None:
-            return self.layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
-        own = rows.own_columns(x, self.r)
-        flat = x.flatten(0, -2)
-        y: Tensor = self.layer(flat)
-        if rows.training and self.dropout > 0:
-            flat = keyed_dropout(x, self.dropout, rows, self.stream).flatten(0, -2)
-        # Every vector meets all K clients' factors in two plain products, and only its own client's r columns are kept:
-        # for the few clients that share a pass this is faster than gathering factors, and their gradients add up inside
-        # a product. The factors are cast to the base's precision here, so that gradients arrive in the adapter's own.
-        a = rows.adapters[f"{self.name}.A"].to(x.dtype).flatten(0, 1)  # [K r, d_in]
-        b = rows.adapters[f"{self.name}.B"].to(x.dtype).mT.flatten(0, 1)  # [K r, d_out]
-        z = flat @ a.T
-        add = y.addmm_ if type(self.layer) in (nn.Linear, Conv1D) else y.addmm  # others may keep what they returned
-        return add(z if own is None else z * own, b, alpha=self.scaling).view(*x.shape[:-1], -1)
-
-
-class Head(nn.Module):
-    """A linear layer of which every client has a copy of its own; without bound rows it is the layer alone.
-
-    Copies are tensors of the `kind`: `head`, which are trained, or `frozen`, which are not.
-    """
-
-    def __init__(self, layer: nn.Linear, name: str, kind: str) -> None:
-        super().__init__()
-        self.layer = layer
-        self.name = name
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`x [b, …, d_in]` → `[b, …, d_out]`."""
-        rows = current_rows()
-        if rows is None:
-            return self.layer(x)  # type: ignore[no-any-return]  # nn.Module's call is untyped
-        clients = rows.clients_of(x)
-        weight = rows.adapters[f"{self.name}.weight.{self.kind}"].to(x.dtype)  # [K, d_out, d_in]
-        y = x.flatten(0, -2) @ weight.flatten(0, 1).T
-        if self.layer.bias is not None:
-            y = y + rows.adapters[f"{self.name}.bias.{self.kind}"].to(x.dtype).flatten()
-        y = y.view(len(y), *weight.shape[:2])[torch.arange(len(y), device=y.device), clients]
-        return y.view(*x.shape[:-1], -1)
-
 
 Forward = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 """`forward(base, inputs)` returns the base's logits, `[b, classes]` or `[1, T, vocabulary]`."""
@@ -104,6 +48,7 @@ class StackedModel:
     packs: bool  # whether the base's layers take packed rows
     streams: Mapping[nn.Module, int]
     forward: Forward
+    reading: Reading | None  # what is read of the last layer; None: it is computed whole
     taken: Tensors  # the factors that were taken out of the base, `<site>.A` and `<site>.B`, with which all begin
     # `<layer>.<part>.frozen [1, …]`, what one of several runs over the base has of it for itself
     frozen: Tensors = field(default_factory=dict)
@@ -113,7 +58,8 @@ class StackedModel:
 
         Returns logits, `[b, classes]`, or of a language model `[T, vocabulary]`, one line for each label.
         """
-        self.base.train(training and self.base_dropout)
+        if self.base.training != (training and self.base_dropout):  # it goes through all modules
+            self.base.train(training and self.base_dropout)
         rows = Rows(
             adapters | (self.frozen | adapters),
             batch.clients,
@@ -123,6 +69,7 @@ class StackedModel:
             batch.packing,
             shared=batch.shared,
             places=batch.places,
+            last=None if self.reading is None else self.reading.of(batch.inputs),
         )
         with bound_rows(rows):
             logits = self.forward(self.base, batch.inputs)
@@ -156,22 +103,13 @@ def attach(
     Raises ModelError for what a stack can't carry exactly: layers other than linear ones, `r` above a layer's size,
     batch normalisation (rows of different clients would share statistics) and routed experts (rows lose their order).
     """
-    for name, module in base.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise ModelError(
-                f"model: {name} normalises over the batch, so clients would see each other's rows; "
-                "choose a model without batch normalisation"
-            )
-        if re.search(r"Experts?$|MoE|Moe[A-Z]|SparseMoe", type(module).__name__):
-            raise ModelError(
-                f"model: {type(module).__name__} routes tokens to experts, which a stack can't follow row by row; "
-                "choose a dense model"
-            )
+    _refuse_what_ties_rows(base)
     base.requires_grad_(False)
     if hasattr(base, "config"):
         base.config.use_cache = False  # type: ignore[union-attr]  # keys and values serve generation alone, which asks for them
     site_names = list(site_names)
     packs = forward is None and pack_layers(base, site_names)
+    reading = find_reading(base, site_names) if forward is None and output_name is None else None
     modules = dict(base.named_modules())
     streams = {module: number for number, module in enumerate(modules.values())}
     sites: dict[str, Site] = {}
@@ -187,6 +125,9 @@ def attach(
         if principal is not None:
             parts = take_out(name, layer, r, lora_alpha / r, principal)
             taken |= {f"{name}.{of}": x for of, x in zip("AB", parts, strict=True)}
+    alike = read_alike(base, site_names, () if reading is None else reading.queries) if forward is None else []
+    others = set(chain(*alike)).difference(head_names, frozen_names)
+    beside = put_together(alike, sites, {name: modules[name] for name in others})
     copied: dict[str, Head] = {}
     for name, what in (dict.fromkeys(frozen_names, "frozen") | dict.fromkeys(head_names, "head")).items():
         layer = modules[name]
@@ -200,15 +141,31 @@ def attach(
         for name, module in modules.items()
         if isinstance(module, nn.Dropout)
     }
-    for name, module in (sites | copied | dropouts).items():
+    for name, module in (sites | beside | copied | dropouts).items():
         parent, _, child = name.rpartition(".")
-        setattr(base.get_submodule(parent), child, module)
+        setattr(base.get_submodule(parent), child, module.train(base.training))
     if output_name is not None:
         base.get_submodule(output_name).register_forward_pre_hook(_wanted)
+    if reading is not None:
+        reading.install(base)
     if checkpointing:
         checkpoint_layers(base, site_names)
     heads = {name: head for name, head in copied.items() if head.kind == "head"}
-    return StackedModel(base, sites, heads, base_dropout, packs, streams, forward or _logits, taken)
+    return StackedModel(base, sites, heads, base_dropout, packs, streams, forward or _logits, reading, taken)
+
+
+def _refuse_what_ties_rows(base: nn.Module) -> None:
+    for name, module in base.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ModelError(
+                f"model: {name} normalises over the batch, so clients would see each other's rows; "
+                "choose a model without batch normalisation"
+            )
+        if re.search(r"Experts?$|MoE|Moe[A-Z]|SparseMoe", type(module).__name__):
+            raise ModelError(
+                f"model: {type(module).__name__} routes tokens to experts, which a stack can't follow row by row; "
+                "choose a dense model"
+            )
 
 
 def _wanted(_: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:

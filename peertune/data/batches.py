@@ -172,6 +172,10 @@ BLOCK = 48
 """Slots of a block where no row is longer: attention within a block costs as its square, empty slots fall with it."""
 
 
+SEATS = 8
+"""How many rows a block has at most is rounded up to a multiple of it, so that shapes recur."""
+
+
 def pack_rows(lengths: NDArray[np.int64]) -> Packing | None:
     """Plan how rows of these lengths, padded to the longest, lie in blocks of one size; None where it saves no block.
 
@@ -195,7 +199,12 @@ def pack_rows(lengths: NDArray[np.int64]) -> Packing | None:
     width = int(lengths.max())
     row = np.repeat(np.arange(len(lengths)), lengths)
     position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    slots = blocks[row] * size + starts[row] + position
+    starts += blocks * size
+    slots = starts[row] + position
+    in_block = np.bincount(blocks, minlength=count)  # rows
+    place, order = np.empty_like(starts), np.argsort(starts)
+    place[order] = np.arange(len(order)) - np.repeat(np.cumsum(in_block) - in_block, in_block)
+    most = -(-int(in_block.max()) // SEATS) * SEATS
     rows, positions = np.full(count * size, -1), np.zeros(count * size, dtype=np.int64)
     rows[slots], positions[slots] = row, position
     return Packing(
@@ -204,6 +213,9 @@ def pack_rows(lengths: NDArray[np.int64]) -> Packing | None:
         torch.from_numpy(rows).view(count, size),
         torch.from_numpy(positions).view(count, size),
         width,
+        torch.from_numpy(starts),
+        torch.from_numpy(blocks * most + place),
+        most,
     )
 
 

@@ -65,6 +65,10 @@ def _descend(x: Tensor, step: Tensor, rate: float | Tensor) -> None:
         x.sub_(step, alpha=rate)
 
 
+TOGETHER = 32
+"""Tensors that are stepped by one call. A call for each would cost more than its arithmetic where they are small."""
+
+
 def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weight_decay: float = 0.0) -> Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), equal to `torch.optim.AdamW` for each client.
 
@@ -78,20 +82,37 @@ def adamw(beta1: float = 0.9, beta2: float = 0.999, epsilon: float = 1e-8, weigh
             moments[f"steps.{kind(name)}"] = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         return moments
 
+    def unbias(beta: float, names: list[str], xs: list[Tensor], moments: Tensors) -> list[Tensor]:
+        """Return for each tensor `1 - beta^t` by each client's number of steps t."""
+        by = {what: 1 - beta ** moments[f"steps.{what}"].double() for what in set(map(kind, names))}
+        by = {what: x.to(xs[0].dtype) for what, x in by.items()}
+        return [over_clients(by[kind(name)], x) for name, x in zip(names, xs, strict=True)]
+
     def update(params: Tensors, grads: Tensors, moments: Tensors, rates: Rates) -> None:
         for what in {kind(name) for name in grads}:
             moments[f"steps.{what}"] += 1
-        for name, grad in grads.items():
-            x, m, v = params[name], moments[f"{name}.m"], moments[f"{name}.v"]
-            steps = over_clients(moments[f"steps.{kind(name)}"].double(), x)
-            m.lerp_(grad, 1 - beta1)
-            v.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-            denominator = (v / (1 - beta2**steps).to(x.dtype)).sqrt_().add_(epsilon)
+        names = list(grads)
+        for start in range(0, len(names), TOGETHER):
+            step(params, {name: grads[name] for name in names[start : start + TOGETHER]}, moments, rates)
+
+    def step(params: Tensors, grads: Tensors, moments: Tensors, rates: Rates) -> None:
+        names, slopes = list(grads), list(grads.values())
+        xs = [params[name] for name in names]
+        ms, vs = ([moments[f"{name}.{part}"] for name in names] for part in "mv")
+        torch._foreach_lerp_(ms, slopes, 1 - beta1)
+        torch._foreach_mul_(vs, beta2)
+        torch._foreach_addcmul_(vs, slopes, slopes, value=1 - beta2)
+        denominators = torch._foreach_div(vs, unbias(beta2, names, xs, moments))
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, epsilon)
+        moves = torch._foreach_div(ms, unbias(beta1, names, xs, moments))
+        torch._foreach_div_(moves, denominators)
+        for name, x, move in zip(names, xs, moves, strict=True):
             rate = rates[kind(name)]
             if weight_decay:
                 decay = 1 - rate * weight_decay
                 x.mul_(over_clients(decay, x).to(x.dtype) if isinstance(decay, Tensor) else decay)
-            _descend(x, m / (1 - beta1**steps).to(x.dtype) / denominator, rate)
+            _descend(x, move, rate)
 
     return Optimizer(init, update)
 

@@ -80,7 +80,9 @@ def test_views_share_and_what_is_gone_no_longer_counts() -> None:
 def test_the_meta_device_runs_as_the_one_that_it_stands_for() -> None:
     from peertune.adapters.attention import attention
 
-    query, mask = torch.zeros(2, 4, 256, 16, device="meta"), torch.zeros(2, 1, 256, 256, device="meta")
+    # in bfloat16, which on a CPU is not given to the fused kernel
+    query = torch.zeros(2, 4, 256, 16, device="meta", dtype=torch.bfloat16)
+    mask = torch.zeros(2, 1, 256, 256, device="meta", dtype=torch.bfloat16)
     taken = {}
     for device in ("cpu", "cuda"):
         with meta_stands_for(device), LiveBytes("meta") as live:
