@@ -16,6 +16,7 @@ from benchmarks.measure import Figure, figure, ratios, seconds
 from peertune.files import write_file
 from peertune.identity import authority as ca
 from peertune.identity.certificates import bundle, read_request
+from peertune.identity.incarnation import Incarnation
 from peertune.identity.keys import request
 from peertune.identity.membership import Membership
 from peertune.memory import keep_free
@@ -108,7 +109,7 @@ class _Peer:
         torch.set_num_threads(1)
         keep_free()  # as a peer does
         self.membership = Membership(folder / f"{client}", folder / "roster.yaml")
-        self.swapper = Swapper(self.membership, {}, patience_s=60.0)
+        self.swapper = Swapper(self.membership, {}, patience_s=60.0, incarnation=Incarnation(1, client + 1))
         self.swapper.start(addresses[client])
         self.address, self.client = addresses[-1], client
         self.channel: Any = None

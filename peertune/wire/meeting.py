@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from hashlib import sha256
 from typing import Any, Concatenate, ParamSpec
+
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from peertune.identity.incarnation import Incarnation
 from peertune.types import Tensors
@@ -24,6 +25,8 @@ from peertune.wire.peer_pb2 import Verdict
 KEPT_ROUNDS = 64  # whose outcomes are remembered
 MARGIN_S = 2.0  # how much longer to wait for one that waits than it does itself, beside what its training then takes
 SETTLE_S = 5.0  # how much longer a peer asks for a verdict that it should not go on without
+
+_PART_BYTES = 2**30  # that are marked at a time: OpenSSL takes less than 2 GiB
 
 PayloadCheck = Callable[[int, Tensors], str]
 """`check(client, tensors [1, …])`: why this isn't to be mixed; "" where it is."""
@@ -55,7 +58,7 @@ class Meeting:
     """An edge in one round, and how long this end waits for the other."""
 
     edge: Edge = Edge()  # noqa: RUF009  # which can't be changed
-    content: tuple[Incarnation, bytes] | None = None  # which start of the other end sent what first, as SHA-256
+    content: tuple[Incarnation, bytes] | None = None  # which start of the other end sent what first, as its mark
     began: float = 0.0  # when this end came to it, on the monotonic clock
     until: float = 0.0  # when this end gives up
     latest: float = 0.0  # to which that may be put off
@@ -73,6 +76,7 @@ class Meetings:
         self.stopped_waiting = self.stopped = self._watching = False
         self._stopped_waiting_at = 0.0
         self._margin_s = MARGIN_S
+        self._secret = AESGCM(AESGCM.generate_key(128))
 
     def do(
         self, meeting: Meeting, event: Callable[Concatenate[Edge, P], Step], *args: P.args, **kwargs: P.kwargs
@@ -147,7 +151,7 @@ class Meetings:
         """Raise CloneError where one start of the other end has sent something else for this round."""
         if not speaks.number:
             return
-        content = speaks, sha256(received).digest()
+        content = speaks, self._mark(received)
         with self.node.changed:
             if meeting.content is None or meeting.content[0] != speaks:
                 meeting.content = content
@@ -155,6 +159,15 @@ class Meetings:
         if not same:
             said = f"start {speaks.number} sends two contents in one round"
             self.node.refuse_clone(client, f"two processes with its key: {said}")
+
+    def _mark(self, received: memoryview) -> bytes:
+        """Return what two contents share with odds of 2⁻¹⁰⁰, whoever chose them: a GMAC by a secret that never leaves.
+
+        It takes a sixth of SHA-256's time, which was a fifth of a swap's.
+        """
+        parts = range(0, len(received), _PART_BYTES)
+        tags = (self._secret.encrypt(at.to_bytes(12), b"", received[at : at + _PART_BYTES]) for at in parts)
+        return b"".join(tags)
 
     # ---- time
 
