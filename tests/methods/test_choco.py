@@ -14,6 +14,7 @@ from peertune.method import Algorithm, standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.choco import choco
 from peertune.methods.modifiers import mix_moments
+from peertune.planning.trial import _sent_bytes
 from peertune.recipe import Recipe
 from peertune.rounds.bounds import Refusal
 from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
@@ -147,6 +148,7 @@ def test_a_run_counts_changes_and_whole_copies_where_an_edge_failed() -> None:
 
     records = list(run_rounds(job, exchange))
     (whole, packed), *_ = sizes
+    assert _sent_bytes(job)["A B head"] == packed, "which a plan of the run says, too"
     assert whole > 7 * packed
     assert records[1].failed_edges == [(0, 1), (1, 2)]
     sent = [record.bytes_sent for record in records]
