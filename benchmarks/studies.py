@@ -2,13 +2,16 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from benchmarks.setup import overrides
-from peertune import build, load_recipe, simulate
+from peertune import load_recipe
+from peertune.assembly.build import build_stack
+from peertune.engines.simulator import simulate_together
 from peertune.errors import ModelError
 from peertune.report.pairing import interval
 from peertune.rounds.round import Job
@@ -17,6 +20,8 @@ KEPT = Path("benchmarks/results")
 MATTERS = 0.02  # an interval that is wider, with 0 in it, tells nothing
 
 Row = dict[str, Any]
+Asked = Mapping[str, Sequence[str]]
+"""The name of a run → its settings."""
 
 
 class Study(NamedTuple):
@@ -28,6 +33,7 @@ class Study(NamedTuple):
     folds: int
     scored: tuple[int, ...]  # the folds that are
     chosen_by: str  # the score that chooses a rate
+    together: bool  # whether runs train as one stack
 
 
 STUDIES = {
@@ -45,6 +51,7 @@ STUDIES = {
         5,
         (1, 2, 3, 4, 5),
         "own",
+        together=True,
     ),
     "sst2": Study(
         "tad-sst2-minilm",
@@ -58,6 +65,7 @@ STUDIES = {
         1,
         (1,),
         "new",
+        together=False,
     ),
 }
 STUDIES["changes"] = STUDIES["digits"]._replace(scored=(1, 2))
@@ -73,23 +81,44 @@ def held_out(study: str, fold: int, choosing: bool) -> str:
     return f"evaluate={{every: 1000, on: own, held_out: {fold % folds + 1}/{folds}, set_aside: {fold}/{folds}}}"
 
 
-def scored(study: str, settings: Sequence[str], look: Callable[[Job], Row] = lambda job: {}) -> Row:
-    """Run once and return the clients' scores after the last round; [] where training diverged.
+def scored(study: str, asked: Asked, look: Callable[[Job], Row] = lambda job: {}) -> Iterator[tuple[str, Row]]:
+    """Run what is asked for, and yield the clients' scores after the last round; [] if it diverged.
 
-    `look` says what else is kept of the job.
+    Runs of a small base train as one stack. `look` says what else is kept of a job. Seconds are a run's share.
     """
-    of, begun = STUDIES[study], time.process_time()
+    of = STUDIES[study]
     base = overrides()[:-1] if study == "sst2" else []
-    job = build(load_recipe(of.recipe, [*base, *of.settings, *settings])).job
-    found: dict[str, list[float]] = {"own": [], "new": []}
-    try:
-        for record in simulate(job):
+    recipes = {name: load_recipe(of.recipe, [*base, *of.settings, *own]) for name, own in asked.items()}
+    for part in [list(recipes)] if of.together else [[name] for name in recipes]:
+        begun, jobs, looked = time.process_time(), dict[str, Job](), dict[str, Row]()
+        for name, built in build_stack({name: recipes[name] for name in part}).items():
+            if isinstance(built, Exception):
+                raise built
+            jobs[name] = replace(built.job, state=built.job.state.clone())
+            looked[name] = look(built.job)
+        found = _last_scores(jobs)
+        seconds = round((time.process_time() - begun) / len(part), 1)
+        yield from ((name, {**found[name], **looked[name], "seconds": seconds}) for name in part)
+
+
+def _last_scores(jobs: dict[str, Job]) -> dict[str, Row]:
+    found: dict[str, Row] = {}
+    while jobs:
+        for name, record in simulate_together(jobs):
+            if isinstance(record, ModelError):  # diverged
+                found[name] = {"own": [], "new": []}
+                del jobs[name]
+                continue
+            if isinstance(record, Exception):
+                raise record
+            assert record.state is not None
+            jobs[name] = replace(jobs[name], state=record.state)
             if (last := record.evaluation) is not None:
-                found = {"own": last.own, "new": last.clients if last.clients != last.own else []}
-    except ModelError:  # diverged
-        found = {"own": [], "new": []}
-    rounded = {name: [round(x, 4) for x in scores] for name, scores in found.items()}
-    return {**rounded, **look(job), "seconds": round(time.process_time() - begun, 1)}
+                scores = {"own": last.own, "new": last.clients if last.clients != last.own else []}
+                found[name] = {of: [round(x, 4) for x in each] for of, each in scores.items()}
+            if record.state.round == jobs[name].rounds:
+                del jobs[name]
+    return found
 
 
 class Kept:
@@ -101,13 +130,18 @@ class Kept:
         rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         self.rows: dict[str, Row] = {row["run"]: row for row in rows if only(row["run"])}
 
-    def once(self, name: str, run: Callable[[], Row]) -> Row:
-        """Return what a run came to, which is made unless it was before."""
-        if name not in self.rows:
-            self.rows[name] = {"run": name, **run()}
+    def all(
+        self,
+        asked: Mapping[str, Sequence[str]],
+        run: Callable[[Mapping[str, Sequence[str]]], Iterable[tuple[str, Row]]],
+    ) -> list[Row]:
+        """Return what runs came to; those that were not made before are made."""
+        missing = {name: own for name, own in asked.items() if name not in self.rows}
+        for name, row in run(missing) if missing else ():
+            self.rows[name] = {"run": name, **row}
             with self.file.open("a") as kept_in:
                 kept_in.write(json.dumps(self.rows[name]) + "\n")
-        return self.rows[name]
+        return [self.rows[name] for name in asked]
 
 
 Scores = Mapping[tuple[int, int], float]

@@ -29,7 +29,8 @@ are held against it on both graphs. Not enough to tell: an interval that has 0 i
 """
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from statistics import fmean
 from typing import NamedTuple
@@ -85,17 +86,21 @@ def run(study: str, part: str) -> None:
     torch.set_num_threads(1)
     of, runs = STUDIES[study], kept(study)
 
-    def once(cell: Cell, rate: float, seed: int, fold: int, choosing: bool) -> Row:
-        name = f"{cell.method} p={cell.activation:g} fold={fold} rate={rate:g} seed={seed}"
-        return runs.once(name, lambda: scored(study, settings(study, cell, rate, seed, fold, choosing)))
+    def all_of(cell: Cell, fold: int, choosing: bool, rates: Sequence[float], seeds: Sequence[int]) -> list[Row]:
+        asked = {
+            f"{cell.method} p={cell.activation:g} fold={fold} rate={rate:g} seed={seed}": settings(
+                study, cell, rate, seed, fold, choosing
+            )
+            for rate, seed in product(rates, seeds)
+        }
+        return runs.all(asked, partial(scored, study))
 
     for fold, (place, cell) in product(of.scored, enumerate(cells(study))):
         if place % parts != number - 1:
             continue
-        tried = {rate: [once(cell, rate, seed, fold, True) for seed in CHOOSING] for rate in RATES}
-        rate = best(study, tried)
-        for seed in of.seeds:
-            once(cell, rate, seed, fold, False)
+        rows = iter(all_of(cell, fold, True, RATES, CHOOSING))
+        rate = best(study, {rate: [next(rows) for _ in CHOOSING] for rate in RATES})
+        all_of(cell, fold, False, [rate], of.seeds)
 
 
 def best(study: str, tried: Mapping[float, list[Row]]) -> float:
