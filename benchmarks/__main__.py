@@ -27,6 +27,7 @@ PARTS = (
     "memory",
     "decaf",
     "evaluation",
+    "stack",
     "language",
     "wire",
     "soak",
