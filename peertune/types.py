@@ -195,14 +195,15 @@ class Batch:
     shared: Tensor | None = None  # [b] int64, what masks are drawn from that all rows of a client's step share
     # [T] int64, where a language model predicts each of the labels from: row · s + position, ascending
     places: Tensor | None = None
+    each: int | None = None  # how many rows each client has, where they lie client by client, as many of each
 
     def to(self, device: torch.device) -> "Batch":
         """Return the same batch on another device."""
 
         def move(value: Any) -> Any:
             match value:
-                case None:
-                    return None
+                case None | int():
+                    return value
                 case Packing():
                     return value.to(device)
                 case Mapping():

@@ -35,6 +35,7 @@ class Rows:
     packing: Packing | None = None
     shared: Tensor | None = None  # [b] int64, what masks are drawn from that all rows of a client's step share
     places: Tensor | None = None  # [T] int64, row · s + position of the tokens after which a language model predicts
+    each: int | None = None  # how many rows each client has, where they lie client by client, as many of each
     columns: dict[tuple[torch.Size, int, torch.dtype], Tensor] = field(default_factory=dict, repr=False)  # made before
     made: dict[Any, Any] = field(default_factory=dict, repr=False)  # by layers together, what was made for all of them
     last: LastLayer | None = None  # what is read of the last layer; None: all of it
@@ -63,6 +64,13 @@ class Rows:
         if packing is None:
             return self.clients.repeat_interleave(x[0, ..., 0].numel())
         return torch.where(packing.rows < 0, -1, self.clients[packing.rows]).flatten()
+
+    def of_each(self, x: Tensor) -> int | None:
+        """Return how many vectors of `x` each client has, where they lie client by client, as many of each; or None."""
+        stack = len(next(iter(self.adapters.values())))
+        if self.each is None or stack == 1 or len(self.clients) != stack * self.each or self.packed(x) is not None:
+            return None
+        return x[..., 0].numel() // stack
 
     def own_columns(self, x: Tensor, r: int) -> Tensor | None:
         """Return for each vector of `x` 1 in its own client's r columns and 0 in the others', `[vectors, K r]`.

@@ -56,8 +56,9 @@ class Together:
         """Return what a member makes of `x`."""
         read, made = rows.made.pop(self, (None, {}))
         if read is not x or member not in made:
-            own = rows.own_columns(x, max(one.r for one in self.members))
-            found = products(x, own, [one.part(x, rows) for one in self.members])
+            each = rows.of_each(x)
+            own = None if each else rows.own_columns(x, max(one.r for one in self.members))
+            found = products(x, own, [one.part(x, rows) for one in self.members], each)
             made = dict(zip(self.members, found, strict=True))
         y: Tensor = made.pop(member)
         if made:

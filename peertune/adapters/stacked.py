@@ -69,6 +69,7 @@ class StackedModel:
             batch.packing,
             shared=batch.shared,
             places=batch.places,
+            each=batch.each,
             last=None if self.reading is None else self.reading.of(batch.inputs),
         )
         with bound_rows(rows):

@@ -135,8 +135,9 @@ def make_batch(
     keys: Tensor,
     shared: Tensor,
     packed: bool,
+    each: int | None = None,
 ) -> Batch:
-    """Put these rows in a batch; `clients`, `weights`, `keys` and `shared` are `[b]`, as `Batch` has them.
+    """Put these rows in a batch; `clients`, `weights`, `keys`, `shared` and `each` are as `Batch` has them.
 
     A language model predicts each labelled token from the place before it.
     """
@@ -152,7 +153,7 @@ def make_batch(
         labels = tokens[wanted]
         places = torch.from_numpy(row * int(lengths.max()) + position - 1)[wanted]
     packing = pack_rows(encoded.lengths[rows]) if packed else None
-    return Batch(inputs, labels, clients, weights, keys, packing, shared, places)
+    return Batch(inputs, labels, clients, weights, keys, packing, shared, places, each)
 
 
 def pad(encoded: Encoded, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -323,10 +324,19 @@ def steps_together(runs: Sequence[tuple[TrainingSteps, Sequence[int], int]]) -> 
 
 
 def _cut(steps: TrainingSteps, drawn: Drawn, clients: int) -> list[Batch]:
-    """Cut what so many clients have drawn into micro-batches."""
+    """Cut what so many clients have drawn into micro-batches.
+
+    Rows that all are of one length stay in their order, and a client's in one batch where it has room for them: sites
+    then multiply each client's rows with its own factors alone (`peertune.adapters.rows`).
+    """
     lengths, least = steps.encoded.lengths[drawn.rows], -(-clients // steps.clients_together)
+    whole = steps.tokens // (steps.rows_per_step * int(lengths.max()))  # clients whose rows have room in one
+    by_client = not steps.packed and whole > 0 and int(lengths.min()) == int(lengths.max())
     if steps.packed:
         chosen = even_parts(lengths, steps.tokens, least)
+    elif by_client:
+        rows = np.arange(len(lengths)).reshape(clients, -1)
+        chosen = [part.flatten() for part in np.array_split(rows, max(least, -(-clients // whole)))]
     else:
         groups = np.array_split(np.arange(len(lengths)), least)
         chosen = [group[part] for group in groups for part in micro_batches(lengths[group], steps.tokens)]
@@ -339,6 +349,7 @@ def _cut(steps: TrainingSteps, drawn: Drawn, clients: int) -> list[Batch]:
             keys=torch.from_numpy(drawn.keys[part]),
             shared=torch.from_numpy(drawn.shared[part]),
             packed=steps.packed,
+            each=steps.rows_per_step if by_client else None,
         )
         for part in chosen
     ]
@@ -351,5 +362,5 @@ def validation_batches(
     lengths = encoded.lengths[rows]
     for part in even_parts(lengths, tokens) if packed else micro_batches(lengths, tokens):
         zeros = torch.zeros(len(part), dtype=torch.int64)
-        as_one = {"clients": zeros, "weights": zeros.double(), "keys": zeros, "shared": zeros}
+        as_one: dict[str, Any] = {"clients": zeros, "weights": zeros.double(), "keys": zeros, "shared": zeros}
         yield make_batch(encoded, rows[part], packed=packed, **as_one), part

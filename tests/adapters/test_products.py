@@ -1,5 +1,7 @@
 """Layers that read one input are multiplied together; one client's update is merged where no gradient is wanted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from encoders import answers, make_batch, make_stack
@@ -20,6 +22,17 @@ def test_layers_that_read_one_input_make_together_what_each_makes_alone(name: st
         Together([site])
     for part, x in answers(model, adapters, batch).items():
         torch.testing.assert_close(made[part], x, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_rows_that_lie_client_by_client_meet_their_own_clients_factors_alone(name: str, dropout: float) -> None:
+    model, adapters = make_stack(name, dropout=dropout)
+    clients = len(next(iter(adapters.values())))
+    batch = replace(make_batch([7] * 2 * clients, packed=False), clients=torch.arange(clients).repeat_interleave(2))
+    expected = answers(model, adapters, batch)
+    for part, x in answers(model, adapters, replace(batch, each=2)).items():
+        torch.testing.assert_close(x, expected[part], rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("dtype", "merged"), [(torch.float64, True), (torch.float32, True), (torch.bfloat16, False)])

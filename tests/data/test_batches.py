@@ -348,3 +348,19 @@ def test_validation_shows_every_row_once(rows: NDArray[np.int64], packed: bool, 
         assert not batch.clients.any()
         seen += places.tolist()
     assert sorted(seen) == list(range(len(rows)))
+
+
+@pytest.mark.parametrize(("tokens", "sizes"), [(12, [1] * 5), (24, [2, 2, 1]), (99, [5]), (11, None)])
+def test_rows_of_one_length_travel_client_by_client_where_a_batch_has_room_for_a_clients(
+    tokens: int, sizes: list[int] | None
+) -> None:
+    images = encode_images(Split({"pixel_values": np.zeros((20, 1, 2, 2))}, np.arange(20)), tokens=4)
+    parts = [np.arange(4 * client, 4 * client + 4) for client in range(5)]
+    settings = {**ALL, "tokens": tokens}
+    (batches,) = TrainingSteps(images, parts, rows_per_step=3, local_steps=1, **settings)(range(5), 0)
+    assert torch.cat([batch.clients for batch in batches]).tolist() == np.repeat(np.arange(5), 3).tolist()
+    if sizes is None:
+        assert {batch.each for batch in batches} == {None}
+    else:
+        assert [len(batch.clients) / 3 for batch in batches] == sizes
+        assert {batch.each for batch in batches} == {3}
