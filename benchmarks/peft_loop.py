@@ -47,7 +47,7 @@ class PeftLoop:
         """Take the recipe's base, head, rank, rate and dropout from `run`.
 
         `attention` is transformers' (None: its default); rows are padded to `pad_to` tokens, or else to the longest of
-        their client's batch, or `packed`, which takes a base like BERT. PEFT keeps the adapters of a bfloat16 base in
+        their client's batch, or `packed`, which takes BERT or RoBERTa. PEFT keeps the adapters of a bfloat16 base in
         float32, unless told otherwise.
         """
         recipe = run.resolved
@@ -117,7 +117,10 @@ class PeftLoop:
         base: Any = self.model.base_model.model
         apart = packing.rows[:, None, :, None] != packing.rows[:, None, None, :]
         mask = torch.zeros_like(apart, dtype=base.dtype).masked_fill_(apart, torch.finfo(base.dtype).min)
-        hidden = base.bert(input_ids=tokens, position_ids=packing.positions, attention_mask=mask).last_hidden_state
+        backbone = base.base_model
+        positions = packing.positions + getattr(backbone.embeddings, "padding_idx", -1) + 1  # RoBERTa counts from there
+        hidden = backbone(input_ids=tokens, position_ids=positions, attention_mask=mask).last_hidden_state
         first = hidden.flatten(0, 1)[packing.starts][:, None]
-        logits: Tensor = base.classifier(base.dropout(base.bert.pooler(first)))
+        pooled = first if backbone.pooler is None else base.dropout(backbone.pooler(first))
+        logits: Tensor = base.classifier(pooled)
         return logits
