@@ -186,14 +186,15 @@ def test_planned_faults_do_the_same_to_peers_and_in_the_simulator(four: Federati
     assert max(other) > 0.2  # nobody goes on without the slow one, but who is late by itself waits less
 
 
-LIES = {"called": Lie(3, 1e30), "calls": Lie(0, 1e30), "differs": Lie(3, 3.0)}
+LIES = {"called": Lie(3, 1e30), "calls": Lie(0, 1e30), "differs": Lie(3, 3.0), "bytes": Lie(3, 255)}
 
 
 def test_what_a_peer_lies_is_mixed_by_nobody_and_the_others_end_as_in_the_simulator(four: Federation) -> None:
     recipes = {
         lie: recipe(4, "float64", f"algorithm={{name: {method}}}", "graph.activation=1.0")
-        for lie, method in zip(LIES, ("dec_lora", "decaf", "dec_lora"), strict=True)
+        for lie, method in zip(LIES, ("dec_lora", "decaf", "dec_lora", "dec_lora"), strict=True)
     }
+    recipes["bytes"].append("modifiers=[{name: int4}]")
     for name, played in play(four, recipes, LIES).items():
         lie, liar = LIES[name], LIES[name].client
         records = assert_same(recipes[name], played, 1e-12, lie)
