@@ -124,15 +124,15 @@ class Local(NamedTuple):
 class Edgewise(NamedTuple):
     """What goes over an edge in the place of a payload, where both ends hold what went over it before.
 
-    `pack(payload, memory, to, round)` returns what of a client's payload `[1, …]` goes to a neighbour, and
-    `unpack(came, memory, from, round)` the payload of which this came from one; it raises WireError for what can't be.
+    `pack(payload, memory, to)` returns what of a client's payload `[1, …]` goes to a neighbour, and
+    `unpack(came, memory, sender)` the payload of which this came from one; it raises WireError for what can't be.
     What comes has the shapes of what goes. `packed_bytes(payload, memory)` is how much goes over an edge both of whose
     ends hold something, and `bytes_sent(payload, memory, weights, at)` how much each of K clients sends over all of its
     edges that count, those of non-zero `weights [K, H]`.
     """
 
-    pack: Callable[[Tensors, Memory, int, int], Tensors]
-    unpack: Callable[[Tensors, Memory, int, int], Tensors]
+    pack: Callable[[Tensors, Memory, int], Tensors]
+    unpack: Callable[[Tensors, Memory, int], Tensors]
     packed_bytes: Callable[[Tensors, Memory], int]
     bytes_sent: Callable[[Tensors, Memory, Tensor, At], list[int]]
 

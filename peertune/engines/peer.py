@@ -150,7 +150,7 @@ def _exchange(
         """Return what a client sent as a mixer gets it, `[1, …]`, on the device. Raises WireError for what can't be."""
         tensors = {name: x.to(job.device) for name, x in tensors.items()}
         if edgewise is not None and client != me:
-            tensors = edgewise.unpack(tensors, state.known, client, t)
+            tensors = edgewise.unpack(tensors, state.known, client)
         return job.read(tensors, t)
 
     def check(client: int, tensors: Tensors) -> str:
@@ -163,7 +163,7 @@ def _exchange(
         return f"round {t}: {why}; the edge fails" if why else ""
 
     layouts = {} if layout is None else {client: layout(payload, client, phase) for client in near}
-    packed = {} if edgewise is None else {client: edgewise.pack(payload, state.known, client, t) for client in near}
+    packed = {} if edgewise is None else {client: edgewise.pack(payload, state.known, client) for client in near}
     came = swapper.swap(t, payload, near, check, layouts, packed)
     lost = {other: (min(me, other), max(me, other)) for other in near if other not in came}
     vacant = [edge for other, edge in lost.items() if swapper.vacant(other)]

@@ -1,9 +1,10 @@
 """CHOCO: clients tell each other changes of public copies, which both ends of an edge hold.
 
-**What goes over an edge** depends on what went over it before. If the round before counted, which both ends know, the
-entries that changed travel: a bit for each entry, and the values of those that did. If not, the whole copy travels,
-once. So an end that hears another holds its public copy to the bit, and whole copies are mixed and held against the
-bound. All begin alike, so in the first round only changes travel.
+**What goes over an edge** depends on what went over it before. If the last round that sent a kind counted, which both
+ends know, the entries that changed travel: a bit for each entry, the values of those that did, and as a number the
+round of the copy that they change. If not, the whole copy travels, once. A number that is not that of the copy held is
+refused. So an end that hears another holds its public copy to the bit, and whole copies are mixed and held against the
+bound. All begin alike, so at first only changes travel.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,8 +75,9 @@ def choco(algorithm: Algorithm, share: float = 0.1, step: float = 0.5, near: Nea
 class _Copies(NamedTuple):
     """The copies of K clients and their D neighbours.
 
-    Memory: `choco.<adapter>.copy [K, …]`; `choco.<adapter>.theirs [K, D, …]` of the neighbours `choco.near [K, D]`, -1
-    where a client has fewer; `choco.last [K, D]` is the last round in which the edge counted.
+    Memory: `choco.<adapter>.copy [K, …]`, and the round that made it, -1 at the start, `choco.<kind>.round [K]`;
+    `choco.<adapter>.theirs [K, D, …]` of the neighbours `choco.near [K, D]`, -1 where a client has fewer, and the last
+    round that brought one, `choco.<kind>.last [K, D]`, which brought the neighbour this client's, too.
     """
 
     share: float
@@ -89,7 +91,9 @@ class _Copies(NamedTuple):
         near = [[*known[client], *[-1] * (D - len(known[client]))] for client in at.clients.tolist()]
         made |= {_theirs(n): made[_copy(n)][:, None].expand(-1, D, *x.shape[1:]) for n, x in adapters.items()}
         made["choco.near"] = torch.tensor(near, dtype=torch.int64).view(-1, D)
-        made["choco.last"] = torch.full_like(made["choco.near"], -1)
+        for of in set(map(kind, adapters)):
+            made[_last(of)] = torch.full_like(made["choco.near"], -1)
+            made[_round(of)] = torch.full_like(at.round, -1)
         return made
 
     def most(self, x: Tensor) -> int:
@@ -110,8 +114,10 @@ class _Copies(NamedTuple):
         changed = {_copy(name): heard[name][own] for name in names}
         if names and "choco.near" in memory:
             counted, places = _counted(memory, weights, at)
-            rounds = at.round[:, None].to(weights.device)
-            changed["choco.last"] = torch.where(counted, rounds, memory["choco.last"])
+            rounds = at.round.to(weights.device)
+            for of in set(map(kind, names)):
+                changed[_round(of)] = rounds.clone()
+                changed[_last(of)] = torch.where(counted, rounds[:, None], memory[_last(of)])
             for name in names:
                 theirs = memory[_theirs(name)].clone()
                 theirs[counted] = heard[name][places[counted]]
@@ -123,42 +129,46 @@ class _Copies(NamedTuple):
         if "choco.near" not in memory:
             return [0] * len(at.clients)
         counted, _ = _counted(memory, weights, at)
-        changes = counted & (memory["choco.last"] == at.round[:, None].to(counted.device) - 1)
-        whole, packed = payload_bytes(payload), self.packed_bytes(payload, memory)
-        each: list[int] = (packed * changes + whole * (counted & ~changes)).sum(1).tolist()
+        size = torch.full_like(memory["choco.near"], payload_bytes(_beside(payload, memory)))
+        for of, part in _by_kind(payload, memory).items():
+            size += torch.where(_together(memory, of), self._changes_bytes(part), payload_bytes(part))
+        each: list[int] = (size * counted).sum(1).tolist()
         return each
 
     def packed_bytes(self, payload: Tensors, memory: Memory) -> int:
         """Return how many bytes changes take, over an edge that counted in the round before."""
-        size = payload_bytes({name: x for name, x in payload.items() if _copy(name) not in memory})
-        for part in _by_kind(payload, memory).values():
-            size += -(-sum(x.shape[1:].numel() for x in part.values()) // 8)
-            size += sum(self.most(x) * x.element_size() for x in part.values())
-        return size
+        parts = _by_kind(payload, memory).values()
+        return payload_bytes(_beside(payload, memory)) + sum(map(self._changes_bytes, parts))
 
-    def pack(self, payload: Tensors, memory: Memory, to: int, t: int) -> Tensors:
-        """Return what of a payload `[1, …]` goes to a neighbour in round t."""
-        if _slot(memory, to, t) is None:
-            return payload
-        packed = {name: x for name, x in payload.items() if _copy(name) not in memory}
+    def _changes_bytes(self, part: Tensors) -> int:
+        bits = -(-sum(x.shape[1:].numel() for x in part.values()) // 8)
+        return bits + _NUMBER_BYTES + sum(self.most(x) * x.element_size() for x in part.values())
+
+    def pack(self, payload: Tensors, memory: Memory, to: int) -> Tensors:
+        """Return what of a payload `[1, …]` goes to a neighbour."""
+        slot, packed = _slot(memory, to), _beside(payload, memory)
         for of, part in _by_kind(payload, memory).items():
+            if not _together(memory, of)[0, slot]:
+                packed |= part
+                continue
             now, before = _flat(part.values()), _flat(memory[_copy(name)] for name in part)
             changed = (now != before) & ~(now.isnan() & before.isnan())
             values = now.new_zeros(1, sum(map(self.most, part.values())))
             values[0, : int(changed.sum())] = now[changed]
-            packed |= {f"choco.{of}.places": _as_bits(changed), f"choco.{of}.values": values}
+            told = {"number": memory[_last(of)][:, slot], "places": _as_bits(changed), "values": values}
+            packed |= {f"choco.{of}.{what}": x for what, x in told.items()}
         return packed
 
-    def unpack(self, came: Tensors, memory: Memory, to: int, t: int) -> Tensors:
-        """Return the payload of which this came from a neighbour in round t. Raises WireError where it is none."""
-        slot = _slot(memory, to, t)
-        if slot is None:
-            return came
-        whole = {name: x for name, x in came.items() if not name.startswith("choco.")}
+    def unpack(self, came: Tensors, memory: Memory, sender: int) -> Tensors:
+        """Return the payload of which this came from a neighbour. Raises WireError where it is none."""
+        slot, whole = _slot(memory, sender), {name: x for name, x in came.items() if not name.startswith("choco.")}
         copies = {name: memory[_theirs(name)][:, slot] for name in _adapters(memory)}
         for of in sorted(set(map(kind, copies))):
             if (bits := came.get(f"choco.{of}.places")) is None:
                 continue
+            number, held = int(came[f"choco.{of}.number"]), int(memory[_last(of)][0, slot])
+            if number != held:
+                raise WireError(f"choco: changes {of} of round {number} where that of round {held} is held")
             part, values = select(copies, {of}), came[f"choco.{of}.values"]
             flat = _flat(part.values()).clone()
             changed = _from_bits(bits)[:, : flat.shape[1]]
@@ -170,12 +180,23 @@ class _Copies(NamedTuple):
         return whole
 
 
+_NUMBER_BYTES = 8
+
+
 def _copy(name: str) -> str:
     return f"choco.{name}.copy"
 
 
 def _theirs(name: str) -> str:
     return f"choco.{name}.theirs"
+
+
+def _round(of: str) -> str:
+    return f"choco.{of}.round"
+
+
+def _last(of: str) -> str:
+    return f"choco.{of}.last"
 
 
 def _adapters(memory: Memory) -> list[str]:
@@ -189,10 +210,20 @@ def _by_kind(payload: Tensors, memory: Memory) -> dict[str, Tensors]:
     return {of: {n: payload[n] for n in names if kind(n) == of} for of in sorted(set(map(kind, names)))}
 
 
-def _slot(memory: Memory, to: int, t: int) -> int | None:
-    """Return where a client's one row of memory has this neighbour; None where the round before t did not count."""
+def _beside(payload: Tensors, memory: Memory) -> Tensors:
+    """Return what of a payload there are no copies of."""
+    return {name: x for name, x in payload.items() if _copy(name) not in memory}
+
+
+def _slot(memory: Memory, to: int) -> int:
+    """Return where a client's one row of memory has this neighbour."""
     slot: int = memory["choco.near"][0].tolist().index(to)
-    return slot if int(memory["choco.last"][0, slot]) == t - 1 else None
+    return slot
+
+
+def _together(memory: Memory, of: str) -> Tensor:
+    """Return over which edges `[K, D]` both ends hold the other's newest copies of a kind."""
+    return memory[_last(of)] == memory[_round(of)][:, None]
 
 
 def _counted(memory: Memory, weights: Tensor, at: At) -> tuple[Tensor, Tensor]:

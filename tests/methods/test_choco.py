@@ -70,17 +70,15 @@ def test_clients_agree_as_nearly_as_one_likes_and_keep_their_mean() -> None:
     torch.testing.assert_close(state.adapters["q.A"].mean(0), mean, rtol=0, atol=1e-12)
 
 
-def over_edges(
-    method: Algorithm, before: State, sent: Tensors, t: int
-) -> dict[tuple[int, int], tuple[Tensors, Tensors]]:
+def over_edges(method: Algorithm, before: State, sent: Tensors) -> dict[tuple[int, int], tuple[Tensors, Tensors]]:
     """Return for each edge, sender first, what goes over it, and what the receiver makes of that."""
     edgewise, found = method.message.edgewise, {}
     assert edgewise is not None
     for j, near in NEAR.items():
         own, payload = before.take(torch.tensor([j])), take(sent, torch.tensor([j]))
         for i in near:
-            packed = edgewise.pack(payload, own.known, i, t)
-            found[j, i] = packed, edgewise.unpack(packed, before.take(torch.tensor([i])).known, j, t)
+            packed = edgewise.pack(payload, own.known, i)
+            found[j, i] = packed, edgewise.unpack(packed, before.take(torch.tensor([i])).known, j)
     return found
 
 
@@ -97,7 +95,7 @@ def test_what_is_heard_is_the_copy_to_the_bit_and_a_failed_edge_gets_it_whole_on
         at = standing(range(4), state.rounds)
         sent, _ = method.message.send(state.adapters, state.known, at, BOTH)
         whole, packed = payload_bytes(sent), edgewise.packed_bytes(sent, state.known)
-        for (j, i), (went, made) in over_edges(method, state, sent, t).items():
+        for (j, i), (went, made) in over_edges(method, state, sent).items():
             afresh = {i, j} == {0, 1} and t in (2, 3)
             assert payload_bytes(went) == (whole if afresh else packed)
             assert made.keys() == sent.keys()
@@ -109,18 +107,21 @@ def test_what_is_heard_is_the_copy_to_the_bit_and_a_failed_edge_gets_it_whole_on
         state = played(method, state, cut if failed else RING)
 
 
-def test_a_phase_that_sends_one_kind_tells_of_that_kind() -> None:
+def test_where_kinds_travel_in_turn_each_has_a_copy_and_a_number_of_its_own() -> None:
     method = choco(ALGORITHMS["rolora"](), 0.1, near=lambda: NEAR)
     state = begun(method, drawn(alike=True))
-    for t in range(3):
+    cut = torch.tensor([[3, 0, 0, 1], [0, 3, 1, 0], [0, 1, 2, 1], [1, 0, 1, 2]], dtype=torch.float64) / 4
+    for t in range(6):
         for name, x in drawn(t + 1).items():
             state.adapters[name] += x
         sent, _ = method.message.send(state.adapters, state.known, standing(range(4), state.rounds), method.phase(t))
-        for (j, _), (went, made) in over_edges(method, state, sent, t).items():
-            assert {name.split(".")[1] for name in went} == {"A" if t % 2 else "B", "head"}
+        for (j, i), (went, made) in over_edges(method, state, sent).items():
+            afresh = {i, j} == {0, 1} and t in (3, 4)  # round 2 sent B and the head, round 3 A and the head
+            assert (f"choco.{'A' if t % 2 else 'B'}.places" not in went) == (afresh and t == 4)
+            assert ("choco.head.places" not in went) == (afresh and t == 3)
             assert made.keys() == sent.keys()
             assert all(torch.equal(x, sent[name][j : j + 1]) for name, x in made.items())
-        state = played(method, state, RING)
+        state = played(method, state, cut if t == 2 else RING)
 
 
 def test_more_changes_than_there_can_be_are_refused_in_one_line() -> None:
@@ -129,10 +130,12 @@ def test_more_changes_than_there_can_be_are_refused_in_one_line() -> None:
     sent, _ = method.message.send(state.adapters, state.known, standing(range(4), state.rounds), BOTH)
     assert method.message.edgewise is not None
     own, other = (state.take(torch.tensor([k])).known for k in (0, 1))
-    packed = method.message.edgewise.pack(take(sent, torch.tensor([0])), own, 1, 0)
+    packed = method.message.edgewise.pack(take(sent, torch.tensor([0])), own, 1)
     packed["choco.A.places"] = torch.full_like(packed["choco.A.places"], 255)
     with pytest.raises(WireError, match=r"^choco: 111 entries of A changed where 11 can at most$"):
-        method.message.edgewise.unpack(packed, other, 0, 0)
+        method.message.edgewise.unpack(packed, other, 0)
+    with pytest.raises(WireError, match=r"^choco: changes A of round -1 where that of round 7 is held$"):
+        method.message.edgewise.unpack(packed, other | {"choco.A.last": other["choco.A.last"] + 8}, 0)
 
 
 def test_a_run_counts_changes_and_whole_copies_where_an_edge_failed() -> None:
