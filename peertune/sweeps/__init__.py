@@ -1,1 +1,1 @@
-"""Grids of runs, each a process, on this machine or in a queue."""
+"""Grids of runs: which are one stack, and their processes, on this machine or in a queue."""

@@ -1,4 +1,4 @@
-"""Grids of runs: what belongs to one, and running it, each run in a process of its own (`peertune.sweeps.launch`).
+"""Grids of runs: what belongs to one, and running it, in processes of a run each or of several (`sweeps.stacks`).
 
 A sweep has no state but its runs' directories: what is finished is skipped, what is not is resumed, so a sweep that was
 killed goes on with the same command, and parts of it can run on several machines that share a folder or merge theirs.

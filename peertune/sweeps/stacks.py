@@ -1,7 +1,7 @@
 """Which runs of a sweep train as one stack, in one process: what they share is the base, its rows and adapters' shape.
 
-A small base leaves a processor idle between its many small steps; the clients of several runs fill them. A large one
-fills it by itself, so its runs gain nothing from each other, and each has a process of its own.
+A small base is loaded once for all of them, and a call of one of its many small operators serves them all. A large one
+gains nothing, and takes so long that runs are better finished one by one: each has a process of its own.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peertune.sweeps.grid import SweepRun
 
 SMALL_BYTES = 2**24
-"""Weights up to which a base is small enough for several runs to gain from common passes."""
+"""Weights up to which a base is small."""
 BY_RUN = ("seed", "partition", "graph", "algorithm", "modifiers", "faults", "rounds", "checkpoint")
 """Blocks and keys that runs of one stack may differ in."""
 BY_RUN_IN_TRAINING = (
