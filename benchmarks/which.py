@@ -2,7 +2,7 @@
 
     python -m benchmarks.which run digits             # or changes; or sst2, with SST2=FOLDER; goes on where it stopped
     python -m benchmarks.which run digits --part 1/2  # every second cell; 2/2 in a second process has the others
-    python -m benchmarks.which table digits           # of what has been run
+    python -m benchmarks.which table digits           # of the folds in which all cells have been run
 
 The protocol, written before anything was run.
 
@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.studies import STUDIES, Kept, Row, by_seed, held_out, paired, scored
+from benchmarks.studies import STUDIES, Kept, Row, Scores, by_seed, held_out, paired, scored
 from peertune.methods.catalogue import ALGORITHMS
 
 MODIFIED = {name: f"modifiers=[{{name: {name}}}]" for name in ("fedspeed", "dfed_admm", "mix_moments", "half")}
@@ -121,6 +121,17 @@ def kept(study: str) -> Kept:
     return Kept(f"which-{study}", *also, only=lambda name: not folds.isdisjoint(name.split()))
 
 
+def folds(study: str, found: Mapping[Cell, Scores]) -> list[int]:
+    """Return the folds in which every cell has a score of each seed; all in which any has one, where there are none."""
+    of = STUDIES[study]
+    whole = [
+        fold
+        for fold in of.scored
+        if all((seed, fold) in found.get(cell, {}) for cell, seed in product(cells(study), of.seeds))
+    ]
+    return whole or sorted({fold for each in found.values() for _, fold in each})
+
+
 def scores(study: str, score: str) -> dict[Cell, dict[tuple[int, int], float]]:
     """Return what each cell scored in its runs that chose no rate."""
     found: dict[Cell, dict[tuple[int, int], float]] = {}
@@ -135,14 +146,20 @@ def scores(study: str, score: str) -> dict[Cell, dict[tuple[int, int], float]]:
 
 def table(study: str) -> None:
     """Print what the cells come to, as Markdown."""
-    print("| method | p | rates | seeds | own | from dec_lora | new | from dec_lora |")
-    print("|---|---:|---|---:|---:|---|---:|---|")
+    scored_by = {score: scores(study, score) for score in ("own", "new")}
+    shown = folds(study, scored_by["new"])
+    for score, found in scored_by.items():
+        scored_by[score] = {
+            cell: own for cell, each in found.items() if (own := {at: x for at, x in each.items() if at[1] in shown})
+        }
     rates: dict[Cell, set[str]] = {}
     for name in kept(study).rows:
-        method, p, _, rate, seed = name.split()
-        if int(seed.removeprefix("seed=")) not in CHOOSING:
+        method, p, fold, rate, seed = name.split()
+        if int(seed.removeprefix("seed=")) not in CHOOSING and int(fold.removeprefix("fold=")) in shown:
             rates.setdefault(Cell(method, float(p[2:])), set()).add(rate.removeprefix("rate="))
-    scored_by = {score: scores(study, score) for score in ("own", "new")}
+    print(f"folds {', '.join(map(str, shown))} of {STUDIES[study].folds}\n")
+    print("| method | p | rates | seeds | own | from dec_lora | new | from dec_lora |")
+    print("|---|---:|---|---:|---:|---|---:|---|")
     for cell in cells(study):
         if cell not in rates:
             continue
