@@ -12,9 +12,6 @@ from pathlib import Path
 import pytest
 import sides
 
-from peertune import deferring
-
-deferring.alone()  # as the command is
 sides.watch()
 
 

@@ -1,9 +1,7 @@
 """Imported by the process that peers are forked from: what makes a first run slow is done once, here."""
 
-from peertune import deferring
 from peertune.cli.common import importing
 
-deferring.alone()
 with importing():
     import peertune.cli
     import peertune.engines.distributed

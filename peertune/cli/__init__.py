@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from peertune import __version__, deferring
+from peertune import __version__
 from peertune.cli import checking, peering  # noqa: F401  # they add their commands to `peer`
 from peertune.cli.caching import cache
 from peertune.cli.common import leads
@@ -65,7 +65,6 @@ def main() -> None:
 
 def _main() -> None:
     """Run the command line; a user's mistake ends in one line and `Exit.INPUT`."""
-    deferring.alone()
     if isinstance(sys.stdout, TextIOWrapper):
         # A terminal without a Δ shows a ?, and a line shows in a file or a pipe as soon as it is said.
         sys.stdout.reconfigure(errors="replace", line_buffering=True)

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 
 from peertune.adapters.attention import register_attention
-from peertune.deferring import put_off
 from peertune.errors import ModelError
 from peertune.models.heads import head_config, head_roots, put_in_order, seed_parameters
 from peertune.models.meta import empty_model
@@ -210,7 +209,6 @@ def _read_config(
     return config, own
 
 
-@put_off()
 def _read_weights(
     auto: Any, source: str, config: Any, dtype: torch.dtype, options: Mapping[str, Any]
 ) -> tuple[Any, Mapping[str, Any]]:

@@ -7,10 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 
-from peertune.deferring import put_off
 
-
-@put_off()
 def empty_model(auto: Any, config: Any, dtype: torch.dtype, quantization: str | None) -> nn.Module:
     """Return what `auto.from_pretrained` would, of a checkpoint of this config that lacks nothing, without weights."""
     with torch.device("meta"):
