@@ -19,8 +19,8 @@ def sweep(
 ) -> Runs:
     """Run a recipe with all combinations of settings, each in a directory of its own.
 
-    Runs have a process each, but on this machine those of a small base, that differ in seed, rates, graph and the like:
-    they train as one stack in one.
+    Runs have a process each, but on a GPU of this machine those of a small base that differ in seed, rates, graph and
+    the like: they train as one stack in one.
 
     What is finished is skipped and what is not goes on, so the same call continues a sweep that was stopped. In a
     script it stands below `if __name__ == "__main__":`, since the processes import the script.
@@ -31,7 +31,8 @@ def sweep(
         out: The folder of the sweep, with a run directory for each combination.
         part: `i/k`, to run part i of k only.
         launcher: Where the processes are: `peertune.sweeps.launch.local(N)`, N at a time on this machine, 1 unless
-            given, or `peertune.sweeps.slurm.slurm(FOLDER, N, ["partition=gpu"])`.
+            given, and with `stack=True` in stacks on a CPU, too; or
+            `peertune.sweeps.slurm.slurm(FOLDER, N, ["partition=gpu"])`.
 
     Returns:
         The runs, in the order of the grid.

@@ -26,6 +26,7 @@ from peertune.errors import Exit, PeertuneError, RunError
 if TYPE_CHECKING:
     from peertune.rounds.record import RoundRecord
     from peertune.sweeps.grid import SweepProgress, SweepRun
+    from peertune.sweeps.launch import Launcher
 
 
 class Where(StrEnum):
@@ -74,16 +75,19 @@ def sweep(
         bool, typer.Option("--dry-run", help="List the runs and what they would take, and write nothing.")
     ] = False,
     stack: Annotated[
-        list[str] | None,
-        typer.Option("--stack", hidden=True, help="Run this and all others so named here, as one stack."),
+        bool | None,
+        typer.Option("--stack/--no-stack", help="Train runs of a small base as one stack; by itself on a GPU alone."),
+    ] = None,
+    stacked: Annotated[
+        list[str] | None, typer.Option(hidden=True, help="Run this and all others so named here, as one stack.")
     ] = None,
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a recipe with all combinations of settings, each in a directory of its own.
 
-    Runs of a small base that differ in seed, rates, graph and the like train as one stack, in one process, on this
-    machine; each comes to the same as by itself, up to rounding.
+    On a GPU, or with --stack, runs of a small base that differ in seed, rates, graph and the like train as one stack,
+    in one process; each comes to the same as by itself, up to rounding.
 
     What is finished is skipped and what is not goes on, so the same command continues a sweep that was stopped. What
     is in SLURM's queue is followed, not submitted again; Ctrl-C leaves it there.
@@ -108,13 +112,13 @@ def sweep(
 
         with interruptible():
             whole = sweeps.sweep_runs(recipe, grid)
-            if stack:
-                _run_stack(recipe, [run for run in whole if run.name in stack], out)
+            if stacked:
+                _run_stack(recipe, [run for run in whole if run.name in stacked], out)
             mine = whole if part is None else sweeps.shard(whole, part)
+            start = queue(out / "slurm", jobs or len(mine), slurm or []) if queued else local(jobs or 1, stack)
             if dry_run:
-                _print_estimates(recipe, mine, out, as_json, 0 if queued else jobs or 1)
+                _print_estimates(recipe, mine, out, as_json, start)
                 return
-        start = queue(out / "slurm", jobs or len(mine), slurm or []) if queued else local(jobs or 1)
         answer = "stopping after these rounds; once more to go back to the last checkpoints"
         stand, stopped = sweeps.SweepProgress(), False
         with (
@@ -205,7 +209,7 @@ def _in_queue(stand: "SweepProgress") -> str:
     return ", ".join(f"{count} {state}" for state, count in states.most_common())
 
 
-def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_json: bool, processes: int) -> None:
+def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_json: bool, start: "Launcher") -> None:
     """Try one run of each kind in a process of its own, and say of each, as soon as that is known, what it takes."""
     import json
 
@@ -219,7 +223,8 @@ def _print_estimates(recipe: str, whole: "Sequence[SweepRun]", out: Path, as_jso
     from peertune.sweeps.launch import last_words, tried
     from peertune.sweeps.stacks import described, stacks
 
-    parts = stacks([run for run in whole if not finished(out / run.name, run.recipe)], processes) if processes else []
+    free = [run for run in whole if not finished(out / run.name, run.recipe)]
+    parts = stacks(free, start.stacks, start.on_cpu) if start.stacks else []
     together = [[run.name for run in part] for part in parts if len(part) > 1]
     trials: dict[str, Trial] = {}
     rows: list[dict[str, Any]] = []

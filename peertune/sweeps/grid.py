@@ -174,7 +174,7 @@ def run_sweep(
         if other := conflict(folder / run.name, run.recipe):
             progress.failed[run.name] = other
     free = [run for run in left if run.name not in progress.failed]
-    parts = stacks(free, launcher.stacks) if launcher.stacks else [[run] for run in free]
+    parts = stacks(free, launcher.stacks, launcher.on_cpu) if launcher.stacks else [[run] for run in free]
     progress.stacks = [[run.name for run in part] for part in parts if len(part) > 1]
     if told := described(parts):
         log.info(told)

@@ -41,7 +41,7 @@ class Command:
     def now(self) -> list[str]:
         """Return the words of the command line to start now."""
         if self.stack:
-            names = [word for name in self.stack for word in ("--stack", name)]
+            names = [word for name in self.stack for word in ("--stacked", name)]
             return ["sweep", *self.options, *self.words, "--out", str(self.folder), *names]
         words = ("--resume",) if self.folder.is_dir() else (*self.words, "--out")
         return ["run", *self.options, *words, str(self.folder)]
@@ -71,10 +71,14 @@ class Launcher(NamedTuple):
 
     launch: Callable[[Mapping[str, Command], Callable[[], int]], Looks]
     stacks: int = 0  # for how many processes runs are put together to stacks; 0: each run has its own
+    on_cpu: bool = False  # whether those on a CPU are, too
 
 
-def local(jobs: int) -> Launcher:
+def local(jobs: int, stack: bool | None = None) -> Launcher:
     """Return the launcher of processes on this machine, `jobs` at a time, which share its cores.
+
+    Runs of a small base are put together to stacks (`peertune.sweeps.stacks`): on a GPU, or always if `stack` is true,
+    or never if it is false.
 
     At the first request to stop nothing begins any more and those at work finish their round and keep it; at the
     second they stop at once. What was stopped doesn't count as ended.
@@ -114,7 +118,7 @@ def local(jobs: int) -> Launcher:
                     process.terminate()
                     process.join()
 
-    return Launcher(launch, stacks=jobs)
+    return Launcher(launch, stacks=0 if stack is False else jobs, on_cpu=bool(stack))
 
 
 def tried(words: list[str]) -> tuple[int, bytes, bytes]:

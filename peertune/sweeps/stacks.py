@@ -1,7 +1,7 @@
 """Which runs of a sweep train as one stack, in one process: what they share is the base, its rows and adapters' shape.
 
-A small base is loaded once for all of them, and a call of one of its many small operators serves them all. A large one
-gains nothing, and takes so long that runs are better finished one by one: each has a process of its own.
+A small base is loaded once for all of them, and a call of one of its many small operators serves them all. Calls bind a
+GPU. A CPU is bound by arithmetic, and so is any device by a large base: there each run has a process of its own.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
 from peertune.assembly.registry import takes
 from peertune.models.load import MODELS
@@ -33,14 +34,15 @@ BY_RUN_IN_TRAINING = (
 """And keys of the block `training`: rates go by client."""
 
 
-def stacks(runs: "Sequence[SweepRun]", processes: int) -> "list[list[SweepRun]]":
+def stacks(runs: "Sequence[SweepRun]", processes: int, on_cpu: bool = False) -> "list[list[SweepRun]]":
     """Return the runs that are one stack, for all runs; most often of one run alone where nothing is to gain.
 
-    What could be one stack is several where so many `processes` would otherwise have nothing to do.
+    What could be one stack is several where so many `processes` would otherwise have nothing to do. Runs on a CPU are
+    put together if asked for, `on_cpu`.
     """
     alike: dict[str, list[SweepRun]] = {}
     for run in runs:
-        alike.setdefault(_shared(run), []).append(run)
+        alike.setdefault(_shared(run, on_cpu), []).append(run)
     parts = [np.array_split(range(len(some)), ceil(processes * len(some) / len(runs))) for some in alike.values()]
     return [
         [some[place] for place in part]
@@ -59,19 +61,20 @@ def described(parts: "Sequence[Sequence[SweepRun]]") -> str:
     return f"{sum(sizes)} of {sum(map(len, parts))} runs train as {of}: their clients share every pass"
 
 
-def _shared(run: "SweepRun") -> str:
+def _shared(run: "SweepRun", on_cpu: bool) -> str:
     """Return what runs of one stack have in common; a run that shares with none has its name in it."""
     recipe = run.recipe
     values = flat(recipe.model_dump(mode="json", exclude=set(BY_RUN)))
     shared = {key: x for key, x in values.items() if not key.startswith(_TRAINING)}
-    return str(shared) if _can_share(recipe) else f"{run.name} {shared}"
+    gains = on_cpu or (recipe.device != "cpu" and torch.cuda.is_available())
+    return str(shared) if gains and _can_share(recipe) else f"{run.name} {shared}"
 
 
 _TRAINING = tuple(f"training.{key}" for key in BY_RUN_IN_TRAINING)
 
 
 def _can_share(recipe: Recipe) -> bool:
-    """Return whether a run can be in a stack with others, and gains by it.
+    """Return whether a run can be in a stack with others, and its base is small.
 
     Trackers know one run at a time. A task that takes the seed may draw other rows for each. An adapter that is there
     already brings a head, which the base has once.

@@ -14,6 +14,7 @@ from sweeping import SMALL, assert_same, finish, records, start
 
 from peertune.errors import PeertuneError, RecipeError
 from peertune.sweeps import grid
+from peertune.sweeps.launch import local
 from peertune.sweeps.stacks import stacks
 
 
@@ -88,7 +89,7 @@ def test_a_grid_that_can_not_be_is_refused_as_a_whole(words: list[str], complain
 
 def stacked(*words: str, processes: int = 1) -> list[list[str]]:
     """Which runs are one stack, by the value that differs."""
-    found = stacks(grid.sweep_runs("digits-demo", words), processes)
+    found = stacks(grid.sweep_runs("digits-demo", words), processes, on_cpu=True)
     return [[run.name.partition("=")[2] for run in part] for part in found]
 
 
@@ -109,6 +110,13 @@ def test_runs_that_differ_in_what_goes_by_run_are_one_stack_and_others_none(tmp_
     assert stacked("seed=0,1,2", "head=frozen,trained") == [
         [f"{seed},head={head}" for seed in "012"] for head in ("frozen", "trained")
     ]
+
+
+def test_runs_on_a_cpu_are_stacks_if_asked_for() -> None:
+    runs = grid.sweep_runs("digits-demo", ["seed=0,1", "device=cpu"])
+    assert [len(stacks(runs, 1, on_cpu)) for on_cpu in (False, True)] == [2, 1]
+    where = [local(3, stack) for stack in (None, True, False)]
+    assert [(one.stacks, one.on_cpu) for one in where] == [(3, False), (3, True), (0, False)]
 
 
 def test_a_stack_is_as_many_as_processes_would_be_idle_without() -> None:
@@ -178,7 +186,7 @@ def test_a_sweep_that_is_finished_has_nothing_to_do(whole: Path) -> None:
 
 
 def test_a_sweep_that_is_stopped_goes_on_to_the_same(whole: Path, tmp_path: Path) -> None:
-    words = [*GRID, "--out", "all", "--shard", "1/2"]
+    words = [*GRID, "--out", "all", "--shard", "1/2", "--stack"]
     process = start(tmp_path, *words)
     lines = tmp_path / "all" / "algorithm.name=dec_lora,seed=0" / "rounds.jsonl"
     processes.wait_until(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 2, process)
@@ -209,7 +217,7 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_one_line_for_each_run_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    words = ["sweep", "digits-demo", *SMALL, "rounds=1", "seed=0,1", "--out", "all"]
+    words = ["sweep", "digits-demo", *SMALL, "rounds=1", "seed=0,1", "--out", "all", "--stack"]
     limited = f"ulimit -f 40; exec {shlex.quote(sys.executable)} -m peertune {shlex.join(words)}"  # blocks of 1 KiB
     done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "0 of 2 runs are finished in all\n")
@@ -240,7 +248,7 @@ def test_a_dry_run_lists_the_runs_and_writes_nothing(whole: Path, tmp_path: Path
     assert {row["stack"] for row in rows} == {None}
     sent = {row["run"]: sum(map(sum, ([r["bytes_sent"] for r in records(whole / row["run"])]))) for row in rows}
     assert {row["run"]: row["sent_bytes"] for row in rows} == sent
-    code, out, _ = finish(start(tmp_path, "rounds=1", "seed=0,1", "--out", "none", "--dry-run"))
+    code, out, _ = finish(start(tmp_path, "rounds=1", "seed=0,1", "--out", "none", "--dry-run", "--stack"))
     assert code == 0
     assert "2 of 2 runs are left" in out
     assert "2 of 2 runs train as one stack" in out
