@@ -27,6 +27,8 @@ class Site(nn.Module):
         self.dropout = dropout
         self.stream = stream
         self.together = Together([self])
+        if r == 0:
+            self.register_state_dict_post_hook(_under_its_own_name)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [b, s, d_in]`, packed `[N, S, d_in]`, or `[b, d_in]` → the same with d_out."""
@@ -42,6 +44,13 @@ class Site(nn.Module):
         drops = rows.training and self.dropout > 0
         dropped = keyed_dropout(x, self.dropout, rows, self.stream) if drops else None
         return Part(self.layer, self.scaling, rows.adapters[f"{self.name}.A"], rows.adapters[f"{self.name}.B"], dropped)
+
+
+def _under_its_own_name(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
+    """Name the weights of a layer without factors as if nothing stood there: peers compare bases by these names."""
+    inside = f"{prefix}layer."
+    for name in [name for name in state if name.startswith(inside)]:
+        state[prefix + name.removeprefix(inside)] = state.pop(name)
 
 
 class Together:

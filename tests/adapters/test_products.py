@@ -6,6 +6,7 @@ import pytest
 import torch
 from encoders import answers, make_batch, make_stack
 
+from peertune import build, load_recipe
 from peertune.adapters.sites import Site, Together
 from peertune.types import take
 
@@ -53,3 +54,10 @@ def test_without_a_gradient_one_clients_update_is_merged_where_that_rounds_no_mo
     assert (len(passed) == len(model.sites)) == merged
     close = 1e-12 if dtype == torch.float64 else torch.finfo(dtype).eps * 100
     torch.testing.assert_close(found, expected, rtol=close, atol=close)
+
+
+def test_a_layer_without_factors_keeps_its_name_among_the_weights_by_which_peers_compare_bases() -> None:
+    base = build(load_recipe("digits-demo", ["rounds=1"])).job.model.base
+    names = {name for name in base.state_dict() if name.startswith("vit.layers.0.attention") and "weight" in name}
+    at = {name.split(".attention.")[1] for name in names}
+    assert at >= {"q_proj.layer.weight", "k_proj.weight", "v_proj.layer.weight"}
