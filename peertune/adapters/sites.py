@@ -28,7 +28,7 @@ class Site(nn.Module):
         self.stream = stream
         self.together = Together([self])
         if r == 0:
-            self.register_state_dict_post_hook(_under_its_own_name)
+            self.register_state_dict_post_hook(_under_its_own_name)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [b, s, d_in]`, packed `[N, S, d_in]`, or `[b, d_in]` → the same with d_out."""
