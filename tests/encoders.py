@@ -117,6 +117,15 @@ def make_base(name: str, dropout: float = 0.0) -> nn.Module:
     return base.eval()
 
 
+def disagreeing(model: StackedModel) -> Tensors:
+    """Adapters of K clients in which no two agree, and B is not 0."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        part: x + 0.2 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+        for part, x in init_adapters(model, K, seed=0).items()
+    }
+
+
 def make_stack(
     name: str, *, dropout: float = 0.0, head: bool = False, all_linear: bool = False
 ) -> tuple[StackedModel, Tensors]:
@@ -132,12 +141,7 @@ def make_stack(
         head_names=heads if head else (),
         base_dropout=True,
     )
-    generator = torch.Generator().manual_seed(1)
-    adapters = {
-        part: x + 0.2 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        for part, x in init_adapters(model, K, seed=0).items()
-    }
-    return model, adapters
+    return model, disagreeing(model)
 
 
 def make_batch(lengths: list[int], packed: bool) -> Batch:

@@ -60,6 +60,7 @@ class StackedModel:
         """
         if self.base.training != (training and self.base_dropout):  # it goes through all modules
             self.base.train(training and self.base_dropout)
+        # What goes by client wins, and adapters stand first, since they say how many clients there are.
         rows = Rows(
             adapters | (self.frozen | adapters),
             batch.clients,

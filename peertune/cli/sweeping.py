@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from peertune.sweeps.launch import Launcher
 
 
+STOPPING = "stopping after these rounds; once more to go back to the last checkpoints"
+
+
 class Where(StrEnum):
     """Where the runs of a sweep have their processes."""
 
@@ -119,10 +122,9 @@ def sweep(
             if dry_run:
                 _print_estimates(recipe, mine, out, as_json, start)
                 return
-        answer = "stopping after these rounds; once more to go back to the last checkpoints"
         stand, stopped = sweeps.SweepProgress(), False
         with (
-            asked_to_stop("leaving the runs in the queue" if queued else answer) as stop,
+            asked_to_stop("leaving the runs in the queue" if queued else STOPPING) as stop,
             progress("rounds", sum(run.recipe.rounds for run in mine)) as show,
         ):
             try:
@@ -146,8 +148,7 @@ def _run_stack(recipe: str, runs: "Sequence[SweepRun]", out: Path) -> NoReturn:
 
     asked = {run.name: Asked(recipe, run.overrides, run.recipe, out / run.name) for run in runs}
     done = sum(rounds_done(one.folder) for one in asked.values())
-    answer = "stopping after these rounds; once more to go back to the last checkpoints"
-    with asked_to_stop(answer) as stop, progress("rounds", sum(run.recipe.rounds for run in runs), done) as show:
+    with asked_to_stop(STOPPING) as stop, progress("rounds", sum(run.recipe.rounds for run in runs), done) as show:
 
         def each(record: "RoundRecord") -> None:
             nonlocal done

@@ -207,7 +207,7 @@ def train_local(
     optim: Optim,
     at: At,
     local: Local = Local(),  # noqa: B008  # which can't be changed
-    frozen: Tensors | None = None,
+    frozen: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Trained:
     """Train the phase's kinds on each client's own rows, **in place**: gradients, `local`, clip, step.
 
@@ -229,7 +229,7 @@ def train_local(
     global_draws = _generator_state(totals.device)
     first_step, count, changed = int(at.step[0]), 0, dict[str, Tensor]()
     for count, batches in enumerate(steps, start=1):
-        gradient = BatchGradient(model, batches, phase.train, optim.smoothing, frozen or {})
+        gradient = BatchGradient(model, batches, phase.train, optim.smoothing, frozen)
         grads, new = local.gradients(gradient, adapters, start, memory, at, phase)
         changed |= new
         memory |= new

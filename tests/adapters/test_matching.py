@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from encoders import disagreeing
 from peft import LoraConfig, PeftModel, get_peft_model
 from playing import at_step, every_kind, starting
 from torch import Tensor, nn
@@ -90,12 +91,7 @@ def make_stack(
         checkpointing=checkpointing,
         forward=match_names(**make_prompts(templates), templates=templates),
     )
-    generator = torch.Generator().manual_seed(1)
-    adapters = {
-        name: x + 0.2 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        for name, x in init_adapters(model, K, seed=0).items()
-    }
-    return model, adapters
+    return model, disagreeing(model)
 
 
 def make_rows(seed: int, rows: int) -> tuple[Tensor, Tensor]:

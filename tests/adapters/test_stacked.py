@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from encoders import disagreeing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -204,12 +205,7 @@ def make_stack(
         head_names=head_layers(case, base) if head else (),
         base_dropout=base_dropout,
     )
-    generator = torch.Generator().manual_seed(1)
-    adapters = {
-        name: x + 0.2 * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-        for name, x in init_adapters(model, K, seed=0).items()
-    }
-    return model, adapters
+    return model, disagreeing(model)
 
 
 def head_layers(case: Case, base: nn.Module) -> list[str]:
