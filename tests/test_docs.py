@@ -1,10 +1,12 @@
 """Every command and every Python block of the README and the docs runs, on little data and for few steps."""
 
+import importlib
 import inspect
 import os
 import re
 import shlex
 import subprocess
+import sys
 from collections import Counter
 from importlib.util import find_spec
 from itertools import product
@@ -93,6 +95,8 @@ def test_the_demo_asks_for_what_its_numbers_depend_on() -> None:
 
 def test_the_studies_commands_run(peertune: Call, minilm: str, little_glue: Path) -> None:
     for words in commands(STUDIES):
+        if words[0] == "python":  # of what is kept: below
+            continue
         assert words[0] == "peertune"
         asked = [words]
         if words[1] == "sweep":
@@ -106,6 +110,20 @@ def test_the_studies_commands_run(peertune: Call, minilm: str, little_glue: Path
         for command in asked:
             code, _, err = peertune(*command[1:])
             assert code == 0, f"{shlex.join(command)}\n{err}"
+
+
+def test_the_studies_tables_are_of_the_runs_that_are_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    asked = [words for words in commands(STUDIES) if words[0] == "python"]
+    assert asked
+    for _, _, module, *words in asked:
+        monkeypatch.setattr(sys, "argv", [module, *words])
+        importlib.import_module(module).main()
+        table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert len(table) > 2, words
+        assert "\n".join(table) in STUDIES.read_text(), f"python -m {module} {shlex.join(words)} prints another table"
 
 
 @pytest.mark.parametrize("page", [page for page in pages_with("sh") if page != STUDIES], ids=lambda page: page.name)
@@ -134,9 +152,13 @@ def test_every_command_of_the_page_runs(
 
 
 @pytest.mark.parametrize("page", pages_with("sh elsewhere"), ids=lambda page: page.name)
-def test_every_command_for_several_machines_is_one(page: Path) -> None:
+def test_every_command_for_several_machines_is_one(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What takes several machines, a telephone or days can't be run here: its words must be those of a command."""
     for words in commands(page, "sh elsewhere"):
+        if words[0] == "python" and words[2].startswith("benchmarks."):
+            monkeypatch.setattr(sys, "argv", [*words[2:], "--help"])
+            with pytest.raises(SystemExit, match=r"^0$"):
+                importlib.import_module(words[2]).main()
         if words[0] != "peertune":
             continue
         asked = CliRunner().invoke(app, [*words[1:], "--help"])  # an option that is not there is an error all the same
