@@ -5,17 +5,23 @@ They are forked from a process that has imported what takes seconds, as a shell'
 
 import atexit
 import importlib
+import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from huggingface_hub import constants
@@ -45,10 +51,8 @@ class Command:
     def __init__(self, folder: Path, words: Sequence[str], environment: Mapping[str, str]) -> None:
         """Start it in this folder."""
         self._said = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115  # kept as long as this is
-        files = [said.name for said in self._said]
-        arguments = (folder, list(words), dict(environment), files)
-        self._process = forking().Process(target=_run, args=arguments)
-        self._process.start()
+        streams = {number: Connection(os.dup(said.fileno())) for number, said in enumerate(self._said, 1)}
+        self._process = _forked(folder, words, environment, streams)
         atexit.register(self.kill)
         self.pid: int = self._process.pid
 
@@ -90,9 +94,22 @@ class Command:
         return out, err
 
 
-def _run(folder: Path, words: list[str], environment: dict[str, str], files: list[str]) -> None:
-    for stream, file in zip((1, 2), files, strict=True):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
+_polling = Lock()  # two threads that ask at once how a process ended would spoil each other's answer
+
+
+def _forked(folder: Path, words: Sequence[str], environment: Mapping[str, str], streams: dict[int, Connection]) -> Any:
+    """Start the command line with these streams, by number, which are closed here."""
+    process = forking().Process(target=_run, args=(folder, list(words), dict(environment), streams))
+    with _polling:
+        process.start()
+    return process
+
+
+def _run(folder: Path, words: list[str], environment: dict[str, str], streams: dict[int, Connection]) -> None:
+    for number, stream in streams.items():
+        os.dup2(stream.fileno(), number)
+    sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115  # of what they are here
+    sys.stderr = open(2, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(environment)
@@ -107,6 +124,78 @@ def _run(folder: Path, words: list[str], environment: dict[str, str], files: lis
 
 def start(folder: Path, *words: str, **environment: str) -> Command:
     return Command(folder, words, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+
+
+CALLER = f"""#!{sys.executable} -IS
+import json, os, signal, socket, sys
+
+words = sys.argv[3:] if sys.argv[1:3] == ["-m", "peertune"] else sys.argv[1:]
+there = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+there.connect(os.path.dirname(os.path.abspath(__file__)) + "/socket")
+socket.send_fds(there, [json.dumps([os.getcwd(), words, dict(os.environ)]).encode()], [0, 1, 2])
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, frame: there.send(str(number).encode()))
+code = int(there.recv(100))
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(os.getpid(), -code)
+sys.exit(code)
+"""
+"""What stands for `peertune`, and for `python -m peertune`, where a script calls them; signals go on, as its death."""
+
+
+class Forks:
+    """The processes that scripts have started which found `peertune` in this folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.running: dict[int, list[str]] = {}  # each one's words, by its number
+
+    def serve(self, there: socket.socket) -> None:
+        """Run what a caller asks for, and tell it how that ended."""
+        with there:
+            asked, files, *_ = socket.recv_fds(there, 1 << 20, 3)
+            folder, words, environment = json.loads(asked)
+            streams = {number: Connection(file) for number, file in enumerate(files)}
+            process = _forked(Path(folder), words, environment, streams)
+            self.running[process.pid] = words
+            while process.sentinel not in wait([process.sentinel, there]):
+                number = int(there.recv(100) or signal.SIGKILL)
+                os.kill(process.pid, number)
+                if number == signal.SIGKILL:
+                    break
+            with _polling:
+                process.join()
+            del self.running[process.pid]
+            with suppress(BrokenPipeError):
+                there.send(f"{process.exitcode}".encode())
+
+
+@contextmanager
+def forks() -> Iterator[Forks]:
+    """Have scripts that look into a folder first start the command line without its imports, until this ends."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listening,
+        ThreadPoolExecutor(32) as pool,
+    ):
+        for name in ("peertune", "python"):
+            (Path(folder) / name).write_text(CALLER)
+            (Path(folder) / name).chmod(0o755)
+        listening.bind(f"{folder}/socket")
+        listening.listen()
+        made = Forks(Path(folder))
+
+        def accept() -> None:
+            with suppress(OSError):  # when no more are listened for
+                while True:
+                    pool.submit(made.serve, listening.accept()[0])
+
+        pool.submit(accept)
+        try:
+            yield made
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
 
 
 Process = Command | subprocess.Popen[str]

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import yaml
 from conftest import Call
 from federation import free_ports
-from processes import finish, wait_until
+from processes import Forks, finish, forks, wait_until
 from ranks import assert_same_adapters
 
 from peertune.recipe import load_recipe
@@ -25,17 +27,19 @@ CLUSTER = EXAMPLES / "cluster"
 BIN = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
 
-def let_start(play: subprocess.Popen[str], status: Path) -> None:
-    """Keep the other hospitals where they are until this one is back, however long its process takes to start."""
+def let_start(made: Forks, run: Path) -> int:
+    """Keep the other hospitals where they are until this one is back, however long its process takes to start.
+
+    Returns how many rounds it has recorded before.
+    """
+    before = rounds(run)
 
     def back() -> bool:
-        now = json.loads(status.read_text())
+        now = json.loads((run / "status.json").read_text())
         return bool(now["written_at"] > begun and now["doing"] != "starting")
 
     begun = time.time()
-    children = [int(pid) for pid in Path(f"/proc/{play.pid}/task/{play.pid}/children").read_text().split()]
-    words = {pid: Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in children}
-    others = [pid for pid, of in words.items() if "peer" in of and "hospital-3" not in of]
+    others = [pid for pid, words in made.running.items() if "peer" in words and "hospital-3" not in words]
     assert len(others) == 7
     for pid in others:
         os.kill(pid, signal.SIGSTOP)
@@ -44,16 +48,20 @@ def let_start(play: subprocess.Popen[str], status: Path) -> None:
     finally:
         for pid in others:
             os.kill(pid, signal.SIGCONT)
+    return before
 
 
 def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
-    folder, rounds = tmp_path / "play", 24
+    folder, whole = tmp_path / "play", 24
+    script = shutil.copytree(EXAMPLES / "eight-hospitals", tmp_path / "example" / "eight-hospitals") / "play.sh"
     said = []
     with (
+        forks() as made,
         (tmp_path / "errors").open("w") as errors,
         subprocess.Popen(
-            [EXAMPLES / "eight-hospitals" / "play.sh", folder, "training.local_steps=1", "network.patience_s=5"],
-            env=os.environ | {"PATH": BIN, "ROUNDS": str(rounds), "PORT": str(free_ports(8)[0])},
+            [script, folder, "training.local_steps=1", "network.patience_s=5"],
+            env=os.environ
+            | {"PATH": f"{made.folder}{os.pathsep}{BIN}", "ROUNDS": str(whole), "PORT": str(free_ports(8)[0])},
             cwd=tmp_path,
             stdout=subprocess.PIPE,
             stderr=errors,
@@ -64,7 +72,7 @@ def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
         for line in play.stdout:
             said.append(line)
             if "hospital-3 starts again" in line:
-                let_start(play, folder / "runs" / "hospital-3" / "status.json")
+                lost = let_start(made, folder / "runs" / "hospital-3")
     out = "".join(said)
     logs = "\n".join(f"{log.name}: {log.read_text()}" for log in sorted(folder.glob("*.log")))
     assert play.returncode == 0, f"{out}\n{(tmp_path / 'errors').read_text()}\n{logs}"
@@ -72,14 +80,11 @@ def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
     assert sorted(found) == [f"hospital-{k}" for k in range(1, 9)]
     records = {name: [json.loads(line) for line in text.splitlines()] for name, text in found.items()}
     for k, name in enumerate(sorted(found)):
-        assert records[name][-1]["round"] == rounds - 1
+        assert records[name][-1]["round"] == whole - 1
         assert (folder / "runs" / name / "adapters" / f"client-{k:03d}" / "adapter_model.safetensors").is_file()
 
-    killed = re.search(r"killed after (\d+) rounds", out)
-    assert killed is not None
-    lost = int(killed[1])
-    after = [record for record in records["hospital-3"] if record["round"] >= lost]
-    assert any(2 in edge for record in after for edge in record["edges"])  # it met others again
+    assert re.search(r"killed after \d+ rounds", out)
+    assert any(2 in edge for record in records["hospital-3"][lost:] for edge in record["edges"])  # it met others again
     failed = [edge for record in records["hospital-1"] for edge in record["failed_edges"]]
     assert [0, 2] in failed  # who went on without it
 
@@ -132,7 +137,7 @@ SLURM = {
 }
 
 
-def slurm(folder: Path, run: Path, **commands: str) -> subprocess.Popen[str]:
+def slurm(folder: Path, run: Path, path: str = BIN, **commands: str) -> subprocess.Popen[str]:
     """Start the batch script as SLURM would, in this folder, with stand-ins for SLURM's commands."""
     for name, script in (SLURM | commands).items():
         (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
@@ -145,7 +150,7 @@ def slurm(folder: Path, run: Path, **commands: str) -> subprocess.Popen[str]:
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "1",
         "SLURM_CPUS_PER_TASK": "1",
-        "PATH": f"{folder}{os.pathsep}{BIN}",
+        "PATH": f"{folder}{os.pathsep}{path}",
     }
     return started(["bash", f"{CLUSTER}/slurm.sbatch", "digits-demo", *LITTLE, "--out", f"{run}"], folder, job)
 
@@ -179,11 +184,20 @@ def documents(name: str) -> dict[str, Any]:
     return {document["kind"]: document["spec"] for document in yaml.safe_load_all((CLUSTER / name).read_text())}
 
 
-def test_a_run_that_slurm_stops_goes_on_in_pods_to_the_same_adapters(peertune: Call, tmp_path: Path) -> None:
+@pytest.fixture
+def forked() -> Iterator[str]:
+    """A PATH on which `peertune` and `python -m peertune` start without their imports."""
+    with forks() as made:
+        yield f"{made.folder}{os.pathsep}{BIN}"
+
+
+def test_a_run_that_slurm_stops_goes_on_in_pods_to_the_same_adapters(
+    peertune: Call, tmp_path: Path, forked: str
+) -> None:
     """Each goes on with a run of its own in the same way, by the name that is the same in both here."""
     assert peertune("run", "digits-demo", *LITTLE, "--out", "alone")[0] == 0
     run = tmp_path / "runs" / "first"
-    job = slurm(tmp_path, run)
+    job = slurm(tmp_path, run, forked)
     wait_until(lambda: rounds(run) >= 3, job)
     for task in (tmp_path / "tasks").read_text().split():  # SLURM signals the tasks, and not the script
         os.kill(int(task), signal.SIGTERM)
@@ -204,7 +218,7 @@ def test_a_run_that_slurm_stops_goes_on_in_pods_to_the_same_adapters(peertune: C
         "MASTER_PORT": f"{port}",
         "HOME": f"{tmp_path}",
         "OMP_NUM_THREADS": "1",
-        "PATH": BIN,
+        "PATH": forked,
     }
     words = [*container["command"], *args[:2], *LITTLE, *args[3:]]
     pods = [started(words, tmp_path, place | {"RANK": f"{rank}"}) for rank in range(2)]
