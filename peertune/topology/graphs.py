@@ -5,6 +5,7 @@ All raise GraphError for settings that make no graph, or one that can never conn
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from math import log
@@ -35,7 +36,7 @@ def complete(*, clients: int, seed: int = 0, activation: float = 1.0, weights: R
     need_clients("complete", clients, 1)
     return Graph(
         clients,
-        lambda t: all_pairs(clients),
+        _AllPairs(clients),
         1,
         activation,
         seed,
@@ -301,6 +302,16 @@ GRAPHS: dict[str, Callable[..., Graph]] = {
     "torus": torus,
     "trace": trace_file,
 }
+
+
+@dataclass(frozen=True)
+class _AllPairs:
+    """Round → all pairs. Complete graphs of the same settings are equal, so that rho, say, is estimated once."""
+
+    clients: int
+
+    def __call__(self, t: int) -> Edges:
+        return all_pairs(self.clients)
 
 
 def _static(

@@ -230,9 +230,13 @@ def stacked_weights(graph: Graph, rounds: range) -> csr_array:
     if not listed(graph):
         apart = np.concatenate([active_edges(graph, t) + n * at for at, t in enumerate(rounds)])
         return matrix(n, len(rounds), apart, by_active(n * len(rounds), apart, graph.rows), graph.rows)
-    possible = [graph.edges_at(t) for t in rounds]
-    edges = np.concatenate(possible)
-    at = np.repeat(np.arange(len(rounds)), [len(one) for one in possible])
+    if graph.period == 1:  # the same in all
+        one = graph.edges_at(0)
+        edges, at = np.tile(one, (len(rounds), 1)), np.repeat(np.arange(len(rounds)), len(one))
+    else:
+        possible = [graph.edges_at(t) for t in rounds]
+        edges = np.concatenate(possible)
+        at = np.repeat(np.arange(len(rounds)), [len(one) for one in possible])
     active = happens(graph.activation, graph.seed, Draw.EDGE, rounds.start + at, edges[:, 0], edges[:, 1])
     apart = (edges + n * at[:, None])[active]
     if graph.directed:
