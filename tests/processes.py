@@ -45,14 +45,17 @@ def forking() -> Any:
     return forks
 
 
-class Command:
-    """`peertune` with some words as a process of its own; what it says goes to files."""
+MAIN = "from peertune.cli import main; main()"
 
-    def __init__(self, folder: Path, words: Sequence[str], environment: Mapping[str, str]) -> None:
+
+class Command:
+    """`peertune` with some words, or other code, as a process of its own; what it says goes to files."""
+
+    def __init__(self, folder: Path, words: Sequence[str], environment: Mapping[str, str], code: str = MAIN) -> None:
         """Start it in this folder."""
         self._said = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115  # kept as long as this is
         streams = {number: Connection(os.dup(said.fileno())) for number, said in enumerate(self._said, 1)}
-        self._process = _forked(folder, words, environment, streams)
+        self._process = _forked(folder, words, environment, streams, code)
         atexit.register(self.kill)
         self.pid: int = self._process.pid
 
@@ -97,15 +100,19 @@ class Command:
 _polling = Lock()  # two threads that ask at once how a process ended would spoil each other's answer
 
 
-def _forked(folder: Path, words: Sequence[str], environment: Mapping[str, str], streams: dict[int, Connection]) -> Any:
-    """Start the command line with these streams, by number, which are closed here."""
-    process = forking().Process(target=_run, args=(folder, list(words), dict(environment), streams))
+def _forked(
+    folder: Path, words: Sequence[str], environment: Mapping[str, str], streams: dict[int, Connection], code: str = MAIN
+) -> Any:
+    """Start a process with these streams, by number, which are closed here."""
+    process = forking().Process(target=_run, args=(folder, list(words), dict(environment), streams, code))
     with _polling:
         process.start()
     return process
 
 
-def _run(folder: Path, words: list[str], environment: dict[str, str], streams: dict[int, Connection]) -> None:
+def _run(
+    folder: Path, words: list[str], environment: dict[str, str], streams: dict[int, Connection], code: str
+) -> None:
     for number, stream in streams.items():
         os.dup2(stream.fileno(), number)
     sys.stdin, sys.stdout = open(0, closefd=False), open(1, "w", closefd=False)  # noqa: SIM115  # of what they are here
@@ -117,9 +124,10 @@ def _run(folder: Path, words: list[str], environment: dict[str, str], streams: d
     os.chdir(folder)
     sys.argv = ["peertune", *words]
     importlib.reload(constants)  # which read the environment when they were imported
-    from peertune.cli import main
-
-    main()
+    # What it starts is forked from where it was itself, which is warm: multiprocessing would make another such process.
+    shared: Any = multiprocessing.forkserver
+    shared.ensure_running = shared._forkserver.ensure_running = lambda: None
+    exec(code, {"__name__": "__main__"})
 
 
 def start(folder: Path, *words: str, **environment: str) -> Command:

@@ -3,6 +3,7 @@
 from peertune.cli.common import importing
 
 with importing():
+    import peertune.api.peering
     import peertune.cli
     import peertune.engines.distributed
     import peertune.engines.peer  # noqa: F401

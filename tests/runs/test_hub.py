@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -381,11 +379,10 @@ def test_what_the_hub_refuses_is_a_line_that_says_what_to_do(hub: Hub, tmp_path:
         "/me/full/commit": (413, f"No room\nfor {TOKEN}"),
     }
     names = ["me/taken", "me/not-private", "me/unwritable", "me/vanished", "me/full"]
-    words = [sys.executable, "-c", PUSH, *names]
-    done = subprocess.run(words, cwd=tmp_path, env=with_the_hub(hub, tmp_path), capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert TOKEN not in done.stdout
-    assert done.stdout.splitlines() == [
+    code, out, err = finish(Command(tmp_path, names, with_the_hub(hub, tmp_path), PUSH))
+    assert (code, err) == (0, "")
+    assert TOKEN not in out
+    assert out.splitlines() == [
         "me/taken --push: me/taken is there already and holds README.md; give another name",
         "me/not-private --push: me/not-private is there already, open to all; make it private, or leave out --private",
         f"me/unwritable --push: {hub.address} does not let this token write to me/unwritable; take one that may, or "
