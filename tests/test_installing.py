@@ -77,7 +77,8 @@ def test_the_wheel_runs_in_an_environment_that_has_it_and_its_dependencies_only(
 
     facts = "import importlib.metadata, peertune; print(importlib.metadata.version('peertune'), peertune.__file__)"
     assert called("python", "-c", facts).split() == [peertune.__version__, str(packages / "peertune" / "__init__.py")]
-    called("peertune", "run", "digits-demo", "rounds=1", "--out", "run")
+    little = ["clients=2", "training.local_steps=1", "evaluate.rows=4"]
+    called("peertune", "run", "digits-demo", "rounds=1", *little, "--out", "run")
     assert len((tmp_path / "run" / "rounds.jsonl").read_text().splitlines()) == 1
 
 

@@ -114,8 +114,9 @@ def test_four_peers_end_with_the_simulators_adapters_for_every_method_and_in_flo
         assert_same(recipes[method], played, tolerance)
 
 
-def test_eight_peers_end_with_the_simulators_adapters_for_every_method(tmp_path: Path) -> None:
-    recipes = {method: recipe(8, "float64", f"algorithm={{name: {method}}}", ONE_STEP) for method in ALGORITHMS}
+def test_eight_peers_end_with_the_simulators_adapters(tmp_path: Path) -> None:
+    methods = ("dec_lora", "decaf", "tad_lora")
+    recipes = {method: recipe(8, "float64", f"algorithm={{name: {method}}}", ONE_STEP) for method in methods}
     for method, played in play(found(tmp_path, 8), recipes).items():
         assert_same(recipes[method], played, 1e-12)
 

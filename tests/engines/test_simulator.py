@@ -162,12 +162,12 @@ def test_a_text_run_packs_its_rows_and_gives_what_padded_rows_give(little_glue: 
     overrides = (
         f"model={{name: {spec.submodule_search_locations[0]}/model, dtype: float64, dropout: true}}",
         f"task.path={little_glue / 'sst2'}",
-        "clients=3",
+        "clients=2",
         "partition={name: iid}",
         "graph={name: complete}",
         "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 6, tokens_per_pass: 200}",
         "rounds=2",
-        "evaluate={every: 2, rows: 20}",
+        "evaluate={every: 2, rows: 10}",
     )
     job = build(load_recipe("tad-sst2-minilm", overrides)).job
     seen: list[Batch] = []

@@ -104,7 +104,9 @@ def test_a_certificate_that_the_ca_issued_but_the_roster_lacks_is_nobodys(
 
 
 @pytest.mark.thorough
-def test_a_roster_altered_in_any_byte_is_refused(federation: Federation, roster: Roster) -> None:
+def test_a_roster_altered_in_any_byte_is_refused(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, "hospital-1", now=NOW)
+    roster = federation.roster(NOW)
     start = roster.raw.rindex(b"signature: ")
     for place in range(len(roster.raw)):
         altered = bytearray(roster.raw)
