@@ -1,6 +1,7 @@
 """Several processes and the simulator: one recipe, the same adapters and records."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -117,12 +118,17 @@ def simulated() -> dict[str, list[RoundRecord]]:
     return records
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+FEW = ("decaf", "adaptive", "choco", "changing", "push", "many", "apart")
+"""Recipes that send, deal, count and gather in each way there is: what the number of processes can matter to."""
+
+
+@pytest.mark.parametrize(("ranks", "names"), [(1, FEW[:-2]), (2, FEW), (3, tuple(RECIPES))], ids=["1", "2", "3"])
 def test_processes_end_with_the_simulators_adapters_and_records(
-    simulated: dict[str, list[RoundRecord]], ranks: int, tmp_path: Path
+    simulated: dict[str, list[RoundRecord]], ranks: int, names: Sequence[str], tmp_path: Path
 ) -> None:
-    played = together(tmp_path / "out", ranks, RECIPES)
-    for name, records in simulated.items():
+    played = together(tmp_path / "out", ranks, {name: RECIPES[name] for name in names})
+    for name in names:
+        records = simulated[name]
         state = records[-1].state
         assert state is not None
         for tensor, x in state.adapters.items():

@@ -1,12 +1,15 @@
 import json
-import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import taking
 import torch
+from federation import see_through
+from processes import forking
 from speaking import make_tokenizer, save
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -186,8 +189,10 @@ def test_what_does_not_fit_is_refused_with_what_would(little: Recipe, monkeypatc
     score_and_round = 2 * 3 * 16  # of three clients, at the start and while it runs
     assert best.adapters - whole.adapters == whole.gradients + score_and_round, "one copy more of what is trained"
     monkeypatch.setattr(plans, "available_bytes", lambda _: 1000)
-    with pytest.raises(RunError, match="give a smaller base, or another device"):
-        check_fits(little, replace(whole, available=1000))
+    tried = r"training.tokens_per_pass=64 clients=1 needs \S+ MiB"
+    saving = plans._with(plans._with(little, "training.gradient_checkpointing", True), "model.dtype", "bfloat16")
+    with pytest.raises(RunError, match=f"even {tried}: give a smaller base, or another device"):
+        check_fits(saving, replace(plan(saving), available=1000))
 
 
 @pytest.mark.usefixtures("own_bytes")
@@ -212,29 +217,10 @@ def test_there_is_memory() -> None:
     assert there is None or 2**27 < there < 2**50
 
 
-RUN = """
-import json, sys
-from peertune.cli import main
-from peertune.planning.memory_plan import plan
-from peertune.recipe import load_recipe
-if sys.argv[1] == "plan":
-    print(json.dumps([vars(plan(load_recipe(name))) for name in sys.argv[2:]]))
-    sys.exit()
-sys.argv = ["peertune", *sys.argv[1:]]
-try:
-    main()
-finally:
-    # Not ru_maxrss, which begins with what the process took that this one was started by.
-    lines = open("/proc/self/status").read().splitlines()
-    print(next(line.split()[1] for line in lines if line.startswith("VmHWM")), file=sys.stderr)
-"""
-
-
-def process(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the command in a process of its own, which says last how many kB of memory it took; or plan recipes."""
-    ran = subprocess.run([sys.executable, "-c", RUN, *map(str, words)], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    return ran
+def answer(function: Callable[..., None], file: Path, *arguments: Any) -> Any:
+    """Call a function in a process of its own, which begins as all of them do; return what it writes to a file."""
+    see_through([forking().Process(target=function, args=(file, *arguments))], file.with_suffix(".errors"))
+    return json.loads(file.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +243,7 @@ def planned_large(large: Path) -> dict[bool, tuple[Path, Plan]]:
         recipe = recipe_of(large, "base", local_steps=1, tokens_per_pass=512, gradient_checkpointing=checkpointing)
         files.append(large / f"{checkpointing}.yaml")
         files[-1].write_text(json.dumps(recipe.model_copy(update={"rounds": 1}).model_dump(mode="json")))
-    plans_made = json.loads(process("plan", *files).stdout)
+    plans_made = answer(taking.planned, large / "plans", files)
     return {bool(place): (file, Plan(**made)) for place, (file, made) in enumerate(zip(files, plans_made, strict=True))}
 
 
@@ -269,8 +255,7 @@ def test_a_process_takes_what_was_planned(
     file, planned = planned_large[checkpointing]
     assert planned.base > 200 * 2**20
     assert planned.total - planned.process > planned.process / 2
-    ran = process("run", file, "--out", tmp_path / "run")
-    taken = 1024 * int(ran.stderr.split()[-1])
+    taken = answer(taking.taken, tmp_path / "taken", file, tmp_path / "run")
     # What a heap leaves unused is chance: .5 to 1.2 times its activations, of which a plan says .8.
     least, most = (planned.total + (seen / plans.HOLES - 1) * planned.holes for seen in (0.5, 1.2))
     assert 0.85 * least < taken < 1.15 * most
