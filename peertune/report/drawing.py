@@ -60,8 +60,10 @@ def theme(dark: bool, paper: str = "rgba(0,0,0,0)") -> dict[str, Any]:
 
 def chart(*traces: Any, x: str, y: str, height: int = 400, **layout: Any) -> go.Figure:
     """Put traces into a figure without a theme; x and y are the axes' titles, height is in pixels."""
-    figure = go.Figure(data=list(traces))
-    figure.update_layout(template=None, height=height, xaxis_title_text=plain(x), yaxis_title_text=plain(y), **layout)
+    titles = {f"{axis}_title_text": plain(title) for axis, title in (("xaxis", x), ("yaxis", y)) if title}
+    given = {"template": {}, "height": height, **titles, **layout}
+    figure = go.Figure(data=list(traces), layout=given)  # given a template, it doesn't make its own, which takes long
+    figure.layout.template = None
     return figure
 
 
