@@ -144,8 +144,8 @@ def make_stack(
     return model, disagreeing(model)
 
 
-def make_batch(lengths: list[int], packed: bool) -> Batch:
-    """Rows of these lengths, of K clients in turn."""
+def make_batch(lengths: list[int], packed: int) -> Batch:
+    """Rows of these lengths, of K clients in turn; where `packed`, in multiples of so many blocks."""
     generator, count = torch.Generator().manual_seed(2), len(lengths)
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     ids = torch.randint(2, EOS, mask.shape, generator=generator).where(mask, PAD)
@@ -155,7 +155,7 @@ def make_batch(lengths: list[int], packed: bool) -> Batch:
         torch.arange(count) % K,
         torch.ones(count, dtype=torch.float64),
         torch.arange(count) + 7_000_000_000,
-        pack_rows(np.array(lengths)) if packed else None,
+        pack_rows(np.array(lengths), packed) if packed else None,
     )
 
 

@@ -179,7 +179,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         local_steps=training.local_steps,
         tokens=loaded.tokens,
         clients_together=clients_together(recipe),
-        packed=model.packs,
+        packed=loaded.packed,
         seed=recipe.seed,
         row_weights=row_weights(recipe, parts.task, encoded.held),
     )

@@ -250,7 +250,7 @@ def _read(loaded: Loaded, encoded: Encoded, rows: NDArray[np.int64], read: Read)
     model, tokens = loaded.model, EVALUATION_FACTOR * loaded.tokens
 
     def predict(singles: list[Tensors]) -> NDArray[Any]:
-        return evaluate(model, singles, validation_batches(encoded, rows, tokens, model.packs), len(rows), read)
+        return evaluate(model, singles, validation_batches(encoded, rows, tokens, loaded.packed), len(rows), read)
 
     return predict
 

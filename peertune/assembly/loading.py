@@ -20,11 +20,18 @@ from peertune.models.load import MODELS, Base, Purpose, load_base, pick_device, 
 from peertune.recipe import Recipe
 from peertune.types import Task, Tensors
 
-TOKENS_PER_PASS = {"cpu": 1536, "cuda": 65536}
-"""Tokens that go through the base together where the recipe leaves it open: enough to fill the device, few enough to
-fit."""
-LANGUAGE_TOKENS_PER_PASS = {"cpu": 1536, "cuda": 8192}
-"""The same for language models, which are larger, and have logits for each token of a completion."""
+MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
+"""Tokens that go through the base together at most, where the recipe leaves it open: enough to fill the device."""
+LANGUAGE_TOKENS = 8192
+"""The same on a GPU for language models, which are larger, and have logits for each token of a completion."""
+FEWEST_TOKENS = 768
+VALUES_PER_PASS = 2**24
+"""On a CPU, how many values the base's linear layers put out for the tokens that go through together. What they keep
+for the backward pass is most of what a process takes. A large base's products are as fast with `FEWEST_TOKENS`; a small
+one is bound by calls, and takes more tokens."""
+RECURRING = 4
+"""Blocks of packed rows come in multiples of it in bfloat16 on a CPU. There PyTorch makes code for each shape of a
+product, at the cost of several products, and keeps 1,024 of these, of half a megabyte."""
 LOGITS_BYTES = 2**33
 """What a language model's logits and their gradients may take: 12 bytes a label and word in training, 10 in evaluation,
 which has twice the tokens."""
@@ -41,6 +48,12 @@ class Loaded(NamedTuple):
     device: torch.device  # in a plan the one that it is for
     dtype: torch.dtype
     tokens: int  # about how many go through together in training
+
+    @property
+    def packed(self) -> int:
+        """In multiples of how many blocks rows are packed; 0 where they aren't."""
+        recurs = self.dtype == torch.bfloat16 and self.device.type == "cpu"
+        return (RECURRING if recurs else 1) if self.model.packs else 0
 
     @property
     def planned(self) -> bool:
@@ -202,7 +215,10 @@ def _tokens_per_pass(recipe: Recipe, base: Base, device: torch.device) -> int:
     """Return about how many tokens go through the base together: by the recipe, or what the device has room for."""
     if recipe.training.tokens_per_pass != "auto":
         return recipe.training.tokens_per_pass
-    if base.output_name is None:
-        return TOKENS_PER_PASS[device.type]
-    words: int = base.model.get_output_embeddings().out_features
-    return max(1, min(LANGUAGE_TOKENS_PER_PASS[device.type], LOGITS_BYTES // (24 * words)))
+    last = None if base.output_name is None else base.model.get_output_embeddings()
+    tokens = MOST_TOKENS[device.type] if last is None or device.type == "cpu" else LANGUAGE_TOKENS
+    if device.type == "cpu":
+        layers = [layer for layer in base.model.modules() if layer is not last]
+        width: int = sum(getattr(layer, "out_features", getattr(layer, "nf", 0)) for layer in layers)  # nf: of a Conv1D
+        tokens = max(FEWEST_TOKENS, min(tokens, VALUES_PER_PASS // max(1, width) // 64 * 64))
+    return tokens if last is None else max(1, min(tokens, LOGITS_BYTES // (24 * last.out_features)))

@@ -134,11 +134,12 @@ def make_batch(
     weights: Tensor,
     keys: Tensor,
     shared: Tensor,
-    packed: bool,
+    packed: int,
     each: int | None = None,
 ) -> Batch:
     """Put these rows in a batch; `clients`, `weights`, `keys`, `shared` and `each` are as `Batch` has them.
 
+    Where `packed` isn't 0, the batch has a packing, as `pack_rows` makes one with this `multiple`.
     A language model predicts each labelled token from the place before it.
     """
     inputs, places = pad(encoded, rows), None
@@ -152,7 +153,7 @@ def make_batch(
         wanted = tokens != UNLABELLED
         labels = tokens[wanted]
         places = torch.from_numpy(row * int(lengths.max()) + position - 1)[wanted]
-    packing = pack_rows(encoded.lengths[rows]) if packed else None
+    packing = pack_rows(encoded.lengths[rows], packed) if packed else None
     return Batch(inputs, labels, clients, weights, keys, packing, shared, places, each)
 
 
@@ -177,11 +178,12 @@ SEATS = 8
 """How many rows a block has at most is rounded up to a multiple of it, so that shapes recur."""
 
 
-def pack_rows(lengths: NDArray[np.int64]) -> Packing | None:
+def pack_rows(lengths: NDArray[np.int64], multiple: int = 1) -> Packing | None:
     """Plan how rows of these lengths, padded to the longest, lie in blocks of one size; None where it saves no block.
 
     The longest first, each row goes to the fullest block that has room for it. A block is as long as the longest row,
-    `BLOCK` at least, rounded up to a multiple of 16.
+    `BLOCK` at least, rounded up to a multiple of 16. Where there are more than eight, empty ones are added, up to a
+    `multiple`.
     """
     size = -(-max(BLOCK, int(lengths.max())) // 16) * 16
     with_room: list[list[int]] = [[] for _ in range(size + 1)]  # blocks by the room that is left in them
@@ -195,7 +197,8 @@ def pack_rows(lengths: NDArray[np.int64]) -> Packing | None:
             block, count = count, count + 1
         blocks[row], starts[row] = block, size - room
         with_room[room - length].append(block)
-    if count == len(lengths):
+    count = count if count <= 8 else -(-count // multiple) * multiple
+    if count >= len(lengths):
         return None
     width = int(lengths.max())
     row = np.repeat(np.arange(len(lengths)), lengths)
@@ -281,7 +284,7 @@ class TrainingSteps:
     local_steps: int  # a round
     tokens: int  # of a micro-batch, about
     clients_together: int  # about so many neighbouring clients have rows in a micro-batch at most
-    packed: bool  # whether it comes with a packing
+    packed: int  # blocks of its packing come in multiples of this; 0: it has none
     seed: int
     row_weights: NDArray[np.float64] | None = None  # [N], what each row counts in its client's mean; None: all alike
 
@@ -356,9 +359,12 @@ def _cut(steps: TrainingSteps, drawn: Drawn, clients: int) -> list[Batch]:
 
 
 def validation_batches(
-    encoded: Encoded, rows: NDArray[np.int64], tokens: int, packed: bool
+    encoded: Encoded, rows: NDArray[np.int64], tokens: int, packed: int
 ) -> Iterator[tuple[Batch, NDArray[np.int64]]]:
-    """Yield every row once, as one client's, with each row's place in `rows`, in batches of about `tokens` tokens."""
+    """Yield every row once, as one client's, with each row's place in `rows`, in batches of about `tokens` tokens.
+
+    `packed` is as `TrainingSteps` has it.
+    """
     lengths = encoded.lengths[rows]
     for part in even_parts(lengths, tokens) if packed else micro_batches(lengths, tokens):
         zeros = torch.zeros(len(part), dtype=torch.int64)

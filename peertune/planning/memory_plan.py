@@ -15,7 +15,7 @@ import torch
 
 from peertune.adapters.rows import Rows, bound_rows
 from peertune.assembly.build import build
-from peertune.assembly.loading import TOKENS_PER_PASS, clients_together
+from peertune.assembly.loading import MOST_TOKENS, clients_together
 from peertune.data.scores import ANSWERS
 from peertune.errors import PeertuneError, RunError
 from peertune.memory import LiveBytes, Most, available_bytes, meta_stands_for, resident_bytes
@@ -107,7 +107,7 @@ def plan(recipe: Recipe) -> Plan:
 def _rows_enough(recipe: Recipe, device: torch.device) -> int:
     """Return how many rows fill a batch of evaluation and do not take long."""
     tokens = recipe.training.tokens_per_pass
-    rows = (TOKENS_PER_PASS[device.type] if tokens == "auto" else tokens) // 2
+    rows = (MOST_TOKENS[device.type] if tokens == "auto" else tokens) // 2
     return max(1, min(rows, recipe.evaluate.rows or rows))
 
 

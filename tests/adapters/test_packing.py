@@ -65,6 +65,18 @@ def test_packed_rows_get_the_logits_and_gradients_of_padded_ones(
         torch.testing.assert_close(x, expected[part], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("name", PACKED)
+def test_empty_blocks_beside_the_others_change_nothing(name: str) -> None:
+    model, adapters = make_stack(name, dropout=0.2, head=True)
+    exact, filled = (make_batch([19, 15] * 18, packed) for packed in (1, 12))
+    assert exact.packing is not None
+    assert filled.packing is not None
+    assert len(filled.packing.rows) == 24 > len(exact.packing.rows) > 12
+    expected = answers(model, adapters, exact)
+    for part, x in answers(model, adapters, filled).items():
+        torch.testing.assert_close(x, expected[part], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["bert", "electra", "llama"])
 def test_sites_on_every_linear_layer_pack_though_some_stand_beside_the_layers(name: str) -> None:
     model, adapters = make_stack(name, dropout=0.2, all_linear=True)

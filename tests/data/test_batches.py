@@ -122,6 +122,22 @@ def test_rows_of_lengths_like_sst2s_leave_next_to_no_slot_empty() -> None:
     assert lengths.sum() / (len(lengths) * lengths.max()) < 0.4
 
 
+@given(lengths_of_rows, st.integers(1, 8))
+def test_blocks_come_in_multiples_with_empty_ones_at_the_end(lengths: NDArray[np.int64], multiple: int) -> None:
+    exact, packing = pack_rows(lengths), pack_rows(lengths, multiple)
+    if exact is None or len(exact.rows) <= 8:
+        assert (packing is None) == (exact is None)
+        assert packing is None or torch.equal(packing.rows, exact.rows)  # type: ignore[union-attr]
+        return
+    blocks = -(-len(exact.rows) // multiple) * multiple
+    assert (packing is None) == (blocks >= len(lengths))
+    if packing is not None:
+        assert len(packing.rows) == blocks
+        assert torch.equal(packing.rows[: len(exact.rows)], exact.rows)
+        assert (packing.rows[len(exact.rows) :] == -1).all()
+        assert torch.equal(packing.seats, exact.seats)
+
+
 def test_the_same_rows_are_packed_alike_each_time() -> None:
     lengths = np.random.default_rng(0).integers(1, 40, 50)
     first, second = pack_rows(lengths), pack_rows(lengths.copy())
