@@ -1,10 +1,9 @@
 """Torchrun's agent, whose ranks are forked from a warm process: it may start them again and again in little time.
 
-`python -m elastic RANKS RESTARTS WORD…` is `torchrun --standalone --nproc-per-node RANKS --max-restarts RESTARTS
+`main`, of RANKS RESTARTS WORD…, is `torchrun --standalone --nproc-per-node RANKS --max-restarts RESTARTS
 -m peertune WORD…`, and each rank leaves its process's number in `RESTART-RANK.pid`.
 """
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -28,8 +27,8 @@ def rank(*words: str) -> None:
 
 
 def main() -> None:
+    """Start the ranks, again where one fails, from where this process was forked."""
     ranks, restarts, *words = sys.argv[1:]
-    multiprocessing.set_forkserver_preload(["warm"])
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -41,7 +40,3 @@ def main() -> None:
         start_method="forkserver",
     )
     elastic_launch(config, rank)(*words)
-
-
-if __name__ == "__main__":
-    main()

@@ -137,7 +137,8 @@ def start(folder: Path, *words: str, **environment: str) -> Command:
 CALLER = f"""#!{sys.executable} -IS
 import json, os, signal, socket, sys
 
-words = sys.argv[3:] if sys.argv[1:3] == ["-m", "peertune"] else sys.argv[1:]
+words = [word for word in sys.argv[1:] if word not in ("-P", "-u")]
+words = words[2:] if words[:2] == ["-m", "peertune"] else words
 there = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 there.connect(os.path.dirname(os.path.abspath(__file__)) + "/socket")
 socket.send_fds(there, [json.dumps([os.getcwd(), words, dict(os.environ)]).encode()], [0, 1, 2])
@@ -158,6 +159,11 @@ class Forks:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.running: dict[int, list[str]] = {}  # each one's words, by its number
+
+    def start(self, folder: Path, *words: str) -> Command:
+        """Start the command line in a folder; the processes that it starts, as `--workers` does, are forked as well."""
+        code = f"import sys; sys.executable = {str(self.folder / 'python')!r}; {MAIN}"
+        return Command(folder, words, os.environ | {"OMP_NUM_THREADS": "1"}, code)
 
     def serve(self, there: socket.socket) -> None:
         """Run what a caller asks for, and tell it how that ended."""

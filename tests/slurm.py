@@ -154,12 +154,27 @@ def _named(pattern: str, job: str) -> str:
     return pattern
 
 
+FORKED = """
+import runpy, sys
+sys.executable, module = sys.argv[1:3]
+del sys.argv[1:3]
+runpy.run_module(module, alter_sys=True, run_name="__main__")
+"""
+"""A module as a program that starts others by another Python."""
+
+
 def srun(folder: Path, *words: str) -> None:
-    """Start the task of an element, and say how it ended where it did not end well."""
+    """Start the task of an element, and say how it ended where it did not end well.
+
+    Where the environment has `FORKING`, the task starts others by that Python.
+    """
     job, options, rest = os.environ["FAKE_JOB"], {}, list(words)
     while rest[0].startswith("--"):
         option = rest.pop(0)
         options[option] = rest.pop(0) if option in ("--output", "--error") else ""
+    if forking := os.environ.get("FORKING"):
+        place = rest.index("-m")
+        rest = [*rest[:place], "-c", FORKED, forking, *rest[place + 1 :]]
     with open(_named(options["--output"], job), "ab") as out, open(_named(options["--error"], job), "ab") as errors:
         process = subprocess.Popen(rest, stdout=out, stderr=errors)
     (folder / "task" / job).write_text(str(process.pid))

@@ -7,16 +7,14 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from federation import free_ports
-from processes import AT_MOST_S, Command, Process, finish, start, wait_until
+from processes import AT_MOST_S, Command, Forks, Process, finish, forks, start, wait_until
 from ranks import assert_same_adapters
 from safetensors.torch import load_file
 
@@ -54,6 +52,13 @@ def assert_same(ours: Path, theirs: Path) -> None:
     assert_same_adapters(ours, theirs)
 
 
+@pytest.fixture
+def made() -> Iterator[Forks]:
+    """What forks the processes that others start."""
+    with forks() as forking:
+        yield forking
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
@@ -64,10 +69,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_shared_run_that_is_stopped_goes_on_in_any_number_of_processes_to_the_same_adapters(
-    alone: Path, tmp_path: Path
+    alone: Path, tmp_path: Path, made: Forks
 ) -> None:
     run = tmp_path / "run"
-    process = start(tmp_path, "run", *RECIPE, "--workers", "3", "--out", "run")
+    process = made.start(tmp_path, "run", *RECIPE, "--workers", "3", "--out", "run")
     for sent, after, go_on in (("SIGINT", 7, ["--workers", "2"]), ("SIGTERM", 22, [])):
         wait_until(lambda after=after: rounds(run) >= after, process)  # type: ignore[misc]
         process.send_signal(signal.Signals[sent])
@@ -83,23 +88,15 @@ def test_a_shared_run_that_is_stopped_goes_on_in_any_number_of_processes_to_the_
         assert meta["round"] == rounds(run)
         assert sorted(client for shard in meta["shards"] for client in shard["clients"]) == list(range(5))
         assert sorted(path.name for path in last.iterdir()) == ["meta.json", *(one["file"] for one in meta["shards"])]
-        process = start(tmp_path, "run", "--resume", "run", *go_on)
+        process = made.start(tmp_path, "run", "--resume", "run", *go_on)
     code, _, err = finish(process)
     assert code == 0, err
     assert_same(run, alone)
 
 
-def module(folder: Path, name: str, *words: str) -> subprocess.Popen[str]:
-    """Start a module as a program of its own, whose words go to the folder's file `said`."""
-    with (folder / "said").open("w") as said:
-        return subprocess.Popen(
-            [sys.executable, "-m", name, *words],
-            cwd=folder,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)},
-            stdout=said,
-            stderr=said,
-            text=True,
-        )
+def by_agent(folder: Path, module: str, *words: str, **more: str) -> Command:
+    """Start the main function of a module: torchrun's, or `elastic`'s."""
+    return Command(folder, words, os.environ | {"OMP_NUM_THREADS": "1"} | more, f"from {module} import main; main()")
 
 
 def listens(port: int) -> bool:
@@ -111,38 +108,40 @@ def children(process: Process) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
-def test_a_rank_that_is_killed_before_all_have_met_is_started_again_by_torchrun(alone: Path, tmp_path: Path) -> None:
+def test_a_rank_that_is_killed_before_all_have_met_is_started_again_by_torchrun(
+    alone: Path, tmp_path: Path, made: Forks
+) -> None:
     run = tmp_path / "run"
-    options = ["--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    process = module(tmp_path, "torch.distributed.run", *options, "-m", "peertune", "run", *RECIPE, "--out", "run")
+    words = ["--standalone", "--nproc-per-node=2", "--max-restarts=1", "-m", "peertune", "run", *RECIPE, "--out", "run"]
+    process = by_agent(tmp_path, "torch.distributed.run", *words, PYTHON_EXEC=str(made.folder / "python"))
     try:
         wait_until(lambda: len(children(process)) == 2, process)
         os.kill(random.Random(11).choice(children(process)), signal.SIGKILL)
-        assert process.wait(AT_MOST_S) == 0, (tmp_path / "said").read_text()
+        assert process.wait(AT_MOST_S) == 0, process.communicate()
     finally:
         process.terminate()
     assert_same(run, alone)
 
 
-def test_a_run_of_which_a_rank_is_killed_ten_times_ends_the_same(alone: Path, tmp_path: Path) -> None:
+def test_a_run_of_which_a_rank_is_killed_six_times_ends_the_same(alone: Path, tmp_path: Path) -> None:
     """By torchrun's agent, which starts all ranks again, the first time before they have met."""
     chance, run = random.Random(5), tmp_path / "run"
-    process = module(tmp_path, "elastic", "2", "10", "run", *RECIPE, "--out", "run")
+    process = by_agent(tmp_path, "elastic", "2", "6", "run", *RECIPE, "--out", "run")
     try:
-        for restart, after in enumerate([0, *sorted(chance.sample(range(1, 50), 9))]):
+        for restart, after in enumerate([0, *sorted(chance.sample(range(1, 50), 5))]):
             ranks = [tmp_path / f"{restart}-{rank}.pid" for rank in range(2)]
             wait_until(lambda ranks=ranks: all(rank.exists() for rank in ranks), process)  # type: ignore[misc]
             wait_until(lambda after=after: rounds(run) >= after, process)  # type: ignore[misc]
             os.kill(int(chance.choice(ranks).read_text()), signal.SIGKILL)
-        assert process.wait(AT_MOST_S) == 0, (tmp_path / "said").read_text()
+        assert process.wait(AT_MOST_S) == 0, process.communicate()
     finally:
         process.terminate()
-    assert {file.name for file in tmp_path.glob("10-*.pid")} == {"10-0.pid", "10-1.pid"}
+    assert {file.name for file in tmp_path.glob("6-*.pid")} == {"6-0.pid", "6-1.pid"}
     assert_same(run, alone)
 
 
-def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path: Path) -> None:
-    process = start(tmp_path, "run", *RECIPE, "rounds=5000", "--workers", "2", "--out", "run")
+def test_a_rank_that_is_killed_ends_the_others_with_one_line(tmp_path: Path, made: Forks) -> None:
+    process = made.start(tmp_path, "run", *RECIPE, "rounds=5000", "--workers", "2", "--out", "run")
     wait_until(lambda: rounds(tmp_path / "run") >= 2, process)
     os.kill(random.Random(0).choice(children(process)[1:]), signal.SIGKILL)
     code, out, err = finish(process)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from federation import found
-from processes import finish, finish_well, start, wait_until
+from processes import finish, finish_well, forks, start, wait_until
 from ranks import assert_same_adapters
 
 from peertune.runs import records
@@ -49,7 +49,9 @@ def test_a_graph_from_a_file_runs_in_sweeps_workers_and_again_and_is_not_needed_
     (run,) = (tmp_path / "grid").iterdir()
     assert [record["edges"] for record in records.read(run)] == [[[0, 1], [0, 2], [1, 2]]] * 2
     assert json.loads((run / "facts.json").read_text())["plugins"]["graph"]["function"] == "mine:hub"
-    code, _, err = finish(start(tmp_path, "run", *recipe, "graph.hubs=2", "--workers", "2", "--out", "two", *ALLOWED))
+    with forks() as made:
+        workers = ["--workers", "2", "--out", "two", *ALLOWED]
+        code, _, err = finish(made.start(tmp_path, "run", *recipe, "graph.hubs=2", *workers))
     assert code == 0, err
     assert_same_adapters(tmp_path / "two", run)
 

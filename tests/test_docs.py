@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Call
+from processes import finish, forks
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
@@ -22,7 +23,6 @@ from peertune.cli import app
 from peertune.errors import Exit
 from peertune.recipe import Recipe
 from peertune.sweeps.grid import split_values, sweep_runs
-from peertune.sweeps.launch import COMMAND
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -144,8 +144,8 @@ def test_every_command_of_the_page_runs(
         assert words[0] == "peertune", f"{page.name}: how to test {words}?"
         small = made_small(words, minilm, little_glue)
         if "--workers" in small:
-            done = subprocess.run([*COMMAND, *small[1:]], cwd=tmp_path, capture_output=True, text=True, check=False)
-            code, err = done.returncode, done.stderr
+            with forks() as made:
+                code, _, err = finish(made.start(tmp_path, *small[1:]))
         else:
             code, _, err = peertune(*small[1:])
         assert code == 0, f"{page.name}: {shlex.join(words)}\n{err}"

@@ -29,10 +29,11 @@ QUEUE = ["--out", "all", "--launcher", "slurm"]
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     processes.forking()  # what runs are forked from is not the cluster's, which kills all that is
     made = Cluster(tmp_path / "cluster")
-    for key, value in made.environment().items():
-        monkeypatch.setenv(key, value)
-    yield made
-    made.end()
+    with processes.forks() as forks:
+        for key, value in (made.environment() | {"FORKING": str(forks.folder / "python")}).items():
+            monkeypatch.setenv(key, value)
+        yield made
+        made.end()
 
 
 @pytest.fixture(scope="module")
