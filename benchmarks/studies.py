@@ -68,7 +68,7 @@ STUDIES = {
         together=False,
     ),
 }
-STUDIES["changes"] = STUDIES["digits"]._replace(scored=(1, 2))
+STUDIES["changes"] = STUDIES["sgd"] = STUDIES["digits"]._replace(scored=(1, 2))
 
 
 def held_out(study: str, fold: int, choosing: bool) -> str:

@@ -1,6 +1,6 @@
 """Which method? Learning rates chosen on other rows and other seeds, then scores, as pairs by seed.
 
-    python -m benchmarks.which run digits             # or changes; or sst2, with SST2=FOLDER; goes on where it stopped
+    python -m benchmarks.which run digits             # changes, sgd; sst2, with SST2=FOLDER; goes on where it stopped
     python -m benchmarks.which run digits --part 1/2  # every second cell; 2/2 in a second process has the others
     python -m benchmarks.which table digits           # of the folds in which all cells have been run
 
@@ -20,6 +20,10 @@ been looked at with seed 100.
 
 `changes`: the same digits, with what changes `dec_lora`: each modifier that any method takes, and each start of the
 factors, with its defaults. Two folds of the five; `dec_lora` itself is that of `digits`.
+
+`sgd`: the modifiers that were derived for SGD, with their defaults, and `dec_lora` itself, by `optim: sgd`. Two folds.
+It was added when `changes` had shown that both spoil what AdamW does. Its grid of rates was placed after one run with
+seed 100 for each of four rates had been looked at.
 
 `sst2`: ten clients with the papers' mixture of labels, MiniLM-L6. Rates by the first half of the validation set, scores
 on the second. Three seeds, then two more. `new` is of the second half, `own` of a twentieth of each client's rows.
@@ -44,7 +48,9 @@ MODIFIED = {name: f"modifiers=[{{name: {name}}}]" for name in ("fedspeed", "dfed
 STARTS = {name: f"lora.init_lora_weights={name}" for name in ("gaussian", "pissa", "olora")}
 CHANGES = {f"dec_lora+{name}": setting for name, setting in (MODIFIED | STARTS).items()}
 """What changes `dec_lora` → how a recipe says so."""
+DERIVED_FOR_SGD = ("fedspeed", "dfed_admm")
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
+SGD_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 CHOOSING = (100, 101)  # seeds that choose a rate and score nothing
 SERVER = ("dec_lora", "ffa_lora", "rolora")
 
@@ -58,8 +64,9 @@ class Cell(NamedTuple):
 
 def cells(study: str) -> Iterator[Cell]:
     """Yield all cells; a client alone needs no graph."""
-    if study == "changes":
-        yield from (Cell(method, activation) for activation in (0.5, 0.02) for method in ("dec_lora", *CHANGES))
+    if study in ("changes", "sgd"):
+        changed = CHANGES if study == "changes" else [f"dec_lora+{name}" for name in DERIVED_FOR_SGD]
+        yield from (Cell(method, activation) for activation in (0.5, 0.02) for method in ("dec_lora", *changed))
         return
     for activation, method in product((0.5, 0.02), ALGORITHMS):
         if method != "local" or activation == 0.5:
@@ -72,6 +79,7 @@ def settings(study: str, cell: Cell, rate: float, seed: int, fold: int, choosing
     return [
         *(["training.loraplus_lr_ratio=2"] if cell.method == "la_lora" else []),
         *([CHANGES[cell.method]] if cell.method in CHANGES else []),
+        *(["training.optim=sgd"] if study == "sgd" else []),
         f"algorithm.name={cell.method.partition('+')[0]}",
         f"graph.activation={cell.activation}",
         f"training.learning_rate={rate}",
@@ -98,8 +106,9 @@ def run(study: str, part: str) -> None:
     for fold, (place, cell) in product(of.scored, enumerate(cells(study))):
         if place % parts != number - 1:
             continue
-        rows = iter(all_of(cell, fold, True, RATES, CHOOSING))
-        rate = best(study, {rate: [next(rows) for _ in CHOOSING] for rate in RATES})
+        rates = SGD_RATES if study == "sgd" else RATES
+        rows = iter(all_of(cell, fold, True, rates, CHOOSING))
+        rate = best(study, {rate: [next(rows) for _ in CHOOSING] for rate in rates})
         all_of(cell, fold, False, [rate], of.seeds)
 
 
