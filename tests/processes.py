@@ -210,6 +210,9 @@ def forks() -> Iterator[Forks]:
             yield made
         finally:
             listening.shutdown(socket.SHUT_RDWR)
+            for pid in list(made.running):  # what a test that failed has left behind
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 Process = Command | subprocess.Popen[str]
