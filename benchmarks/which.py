@@ -43,12 +43,12 @@ import torch
 
 from benchmarks.studies import STUDIES, Kept, Row, Scores, by_seed, held_out, paired, scored
 from peertune.methods.catalogue import ALGORITHMS
+from peertune.methods.modifiers import DERIVED_FOR_SGD
 
 MODIFIED = {name: f"modifiers=[{{name: {name}}}]" for name in ("fedspeed", "dfed_admm", "mix_moments", "half")}
 STARTS = {name: f"lora.init_lora_weights={name}" for name in ("gaussian", "pissa", "olora")}
 CHANGES = {f"dec_lora+{name}": setting for name, setting in (MODIFIED | STARTS).items()}
 """What changes `dec_lora` → how a recipe says so."""
-DERIVED_FOR_SGD = ("fedspeed", "dfed_admm")
 RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
 SGD_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 CHOOSING = (100, 101)  # seeds that choose a rate and score nothing

@@ -1,13 +1,17 @@
 """What a method or a modifier needs of a recipe, and what is to be done where the recipe has something else."""
 
+import logging
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, Message, plain_weights
+from peertune.methods.modifiers import DERIVED_FOR_SGD
 from peertune.recipe import Recipe
 from peertune.topology import Graph
+
+log = logging.getLogger(__name__)
 
 _ROUNDS = 100  # that are looked at for what is sent
 
@@ -80,7 +84,7 @@ NEEDS: Mapping[str, Need] = {
 
 
 def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
-    """Raise RecipeError, in one line, for the first need that a recipe doesn't meet."""
+    """Raise RecipeError, in one line, for the first need that a recipe doesn't meet; warn of what seldom goes well."""
     names = " with ".join([recipe.algorithm.name, *(modifier.name for modifier in recipe.modifiers)])
     needed = [(f"algorithm: {names}", name) for name in sorted(algorithm.needs)]
     if graph.weights == "push_sum":
@@ -90,3 +94,10 @@ def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
             raise RecipeError(f"{who} needs {name!r}, which nobody knows; choose from {', '.join(NEEDS)}")
         if not NEEDS[name].met(recipe, graph, algorithm):
             raise RecipeError(f"{who} needs {name}; {NEEDS[name].instead}")
+    derived = [modifier.name for modifier in recipe.modifiers if modifier.name in DERIVED_FOR_SGD]
+    if derived and recipe.training.optim != "sgd":
+        log.warning(
+            "modifiers: %s is derived for SGD, and %s learnt far less with it where it was tried (docs/results.md); "
+            "give training.optim=sgd, with a rate for that",
+            *(derived[0], recipe.training.optim),
+        )

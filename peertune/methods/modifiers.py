@@ -20,6 +20,9 @@ from peertune.methods.mixers import averaged
 from peertune.methods.smaller import half, int4, int8, shared_mask
 from peertune.types import MOMENTS, Tensors, kind, norms, over_clients
 
+DERIVED_FOR_SGD = ("fedspeed", "dfed_admm")
+"""Modifiers whose pull is in proportion to gradients, which AdamW scales away."""
+
 
 def fedspeed(local: Local, proximal: float = 0.1, ascent: float = 0.1) -> Local:
     """FedSpeed: a proximal term and a dual pull each client to the others; gradients are taken a step uphill.
@@ -34,7 +37,8 @@ def fedspeed(local: Local, proximal: float = 0.1, ascent: float = 0.1) -> Local:
 
     Source: FedSpeed (arXiv 2302.10429) and the authors' code, whose server adds the mean of all h; with W in the mean's
     place that is DFedADMM with sharpness-aware gradients (arXiv 2308.08290). Derived for SGD: with AdamW, which scales
-    what it follows, it is a heuristic. The authors let rates fall by .998 a round.
+    what it follows, it learns far less (docs/results.md), and a run is warned. The authors let rates fall by .998 a
+    round.
 
     Raises:
         RecipeError: `proximal` or `ascent` is not above 0.

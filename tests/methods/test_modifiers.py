@@ -14,7 +14,7 @@ from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Local, Memory, Message, Mixer, Phase
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
-from peertune.methods.modifiers import MODIFIERS, dfed_admm, fedspeed, mix_moments
+from peertune.methods.modifiers import DERIVED_FOR_SGD, MODIFIERS, dfed_admm, fedspeed, mix_moments
 from peertune.methods.schedules import by_round
 from peertune.methods.smaller import half
 from peertune.recipe import Recipe
@@ -363,3 +363,12 @@ def test_moments_of_adam_are_always_what_a_sender_may_say() -> None:
         optimizer.update(state.adapters, grads, moments, every_kind(1e-3))
         heard = {f"moments.{name}": x for name, x in moments.items() if name.startswith("q.A")}
         assert message.sound(heard).all(), step
+
+
+@pytest.mark.parametrize("name", DERIVED_FOR_SGD)
+def test_what_is_derived_for_sgd_warns_of_adamw(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    for optim, warned in (("adamw", [f"modifiers: {name} is derived for SGD, and adamw learnt far less"]), ("sgd", [])):
+        caplog.clear()
+        build(load_recipe("digits-demo", ["clients=2", f"modifiers=[{{name: {name}}}]", f"training.optim={optim}"]))
+        said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert [line.partition(" with it")[0] for line in said] == warned
