@@ -216,16 +216,32 @@ def test_a_run_that_fails_stops_no_other_and_is_named(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "all").iterdir()] == ["lora.r=2"]
 
 
-def test_a_full_disk_is_one_line_for_each_run_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep, by the command itself, whose disk is full and whose folder has a module of another's name."""
+    folder = tmp_path_factory.mktemp("full")
+    (folder / "torch.py").write_text("raise SystemExit('not this one')")
     words = ["sweep", "digits-demo", *SMALL, "rounds=1", "seed=0,1", "--out", "all", "--stack"]
-    limited = f"ulimit -f 40; exec {shlex.quote(sys.executable)} -m peertune {shlex.join(words)}"  # blocks of 1 KiB
-    done = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = shlex.join([str(Path(sys.executable).with_name("peertune")), *words])
+    limited = ["bash", "-c", f"ulimit -f 40; exec {command}"]  # blocks of 1 KiB
+    done = subprocess.run(limited, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "0 of 2 runs are finished in all\n")
-    assert "2 of 2 runs train as one stack: their clients share every pass" in done.stderr
-    assert [line.partition(": can't be written (")[0] for line in processes.problems(done.stderr).splitlines()] == [
+    (folder / "said").write_text(done.stderr)
+    return folder
+
+
+def test_a_full_disk_is_one_line_for_each_run_and_leaves_nothing_half_written(full: Path) -> None:
+    said = (full / "said").read_text()
+    assert "2 of 2 runs train as one stack: their clients share every pass" in said
+    assert [line.partition(": can't be written (")[0] for line in processes.problems(said).splitlines()] == [
         f"peertune: seed={seed}: all/seed={seed}/checkpoints/round-000001" for seed in (0, 1)
     ]
-    assert not list((tmp_path / "all").rglob(".round*"))
+    assert not list((full / "all").rglob(".round*"))
+
+
+def test_runs_import_nothing_from_the_folder_that_one_is_in(full: Path) -> None:
+    assert "not this one" not in (full / "said").read_text()
+    assert all(len(records(full / "all" / f"seed={seed}")) == 1 for seed in (0, 1)), "they trained"
 
 
 def test_a_run_that_was_killed_is_resumed_by_its_sweep(whole: Path, tmp_path: Path) -> None:
