@@ -108,7 +108,7 @@ LITTLE = [
     "clients=4",
     "training={local_steps: 1, per_device_train_batch_size: 2}",
     "evaluate={every: 100, rows: 4}",
-    "rounds=40",
+    "rounds=24",
     "checkpoint.every=5",
 ]
 
@@ -204,7 +204,7 @@ def test_a_run_that_slurm_stops_goes_on_in_pods_to_the_same_adapters(
     code, _, err = finish(job)
     assert code == 130, err
     assert (tmp_path / "requeued").exists()
-    assert 3 <= rounds(run) < 40
+    assert 3 <= rounds(run) < 24
 
     pod = documents("pytorchjob.yaml")["PyTorchJob"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]
     (container,) = pod["containers"]
