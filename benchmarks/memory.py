@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 
 from benchmarks.growth import SIZES, build
@@ -13,7 +14,7 @@ from peertune.types import payload_bytes
 def run() -> list[Figure]:
     """Measure each size once."""
     state = 3 * payload_bytes(build(min(SIZES)).job.state.adapters)  # factors and two moments
-    peaks = {size: _peak(size) for size in SIZES}
+    peaks = {size: _peak(size, SIZES) for size in SIZES}
     figures = [figure(f"peak memory, {size:,} clients", [peak / 2**20], "MiB") for size, peak in peaks.items()]
     note = f"factors and moments are {state / 2**20:.2f} MiB"
     for small, large in pairwise(SIZES):
@@ -25,26 +26,27 @@ def run() -> list[Figure]:
 
 def turn() -> list[Figure]:
     """Measure the peak for ten clients, and what each of ninety further ones takes."""
-    peaks = {size: _peak(size) / 2**20 for size in SIZES[:2]}
-    small, large = peaks
+    small, large = sizes = SIZES[:2]
+    peaks = {size: _peak(size, sizes) / 2**20 for size in sizes}
     return [
         figure(f"peak memory, {small} clients", [peaks[small]], "MiB"),
         figure("memory for a further client", [(peaks[large] - peaks[small]) / (large - small)], "MiB"),
     ]
 
 
-def _peak(clients: int) -> int:
+def _peak(clients: int, sizes: Sequence[int]) -> int:
     """Return the largest resident size, in bytes, of a process of its own for so many clients.
 
-    All sizes do equally many client-steps, since what the allocator leaves unused between tensors grows with these.
+    All `sizes` do equally many client-steps, since what the allocator leaves unused between tensors grows with these.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", str(clients)]
+    rounds = 2 * max(sizes) // clients
+    command = [sys.executable, "-m", "benchmarks.memory", str(clients), str(rounds)]
     return int(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
 
 
-def _main(clients: int) -> None:
+def _main(clients: int, rounds: int) -> None:
     records = simulate(build(clients).job)
-    for _ in range(2 * max(SIZES) // clients):
+    for _ in range(rounds):
         next(records)
     with open("/proc/self/status", encoding="utf-8") as file:  # getrusage's peak would count the parent's too
         (line,) = (line for line in file if line.startswith("VmHWM"))
@@ -52,4 +54,4 @@ def _main(clients: int) -> None:
 
 
 if __name__ == "__main__":
-    _main(int(sys.argv[1]))
+    _main(*map(int, sys.argv[1:]))
