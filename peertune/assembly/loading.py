@@ -31,7 +31,7 @@ for the backward pass is most of what a process takes. A large base's products a
 one is bound by calls, and takes more tokens."""
 RECURRING = 4
 """Blocks of packed rows come in multiples of it in bfloat16 on a CPU. There PyTorch makes code for each shape of a
-product, at the cost of several products, and keeps 1,024 of these, of half a megabyte."""
+product, at the cost of several products, and keeps 1,024 of these, of .7 MB each."""
 LOGITS_BYTES = 2**33
 """What a language model's logits and their gradients may take: 12 bytes a label and word in training, 10 in evaluation,
 which has twice the tokens."""
