@@ -256,16 +256,18 @@ def test_a_run_that_was_killed_is_resumed_by_its_sweep(whole: Path, tmp_path: Pa
 
 
 def test_a_dry_run_lists_the_runs_and_writes_nothing(whole: Path, tmp_path: Path) -> None:
-    code, out, _ = finish(start(whole.parent, *GRID, "--out", "all", "--dry-run", "--json"))
-    assert code == 0
+    recipe = ["sweep", "digits-demo", *SMALL]
+    with processes.forks() as made:  # each measures in processes that it starts
+        one = made.start(whole.parent, *recipe, *GRID, "--out", "all", "--dry-run", "--json")
+        other = made.start(tmp_path, *recipe, "rounds=1", "seed=0,1", "--out", "none", "--dry-run", "--stack")
+        (code, out, _), (stacked, said, _) = finish(one), finish(other)
+    assert (code, stacked) == (0, 0)
     rows = json.loads(out)
     assert [row["run"] for row in rows] == [run.name for run in grid.sweep_runs("digits-demo", [*SMALL, *GRID])]
     assert all(row["finished"] and row["seconds"] > 0 and row["memory_bytes"] > 1e7 for row in rows)
     assert {row["stack"] for row in rows} == {None}
     sent = {row["run"]: sum(map(sum, ([r["bytes_sent"] for r in records(whole / row["run"])]))) for row in rows}
     assert {row["run"]: row["sent_bytes"] for row in rows} == sent
-    code, out, _ = finish(start(tmp_path, "rounds=1", "seed=0,1", "--out", "none", "--dry-run", "--stack"))
-    assert code == 0
-    assert "2 of 2 runs are left" in out
-    assert "2 of 2 runs train as one stack" in out
+    assert "2 of 2 runs are left" in said
+    assert "2 of 2 runs train as one stack" in said
     assert list(tmp_path.iterdir()) == []
