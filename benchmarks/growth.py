@@ -7,7 +7,6 @@ from benchmarks.measure import Figure, copy_bandwidth, figure, ratios
 from benchmarks.setup import dropout, make
 from peertune import simulate
 from peertune.assembly.build import Built
-from peertune.types import payload_bytes
 
 SIZES = (10, 100, 1000)
 LOCAL_STEPS = 20
@@ -42,7 +41,7 @@ def run(repeats: int = 5) -> list[Figure]:
                 mix[size].append(record.seconds["mix"] + record.seconds["exchange"])
                 heard[size].append(sum(record.neighbours))
     bandwidth = copy_bandwidth()
-    one = payload_bytes(runs[SIZES[0]].job.state.adapters)
+    one = sum(x[0].nbytes for x in runs[SIZES[0]].job.state.adapters.values())  # a client's
     least, per_client = min(SIZES), {size: [1e3 * x for x in train[size]] for size in SIZES}
     figures = []
     for size in SIZES:

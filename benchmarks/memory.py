@@ -8,12 +8,12 @@ from itertools import pairwise
 from benchmarks.growth import SIZES, build
 from benchmarks.measure import Figure, figure
 from peertune import simulate
-from peertune.types import payload_bytes
 
 
 def run() -> list[Figure]:
     """Measure each size once."""
-    state = 3 * payload_bytes(build(min(SIZES)).job.state.adapters)  # factors and two moments
+    adapters = build(min(SIZES)).job.state.adapters
+    state = 3 * sum(x[0].nbytes for x in adapters.values())  # a client's factors and two moments
     peaks = {size: _peak(size, SIZES) for size in SIZES}
     figures = [figure(f"peak memory, {size:,} clients", [peak / 2**20], "MiB") for size, peak in peaks.items()]
     note = f"factors and moments are {state / 2**20:.2f} MiB"
