@@ -154,13 +154,18 @@ def _named(pattern: str, job: str) -> str:
     return pattern
 
 
-FORKED = """
+TASK = """
 import runpy, sys
-sys.executable, module = sys.argv[1:3]
-del sys.argv[1:3]
-runpy.run_module(module, alter_sys=True, run_name="__main__")
+sys.executable, *words = sys.argv[1:]
+place = words.index("-m") + 1
+sys.argv[1:] = words[place + 1 :]
+runpy.run_module(words[place], alter_sys=True, run_name="__main__")
 """
-"""A module as a program that starts others by another Python."""
+
+
+def starting(python: str) -> list[str]:
+    """Return what stands for Python where a module runs that is to start others by this one."""
+    return [sys.executable, "-P", "-c", TASK, python]
 
 
 def srun(folder: Path, *words: str) -> None:
@@ -173,8 +178,7 @@ def srun(folder: Path, *words: str) -> None:
         option = rest.pop(0)
         options[option] = rest.pop(0) if option in ("--output", "--error") else ""
     if forking := os.environ.get("FORKING"):
-        place = rest.index("-m")
-        rest = [*rest[:place], "-c", FORKED, forking, *rest[place + 1 :]]
+        rest = [*starting(forking), *rest[1:]]
     with open(_named(options["--output"], job), "ab") as out, open(_named(options["--error"], job), "ab") as errors:
         process = subprocess.Popen(rest, stdout=out, stderr=errors)
     (folder / "task" / job).write_text(str(process.pid))

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import processes
 import pytest
 import submitit
 from conftest import Call
-from slurm import Cluster
+from slurm import Cluster, starting
 from sweeping import SMALL, finish, records, start
 from typer.testing import CliRunner
 
@@ -143,13 +144,14 @@ def test_elements_that_fail_are_named_and_only_they_are_submitted_again(cluster:
 def test_a_task_that_submitit_takes_off_its_own_cluster_goes_on(whole: Path, tmp_path: Path) -> None:
     words = ["digits-demo", *SMALL, *[word for word in GRID if word != "seed=0,1"], "seed=0"]
     task = Command(tuple(words), tmp_path / "seed=0")
-    executor = submitit.AutoExecutor(tmp_path / "jobs", cluster="local")
-    job = executor.submit(Element(task, 60))
-    processes.wait_until(lambda: rounds(task.folder) >= 2)
-    assert isinstance(job, submitit.LocalJob)
-    (child,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
-    os.kill(int(child), signal.SIGUSR2)
-    processes.wait_until(job.done)
+    with processes.forks() as forks:
+        executor = submitit.LocalExecutor(tmp_path / "jobs", python=shlex.join(starting(str(forks.folder / "python"))))
+        job = executor.submit(Element(task, 60))
+        processes.wait_until(lambda: rounds(task.folder) >= 2)
+        assert isinstance(job, submitit.LocalJob)
+        (child,) = Path(f"/proc/{job.job_id}/task/{job.job_id}/children").read_text().split()
+        os.kill(int(child), signal.SIGUSR2)
+        processes.wait_until(job.done)
     assert "Requeued job" in str(job.stdout())
     assert job.exception() is None
     assert records(task.folder) == records(whole / "seed=0")
