@@ -24,11 +24,11 @@ MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Tokens that go through the base together at most, where the recipe leaves it open: enough to fill the device."""
 LANGUAGE_TOKENS = 8192
 """The same on a GPU for language models, which are larger, and have logits for each token of a completion."""
-FEWEST_TOKENS = 768
-VALUES_PER_PASS = 2**24
-"""On a CPU, how many values the base's linear layers put out for the tokens that go through together. What they keep
-for the backward pass is most of what a process takes. A large base's products are as fast with `FEWEST_TOKENS`; a small
-one is bound by calls, and takes more tokens."""
+BYTES_PER_PASS = 2**26
+"""On a CPU, what the base's linear layers put out for the tokens that go through together. What they keep for the
+backward pass is most of what a process takes. A small base is bound by calls, and takes more tokens."""
+FEWEST_TOKENS = {torch.bfloat16: 1536, torch.float32: 768, torch.float64: 768}
+"""On a CPU, tokens with which a large base's products are about as fast as with more."""
 RECURRING = 4
 """Blocks of packed rows come in multiples of it in bfloat16 on a CPU. There PyTorch makes code for each shape of a
 product, at the cost of several products, and keeps 1,024 of these, of .7 MB each."""
@@ -87,7 +87,7 @@ def load(recipe: Recipe, task: Task, *, planned: bool = False, by_run: bool = Fa
     model = _with_sites(recipe, task, base, planned, _drawn_layers(base) if by_run else ())
     if recipe.training.gradient_checkpointing:
         map_tensors_alone()  # who computes twice to save memory has no use for a heap with holes
-    return Loaded(base, model, lora, device, dtype, _tokens_per_pass(recipe, base, device))
+    return Loaded(base, model, lora, device, dtype, _tokens_per_pass(recipe, base, device, dtype))
 
 
 def of_run(loaded: Loaded, recipe: Recipe) -> Loaded:
@@ -211,7 +211,7 @@ def _matching(task: Task, base: Base) -> Forward:
     return match_names(tokens["input_ids"], tokens["attention_mask"], len(task.templates))
 
 
-def _tokens_per_pass(recipe: Recipe, base: Base, device: torch.device) -> int:
+def _tokens_per_pass(recipe: Recipe, base: Base, device: torch.device, dtype: torch.dtype) -> int:
     """Return about how many tokens go through the base together: by the recipe, or what the device has room for."""
     if recipe.training.tokens_per_pass != "auto":
         return recipe.training.tokens_per_pass
@@ -220,5 +220,6 @@ def _tokens_per_pass(recipe: Recipe, base: Base, device: torch.device) -> int:
     if device.type == "cpu":
         layers = [layer for layer in base.model.modules() if layer is not last]
         width: int = sum(getattr(layer, "out_features", getattr(layer, "nf", 0)) for layer in layers)  # nf: of a Conv1D
-        tokens = max(FEWEST_TOKENS, min(tokens, VALUES_PER_PASS // max(1, width) // 64 * 64))
+        room = BYTES_PER_PASS // max(1, width * dtype.itemsize) // 64 * 64
+        tokens = max(FEWEST_TOKENS[dtype], min(tokens, room))
     return tokens if last is None else max(1, min(tokens, LOGITS_BYTES // (24 * last.out_features)))

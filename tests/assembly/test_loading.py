@@ -31,22 +31,25 @@ def gpt2(words: int) -> Base:
 
 
 @pytest.mark.parametrize(
-    ("base", "cpu", "cuda"),
+    ("base", "single", "half", "cuda"),
     [
-        (bert(32, 2), 8192, 65536),
-        (bert(256, 4), 1728, 65536),
-        (bert(384, 6), 768, 65536),
-        (bert(1024, 24), 768, 65536),
-        (gpt2(1000), 768, 8192),
-        (gpt2(500_000), 715, 715),  # what its logits leave room for
+        (bert(32, 2), 8192, 8192, 65536),
+        (bert(256, 4), 1728, 3520, 65536),
+        (bert(384, 6), 768, 1536, 65536),
+        (bert(1024, 24), 768, 1536, 65536),
+        (gpt2(1000), 768, 1600, 8192),
+        (gpt2(500_000), 715, 715, 715),  # what its logits leave room for
     ],
     ids=["small", "medium", "MiniLM", "large", "language", "many words"],
 )
-def test_a_pass_has_as_many_tokens_as_the_width_of_the_base_leaves_room_for(base: Base, cpu: int, cuda: int) -> None:
-    assert _tokens_per_pass(RECIPE, base, torch.device("cpu")) == cpu
-    assert _tokens_per_pass(RECIPE, base, torch.device("cuda")) == cuda
+def test_a_pass_has_as_many_tokens_as_the_width_of_the_base_leaves_room_for(
+    base: Base, single: int, half: int, cuda: int
+) -> None:
+    assert _tokens_per_pass(RECIPE, base, torch.device("cpu"), torch.float32) == single
+    assert _tokens_per_pass(RECIPE, base, torch.device("cpu"), torch.bfloat16) == half
+    assert _tokens_per_pass(RECIPE, base, torch.device("cuda"), torch.bfloat16) == cuda
     asked = load_recipe("digits-demo", ["training.tokens_per_pass=100"])
-    assert _tokens_per_pass(asked, base, torch.device("cpu")) == 100
+    assert _tokens_per_pass(asked, base, torch.device("cpu"), torch.float32) == 100
 
 
 def test_blocks_come_in_multiples_where_each_shape_costs() -> None:
