@@ -296,8 +296,10 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
         ),
         (
             "training={warmup_steps: 1, warmup_ratio: 0.1}",
-            "training.warmup_ratio: unknown key 'warmup_ratio', did you mean",
+            "training.warmup_ratio: is training.warmup_steps, which below 1 is a share of the steps; give one of",
         ),
+        ("training.warmup_ratio=1", "training.warmup_ratio: is training.warmup_steps, which below 1 is a share of the"),
+        ("training.class_weight={5: -1}", "training.class_weight: input should be greater than or equal to 0, not -1"),
         ("training.lr_scheduler_kwargs.min_lr=0", "training.lr_scheduler_kwargs.min_lr: is of cosine_with_min_lr, and"),
         (
             "training.lr_scheduler_type=cosine_with_min_lr",
@@ -309,13 +311,18 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
         ),
         (
             "lora.init_lora_weights=eva",
-            "lora.init_lora_weights: input should be True, 'gaussian', 'pissa' or 'olora', not 'eva'",
+            "lora.init_lora_weights: input should be True, 'gaussian', 'pissa' or 'olora', not 'eva' (docs/recipe.md, "
+            "Names that recipes lack)",
         ),
         (
             "training.gradient_accumulation_steps=4",
             "training.gradient_accumulation_steps: a step is one batch, cut for the device by training."
             "tokens_per_pass; for 4 times 16 rows give training.per_device_train_batch_size=64 (docs/recipe.md, "
             "Names that recipes lack)",
+        ),
+        (
+            "training.gradient_accumulation_steps=four",
+            "; for 1 times 16 rows give training.per_device_train_batch_size=16 (",
         ),
         (
             "training.num_train_epochs=3",
@@ -327,6 +334,7 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
             "lora.use_rslora=true",
             "lora.use_rslora: the scale is lora_alpha / r; for lora_alpha / sqrt(r) give lora.lora_alpha=16 (",
         ),
+        ("lora.use_rslora=false", "lora.use_rslora: the scale is lora_alpha / r; leave it out ("),
         (
             "lora={use_rslora: true, r: many}",
             "lora.use_rslora: the scale is lora_alpha / r; for lora_alpha / sqrt(r) give",

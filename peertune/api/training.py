@@ -253,6 +253,13 @@ def check_same(resolved: Recipe, folder: Path, *, longer: bool = False) -> None:
         if longer and block == "evaluate":
             before[block] |= {"patience": value["patience"]}
         if value != before[block]:
-            raise RunError(
-                f"{folder}: was run with {block}: {before[block]}, not {value}; resume without a recipe, or start anew"
-            )
+            told = _differing(block, before[block], value)
+            raise RunError(f"{folder}: was run with {told}; resume without a recipe, or start anew")
+
+
+def _differing(key: str, was: object, now: object) -> str:
+    """Say what differs; of blocks the keys."""
+    if not (isinstance(was, dict) and isinstance(now, dict)):
+        return f"{key}: {was}, not {now}"
+    keys = [name for name in was | now if was.get(name) != now.get(name)]
+    return ", ".join(f"{key}.{name}: {was.get(name)}, not {now.get(name)}" for name in keys)

@@ -197,5 +197,7 @@ def print_summary(folder: Path, as_json: bool, **more: object) -> None:
         )
     if "best_of_own" in row:
         told = ", ".join(f"{words} {row[key]:.3f}" for key, words in _OF_OWN.items())
-        print(f"on held-out rows of its own: {told}; best: {_OF_OWN[row['best_of_own']]}")
+        top = row["best_of_own"]
+        alike = "".join(f", and alike {_OF_OWN[key]}" for key in _OF_OWN if key != top and row[key] == row[top])
+        print(f"on held-out rows of its own: {told}; best: {_OF_OWN[top]}{alike}")
     print(f"records and adapters are in {folder}")

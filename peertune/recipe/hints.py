@@ -18,7 +18,7 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
 
     `values` are what was complained of.
     """
-    first = min(error.errors(), key=lambda complaint: complaint["type"] != "extra_forbidden")
+    first = min(error.errors(), key=lambda one: (one["type"] != "extra_forbidden", -len(one["loc"])))  # the nearest
     path: list[str] = []
     block: type[BaseModel] = Recipe
     for step in first["loc"]:  # goes on, inside a value, with the alternatives that pydantic tried
@@ -42,7 +42,8 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
         case "model_type" | "model_attributes_type":
             return f"{key}: is a block of keys, not {first['input']!r}"
         case _:
-            return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}"
+            page = f" ({ELSEWHERE_PAGE})" if path[-1] == "init_lora_weights" else ""
+            return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}{page}"
 
 
 def unknown_key(key: str, known: Collection[str]) -> str:
@@ -93,7 +94,6 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "torch_dtype": ("model.dtype",),
     "train_batch_size": ("training.per_device_train_batch_size",),
     "warmup": ("training.warmup_steps",),
-    "warmup_ratio": ("training.warmup_steps",),
     "wd": ("training.weight_decay",),
 }
 """Names that the Trainer, PEFT, TRL or a habit has for a key → the keys here."""
@@ -106,6 +106,14 @@ def _epochs(given: Any, of: Mapping[str, Any]) -> str:
     return (
         f"a run has rounds · training.local_steps = {steps:,} steps of {rows:,} rows, so that each client passes over "
         f"{steps * rows:,} rows; give rounds, or training.local_steps, for {given} times those that a client holds"
+    )
+
+
+def _accumulation(given: Any, of: Mapping[str, Any]) -> str:
+    times = given if isinstance(given, int) else 1
+    return (
+        "a step is one batch, cut for the device by training.tokens_per_pass; "
+        f"for {times} times {of[_SIZE]} rows give {_SIZE}={times * of[_SIZE]}"
     )
 
 
@@ -122,10 +130,7 @@ ELSEWHERE: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "bias": lambda given, of: "biases stay the base's own, since no method says how to mix them; leave it out",
     "early_stopping_threshold": _threshold,
     "epochs": _epochs,
-    "gradient_accumulation_steps": lambda given, of: (
-        "a step is one batch, cut for the device by training.tokens_per_pass; "
-        f"for {given} times {of[_SIZE]} rows give {_SIZE}={given * of[_SIZE]}"
-    ),
+    "gradient_accumulation_steps": _accumulation,
     "greater_is_better": _metric,
     "metric_for_best_model": _metric,
     "modules_to_save": lambda given, of: "the head trains and is mixed with head=trained, and nothing else can be",
@@ -135,6 +140,11 @@ ELSEWHERE: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "use_rslora": lambda given, of: (
         f"the scale is lora_alpha / r; for lora_alpha / sqrt(r) give "
         f"lora.lora_alpha={of['lora.lora_alpha'] * sqrt(of['lora.r']):.4g}"
+        if given
+        else "the scale is lora_alpha / r; leave it out"
+    ),
+    "warmup_ratio": lambda given, of: (
+        "is training.warmup_steps, which below 1 is a share of the steps; give one of the two, and that"
     ),
 }
 """Names of PEFT and the Trainer that no key has → what is right instead, by the value given and the recipe's values."""

@@ -39,6 +39,13 @@ def _optim(value: Any) -> Any:
     return "adamw" if value == "adamw_torch" else value
 
 
+def _by_class(value: Any) -> Any:
+    """Take classes that are called by numbers: `{5: 3}` is `{"5": 3}`."""
+    if not isinstance(value, Mapping):
+        return value
+    return {str(name) if type(name) is int else name: weight for name, weight in value.items()}
+
+
 def _warmup(value: float) -> float:
     """Check what is a number of steps, or a share of them."""
     if value < 0 or (value > 1 and value != int(value)):
@@ -108,7 +115,9 @@ class Training(_Block):
     long_rows: Literal["cut", "drop"] = "cut"  # what is done with rows of more; either way they are counted
     label_smoothing_factor: float = Field(0.0, ge=0, lt=1)
     # How much a row of a class counts: "balanced" by each client's own rows, or by the class's name; null: all alike.
-    class_weight: Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None = None
+    class_weight: Annotated[
+        Literal["balanced"] | dict[str, Annotated[float, Field(ge=0)]] | None, BeforeValidator(_by_class)
+    ] = None
     optim: Annotated[Literal["adamw", "sgd"], BeforeValidator(_optim)] = "adamw"
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -130,6 +139,8 @@ class Training(_Block):
     def _older_names(cls, values: Any) -> Any:
         """Take what `transformers` called `warmup_ratio` up to its version 4."""
         if not isinstance(values, Mapping) or "warmup_ratio" not in values or "warmup_steps" in values:
+            return values
+        if isinstance(ratio := values["warmup_ratio"], int | float) and ratio >= 1:  # which would be steps
             return values
         return {key: value for key, value in values.items() if key != "warmup_ratio"} | {
             "warmup_steps": values["warmup_ratio"]

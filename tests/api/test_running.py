@@ -11,6 +11,7 @@ from conftest import Call
 
 import peertune as pt
 from peertune import PeertuneError, Run, Runs, Stopped
+from peertune.cli.running import print_summary
 from peertune.recipe import load_recipe
 
 pytestmark = pytest.mark.thorough
@@ -53,6 +54,15 @@ def test_a_run_from_python_leaves_what_the_command_leaves(peertune: Call, made: 
     said = json.loads(out)
     told = {key: value for key, value in made.summary.items() if key != "seconds"}
     assert told == {key: said[key] for key in told}
+
+
+def test_of_adapters_that_score_alike_on_own_rows_none_is_said_to_be_better(capsys: pytest.CaptureFixture[str]) -> None:
+    alone = pt.run("digits-demo", [*TINY, "algorithm.name=local", "evaluate={on: own, rows: null, mixing: true}"])
+    print_summary(alone.folder, as_json=False)
+    best = (
+        "the one after mixing, and alike its own adapter as trained, and alike the average of what its neighbours sent"
+    )
+    assert f"; best: {best}\n" in capsys.readouterr().out
 
 
 def test_a_run_is_stopped_by_who_watches_it_and_resumed_to_the_same_bits(tmp_path: Path, made: Run) -> None:

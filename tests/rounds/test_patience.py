@@ -72,7 +72,7 @@ def test_a_run_ends_early_stays_so_and_goes_on_where_it_is_given_patience(
     for more in ([], ["rounds=16"]):
         resume(early, more)
         assert (lines(early), (early / "adapters" / "average" / "adapter_model.safetensors").read_bytes()) == before
-    with pytest.raises(RunError, match="was run with evaluate: "):
+    with pytest.raises(RunError, match=r"was run with evaluate\.every: 2, not 3; resume"):
         resume(early, ["evaluate.every=3"])
     resume(early, ["evaluate.patience=null"])
     whole = run("digits-demo", [*IDLE, "rounds=16", "evaluate.patience=null"], out=tmp_path / "whole").folder

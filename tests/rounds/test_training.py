@@ -476,7 +476,7 @@ def test_a_warm_up_and_a_least_rate_are_numbers_or_shares_as_the_trainer_has_the
 SKEWED = ["clients=3", "partition={name: dirichlet, alpha: 1}", "training.local_steps=1", "lora.lora_dropout=0"]
 
 
-@pytest.mark.parametrize("weights", ["balanced", "{'5': 3.0, '7': 0.5}"])
+@pytest.mark.parametrize("weights", ["balanced", "{'5': 3.0, 7: 0.5}"])
 def test_a_clients_loss_is_pytorchs_weighted_mean_with_its_own_or_given_weights_of_classes(weights: str) -> None:
     job = build(load_recipe("digits-demo", [*SKEWED, f"training.class_weight={weights}"])).job
     task, asked = TASKS["digits"](), load_recipe("digits-demo", SKEWED)
