@@ -43,9 +43,10 @@ MARKS = {"problem": "✕ Problem", "notice": "! Notice", "good": "✓ Good"}
 """Severity → how it is marked, the gravest first; never by colour alone."""
 
 
-_SCORES = ("mean", "constant", "min", "best", "own", "own_constant", "average", "best_average")
+_SCORES = ("mean", "constant", "min", "spread", "worst_tenth", "best", "own", "own_constant", "average", "best_average")
 _SHOWN = (*_SCORES, "consensus_error_A", "consensus_error_B", "cross_term", "megabytes_sent", "seconds")
 """Columns of the table that compares runs, of those that any of them has."""
+_FAIRNESS = "spread: the models' standard deviation; worst tenth: the mean of the worst tenth of them"
 
 
 MOST_UNFOLDED = 20
@@ -175,7 +176,7 @@ def _scores(run: RunData) -> str:
     lines = cells(rows, {"metric": "metric", **columns})
     return f"<h2>Scores</h2>{_rows(lines, 'Scores')}" + (
         '<p class="soft">At the last evaluation. constant: the best answer that is the same for all rows, on the same '
-        "rows; best: the best mean of all rounds; own: on held-out rows of their own</p>"
+        f"rows; {_FAIRNESS}; best: the best mean of all rounds; own: on held-out rows of their own</p>"
     )
 
 
@@ -243,7 +244,7 @@ def _table(runs: Sequence[RunData]) -> str:
     rows = ordered(grouped(runs))
 
     def shown(some: Sequence[Row], label: str) -> str:
-        there = measured(some)
+        there = measured(some, asked=())
         return _rows(compared(some, [key for key in _SHOWN if key in there]), label)
 
     others = "".join(f"<h3>{escape(_words(name))}</h3>{shown(alike, name)}" for name, alike in by_metric(rows))
@@ -252,7 +253,7 @@ def _table(runs: Sequence[RunData]) -> str:
     first = f"<h3>{escape(_words(rows[0]['metric']))}</h3>" if others else ""
     return f"{told}{first}{shown(rows, 'All settings')}{others}" + (
         '<p class="soft">Mean ± standard deviation over seeds. mean, min: the clients\' own models at the end; '
-        "constant: the best answer that is the same for all rows, on the same rows; "
+        f"constant: the best answer that is the same for all rows, on the same rows; {_FAIRNESS}; "
         "best: the best mean of all rounds; own: on held-out rows of their own; average: the averaged adapter, best "
         "average: at its best; Δ_A, Δ_B: how far the clients' factors are from their mean at the end; cross: what "
         "averaging factors leaves out of the product; MB: sent by a client in the whole run; s: seconds</p>"

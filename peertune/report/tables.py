@@ -253,9 +253,8 @@ def by_metric(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     ]
 
 
-def measured(rows: Sequence[Row]) -> list[str]:
-    """Return the measures to show unasked: those that any row has, or all where none has any, but for fairness."""
-    asked = ("spread", "worst_tenth")
+def measured(rows: Sequence[Row], asked: Collection[str] = ("spread", "worst_tenth")) -> list[str]:
+    """Return the measures that any row has, or all where none has any, but for those that are to be `asked` for."""
     found = [key for key in MEASURES if any(row["measures"].get(key, {}).get("mean") is not None for row in rows)]
     there = [key for key in found if key not in asked]
     return there or list(MEASURES)

@@ -213,6 +213,12 @@ def test_a_sweep_compares_first_and_shows_the_run_that_is_chosen(look: Any, make
     seen.until("document.querySelector('.wide').scrollLeft > 0")
 
 
+def test_how_unlike_clients_are_stands_beside_their_mean_for_each_setting_and_run(make_run: Any) -> None:
+    html = page([make_run("a", method="dec_lora"), make_run("b", method="local")], {})
+    heads = "".join(f'<th scope="col">{name}</th>' for name in ("min", "spread", "worst tenth"))
+    assert html.count(heads) == 2 + 2  # both metrics side by side, and each run's scores
+
+
 def test_runs_that_cannot_be_compared_are_shown_one_by_one(make_run: Any) -> None:
     text = page([make_run("one"), make_run("two")], {})
     assert "one and two have the same seed, 0; give each run once" in text
