@@ -1,6 +1,5 @@
 """The command `score`."""
 
-import logging
 from pathlib import Path
 from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Annotated, Any
@@ -8,15 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peertune.cli.common import AsJson, Overrides, Plugins, importing, messages, print_json
-from peertune.errors import RunError
 
 if TYPE_CHECKING:
     from peertune.rounds.record import Evaluation
 
-log = logging.getLogger(__name__)
-
-ELSEWHERE = ("task.test", "task.path", "device", "training.tokens_per_pass")
-"""Keys that may be others than the run's: which rows test, where they lie, and what computes."""
 ONE_BY_ONE = 20
 """Clients up to which each one's score is printed."""
 
@@ -41,38 +35,17 @@ def score(
     """
     with messages():
         with importing():
-            from peertune.assembly.scoring import score_test
-        from peertune.recipe import load_recipe
-        from peertune.rounds import best
-        from peertune.rounds.patience import ended_early
-        from peertune.runs import checkpoints, directory, records
-
-        for word in overrides or []:
-            if word.partition("=")[0] not in ELSEWHERE:
-                raise RunError(f"{word}: a run is scored as it was run; what may be given is {', '.join(ELSEWHERE)}")
-        recipe = load_recipe(directory.resolved(run), overrides or [])
-        state = checkpoints.load(run)
-        own = directory.peer(run)
-        early = ended_early(records.read(run, ("evaluation.clients",)), recipe.evaluate.model_dump())
-        if state is None or (state.round < recipe.rounds and early is None):
-            made = 0 if state is None else state.round
-            go_on = "peertune run" if own is None else "peertune peer start"
-            raise RunError(
-                f"{run}: has made {made} of its {recipe.rounds} rounds, and a test is for the end; "
-                f"go on with {go_on} --resume {run}"
-            )
-        clients = list(range(state.clients)) if own is None else [int(own["client"])]
-        adapters, rounds = (state.adapters, []) if last else best.kept(state)
-        average = None if own is not None else {name: x.mean(0, keepdim=True) for name, x in state.adapters.items()}
-        found = score_test(recipe, adapters, clients, average)
+            from peertune.api.scoring import score as scored
+        of = scored(run, overrides or [], last=last)
+        found, clients, rounds = of.evaluation, of.clients, of.best_rounds
     told = {"rows": found.rows, "clients": clients, **_told(found)} | ({"best_rounds": rounds} if rounds else {})
     also = [_told(metric) for metric in found.also]
     if as_json:
-        named = {"run": run.name, "folder": str(run), "round": state.round}
+        named = {"run": run.name, "folder": str(run), "round": of.round}
         print_json(named | told | ({"also": also} if also else {}))
     else:
         best_of = f", clients' best adapters from after {min(rounds) + 1} to {max(rounds) + 1}" if rounds else ""
-        where = f"{found.rows:,} test rows, after {state.round} rounds{best_of}"
+        where = f"{found.rows:,} test rows, after {of.round} rounds{best_of}"
         print("\n".join(f"{metric['metric']} on {where}\n\n{_lines(metric, clients)}" for metric in (told, *also)))
 
 
