@@ -306,6 +306,10 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
             "training.lr_scheduler_kwargs: cosine_with_min_lr falls to min_lr or min_lr_rate; give one of the two",
         ),
         (
+            "training={learning_rate: 0.1, lr_scheduler_type: cosine_with_min_lr, lr_scheduler_kwargs: {min_lr: 0.2}}",
+            "training.lr_scheduler_kwargs.min_lr: 0.2 is above training.learning_rate, which is 0.1; a rate falls",
+        ),
+        (
             "lora={layers_to_transform: [0], target_modules: all-linear}",
             "lora.layers_to_transform: goes with a list of lora.target_modules, which is the expression 'all-linear'",
         ),

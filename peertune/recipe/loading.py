@@ -122,6 +122,11 @@ def _without_effect(recipe: Recipe) -> str | None:
         )
     if shape == "cosine_with_min_lr" and len(given) != 1:
         return "training.lr_scheduler_kwargs: cosine_with_min_lr falls to min_lr or min_lr_rate; give one of the two"
+    if (kwargs.min_lr or 0) > recipe.training.learning_rate:
+        return (
+            f"training.lr_scheduler_kwargs.min_lr: {kwargs.min_lr:g} is above training.learning_rate, which is "
+            f"{recipe.training.learning_rate:g}; a rate falls, give less"
+        )
     if (idle := _without_effect_on_adapters(recipe.lora)) is not None:
         return idle
     if span == "round" and (recipe.training.lr_scheduler_type == "constant" and not recipe.training.warmup_steps):
