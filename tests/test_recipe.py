@@ -17,6 +17,7 @@ from peertune.data.tasks import _GLUE
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
 from peertune.recipe import Choice, arguments, as_yaml, check_recipe, load_recipe, recipe_names, recipe_text
+from peertune.recipe.hints import ELSEWHERE
 
 MESSAGES = [{"role": "user", "content": "is it"}, {"role": "assistant", "content": "yes"}]
 WORDS = ["good", "bad", "film", "plot", "dull", "bright", "slow", "quick"]
@@ -353,6 +354,14 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
 )
 def test_an_override_that_is_wrong_is_refused_in_one_line(override: str, line: str) -> None:
     assert line in refusal("digits-demo", override)
+
+
+def test_every_name_that_recipes_lack_is_told_so_and_stands_on_the_page() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "recipe.md").read_text()
+    listed = page.partition("## Names that recipes lack")[2].partition("\n## ")[0]
+    for name in ELSEWHERE:
+        assert f"`{name}`" in listed, name
+        assert refusal("digits-demo", f"lora.{name}=1").endswith("(docs/recipe.md, Names that recipes lack)"), name
 
 
 MINE = "model: {name: m}\ntask: {name: digits}\nclients: 2\nalgorithm: {name: local}\nrounds: 1\n"

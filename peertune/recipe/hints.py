@@ -130,12 +130,17 @@ ELSEWHERE: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "bias": lambda given, of: "biases stay the base's own, since no method says how to mix them; leave it out",
     "early_stopping_threshold": _threshold,
     "epochs": _epochs,
+    "fan_in_fan_out": lambda given, of: "how a layer's weight lies is known from the layer; leave it out",
     "gradient_accumulation_steps": _accumulation,
     "greater_is_better": _metric,
+    "layers_pattern": lambda given, of: "where a base's layers lie is found out; leave it out",
+    "loftq_config": lambda given, of: "no factors are made for what quantisation loses; leave it out",
+    "lora_bias": lambda given, of: "no method says how biases are mixed; leave it out",
     "metric_for_best_model": _metric,
     "modules_to_save": lambda given, of: "the head trains and is mixed with head=trained, and nothing else can be",
     "num_train_epochs": _epochs,
     "rank_pattern": lambda given, of: "all layers have one rank, lora.r; leave it out",
+    "task_type": lambda given, of: "it is the task's, by task.name; leave it out",
     "use_dora": lambda given, of: "no method says how DoRA's magnitudes are mixed; leave it out",
     "use_rslora": lambda given, of: (
         f"the scale is lora_alpha / r; for lora_alpha / sqrt(r) give "
