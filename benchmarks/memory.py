@@ -5,15 +5,14 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
-from benchmarks.growth import SIZES, build
+from benchmarks.growth import SIZES, adapter_bytes, build
 from benchmarks.measure import Figure, figure
 from peertune import simulate
 
 
 def run() -> list[Figure]:
     """Measure each size once."""
-    adapters = build(min(SIZES)).job.state.adapters
-    state = 3 * sum(x[0].nbytes for x in adapters.values())  # a client's factors and two moments
+    state = 3 * adapter_bytes(build(min(SIZES)))  # factors and two moments
     peaks = {size: _peak(size, SIZES) for size in SIZES}
     figures = [figure(f"peak memory, {size:,} clients", [peak / 2**20], "MiB") for size, peak in peaks.items()]
     note = f"factors and moments are {state / 2**20:.2f} MiB"

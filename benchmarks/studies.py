@@ -34,6 +34,7 @@ class Study(NamedTuple):
     scored: tuple[int, ...]  # the folds that are
     chosen_by: str  # the score that chooses a rate
     together: bool  # whether runs train as one stack
+    rates: tuple[float, ...] = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)  # that are chosen from
 
 
 STUDIES = {
@@ -68,7 +69,10 @@ STUDIES = {
         together=False,
     ),
 }
-STUDIES["changes"] = STUDIES["sgd"] = STUDIES["digits"]._replace(scored=(1, 2))
+STUDIES["changes"] = STUDIES["digits"]._replace(scored=(1, 2))
+STUDIES["sgd"] = STUDIES["changes"]._replace(
+    settings=(*STUDIES["digits"].settings, "training.optim=sgd"), rates=(0.05, 0.1, 0.2, 0.4, 0.8)
+)
 
 
 def held_out(study: str, fold: int, choosing: bool) -> str:

@@ -49,8 +49,6 @@ MODIFIED = {name: f"modifiers=[{{name: {name}}}]" for name in ("fedspeed", "dfed
 STARTS = {name: f"lora.init_lora_weights={name}" for name in ("gaussian", "pissa", "olora")}
 CHANGES = {f"dec_lora+{name}": setting for name, setting in (MODIFIED | STARTS).items()}
 """What changes `dec_lora` → how a recipe says so."""
-RATES = (2e-3, 5e-3, 1e-2, 2e-2, 4e-2)
-SGD_RATES = (0.05, 0.1, 0.2, 0.4, 0.8)
 CHOOSING = (100, 101)  # seeds that choose a rate and score nothing
 SERVER = ("dec_lora", "ffa_lora", "rolora")
 
@@ -79,7 +77,6 @@ def settings(study: str, cell: Cell, rate: float, seed: int, fold: int, choosing
     return [
         *(["training.loraplus_lr_ratio=2"] if cell.method == "la_lora" else []),
         *([CHANGES[cell.method]] if cell.method in CHANGES else []),
-        *(["training.optim=sgd"] if study == "sgd" else []),
         f"algorithm.name={cell.method.partition('+')[0]}",
         f"graph.activation={cell.activation}",
         f"training.learning_rate={rate}",
@@ -106,9 +103,8 @@ def run(study: str, part: str) -> None:
     for fold, (place, cell) in product(of.scored, enumerate(cells(study))):
         if place % parts != number - 1:
             continue
-        rates = SGD_RATES if study == "sgd" else RATES
-        rows = iter(all_of(cell, fold, True, rates, CHOOSING))
-        rate = best(study, {rate: [next(rows) for _ in CHOOSING] for rate in rates})
+        rows = iter(all_of(cell, fold, True, of.rates, CHOOSING))
+        rate = best(study, {rate: [next(rows) for _ in CHOOSING] for rate in of.rates})
         all_of(cell, fold, False, [rate], of.seeds)
 
 
