@@ -20,10 +20,12 @@ from peertune.models.load import MODELS, Base, Purpose, load_base, pick_device, 
 from peertune.recipe import Recipe
 from peertune.types import Task, Tensors
 
-MOST_TOKENS = {"cpu": 8192, "cuda": 65536}
-"""Tokens that go through the base together at most, where the recipe leaves it open: enough to fill the device."""
-LANGUAGE_TOKENS = 8192
-"""The same on a GPU for language models, which are larger, and have logits for each token of a completion."""
+GPU_TOKENS = 65536
+"""Tokens that go through the base together on a GPU, where the recipe leaves it open: enough to fill it."""
+GPU_LANGUAGE_TOKENS = 8192
+"""The same for language models, which are larger, and have logits for each token of a completion."""
+MOST_TOKENS = 8192
+"""The most on a CPU: a small base gains nothing by more."""
 BYTES_PER_PASS = 2**26
 """On a CPU, what the base's linear layers put out for the tokens that go through together. What they keep for the
 backward pass is most of what a process takes. A small base is bound by calls, and takes more tokens."""
@@ -216,10 +218,11 @@ def _tokens_per_pass(recipe: Recipe, base: Base, device: torch.device, dtype: to
     if recipe.training.tokens_per_pass != "auto":
         return recipe.training.tokens_per_pass
     last = None if base.output_name is None else base.model.get_output_embeddings()
-    tokens = MOST_TOKENS[device.type] if last is None or device.type == "cpu" else LANGUAGE_TOKENS
     if device.type == "cpu":
         layers = [layer for layer in base.model.modules() if layer is not last]
         width: int = sum(getattr(layer, "out_features", getattr(layer, "nf", 0)) for layer in layers)  # nf: of a Conv1D
         room = BYTES_PER_PASS // max(1, width * dtype.itemsize) // 64 * 64
-        tokens = max(FEWEST_TOKENS[dtype], min(tokens, room))
+        tokens = max(FEWEST_TOKENS[dtype], min(MOST_TOKENS, room))
+    else:
+        tokens = GPU_TOKENS if last is None else GPU_LANGUAGE_TOKENS
     return tokens if last is None else max(1, min(tokens, LOGITS_BYTES // (24 * last.out_features)))

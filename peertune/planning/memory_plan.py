@@ -15,7 +15,7 @@ import torch
 
 from peertune.adapters.rows import Rows, bound_rows
 from peertune.assembly.build import build
-from peertune.assembly.loading import MOST_TOKENS, clients_together
+from peertune.assembly.loading import clients_together
 from peertune.data.scores import ANSWERS
 from peertune.errors import PeertuneError, RunError
 from peertune.memory import LiveBytes, Most, available_bytes, meta_stands_for, resident_bytes
@@ -30,6 +30,8 @@ from peertune.types import Batch, State, select, take
 
 STEPS = 10
 """Local steps whose micro-batches are looked through for the largest."""
+ROWS_ENOUGH = {"cpu": 768, "cuda": 32768}
+"""Rows that fill a batch of evaluation, where the recipe leaves open how many tokens one has."""
 HOLES = 0.8
 """What glibc's heap leaves unused, over the activations in it: measured in docs/performance.md. It looks for a little
 more than a tensor's size, so the place of one that was freed does not do for the next of that size. With gradient
@@ -107,7 +109,7 @@ def plan(recipe: Recipe) -> Plan:
 def _rows_enough(recipe: Recipe, device: torch.device) -> int:
     """Return how many rows fill a batch of evaluation and do not take long."""
     tokens = recipe.training.tokens_per_pass
-    rows = (MOST_TOKENS[device.type] if tokens == "auto" else tokens) // 2
+    rows = ROWS_ENOUGH[device.type] if tokens == "auto" else tokens // 2
     return max(1, min(rows, recipe.evaluate.rows or rows))
 
 
