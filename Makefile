@@ -37,7 +37,7 @@ test: .venv/developing  ## the whole test suite
 	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest --numprocesses 4 --dist loadscope --no-loadscope-reorder
 
 quick: .venv/developing  ## the tests that start no process, no browser and no whole run
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m 'not thorough' --numprocesses 2 --dist worksteal
+	HF_HUB_OFFLINE=1 PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m 'not thorough' --numprocesses 2 --dist worksteal
 
 # Beside the working tree, with a configuration of its own: mutmut reads which files from pyproject.toml alone.
 mutants: .venv/developing  ## how many small changes of FILES="peertune/..." do TESTS="tests/..." catch (ONLY='*3': a tenth of them; not in CI)

@@ -57,16 +57,18 @@ STUDIES = {
     "sst2": Study(
         "tad-sst2-minilm",
         (
+            "model.dtype=float32",
             "model.dropout=false",
             "rounds=50",
             "training.local_steps=3",
             "training.per_device_train_batch_size=8",
         ),
-        tuple(range(5)),
+        tuple(range(3)),
         1,
         (1,),
         "new",
         together=False,
+        rates=(5e-4, 1e-3, 2e-3, 5e-3, 1e-2),
     ),
 }
 STUDIES["changes"] = STUDIES["digits"]._replace(scored=(1, 2))

@@ -10,7 +10,7 @@ STARTERS = {
     *("elastic", "federation", "multiprocessing", "peertune.engines.distributed", "processes", "slurm", "subprocess"),
 }
 """Modules by which tests start processes: whoever has something of theirs is taken to do so."""
-TRAINERS = {"peertune.engines.simulator"}
+TRAINERS = {"peertune.api.stacking", "peertune.engines.simulator"}
 """Modules by which they train whole runs."""
 STARTS = {"os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen"}
 

@@ -49,7 +49,14 @@ def test_a_model_packs_where_nothing_but_the_registered_attention_mixes_tokens(n
     assert set(CONFIGS) == {*PACKED, *PADDED}
 
 
-@pytest.mark.parametrize("lengths", [[5, 3, 20, 1, 7, 2, 9, 4, 6], [6] * 9, [2] * 24], ids=["mixed", "even", "short"])
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([5, 3, 20, 1, 7, 2, 9, 4, 6], id="mixed"),
+        pytest.param([6] * 9, id="even", marks=pytest.mark.thorough),
+        pytest.param([2] * 24, id="short", marks=pytest.mark.thorough),
+    ],
+)
 @pytest.mark.parametrize("head", [False, True], ids=["frozen head", "trained head"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("name", PACKED)

@@ -54,7 +54,15 @@ def fits(name: str, names: tuple[str, ...]) -> bool:
 ROWS = [row for row in [*product(PLAIN, ALONE), *zip(cycle(PLAIN), PAIRS)] if fits(*row)]  # as many as there are pairs
 METHODS = {" + ".join((name, *names)): changed(PLAIN[name], names) for name, names in ROWS}
 METHODS["rolora, pushed"] = pushed(PLAIN["rolora"], CLIENTS)
-every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+FEW = {*PLAIN, *(f"tad_lora + {name}" for name in MODIFIERS)}  # of which each part is in the quick tests
+PARAMETERS = {
+    name: pytest.param(method, id=name, marks=[] if name in FEW else [pytest.mark.thorough])
+    for name, method in METHODS.items()
+}
+every_method = pytest.mark.parametrize("method", PARAMETERS.values())
+every_linear_method = pytest.mark.parametrize(
+    "method", [each for name, each in PARAMETERS.items() if name.partition(" + ")[0] in LINEAR]
+)
 some = settings(max_examples=3, deadline=None, derandomize=True)
 
 
@@ -170,28 +178,23 @@ def test_kinds_that_are_not_sent_stay_bit_for_bit(method: Algorithm, case: Case)
 
 
 @every_method
-@pytest.mark.parametrize("layout", ["coo", "csr", "coo with stored zeros"])
 @some
 @given(cases())
-def test_dense_and_sparse_weights_agree(method: Algorithm, layout: str, case: Case) -> None:
-    if layout == "csr":
-        sparse = case.weights.to_sparse_csr()
-    elif layout == "coo":
-        sparse = case.weights.to_sparse()
-    else:
-        everywhere = torch.ones_like(case.weights).nonzero().T
-        sparse = torch.sparse_coo_tensor(
-            everywhere, case.weights.flatten(), case.weights.shape, check_invariants=True, is_coalesced=True
-        )
+def test_dense_and_sparse_weights_agree(method: Algorithm, case: Case) -> None:
+    everywhere = torch.ones_like(case.weights).nonzero().T
+    stored_zeros = torch.sparse_coo_tensor(
+        everywhere, case.weights.flatten(), case.weights.shape, check_invariants=True, is_coalesced=True
+    )
     before = start(method, case)
-    assert_close(parts(played(method, before, sparse)), parts(played(method, before, case.weights)))
+    dense = parts(played(method, before, case.weights))
+    for sparse in (case.weights.to_sparse(), case.weights.to_sparse_csr(), stored_zeros):
+        assert_close(parts(played(method, before, sparse)), dense)
 
 
-@pytest.mark.parametrize(("name", "names"), [row for row in ROWS if row[0] in LINEAR])
+@every_linear_method
 @some
 @given(cases())
-def test_plain_averages_keep_the_mean_over_clients(name: str, names: tuple[str, ...], case: Case) -> None:
-    method = changed(PLAIN[name], names)
+def test_plain_averages_keep_the_mean_over_clients(method: Algorithm, case: Case) -> None:
     after = played(method, start(method, case), case.weights).adapters
     for key, x in case.adapters.items():
         torch.testing.assert_close(after[key].mean(0), x.mean(0), rtol=1e-12, atol=1e-12)
