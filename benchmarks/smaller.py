@@ -82,7 +82,7 @@ def kept(study: str) -> Kept:
 def run(study: str, rows: list[str]) -> None:
     """Run what has not been run: fold by fold, seed by seed, each with all rows, so that what is there is in pairs."""
     torch.set_num_threads(1)
-    runs = kept(study)
+    of, runs = STUDIES[study], kept(study)
     for _, some in groupby(names(study, rows or ROWS).items(), lambda one: one[1][:2]):
         asked = {
             name: [
@@ -95,7 +95,7 @@ def run(study: str, rows: list[str]) -> None:
             ]
             for name, (fold, seed, row) in some
         }
-        runs.all(asked, partial(scored, study, look=message_bytes))
+        runs.all(asked, partial(scored, of, look=message_bytes))
 
 
 def lost(whole: Mapping[int, float], row: Mapping[int, float]) -> tuple[float, float, float]:

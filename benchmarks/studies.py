@@ -14,6 +14,7 @@ from peertune.assembly.build import build_stack
 from peertune.engines.simulator import simulate_together
 from peertune.errors import ModelError
 from peertune.report.pairing import interval
+from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Job
 
 KEPT = Path("benchmarks/results")
@@ -87,13 +88,18 @@ def held_out(study: str, fold: int, choosing: bool) -> str:
     return f"evaluate={{every: 1000, on: own, held_out: {fold % folds + 1}/{folds}, set_aside: {fold}/{folds}}}"
 
 
-def scored(study: str, asked: Asked, look: Callable[[Job], Row] = lambda job: {}) -> Iterator[tuple[str, Row]]:
+def scored(
+    of: Study,
+    asked: Asked,
+    look: Callable[[Job], Row] = lambda job: {},
+    watch: Callable[[RoundRecord], Row] = lambda record: {},
+) -> Iterator[tuple[str, Row]]:
     """Run what is asked for, and yield the clients' scores after the last round; [] if it diverged.
 
-    Runs of a small base train as one stack. `look` says what else is kept of a job. Seconds are a run's share.
+    Runs of a small base train as one stack. `look` says what else is kept of a job, `watch` what is of a round. Seconds
+    are a run's share.
     """
-    of = STUDIES[study]
-    base = overrides()[:-1] if study == "sst2" else []
+    base = overrides()[:-1] if of.recipe == STUDIES["sst2"].recipe else []
     recipes = {name: load_recipe(of.recipe, [*base, *of.settings, *own]) for name, own in asked.items()}
     for part in [list(recipes)] if of.together else [[name] for name in recipes]:
         begun, jobs, looked = time.process_time(), dict[str, Job](), dict[str, Row]()
@@ -102,26 +108,26 @@ def scored(study: str, asked: Asked, look: Callable[[Job], Row] = lambda job: {}
                 raise built
             jobs[name] = replace(built.job, state=built.job.state.clone())
             looked[name] = look(built.job)
-        found = _last_scores(jobs)
+        found = _last_scores(jobs, watch)
         seconds = round((time.process_time() - begun) / len(part), 1)
         yield from ((name, {**found[name], **looked[name], "seconds": seconds}) for name in part)
 
 
-def _last_scores(jobs: dict[str, Job]) -> dict[str, Row]:
-    found: dict[str, Row] = {}
+def _last_scores(jobs: dict[str, Job], watch: Callable[[RoundRecord], Row]) -> dict[str, Row]:
+    found: dict[str, Row] = {name: {"own": [], "new": []} for name in jobs}  # as of those that diverge
     while jobs:
         for name, record in simulate_together(jobs):
-            if isinstance(record, ModelError):  # diverged
-                found[name] = {"own": [], "new": []}
+            if isinstance(record, ModelError):
                 del jobs[name]
                 continue
             if isinstance(record, Exception):
                 raise record
             assert record.state is not None
+            found[name] |= watch(record)
             jobs[name] = replace(jobs[name], state=record.state)
             if (last := record.evaluation) is not None:
                 scores = {"own": last.own, "new": last.clients if last.clients != last.own else []}
-                found[name] = {of: [round(x, 4) for x in each] for of, each in scores.items()}
+                found[name] |= {of: [round(x, 4) for x in each] for of, each in scores.items()}
             if record.state.round == jobs[name].rounds:
                 del jobs[name]
     return found

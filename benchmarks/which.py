@@ -99,7 +99,7 @@ def run(study: str, part: str) -> None:
             )
             for rate, seed in product(rates, seeds)
         }
-        return runs.all(asked, partial(scored, study))
+        return runs.all(asked, partial(scored, of))
 
     for fold, (place, cell) in product(of.scored, enumerate(cells(study))):
         if place % parts != number - 1:

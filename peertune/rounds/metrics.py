@@ -33,6 +33,14 @@ def cross_term(adapters: Tensors, group: Group = ALONE) -> float:
     return _disagreement(adapters, client_mean(adapters, group), group)[1]
 
 
+def product_norm(adapters: Tensors) -> float:
+    """What the clients' products have in common, in norm over all sites: `sqrt(Σ_sites ‖mean_i(B_i A_i)‖²_F)`.
+
+    The scale by which a `cross_term` is small or large. Zero at the start, where B is 0.
+    """
+    return sqrt(sum(_product_square(B.double() / len(B), A.double(), len(A)) for A, B in _pairs(adapters)))
+
+
 def _disagreement(
     tensors: Tensors, mean: Tensors, group: Group, rows: Tensor | None = None, *, products: bool = True
 ) -> tuple[dict[str, float], float]:
