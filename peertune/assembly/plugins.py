@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
-from importlib.metadata import EntryPoint, distributions, packages_distributions, version
+from importlib.metadata import Distribution, EntryPoint, distributions
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -151,9 +151,23 @@ def _origin(module: str) -> dict[str, str]:
     for name, file in sorted((file.relative_to(folder).as_posix(), file) for file in files):
         code = file.read_bytes()
         made.update(f"{name} {len(code)} ".encode() + code)
-    named = sorted(set(packages_distributions().get(module.partition(".")[0], ())))
-    versions = {"distribution": ", ".join(f"{name} {version(name)}" for name in named)} if named else {}
-    return {"digest": made.hexdigest()[:16]} | versions
+    installed = _distributions_with(module.partition(".")[0])
+    return {"digest": made.hexdigest()[:16]} | ({"distribution": ", ".join(installed)} if installed else {})
+
+
+def _distributions_with(package: str) -> list[str]:
+    """Return name and version of each distribution that brings a package, or a module of this name.
+
+    They are those of `importlib.metadata.packages_distributions`, which parses every line that any distribution lists.
+    """
+
+    def has(installed: Distribution) -> bool:
+        if package in (installed.read_text("top_level.txt") or "").split():
+            return True
+        files = f"\n{installed.read_text('RECORD')}"
+        return f"\n{package}/" in files or f"\n{package}.py," in files
+
+    return sorted({f"{each.name} {each.version}" for each in distributions() if has(each)})
 
 
 @cache

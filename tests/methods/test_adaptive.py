@@ -131,6 +131,7 @@ def test_a_graph_whose_density_changes_half_way_changes_the_interval_for_all_at_
     assert (settled[0] < settled[1]) == (before > after)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("joins", [7, 40, 59, 75, 100])
 def test_clients_that_join_late_switch_with_the_others_from_their_first_exchange_on(joins: int) -> None:
     graph = GRAPHS["complete"](clients=10, seed=joins, activation=0.3)

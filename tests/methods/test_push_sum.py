@@ -111,6 +111,7 @@ def test_a_scalar_for_each_kind_gives_the_mean_of_kinds_that_are_not_always_sent
     assert bool((state.memory["push.B.weight"] == 1).all())
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("sparse", [False, True])
 def test_totals_hold_and_all_come_to_one_mean_where_a_third_of_the_messages_is_lost(sparse: bool) -> None:
     graph, random = epidemic(), Random(3)

@@ -59,6 +59,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [record | {"seconds": None} for record in found]
 
 
+@pytest.mark.thorough
 def test_a_run_ends_early_stays_so_and_goes_on_where_it_is_given_patience(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_run_ends_early_stays_so_and_goes_on_where_it_is_given_patience(
     assert all((x == states[1].adapters[name]).all() for name, x in states[0].adapters.items())
 
 
+@pytest.mark.thorough
 def test_a_run_that_was_stopped_counts_on_when_it_is_resumed(tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         run("digits-demo", [*IDLE, "rounds=12"], out=tmp_path / "run", each=lambda record: record.round == 4)

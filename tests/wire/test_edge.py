@@ -199,6 +199,7 @@ class DropsItsPledgeIfRefused(Edge):
         return self._replace(final=True, pledged=False), ()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "rule",
     [
