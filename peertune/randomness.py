@@ -48,6 +48,9 @@ class Draw(StrEnum):
     # phases that clients agree on
     PROBE = "probe"  # window, client, sign
     REPORTER = "reporter"  # window, place among those who report
+    # what is measured of data
+    DEALT = "dealt"  # client
+    PROBED = "probed"
 
     def of(self, name: str) -> str:
         """Return the purpose for one of several things that have names."""

@@ -251,6 +251,42 @@ def test_data_counts_the_rows_of_every_client(peertune: Call) -> None:
     assert "training rows are held; 180 rows validate" in out
 
 
+def test_data_measures_how_unlike_the_clients_are_and_draws_it(peertune: Call, tmp_path: Path) -> None:
+    disjoint = ("digits-demo", "partition={name: disjoint_labels}", "clients=5")
+    code, out, _ = peertune("data", *disjoint, "--probe", "--png", "apart.png", "--json")
+    assert code == 0
+    assert (tmp_path / "apart.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    facts = json.loads(out)
+    labels, amounts, shift = facts["label_skew"], facts["quantity_skew"], facts["feature_shift"]
+    assert labels["by_chance"] < 0.02 < 0.5 < labels["min"] <= labels["mean"] <= labels["max"] < 0.7
+    assert labels["mean"] == pytest.approx(sum(client["divergence"] for client in facts["clients"]) / 5)
+    assert 4.9 < amounts["effective_clients"] <= 5
+    assert (amounts["fewest"], amounts["most"]) == (min(c["rows"] for c in facts["clients"]), 145)
+    assert (shift["rows"], shift["by_label"], shift["left_out"]) == (716, 1.0, []), "whose a row is the label says"
+    assert shift["chance"] == pytest.approx(145 / 716)
+    assert shift["chance"] + 0.3 < shift["share"] < 1
+
+
+def test_data_says_in_words_what_it_leaves_out(peertune: Call, tmp_path: Path) -> None:
+    _, out, _ = peertune("data", "digits-demo", "clients=1", "--png", "one.svg")
+    assert "label skew     left out: one client has all rows" in out
+    assert "quantity skew  1.0 effective clients of 1, 716 to 716 rows" in out
+    assert "picture        one.svg" in out
+    rows = [{"text": "good", "score": row / 10} for row in range(12)]
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows))
+    values = ("task={name: text, path: ., inputs: [text], label: score, metric: pearson}", "partition={name: iid}")
+    code, out, _ = peertune("data", "digits-demo", *values, "clients=3", "--png", "values.pdf")
+    assert code == 0
+    assert "label skew     left out: the task has no classes\nquantity skew  3.0 effective clients of 3, 4 to 4" in out
+    _, out, _ = peertune("data", "digits-demo", "partition={name: quantity_skew, alpha: 0.1}", "clients=5", "--probe")
+    assert re.search(r"^client +5 +6 +7 +8 +9 +all +divergence +told apart$", out, re.MULTILINE)
+    assert re.search(r"label skew     0\.\d{3} mean Jensen-Shannon divergence in bits, 0\.", out)
+    assert re.search(r"held-out rows told whose they are; 0\.\d{3} by the label alone, 0\.\d{3} by chance", out)
+    assert re.search(r"^3 .* –$", out, re.MULTILINE), "a client of few rows is not told apart"
+    assert "               left out for too few rows: client 3" in out
+
+
 def test_env_says_what_a_bug_report_needs(peertune: Call) -> None:
     _, out, _ = peertune("env", "--json")
     facts = json.loads(out)
@@ -659,6 +695,10 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing(
         (["graph", "digits-demo", "clients=3", "--png", "inputs/file/x.png"], "inputs/file/x.png: can't be written"),
         (["graph", "digits-demo", "clients=3", "--png", "x.doc"], "x.doc: pictures are written as .png, .svg or .pdf"),
         (["data", "digits-demo", "clients=999"], "999 clients for 716 rows"),
+        (["data", "digits-demo", "clients=1", "--probe"], "probe: it tells clients apart, and 1 of 1 have 5 or more"),
+        (["data", "digits-demo", "model.name=nowhere", "--probe"], "model.name: nowhere is no folder"),
+        (["data", "digits-demo", "--png", "x.doc"], "x.doc: pictures are written as .png, .svg or .pdf"),
+        (["data", "digits-demo", "--png", "nowhere/x.png"], "nowhere/x.png: can't be written (no such folder); choose"),
         (["recipes", "digits"], "recipe: unknown name 'digits', did you mean digits-demo?"),
         (["compare", "inputs"], "inputs: holds no run; give the folder of a run, or one that holds some"),
         (["diagnose", "nowhere"], "nowhere: holds no run; give the folder of a run, or one that holds some"),

@@ -95,6 +95,15 @@ def encode_test(recipe: Recipe, task: Task, base: Base) -> EncodedTask:
     return EncodedTask(nothing, tested, max_length, {"test": len(tested.long)}, {}, {}, rows, rows)
 
 
+def encode_rows(recipe: Recipe, task: Task, base: Base, rows: NDArray[np.int64]) -> Encoded:
+    """Encode these of the training rows, ascending; what is longer than a row may be is cut, and told."""
+    max_length = _max_length(recipe, base)
+    encoded = _encoder(recipe, task, base, max_length, bool(recipe.keep_tokens))(task.train, rows)
+    if long := np.intersect1d(encoded.long, rows).size:
+        log.warning(f"{long:,} of {len(rows):,} rows have more than {max_length} tokens and are cut")
+    return encoded
+
+
 def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return which of these `rows` of the validation split are evaluated: all, or the recipe's seeded subset."""
     few = recipe.evaluate.rows

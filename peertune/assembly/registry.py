@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from peertune.assembly.needs import check_needs
 from peertune.assembly.plugins import Choices, Found, find
 from peertune.data.partition import PARTITIONS, Partition, counts, fold
+from peertune.data.skew import divergence_by_chance, divergences, effective_clients
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, Local, Message, Mixer, Schedule
@@ -271,19 +272,41 @@ def label_counts(task: Task, split: Split, parts: Sequence[NDArray[np.int64]]) -
     return per_label
 
 
-def describe_data(recipe: Recipe) -> dict[str, Any]:
-    """Return how many rows of each label each client trains on, and how many are held out, validate and test."""
-    task = build_task(recipe)
+def describe_data(recipe: Recipe, task: Task | None = None) -> dict[str, Any]:
+    """Return what each client trains on and how unlike the clients are, and how many rows validate and test.
+
+    `label_skew` is None where there are no classes, or nobody to differ from: so is each client's `divergence`.
+    """
+    task = build_task(recipe) if task is None else task
     trained, held_out = hold_out(recipe, dict(enumerate(build_partition(recipe, task))), len(task.train))
-    counts = label_counts(task, task.train, list(trained.values()))
-    labels = task.classes or ("rows",)
+    counts = np.array(label_counts(task, task.train, list(trained.values())))
+    labels, sizes = task.classes or ("rows",), counts.sum(axis=1)
+    skewed = divergences(counts, counts.sum(axis=0)) if task.classes and recipe.clients > 1 else None
     return {
         "clients": [
-            {"client": client, "labels": dict(zip(labels, row, strict=True)), "rows": sum(row)}
-            for client, row in enumerate(counts)
+            {
+                "client": client,
+                "labels": dict(zip(labels, row, strict=True)),
+                "rows": sum(row),
+                "divergence": None if skewed is None else float(skewed[client]),
+            }
+            for client, row in enumerate(counts.tolist())
         ],
+        "label_skew": None
+        if skewed is None
+        else {
+            "mean": float(skewed.mean()),
+            "min": float(skewed.min()),
+            "max": float(skewed.max()),
+            "by_chance": divergence_by_chance(counts, recipe.seed),
+        },
+        "quantity_skew": {
+            "effective_clients": effective_clients(sizes),
+            "fewest": int(sizes.min()),
+            "most": int(sizes.max()),
+        },
         "rows": len(task.train),
-        "held": sum(map(sum, counts)),
+        "held": int(sizes.sum()),
         "held_out": sum(map(len, held_out.values())),
         "validation": len(validating_rows(recipe, len(task.validation))),
         "test": len(task.test or ()),

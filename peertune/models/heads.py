@@ -24,12 +24,21 @@ def head_config(classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def head_roots(model: nn.Module) -> tuple[str, ...]:
-    """Return the children with parameters that are not the backbone: the named one, or else the largest."""
-    sizes = {name: sum(x.numel() for x in child.parameters()) for name, child in model.named_children()}
+def backbone(model: nn.Module) -> str:
+    """Return the child that makes the hidden states: the one that the model names, or else the largest."""
+    sizes = _sizes(model)
     prefix = str(model.base_model_prefix)
-    backbone = prefix if prefix in sizes else max(sizes, key=sizes.__getitem__)  # CLIP has no child of its prefix
-    return tuple(name for name, size in sizes.items() if size and name != backbone)
+    return prefix if prefix in sizes else max(sizes, key=sizes.__getitem__)  # CLIP has no child of its prefix
+
+
+def head_roots(model: nn.Module) -> tuple[str, ...]:
+    """Return the children with parameters that are not the backbone."""
+    own = backbone(model)
+    return tuple(name for name, size in _sizes(model).items() if size and name != own)
+
+
+def _sizes(model: nn.Module) -> dict[str, int]:
+    return {name: sum(x.numel() for x in child.parameters()) for name, child in model.named_children()}
 
 
 def seed_parameters(model: nn.Module, parameters: Mapping[str, Tensor], seed: int) -> None:
