@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import Call
 from federation import free_ports
-from processes import Forks, finish, forks, wait_until
+from processes import Command, Forks, finish, forks, wait_until
 from ranks import assert_same_adapters
 
 from peertune.recipe import load_recipe
@@ -246,3 +246,31 @@ def test_the_manifests_ask_for_the_same_pods() -> None:
     assert theirs_runs == ours_runs
     claim = documents("claim.yaml")["PersistentVolumeClaim"]
     assert claim["accessModes"] == ["ReadWriteMany"]
+
+
+@pytest.mark.parametrize(
+    "held_out", [[], ["task={name: digits, held_out_writers: [12, 13]}"]], ids=["fifth", "writers"]
+)
+def test_a_second_evaluator_finds_the_scores_of_a_run_and_sees_one_that_was_changed(
+    peertune: Call, tmp_path: Path, held_out: list[str]
+) -> None:
+    settings = ["clients=2", "rounds=4", "training.per_device_train_batch_size=4", *held_out]
+    assert peertune("run", "digits-demo", *settings, "--out", "run")[0] == 0
+    assert evaluated_again(tmp_path, "run")[0] == 0
+    records = tmp_path / "run" / "rounds.jsonl"
+    *before, last = map(json.loads, records.read_text().splitlines())
+    last["evaluation"]["clients"][1] += 1 / 180
+    records.write_text("\n".join(map(json.dumps, [*before, last])))
+    code, out, _ = evaluated_again(tmp_path, "run")
+    assert code == 1
+    assert [line.split()[0] for line in out.splitlines() if "DIFFERS" in line] == ["client-001"]
+    assert "2 of 3 scores are the recorded ones" in out
+    code, _, err = evaluated_again(tmp_path, "nowhere")
+    assert (code, err.count("\n")) == (1, 1)
+
+
+def evaluated_again(folder: Path, run: str) -> tuple[int, str, str]:
+    script, base = EXAMPLES / "reevaluate.py", EXAMPLES.parent / "peertune" / "models" / "digits-vit"
+    assert not re.search(r"^\s*(import|from) peertune", script.read_text(), re.MULTILINE)
+    code = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    return finish(Command(folder, [run, str(base)], os.environ | {"OMP_NUM_THREADS": "1"}, code))
