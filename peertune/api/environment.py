@@ -1,4 +1,4 @@
-"""Versions and devices: what numbers may depend on, and what a bug report needs."""
+"""Versions, devices and settings: what numbers may depend on, and what a bug report needs."""
 
 import os
 import platform
@@ -8,30 +8,43 @@ from typing import Any
 
 from peertune import __version__
 
+_PACKAGES = ("torch", "transformers", "tokenizers", "peft", "datasets", "safetensors", "numpy", "scipy")
+_SETTINGS = (
+    *("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"),
+    *("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE", "NVIDIA_TF32_OVERRIDE", "CUBLAS_WORKSPACE_CONFIG"),
+)
+"""What in a process's environment has the libraries of products take other instructions, or fewer digits."""
 
-def environment() -> dict[str, Any]:
-    """Return versions and devices."""
+
+def environment(device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
+    """Return versions, devices and settings, as a recipe with this device and dtype has them.
+
+    Raises ModelError where the device isn't there.
+    """
     import torch
 
     from peertune.models.load import pick_device, pick_dtype
 
-    device = pick_device("auto")
+    on = pick_device(device)
     return {
         **versions(),
         "platform": platform.platform(),
         "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "device": str(device),
+        "device": str(on),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-        "dtype": str(pick_dtype("auto", device)).removeprefix("torch."),
+        "dtype": str(pick_dtype(dtype, on)).removeprefix("torch."),
+        "float32_products": torch.get_float32_matmul_precision(),
+        "onednn": torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled,
+        "settings": {name: value for name in _SETTINGS if (value := os.environ.get(name))},
         "launch": os.environ.get("TORCHELASTIC_RUN_ID"),
     }
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what results depend on."""
-    packages = ("torch", "transformers", "peft", "datasets", "safetensors", "numpy")
-    installed = {package: version(package) for package in packages}
+    installed = {package: version(package) for package in _PACKAGES}
     return {"peertune": __version__, **installed, "python": platform.python_version()}
 
 

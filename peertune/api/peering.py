@@ -178,7 +178,7 @@ def _begin_or_resume(
     if recipe is not None:
         begin(built, place, "peer start --recipe", recipe, overrides, peer=who)
         return
-    check_same(built.resolved, place)
+    check_same(built, place)
     if (was := directory.peer(place)) != who:
         raise RunError(f"{place}: is a run of {was or 'a simulation'}, not of {who}; give this peer's own")
 

@@ -36,6 +36,7 @@ def score(folder: str | Path, overrides: Sequence[str] = (), *, last: bool = Fal
     Raises:
         RunError: the run has not ended, another key is given, or it kept no best adapters and `last` is asked for.
         RecipeError: the task has no test rows.
+        ModelError: the base's weights are others than those that the run began with.
     """
     run = Path(folder)
     for word in overrides:
@@ -56,5 +57,5 @@ def score(folder: str | Path, overrides: Sequence[str] = (), *, last: bool = Fal
     if last and not rounds:
         raise RunError(f"{run}: kept no best adapters, so its last ones are scored; leave out --last")
     average = None if own is not None else {name: x.mean(0, keepdim=True) for name, x in state.adapters.items()}
-    scored = score_test(recipe, state.adapters if last else adapters, clients, average)
+    scored = score_test(recipe, state.adapters if last else adapters, clients, average, weights=directory.weights(run))
     return Scored(scored, clients, state.round, [] if last else rounds)

@@ -59,7 +59,7 @@ def run_together(
 
 def _as_begun(built: Built, folder: Path) -> bool:
     """Return whether a run is to begin, or was begun with the same settings."""
-    return not folder.is_dir() or not isinstance(tried(partial(check_same, built.resolved, folder)), Exception)
+    return not folder.is_dir() or not isinstance(tried(partial(check_same, built, folder)), Exception)
 
 
 def _that_fit(built: Mapping[str, Built]) -> Iterator[list[str]]:

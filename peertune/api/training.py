@@ -19,6 +19,7 @@ from peertune.engines.distributed import check_alike, check_devices, joined, run
 from peertune.engines.simulator import simulate
 from peertune.errors import PeertuneError, RunError, Stopped
 from peertune.files import write_file
+from peertune.models.weights import check_weights
 from peertune.recipe import Recipe, as_yaml, load_recipe, recipe_text
 from peertune.rounds.patience import Seen, ran_out, seen
 from peertune.rounds.record import RoundRecord
@@ -174,7 +175,7 @@ def _made_again(folder: Path, recipe: Source | None, overrides: Sequence[str], g
         directory.resolved(folder)
     directory.check_shared(folder, group)
     built = _built(load_recipe(directory.resolved(folder) if recipe is None else recipe, overrides), group)
-    check_same(built.resolved, folder, longer=True)
+    check_same(built, folder, longer=True)
     return built
 
 
@@ -210,7 +211,8 @@ def begin(built: Built, folder: Path, command: str, recipe: Source, overrides: S
         folder,
         recipe=f"# asked for: peertune {command} {asked}\n{text}",
         resolved=as_yaml(built.resolved.model_dump(mode="json")),
-        environment=environment(),
+        environment=environment(built.resolved.device, built.resolved.model.dtype)
+        | {"processes": built.job.group.size, "weights": dict(built.weights)},
         facts=built.facts | facts,
         lora=built.lora,
         head=built.head,
@@ -237,11 +239,12 @@ def _lengthen(resolved: Recipe, folder: Path) -> None:
     write_file(folder / "resolved.yaml", as_yaml(resolved.model_dump(mode="json")).encode())
 
 
-def check_same(resolved: Recipe, folder: Path, *, longer: bool = False) -> None:
+def check_same(built: Built, folder: Path, *, longer: bool = False) -> None:
     """Refuse to resume a run with another recipe than its own, but for more rounds or patience if it may be `longer`.
 
-    Warn of other code.
+    Or over a base whose weights are others. Warn of other code.
     """
+    resolved = built.resolved
     was, now = directory.plugins(folder), from_outside(resolved)
     for block in (block for block in now if now[block] != was.get(block)):
         log.warning("%s: the code of %s is another than the run began with: %s", folder, block, dict(now[block]))
@@ -255,6 +258,7 @@ def check_same(resolved: Recipe, folder: Path, *, longer: bool = False) -> None:
         if value != before[block]:
             told = _differing(block, before[block], value)
             raise RunError(f"{folder}: was run with {told}; resume without a recipe, or start anew")
+    check_weights(resolved.model.name, built.weights, directory.weights(folder))
 
 
 def _differing(key: str, was: object, now: object) -> str:

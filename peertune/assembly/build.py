@@ -30,6 +30,7 @@ from peertune.assembly.registry import (
 from peertune.data.batches import TrainingSteps
 from peertune.errors import tried
 from peertune.method import standing
+from peertune.models import weights
 from peertune.recipe import Recipe
 from peertune.rounds import best
 from peertune.rounds.bounds import Bound
@@ -52,6 +53,7 @@ class Built:
     resolved: Recipe  # every default and everything automatic written out
     lora: LoraConfig  # what PEFT needs to load an adapter
     head: Mapping[str, Tensor]  # what travels with each adapter: the head, and what else the checkpoint lacks
+    weights: Mapping[str, str]  # the digests of what the checkpoint brought
     asked: Mapping[str, Any]  # what the task asks of the base: its form, metric, words and templates
     labels: tuple[str, ...]  # names of the classes, by number
     held: list[list[int]]  # for each client, how many rows of each class it holds
@@ -141,6 +143,7 @@ def _put_together(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: Encoded
         _resolve(recipe, parts, loaded, job.clients_per_pass),
         loaded.lora,
         loaded.base.head,
+        loaded.base.weights,
         {"form": task.form, "metric": task.metric, "of": task.of, "words": task.words, "templates": task.templates},
         task.classes,
         held=list(chain(*parts.group.gather(label_counts(task, task.train, list(encoded.held.values()))))),
@@ -236,11 +239,6 @@ def agreed(run: Built) -> dict[str, str]:
     nothing. The base's weights count as they are in bfloat16, so that peers may hold them in different precision.
     """
     recipe, job = run.resolved, run.job
-    base = sha256()
-    for name, x in sorted(job.model.base.state_dict().items()):
-        base.update(f"{name} {list(x.shape)}".encode())
-        rounded = x.to(torch.bfloat16) if x.is_floating_point() else x
-        base.update(rounded.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data if x.numel() else b"")
 
     def short(value: Any) -> str:
         text = json.dumps(value)
@@ -252,7 +250,7 @@ def agreed(run: Built) -> dict[str, str]:
     return {
         "adapters": _shapes(job.state.adapters),
         "algorithm": json.dumps(beyond_defaults("algorithm", recipe.algorithm), sort_keys=True),
-        "base": base.hexdigest()[:16],
+        "base": weights.digest(job.model.base.state_dict()),
         "clients": str(recipe.clients),
         "edges": digest(job.graph),
         "graph": json.dumps(graph, sort_keys=True),

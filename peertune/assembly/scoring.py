@@ -1,6 +1,6 @@
 """What the adapters of a run that has ended are worth on rows that it never saw: those of the task's test split."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from peertune.assembly.encoding import encode_test
@@ -8,15 +8,24 @@ from peertune.assembly.evaluation import build_evaluation
 from peertune.assembly.loading import begun_with, load
 from peertune.assembly.registry import build_task
 from peertune.errors import RecipeError
+from peertune.models.weights import check_weights
 from peertune.recipe import Recipe
 from peertune.rounds.record import Evaluation
 from peertune.types import Tensors
 
 
-def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], average: Tensors | None = None) -> Evaluation:
+def score_test(
+    recipe: Recipe,
+    adapters: Tensors,
+    clients: Sequence[int],
+    average: Tensors | None = None,
+    *,
+    weights: Mapping[str, str] | None = None,
+) -> Evaluation:
     """Score adapters `[K, …]` of these clients, and their `average [1, …]`, as a round does on the validation rows.
 
-    Raises RecipeError for a task without test rows, and for adapters that are not the recipe's.
+    `weights` are the digests of the base that the adapters were trained over, where they are known. Raises RecipeError
+    for a task without test rows, and for adapters that are not the recipe's, and ModelError for another base.
     """
     task = build_task(recipe)
     if task.test is None:
@@ -27,6 +36,7 @@ def score_test(recipe: Recipe, adapters: Tensors, clients: Sequence[int], averag
     every = recipe.evaluate.model_copy(update={"on": "common", "rows": None, "fold": None})
     recipe = recipe.model_copy(update={"evaluate": every})
     loaded = load(recipe, task)
+    check_weights(recipe.model.name, loaded.base.weights, weights or {})
     need = {f"{name}.{factor}" for name in loaded.model.sites for factor in "AB"}
     if lacking := need - adapters.keys():
         raise RecipeError(f"lora.target_modules: the run has no {min(lacking)}; give the run's own recipe")

@@ -19,6 +19,7 @@ from peertune.adapters.attention import register_attention
 from peertune.errors import ModelError
 from peertune.models.heads import head_config, head_roots, put_in_order, seed_parameters
 from peertune.models.meta import empty_model
+from peertune.models.weights import digests
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Base:
     head_roots: tuple[str, ...]  # the modules of the classification head, and what else the checkpoint lacks
     head: Mapping[str, Tensor]  # all that these hold, by name: what must travel with an adapter
     drawn: Mapping[str, Tensor]  # what of it was drawn from the seed
+    weights: Mapping[str, str]  # the digests of what the checkpoint brought; none of a planned base
     output_name: str | None  # the layer that a language model's logits come from
     stop: tuple[int, ...]  # the tokens at which a language model ends
     positions: int | None  # tokens that a row may have; None where any number will do
@@ -138,17 +140,18 @@ def load_base(
         wider = copy.deepcopy(config)
         wider.id2label = dict.fromkeys(range(len(classes) + 1), "")
         put_in_order(name, model, empty_model(auto, wider, dtype, None), own, classes)
+    roots = (*roots, *sorted({key.rpartition(".")[0] for key in beyond}))
+    weights = {} if planned else digests(model.state_dict(), roots, lacking, quantization or "body")
     if quantization is None and not planned:
         model.to(device)
     output_name, stop = _prepare_language_model(name, model, tokenizer) if purpose == "language" else (None, ())
-    roots = (*roots, *sorted({key.rpartition(".")[0] for key in beyond}))
     commit = getattr(model.config, "_commit_hash", None)
     inside = tuple(f"{root}." for root in roots)
     head = {name: value for name, value in model.state_dict().items() if name.startswith(inside)}
     per_image = _tokens_per_image(model.config) if purpose in ("image", "match") else 0
     positions = usable_positions(model) if purpose in ("text", "language") else None
     drawn = {name: head[name] for name in lacking}
-    return Base(model, tokenizer, roots, head, drawn, output_name, stop, positions, per_image, commit)
+    return Base(model, tokenizer, roots, head, drawn, weights, output_name, stop, positions, per_image, commit)
 
 
 def load_processor(name: str, *, revision: str | None, config: Any) -> Callable[[Any], Tensor]:

@@ -150,6 +150,12 @@ def plugins(run: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def weights(run: Path) -> dict[str, str]:
+    """Return the digests of the base's weights that the run began with; {} where it does not say them."""
+    found = _said(run, "environment").get("weights", {})
+    return found if isinstance(found, dict) else {}
+
+
 def pipeline_tag(run: Path) -> str:
     """Return what the run's models are for, in the hub's words. Raises RunError where the run does not say it."""
     try:

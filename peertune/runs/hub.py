@@ -17,6 +17,7 @@ from peertune.adapters.peft_format import LOADERS, merge_adapter
 from peertune.errors import ModelError, RunError
 from peertune.models.heads import head_config
 from peertune.models.load import MODELS
+from peertune.models.weights import check_weights, digests
 from peertune.recipe import load_recipe
 from peertune.runs import directory
 
@@ -29,11 +30,14 @@ def merge(run: Path, folder: Path) -> str:
     held in 4 bits is taken as it is stored, too. What makes tokens or pixels of a row lies beside the weights, where
     the base has it.
 
-    Raises ModelError where the base can't be had or is stored quantised, and where a weight comes out that is not
-    finite.
+    Raises ModelError where the base can't be had, is stored quantised or has other weights than the run began with, and
+    where a weight comes out that is not finite.
     """
     recipe, labels = load_recipe(directory.resolved(run)), json.loads((folder / "labels.json").read_text("utf-8"))
     base, companion = _load(recipe.model.name, recipe.model.revision, directory.pipeline_tag(run), labels)
+    head = json.loads((folder / "adapter_config.json").read_text("utf-8"))["modules_to_save"] or ()
+    body = {"body": digests(base.state_dict(), head)["body"]}  # the head is the adapter's
+    check_weights(recipe.model.name, body, directory.weights(run))
     model: Any = merge_adapter(base, folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):  # else `transformers` adds the adapter once more
         (folder / name).unlink()

@@ -2,16 +2,20 @@ import csv
 import gc
 import io
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Call
+from safetensors.torch import load_file, save_file
 
 import peertune as pt
 from peertune import PeertuneError, Run, Runs, Stopped
 from peertune.cli.running import print_summary
+from peertune.models.load import MODELS
 from peertune.recipe import load_recipe
 
 pytestmark = pytest.mark.thorough
@@ -75,6 +79,49 @@ def test_a_run_is_stopped_by_who_watches_it_and_resumed_to_the_same_bits(tmp_pat
     assert seen == [2]
     ours, theirs = left(tmp_path / "run"), left(made.folder)
     assert {name: ours[name] for name in theirs} == theirs  # beside which there is the checkpoint where it stopped
+
+
+def test_a_base_whose_weights_changed_is_refused_by_all_that_goes_on_with_the_run(
+    peertune: Call, tmp_path: Path
+) -> None:
+    base = shutil.copytree(MODELS["digits-vit"], tmp_path / "base")
+    tests = ["task.validation_split=0.2", "task.test=validation"]
+    made = pt.run("digits-demo", [*TINY, *tests, f"model.name={base}"], out=tmp_path / "run")
+    was, before = made.environment["weights"]["body"], left(made.folder)
+    file = base / "model.safetensors"
+    whole = file.read_bytes()
+    tensors = load_file(file)
+    tensors["layers.0.attention.k_proj.weight"][3, 5] += 0.25
+    save_file(tensors, file, {"format": "pt"})
+    going_on = (
+        ["run", "--resume", "run", "rounds=4"],
+        ["score", "run"],
+        ["export", "run", "--client", "0", "--merge", "--to", "model"],
+    )
+    for words in going_on:
+        code, out, err = peertune(*words)
+        assert (code, out, err.count("\n")) == (2, "", 1), words
+        assert re.fullmatch(
+            rf"peertune: model\.name: the weights of {base} are no longer those that the run began with "
+            rf"\(digest of the body [0-9a-f]{{16}}, then {was}\); put those back, or start a new run\n",
+            err,
+        ), err
+    assert left(made.folder) == before
+    assert not (tmp_path / "model").exists()
+    file.write_bytes(whole)
+    for words in going_on:
+        code, _, err = peertune(*words)
+        assert code == 0, err
+
+
+def test_a_run_of_before_weights_were_told_goes_on_over_any(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        pt.run("digits-demo", TINY, out=tmp_path / "run", each=lambda _: True)
+    file = tmp_path / "run" / "environment.json"
+    told = json.loads(file.read_text())
+    assert told.pop("weights").keys() == {"body"}
+    file.write_text(json.dumps(told))
+    assert len(pt.resume(tmp_path / "run").records) == 3
 
 
 def test_a_run_of_nested_values_without_a_place_goes_with_its_value_unless_it_is_saved(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ RECIPE = load_recipe("digits-demo", [])
 
 
 def base_of(model: PreTrainedModel, output_name: str | None = None) -> Base:
-    return Base(model, None, (), {}, {}, output_name, (), None, 0, None)
+    return Base(model, None, (), {}, {}, {}, output_name, (), None, 0, None)
 
 
 def bert(width: int, layers: int) -> Base:

@@ -205,6 +205,8 @@ def test_a_head_in_the_checkpoint_is_kept_and_one_of_another_size_is_drawn_anew(
     assert torch.equal(kept.head["classifier.weight"], model.classifier.weight)
     assert drawn.head["classifier.weight"].shape == (2, 16)
     assert headless.head["classifier.weight"].shape == (1, 16)
+    assert [*kept.weights, *drawn.weights] == ["body", "head", "body"]
+    assert kept.weights["body"] == drawn.weights["body"] == headless.weights["body"]
     for name, x in model.bert.named_parameters():
         assert torch.equal(drawn.model.get_parameter(f"bert.{name}"), x)
 
