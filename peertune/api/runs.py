@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from peertune.errors import PeertuneError, RunError
 from peertune.files import check_absent, written_folder
 from peertune.report import tables
+from peertune.report.environments import Difference, differences
 from peertune.report.findings.diagnosis import diagnose
 from peertune.report.findings.finding import Finding
 from peertune.report.pairing import Row
@@ -143,6 +144,13 @@ class Runs(tuple[Run, ...]):
     def verdicts(self, by: Sequence[str] | None = None) -> list[Verdict]:
         """Say which setting is best, and whether its lead is more than the seeds' noise; `str` makes lines of them."""
         return verdicts(self._grouped(by))
+
+    def differences(self, by: Sequence[str] | None = None) -> list[Difference]:
+        """Say where the runs differ in what numbers depend on beside settings, seeds and rows, such as base and CPU.
+
+        `str` makes lines of them, which `compare` logs. What the settings `by` tell apart is no difference.
+        """
+        return differences(self, tables.default_keys(self) if by is None else by)
 
     def report(self, file: str | Path, figures: str | Path | None = None) -> list[Path]:
         """Write one HTML file, and each figure as PNG and SVG into a folder `figures`; return what was written."""

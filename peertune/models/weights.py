@@ -12,8 +12,7 @@ from peertune.errors import ModelError
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """Return a digest of tensors, each with its name, its shape and its values, in 16 characters.
 
-    Values count as they are in bfloat16, so that a base has one digest in whatever precision it is held. A processor
-    takes under a second for a gigabyte of these.
+    Values count as they are in bfloat16, so that a base has one digest in whatever precision it is held.
     """
     made = sha256()
     for name, x in sorted(tensors.items()):

@@ -26,7 +26,7 @@ from peertune.report.drawing import (
     ticks,
 )
 from peertune.report.runs import RunData, settings
-from peertune.report.tables import compare, headings
+from peertune.report.tables import default_keys, headings
 
 MOST_BANDS = 8  # settings with a band around their line
 
@@ -135,7 +135,7 @@ def _keys(runs: Sequence[RunData], x: str | None) -> dict[str, list[str]]:
     alike: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for run in runs:
         alike.setdefault((method(run), str(settings(run).get(x or ""))), []).append(settings(run))
-    compared = list(compare(runs)[0]["by"]) if runs else []
+    compared = default_keys(runs) if runs else []
     found: dict[str, list[str]] = {}
     for (name, _), members in alike.items():
         keys = found.setdefault(name, ["algorithm.name"])

@@ -22,6 +22,7 @@ from plotly.offline import get_plotlyjs
 
 from peertune.errors import RunError
 from peertune.report.drawing import metric, theme
+from peertune.report.environments import differences
 from peertune.report.figures import Figure, of_a_run, of_runs
 from peertune.report.findings.finding import Finding
 from peertune.report.judging import by_class
@@ -248,7 +249,8 @@ def _table(runs: Sequence[RunData]) -> str:
         return _rows(compared(some, [key for key in _SHOWN if key in there]), label)
 
     others = "".join(f"<h3>{escape(_words(name))}</h3>{shown(alike, name)}" for name, alike in by_metric(rows))
-    judged = "".join(f"<li>{escape(str(verdict))}</li>" for verdict in verdicts(rows))
+    lines = [*verdicts(rows), *differences(runs, rows[0]["by"])]
+    judged = "".join(f"<li>{escape(str(line))}</li>" for line in lines)
     told = f"<ul>{judged}</ul>" if judged else ""
     first = f"<h3>{escape(_words(rows[0]['metric']))}</h3>" if others else ""
     return f"{told}{first}{shown(rows, 'All settings')}{others}" + (

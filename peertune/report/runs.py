@@ -37,7 +37,7 @@ class RunData:
     name: str  # short, and unique among the runs that were read together
     recipe: dict[str, Any]  # resolved.yaml
     facts: dict[str, Any]  # facts.json; of peers with `peers`: client, name and federation of each
-    environment: dict[str, Any]  # environment.json
+    environment: dict[str, Any]  # environment.json; of peers that differ, by the peer's name
     records: list[dict[str, Any]]  # lines of rounds.jsonl, those that are damaged left out
 
 
@@ -98,7 +98,20 @@ def _read(folder: Path, name: str) -> RunData:
     peer = facts.get("peer")
     if isinstance(peer, dict) and peer.keys() >= {"client", "name", "federation"}:
         facts["peers"] = [peer]
-    return RunData(folder, name, recipe, facts, environment, _with_constants(recipe, facts, records.read(folder)))
+    return RunData(
+        folder,
+        name,
+        recipe,
+        facts,
+        environment | _computed_with(recipe),
+        _with_constants(recipe, facts, records.read(folder)),
+    )
+
+
+def _computed_with(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the run's device and dtype: an earlier version's `environment.json` has what would have been picked."""
+    told = flat(recipe)
+    return {key: told[of] for key, of in (("device", "device"), ("dtype", "model.dtype")) if told.get(of) is not None}
 
 
 def _with_constants(
@@ -194,6 +207,13 @@ def _joined(parts: Sequence[RunData], folder: Path) -> RunData:
         else {peer["name"]: environment for peer, environment in zip(peers, environments, strict=True)},
         [_round([own[t] for own in by_round if t in own]) for t in rounds],
     )
+
+
+def environments(run: RunData) -> list[dict[str, Any]]:
+    """Return what a run's numbers were computed on, where peers differ for each of them."""
+    each = [run.environment.get(peer["name"]) for peer in run.facts.get("peers", [])]
+    parts = [part for part in each if isinstance(part, dict)]
+    return parts if len(parts) == len(run.environment) > 0 else [run.environment]
 
 
 _OF_CLIENTS = ("clients", "loss", "grad_norm", "bytes_sent", "neighbours", "not_mixed", "suspects")

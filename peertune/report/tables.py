@@ -7,6 +7,7 @@ from typing import Any
 
 from peertune.data.scores import LOWER_IS_BETTER
 from peertune.errors import RunError, unknown
+from peertune.report.environments import differences, known
 from peertune.report.pairing import OWN, SCORES, Row, pair
 from peertune.report.runs import RunData, different, settings, varying
 from peertune.rounds.patience import ended_early
@@ -130,10 +131,11 @@ def compare(
 
     A row has `by` (key → value), `seeds`, `runs`, `metric`, and `measures`: for each of `MEASURES` its `mean` over the
     seeds and `std` (of a sample; None for one seed); and `also`, where the task has other metrics: for each its
-    `metric` and those `measures` that are scores. With `paired_with`, the value of one of the keys, such as a
-    method's name, a row has `paired`: for each of `SCORES` the mean `difference` from the row which has that value and
-    agrees in all keys of other blocks, seed by seed, and its 95 % interval `low` to `high` by Student's t (None for one
-    seed). Rows without such a partner have None. Each of `also` has its own.
+    `metric` and those `measures` that are scores. `environment` has what the runs differ in beside settings, seeds and
+    rows (`peertune.report.environments`): key → the value of each of the row's runs. With `paired_with`, the value of
+    one of the keys, such as a method's name, a row has `paired`: for each of `SCORES` the mean `difference` from the
+    row which has that value and agrees in all keys of other blocks, seed by seed, and its 95 % interval `low` to `high`
+    by Student's t (None for one seed). Rows without such a partner have None. Each of `also` has its own.
 
     Raises RunError for runs of different tasks, for a key that no run has, and where runs of one seed differ in a
     setting that is not in `by`.
@@ -152,10 +154,10 @@ def grouped(
 ) -> list[dict[str, Any]]:
     """Return the rows of `compare`; they, and what they have of each other metric, with summaries as `_summaries`."""
     found = {run.name: settings(run) for run in runs}
-    keys = list(by) if by is not None else _default_keys(runs)
-    known = {key for values in found.values() for key in values}
-    if wrong := next((key for key in keys if key not in known), None):
-        raise RunError(unknown("--by", wrong, known).replace("unknown name", "unknown key"))
+    keys = list(by) if by is not None else default_keys(runs)
+    there = {key for values in found.values() for key in values}
+    if wrong := next((key for key in keys if key not in there), None):
+        raise RunError(unknown("--by", wrong, there).replace("unknown name", "unknown key"))
     _check_comparable(runs, keys)
     for run in runs:
         done = len(run.records)
@@ -163,6 +165,9 @@ def grouped(
             done = run.records[-1]["round"] + 1
         if done < run.recipe.get("rounds", 0) and not ended_early(run.records, run.recipe.get("evaluate", {})):
             log.warning("%s is not finished: it has %d of %d rounds", run.name, done, run.recipe["rounds"])
+    apart = differences(runs, keys)
+    for difference in apart:
+        log.warning("%s", difference)
     groups: dict[tuple[Any, ...], list[RunData]] = {}
     for run in runs:
         groups.setdefault(tuple(_hashable(found[run.name].get(key)) for key in keys), []).append(run)
@@ -176,6 +181,7 @@ def grouped(
                 "by": {key: found[members[0].name].get(key) for key in keys},
                 "seeds": [found[run.name]["seed"] for run in members],
                 "runs": [run.name for run in members],
+                "environment": {key: [known(run, key) for run in members] for each in apart for key in each.keys},
                 "metric": summaries[0].get("metric"),
                 "measures": _spreads(summaries, MEASURES),
                 "also": [
@@ -194,8 +200,8 @@ def _differences(runs: Sequence[RunData]) -> list[str]:
     return [key for key in varying(runs) if key not in _UNCOMPARED]
 
 
-def _default_keys(runs: Sequence[RunData]) -> list[str]:
-    """Return the settings in which the runs differ, but for the task's.
+def default_keys(runs: Sequence[RunData]) -> list[str]:
+    """Return what makes a row where nothing is asked for: the settings in which the runs differ, but for the task's.
 
     The interval is none of them where it follows from the others: T* may differ from seed to seed.
     """
