@@ -3,6 +3,7 @@
     python -m benchmarks.atlas run             # goes on where it stopped
     python -m benchmarks.atlas run --part 1/2  # every second group of runs; 2/2 in a second process has the others
     python -m benchmarks.atlas table           # of what has been run
+    python -m benchmarks.atlas map FILE        # the same as a heat map
 
 The protocol, written before anything was run.
 
@@ -37,17 +38,22 @@ and the graph's rho. The prediction, and its error, are of cells that it was not
 """
 
 import argparse
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
 from itertools import product
-from math import sqrt
+from math import log10, sqrt
+from statistics import fmean, pstdev
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy.stats import false_discovery_control, ttest_1samp
 
 from benchmarks.studies import STUDIES, Kept, Row, scored
+from peertune.report.pairing import interval
 from peertune.rounds.metrics import product_norm
 from peertune.rounds.record import RoundRecord
+from peertune.topology import GRAPHS, rho
 from peertune.types import Tensors, kind
 
 OF = STUDIES["digits"]._replace(
@@ -64,6 +70,9 @@ STEPS = (1, 5)
 METHODS = ("dec_lora", "tad_lora", "ffa_lora", "fedrot_lora")
 ENDS = {"local": ("local", 0.02), "server": ("dec_lora", 1.0)}
 """What bounds the methods from below and above → the method and the edge probability that it is."""
+HALVES = OF.seeds[:5], OF.seeds[5:]
+FALSE = 0.05
+"""The share of what is taken for a difference and is none, at most."""
 PROBED = 15
 """Rounds after which what is measured on the way is kept."""
 
@@ -86,6 +95,11 @@ def cells() -> Iterator[Cell]:
 def methods(cell: Cell) -> tuple[str, ...]:
     """Return what is run in a cell."""
     return METHODS if cell.p else tuple(ENDS)
+
+
+def clients(skew: str) -> int:
+    """Return how many clients there are."""
+    return int(SKEWS[skew][0].removeprefix("clients="))
 
 
 def named(cell: Cell, method: str, seed: int) -> str:
@@ -133,8 +147,7 @@ def run(part: str) -> None:
     number, parts = map(int, part.split("/"))
     torch.set_num_threads(1)
     kept = Kept("atlas")
-    halves = OF.seeds[:5], OF.seeds[5:]
-    for place, (seeds, cell) in enumerate(product(halves, cells())):
+    for place, (seeds, cell) in enumerate(product(HALVES, cells())):
         if place % parts == number - 1:
             asked = {
                 named(cell, method, seed): settings(cell, method, seed)
@@ -143,12 +156,173 @@ def run(part: str) -> None:
             kept.all(asked, partial(scored, OF, watch=measured))
 
 
+BySeed = dict[Cell, dict[int, float]]
+"""Cell → seed → a score, or a difference of two."""
+
+
+def scores(method: str, score: str = "new") -> BySeed:
+    """Return what a method scored: the mean over the clients' own models, 0 where training diverged.
+
+    What has no edge probability stands in the cells of all three.
+    """
+    kept, found = Kept("atlas").rows, BySeed()
+    for cell, seed in product(cells(), OF.seeds):
+        row = kept.get(named(cell if method in METHODS else cell._replace(p=0.0), method, seed))
+        if cell.p and row is not None and (row[score] or not row["new"]):
+            found.setdefault(cell, {})[seed] = fmean(row[score] or [0.0])
+    return found
+
+
+def ahead(ours: BySeed, theirs: BySeed) -> BySeed:
+    """Return by how much the one is ahead of the other, in each cell and for each seed that both have."""
+    return {
+        cell: {seed: own[seed] - theirs[cell][seed] for seed in common}
+        for cell, own in ours.items()
+        if (common := sorted(own.keys() & theirs.get(cell, {}).keys()))
+    }
+
+
+def at_best_rate(found: BySeed) -> BySeed:
+    """Return the scores at the rate that is best by the other half of the seeds; of cells with all rates and seeds."""
+    rates: dict[Cell, dict[float, dict[int, float]]] = {}
+    for cell, each in found.items():
+        if each.keys() == {*OF.seeds}:
+            rates.setdefault(cell._replace(rate=0.0), {})[cell.rate] = each
+
+    def best(of: Mapping[float, Mapping[int, float]], seeds: Sequence[int]) -> Mapping[int, float]:
+        return of[max(sorted(of), key=lambda rate: fmean(of[rate][seed] for seed in seeds))]
+
+    return {
+        cell: {seed: best(of, others)[seed] for half, others in (HALVES, HALVES[::-1]) for seed in half}
+        for cell, of in rates.items()
+        if len(of) == len(OF.rates)
+    }
+
+
+def discovered(found: BySeed) -> set[Cell]:
+    """Return the cells with a difference, of which at most .05 have none: Benjamini and Yekutieli (2001).
+
+    Each cell has a paired t-test over its seeds; one in which all seeds differ by the same is sure.
+    """
+    tried = {cell: list(each.values()) for cell, each in found.items() if len(each) > 1}
+    if not tried:
+        return set()
+    chances = [float(not each[0]) if len({*each}) == 1 else ttest_1samp(each, 0).pvalue for each in tried.values()]
+    return {cell for cell, p in zip(tried, false_discovery_control(chances, method="by"), strict=True) if p <= FALSE}
+
+
+def features(cell: Cell, kept: Mapping[str, Row]) -> list[float]:
+    """Return what `dec_lora` shows of a cell after the first rounds, a mean over seeds, and rho; [] if it diverged."""
+    rows = [kept[name] for seed in OF.seeds if (name := named(cell, "dec_lora", seed)) in kept]
+    if not rows or not all("probe" in row for row in rows):
+        return []
+    seen = [fmean(row["probe"][of] for row in rows) for of in ("cross", "A", "B")]
+    return [*map(log10, seen), _rho(clients(cell.skew), cell.p)]
+
+
+@cache
+def _rho(clients: int, activation: float) -> float:
+    return rho(GRAPHS["complete"](clients=clients, seed=0, activation=activation), draws=4_000)
+
+
+def foretold(found: BySeed) -> dict[Cell, float]:
+    """Return the mean difference that the other skews' cells foretell: by least squares on standardised features."""
+    kept, told = Kept("atlas").rows, {}
+    known = {cell: np.array(seen) for cell in found if (seen := features(cell, kept))}
+    for skew in SKEWS:
+        others = [cell for cell in known if cell.skew != skew]
+        if len(others) < 12:  # more than twice what is fitted
+            continue
+        x = np.array([known[cell] for cell in others])
+        middle, scale = x.mean(0), x.std(0) + 1e-12
+        design = np.column_stack([np.ones(len(x)), (x - middle) / scale])
+        weights, *_ = np.linalg.lstsq(design, [fmean(found[cell].values()) for cell in others], rcond=None)
+        for cell in known:
+            if cell.skew == skew:
+                told[cell] = float(np.array([1.0, *((known[cell] - middle) / scale)]) @ weights)
+    return told
+
+
+def table() -> None:
+    """Print what the cells come to, as Markdown: at each rate, and at each method's best; then what is foretold."""
+    others = [*METHODS[1:], *ENDS]
+    made, all_of_them = sum(map(len, scores("dec_lora").values())), len(OF.seeds) * sum(cell.p > 0 for cell in cells())
+    print(f"{made} of {all_of_them} seeds and cells")
+    as_they_are: Callable[[BySeed], BySeed] = dict
+    for chosen in (as_they_are, at_best_rate):
+        base = chosen(scores("dec_lora"))
+        found = {method: ahead(chosen(scores(method)), base) for method in others}
+        sure = {method: discovered(each) for method, each in found.items()}
+        print(f"\n| skew | p | steps | rate | seeds | dec_lora | {' | '.join(others)} |")
+        print(f"|---|---:|---:|---:|---:|---:|{'---|' * len(others)}")
+        for cell, own in sorted(base.items()):
+            columns = [
+                f"{told(each[cell])}{' *' if cell in sure[method] else ''}" if cell in each else "–"
+                for method, each in found.items()
+            ]
+            first = f"{cell.skew} | {cell.p:g} | {cell.steps} | {cell.rate or 'best'} | {len(own)}"
+            print(f"| {first} | {fmean(own.values()):.3f} | {' | '.join(columns)} |")
+    for method in METHODS[1:]:
+        found_at_all = ahead(scores(method), scores("dec_lora"))
+        mean = {cell: fmean(each.values()) for cell, each in found_at_all.items()}
+        if expected := foretold(found_at_all):
+            error = sqrt(fmean((mean[cell] - x) ** 2 for cell, x in expected.items()))
+            spread = pstdev(mean[cell] for cell in expected)
+            print(f"\n{method}: foretold of another skew's cells to {error:.3f}; the cells' own spread is {spread:.3f}")
+
+
+def told(by_seed: Mapping[int, float]) -> str:
+    """Return a mean difference with its 95 % interval."""
+    middle, low, high = interval(list(by_seed.values()))
+    return f"{middle:+.3f}" if low is None else f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def draw(file: str) -> None:
+    """Draw by how much methods are ahead of `dec_lora`, a panel for each one and skew; outlined where that is sure."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    base = scores("dec_lora")
+    columns, rows = [*product(PROBABILITIES, STEPS)], sorted(OF.rates)
+    figure = Figure(figsize=(3.4 * len(SKEWS), 2.1 * (len(METHODS) - 1)), dpi=150, layout="constrained")
+    panels = figure.subplots(len(METHODS) - 1, len(SKEWS), squeeze=False)
+    found = {method: ahead(scores(method), base) for method in METHODS[1:]}
+    sure = {method: discovered(each) for method, each in found.items()}
+    for (method, skew), axes in zip(product(found, SKEWS), panels.flat, strict=True):
+        values = np.full((len(rows), len(columns)), np.nan)
+        for (y, rate), (x, (p, steps)) in product(enumerate(rows), enumerate(columns)):
+            if (cell := Cell(skew, p, steps, rate)) in found[method]:
+                values[y, x] = fmean(found[method][cell].values())
+                axes.text(x, y, f"{100 * values[y, x]:+.1f}", ha="center", va="center", fontsize=7)
+                if cell in sure[method]:
+                    axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, linewidth=1.5))
+        image = axes.imshow(values, cmap="RdBu", vmin=-0.1, vmax=0.1, aspect="auto")
+        axes.set_xticks(range(len(columns)), [f"{p:g}\n{steps}" for p, steps in columns], fontsize=7)
+        axes.set_yticks(range(len(rows)), [f"{rate:g}" for rate in rows], fontsize=7)
+        axes.set_title(f"{method}, {skew}", fontsize=9, loc="left")
+    figure.supxlabel("edge probability, and local steps in a round", fontsize=8)
+    figure.supylabel("learning rate", fontsize=8)
+    figure.colorbar(
+        image, ax=panels, label="points of accuracy ahead of dec_lora", format=lambda x, _: f"{100 * x:+.0f}"
+    )
+    figure.savefig(file)
+
+
 def main() -> None:
     """Run the atlas, or print what it comes to."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.atlas", description=__doc__)
-    parser.add_argument("action", choices=["run"])
+    parser.add_argument("action", choices=["run", "table", "map"])
+    parser.add_argument("file", nargs="?", help="where the map goes, such as docs/atlas.svg")
     parser.add_argument("--part", default="1/1", help="k/n: every n-th group of runs, from the k-th on")
-    run(parser.parse_args().part)
+    options = parser.parse_args()
+    if options.action == "run":
+        run(options.part)
+    elif options.action == "table":
+        table()
+    elif options.file is None:
+        parser.error("map: give the FILE that it goes to")
+    else:
+        draw(options.file)
 
 
 if __name__ == "__main__":
