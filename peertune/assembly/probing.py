@@ -23,7 +23,7 @@ from peertune.recipe import Recipe
 from peertune.rounds.training import evaluate
 from peertune.types import Batch, Task
 
-MOST_ROWS = 5000
+MOST_ROWS = 2000
 """Rows that a probe looks at: a seeded draw of them, where the clients hold more."""
 
 

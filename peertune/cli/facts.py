@@ -64,12 +64,13 @@ def graph(
     with messages():
         from peertune.assembly.registry import build_graph, describe_graph
         from peertune.recipe import load_recipe
+        from peertune.report.plots import draw_graph, need_picture
 
+        if png is not None:
+            need_picture(png)
         made = build_graph(load_recipe(recipe, overrides or []))
         facts = describe_graph(made)
     if png is not None:
-        from peertune.report.plots import draw_graph
-
         title = f"{made.name}, {made.clients} clients, activation {made.activation:g}"
         draw_graph(made, f"{title}: rho {facts['rho']:.3f}, T* {facts['switching_interval']}", png)
     if as_json:
@@ -119,10 +120,9 @@ def data(
     with messages():
         from peertune.assembly.registry import build_task, describe_data
         from peertune.recipe import load_recipe
+        from peertune.report.plots import draw_data, need_picture
 
         if png is not None:
-            from peertune.report.plots import draw_data, need_picture
-
             need_picture(png)
         loaded = load_recipe(recipe, overrides or [])
         task = build_task(loaded)

@@ -78,6 +78,7 @@ def draw_data(facts: Mapping[str, Any], title: str, file: Path) -> None:
     rows.set(xlabel="rows")
     shown = range(0, len(clients), -(-len(clients) // _MOST_NAMED))
     first.set_yticks([*shown, places[-1]], [*map(str, shown), "all"])
+    first.margins(y=0.02)
     first.invert_yaxis()
     first.set_title(title, fontsize=11, loc="left")
     _save(figure, file)
@@ -88,22 +89,18 @@ _BLUE = "#0b6e99"
 
 
 def need_picture(file: Path) -> None:
-    """Raise RunError for a file that no picture can be written to, before what it shows is computed."""
+    """Raise RunError for a file that no picture can be written to: before what it is to show is computed."""
     from matplotlib.figure import Figure
 
     if file.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
-        raise RunError(_NO_FORMAT.format(file=file))
+        raise RunError(f"{file}: pictures are written as .png, .svg or .pdf; end the name in one of them")
     if not file.parent.is_dir():
         raise RunError(f"{file}: can't be written (no such folder); choose a folder that is there")
 
 
-_NO_FORMAT = "{file}: pictures are written as .png, .svg or .pdf; end the name in one of them"
-
-
 def _save(figure: Any, file: Path) -> None:
+    need_picture(file)
     try:
         figure.savefig(file, bbox_inches="tight", pad_inches=0.2)
     except OSError as error:
         raise RunError(f"{file}: can't be written ({error.strerror or error}); choose a folder that is there") from None
-    except ValueError:
-        raise RunError(_NO_FORMAT.format(file=file)) from None
