@@ -3,6 +3,7 @@
     python -m benchmarks.which run digits             # changes, sgd; sst2, with SST2=FOLDER; goes on where it stopped
     python -m benchmarks.which run digits --part 1/2  # every second cell; 2/2 in a second process has the others
     python -m benchmarks.which table digits           # of the folds in which all cells have been run
+    python -m benchmarks.which again digits "dec_lora p=0.5 fold=1 rate=0.01 seed=0"  # beside what is kept of it
 
 The protocol, written before anything was run.
 
@@ -109,6 +110,29 @@ def run(study: str, part: str) -> None:
         all_of(cell, fold, False, [rate], of.seeds)
 
 
+def again(study: str, name: str) -> tuple[Row, Row]:
+    """Make a run that is kept once more; return what it comes to, and what is kept of it."""
+    torch.set_num_threads(1)
+    method, *rest = name.split()
+    p, fold, rate, seed = (setting.partition("=")[2] for setting in rest)
+    of = settings(study, Cell(method, float(p)), float(rate), int(seed), int(fold), int(seed) in CHOOSING)
+    ((_, row),) = scored(STUDIES[study], {name: of})
+    return row, kept(study).rows[name]
+
+
+def print_again(study: str, names: Sequence[str]) -> None:
+    """Print what kept runs come to when they are made once more, as Markdown."""
+    print("| run | own, kept | again | clients that differ | new, kept | again | clients that differ |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for name in names:
+        now, was = again(study, name)
+        columns = []
+        for score in ("own", "new"):
+            differ = sum(one != other for one, other in zip(was[score], now[score], strict=True))
+            columns += [f"{fmean(row[score]):.3f}" if row[score] else "–" for row in (was, now)] + [str(differ)]
+        print(f"| {name} | {' | '.join(columns)} |", flush=True)
+
+
 def best(study: str, tried: Mapping[float, list[Row]]) -> float:
     """Return the rate with the best mean score; one at which a run diverged comes last, the lower of equals first."""
     by = STUDIES[study].chosen_by
@@ -187,14 +211,17 @@ def table(study: str) -> None:
 
 
 def main() -> None:
-    """Run a study, or print its table."""
+    """Run a study, print its table, or make runs of it once more."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.which", description=__doc__)
-    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("action", choices=["run", "table", "again"])
     parser.add_argument("study", choices=list(STUDIES))
     parser.add_argument("--part", default="1/1", help="k/n: every n-th cell, from the k-th on")
+    parser.add_argument("names", nargs="*", help="of kept runs, to be made again")
     options = parser.parse_args()
     if options.action == "run":
         run(options.study, options.part)
+    elif options.action == "again":
+        print_again(options.study, options.names)
     else:
         table(options.study)
 
