@@ -271,7 +271,7 @@ def test_data_says_in_words_what_it_leaves_out(peertune: Call, tmp_path: Path) -
     _, out, _ = peertune("data", "digits-demo", "clients=1", "--png", "one.svg")
     assert "label skew     left out: one client has all rows" in out
     assert "quantity skew  1.0 effective clients of 1, 716 to 716 rows" in out
-    assert "picture        one.svg" in out
+    assert "feature shift  not measured; --probe loads the base and measures it\npicture        one.svg" in out
     rows = [{"text": "good", "score": row / 10} for row in range(12)]
     for split in ("train", "validation"):
         (tmp_path / f"{split}.json").write_text(json.dumps(rows))

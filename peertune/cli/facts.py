@@ -187,7 +187,9 @@ def _skew(facts: dict[str, Any], classes: bool) -> list[str]:
         f"quantity skew  {amounts['effective_clients']:.1f} effective clients of {len(facts['clients'])}, "
         f"{amounts['fewest']:,} to {amounts['most']:,} rows"
     )
-    if shift is not None:
+    if shift is None:
+        found.append("feature shift  not measured; --probe loads the base and measures it")
+    else:
         by_label = "" if shift["by_label"] is None else f"{shift['by_label']:.3f} by the label alone, "
         found.append(
             f"feature shift  {shift['share']:.3f} ± {shift['spread']:.3f} of {shift['rows']:,} held-out rows told "

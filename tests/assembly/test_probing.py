@@ -47,10 +47,23 @@ def plain(model: Any, **inputs: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def test_features_are_the_means_of_the_last_hidden_states_of_images() -> None:
     recipe = load_recipe("digits-demo")
-    pixels = build_task(recipe).train.columns["pixel_values"]
+    pixels = np.asarray(build_task(recipe).train.columns["pixel_values"])
     model = transformers.AutoModel.from_pretrained(MODELS["digits-vit"])
     wanted = [plain(model, pixel_values=torch.tensor(pixels[row])[None]) for row in (3, 20, 100)]
     assert features(recipe, [3, 20, 100]) == pytest.approx(np.stack(wanted), abs=1e-5)
+
+
+def test_features_of_a_convolutional_base_are_means_over_places(tmp_path: Path) -> None:
+    size: dict[str, Any] = {"num_channels": 1, "image_size": 8, "patch_size": 2, "num_stages": 2}
+    config = transformers.ConvNextConfig(**size, hidden_sizes=[8, 12], depths=[1, 1])
+    transformers.ConvNextForImageClassification(config).save_pretrained(tmp_path)
+    recipe = load_recipe("digits-demo", [f"model.name={tmp_path}", "lora={r: 2, target_modules: [pwconv1]}"])
+    pixels = np.asarray(build_task(recipe).train.columns["pixel_values"])
+    model: Any = transformers.AutoModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        hidden = model(pixel_values=torch.tensor(pixels[[1, 5]])).last_hidden_state
+    assert hidden.shape == (2, 12, 2, 2)
+    assert features(recipe, [1, 5]) == pytest.approx(hidden.mean((2, 3)).numpy(), abs=1e-5)
 
 
 @pytest.mark.parametrize("init", ["true", "pissa"])
