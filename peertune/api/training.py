@@ -58,6 +58,14 @@ class Training:
         self._evaluations: list[Seen] = []
         if job.group.rank == 0:
             records.rewind(folder, state.round)
+            changed = (
+                {}
+                if state.round >= job.rounds
+                else directory.note_environment(folder, state.round, _environment(built))
+            )
+            if changed:
+                told = ", ".join(f"{key} {value}" for key, value in changed.items())
+                log.info("%s: goes on with %s, and began with others; the last digits may differ", folder, told)
 
     def finish(self, each: Each = unwatched) -> State:
         """Do what is left, keep records and checkpoints, write the adapters at the end, and return the state.
@@ -211,14 +219,19 @@ def begin(built: Built, folder: Path, command: str, recipe: Source, overrides: S
         folder,
         recipe=f"# asked for: peertune {command} {asked}\n{text}",
         resolved=as_yaml(built.resolved.model_dump(mode="json")),
-        environment=environment(built.resolved.device, built.resolved.model.dtype)
-        | {"processes": built.job.group.size, "weights": dict(built.weights)},
+        environment=_environment(built),
         facts=built.facts | facts,
         lora=built.lora,
         head=built.head,
         labels=built.labels,
         taken=built.job.model.taken,
     )
+
+
+def _environment(built: Built) -> dict[str, Any]:
+    """Return what the run's numbers depend on beside its recipe and its rows."""
+    where = environment(built.resolved.device, built.resolved.model.dtype)
+    return where | {"processes": built.job.group.size, "weights": dict(built.weights)}
 
 
 def _lengthen(resolved: Recipe, folder: Path) -> None:

@@ -82,7 +82,7 @@ def known(run: RunData, key: str) -> str | None:
 
 
 def _told(run: RunData) -> dict[str, str]:
-    """Return what a run says in words, by dotted key; of peers that differ all that there is."""
+    """Return what a run says in words, by dotted key; where peers differ, or times, all that there is."""
     found: dict[str, set[str]] = {}
     for environment in environments(run):
         for key, value in _flat(environment):
@@ -93,7 +93,7 @@ def _told(run: RunData) -> dict[str, str]:
 def _flat(environment: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     on_gpu = str(environment.get("device")).startswith("cuda")
     for key, value in environment.items():
-        if key in (_OF_CPUS if on_gpu else ("gpus",)):
+        if key == "resumed" or key in (_OF_CPUS if on_gpu else ("gpus",)):
             continue
         if key == "weights" and isinstance(value, dict):
             yield from ((f"{key}.{part}", str(digest)) for part, digest in value.items())

@@ -10,6 +10,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -210,10 +211,12 @@ def _joined(parts: Sequence[RunData], folder: Path) -> RunData:
 
 
 def environments(run: RunData) -> list[dict[str, Any]]:
-    """Return what a run's numbers were computed on, where peers differ for each of them."""
+    """Return what a run's numbers were computed on: for each peer, and each time that it was resumed elsewhere."""
     each = [run.environment.get(peer["name"]) for peer in run.facts.get("peers", [])]
     parts = [part for part in each if isinstance(part, dict)]
-    return parts if len(parts) == len(run.environment) > 0 else [run.environment]
+    if len(parts) < len(run.environment):
+        parts = [run.environment]
+    return [found for part in parts for found in accumulate([part, *part.get("resumed", [])], dict.__or__)]
 
 
 _OF_CLIENTS = ("clients", "loss", "grad_norm", "bytes_sent", "neighbours", "not_mixed", "suspects")

@@ -20,7 +20,7 @@ when all have written. A run can go on from a checkpoint in any number of proces
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -154,6 +154,22 @@ def weights(run: Path) -> dict[str, str]:
     """Return the digests of the base's weights that the run began with; {} where it does not say them."""
     found = _said(run, "environment").get("weights", {})
     return found if isinstance(found, dict) else {}
+
+
+def note_environment(run: Path, round: int, now: Mapping[str, Any]) -> dict[str, Any]:
+    """Write down, and return, in what a run that has made so many rounds goes on otherwise than it was.
+
+    That is `resumed` in `environment.json`: a mapping for each time, `round` and what changed. What the run did not say
+    before is not known to have changed.
+    """
+    said = _said(run, "environment")
+    resumed = said.get("resumed", [])
+    was = reduce(dict.__or__, resumed, said)
+    changed = {key: value for key, value in now.items() if key != "launch" and key in was and was[key] != value}
+    if changed:
+        told = said | {"resumed": [*resumed, {"round": round, **changed}]}
+        files.write_file(run / "environment.json", (json.dumps(told, indent=2) + "\n").encode())
+    return changed
 
 
 def pipeline_tag(run: Path) -> str:

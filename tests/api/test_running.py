@@ -2,6 +2,7 @@ import csv
 import gc
 import io
 import json
+import logging
 import re
 import shutil
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Call
 from safetensors.torch import load_file, save_file
 
@@ -112,6 +114,27 @@ def test_a_base_whose_weights_changed_is_refused_by_all_that_goes_on_with_the_ru
     for words in going_on:
         code, _, err = peertune(*words)
         assert code == 0, err
+
+
+def test_a_run_that_goes_on_elsewhere_says_so_and_one_that_is_at_its_end_has_nothing_to_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        pt.run("digits-demo", TINY, out=folder, each=lambda _: True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with caplog.at_level(logging.INFO):
+            run = pt.resume(folder)
+    finally:
+        torch.set_num_threads(threads)
+    assert run.environment["resumed"] == [{"round": 1, "threads": threads + 1}]
+    line = f"{folder}: goes on with threads {threads + 1}, and began with others; the last digits may differ"
+    assert caplog.messages.count(line) == 1
+    before = left(folder)
+    pt.resume(folder)
+    assert left(folder) == before
 
 
 def test_a_run_of_before_weights_were_told_goes_on_over_any(tmp_path: Path) -> None:

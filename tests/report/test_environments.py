@@ -171,6 +171,13 @@ def test_of_peers_that_differ_all_values_are_one(made: Any) -> None:
     assert differences([together, alike]) == []
 
 
+def test_a_run_that_was_resumed_elsewhere_has_both_values(made: Any) -> None:
+    resumed = [{"round": 3, "threads": 2, "cpu_capability": "AVX512"}, {"round": 5, "threads": 4}]
+    runs = made({"resumed": resumed}, {})
+    assert (known(runs[0], "threads"), known(runs[0], "cpu_capability")) == ("1 + 2 + 4", "AVX2 + AVX512")
+    assert [[*found.keys] for found in differences(runs)] == [["cpu_capability"], ["threads"]]
+
+
 def test_the_commands_say_it_once_and_runs_of_before_it_was_told_differ_in_nothing(
     peertune: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:

@@ -68,3 +68,15 @@ def test_a_disk_that_fills_up_while_a_run_is_made_leaves_nothing(tmp_path: Path)
     with no_room(2000), pytest.raises(RunError, match=r"run: can't be written \(.*\); give one .* with room"):
         create(tmp_path / "run", head={"out.weight": torch.ones(5000)})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_changed_where_a_run_goes_on_is_written_down_each_time_and_nothing_else(tmp_path: Path) -> None:
+    file = tmp_path / "environment.json"
+    began = {"threads": 1, "torch": "2", "launch": "a"}
+    file.write_text(json.dumps(began))
+    assert directory.note_environment(tmp_path, 1, began | {"launch": "b", "cpu_capability": "AVX2"}) == {}
+    assert json.loads(file.read_text()) == began
+    assert directory.note_environment(tmp_path, 2, began | {"threads": 2}) == {"threads": 2}
+    assert directory.note_environment(tmp_path, 3, began | {"threads": 2}) == {}
+    assert directory.note_environment(tmp_path, 4, began) == {"threads": 1}
+    assert json.loads(file.read_text()) == began | {"resumed": [{"round": 2, "threads": 2}, {"round": 4, "threads": 1}]}
