@@ -91,10 +91,11 @@ def four(tmp_path_factory: pytest.TempPathFactory) -> Federation:
     return found(tmp_path_factory.mktemp("four"), 4)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 1e-5)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-12), ("float32", 5e-5)])
 def test_four_peers_end_with_the_simulators_adapters_for_every_method_and_in_float32(
     four: Federation, dtype: str, tolerance: float
 ) -> None:
+    # In float32 AdamW makes more of what is rounded: with AVX2 an entry differs by 1.02e-5.
     methods = ALGORITHMS if dtype == "float64" else ("tad_lora", "decaf")
     recipes = {method: recipe(4, dtype, f"algorithm={{name: {method}}}") for method in methods}
     recipes["adaptive"] = recipe(4, dtype, "algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}")
