@@ -88,7 +88,7 @@ def test_the_demo_asks_for_what_its_numbers_depend_on() -> None:
         asked += [run.recipe for run in sweep_runs(recipe, [word for word in rest if "=" in word])]
     assert {(one.model.name, one.model.dtype, one.device) for one in asked} == {("digits-vit", "float32", "cpu")}
     methods = Counter((one.algorithm.name, one.graph.settings["activation"]) for one in asked)
-    assert methods == {("local", 0.2): 3, ("dec_lora", 0.2): 3, ("tad_lora", 0.2): 3, ("dec_lora", 1): 3}
+    assert methods == {("local", 0.1): 5, ("dec_lora", 0.1): 5, ("tad_lora", 0.1): 5, ("dec_lora", 1): 5}
     alike = {"algorithm": None, "graph": None, "seed": None}
     assert len({repr(one.model_copy(update=alike)) for one in asked}) == 1, "baselines train as the methods do"
 
