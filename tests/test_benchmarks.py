@@ -57,7 +57,7 @@ def test_a_table_says_what_was_missed() -> None:
 def test_two_builds_are_compared_turn_by_turn() -> None:
     sides = [[Figure("a step", x, x, x, "s", 1) for x in taken] for taken in ((4.0, 6.0, 5.0), (2.0, 2.0, 2.0))]
     assert compared([Compared(*sides)]).splitlines()[2:] == ["| a step | 5 s | 2 s | 2.5 × | 2 – 3 |"]
-    assert parts_of_two(["step", "wire", "evaluation"]) == ["step", "evaluation"]
+    assert parts_of_two(["step", "start", "wire", "evaluation"]) == ["step", "start", "evaluation"]
 
 
 @pytest.mark.parametrize("fold", [1, 5])
