@@ -387,9 +387,11 @@ def test_a_run_is_scored_on_rows_that_it_has_not_seen_as_its_rounds_score(
     found = score_test(load_recipe(mine / "resolved.yaml"), take(state.adapters, slice(2, 3)), [2])
     assert (found.clients, found.average) == ([expected.clients[2]], None)
     assert found.also[0].clients == said["also"][0]["scores"][2:3]
-    code, _, err = peertune("score", mine, "--last")
-    assert code == 2
-    assert f"{mine}: kept no best adapters, so its last ones are scored; leave out --last" in err
+    for words in (["score", mine, "--last"], ["export", mine, "--client", "0", "--to", "out", "--last"]):
+        code, _, err = peertune(*words)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "kept no best adapters, so all that it has are its last ones; leave out --last" in err
+    assert not Path("out").exists()
     code, out, _ = peertune("score", mine)
     heads = [f"{metric} on 180 test rows, after 2 rounds" for metric in ("accuracy", "macro_f1")]
     assert [line for line in out.splitlines() if "test rows" in line] == heads

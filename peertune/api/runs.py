@@ -85,7 +85,7 @@ class Run(RunData):
         Args:
             to: The folder to write, with a README.md.
             client: A client's number; None: the average of all.
-            last: Of a run that kept each client's best adapter, write its last one.
+            last: Of a run that kept each client's best adapter, write its last one; any other is refused.
             merge: Write the whole model, the adapter added to its base.
             push: OWNER/NAME on the Hugging Face hub, to put it there as well.
             private: For its owner alone to see.

@@ -53,9 +53,7 @@ def score(folder: str | Path, overrides: Sequence[str] = (), *, last: bool = Fal
             f"go on with {go_on} --resume {run}"
         )
     clients = list(range(state.clients)) if own is None else [int(own["client"])]
-    adapters, rounds = best.kept(state)
-    if last and not rounds:
-        raise RunError(f"{run}: kept no best adapters, so its last ones are scored; leave out --last")
+    adapters, rounds = best.kept(state, last=last)
     average = None if own is not None else {name: x.mean(0, keepdim=True) for name, x in state.adapters.items()}
-    scored = score_test(recipe, state.adapters if last else adapters, clients, average, weights=directory.weights(run))
-    return Scored(scored, clients, state.round, [] if last else rounds)
+    scored = score_test(recipe, adapters, clients, average, weights=directory.weights(run))
+    return Scored(scored, clients, state.round, rounds)

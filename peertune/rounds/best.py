@@ -7,6 +7,7 @@ The best is kept in the client's memory, beside what its method keeps there: `be
 import torch
 
 from peertune.data.scores import LOWER_IS_BETTER
+from peertune.errors import RunError
 from peertune.method import Memory
 from peertune.rounds.record import Evaluation
 from peertune.types import State, Tensors, over_clients
@@ -45,12 +46,17 @@ def keep(state: State, evaluation: Evaluation, round: int) -> list[int]:
     return [int(number) for number in rounds.tolist()]
 
 
-def kept(state: State) -> tuple[Tensors, list[int]]:
+def kept(state: State, *, last: bool = False) -> tuple[Tensors, list[int]]:
     """Return each client's best adapter `[K, …]`, and the round of each; where none was kept the last, and [].
 
-    Who was never evaluated has its last adapter, and the round -1.
+    Who was never evaluated has its last adapter, and the round -1. Where best ones were kept the `last` can be asked
+    for; RunError where none were.
     """
     if _SCORE not in state.memory:
+        if last:
+            raise RunError("the run kept no best adapters, so all that it has are its last ones; leave out --last")
+        return state.adapters, []
+    if last:
         return state.adapters, []
     rounds = state.memory[_ROUND]
     best = {name: state.memory[f"{_OWNER}{name}"] for name in state.adapters}

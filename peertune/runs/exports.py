@@ -25,7 +25,7 @@ def written(run: Path, state: State, client: int | None, to: Path, *, last: bool
 
     Where the state has each client's best, a client's is that, unless the `last` is asked for. The folder takes the
     place of `to` when all is done that is to be done with it, and vanishes otherwise. Raises RunError for a client that
-    isn't there or a folder that is there already.
+    isn't there, a folder that is there already, and the `last` of a run that kept no others.
     """
     own = peer(run)
     clients: Sequence[int] = range(state.clients) if own is None else [int(own["client"])]
@@ -35,12 +35,12 @@ def written(run: Path, state: State, client: int | None, to: Path, *, last: bool
     if client is None and own is not None:
         raise RunError(f"average: {who}; give --client {clients[0]}")
     check_absent(to)
-    write = _adapter_writer(run)
+    adapters, write = best.kept(state, last=last), _adapter_writer(run)
     with written_folder(to) as beside:
         if client is None:
             write(beside, {name: x.mean(0) for name, x in state.adapters.items()}, None)
         else:
-            _write_client(write, beside, (state.adapters, []) if last else best.kept(state), clients.index(client))
+            _write_client(write, beside, adapters, clients.index(client))
         yield beside
 
 
