@@ -109,8 +109,12 @@ def sweep(
     if not queued and (slurm or detach):
         raise RunError(f"{'--slurm' if slurm else '--detach'}: goes with --launcher slurm")
     with messages():
+        from peertune.sweeps.launch import local, warm_up
+
+        if not queued and not stacked:
+            warm_up(jobs or 1)  # beside the imports of this process
+
         from peertune.sweeps import grid as sweeps
-        from peertune.sweeps.launch import local
         from peertune.sweeps.slurm import slurm as queue
 
         with interruptible():

@@ -85,9 +85,7 @@ def local(jobs: int, stack: bool | None = None) -> Launcher:
     """
 
     def launch(tasks: Mapping[str, Command], stopping: Callable[[], int]) -> Looks:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}
-        environment = threads | os.environ
+        environment = _environment(jobs)
         queue = list(tasks)
         at_work: dict[str, ForkServerProcess] = {}
         told = 0
@@ -135,12 +133,19 @@ def tried(words: list[str]) -> tuple[int, bytes, bytes]:
         return process.exitcode, answered.read_bytes(), said.read_bytes()
 
 
-def _forked(
-    words: list[str], environment: dict[str, str], said: Path, answered: Path = Path(os.devnull)
-) -> "ForkServerProcess":
-    """Return a process that is the command with these words, forked from one that has imported `WARM`."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload([WARM])
+def warm_up(jobs: int) -> None:
+    """Start what `jobs` processes at a time will be forked from, which imports for seconds; return at once."""
+    _warm_up(_environment(jobs))
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    """Return the environment of processes that share the cores of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ({} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores // jobs))}) | dict(os.environ)
+
+
+def _warm_up(environment: Mapping[str, str]) -> None:
+    multiprocessing.get_context("forkserver").set_forkserver_preload([WARM])
     before = os.environ.copy()
     os.environ.update(environment, PYTHONSAFEPATH="1")  # for its imports, as -P in `COMMAND`
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C is for the sweep
@@ -150,8 +155,16 @@ def _forked(
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         os.environ.clear()
         os.environ.update(before)
+
+
+def _forked(
+    words: list[str], environment: dict[str, str], said: Path, answered: Path = Path(os.devnull)
+) -> "ForkServerProcess":
+    """Return a process that is the command with these words, forked from one that has imported `WARM`."""
+    _warm_up(environment)
     for file in (said, answered):
         file.touch()
+    forks = multiprocessing.get_context("forkserver")
     process = forks.Process(target=_be, args=(words, environment, said, answered))
     process.start()
     return process
