@@ -1,9 +1,10 @@
 """Tiny bases of many architectures in float64, stacks over them, batches, and what a pass answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from torch import nn
@@ -43,6 +44,8 @@ PACKED = (
     *("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3", "gemma2"),
 )
 PADDED = ("deberta_v2", "convbert", "fnet", "mpnet", "bloom")
+FEW = {"bert", "modernbert", "gpt2", "llama"}
+"""The bases of which the quick tests are: both ways to attend, both kinds of heads, and GPT-2's transposed layers."""
 HEADS = ("classifier", "score", "pre_classifier")
 CONFIGS: dict[str, tuple[Callable[[float], Any], list[str]]] = {  # dropout → config, and the layers that become sites
     "bert": (lambda p: transformers.BertConfig(**bert_like(p)), ["query", "value"]),
@@ -166,3 +169,8 @@ def answers(model: StackedModel, adapters: Tensors, batch: Batch) -> Tensors:
     losses = row_losses(logits, batch) * batch.weights
     grads = torch.autograd.grad(losses.sum(), list(params.values()))
     return {"logits": logits.detach(), **dict(zip(params, grads, strict=True))}
+
+
+def each(names: Iterable[str]) -> list[Any]:
+    """Return parameters for tests of these bases; the quick tests are of a few."""
+    return [name if name in FEW else pytest.param(name, marks=pytest.mark.thorough) for name in names]

@@ -21,6 +21,7 @@ from encoders import (
     K,
     R,
     answers,
+    each,
     make_base,
     make_batch,
     make_stack,
@@ -59,7 +60,7 @@ def test_a_model_packs_where_nothing_but_the_registered_attention_mixes_tokens(n
 )
 @pytest.mark.parametrize("head", [False, True], ids=["frozen head", "trained head"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", each(PACKED))
 def test_packed_rows_get_the_logits_and_gradients_of_padded_ones(
     name: str, dropout: float, head: bool, lengths: list[int]
 ) -> None:
@@ -72,7 +73,7 @@ def test_packed_rows_get_the_logits_and_gradients_of_padded_ones(
         torch.testing.assert_close(x, expected[part], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", each(PACKED))
 def test_empty_blocks_beside_the_others_change_nothing(name: str) -> None:
     model, adapters = make_stack(name, dropout=0.2, head=True)
     exact, filled = (make_batch([19, 15] * 18, packed) for packed in (1, 12))
@@ -110,13 +111,13 @@ def test_predictions_do_not_depend_on_packing(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", each(PACKED))
 def test_the_precision_does_not_decide_whether_a_model_packs(name: str, dtype: torch.dtype) -> None:
     base = make_base(name).to(dtype)
     assert attach(base, find_sites(base, CONFIGS[name][1], HEADS), r=R, lora_alpha=3).packs
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", each(PACKED))
 def test_what_stands_in_a_block_beside_a_row_does_not_touch_it_by_a_bit(name: str) -> None:
     model, adapters = make_stack(name, dropout=0.2)
     batch = make_batch([5, 3, 20, 1, 7, 2, 9, 4, 6], packed=True)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from encoders import PACKED, K, R, answers, make_base, make_batch, make_stack
+from encoders import PACKED, K, R, answers, each, make_base, make_batch, make_stack
 from torch import Tensor, nn
 
 from peertune.adapters.attention import register_attention
@@ -27,7 +27,7 @@ def assert_as_whole(model: StackedModel, adapters: Tensors, batch: Batch) -> Non
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("name", [name for name in PACKED if name not in WHOLE])
+@pytest.mark.parametrize("name", each(name for name in PACKED if name not in WHOLE))
 def test_the_last_layer_of_the_tokens_that_are_read_gives_the_logits_and_gradients_of_the_whole(
     name: str, packed: bool
 ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from encoders import disagreeing
+from encoders import FEW, disagreeing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -170,11 +170,16 @@ CASES = {
     "clip_text": Case(clip_text, ["k_proj", "fc2"], "score", "sdpa"),
 }
 PACKING = ("bert", "roberta", "gpt2", "llama")
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+THOROUGH = {name: () if name in {*FEW, "vit"} else pytest.mark.thorough for name in CASES}
+every_case = pytest.mark.parametrize(
+    "case", [pytest.param(case, id=name, marks=THOROUGH[name]) for name, case in CASES.items()]
+)
 every_way = pytest.mark.parametrize(
     ("case", "packed"),
-    [*((case, False) for case in CASES.values()), *((CASES[name], True) for name in PACKING)],
-    ids=[*CASES, *(f"{name} packed" for name in PACKING)],
+    [
+        *(pytest.param(case, False, id=name, marks=THOROUGH[name]) for name, case in CASES.items()),
+        *(pytest.param(CASES[name], True, id=f"{name} packed", marks=THOROUGH[name]) for name in PACKING),
+    ],
 )
 
 
