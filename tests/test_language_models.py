@@ -168,6 +168,7 @@ def test_cutting_and_packing_rows_changes_no_gradient_and_no_dropout(name: str) 
             torch.testing.assert_close(grad, expected[x], rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.thorough
 @both
 @every_model
 def test_checkpointing_changes_not_one_bit(name: str, packed: bool) -> None:

@@ -115,6 +115,7 @@ def test_no_two_features_and_no_two_tokens_share_their_masks(p: float) -> None:
         assert float(correlations.std()) < 1.2 * samples.shape[1] ** -0.5
 
 
+@pytest.mark.thorough
 def test_the_many_features_of_a_wide_layer_are_pairwise_uncorrelated() -> None:
     mask = kept((128, 64, 1536), 0.5).flatten(0, 1).float()  # 1.2 million pairs of features
     correlations = torch.corrcoef(mask.T)

@@ -220,6 +220,7 @@ def train_on_budget(targets: str | list[str], budget: int, clients_together: int
     return state
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("budget", "clients_together"), [(5, K), (15, K), (35, 2), (10_000, 1)])
 @every_tower
 def test_no_cut_into_micro_batches_changes_the_training_with_all_dropout_on(

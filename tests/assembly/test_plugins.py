@@ -350,6 +350,7 @@ def greeting(*overrides: str) -> dict[str, str]:
     return agreed(build(load_recipe("digits-demo", ["clients=3", "partition={name: iid}", *settings, *overrides]), [0]))
 
 
+@pytest.mark.thorough
 def test_a_greeting_tells_code_of_one_name_apart_and_is_as_before_without_any(write: Write) -> None:
     write("mine.py", HUB)
     write("acme/inner/graphs.py", HUB)

@@ -276,6 +276,7 @@ def rows_and_keys(steps: list[list[Batch]], clients: list[int]) -> dict[tuple[in
     return {name: sorted(rows) for name, rows in found.items()}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("tokens", [1, 64, 10_000])
 @given(seed=st.integers(0, 3), round=st.integers(0, 5), chunk=st.integers(1, 5), clients_together=st.integers(1, 6))

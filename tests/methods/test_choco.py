@@ -60,6 +60,7 @@ def test_a_round_is_the_papers_formula_written_out() -> None:
         np.testing.assert_allclose(state.memory["choco.q.A.copy"].flatten(1).numpy(), copy, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_clients_agree_as_nearly_as_one_likes_and_keep_their_mean() -> None:
     method = choco(ALGORITHMS["dec_lora"](), share=0.1, step=0.3)
     state = begun(method, drawn())

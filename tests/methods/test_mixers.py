@@ -85,6 +85,7 @@ def deficient(draw: st.DrawFn) -> tuple[Tensors, Tensor]:
     return pairs, random_weights(seed, n)
 
 
+@pytest.mark.thorough
 @settings(some, max_examples=200)
 @given(deficient())
 def test_products_of_deficient_adapters_are_as_near_as_rank_r_can_be(case: tuple[Tensors, Tensor]) -> None:

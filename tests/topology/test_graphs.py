@@ -44,6 +44,7 @@ def test_a_graph_says_what_it_was_made_of(name: str, folder: Path) -> None:
     assert not plain.edges_at(0).flags.writeable, "every round hands out the same array"
 
 
+@pytest.mark.thorough
 @every_graph
 @quickly
 @given(size=sizes, activation=activations, seed=seeds)

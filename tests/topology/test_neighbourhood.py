@@ -53,6 +53,7 @@ def test_a_peer_decides_its_edge_alone_as_all_peers_do(
         assert ((i, j) in active) == bool(uniforms(seed, Draw.EDGE, t, i, j) < activation)
 
 
+@pytest.mark.thorough
 @every_graph
 @quickly
 @any_settings
@@ -110,6 +111,7 @@ def test_who_may_ever_meet_is_known_from_all_rounds(tmp_path: Path) -> None:
 SPARSE = [name for name in BOTH_WAYS if name not in ("complete", "matching")]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", SPARSE)
 @quickly
 @any_settings

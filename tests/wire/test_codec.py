@@ -67,6 +67,7 @@ names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=1
 layouts = st.dictionaries(names, st.tuples(shapes, st.sampled_from([*FLOATS, *INTEGERS, torch.bool])), max_size=6)
 
 
+@pytest.mark.thorough
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(layouts, st.integers(0, 2**32), st.integers(1, 600))
 @example({}, 0, 1)

@@ -220,6 +220,7 @@ def test_an_edge_with_one_wrong_rule_is_found_out(rule: type[Edge]) -> None:
     pytest.fail("nothing is wrong in any state")
 
 
+@pytest.mark.thorough
 @given(
     choices=st.lists(st.integers(0, 1000), min_size=1, max_size=100), refuses=st.tuples(st.booleans(), st.booleans())
 )
