@@ -38,7 +38,7 @@ and the graph's rho. The prediction, and its error, are of cells that it was not
 """
 
 import argparse
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from itertools import product
 from math import log10, sqrt
@@ -160,7 +160,7 @@ BySeed = dict[Cell, dict[int, float]]
 """Cell → seed → a score, or a difference of two."""
 
 
-def scores(method: str, score: str = "new") -> BySeed:
+def scores(method: str) -> BySeed:
     """Return what a method scored: the mean over the clients' own models, 0 where training diverged.
 
     What has no edge probability stands in the cells of all three.
@@ -168,8 +168,8 @@ def scores(method: str, score: str = "new") -> BySeed:
     kept, found = Kept("atlas").rows, BySeed()
     for cell, seed in product(cells(), OF.seeds):
         row = kept.get(named(cell if method in METHODS else cell._replace(p=0.0), method, seed))
-        if cell.p and row is not None and (row[score] or not row["new"]):
-            found.setdefault(cell, {})[seed] = fmean(row[score] or [0.0])
+        if cell.p and row is not None:
+            found.setdefault(cell, {})[seed] = fmean(row["new"] or [0.0])
     return found
 
 
@@ -245,13 +245,12 @@ def foretold(found: BySeed) -> dict[Cell, float]:
 
 def table() -> None:
     """Print what the cells come to, as Markdown: at each rate, and at each method's best; then what is foretold."""
-    others = [*METHODS[1:], *ENDS]
-    made, all_of_them = sum(map(len, scores("dec_lora").values())), len(OF.seeds) * sum(cell.p > 0 for cell in cells())
-    print(f"{made} of {all_of_them} seeds and cells")
-    as_they_are: Callable[[BySeed], BySeed] = dict
-    for chosen in (as_they_are, at_best_rate):
-        base = chosen(scores("dec_lora"))
-        found = {method: ahead(chosen(scores(method)), base) for method in others}
+    scored_by, others = {method: scores(method) for method in (*METHODS, *ENDS)}, [*METHODS[1:], *ENDS]
+    made = sum(map(len, scored_by["dec_lora"].values()))
+    print(f"{made} of {len(OF.seeds) * sum(cell.p > 0 for cell in cells())} seeds and cells")
+    for shown in (scored_by, {method: at_best_rate(each) for method, each in scored_by.items()}):
+        base = shown["dec_lora"]
+        found = {method: ahead(shown[method], base) for method in others}
         sure = {method: discovered(each) for method, each in found.items()}
         print(f"\n| skew | p | steps | rate | seeds | dec_lora | {' | '.join(others)} |")
         print(f"|---|---:|---:|---:|---:|---:|{'---|' * len(others)}")
@@ -263,9 +262,9 @@ def table() -> None:
             first = f"{cell.skew} | {cell.p:g} | {cell.steps} | {cell.rate or 'best'} | {len(own)}"
             print(f"| {first} | {fmean(own.values()):.3f} | {' | '.join(columns)} |")
     for method in METHODS[1:]:
-        found_at_all = ahead(scores(method), scores("dec_lora"))
-        mean = {cell: fmean(each.values()) for cell, each in found_at_all.items()}
-        if expected := foretold(found_at_all):
+        differences = ahead(scored_by[method], scored_by["dec_lora"])
+        mean = {cell: fmean(each.values()) for cell, each in differences.items()}
+        if expected := foretold(differences):
             error = sqrt(fmean((mean[cell] - x) ** 2 for cell, x in expected.items()))
             spread = pstdev(mean[cell] for cell in expected)
             print(f"\n{method}: foretold of another skew's cells to {error:.3f}; the cells' own spread is {spread:.3f}")

@@ -110,12 +110,18 @@ def run(study: str, part: str) -> None:
         all_of(cell, fold, False, [rate], of.seeds)
 
 
+def parsed(name: str) -> tuple[Cell, int, str, int]:
+    """Return what a run's name says: its cell, its fold, its rate as it is written, and its seed."""
+    method, *rest = name.split()
+    p, fold, rate, seed = (setting.partition("=")[2] for setting in rest)
+    return Cell(method, float(p)), int(fold), rate, int(seed)
+
+
 def again(study: str, name: str) -> tuple[Row, Row]:
     """Make a run that is kept once more; return what it comes to, and what is kept of it."""
     torch.set_num_threads(1)
-    method, *rest = name.split()
-    p, fold, rate, seed = (setting.partition("=")[2] for setting in rest)
-    of = settings(study, Cell(method, float(p)), float(rate), int(seed), int(fold), int(seed) in CHOOSING)
+    cell, fold, rate, seed = parsed(name)
+    of = settings(study, cell, float(rate), seed, fold, seed in CHOOSING)
     ((_, row),) = scored(STUDIES[study], {name: of})
     return row, kept(study).rows[name]
 
@@ -166,11 +172,10 @@ def scores(study: str, score: str) -> dict[Cell, dict[tuple[int, int], float]]:
     """Return what each cell scored in its runs that chose no rate."""
     found: dict[Cell, dict[tuple[int, int], float]] = {}
     for name, row in kept(study).rows.items():
-        method, *rest = name.split()
-        p, fold, _, seed = (setting.partition("=")[2] for setting in rest)
-        if int(seed) not in CHOOSING:
+        cell, fold, _, seed = parsed(name)
+        if seed not in CHOOSING:
             value = fmean(row[score]) if row[score] else float("nan")
-            found.setdefault(Cell(method, float(p)), {})[int(seed), int(fold)] = value
+            found.setdefault(cell, {})[seed, fold] = value
     return found
 
 
@@ -184,9 +189,9 @@ def table(study: str) -> None:
         }
     rates: dict[Cell, set[str]] = {}
     for name in kept(study).rows:
-        method, p, fold, rate, seed = name.split()
-        if int(seed.removeprefix("seed=")) not in CHOOSING and int(fold.removeprefix("fold=")) in shown:
-            rates.setdefault(Cell(method, float(p[2:])), set()).add(rate.removeprefix("rate="))
+        cell, fold, rate, seed = parsed(name)
+        if seed not in CHOOSING and fold in shown:
+            rates.setdefault(cell, set()).add(rate)
     print(f"folds {', '.join(map(str, shown))} of {STUDIES[study].folds}\n")
     print("| method | p | rates | seeds | own | from dec_lora | new | from dec_lora |")
     print("|---|---:|---|---:|---:|---|---:|---|")

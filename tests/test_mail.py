@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import importlib.util
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from types import ModuleType
 
 import pytest
 from conftest import Call
+from scripts import as_module
 
 from peertune.recipe import load_recipe
 
@@ -22,12 +22,7 @@ FOLDER = Path(__file__).parents[1] / "examples" / "data"
 
 @pytest.fixture(scope="module")
 def mail() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mail", FOLDER / "mail.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return as_module(FOLDER / "mail.py")
 
 
 def plain(subject: str, body: str, by: str | None = None, **fields: str) -> bytes:

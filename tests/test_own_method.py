@@ -1,7 +1,6 @@
 """The example of a method of one's own: installed, from its file, in two processes, among peers, by its equations."""
 
 import ast
-import importlib.util
 import io
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from federation import found
 from processes import finish, finish_well, start
 from ranks import assert_same_adapters
 from safetensors.torch import load_file
+from scripts import as_module
 from torch import Tensor
 
 from peertune import build, load_recipe, simulate
@@ -77,12 +77,7 @@ def test_allowed_from_its_file_it_is_the_same_in_one_process_two_and_as_peers(tm
 
 
 def example() -> Algorithm:
-    spec = importlib.util.spec_from_file_location("own_method", FOLDER / "own_method.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    made: Algorithm = module.gradient_tracking()
+    made: Algorithm = as_module(FOLDER / "own_method.py").gradient_tracking()
     return made
 
 

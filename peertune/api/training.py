@@ -58,12 +58,9 @@ class Training:
         self._evaluations: list[Seen] = []
         if job.group.rank == 0:
             records.rewind(folder, state.round)
-            changed = (
-                {}
-                if state.round >= job.rounds
-                else directory.note_environment(folder, state.round, _environment(built))
-            )
-            if changed:
+            if state.round < job.rounds and (
+                changed := directory.note_environment(folder, state.round, _environment(built))
+            ):
                 told = ", ".join(f"{key} {value}" for key, value in changed.items())
                 log.info("%s: goes on with %s, and began with others; the last digits may differ", folder, told)
 

@@ -33,9 +33,7 @@ def divergences(counts: NDArray[np.int64], pool: NDArray[np.int64]) -> NDArray[n
     p, q = counts / sizes[:, None], pool / pool.sum()
     m = (p + q) / 2
     nats = (rel_entr(p, m) + rel_entr(q, m)).sum(axis=1) / 2
-    bits: NDArray[np.float64] = np.clip(
-        nats / np.log(2), 0.0, 1.0
-    )  # of equal shares rounding leaves what may be below 0
+    bits: NDArray[np.float64] = np.clip(nats / np.log(2), 0.0, 1.0)  # rounding leaves less than 0 of equal shares
     return bits
 
 
