@@ -830,3 +830,16 @@ def test_a_stop_that_comes_from_two_sides_at_once_is_one(capsys: pytest.CaptureF
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert capsys.readouterr().err == "peertune: stopping\n"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [["learning_rate=1e300"], ["learning_rate=1e300", "optim=sgd"], ["weight_decay=1e300", "optim=sgd"]],
+    ids=" ".join,
+)
+def test_a_number_beyond_float32_is_training_that_diverges(peertune: Call, settings: list[str]) -> None:
+    words = [f"training.{setting}" for setting in settings]
+    code, _, err = peertune("run", "digits-demo", *SMALL, "rounds=2", *words, "--out", "beyond")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "no longer finite" in err
+    assert "lower training.learning_rate" in err

@@ -62,7 +62,12 @@ def _descend(x: Tensor, step: Tensor, rate: float | Tensor) -> None:
     if isinstance(rate, Tensor):
         x.sub_(step * over_clients(rate, x).to(x.dtype))
     else:
-        x.sub_(step, alpha=rate)
+        x.sub_(step, alpha=_in_range(rate, x))
+
+
+def _in_range(factor: float, x: Tensor) -> float:
+    """Return a factor that `x`'s dtype can hold: PyTorch raises for others, and training by these diverges as well."""
+    return min(factor, torch.finfo(x.dtype).max)
 
 
 TOGETHER = 32
@@ -125,7 +130,7 @@ def sgd(momentum: float = 0.0, weight_decay: float = 0.0) -> Optimizer:
 
     def update(params: Tensors, grads: Tensors, moments: Tensors, rates: Rates) -> None:
         for name, grad in grads.items():
-            step = grad.add(params[name], alpha=weight_decay)
+            step = grad.add(params[name], alpha=_in_range(weight_decay, grad))
             if momentum:
                 step = moments[f"{name}.m"].mul_(momentum).add_(step)
             _descend(params[name], step, rates[kind(name)])
