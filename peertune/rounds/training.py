@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
+from math import inf
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -66,8 +67,8 @@ def _descend(x: Tensor, step: Tensor, rate: float | Tensor) -> None:
 
 
 def _in_range(factor: float, x: Tensor) -> float:
-    """Return a factor that `x`'s dtype can hold: PyTorch raises for others, and training by these diverges as well."""
-    return min(factor, torch.finfo(x.dtype).max)
+    """Return a factor as `x`'s dtype has it, infinite where it is beyond: PyTorch raises for that, and not for inf."""
+    return factor if factor <= torch.finfo(x.dtype).max else inf
 
 
 TOGETHER = 32
