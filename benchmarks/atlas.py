@@ -38,10 +38,10 @@ and the graph's rho. The prediction, and its error, are of cells that it was not
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
-from itertools import product
-from math import log10, sqrt
+from itertools import chain, product
+from math import sqrt
 from statistics import fmean, pstdev
 from typing import NamedTuple
 
@@ -50,11 +50,11 @@ import torch
 from scipy.stats import false_discovery_control, ttest_1samp
 
 from benchmarks.studies import STUDIES, Kept, Row, scored
+from peertune.planning.evidence import MEASURES, PREDICTORS, PROBED, WITHIN, Law, Predictor, Vector, features
 from peertune.report.pairing import interval
-from peertune.rounds.metrics import product_norm
+from peertune.rounds.metrics import relative_disagreement
 from peertune.rounds.record import RoundRecord
 from peertune.topology import GRAPHS, rho
-from peertune.types import Tensors, kind
 
 OF = STUDIES["digits"]._replace(
     settings=("rounds=60", "training.per_device_train_batch_size=4"), rates=(1e-2, 5e-3, 2e-2)
@@ -73,8 +73,6 @@ ENDS = {"local": ("local", 0.02), "server": ("dec_lora", 1.0)}
 HALVES = OF.seeds[:5], OF.seeds[5:]
 FALSE = 0.05
 """The share of what is taken for a difference and is none, at most."""
-PROBED = 15
-"""Rounds after which what is measured on the way is kept."""
 
 
 class Cell(NamedTuple):
@@ -127,18 +125,12 @@ def settings(cell: Cell, method: str, seed: int) -> list[str]:
     ]
 
 
-def _norm(adapters: Tensors, of: str) -> float:
-    return sqrt(sum(float(x.double().square().sum()) / len(x) for name, x in adapters.items() if kind(name) == of))
-
-
 def measured(record: RoundRecord) -> Row:
     """Return what is kept of a round: nothing, but of the one that is probed and of the last."""
     if record.state is None or (record.evaluation is None and record.state.round != PROBED):
         return {}
-    held, seen = record.state.adapters, record.diagnostics
-    norms = {"cross": product_norm(held)} | {of: _norm(held, of) for of in ("A", "B")}
-    errors = {"cross": seen["cross_term"]} | {of: seen[f"consensus_error_{of}"] for of in ("A", "B")}
-    relative = {of: float(f"{errors[of] / norm:.4g}") if norm else 0.0 for of, norm in norms.items()}
+    seen = relative_disagreement(record.state.adapters, record.diagnostics)
+    relative = {of: float(f"{value:.4g}") for of, value in seen.items()}
     return {"probe" if record.state.round == PROBED else "end": relative}
 
 
@@ -211,13 +203,20 @@ def discovered(found: BySeed) -> set[Cell]:
     return {cell for cell, p in zip(tried, false_discovery_control(chances, method="by"), strict=True) if p <= FALSE}
 
 
-def features(cell: Cell, kept: Mapping[str, Row]) -> list[float]:
-    """Return what `dec_lora` shows of a cell after the first rounds, a mean over seeds, and rho; [] if it diverged."""
-    rows = [kept[name] for seed in OF.seeds if (name := named(cell, "dec_lora", seed)) in kept]
-    if not rows or not all("probe" in row for row in rows):
-        return []
-    seen = [fmean(row["probe"][of] for row in rows) for of in ("cross", "A", "B")]
-    return [*map(log10, seen), _rho(clients(cell.skew), cell.p)]
+def probes(cell: Cell, kept: Mapping[str, Row]) -> dict[int, Mapping[str, float]]:
+    """Return what `dec_lora` shows of a cell after the first rounds, by seed; {} if it diverged."""
+    rows = {seed: kept[name] for seed in OF.seeds if (name := named(cell, "dec_lora", seed)) in kept}
+    return {seed: row["probe"] for seed, row in rows.items()} if all("probe" in row for row in rows.values()) else {}
+
+
+def seen_of(cell: Cell, each: Collection[Mapping[str, float]]) -> Vector:
+    """Return a cell's features, of the mean over some probes."""
+    return features({of: fmean(seen[of] for seen in each) for of in MEASURES}, cell_rho(cell))
+
+
+def cell_rho(cell: Cell) -> float:
+    """Return the rho of a cell's graph."""
+    return _rho(clients(cell.skew), cell.p)
 
 
 @cache
@@ -225,22 +224,38 @@ def _rho(clients: int, activation: float) -> float:
     return rho(GRAPHS["complete"](clients=clients, seed=0, activation=activation), draws=4_000)
 
 
-def foretold(found: BySeed) -> dict[Cell, float]:
-    """Return the mean difference that the other skews' cells foretell: by least squares on standardised features."""
-    kept, told = Kept("atlas").rows, {}
-    known = {cell: np.array(seen) for cell in found if (seen := features(cell, kept))}
+def foretold(found: BySeed, by: Predictor) -> BySeed:
+    """Return the mean difference that the other skews' cells foretell, by what each seed of `dec_lora` shows."""
+    kept, told = Kept("atlas").rows, BySeed()
+    seen = {cell: each for cell in found if (each := probes(cell, kept))}
     for skew in SKEWS:
-        others = [cell for cell in known if cell.skew != skew]
+        others = [cell for cell in seen if cell.skew != skew]
         if len(others) < 12:  # more than twice what is fitted
             continue
-        x = np.array([known[cell] for cell in others])
-        middle, scale = x.mean(0), x.std(0) + 1e-12
-        design = np.column_stack([np.ones(len(x)), (x - middle) / scale])
-        weights, *_ = np.linalg.lstsq(design, [fmean(found[cell].values()) for cell in others], rcond=None)
-        for cell in known:
+        known = np.array([seen_of(cell, seen[cell].values()) for cell in others])
+        differences = np.array([fmean(found[cell].values()) for cell in others])
+        for cell in seen:
             if cell.skew == skew:
-                told[cell] = float(np.array([1.0, *((known[cell] - middle) / scale)]) @ weights)
+                told[cell] = {n: by(known, differences, seen_of(cell, [probe])) for n, probe in seen[cell].items()}
     return told
+
+
+def missed(found: BySeed, by: Predictor) -> dict[str, list[float]]:
+    """Return for each skew by how much its cells' mean differences are missed that the other skews' cells foretell."""
+    apart: dict[str, list[float]] = {}
+    for cell, each in foretold(found, by).items():
+        apart.setdefault(cell.skew, []).extend(abs(x - fmean(found[cell].values())) for x in each.values())
+    return apart
+
+
+def law(found: BySeed) -> Law | None:
+    """Return what foretells a difference best; None where there are too few cells. Of equals the simplest."""
+    by_skew = {name: missed(found, by) for name, by in PREDICTORS.items()}
+    if not all(by_skew.values()):
+        return None
+    errors = {name: sqrt(fmean(x * x for x in chain(*each.values()))) for name, each in by_skew.items()}
+    best = min(errors, key=errors.__getitem__)
+    return Law(best, errors, max(float(np.quantile(each, WITHIN)) for each in by_skew[best].values()))
 
 
 def table() -> None:
@@ -261,13 +276,14 @@ def table() -> None:
             ]
             first = f"{cell.skew} | {cell.p:g} | {cell.steps} | {cell.rate or 'best'} | {len(own)}"
             print(f"| {first} | {fmean(own.values()):.3f} | {' | '.join(columns)} |")
+    print(f"\n| method | spread | {' | '.join(f'missed by {name}' for name in PREDICTORS)} | best | 95 % within |")
+    print(f"|---|---:|{'---:|' * len(PREDICTORS)}---|---:|")
     for method in METHODS[1:]:
         differences = ahead(scored_by[method], scored_by["dec_lora"])
-        mean = {cell: fmean(each.values()) for cell, each in differences.items()}
-        if expected := foretold(differences):
-            error = sqrt(fmean((mean[cell] - x) ** 2 for cell, x in expected.items()))
-            spread = pstdev(mean[cell] for cell in expected)
-            print(f"\n{method}: foretold of another skew's cells to {error:.3f}; the cells' own spread is {spread:.3f}")
+        if (best := law(differences)) is not None:
+            spread = pstdev(fmean(each.values()) for each in differences.values())
+            errors = " | ".join(f"{error:.3f}" for error in best.errors.values())
+            print(f"| {method} | {spread:.3f} | {errors} | {best.by} | {best.within:.3f} |")
 
 
 def told(by_seed: Mapping[int, float]) -> str:
@@ -292,7 +308,8 @@ def draw(file: str) -> None:
         for (y, rate), (x, (p, steps)) in product(enumerate(rows), enumerate(columns)):
             if (cell := Cell(skew, p, steps, rate)) in found[method]:
                 values[y, x] = fmean(found[method][cell].values())
-                axes.text(x, y, f"{100 * values[y, x]:+.1f}", ha="center", va="center", fontsize=7)
+                colour = "white" if abs(values[y, x]) > 0.06 else "black"
+                axes.text(x, y, f"{100 * values[y, x]:+.1f}", ha="center", va="center", fontsize=7, color=colour)
                 if cell in sure[method]:
                     axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, linewidth=1.5))
         image = axes.imshow(values, cmap="RdBu", vmin=-0.1, vmax=0.1, aspect="auto")
@@ -301,9 +318,8 @@ def draw(file: str) -> None:
         axes.set_title(f"{method}, {skew}", fontsize=9, loc="left")
     figure.supxlabel("edge probability, and local steps in a round", fontsize=8)
     figure.supylabel("learning rate", fontsize=8)
-    figure.colorbar(
-        image, ax=panels, label="points of accuracy ahead of dec_lora", format=lambda x, _: f"{100 * x:+.0f}"
-    )
+    bar = figure.colorbar(image, ax=panels, label="points of accuracy ahead of dec_lora")
+    bar.set_ticks([-0.1, -0.05, 0, 0.05, 0.1], labels=["-10", "-5", "0", "+5", "+10"])
     figure.savefig(file)
 
 

@@ -11,9 +11,13 @@ import pytest
 import torch
 
 from benchmarks import atlas, studies
-from benchmarks.atlas import METHODS, OF, Cell
+from benchmarks.atlas import METHODS, OF, Cell, cell_rho
+from benchmarks.evidence import as_text, gathered
 from peertune import load_recipe
 from peertune.assembly.registry import build_partition, build_task, hold_out
+from peertune.planning import evidence
+from peertune.planning.advice import advise
+from peertune.planning.evidence import PREDICTORS
 from peertune.rounds.metrics import product_norm
 
 GAIN = {"tad_lora": 0.0, "ffa_lora": -0.05, "fedrot_lora": 0.0, "dec_lora": 0.0, "local": -0.3, "server": 0.1}
@@ -77,9 +81,9 @@ def test_the_analysis_finds_the_law_that_was_put_in_and_nothing_where_there_is_n
     assert atlas.discovered(all_of) == {*base}
     clear = {cell for cell in base if abs(law(cell)[1]) > 0.02}
     assert clear <= atlas.discovered(tad) < {*base}
-    expected = atlas.foretold(tad)
+    expected = atlas.foretold(tad, PREDICTORS["least squares"])
     assert expected.keys() == base.keys()
-    assert max(abs(expected[cell] - law(cell)[1]) for cell in base) < 0.03
+    assert max(abs(x - law(cell)[1]) for cell in base for x in expected[cell].values()) < 0.03
     server = atlas.ahead(atlas.scores("server"), base)
     assert server.keys() == base.keys()
     assert fmean(fmean(each.values()) for each in server.values()) == pytest.approx(0.1, abs=0.01)
@@ -106,6 +110,54 @@ def test_the_atlas_says_of_how_many_runs_it_is(capsys: pytest.CaptureFixture[str
     assert "best" not in said  # not all seeds are there
     atlas.draw(str(tmp_path / "map.svg"))
     assert len(re.findall(r"<!-- [+-]\d+\.\d -->", (tmp_path / "map.svg").read_text())) == 3 * 54
+
+
+def test_where_there_is_a_law_it_is_found_and_advised_by_and_where_there_is_none_nothing_beats_the_mean() -> None:
+    keep(0.005)
+    found = gathered()
+    assert found.laws["tad_lora"].by == "least squares"
+    assert found.laws["tad_lora"].errors["least squares"] < found.laws["tad_lora"].errors["mean"] / 2
+    assert found.laws["fedrot_lora"].by == "mean"
+    for cell in {cell for cell in atlas.cells() if cell.p}:
+        cross, gain = law(cell)
+        seen = {"cross": cross, "A": cross**0.5, "B": cross**0.4}
+        said = advise(found, [], cell_rho(cell), seen)
+        assert said.method in (None, "tad_lora" if gain > 0 else "dec_lora")
+        assert (said.method is not None) == (abs(said.foretold[0].difference) > found.laws["tad_lora"].within)
+        if abs(gain) > 0.05:
+            assert said.method is not None
+        assert said.near[0].name == atlas.named(cell, "", seed=0).partition("  ")[0]
+    assert advise(found, [], 0.5, {"cross": 0.9, "A": 0.1, "B": 0.1}).method is None
+
+
+def test_a_law_is_judged_by_skews_that_it_was_not_fitted_to() -> None:
+    keep(0.005)
+    base = atlas.scores("dec_lora")
+    tad = atlas.ahead(atlas.scores("tad_lora"), base)
+    other = {cell: {seed: x + 1 for seed, x in each.items()} for cell, each in tad.items() if cell.skew == "writers"}
+    for by in PREDICTORS.values():
+        before, after = atlas.foretold(tad, by), atlas.foretold(tad | other, by)
+        assert all(after[cell] == each for cell, each in before.items() if cell.skew == "writers")
+        assert all(after[cell] != each for cell, each in before.items() if cell.skew != "writers")
+
+
+def test_evidence_comes_back_from_its_file(tmp_path: Path) -> None:
+    keep(0.005, seeds=2)
+    (tmp_path / "evidence.json").write_text(as_text(gathered()))
+    read = evidence.read(tmp_path / "evidence.json")
+    assert as_text(read) == (tmp_path / "evidence.json").read_text()
+    assert (read.runs, read.of, len(read.cells)) == (2520 // 5, 2520, 54)
+    assert read.settings["training.learning_rate"] == sorted(OF.rates)
+    assert {x.seeds for cell in read.cells for x in cell.differences.values()} == {2}
+
+
+def test_too_few_runs_are_no_evidence() -> None:
+    keep(0.005)
+    file = studies.KEPT / "atlas.jsonl"
+    lines = [line for line in file.read_text().splitlines() if "writers" in line]
+    file.write_text("\n".join(lines) + "\n")
+    said = advise(gathered(), [], 0.6, {"cross": 0.01, "A": 0.1, "B": 0.16})
+    assert (said.method, said.foretold) == (None, [])
 
 
 def test_the_norm_of_the_mean_product_is_that_of_the_products() -> None:

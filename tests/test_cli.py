@@ -40,6 +40,7 @@ SMALL = [
 ]
 TINY = [*SMALL, "rounds=2"]
 COMMANDS = [
+    "advise",
     "cache",
     "compare",
     "data",
@@ -527,6 +528,7 @@ print(*sys.modules)
         ["diagnose", "DONE"],
         ["report", "DONE", "--out", "x.html"],
         ["data", "digits-demo"],
+        ["advise", "digits-demo"],
         ["graph", "digits-demo"],
         ["env"],
         ["export", "DONE", "--client", "0", "--to", "x"],

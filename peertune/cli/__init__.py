@@ -9,6 +9,7 @@ import typer
 
 from peertune import __version__
 from peertune.cli import checking, peering  # noqa: F401  # they add their commands to `peer`
+from peertune.cli.advising import advise
 from peertune.cli.caching import cache
 from peertune.cli.common import leads
 from peertune.cli.facts import data, env, graph, recipes
@@ -45,7 +46,7 @@ def _options(
     pass
 
 
-for command in (run, sweep, compare, report, diagnose, score, recipes, graph, data, export, cache, env, roster):
+for command in (run, sweep, compare, report, diagnose, score, recipes, graph, data, advise, export, cache, env, roster):
     app.command()(command)
 app.add_typer(ca_app, name="ca")
 app.add_typer(peer_app, name="peer")

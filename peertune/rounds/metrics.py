@@ -5,7 +5,7 @@ Where the clients are dealt among the processes of a `group`, each of which call
 all clients together. With numbers of `rows [K]` each client counts in all means by its own, else all count alike.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import sqrt
 from typing import NamedTuple
 
@@ -39,6 +39,21 @@ def product_norm(adapters: Tensors) -> float:
     The scale by which a `cross_term` is small or large. Zero at the start, where B is 0.
     """
     return sqrt(sum(_product_square(B.double() / len(B), A.double(), len(A)) for A, B in _pairs(adapters)))
+
+
+def relative_disagreement(adapters: Tensors, measured: Mapping[str, float]) -> dict[str, float]:
+    """Return what clients disagree about over what they hold, as `cross`, `A` and `B`; 0 where they hold nothing.
+
+    Of adapters `[K, …]` and what `diagnostics` measured of them: the cross term over `product_norm`, and the consensus
+    error of A and of B over the root of the clients' mean square.
+    """
+    errors = {"cross": measured["cross_term"]} | {of: measured[f"consensus_error_{of}"] for of in ("A", "B")}
+    held = {"cross": product_norm(adapters)} | {of: _root_mean_square(select(adapters, {of})) for of in ("A", "B")}
+    return {of: errors[of] / held[of] if held[of] else 0.0 for of in errors}
+
+
+def _root_mean_square(tensors: Tensors) -> float:
+    return sqrt(sum(float(x.double().square().sum()) / len(x) for x in tensors.values()))
 
 
 def _disagreement(

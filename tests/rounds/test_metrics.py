@@ -19,6 +19,7 @@ from peertune.rounds.metrics import (
     mean_drift,
     neighbour_counts,
     neighbourhood_cross_terms,
+    relative_disagreement,
 )
 from peertune.types import Tensors, payload_bytes, select
 
@@ -185,3 +186,27 @@ def test_a_stored_zero_is_no_neighbour() -> None:
     entries = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]])
     dropped = torch.sparse_coo_tensor(entries, torch.tensor([1.0, 0.0, 0.0, 1.0]), (2, 2), check_invariants=True)
     assert neighbour_counts(dropped) == [0, 0]
+
+
+@some
+@given(adapters)
+def test_disagreement_is_told_over_what_clients_hold(found: Tensors) -> None:
+    seen = relative_disagreement(found, diagnostics(before_mixing(found), found))
+    clients = len(found["q.A"])
+    for of in ("A", "B"):
+        rows = torch.cat([x.flatten(1) for name, x in found.items() if name.endswith(of)], dim=1)
+        apart = (rows - rows.mean(0)).square().sum(1).mean().sqrt()
+        assert seen[of] == pytest.approx(float(apart / rows.square().sum(1).mean().sqrt()), abs=1e-12)
+    means, left_out = [], []
+    for site in "qv":
+        A, B = found[f"{site}.A"], found[f"{site}.B"]
+        means.append(torch.stack([B[k] @ A[k] for k in range(clients)]).mean(0).flatten())
+        left_out.append(means[-1] - (B.mean(0) @ A.mean(0)).flatten())
+    assert seen["cross"] == pytest.approx(float(torch.cat(left_out).norm() / torch.cat(means).norm()), abs=1e-6)
+
+
+def test_where_clients_hold_nothing_they_disagree_about_nothing() -> None:
+    found = {"q.A": torch.randn(3, 2, 5), "q.B": torch.zeros(3, 4, 2)}
+    seen = relative_disagreement(found, diagnostics(before_mixing(found), found))
+    assert (seen["cross"], seen["B"]) == (0, 0)
+    assert seen["A"] > 0
