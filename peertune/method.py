@@ -112,11 +112,13 @@ class Local(NamedTuple):
     that it leaves out aren't stepped. It may call `gradient` several times: a run's loss is that of the first call.
     `end(start, adapters, memory, at, phase)` is called after the last step and returns adapters that change. `start` is
     what the round began with, of the kinds that train, where `keeps_start` asks for a copy, and {} elsewhere.
+    All clients of a call are at one step where `one_step` asks for it; elsewhere each may be at its own.
     """
 
     gradients: Callable[[Gradient, Tensors, Tensors, Memory, At, Phase], tuple[Tensors, Memory]] = descent
     end: Callable[[Tensors, Tensors, Memory, At, Phase], tuple[Tensors, Memory]] = stay
     keeps_start: bool = False
+    one_step: bool = False
     init: Callable[[Tensors, At], Memory] = nothing
     needs: frozenset[str] = frozenset()
 

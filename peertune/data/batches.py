@@ -288,31 +288,31 @@ class TrainingSteps:
     seed: int
     row_weights: NDArray[np.float64] | None = None  # [N], what each row counts in its client's mean; None: all alike
 
-    def __call__(self, clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each of a round's local steps of these clients.
+    def __call__(self, clients: Sequence[int], rounds: int | Sequence[int]) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each of a round's local steps of these clients, each in a round of its own or all.
 
         A batch's client numbers are places in `clients`, as the stack has them.
         """
-        return steps_together([(self, clients, round)])
+        return steps_together([(self, clients, rounds)])
 
-    def drawn(self, clients: Sequence[int], step: int) -> Drawn:
-        """Return what these clients train on in a step, counted from the run's start."""
+    def drawn(self, clients: Sequence[int], steps: NDArray[np.int64]) -> Drawn:
+        """Return what these clients train on, each in its own of the `steps [K]`, counted from the run's start."""
         size = self.rows_per_step
-        own = [self.parts[client] for client in clients]
-        rows = np.concatenate(
-            [held[sample(self.seed, client, len(held), step, size)] for client, held in zip(clients, own, strict=True)]
-        )
+        each = zip(clients, (self.parts[client] for client in clients), steps.tolist(), strict=True)
+        rows = np.concatenate([held[sample(self.seed, client, len(held), step, size)] for client, held, step in each])
         positions = np.tile(np.arange(size), len(clients))
-        keys = words(self.seed, Draw.DROPOUT, np.repeat(clients, size), step, positions).view(np.int64)
-        shared = np.repeat(words(self.seed, Draw.SHARED_DROPOUT, clients, step).view(np.int64), size)
+        keys = words(self.seed, Draw.DROPOUT, np.repeat(clients, size), np.repeat(steps, size), positions)
+        shared = np.repeat(words(self.seed, Draw.SHARED_DROPOUT, clients, steps).view(np.int64), size)
         # A client's loss is the mean over its labels.
         each = np.ones(len(rows)) if self.row_weights is None else self.row_weights[rows]
         labels = (each * self.encoded.targets[rows]).reshape(len(clients), size).sum(axis=1)
         weights = each / np.repeat(np.where(labels > 0, labels, 1), size)
-        return Drawn(rows, np.repeat(np.arange(len(clients)), size), weights, keys, shared)
+        return Drawn(rows, np.repeat(np.arange(len(clients)), size), weights, keys.view(np.int64), shared)
 
 
-def steps_together(runs: Sequence[tuple[TrainingSteps, Sequence[int], int]]) -> Iterator[list[Batch]]:
+def steps_together(
+    runs: Sequence[tuple[TrainingSteps, Sequence[int], int | Sequence[int]]],
+) -> Iterator[list[Batch]]:
     """Yield the micro-batches of each local step of some clients of several runs, in these rounds of theirs.
 
     The runs have the same encoded rows, and as many local steps. A batch's client numbers are places among all clients,
@@ -320,7 +320,10 @@ def steps_together(runs: Sequence[tuple[TrainingSteps, Sequence[int], int]]) -> 
     """
     steps = runs[0][0]
     for number in range(steps.local_steps):
-        each = [one.drawn(clients, t * one.local_steps + number) for one, clients, t in runs]
+        each = [
+            one.drawn(clients, np.broadcast_to(rounds, len(clients)) * one.local_steps + number)
+            for one, clients, rounds in runs
+        ]
         starts = np.cumsum([0, *(len(clients) for _, clients, _ in runs)])
         placed = [drawn._replace(clients=drawn.clients + start) for drawn, start in zip(each, starts, strict=False)]
         yield _cut(steps, Drawn(*map(np.concatenate, zip(*placed, strict=True))), int(starts[-1]))

@@ -226,11 +226,11 @@ def _has_company(job: Job, swapper: Swapper, shut_out: Callable[[], bool]) -> bo
     return True
 
 
-def _counted(job: Job, swapper: Swapper) -> Callable[[Sequence[int], int], Iterator[list[Batch]]]:
+def _counted(job: Job, swapper: Swapper) -> Callable[[Sequence[int], Sequence[int]], Iterator[list[Batch]]]:
     """Tell the neighbours that wait how many local steps are done."""
 
-    def steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
-        for batches in job.steps(clients, round):
+    def steps(clients: Sequence[int], rounds: Sequence[int]) -> Iterator[list[Batch]]:
+        for batches in job.steps(clients, rounds):
             yield batches
             swapper.stepped()
 

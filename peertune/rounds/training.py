@@ -218,8 +218,8 @@ def train_local(
     """Train the phase's kinds on each client's own rows, **in place**: gradients, `local`, clip, step.
 
     `steps` yields the micro-batches of one local step after the other; their gradients add up, so how the rows are cut
-    changes nothing. The K clients stand `at` one step, counted from the run's start. Kinds that the phase does not
-    train get no gradient and stay bit for bit. Adapters and moments are stepped where they lie: a copy of thousands of
+    changes nothing. The K clients stand each `at` a step of its own. Kinds that the phase does not train get no
+    gradient and stay bit for bit. Adapters and moments are stepped where they lie: a copy of thousands of
     them would double what they take. What `local` remembers is returned. `frozen [K, …]` is what each client has of the
     base for itself: as `StackedModel.frozen`.
 
@@ -233,7 +233,7 @@ def train_local(
     totals = torch.zeros(len(first), dtype=torch.float64, device=first.device)
     lengths = torch.zeros_like(totals)
     global_draws = _generator_state(totals.device)
-    first_step, count, changed = int(at.step[0]), 0, dict[str, Tensor]()
+    count, changed = 0, dict[str, Tensor]()
     for count, batches in enumerate(steps, start=1):
         gradient = BatchGradient(model, batches, phase.train, optim.smoothing, frozen)
         grads, new = local.gradients(gradient, adapters, start, memory, at, phase)
@@ -241,7 +241,7 @@ def train_local(
         memory |= new
         totals += gradient.loss
         lengths += clip(grads, optim.max_grad_norm) if grads else 0
-        optim.optimizer.update(adapters, grads, state.moments, optim.rates(first_step + count - 1))
+        optim.optimizer.update(adapters, grads, state.moments, _rates_at(optim, at.step, totals.device))
         at = at._replace(step=at.step + 1)
         del gradient, grads
     if not torch.equal(global_draws, _generator_state(totals.device)):
@@ -258,6 +258,16 @@ def train_local(
             "lower training.learning_rate or training.max_grad_norm"
         )
     return Trained(totals / max(1, count), lengths / max(1, count), changed | new)
+
+
+def _rates_at(optim: Optim, steps: Tensor, device: torch.device) -> Rates:
+    """Return the rates at these `steps [K]`: one for all clients where they are alike."""
+    first, *others = steps.tolist()
+    rates = optim.rates(first)
+    each = [rates, *(rates if step == first else optim.rates(step) for step in others)]
+    if all(one is rates or one == rates for one in each):
+        return rates
+    return {kind: torch.tensor([one[kind] for one in each], dtype=torch.float64, device=device) for kind in rates}
 
 
 class BatchGradient:

@@ -21,8 +21,9 @@ from peertune.method import At, Local, Memory, Phase
 from peertune.rounds.training import Optim, Rates, reset_moments, train_local
 from peertune.types import Batch, State, Tensors
 
-Steps = Callable[[Sequence[int], int], Iterator[list[Batch]]]
-"""`steps(clients, round)` yields the micro-batches of each local step; `TrainingSteps` where runs train together."""
+Steps = Callable[[Sequence[int], Sequence[int]], Iterator[list[Batch]]]
+"""`steps(clients [K], rounds [K])` yields the micro-batches of each local step of these clients in these rounds of
+theirs; `TrainingSteps` where runs train together."""
 
 
 class Turn(NamedTuple):
@@ -47,8 +48,9 @@ class Came(NamedTuple):
     seconds: float = 0.0  # of common steps its clients' share
 
 
-_Alike = tuple[int, Phase, Phase | None, int]
-"""Clients that train together: they follow one `Local`, are in one phase, come from one, and are in one round."""
+_Alike = tuple[int, Phase, Phase | None, int | None]
+"""Clients that train together: they follow one `Local`, are in one phase, come from one, and are in one round if the
+`Local` asks for it."""
 
 
 def train(turns: Sequence[Turn]) -> list[Came | Exception]:
@@ -82,7 +84,7 @@ def _alike(turns: Sequence[Turn]) -> dict[_Alike, list[tuple[int, int]]]:
         own = next((place for place, other in enumerate(locals_) if _same(other, turn.local)), len(locals_))
         locals_ += [turn.local] if own == len(locals_) else []
         for row, t in enumerate(turn.at.round.tolist()):
-            key = own, turn.phases[row], turn.before[row] if t else None, t
+            key = own, turn.phases[row], turn.before[row] if t else None, t if turn.local.one_step else None
             alike.setdefault(key, []).append((number, row))
     return alike
 
@@ -156,8 +158,9 @@ def _train_one(turn: Turn, rows: list[int]) -> _Part:
     """Train some rows of one run; what it comes to, and what has changed of their memory."""
     places = _places(rows, _device(turn))
     part = turn.state.take(places)
-    steps = turn.steps([int(turn.at.clients[row]) for row in rows], int(turn.at.round[rows[0]]))
-    came, memory = _train_part(turn, rows[0], part, steps, _at(turn, rows), turn.optim, _frozen(turn, len(rows)))
+    at = _at(turn, rows)
+    steps = turn.steps(at.clients.tolist(), at.round.tolist())
+    came, memory = _train_part(turn, rows[0], part, steps, at, turn.optim, _frozen(turn, len(rows)))
     if isinstance(places, Tensor):
         turn.state.put(places, replace(part, memory={}))
     return came, memory
@@ -176,7 +179,7 @@ def _train_several(chunk: Sequence[tuple[Turn, list[int]]]) -> list[_Part]:
     drawn = []
     for (turn, _), one in zip(chunk, each, strict=True):
         assert isinstance(turn.steps, TrainingSteps), "runs that train together draw rows that can be put together"
-        drawn.append((turn.steps, one.clients.tolist(), int(one.round[0])))
+        drawn.append((turn.steps, one.clients.tolist(), one.round.tolist()))
     sizes = [len(rows) for _, rows in chunk]
     optim = replace(turns[0].optim, rates=_rates([turn.optim for turn in turns], sizes, _device(turns[0])))
     frozen = _end_to_end([_frozen(turn, len(rows)) for turn, rows in chunk])

@@ -59,9 +59,10 @@ def rows(client: int, step: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(draw.normal(size=(2, 4))), torch.from_numpy(draw.integers(0, 3, 2))
 
 
-def steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
-    for step in (2 * round, 2 * round + 1):
-        inputs, labels = (torch.cat(x) for x in zip(*(rows(client, step) for client in clients), strict=True))
+def steps(clients: Sequence[int], rounds: Sequence[int]) -> Iterator[list[Batch]]:
+    for step in range(2):
+        each = [rows(client, 2 * round + step) for client, round in zip(clients, rounds, strict=True)]
+        inputs, labels = (torch.cat(x) for x in zip(*each, strict=True))
         places = torch.arange(len(clients)).repeat_interleave(2)
         yield [Batch({"x": inputs}, labels, places, torch.full_like(places, 0.5, dtype=torch.float64), places)]
 
@@ -659,9 +660,9 @@ def test_the_seconds_of_a_round_are_told_by_stage(monkeypatch: pytest.MonkeyPatc
         spent["evaluate"] += 10_000
         return score(state, clients)
 
-    def slow_steps(clients: Sequence[int], round: int) -> Iterator[list[Batch]]:
+    def slow_steps(clients: Sequence[int], rounds: Sequence[int]) -> Iterator[list[Batch]]:
         spent["train"] += 1
-        return steps(clients, round)
+        return steps(clients, rounds)
 
     def exchange(clients: Sequence[int], tensors: Tensors, round: int, refuse: Refuse) -> Heard:
         spent["exchange"] += 10
