@@ -105,6 +105,6 @@ def _turns(repeats: int, clients: int, steps: int, rows: int) -> list[dict[str, 
             _, alone_s = timed(next, alone, None)
             group.gather("")
             record, together_s = timed(next, together)
-            _, draw_s = timed(deque, job.steps(job.clients, t), 0)
+            _, draw_s = timed(deque, job.steps(job.clients, [t] * len(job.clients)), 0)
             turns.append({"alone": alone_s, "together": together_s, "draw": draw_s, **record.seconds})
         return turns[1:]

@@ -24,7 +24,7 @@ def run(repeats: int = 5) -> list[Figure]:
             "step": lambda turn: train_local(
                 job.model,
                 state,
-                job.steps(range(clients), turn),
+                job.steps(range(clients), [turn] * clients),
                 phase,
                 job.optim,
                 standing(job.clients, state.at(turn).rounds),

@@ -98,7 +98,7 @@ def make(folder: Path, tokens: int, *settings: str) -> Built:
 def compare(setup: Built, label: str, repeats: int) -> list[Figure]:
     """Time both on the same rows, turn by turn; on a GPU say how much memory each takes at most."""
     job, clients = setup.job, setup.resolved.clients
-    steps = [next(iter(job.steps(range(clients), turn))) for turn in range(repeats + 2)]
+    steps = [next(iter(job.steps(range(clients), [turn] * clients))) for turn in range(repeats + 2)]
     state, loop = job.state.clone(), Loop(setup)
     peaks: dict[str, list[float]] = {"peertune": [], "loop": []}
 

@@ -29,7 +29,7 @@ def main() -> None:
             train_local(
                 job.model,
                 state,
-                job.steps(range(job.graph.clients), step),
+                job.steps(job.clients, [step] * len(job.clients)),
                 phase,
                 job.optim,
                 standing(job.clients, state.at(step).rounds),

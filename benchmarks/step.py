@@ -51,7 +51,14 @@ def turn() -> list[Figure]:
         def step(job: Job = job, state: State = state, turns: Iterator[int] = turns) -> None:
             number = next(turns)
             at = standing(job.clients, state.at(number).rounds)
-            train_local(job.model, state, job.steps(job.clients, number), job.algorithm.phase(0), job.optim, at)
+            train_local(
+                job.model,
+                state,
+                job.steps(job.clients, [number] * len(job.clients)),
+                job.algorithm.phase(0),
+                job.optim,
+                at,
+            )
 
         name = f"a step, {job.model.base.dtype}, dropout {'on' if on else 'off'}".replace("torch.", "")
         figures.append(figure(name, processor(step), "s"))
@@ -65,13 +72,13 @@ def compare(setup: Built, label: str, targets: tuple[str, str], repeats: int, ra
     """
     job = setup.job
     clients = setup.resolved.clients
-    steps = [next(iter(job.steps(range(clients), turn))) for turn in range(repeats + 2)]
+    steps = [next(iter(job.steps(range(clients), [turn] * clients))) for turn in range(repeats + 2)]
     rows = [client_rows(batches, clients) for batches in steps]
     dtype = next(job.model.base.parameters()).dtype
     state = job.state.clone()
 
     def stacked(turn: int) -> Tensor:
-        steps = job.steps(range(clients), turn)
+        steps = job.steps(range(clients), [turn] * clients)
         return train_local(
             job.model, state, steps, job.algorithm.phase(0), job.optim, standing(job.clients, state.at(turn).rounds)
         ).loss

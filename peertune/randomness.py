@@ -35,6 +35,7 @@ class Draw(StrEnum):
     HELD_OUT = "held out"  # client
     FOLD = "fold"
     GENERATE = "generate"  # row
+    STEP_TIME = "step time"  # client, or client, step
     # who meets whom
     EDGE = "edge"  # round, i, j
     ERDOS_RENYI = "erdos_renyi"  # attempt, i, j

@@ -229,7 +229,7 @@ class TestStep:
                     site = name.removeprefix("base_model.model.").partition(".lora_A")[0]
                     x.copy_(state.adapters[f"{site}.A"][0])
         for step in range(3):
-            (batches,) = job.steps(range(3), step)
+            (batches,) = job.steps(range(3), [step] * 3)
             theirs = loop.step(client_rows(batches, 3))
             ours = train_local(
                 job.model,
@@ -243,7 +243,7 @@ class TestStep:
 
     def test_the_loop_that_packs_trains_what_the_loop_that_pads_does(self, settings: list[str]) -> None:
         setup = make(*settings, *dropout(False))
-        (batches,) = setup.job.steps(range(3), 0)
+        (batches,) = setup.job.steps(range(3), [0] * 3)
         losses = []
         for packed in (False, True):
             torch.manual_seed(0)  # for PEFT's own draws
@@ -253,7 +253,7 @@ class TestStep:
 
     def test_useful_operations_are_those_of_a_count_by_hand(self, settings: list[str]) -> None:
         setup = make(*settings, *dropout(False))
-        (batches,) = setup.job.steps(range(3), 0)
+        (batches,) = setup.job.steps(range(3), [0] * 3)
         lengths = torch.cat([batch.inputs["attention_mask"].sum(1) for batch in batches]).double()
         tokens, rows = float(lengths.sum()), len(lengths)
         block = 4 * 32 * 32 + 2 * 32 * 128  # weights of an attention and a feed-forward part

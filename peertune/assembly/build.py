@@ -34,7 +34,7 @@ from peertune.models import weights
 from peertune.recipe import Recipe
 from peertune.rounds import best
 from peertune.rounds.bounds import Bound
-from peertune.rounds.round import Job
+from peertune.rounds.round import CLOCK, Job
 from peertune.rounds.training import Optim, Rates, adamw, learning_rate, sgd
 from peertune.topology import Neighbourhood, digest
 from peertune.types import ALONE, Group, State, Tensors, kind
@@ -204,6 +204,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
             len(parts.clients) if parts.peer else recipe.clients, training.clients_per_pass or CLIENTS_PER_PASS
         ),
         bound=bound,
+        clock=parts.clock,
         faults=parts.faults,
         group=parts.group,
     )
@@ -228,6 +229,7 @@ def _start(recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim) -> State:
     rounds = torch.zeros(len(parts.clients), dtype=torch.int64)
     memory = parts.algorithm.init(adapters, standing(parts.clients, rounds))
     memory |= best.begun(adapters) if recipe.evaluate.load_best else {}
+    memory |= {CLOCK: torch.zeros_like(rounds)} if parts.clock is not None else {}
     memory = {name: x.to(loaded.base.model.device) for name, x in memory.items()}
     return State(adapters, optim.optimizer.init(adapters), rounds, memory)
 

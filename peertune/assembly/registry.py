@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,14 +18,15 @@ from peertune.assembly.plugins import Choices, Found, find
 from peertune.data.partition import PARTITIONS, Partition, counts, fold
 from peertune.data.skew import divergence_by_chance, divergences, effective_clients
 from peertune.data.tasks import TASKS
-from peertune.errors import RecipeError
+from peertune.errors import RecipeError, unknown
 from peertune.method import Algorithm, Local, Message, Mixer, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import MODIFIERS
 from peertune.methods.push_sum import pushed
 from peertune.methods.schedules import switching_interval
 from peertune.randomness import Draw, generator
-from peertune.recipe import Choice, Recipe, arguments
+from peertune.recipe import Choice, Recipe, Time, arguments
+from peertune.rounds.clock import STEP_TIMES, Clock, StepTime, each
 from peertune.runs import trackers
 from peertune.topology import (
     GRAPHS,
@@ -72,6 +74,7 @@ class Parts(NamedTuple):
     clients: Sequence[int]  # all, a process's share of them, or one, a peer
     rows: Rows  # client → the rows that it trains on
     held_out: Rows  # client → its other ones, on which it is judged; {} where nobody is
+    clock: Clock | None  # virtual time, in a simulation that has one
     group: Group  # the processes that share the clients
     peer: bool  # whether there are other clients, and nobody here who holds them
 
@@ -101,7 +104,13 @@ def build_parts(
                 "evaluate.patience: a peer that stops early leaves its neighbours' edges to fail; leave it out, and "
                 "give evaluate.load_best=true, by which each peer keeps its best adapter"
             )
-    return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, held_out, group, peer)
+    clock = build_clock(recipe)
+    if peer and clock is not None:
+        if recipe.time.mode == "asynchronous":
+            raise RecipeError("time.mode: peers run in rounds; give time.mode=rounds, or simulate with peertune run")
+        log.info("time: is of simulations; a peer takes the time that it takes")
+        clock = None
+    return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, held_out, clock, group, peer)
 
 
 def hold_out(recipe: Recipe, rows: Rows, of: int) -> tuple[Rows, Rows]:
@@ -264,6 +273,51 @@ def build_faults(recipe: Recipe) -> list[Fault]:
     return faults
 
 
+def build_clock(recipe: Recipe) -> Clock | None:
+    """Make the recipe's virtual clock, or None where nothing has a time.
+
+    Raises RecipeError for speeds of another number of clients, and for settings that need others.
+    """
+    time = recipe.time
+    given = {key: value for key, value in time if value != Time.model_fields[key].get_default()}
+    if time.step_s is None:
+        if given:
+            raise RecipeError(f"time.{next(iter(given))}: without time.step_s nothing has a time; give step_s")
+        return None
+    if time.mode == "rounds" and (idle := given.keys() & {"staleness_exponent", "phases"}):
+        raise RecipeError(f"time.{min(idle)}: is of time.mode=asynchronous, and the mode is rounds; leave it out")
+    down: dict[int, list[tuple[float, float]]] = {}
+    for number, pause in enumerate(time.down):
+        if pause.client >= recipe.clients:
+            raise RecipeError(f"time.down[{number}]: client {pause.client}; give one from 0 to {recipe.clients - 1}")
+        if pause.from_s >= pause.to_s:
+            raise RecipeError(f"time.down[{number}]: from_s {pause.from_s:g} is not before to_s {pause.to_s:g}")
+        down.setdefault(pause.client, []).append((pause.from_s, pause.to_s))
+    bandwidth = inf if time.bandwidth_bytes_s is None else time.bandwidth_bytes_s
+    return Clock(_step_time(recipe), time.latency_s, bandwidth, down)
+
+
+def _step_time(recipe: Recipe) -> StepTime:
+    asked = recipe.time.step_s
+    if isinstance(asked, Choice):
+        factory, chosen = _found_step_time(asked)
+        given = {"seed": recipe.seed, "clients": recipe.clients}
+        return factory(**chosen, **{name: given[name] for name in given.keys() & inspect.signature(factory).parameters})
+    assert asked is not None, "who asks for a clock has times"
+    seconds = asked if isinstance(asked, list) else [asked] * recipe.clients
+    if len(seconds) != recipe.clients:
+        raise RecipeError(f"time.step_s: {len(seconds)} speeds for {recipe.clients} clients; give one for each")
+    return each(seconds)
+
+
+def _found_step_time(asked: Choice) -> tuple[Callable[..., StepTime], dict[str, Any]]:
+    """Return the factory of this name, and the arguments that the recipe has for it."""
+    if asked.name not in STEP_TIMES:
+        raise RecipeError(unknown("time.step_s", asked.name, STEP_TIMES))
+    factory = STEP_TIMES[asked.name]
+    return factory, arguments(factory, asked, "time.step_s", ["seed", "clients"])
+
+
 def label_counts(task: Task, split: Split, parts: Sequence[NDArray[np.int64]]) -> list[list[int]]:
     """Return how many rows of each class each part of a split holds; of a regression, how many rows."""
     if not task.classes:
@@ -333,6 +387,7 @@ def check_choices(recipe: Recipe) -> None:
     trackers.check(recipe.report_to)
     completed(recipe)
     build_faults(recipe)
+    build_clock(recipe)
     build_algorithm(recipe, build_graph(recipe), of=lambda graph: 0.0)
 
 
@@ -364,6 +419,9 @@ def completed(recipe: Recipe) -> dict[str, Any]:
         own, more = _settings(block, choice, where)
         made = Choice(name=choice.name, **own, **{key: value for key, value in more.items() if value is not None})
         whole[block] = [*whole[block], made] if block in whole else made
+    if isinstance(recipe.time.step_s, Choice):
+        _, chosen = _found_step_time(recipe.time.step_s)
+        whole["time"] = recipe.time.model_copy(update={"step_s": Choice(name=recipe.time.step_s.name, **chosen)})
     return whole
 
 

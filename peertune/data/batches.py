@@ -298,8 +298,8 @@ class TrainingSteps:
     def drawn(self, clients: Sequence[int], steps: NDArray[np.int64]) -> Drawn:
         """Return what these clients train on, each in its own of the `steps [K]`, counted from the run's start."""
         size = self.rows_per_step
-        each = zip(clients, (self.parts[client] for client in clients), steps.tolist(), strict=True)
-        rows = np.concatenate([held[sample(self.seed, client, len(held), step, size)] for client, held, step in each])
+        whose = zip(clients, (self.parts[client] for client in clients), steps.tolist(), strict=True)
+        rows = np.concatenate([held[sample(self.seed, client, len(held), step, size)] for client, held, step in whose])
         positions = np.tile(np.arange(size), len(clients))
         keys = words(self.seed, Draw.DROPOUT, np.repeat(clients, size), np.repeat(steps, size), positions)
         shared = np.repeat(words(self.seed, Draw.SHARED_DROPOUT, clients, steps).view(np.int64), size)

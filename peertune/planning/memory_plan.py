@@ -132,7 +132,7 @@ def _training(live: LiveBytes, job: Job, state: State, t: int, phase: Phase) -> 
     """Return what local steps take, and what of it their gradients do."""
     part = state.take(slice(0, job.clients_per_pass))
     clients = job.clients[: job.clients_per_pass]
-    steps, at = islice(job.steps(clients, t), STEPS), standing(clients, part.at(t).rounds)
+    steps, at = islice(job.steps(clients, [t] * len(clients)), STEPS), standing(clients, part.at(t).rounds)
     batches = _largest([batch for step in steps for batch in step])
     # Twice: in the second step the gradients of the first still lie there.
     local = job.algorithm.local

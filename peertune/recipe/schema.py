@@ -201,6 +201,27 @@ class Network(_Block):
     bound: bool = True  # whether what lies far beyond a receiver's own adapter is refused; in simulations, too
 
 
+class Down(_Block):
+    """A time in which a client does nothing."""
+
+    client: int = Field(ge=0)
+    from_s: float = Field(ge=0)
+    to_s: float = Field(gt=0)
+
+
+class Time(_Block):
+    """How long everything would take: virtual time, of simulations."""
+
+    mode: Literal["rounds", "asynchronous"] = "rounds"
+    # A local step: for all clients, for each, or by a name; null: nothing has a time.
+    step_s: Annotated[float, Field(gt=0)] | list[Annotated[float, Field(gt=0)]] | Choice | None = None
+    latency_s: float = Field(0.0, ge=0)  # of a message
+    bandwidth_bytes_s: float | None = Field(None, gt=0)  # of each link; null: without end
+    down: list[Down] = []
+    staleness_exponent: float = Field(0.0, ge=0)  # a: what is s trainings old weighs (1 + s)^-a as much
+    phases: Literal["own", "common"] = "own"  # whether clients change phases by their own rounds, or by common time
+
+
 class Recipe(_Block):
     """A run, whole."""
 
@@ -220,6 +241,7 @@ class Recipe(_Block):
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
     network: Network = Network()
+    time: Time = Time()
     faults: list[PlannedFault] = []  # to study what failures do; real peers follow the same plan
     # Experiment trackers, where their packages are installed.
     report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = []

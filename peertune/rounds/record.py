@@ -117,6 +117,10 @@ class RoundRecord:
     not_mixed: list[tuple[int, int]] = field(default_factory=list)
     # (receiver, sender, round, times): a peer takes nothing from the sender until that round; it fell back so often
     suspects: list[tuple[int, int, int, int]] = field(default_factory=list)
+    # Of a recipe with `time.step_s`: the virtual second in which the last client had ended the round, and what each
+    # client did until then: (client, began, trained, ended, whom it waited for last or -1)
+    time_s: float | None = None
+    spans: Sequence[tuple[int, float, float, float, int]] = field(default_factory=list)
     state: "State | None" = field(default=None, repr=False, compare=False)  # after the round; never written as JSON
 
 

@@ -25,10 +25,11 @@ from peertune.errors import DivergedError, tried
 from peertune.method import Algorithm, At, Phase, nothing, standing
 from peertune.rounds import best, bounds, metrics
 from peertune.rounds.bounds import Bound, Refusal
+from peertune.rounds.clock import Clock, Span, lockstep
 from peertune.rounds.record import Evaluation, RoundRecord, Watch
 from peertune.rounds.training import Optim
 from peertune.rounds.turns import Came, Steps, Turn, train
-from peertune.topology import Fault, Graph, clients_down, drop_edges, messages_sent, planned_weights
+from peertune.topology import Fault, Graph, clients_down, delay_s, drop_edges, messages_sent, planned_weights
 from peertune.types import ALONE, Group, State, Tensors, by_site, select
 
 
@@ -74,6 +75,7 @@ class Job:
     # of some adapters [K, …] and whose they are: each one's score on its client's own rows [K]; None: nobody asks
     judge_own: "Callable[[Tensors, Sequence[int]], list[float]] | None" = None
     most_loss: float = inf  # training to a mean loss above it counts as diverged
+    clock: Clock | None = None  # how long things take in virtual time; None: nothing has a time
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
     lines: Lines = field(default_factory=Lines, compare=False)  # what is logged of clients
@@ -99,6 +101,9 @@ class Job:
         """Where the base and the stack are."""
         return next(iter(self.state.adapters.values())).device
 
+
+CLOCK = "clock.now"
+"""What each client's memory holds of virtual time: the nanosecond in which its next round begins, `[K]`."""
 
 ExchangeOf = Callable[[Sequence[int], Tensors, int, Refuse], Heard]
 """`exchange(clients, payload, round, refuse)`: an exchange that is told which of a job's clients take part."""
@@ -174,6 +179,9 @@ def _end_of(job: Job, begun: _Begun | Exception, came: Came | Exception, exchang
     if begun.rows is None:
         return record
     job.state.put(begun.rows, part)
+    if CLOCK in part.memory:  # who was down joins in where the first of the others has ended the round
+        earliest = min(job.group.gather(min(part.memory[CLOCK].tolist(), default=2**62)))
+        job.state.remember({CLOCK: job.state.memory[CLOCK].clamp(min=earliest)})
     return replace(record, state=job.state.at(begun.t + 1))
 
 
@@ -202,12 +210,15 @@ def _end(job: Job, begun: _Begun, came: Came | Exception, exchange: Exchange) ->
     watch.lap("exchange")
     at = at._replace(heard=torch.tensor(heard.clients, dtype=torch.int64))
     neighbours = metrics.neighbour_counts(heard.weights) if payload else [0] * len(clients)
-    sent_bytes = metrics.bytes_sent(payload, neighbours if heard.sent is None else heard.sent)
+    messages = neighbours if heard.sent is None else heard.sent
+    sent_bytes = metrics.bytes_sent(payload, messages)
     if message.edgewise is not None:
         sent_bytes = message.edgewise.bytes_sent(payload, state.known, heard.weights, at)
     if message.settle is not None:
         state.remember(message.settle(state.known, heard.tensors, heard.weights, at, phase))
     weights, unmixed = _mixable(job, state, clients, t, heard)
+    sizes = [size / max(1, count) for size, count in zip(sent_bytes, messages, strict=True)]
+    spans = _timed(job, state, clients, t, heard, sizes)
     watch.lap("mix")
     sent, pushed = select(heard.tensors, phase.send), job.graph.weights == "push_sum"
     cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if due and message.whole else None
@@ -246,8 +257,33 @@ def _end(job: Job, begun: _Begun, came: Came | Exception, exchange: Exchange) ->
         diagnostics=diagnostics,
         seconds=watch.seconds,
         evaluation=evaluation,
+        time_s=max(job.group.gather(max((span.ended_s for span in spans), default=0.0))) if job.clock else None,
+        spans=[*spans],
         state=state,
     )
+
+
+def _timed(job: Job, state: State, clients: Sequence[int], t: int, heard: Heard, sizes: Sequence[float]) -> list[Span]:
+    """Move the clients' clocks to the end of round t, and return what each did; [] where nothing has a time.
+
+    A message of client k has `sizes[k]` bytes.
+    """
+    if job.clock is None:
+        return []
+    begun = dict(zip(clients, state.memory[CLOCK].tolist(), strict=True))
+    steps = range(t * job.local_steps, (t + 1) * job.local_steps)
+    own = [
+        [client, job.clock.trained(client, begun[client], steps, delay_s(job.faults, client, t)), size]
+        for client, size in zip(clients, sizes, strict=True)
+    ]
+    sent = {client: (end, size) for client, end, size in chain(*job.group.gather(own))}
+    receivers, places, _ = (x.tolist() for x in metrics.entries(heard.weights))
+    pairs = ((clients[receiver], heard.clients[place]) for receiver, place in zip(receivers, places, strict=True))
+    came = [(i, j, job.clock.arrives(*sent[j])) for i, j in pairs if i != j] if heard.tensors else []
+    ends = lockstep(begun, {client: sent[client][0] for client in clients}, came)
+    now = [ends[client][0] for client in clients]
+    state.remember({CLOCK: torch.tensor(now, dtype=torch.int64, device=job.device)})
+    return [ends[client][1] for client in clients]
 
 
 def exchanged(

@@ -234,7 +234,8 @@ def train_local(
     lengths = torch.zeros_like(totals)
     global_draws = _generator_state(totals.device)
     count, changed = 0, dict[str, Tensor]()
-    for count, batches in enumerate(steps, start=1):
+    for batches in steps:
+        count += 1
         gradient = BatchGradient(model, batches, phase.train, optim.smoothing, frozen)
         grads, new = local.gradients(gradient, adapters, start, memory, at, phase)
         changed |= new

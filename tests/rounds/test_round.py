@@ -61,7 +61,7 @@ def rows(client: int, step: int) -> tuple[Tensor, Tensor]:
 
 def steps(clients: Sequence[int], rounds: Sequence[int]) -> Iterator[list[Batch]]:
     for step in range(2):
-        each = [rows(client, 2 * round + step) for client, round in zip(clients, rounds, strict=True)]
+        each = [rows(client, 2 * t + step) for client, t in zip(clients, rounds, strict=True)]
         inputs, labels = (torch.cat(x) for x in zip(*each, strict=True))
         places = torch.arange(len(clients)).repeat_interleave(2)
         yield [Batch({"x": inputs}, labels, places, torch.full_like(places, 0.5, dtype=torch.float64), places)]

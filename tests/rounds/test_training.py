@@ -481,7 +481,7 @@ def test_a_clients_loss_is_pytorchs_weighted_mean_with_its_own_or_given_weights_
     job = build(load_recipe("digits-demo", [*SKEWED, f"training.class_weight={weights}"])).job
     task, asked = TASKS["digits"](), load_recipe("digits-demo", SKEWED)
     parts = build_parts(asked).rows
-    ((batch,),) = job.steps([0, 1, 2], 0)
+    ((batch,),) = job.steps([0, 1, 2], [0] * 3)
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(len(batch.labels), 5, generator=draw, dtype=torch.float64)
     found = row_losses(logits, batch) * batch.weights
