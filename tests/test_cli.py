@@ -329,6 +329,55 @@ def test_compare_pairs_seeds_with_those_of_another_setting(peertune: Call, done:
     assert "difference from dec_lora, seed by seed, with its 95 % interval" in out
 
 
+def test_compare_says_what_a_score_costs_and_what_is_had_for_a_budget(peertune: Call, done: Path) -> None:
+    timed = [*SMALL, "rounds=3", "evaluate={every: 1, rows: 60}", "time={step_s: [1, 2, 3, 40], latency_s: 0.5}"]
+    for method in ("dec_lora", "local"):
+        assert (
+            peertune("run", "digits-demo", *timed, f"algorithm={{name: {method}}}", "--out", f"runs/{method}")[0] == 0
+        )
+    asked = [
+        "--by",
+        "algorithm.name",
+        "--paired-with",
+        "local",
+        "--to",
+        "0.01",
+        "--budget",
+        "1 GB",
+        "--within",
+        "1.5min",
+    ]
+    code, out, _ = peertune("compare", "runs", *asked, "--json")
+    found = {row["by"]["algorithm.name"]: row for row in json.loads(out)}
+    assert code == 0
+    records = {method: rounds(Path("runs") / method) for method in found}
+    assert found["local"]["measures"]["virtual_seconds"]["mean"] == 120.0, "nobody waits: three steps of 40 s"
+    assert found["local"]["to"]["each"] == [{"rounds": 1, "megabytes_sent": 0.0, "virtual_seconds": 40.0}]
+    assert found["local"]["within"]["measures"]["virtual_seconds"]["mean"] == 80.0
+    scores = [sum(record["evaluation"]["clients"]) / 4 for record in records["dec_lora"]]
+    assert found["dec_lora"]["within"]["measures"]["best"]["mean"] == pytest.approx(max(scores[:2]))
+    first = found["dec_lora"]["to"]["each"][0]
+    assert first["megabytes_sent"] == sum(records["dec_lora"][0]["bytes_sent"]) / 4e6
+    assert found["dec_lora"]["to"]["paired"]["virtual_seconds"]["difference"] == first["virtual_seconds"] - 40.0
+    _, out, _ = peertune("compare", "runs", *asked, "--csv")
+    head, *lines = [line.split(",") for line in out.splitlines()]
+    in_cells = [dict(zip(head, line, strict=True)) for line in lines]
+    assert {cells["algorithm.name"]: cells["to.measures.rounds.median"] for cells in in_cells} == dict.fromkeys(
+        found, "1"
+    )
+    _, out, _ = peertune("compare", "runs", *asked, "--markdown")
+    assert "| algorithm | reached | rounds | MB | virtual s |" in out
+    assert "best within 1000 MB sent by a client and 90 virtual seconds" in out
+    _, out, _ = peertune("compare", "runs", *asked, "--latex")
+    assert out.count(r"\begin{tabular}") == 6
+    code, out, err = peertune("compare", "runs", done, "--within", "1h")
+    assert (code, out) == (2, "")
+    assert (
+        "--within: digits-demo has no virtual times, and dec_lora has some; give runs of recipes with time.step_s"
+        in err
+    )
+
+
 def test_compare_takes_a_run_that_has_only_begun(peertune: Call, mine: Path) -> None:
     (mine / "rounds.jsonl").write_text("")
     code, out, _ = peertune("compare", mine)
@@ -708,6 +757,21 @@ def test_a_run_that_cannot_be_is_one_line_and_leaves_nothing(
         (["diagnose", "nowhere"], "nowhere: holds no run; give the folder of a run, or one that holds some"),
         (["report", "inputs", "--out", "x.html"], "inputs: holds no run; give the folder of a run, or one that holds"),
         (["compare", "inputs", "--metric", "meen"], "--metric: unknown name 'meen', did you mean mean?"),
+        (["compare", "inputs", "--to", "abc"], "--to: 'abc' is no score; give a number such as 0.8"),
+        (["compare", "inputs", "--to", "inf"], "--to: 'inf' is no score; give a number such as 0.8"),
+        (
+            ["compare", "inputs", "--budget", "5 apples"],
+            "--budget: '5 apples' is not a size; give a number above 0 with",
+        ),
+        (
+            ["compare", "inputs", "--budget", "100"],
+            "--budget: '100' is not a size; give a number above 0 with kB, MB or",
+        ),
+        (
+            ["compare", "inputs", "--within", "-1h"],
+            "--within: '-1h' is not a time; give a number above 0 with s, min or",
+        ),
+        (["compare", "inputs", "--within", "0s"], "--within: '0s' is not a time; give a number above 0 with s, min or"),
         (["compare", "inputs", "--csv", "--json"], "compare: give one of --json, --csv, --markdown and --latex"),
         (["sweep", "digits-demo", "sed=0,1", "--out", "x"], "digits-demo: sed: unknown key 'sed', did you mean seed?"),
         (["sweep", "digits-demo", "seed=", "--out", "x"], "sweep: 'seed=' gives no values; write key=a,b,c"),

@@ -3,12 +3,13 @@
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from peertune.errors import PeertuneError, RunError
 from peertune.files import check_absent, written_folder
-from peertune.report import tables
+from peertune.report import costs, tables
 from peertune.report.environments import Difference, differences
 from peertune.report.findings.diagnosis import diagnose
 from peertune.report.findings.finding import Finding
@@ -133,13 +134,37 @@ class Runs(tuple[Run, ...]):
         """
         return cls(map(_run, find_runs([Path(folder) for folder in folders])))
 
-    def compare(self, by: Sequence[str] | None = None, paired_with: str | None = None) -> list[dict[str, Any]]:
+    def compare(
+        self,
+        by: Sequence[str] | None = None,
+        paired_with: str | None = None,
+        *,
+        to: float | None = None,
+        budget_bytes: float | None = None,
+        within_s: float | None = None,
+    ) -> list[dict[str, Any]]:
         """Put runs that differ in their seed alone together, the best first; rows of `peertune.report.tables.compare`.
 
-        `by`: keys of the recipe that make a row, such as `algorithm.name`; where not given, those in which the runs
-        differ. Raises RunError as that does.
+        Args:
+            by: Keys of the recipe that make a row, such as `algorithm.name`; where not given, those in which the runs
+                differ.
+            paired_with: The value whose runs others are held against, seed by seed, such as `dec_lora`.
+            to: A score; each row then has `to`, what it took to reach it (`peertune.report.costs.reach`).
+            budget_bytes: What a client may send, in the mean over clients; each row then has `within`, the best until
+                then (`peertune.report.costs.limit`).
+            within_s: The same of virtual seconds; given both, both hold.
+
+        Raises:
+            RunError: As `peertune.report.tables.compare`; for a limit that isn't above 0, and for one of time where
+                a run has no virtual times.
+
         """
-        return tables.told(self._grouped(by, paired_with))
+        rows = self._grouped(by, paired_with)
+        rows = rows if to is None else costs.reach(rows, self, to)
+        if budget_bytes is not None or within_s is not None:
+            megabytes = inf if budget_bytes is None else budget_bytes / 1e6
+            rows = costs.limit(rows, self, megabytes, inf if within_s is None else within_s)
+        return tables.told(rows)
 
     def verdicts(self, by: Sequence[str] | None = None) -> list[Verdict]:
         """Say which setting is best, and whether its lead is more than the seeds' noise; `str` makes lines of them."""

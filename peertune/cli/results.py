@@ -1,6 +1,8 @@
 """The commands that look at what runs left: `compare`, `report`, `diagnose` and `export`."""
 
+import re
 from collections.abc import Mapping, Sequence
+from math import inf, isfinite, nan
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +25,15 @@ def compare(
     paired_with: Annotated[
         str | None, typer.Option(help="Show differences from this value's runs, seed by seed, such as dec_lora.")
     ] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="SCORE", help="Show what it took until the clients' mean score was so good.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Show the best until a client had sent so much, such as 100MB.")
+    ] = None,
+    within: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Show the best within so much virtual time, such as 90s or 2h.")
+    ] = None,
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, all measures.")] = False,
     as_markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown tables.")] = False,
@@ -33,16 +44,28 @@ def compare(
     Rows are the settings in which the runs differ, seeds apart; --by chooses others. mean and best are of the clients'
     own models, average and best_average of the averaged adapter. Paired differences come with 95 % intervals.
 
+    --to says after how many rounds, megabytes sent by a client and virtual seconds an evaluation was first so good.
+    --budget and --within say how good the best one was until then; given together, both hold.
+
     Examples:
 
       peertune compare runs/demo
 
       peertune compare runs/methods --by algorithm.name --paired-with dec_lora --markdown
+
+      peertune compare runs/methods --to 0.8
+
+      peertune compare runs/methods --budget 100MB --paired-with dec_lora
     """
     if sum([as_json, as_csv, as_markdown, as_latex]) > 1:
         raise RunError("compare: give one of --json, --csv, --markdown and --latex")
+    score, limits = None if to is None else _score(to), {}
+    if budget is not None:
+        limits["megabytes_sent"] = _quantity("--budget", budget, _SIZES, "a size", "100MB") / 1e6
+    if within is not None:
+        limits["virtual_seconds"] = _quantity("--within", within, _TIMES, "a time", "2h")
     with messages():
-        from peertune.report import tables
+        from peertune.report import costs, tables
         from peertune.report.runs import find_runs
         from peertune.report.verdict import ordered, verdicts
 
@@ -50,7 +73,10 @@ def compare(
         if wrong := next((name for name in asked if name not in tables.MEASURES), None):
             raise RunError(unknown("--metric", wrong, tables.MEASURES))
         keys = [key.strip() for key in by.split(",")] if by else None
-        rows = ordered(tables.grouped(find_runs(runs), keys, paired_with))
+        found = find_runs(runs)
+        rows = ordered(tables.grouped(found, keys, paired_with))
+        rows = rows if score is None else costs.reach(rows, found, score)
+        rows = costs.limit(rows, found, **limits) if limits else rows
         measures = asked or tables.measured(rows)
     if as_json:
         print_json(tables.told(rows))
@@ -68,11 +94,39 @@ def compare(
         if lines := tables.paired(alike, measures):
             what = f"{name or rows[0]['metric']}, difference" if others else "difference"
             print(f"\n{what} from {paired_with}, seed by seed, with its 95 % interval\n\n{draw(lines)}")
+    for title, lines in costs.tabled(rows, paired_with):
+        print(f"\n{title}\n\n{draw(lines)}")
     if draw is tables.aligned:
         if judged := verdicts(rows):
             print("\n" + "\n".join(map(str, judged)))
         scores = {row["metric"] for row in rows} - {None}
         print(f"\n{''.join(f'{score} ' for score in scores) if len(scores) == 1 and not others else ''}{tables.LEGEND}")
+
+
+_SIZES = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+"""Unit → bytes."""
+_TIMES = {"s": 1.0, "min": 60.0, "h": 3600.0}
+"""Unit → seconds."""
+
+
+def _score(text: str) -> float:
+    try:
+        score = float(text)
+    except ValueError:
+        score = nan
+    if not isfinite(score):
+        raise RunError(f"--to: {text!r} is no score; give a number such as 0.8")
+    return score
+
+
+def _quantity(option: str, text: str, units: Mapping[str, float], what: str, example: str) -> float:
+    """Read a number with its unit, such as 100MB, as so many of the units' unit."""
+    found = re.fullmatch(rf"(\d+\.?\d*|\.\d+) *({'|'.join(units)})", text.strip())
+    if found is None or not 0 < (amount := float(found[1]) * units[found[2]]) < inf:
+        *most, last = units
+        hint = f"give a number above 0 with {', '.join(most)} or {last}, such as {example}"
+        raise RunError(f"{option}: {text!r} is not {what}; {hint}")
+    return amount
 
 
 def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -88,11 +142,18 @@ def _print_csv(rows: Sequence[Mapping[str, Any]]) -> None:
         | flat({metric["metric"]: metric["measures"] for metric in row["also"]})
         | flat({"paired": row.get("paired") or {}})
         | flat({metric["metric"]: {"paired": metric.get("paired") or {}} for metric in row["also"]})
+        | flat({kind: _in_cells(row[kind]) for kind in ("to", "within") if kind in row})
+        | flat({metric["metric"]: {"within": _in_cells(metric.get("within", {}))} for metric in row["also"]})
         for row in rows
     ]
     writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(key for line in lines for key in line)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(lines)
+
+
+def _in_cells(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was found about costs without what is by run."""
+    return {key: {} if value is None else value for key, value in found.items() if key != "each"}
 
 
 def report(

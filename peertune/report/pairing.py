@@ -51,6 +51,7 @@ def pair(rows: Sequence[dict[str, Any]], keys: Sequence[str], reference: str) ->
 def _hold_against(row: dict[str, Any], partner: Row | None) -> None:
     """Give a row its differences from its partner, by each metric."""
     row["paired"] = None if partner is None else differences(row, partner)
+    row["_partner"] = partner
     theirs = {} if partner is None else {metric["metric"]: metric for metric in partner["also"]}
     for metric in row["also"]:
         other = theirs.get(metric["metric"])
@@ -76,12 +77,12 @@ def _named(row: Row) -> str:
     return str(row["runs"][0]) + (f" and {len(row['runs']) - 1} more" if len(row["runs"]) > 1 else "")
 
 
-def differences(row: Row, partner: Row) -> dict[str, dict[str, Any]]:
-    """Return for each of `SCORES` what a row of `grouped` differs by from another, seed by seed; see `compare`."""
+def differences(row: Row, partner: Row, measures: Sequence[str] = SCORES) -> dict[str, dict[str, Any]]:
+    """Return for each measure what a row of `grouped` differs by from another, seed by seed; see `compare`."""
     theirs = dict(zip(partner["seeds"], partner["_summaries"], strict=True))
     both = [(own, theirs[seed]) for seed, own in zip(row["seeds"], row["_summaries"], strict=True) if seed in theirs]
     found = {}
-    for key in SCORES:
+    for key in measures:
         apart = [own[key] - other[key] for own, other in both if key in own and key in other]
         middle, low, high = interval(apart)
         found[key] = {"difference": middle, "low": low, "high": high, "seeds": len(apart)}

@@ -10,6 +10,7 @@ from peertune.errors import RunError, unknown
 from peertune.report.environments import differences, known
 from peertune.report.pairing import OWN, SCORES, Row, pair
 from peertune.report.runs import RunData, different, settings, varying
+from peertune.report.spending import spent
 from peertune.rounds.patience import ended_early
 
 log = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ MEASURES = {
     "consensus_error_B": "Δ_B",
     "cross_term": "cross",
     "megabytes_sent": "MB",
+    "virtual_seconds": "virtual s",
     "seconds": "s",
 }
 """What runs are compared by: key of a summary → heading."""
@@ -51,8 +53,8 @@ mean of all rounds; own, own constant: on rows that each client held out for its
 the adapter before mixing and of the mean of what others sent; average: the averaged adapter at the end, best average:
 at its best; ensemble: the mean of all clients' probabilities; heard ensemble: of a client's and those it heard;
 route: each row by the surest client; NLL, ECE: mean negative log-likelihood and calibration error of the clients' own
-models; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole run; s:
-seconds"""
+models; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole run;
+virtual s: until the last client had ended, in the recipe's time; s: seconds"""
 _INTERVAL = "algorithm.switch_every"
 _AUTOMATIC = ("device", "model.dtype")
 """Keys in which runs of one recipe may differ, by machine."""
@@ -75,8 +77,9 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     same for all rows scores on those rows. `best` is the best mean of all evaluations, in the round `best_round` (from
     0), and `best_average` the averaged adapter's best. All these are by the first metric; `also` has the same of each
     other one. Consensus errors and the cross term are those of the last round, traffic is a client's mean over the run,
-    seconds are the whole run's. `best_rounds`, where each client's best adapter is kept, says of which round each is,
-    and `best_of_own` which of `OWN` is best, where all were judged.
+    seconds are the whole run's, and so are `virtual_seconds`, where the recipe has times. `best_rounds`, where each
+    client's best adapter is kept, says of which round each is, and `best_of_own` which of `OWN` is best, where all were
+    judged.
     """
     evaluated = [(record["round"], record["evaluation"]) for record in records if record["evaluation"]]
     row: dict[str, Any] = {"rounds": len(records)}
@@ -89,8 +92,9 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if records:
         last = records[-1]["diagnostics"]
         row |= {key: last[key] for key in ("consensus_error_A", "consensus_error_B", "cross_term") if key in last}
-        clients = {client for record in records for client in record["clients"]}
-        row["megabytes_sent"] = sum(sum(record["bytes_sent"]) for record in records) / max(1, len(clients)) / 1e6
+        end = spent(records)[-1]
+        row["megabytes_sent"] = end.megabytes_sent
+        row |= {} if end.virtual_seconds is None else {"virtual_seconds": end.virtual_seconds}
         row["seconds"] = sum(sum(record["seconds"].values()) for record in records)
     return row
 
@@ -145,14 +149,17 @@ def compare(
 
 def told(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Return rows of `grouped` as `compare` does."""
-    shown = [{key: value for key, value in row.items() if key != "_summaries"} for row in rows]
+    shown = [{key: value for key, value in row.items() if not key.startswith("_")} for row in rows]
     return [{**row, "also": told(row["also"])} if "also" in row else row for row in shown]
 
 
 def grouped(
     runs: Sequence[RunData], by: Sequence[str] | None = None, paired_with: str | None = None
 ) -> list[dict[str, Any]]:
-    """Return the rows of `compare`; they, and what they have of each other metric, with summaries as `_summaries`."""
+    """Return the rows of `compare`; they, and what they have of each other metric, with summaries as `_summaries`.
+
+    A row that is paired has the other row as `_partner`.
+    """
     found = {run.name: settings(run) for run in runs}
     keys = list(by) if by is not None else default_keys(runs)
     there = {key for values in found.values() for key in values}
@@ -240,10 +247,11 @@ def _check_members(members: Sequence[RunData], by: Sequence[str]) -> None:
 
 
 def _spreads(summaries: Sequence[Row], keys: Collection[str]) -> dict[str, dict[str, float | None]]:
-    return {key: _spread([summary.get(key) for summary in summaries]) for key in MEASURES if key in keys}
+    return {key: over_seeds([summary.get(key) for summary in summaries]) for key in MEASURES if key in keys}
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
+def over_seeds(values: Sequence[float | None]) -> dict[str, float | None]:
+    """Return the `mean` and the sample's `std` of values; None where any of them is missing, or where there is one."""
     there = [value for value in values if value is not None]
     if not there or len(there) < len(values):
         return {"mean": None, "std": None}
@@ -274,7 +282,7 @@ def compared(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:
     lines = [head]
     for row in rows:
         count = [str(len(row["seeds"]))] if seeds > 1 else []
-        lines.append(_settings(row) + count + [_with_spread(key, **row["measures"][key]) for key in measures])
+        lines.append(setting_cells(row) + count + [with_spread(key, **row["measures"][key]) for key in measures])
     return lines
 
 
@@ -290,11 +298,12 @@ def paired(rows: Sequence[Row], measures: Sequence[str]) -> list[list[str]]:
             continue
         found = row["paired"]
         counts = str(max(found[key]["seeds"] for key in chosen))
-        lines.append([*_settings(row), counts, *(_difference(found[key]) for key in chosen)])
+        lines.append([*setting_cells(row), counts, *(with_interval(found[key]) for key in chosen)])
     return lines if len(lines) > 1 else []
 
 
-def _settings(row: Row) -> list[str]:
+def setting_cells(row: Row) -> list[str]:
+    """Write the settings that make a row, a cell for each."""
     return ["-" if value is None else str(value) for value in row["by"].values()]
 
 
@@ -304,18 +313,20 @@ def headings(keys: Sequence[str]) -> list[str]:
     return [name if short.count(name) == 1 else key for name, key in zip(short, keys, strict=True)]
 
 
-def _with_spread(key: str, mean: float | None, std: float | None) -> str:
+def with_spread(key: str, mean: float | None, std: float | None) -> str:
+    """Write a measure's mean and deviation over seeds, in two digits."""
     if mean is None or std is None:
         return _cell(key, mean)
-    form = _pooled_form(key, mean)
+    form = pooled_form(key, mean)
     return f"{mean:{form}} ± {std:{form}}"
 
 
-def _difference(found: Row) -> str:
+def with_interval(found: Row, form: str = ".3f") -> str:
+    """Write a paired difference and its interval, where it has one."""
     if found["difference"] is None:
         return "-"
-    interval = "" if found["low"] is None else f" [{found['low']:+.3f}, {found['high']:+.3f}]"
-    return f"{found['difference']:+.3f}{interval}"
+    interval = "" if found["low"] is None else f" [{found['low']:+{form}}, {found['high']:+{form}}]"
+    return f"{found['difference']:+{form}}{interval}"
 
 
 def _cell(key: str, value: Any) -> str:
@@ -324,10 +335,12 @@ def _cell(key: str, value: Any) -> str:
     return f"{value:{_form(key, value)}}" if isinstance(value, float) else str(value)
 
 
-def _pooled_form(key: str, value: float) -> str:
+def pooled_form(key: str, value: float) -> str:
     """Two digits: seeds scatter by more than a third one tells, and another processor may print another one."""
     if key == "seconds":
         return ".0f"
+    if key == "virtual_seconds" and abs(value) >= 10:
+        return ".1f" if abs(value) < 100 else ".0f"
     small = 0 < abs(value) < 0.1 and key not in _ON_THE_SCALE
     return "#.2g" if small else ".2f"
 

@@ -86,6 +86,7 @@ def test_put_together_they_say_what_a_simulation_says_but_for_what_nobody_knows(
         if evaluation:
             evaluation["also"] = [metric | UNKNOWN for metric in evaluation["also"]]
         of_peers = {"failed_writes": 0, "skipped": 0, "not_mixed": [], "suspects": [], "vacant_edges": []}
+        of_peers |= {"time_s": None, "spans": []}
         assert mine == of_peers | record | {
             "diagnostics": {},
             "evaluation": evaluation,
