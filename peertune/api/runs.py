@@ -15,6 +15,7 @@ from peertune.report.findings.diagnosis import diagnose
 from peertune.report.findings.finding import Finding
 from peertune.report.pairing import Row
 from peertune.report.runs import RunData, find_runs, settings, varying
+from peertune.report.spending import judged
 from peertune.report.verdict import Verdict, ordered, verdicts
 from peertune.rounds.record import SCORES_OF_CLIENTS
 
@@ -225,17 +226,19 @@ def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return what a record says of each client."""
-    of_clients = ("loss", "grad_norm", "bytes_sent", "neighbours")
-    found = {name: record[name] for name in of_clients}
+    """Return what a record says of each client that ended the round, or was judged."""
+    found = {name: record[name] for name in ("loss", "grad_norm", "bytes_sent", "neighbours")}
+    scores = {}
     if evaluation := record["evaluation"]:
         scores = {name: evaluation[name] for name in SCORES_OF_CLIENTS if evaluation[name]}
-        found |= {"score" if name == "clients" else name: values for name, values in scores.items()}
-        found |= {metric["metric"]: metric["clients"] for metric in evaluation["also"]}
-    return [
-        {"round": record["round"], "client": client} | {name: values[place] for name, values in found.items()}
-        for place, client in enumerate(record["clients"])
-    ]
+        scores = {"score" if name == "clients" else name: values for name, values in scores.items()}
+        scores |= {metric["metric"]: metric["clients"] for metric in evaluation["also"]}
+    rows: dict[int, dict[str, Any]] = {}
+    for whose, lists in ((record["clients"], found), (judged(record), scores)):
+        for place, client in enumerate(whose):
+            row = rows.setdefault(client, {"round": record["round"], "client": client})
+            row |= {name: values[place] for name, values in lists.items()}
+    return list(rows.values())
 
 
 def _frame(rows: Sequence[Mapping[str, Any]]) -> Any:

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peertune.adapters.peft_format import LOADERS
 from peertune.models.load import MODELS
 from peertune.report.runs import RunData
+from peertune.report.spending import judged
 from peertune.report.tables import summarise
 from peertune.runs import directory
 
@@ -126,7 +127,7 @@ def _score(record: Mapping[str, Any], client: int | None) -> dict[str, float]:
     """Return the score of what was exported by metric; {} where the record has none."""
     found = {}
     for evaluation in _by_metric(record):
-        scores: dict[int | None, float | None] = dict(zip(record["clients"], evaluation["clients"], strict=True))
+        scores: dict[int | None, float | None] = dict(zip(judged(record), evaluation["clients"], strict=True))
         score = (scores | {None: evaluation["average"]}).get(client)
         if score is not None:
             found[evaluation["metric"]] = score

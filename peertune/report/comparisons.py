@@ -12,20 +12,20 @@ from peertune.report.drawing import (
     MOST_POINTS,
     PALETTE,
     Array,
-    Record,
+    Cost,
     band,
     chart,
     colour,
     evaluated,
     line,
     mean_score,
-    megabytes,
     method,
     metric,
     thin,
     ticks,
 )
 from peertune.report.runs import RunData, settings
+from peertune.report.spending import Record
 from peertune.report.tables import default_keys, headings
 
 MOST_BANDS = 8  # settings with a band around their line
@@ -84,22 +84,26 @@ def disagreement(runs: Sequence[RunData], kind: str) -> go.Figure | None:
     return by_round(runs, value, f"Δ_{kind} (log scale)", floor)
 
 
-def by_traffic(runs: Sequence[RunData]) -> go.Figure | None:
-    """Draw the mean score over clients and seeds against what a client has sent by then, a line for each setting."""
+def by_cost(runs: Sequence[RunData], cost: Cost) -> go.Figure | None:
+    """Draw the mean score over clients and seeds against what was spent by then, a line for each setting.
+
+    Runs of which it is not known have none.
+    """
     lines: list[go.Scatter] = []
     for label, alike, drawn, number in _gathered(runs):
         rounds, mean, _ = _over_seeds(alike, mean_score)
-        sent = [megabytes(run) for run in alike]
-        x = np.array([fmean(each[t] for each in sent) for t in rounds.tolist()])
-        if len(x) and not x[-1] > 0:  # who sends nothing is a point
+        each = [cost.by_round(run) for run in alike]
+        if not len(rounds) or not all(each):
+            continue
+        x = np.array([fmean(one[t] for one in each) for t in rounds.tolist()])
+        if not x[-1] > 0:  # who spends nothing is a point
             rounds, mean, x = rounds[-1:], mean[-1:], x[-1:]
-        if len(x):
-            hover = "%{y:.3f} after %{x:.3g} MB (round %{customdata})"
-            lines.append(line(x, mean, label, drawn, hover, number, customdata=rounds))
+        hover = f"%{{y:.3f}} after %{{x:.3g}} {cost.unit} (round %{{customdata}})"
+        lines.append(line(x, mean, label, drawn, hover, number, customdata=rounds))
     if not any(each.x[-1] > 0 for each in lines):
         return None
     given: dict[str, Any] = {"height": _height(lines), "showlegend": True, "xaxis_rangemode": "tozero"}
-    return chart(*lines, x="megabytes sent by a client", y=metric(runs), **given)
+    return chart(*lines, x=cost.title, y=metric(runs), **given)
 
 
 def against(runs: Sequence[RunData], key: str, value: Value, x: str) -> go.Figure | None:

@@ -4,19 +4,19 @@ Figures carry no theme: `theme` gives the light and the dark one. Text from runs
 HTML. Shape letters: `T` rounds, `n` clients.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from peertune.report.runs import RunData, settings
+from peertune.report.spending import Record, judged, spent
 
 Array = NDArray[Any]
-Record = Mapping[str, Any]
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#B5A800", "#8C8C8C")
 """Okabe and Ito's colours, which the colour-blind tell apart; to show on white and on black, yellow is darker and black
@@ -143,10 +143,31 @@ def mean_loss(record: Record) -> float | None:
     return fmean(record["loss"]) if record["loss"] else None
 
 
-def megabytes(run: RunData) -> dict[int, float]:
-    """Return what a client has sent by the end of each round, in the mean over clients."""
-    sent = np.cumsum([fmean(record["bytes_sent"] or [0]) for record in run.records]) / 1e6
-    return {record["round"]: float(x) for record, x in zip(run.records, sent, strict=True)}
+class Cost(NamedTuple):
+    """What scores are drawn against, and how it is told."""
+
+    field: str  # of Spent
+    per_unit: float  # as it is told, of what `Spent` has
+    unit: str
+    title: str
+
+    def by_round(self, run: RunData) -> dict[int, float]:
+        """Return what was spent by the end of each round; {} where it is not known."""
+        each = {so_far.rounds - 1: getattr(so_far, self.field) for so_far in spent(run.records)}
+        return {t: x / self.per_unit for t, x in each.items() if x is not None}
+
+
+TRAFFIC = Cost("megabytes_sent", 1, "MB", "megabytes sent by a client")
+
+
+def virtual_time(runs: Sequence[RunData]) -> Cost:
+    """Return virtual time in the unit that suits the longest of these runs."""
+    most = max((record.get("time_s") or 0 for run in runs for record in run.records), default=0)
+    per_unit, unit = next((each for each in _UNITS_OF_TIME if most >= 3 * each[0]), _UNITS_OF_TIME[-1])
+    return Cost("virtual_seconds", per_unit, unit, f"virtual time ({unit})")
+
+
+_UNITS_OF_TIME = ((86400.0, "days"), (3600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
 def thin(length: int, most: int) -> Array:
@@ -155,15 +176,18 @@ def thin(length: int, most: int) -> Array:
 
 
 def by_client(
-    run: RunData, values: Callable[[Record], Sequence[float] | None], most: int = MOST_POINTS
+    run: RunData,
+    values: Callable[[Record], Sequence[float] | None],
+    most: int = MOST_POINTS,
+    whose: Callable[[Record], Sequence[int]] = lambda record: record["clients"],
 ) -> tuple[Array, Array, Array]:
     """Return rounds `[T]`, clients `[n]` and values `[T, n]`: NaN where there is none, and no round without any."""
-    clients = sorted({client for record in run.records for client in record["clients"]})
+    clients = sorted({client for record in run.records for client in whose(record)})
     table = np.full((len(run.records), len(clients)), np.nan, dtype=np.float32)
     for row, record in zip(table, run.records, strict=True):
         given = values(record)
         if given is not None:
-            row[np.searchsorted(clients, record["clients"])] = given
+            row[np.searchsorted(clients, whose(record))] = given
     table[~np.isfinite(table)] = np.nan  # of a run that diverged
     there = np.flatnonzero(np.isfinite(table).any(1))
     there = there[thin(len(there), most)]
@@ -173,4 +197,6 @@ def by_client(
 
 def scores_by_client(run: RunData, most: int = MOST_POINTS) -> tuple[Array, Array, Array]:
     """Return evaluated rounds `[T]`, clients `[n]` and the scores of their own models `[T, n]`."""
-    return by_client(run, lambda record: record["evaluation"]["clients"] if record["evaluation"] else None, most)
+    return by_client(
+        run, lambda record: record["evaluation"]["clients"] if record["evaluation"] else None, most, judged
+    )

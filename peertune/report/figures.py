@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from peertune.errors import RunError
-from peertune.report import comparisons, judging, run_figures
-from peertune.report.drawing import average, mean_loss, mean_score, metric, theme
+from peertune.report import comparisons, gantt, judging, run_figures
+from peertune.report.drawing import TRAFFIC, average, mean_loss, mean_score, metric, theme, virtual_time
 from peertune.report.runs import RunData
 
 
@@ -161,7 +161,19 @@ OF_A_RUN: Mapping[str, _Kind] = {
     "traffic": _Kind(
         "METRIC against traffic",
         "What the score has cost by then, in the mean over clients: further left is cheaper.",
-        run_figures.traffic,
+        lambda run: run_figures.by_cost(run, TRAFFIC),
+    ),
+    "time": _Kind(
+        "METRIC against virtual time",
+        "By when the last client had ended the round, as steps and messages would take: further left is faster.",
+        lambda run: run_figures.by_cost(run, virtual_time([run])),
+    ),
+    "waiting": _Kind(
+        "Who waits for whom",
+        "A row for each client, in virtual time: it trains, and then it waits until all that it mixes has come (in an "
+        "asynchronous run for nothing). Point at a bar for whom it waited last. Seen are the first rounds; drag the "
+        "axis to see others.",
+        gantt.waiting,
     ),
     "contraction": _Kind(
         "Contraction against rho",
@@ -188,7 +200,13 @@ OF_RUNS: Mapping[str, _Kind] = {
         "METRIC against traffic",
         "Mean over clients and seeds, against what a client has sent by then: further left is cheaper. Who sends "
         "nothing is the point at its end.",
-        comparisons.by_traffic,
+        lambda runs: comparisons.by_cost(runs, TRAFFIC),
+    ),
+    "score-by-time": _Kind(
+        "METRIC against virtual time",
+        "Mean over clients and seeds, against when the last client had ended the round: further left is faster. Runs "
+        "of a recipe without times are left out.",
+        lambda runs: comparisons.by_cost(runs, virtual_time(runs)),
     ),
     "disagreement-A": _Kind(
         "Disagreement about A by round",

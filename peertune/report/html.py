@@ -45,7 +45,15 @@ MARKS = {"problem": "✕ Problem", "notice": "! Notice", "good": "✓ Good"}
 
 
 _SCORES = ("mean", "constant", "min", "spread", "worst_tenth", "best", "own", "own_constant", "average", "best_average")
-_SHOWN = (*_SCORES, "consensus_error_A", "consensus_error_B", "cross_term", "megabytes_sent", "seconds")
+_SHOWN = (
+    *_SCORES,
+    "consensus_error_A",
+    "consensus_error_B",
+    "cross_term",
+    "megabytes_sent",
+    "virtual_seconds",
+    "seconds",
+)
 """Columns of the table that compares runs, of those that any of them has."""
 _FAIRNESS = "spread: the models' standard deviation; worst tenth: the mean of the worst tenth of them"
 
@@ -161,6 +169,7 @@ def _facts(run: RunData) -> str:
         "averaged adapter": _rounded(row.get("average")),
         "sent by a client": f"{row['megabytes_sent']:.3g} MB" if run.records else None,
         "time": f"{row['seconds']:.0f} s" if run.records else None,
+        "virtual time": f"{row['virtual_seconds']:.4g} s" if "virtual_seconds" in row else None,
     }
     told = {key: escape(str(value)) for key, value in facts.items() if value is not None}
     pairs = "".join(f"<div><dt>{escape(key)}</dt><dd>{value}</dd></div>" for key, value in told.items())
@@ -258,7 +267,8 @@ def _table(runs: Sequence[RunData]) -> str:
         f"constant: the best answer that is the same for all rows, on the same rows; {_FAIRNESS}; "
         "best: the best mean of all rounds; own: on held-out rows of their own; average: the averaged adapter, best "
         "average: at its best; Δ_A, Δ_B: how far the clients' factors are from their mean at the end; cross: what "
-        "averaging factors leaves out of the product; MB: sent by a client in the whole run; s: seconds</p>"
+        "averaging factors leaves out of the product; MB: sent by a client in the whole run; virtual s: until the last "
+        "client had ended, in the recipe's time; s: seconds</p>"
     )
 
 

@@ -17,6 +17,7 @@ from peertune.report.drawing import (
     PALETTE,
     SCALE,
     Array,
+    Cost,
     by_client,
     chart,
     evaluated,
@@ -219,14 +220,14 @@ def partition(run: RunData) -> go.Figure | None:
     return chart(*bars, x="client", y="rows", showlegend=len(labels) <= MOST_NAMED, **look)
 
 
-def traffic(run: RunData) -> go.Figure | None:
-    """Draw the scores against what a client has sent by then."""
-    records, sent = evaluated(run), drawing.megabytes(run)
-    if not records or not max(sent.values()) > 0:
+def by_cost(run: RunData, cost: Cost) -> go.Figure | None:
+    """Draw the scores against what was spent by then."""
+    records, until = evaluated(run), cost.by_round(run)
+    if not records or not max(until.values(), default=0) > 0:
         return None
     rounds = [record["round"] for record in records]
-    x, given = [sent[t] for t in rounds], {"customdata": rounds}
-    hover = "%{y:.3f} after %{x:.3g} MB (round %{customdata})"
+    x, given = [until[t] for t in rounds], {"customdata": rounds}
+    hover = f"%{{y:.3f}} after %{{x:.3g}} {cost.unit} (round %{{customdata}})"
     drawn = [
         line(x, [value(record) for record in records], name, drawing.colour(run), hover, number, **given)
         for name, value, number in (
@@ -235,7 +236,7 @@ def traffic(run: RunData) -> go.Figure | None:
         )
         if None not in map(value, records)
     ]
-    return chart(*drawn, x="megabytes sent by a client", y=metric([run]), xaxis_rangemode="tozero")
+    return chart(*drawn, x=cost.title, y=metric([run]), xaxis_rangemode="tozero")
 
 
 def contraction(run: RunData) -> go.Figure | None:

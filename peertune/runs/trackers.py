@@ -81,6 +81,7 @@ def values(record: RoundRecord) -> dict[str, float]:
         "train/bytes_sent": sum(record.bytes_sent),
         "train/edges": len(record.edges),
         **{f"train/{name}": value for name, value in record.diagnostics.items()},
+        **({} if record.time_s is None else {"train/virtual_seconds": record.time_s}),
     }
     for evaluation in [] if record.evaluation is None else [record.evaluation, *record.evaluation.also]:
         scores = {

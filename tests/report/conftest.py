@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from peertune.report.runs import RunData
+from peertune.rounds.clock import NS, lockstep
 
 MakeRun = Callable[..., RunData]
 
@@ -88,6 +89,7 @@ def _records(
 ) -> list[dict[str, Any]]:
     pairs = _pairs(clients)
     records: list[dict[str, Any]] = []
+    now = dict.fromkeys(range(clients), 0)
     for t in range(rounds):
         trained = ["A", "B"] if switch_every is None else ["A"] if t // switch_every % 2 else ["B"]
         active = pairs[draw.random(len(pairs)) < activation] if method != "local" else pairs[:0]
@@ -96,6 +98,10 @@ def _records(
         scores = np.clip(0.4 + 0.45 * learnt + draw.normal(0, 0.05, clients), 0, 1)
         due = every and (t % every == 1 or t == rounds - 1)
         sends = method != "local"
+        trained_at = {client: began + (10 + client % 3) * NS for client, began in now.items()}
+        heard = [(i, j, trained_at[j]) for pair in active.tolist() for i, j in (pair, pair[::-1])]
+        ends = lockstep(now, trained_at, heard)
+        now = {client: end for client, (end, _) in ends.items()}
         records.append(
             {
                 "round": t,
@@ -144,6 +150,8 @@ def _records(
                 "skipped": 0,
                 "not_mixed": [],
                 "suspects": [],
+                "time_s": max(now.values()) / NS,
+                "spans": [[*span] for _, span in ends.values()],
             }
         )
     return records

@@ -183,11 +183,75 @@ def test_traffic_is_cumulative_over_all_rounds(make_run: Any) -> None:
     assert trace(drawn(run)["traffic"], "mean of clients").x[-1] == pytest.approx(total)
 
 
+def test_scores_stand_against_the_time_by_which_the_last_client_had_ended_the_round(make_run: Any) -> None:
+    run = make_run(rounds=40)
+    figure = drawn(run)["time"]
+    ends = [record["time_s"] / 60 for record in run.records if record["evaluation"]]
+    assert list(trace(figure, "mean of clients").x) == pytest.approx(ends)
+    assert figure.layout.xaxis.title.text == "virtual time (min)"
+    several = [run, make_run("later", seed=1, rounds=40)]
+    ends = [np.mean([each.records[t]["time_s"] for each in several]) / 60 for t in (1, 6, 39)]
+    line = trace(compared(several)["score-by-time"], "tad_lora")
+    assert [x for x, t in zip(line.x, line.customdata, strict=True) if t in (1, 6, 39)] == pytest.approx(ends)
+    assert [record.pop("time_s") for record in several[1].records]  # as an older version wrote it
+    assert "score-by-time" not in compared(several)
+    assert "time" not in drawn(several[1])
+
+
+def test_each_span_is_a_bar_of_training_and_one_of_waiting_that_names_whom_it_waited_for(make_run: Any) -> None:
+    run = make_run(rounds=3, clients=3, activation=1.0)
+    figure = drawn(run)["waiting"]
+    trains, waits = figure.data
+    spans = [(record["round"], *span) for record in run.records for span in record["spans"]]
+    spans.sort(key=lambda span: span[2])
+    assert [(at, who) for who, at, *_ in trains.customdata.tolist()] == [span[:2] for span in spans]
+    assert list(trains.base) == [span[2] for span in spans]
+    assert list(trains.x) == [span[3] - span[2] for span in spans]
+    waited = [span for span in spans if span[4] > span[3]]
+    assert [(base, x) for base, x in zip(waits.base, waits.x, strict=True)] == [(s[3], s[4] - s[3]) for s in waited]
+    assert {span[5] for span in waited} == {2}, "all hear the slowest"
+    assert waits.customdata[:, 5].tolist() == [2] * len(waited)
+    assert list(figure.layout.xaxis.range) == [0, run.records[-1]["time_s"]]
+
+
+def test_of_many_rounds_and_clients_the_first_rounds_and_those_that_others_wait_for_are_seen(make_run: Any) -> None:
+    run = make_run(rounds=60, clients=200, activation=0.0)
+    for record in run.records:
+        record["spans"] = [
+            [k, 10.0 * record["round"], *[10.0 * record["round"] + x for x in (1, 10)], 77] for k in range(200)
+        ]
+        record["spans"][77][2:] = [10.0 * record["round"] + 10, 10.0 * record["round"] + 10, -1]
+        record["time_s"] = 10.0 * record["round"] + 10
+    figure = drawn(run)["waiting"]
+    trains, waits = figure.data
+    assert len(trains.x) == 2_000
+    assert {*waits.customdata[:, 5]} == {77}
+    assert 77 in trains.customdata[:, 0]
+    assert len({*trains.customdata[:, 0]}) == 100
+    assert list(figure.layout.xaxis.range) == [0, pytest.approx(12 * 10 / 60)]
+
+
+def test_an_asynchronous_run_has_bars_for_whoever_ended_a_training_and_scores_of_all(make_run: Any) -> None:
+    run = make_run(rounds=12)
+    for t, record in enumerate(run.records):
+        here = [0, 1, 2, 3, 4] if t % 2 else [5]
+        record |= {key: [record[key][k] for k in here] for key in ("clients", "loss", "grad_norm", "bytes_sent")}
+        record["spans"] = [[k, 10.0 * t, 10.0 * t + 5, 10.0 * t + 5, -1] for k in here for _ in range(1 + (k == 0))]
+    run.records[2]["spans"] = []
+    figures = drawn(run)
+    assert set(figures) == set(OF_A_RUN)
+    assert len(figures["waiting"].data[1].x) == 0
+    assert len(figures["waiting"].data[0].x) == sum(len(record["spans"]) for record in run.records)
+    scores = trace(figures["score"], "each client")
+    last = run.records[-1]["evaluation"]["clients"]
+    assert [scores.y[scores.customdata == k][-2] for k in range(6)] == pytest.approx(last)
+
+
 @pytest.mark.parametrize(
     ("changed", "missing"),
     [
         ({"rounds": 0}, set(OF_A_RUN) - {"partition"}),
-        ({"every": 0}, {"score", "others", "certainty", "clients", "confusion", "traffic"}),
+        ({"every": 0}, {"score", "others", "certainty", "clients", "confusion", "traffic", "time"}),
         ({"method": "local", "switch_every": None}, {"graph", "traffic", "contraction"}),
         ({"metric": "pearson", "also": ()}, {"others", "confusion"}),
         ({"clients": 1}, {"clients", "graph", "traffic"}),
@@ -240,7 +304,15 @@ def sweep(make_run: Any) -> list[Any]:
 def test_comparisons_are_means_and_deviations_over_seeds(make_run: Any) -> None:
     runs = sweep(make_run)
     found = compared(runs)
-    by_method = ["scores", "averages", "score-by-traffic", "disagreement-A", "disagreement-B", "losses"]
+    by_method = [
+        "scores",
+        "averages",
+        "score-by-traffic",
+        "score-by-time",
+        "disagreement-A",
+        "disagreement-B",
+        "losses",
+    ]
     assert list(found) == [*by_method, "score-by-activation", "average-by-activation"]
     line = trace(found["scores"], "dec_lora, activation=0.5")
     last: Any = [mean_score(run.records[-1]) for run in runs if run.name.startswith("dec_lora-0.5")]

@@ -20,7 +20,7 @@ from peertune.rounds.record import SCORES_OF_CLIENTS, RoundRecord
 
 LISTS = ("loss", "grad_norm", "bytes_sent", "neighbours", "neighbourhood_cross_term")
 TRAINING = {"learning_rate": 0.01, "max_grad_norm": 1.0, "reset_optimizer": "never"}
-ONLY_TOGETHER = {"consensus", "contraction"}  # figures of what no peer knows
+ONLY_TOGETHER = {"consensus", "contraction", "time", "waiting"}  # figures of what no peer knows
 UNKNOWN = dict.fromkeys(("average", "ensemble", "route"))  # and what of an evaluation no peer knows
 
 
@@ -45,6 +45,8 @@ def own_part(record: dict[str, Any], client: int) -> dict[str, Any]:
         "edges": [edge for edge in record["edges"] if client in edge],
         "failed_edges": [edge for edge in record["failed_edges"] if client in edge],
         "diagnostics": {},
+        "time_s": None,
+        "spans": [],
         "evaluation": evaluation and own_scores(evaluation, client),
     }
 
@@ -86,9 +88,10 @@ def test_put_together_they_say_what_a_simulation_says_but_for_what_nobody_knows(
         if evaluation:
             evaluation["also"] = [metric | UNKNOWN for metric in evaluation["also"]]
         of_peers = {"failed_writes": 0, "skipped": 0, "not_mixed": [], "suspects": [], "vacant_edges": []}
-        of_peers |= {"time_s": None, "spans": []}
         assert mine == of_peers | record | {
             "diagnostics": {},
+            "time_s": None,
+            "spans": [],
             "evaluation": evaluation,
             "seconds": pytest.approx(record["seconds"]),
         }

@@ -9,6 +9,7 @@ from peertune.data.scores import LOWER_IS_BETTER
 from peertune.report.findings import advice
 from peertune.report.findings.evidence import Facts, Floats
 from peertune.report.findings.finding import LEAST_ROUNDS, NO_GOSSIP, WARM_UP, Said, called
+from peertune.report.spending import judged
 from peertune.rounds.patience import ended_early
 
 LEAST_EVALUATIONS = 3  # below, nobody can say whether a score still rises
@@ -29,7 +30,7 @@ def one_class(seen: Facts) -> Said | None:
     expected, names = seen.commonest, seen.facts["partition"]["labels"]
     if not seen.evaluated or not seen.evaluated[-1]["evaluation"]["top_share"] or expected is None:
         return None
-    shares = dict(zip(seen.evaluated[-1]["clients"], seen.evaluated[-1]["evaluation"]["top_share"], strict=False))
+    shares = dict(zip(judged(seen.evaluated[-1]), seen.evaluated[-1]["evaluation"]["top_share"], strict=False))
     stuck = [k for k, share in shares.items() if share >= ONE_CLASS and share - expected >= LEAST_SKEW]
     if not stuck:
         return None
