@@ -96,6 +96,7 @@ class State:
     moments: Tensors  # the optimiser's, each `[K, …]`
     rounds: Tensor  # [K] int64 on the CPU, the next round of each client
     memory: Tensors = field(default_factory=dict)  # what the method keeps beside the adapters, each [K, …]
+    under_way: Tensors = field(default_factory=dict)  # what clients that wait for nobody have begun and sent
 
     @property
     def known(self) -> Tensors:
@@ -109,9 +110,8 @@ class State:
 
     @property
     def round(self) -> int:
-        """The next round, where all clients are in one."""
-        (common,) = map(int, self.rounds.unique())
-        return common
+        """The next round; where clients are in rounds of their own, of the mean over them."""
+        return int(self.rounds.sum()) // len(self.rounds)
 
     def at(self, round: int) -> "State":
         """Return the same state, before this round for all clients."""
@@ -148,13 +148,14 @@ class State:
 
     def to(self, device: torch.device) -> "State":
         """Return the same state on another device."""
-        return self._map(lambda x: x.to(device))
+        moved = {name: x.to(device) for name, x in self.under_way.items()}
+        return replace(self._map(lambda x: x.to(device)), under_way=moved)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "State":
         adapters, moments, memory = (
             {name: change(x) for name, x in part.items()} for part in (self.adapters, self.moments, self.memory)
         )
-        return State(adapters, moments, self.rounds.clone(), memory)
+        return State(adapters, moments, self.rounds.clone(), memory, dict(self.under_way))
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from peertune.models import weights
 from peertune.recipe import Recipe
 from peertune.rounds import best
 from peertune.rounds.bounds import Bound
+from peertune.rounds.clock import Pushing
 from peertune.rounds.round import CLOCK, Job
 from peertune.rounds.training import Optim, Rates, adamw, learning_rate, sgd
 from peertune.topology import Neighbourhood, digest
@@ -205,9 +206,16 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         ),
         bound=bound,
         clock=parts.clock,
+        pushing=_pushing(recipe),
         faults=parts.faults,
         group=parts.group,
     )
+
+
+def _pushing(recipe: Recipe) -> Pushing | None:
+    """Return how clients mix that wait for nobody, or None where they go by rounds."""
+    time = recipe.time
+    return Pushing(time.staleness_exponent, time.phases == "common") if time.mode == "asynchronous" else None
 
 
 def _judge_own(
@@ -229,7 +237,7 @@ def _start(recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim) -> State:
     rounds = torch.zeros(len(parts.clients), dtype=torch.int64)
     memory = parts.algorithm.init(adapters, standing(parts.clients, rounds))
     memory |= best.begun(adapters) if recipe.evaluate.load_best else {}
-    memory |= {CLOCK: torch.zeros_like(rounds)} if parts.clock is not None else {}
+    memory |= {CLOCK: torch.zeros_like(rounds)} if parts.clock is not None and _pushing(recipe) is None else {}
     memory = {name: x.to(loaded.base.model.device) for name, x in memory.items()}
     return State(adapters, optim.optimizer.init(adapters), rounds, memory)
 

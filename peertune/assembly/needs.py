@@ -32,6 +32,10 @@ def _sends(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
     return any(algorithm.phase(t).send for t in range(min(recipe.rounds, _ROUNDS)))
 
 
+def _sends_alike(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
+    return len({algorithm.phase(t).send for t in range(min(recipe.rounds, _ROUNDS))}) == 1
+
+
 def _moments(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
     training = recipe.training
     trains = [algorithm.phase(t).train for t in range(min(recipe.rounds, _ROUNDS) + 1)]
@@ -78,15 +82,44 @@ NEEDS: Mapping[str, Need] = {
         lambda recipe, graph, algorithm: not (recipe.evaluate.ensemble or recipe.evaluate.mixing),
         "leave out evaluate.ensemble and evaluate.mixing, which judge whole adapters of others",
     ),
+    "one sort of message": Need(
+        _sends_alike, "choose an algorithm that sends the same factors in every round, as all but rolora do"
+    ),
+    "rate that stays": Need(
+        lambda recipe, graph, algorithm: (
+            recipe.training.lr_scheduler_type == "constant" or recipe.training.lr_scheduler_span == "round"
+        ),
+        "give training.lr_scheduler_type=constant or training.lr_scheduler_span=round: who is fast makes more steps",
+    ),
+    "clients that are up": Need(
+        lambda recipe, graph, algorithm: all(fault.down is None for fault in recipe.faults),
+        "plan when a client is down by time.down, in seconds; faults are by rounds, which clients have none in common",
+    ),
+    "weights by degrees": Need(
+        lambda recipe, graph, algorithm: graph.weights in ("metropolis", "row"),
+        "give graph.weights=metropolis, or row on a directed graph",
+    ),
     "static graph": Need(_static, "give a graph whose edges stay, graph.activation=1 and no faults"),
 }
 """What `needs` of a method's values may hold."""
+
+
+_WITHOUT_ROUNDS = (
+    "clients that are up",
+    "one sort of message",
+    "plain messages",
+    "rate that stays",
+    "unjudged messages",
+    "weights by degrees",
+)
 
 
 def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
     """Raise RecipeError, in one line, for the first need that a recipe doesn't meet; warn of what seldom goes well."""
     names = " with ".join([recipe.algorithm.name, *(modifier.name for modifier in recipe.modifiers)])
     needed = [(f"algorithm: {names}", name) for name in sorted(algorithm.needs)]
+    if recipe.time.mode == "asynchronous":
+        needed += [("time: mode asynchronous", name) for name in _WITHOUT_ROUNDS]
     if graph.weights == "push_sum":
         needed += [("graph: weights push_sum", name) for name in ("factors together or apart", "plain messages")]
     for who, name in needed:

@@ -105,6 +105,8 @@ def build_parts(
                 "give evaluate.load_best=true, by which each peer keeps its best adapter"
             )
     clock = build_clock(recipe)
+    if group.size > 1 and recipe.time.mode == "asynchronous":
+        raise RecipeError("time.mode: asynchronous clients are simulated in one process; leave out --workers")
     if peer and clock is not None:
         if recipe.time.mode == "asynchronous":
             raise RecipeError("time.mode: peers run in rounds; give time.mode=rounds, or simulate with peertune run")
@@ -281,6 +283,10 @@ def build_clock(recipe: Recipe) -> Clock | None:
     time = recipe.time
     given = {key: value for key, value in time if value != Time.model_fields[key].get_default()}
     if time.step_s is None:
+        if time.mode == "asynchronous":
+            raise RecipeError(
+                "time.step_s: is missing; clients that wait for nobody need to know how long a step takes"
+            )
         if given:
             raise RecipeError(f"time.{next(iter(given))}: without time.step_s nothing has a time; give step_s")
         return None

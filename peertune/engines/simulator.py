@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
+from peertune.rounds.asynchronous import run_asynchronous
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, exchanged, next_rounds, run_rounds
 from peertune.types import Tensors
@@ -15,7 +16,7 @@ def simulate(job: Job) -> Iterator[RoundRecord]:
     rest of the run comes out the same to the bit. There is one state, which the next round changes in place: `clone()`
     what is to be kept. `job.state` stays as it is. Clients that are down by `job.faults` keep what they have.
     """
-    return run_rounds(job, partial(_exchange, job))
+    return run_rounds(job, partial(_exchange, job)) if job.pushing is None else run_asynchronous(job)
 
 
 def simulate_together(jobs: Mapping[str, Job]) -> Iterator[tuple[str, RoundRecord | Exception]]:

@@ -29,6 +29,11 @@ def part(memory: Memory) -> Memory:
     return {name: x for name, x in memory.items() if name.startswith(_OWNER)}
 
 
+def beside(memory: Memory) -> Memory:
+    """Return what of a memory is not kept of the best."""
+    return {name: x for name, x in memory.items() if not name.startswith(_OWNER)}
+
+
 def keep(state: State, evaluation: Evaluation, round: int) -> list[int]:
     """Take the adapters of those clients who never scored better, **in place**, and return whose round is kept, [K].
 

@@ -128,6 +128,13 @@ class Clock:
         return sent + _ns(self.latency_s) + _ns(size / self.bandwidth_bytes_s)
 
 
+class Pushing(NamedTuple):
+    """How clients mix that wait for nobody."""
+
+    staleness_exponent: float = 0.0  # a: what is s trainings old weighs `(1 + s)^-a` as much
+    common_phases: bool = False  # whether phases change by common time, not by each client's own rounds
+
+
 def _ns(seconds: float) -> int:
     return round(seconds * NS)
 

@@ -25,7 +25,7 @@ from peertune.errors import DivergedError, tried
 from peertune.method import Algorithm, At, Phase, nothing, standing
 from peertune.rounds import best, bounds, metrics
 from peertune.rounds.bounds import Bound, Refusal
-from peertune.rounds.clock import Clock, Span, lockstep
+from peertune.rounds.clock import Clock, Pushing, Span, lockstep
 from peertune.rounds.record import Evaluation, RoundRecord, Watch
 from peertune.rounds.training import Optim
 from peertune.rounds.turns import Came, Steps, Turn, train
@@ -76,6 +76,7 @@ class Job:
     judge_own: "Callable[[Tensors, Sequence[int]], list[float]] | None" = None
     most_loss: float = inf  # training to a mean loss above it counts as diverged
     clock: Clock | None = None  # how long things take in virtual time; None: nothing has a time
+    pushing: Pushing | None = None  # how clients mix that wait for nobody; None: they go by rounds
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
     lines: Lines = field(default_factory=Lines, compare=False)  # what is logged of clients
@@ -131,7 +132,7 @@ def next_rounds(runs: Sequence[tuple[Job, ExchangeOf]]) -> Iterator[RoundRecord 
     on is yielded in the place of its record; it costs the others nothing.
     """
     begun = [tried(partial(_begin_of, job)) for job, _ in runs]
-    trained = iter(train([one.turn for one in begun if isinstance(one, _Begun)]))
+    trained = iter(train([one.turn for one in begun if isinstance(one, Begun)]))
     for (job, exchange), one in zip(runs, begun, strict=True):
         came = one if isinstance(one, Exception) else next(trained)
         yield tried(partial(_end_of, job, one, came, exchange))
@@ -147,10 +148,10 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     """
     begun = _begin(job, state, clients, t)
     (came,) = train([begun.turn])
-    return _end(job, begun, came, exchange)
+    return end(job, begun, came, exchange)
 
 
-class _Begun(NamedTuple):
+class Begun(NamedTuple):
     """A round whose local steps are to be done."""
 
     turn: Turn
@@ -160,7 +161,7 @@ class _Begun(NamedTuple):
     rows: Tensor | None = None  # of these among the job's clients; None: all
 
 
-def _begin_of(job: Job) -> _Begun:
+def _begin_of(job: Job) -> Begun:
     """Return the next round of a job, for those of its clients that are up."""
     state, t = job.state, job.state.round
     down = clients_down(job.faults, t)
@@ -171,11 +172,11 @@ def _begin_of(job: Job) -> _Begun:
     return _begin(job, state.take(rows), [job.clients[place] for place in places], t)._replace(rows=rows)
 
 
-def _end_of(job: Job, begun: _Begun | Exception, came: Came | Exception, exchange: ExchangeOf) -> RoundRecord:
+def _end_of(job: Job, begun: Begun | Exception, came: Came | Exception, exchange: ExchangeOf) -> RoundRecord:
     """Return the record of a job's round whose local steps are done, with the state of all its clients."""
     if isinstance(begun, Exception):
         raise begun
-    part, record = _end(job, begun, came, partial(exchange, begun.clients))
+    part, record = end(job, begun, came, partial(exchange, begun.clients))
     if begun.rows is None:
         return record
     job.state.put(begun.rows, part)
@@ -185,24 +186,34 @@ def _end_of(job: Job, begun: _Begun | Exception, came: Came | Exception, exchang
     return replace(record, state=job.state.at(begun.t + 1))
 
 
-def _begin(job: Job, state: State, clients: Sequence[int], t: int) -> _Begun:
+def _begin(job: Job, state: State, clients: Sequence[int], t: int) -> Begun:
     """Say what the K `clients` of `state` are to train in round t."""
-    at = standing(clients, state.rounds, job.local_steps)
-    phases = job.algorithm.schedule.phases(state.known, at)
-    before = job.algorithm.schedule.phases(state.known, at._replace(round=at.round - 1))
+    turn = turn_of(job, state, clients)
+    return Begun(turn, clients, t, _common(job, turn.phases, t))
+
+
+def turn_of(job: Job, state: State, clients: Sequence[int], phase_rounds: Tensor | None = None) -> Turn:
+    """Return what the K `clients` of `state` are to train, in the phases of their own rounds or of these `[K]`."""
+    at, schedule = standing(clients, state.rounds, job.local_steps), job.algorithm.schedule
+    of = at.round if phase_rounds is None else phase_rounds
+    phases, before = (schedule.phases(state.known, at._replace(round=of - back)) for back in (0, 1))
     local, per_pass = job.algorithm.local, job.clients_per_pass
-    turn = Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass)
-    return _Begun(turn, clients, t, _common(job, phases, t))
+    return Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass)
 
 
-def _end(job: Job, begun: _Begun, came: Came | Exception, exchange: Exchange) -> tuple[State, RoundRecord]:
-    """Do what is left of a round after its local steps, **in place**."""
+def end(
+    job: Job, begun: Begun, came: Came | Exception, exchange: Exchange, *, common: bool = True
+) -> tuple[State, RoundRecord]:
+    """Do what is left of a round after its local steps, **in place**.
+
+    Where it is no `common` round of the job's clients, nothing is measured of all of them, and nothing evaluated.
+    """
     if isinstance(came, Exception):
         raise came
     turn, clients, t, phase, _ = begun
     if bool((came.loss > job.most_loss).any()):
         raise DivergedError(f"training: the loss is {float(came.loss.max()):.3g} in round {t}")
-    due = (t + 1) % job.evaluate_every == 0 or t + 1 == job.rounds
+    due = common and is_due(job, t)
     state, at, message, watch = turn.state, turn.at, job.algorithm.message, Watch(came.seconds)
     payload, changed = message.send(state.adapters, state.known, at, phase)
     state.remember(changed)
@@ -218,18 +229,20 @@ def _end(job: Job, begun: _Begun, came: Came | Exception, exchange: Exchange) ->
         state.remember(message.settle(state.known, heard.tensors, heard.weights, at, phase))
     weights, unmixed = _mixable(job, state, clients, t, heard)
     sizes = [size / max(1, count) for size, count in zip(sent_bytes, messages, strict=True)]
-    spans = _timed(job, state, clients, t, heard, sizes)
+    spans = _timed(job, state, clients, t, heard, sizes) if common else []
     watch.lap("mix")
     sent, pushed = select(heard.tensors, phase.send), job.graph.weights == "push_sum"
     cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if due and message.whole else None
     rows = None if job.graph.rows is None else torch.from_numpy(job.graph.rows[list(clients)]).to(job.device)
-    before = None if job.alone else metrics.before_mixing(select(state.adapters, phase.send), job.group, rows)
+    before = (
+        None if job.alone or not common else metrics.before_mixing(select(state.adapters, phase.send), job.group, rows)
+    )
     watch.lap("metrics")
     mixed = heard._replace(weights=weights)
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
     _mix(job, state, heard.tensors, weights, at, phase)
-    state = state.at(t + 1)
+    state = replace(state, rounds=state.rounds + 1)
     watch.lap("mix")
     diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group, rows)
     watch.lap("metrics")
@@ -257,7 +270,9 @@ def _end(job: Job, begun: _Begun, came: Came | Exception, exchange: Exchange) ->
         diagnostics=diagnostics,
         seconds=watch.seconds,
         evaluation=evaluation,
-        time_s=max(job.group.gather(max((span.ended_s for span in spans), default=0.0))) if job.clock else None,
+        time_s=max(job.group.gather(max((span.ended_s for span in spans), default=0.0)))
+        if common and job.clock
+        else None,
         spans=[*spans],
         state=state,
     )
@@ -303,7 +318,7 @@ def exchanged(
     others = (ours[receivers] != entries.col) & (entries.data != 0)
     places = (torch.from_numpy(x[others]).long().to(job.device) for x in (receivers, senders))
     found = refuse(tensors, *places) if tensors else []
-    _tell(job, round, found, clients, among, "the edge is dropped")
+    tell(job, round, found, clients, among, "the edge is dropped")
     pairs = {metrics.as_edge(among[sender], clients[receiver], graph.directed) for receiver, sender, _ in found}
     told = chain(*job.group.gather(sorted(pairs)))
     if lost := sorted({(i, j) for i, j in told}):
@@ -317,7 +332,7 @@ def exchanged(
     return Heard(tensors, as_weights(rows, job.device), among, failed, sent=sent)
 
 
-def _tell(
+def tell(
     job: Job, round: int, refusals: Sequence[Refusal], clients: Sequence[int], among: Sequence[int], so: str
 ) -> None:
     """Say what was refused of whom."""
@@ -349,7 +364,7 @@ def _mixable(
     found = bounds.apart(job.bound, state.adapters, came.tensors, receivers[others], places[others])
     if not found:
         return weights, []
-    _tell(job, t, found, clients, came.clients, "the edge counts, and this end mixes nothing of it")
+    tell(job, t, found, clients, came.clients, "the edge counts, and this end mixes nothing of it")
     dense = weights.to_dense().clone()
     rows, columns = (torch.tensor(x, device=weights.device) for x in zip(*(pair[:2] for pair in found), strict=True))
     own = torch.searchsorted(theirs, ours[rows])
@@ -412,7 +427,12 @@ def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase:
                 x.add_(mixed[name].sub(as_read[name]))
 
 
-def _common(job: Job, phases: list[Phase], t: int) -> Phase:
+def is_due(job: Job, t: int) -> bool:
+    """Return whether there is an evaluation after round t."""
+    return (t + 1) % job.evaluate_every == 0 or t + 1 == job.rounds
+
+
+def _common(job: Job, phases: Sequence[Phase], t: int) -> Phase:
     """Return the phase that most clients of all processes are in; of several, the first client's."""
     if job.algorithm.schedule.init is nothing:
         return job.algorithm.phase(t)

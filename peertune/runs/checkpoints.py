@@ -29,7 +29,7 @@ def save(folder: Path, state: State, keep: int, clients: Sequence[int], group: G
     The newest two stay, and of the older ones those that `_thinned` leaves.
     """
     parts = {"adapters": state.adapters, "moments": state.moments, "memory": state.memory}
-    parts["clients"] = {"rounds": state.rounds}
+    parts |= {"clients": {"rounds": state.rounds}, "under_way": state.under_way}
     data = as_safetensors(
         {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
     )
@@ -116,7 +116,7 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
     check_format(checkpoint, meta)
     held = [list(map(int, shard["clients"])) for shard in meta["shards"]]
     places = {client: place for place, client in enumerate(sorted(chain(*held)) if clients is None else clients)}
-    parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "memory": {}, "clients": {}}
+    parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "memory": {}, "clients": {}, "under_way": {}}
     for shard, own in zip(meta["shards"], held, strict=True):
         wanted = [row for row, client in enumerate(own) if client in places]
         if not wanted:
@@ -130,6 +130,9 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # it is no mapping
                 part, _, rest = name.replace("signals/", "memory/").partition("/")
+                if part == "under_way":  # no rows by client, and of a run in one process
+                    parts[part][rest] = tensors.get_tensor(name)
+                    continue
                 x = tensors.get_slice(name)[rows]
                 if rest not in parts[part]:  # of its own, aligned memory: kernels round by alignment
                     parts[part][rest] = x.new_empty((len(places), *x.shape[1:]))
@@ -140,7 +143,7 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
         memory["adaptive.reports"].nan_to_num_(nan=0.0)
         del memory["adaptive.client"]
     rounds = parts["clients"].get("rounds", torch.full((len(places),), int(meta["round"])))
-    return State(parts["adapters"], parts["moments"], rounds, memory)
+    return State(parts["adapters"], parts["moments"], rounds, memory, parts["under_way"])
 
 
 def _fitted(checkpoint: Path, state: State, like: State) -> State:
@@ -155,4 +158,4 @@ def _fitted(checkpoint: Path, state: State, like: State) -> State:
                     "resume with the run's own recipe"
                 )
     adapters, moments, memory = ({name: have[name] for name in want} for have, want in parts)
-    return State(adapters, moments, state.rounds, memory)
+    return State(adapters, moments, state.rounds, memory, state.under_way)

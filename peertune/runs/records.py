@@ -22,7 +22,16 @@ log = logging.getLogger(__name__)
 
 LONGEST_LIST = 1_000
 """Values up to which a list of a record stands in its line of `rounds.jsonl`; longer ones go to a file beside it."""
-_NUMBERS = ("clients", "edges", "failed_edges", "vacant_edges", "not_mixed", "out_of_phase", "suspects", "spans")
+_NUMBERS = (
+    "clients",
+    "edges",
+    "failed_edges",
+    "vacant_edges",
+    "not_mixed",
+    "out_of_phase",
+    "suspects",
+    "spans",
+)
 """Lists of clients' numbers, of which the line keeps the length; of measured values it keeps the mean."""
 
 

@@ -77,9 +77,14 @@ def _can_share(recipe: Recipe) -> bool:
     """Return whether a run can be in a stack with others, and its base is small.
 
     Trackers know one run at a time. A task that takes the seed may draw other rows for each. An adapter that is there
-    already brings a head, which the base has once.
+    already brings a head, which the base has once. Clients that wait for nobody train when their own results are due.
     """
-    alone = recipe.report_to or recipe.lora.init is not None or takes("task", recipe.task.name, "seed")
+    alone = (
+        recipe.time.mode == "asynchronous"
+        or recipe.report_to
+        or recipe.lora.init is not None
+        or takes("task", recipe.task.name, "seed")
+    )
     return not alone and _weights_bytes(recipe.model.name) <= SMALL_BYTES
 
 

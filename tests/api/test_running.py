@@ -232,3 +232,24 @@ def test_a_table_without_pandas_is_refused_with_what_installs_it(made: Run, monk
         with pytest.raises(PeertuneError) as caught:
             value.to_dataframe()
         assert str(caught.value) == "to_dataframe: pandas is not installed; pip install 'peertune[pandas]'"
+
+
+def test_a_run_of_clients_that_wait_for_nobody_is_resumed_and_told_with_those_who_have_ended_nothing(
+    tmp_path: Path, peertune: Call
+) -> None:
+    overrides = [*TINY[:-2], "rounds=4", "time={mode: asynchronous, step_s: [1, 1.5, 30], latency_s: 2}"]
+    whole = pt.run("digits-demo", overrides, out=tmp_path / "whole")
+    with pytest.raises(Stopped):
+        pt.run("digits-demo", overrides, out=tmp_path / "stopped", each=lambda record: record.round == 1)
+    resumed = pt.resume(tmp_path / "stopped")
+    assert left(resumed.folder)["rounds.jsonl"] == left(whole.folder)["rounds.jsonl"]
+    for client in range(3):
+        file = Path("adapters") / f"client-{client:03d}" / "adapter_model.safetensors"
+        assert (whole.folder / file).read_bytes() == (resumed.folder / file).read_bytes()
+    assert {client for record in whole.records for client in record["clients"]} == {0, 1}
+    last = whole.to_dataframe().query("round == 3").set_index("client")
+    assert last["score"].notna().all()
+    assert last["loss"].notna().tolist() == [True, True, False]
+    assert peertune("report", str(whole.folder))[0] == 0
+    assert peertune("run", "digits-demo", *overrides, "--workers", "2", "--out", str(tmp_path / "several"))[0] == 2
+    assert not (tmp_path / "several").exists()

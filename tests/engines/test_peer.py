@@ -28,7 +28,7 @@ from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import Choice, load_recipe
 from peertune.rounds.bounds import Refusal
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Heard, Refuse, _tell, exchanged, run_rounds
+from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds, tell
 from peertune.types import Tensors, select
 from peertune.wire.swap import Swapper
 
@@ -219,7 +219,7 @@ def test_who_sent_what_isn_t_mixed_is_told_by_name_and_as_often_as_all_else_of_a
     job = build(load_recipe("digits-demo", recipe(4, "float32")), [2]).job
     for named in (job, replace(job, lines=Lines("hospital-{}".format))):
         for _ in range(3 * LINES):
-            _tell(named, 3, [Refusal(0, 1, "too large")], [2], [0, 3], "it stays out")
+            tell(named, 3, [Refusal(0, 1, "too large")], [2], [0, 3], "it stays out")
     names = [("client 3", "client 2")] * LINES + [("hospital-3", "hospital-2")] * LINES
     said = [message.replace("; more of it is left out for a minute", "") for message in caplog.messages]
     assert said == [f"{a}: round 3: what it sent {b} isn't mixed: too large; it stays out" for a, b in names]
