@@ -1,7 +1,7 @@
 """What the atlas's kept runs come to: the package's evidence, the table and picture of docs/atlas.md, a second opinion.
 
     python -m benchmarks.evidence write        # peertune/planning/evidence.json, docs/atlas.md's table, docs/atlas.png
-    python -m benchmarks.evidence again FOLDER # ten runs made anew in FOLDER, and scored without peertune
+    python -m benchmarks.evidence again FOLDER # ten runs made anew in FOLDER, and scored without peertune; goes on
 
 Run `write` whenever `benchmarks/results/atlas.jsonl` has grown.
 
@@ -121,10 +121,16 @@ def drawn() -> list[tuple[str, list[str], Row]]:
     return [(name, own, kept[name]) for name, own in order if name in kept and kept[name]["new"]][:AGAIN]
 
 
+def make(own: Sequence[str], run: Path) -> None:
+    """Make a run in its directory, unless it is there."""
+    if not (run / "adapters" / "average").exists():
+        command = [sys.executable, "-m", "peertune", "run", OF.recipe, *OF.settings, *own, "--out", str(run)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+
+
 def again(name: str, own: Sequence[str], row: Row, run: Path) -> str:
     """Make a run anew and have it scored by other code; return a line of the table."""
-    command = [sys.executable, "-m", "peertune", "run", OF.recipe, *OF.settings, *own, "--out", str(run)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    make(own, run)
     last = json.loads((run / "rounds.jsonl").read_text().splitlines()[-1])["evaluation"]
     now = [round(score, 4) for score in last["clients"]]
     differ = sum(one != other for one, other in zip(row["new"], now, strict=True))
@@ -146,8 +152,8 @@ def main() -> None:
         return
     print("| run | kept | made again | clients that differ | by PEFT and scikit-learn |", flush=True)
     print("|---|---:|---:|---:|---|", flush=True)
-    for number, (name, own, row) in enumerate(drawn()):
-        print(again(name, own, row, options.folder / str(number)), flush=True)
+    for name, own, row in drawn():
+        print(again(name, own, row, options.folder / name.replace(" ", ",")), flush=True)
 
 
 if __name__ == "__main__":
