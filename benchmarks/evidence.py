@@ -2,6 +2,7 @@
 
     python -m benchmarks.evidence write        # peertune/planning/evidence.json, docs/atlas.md's table, docs/atlas.png
     python -m benchmarks.evidence again FOLDER # ten runs made anew in FOLDER, and scored without peertune; goes on
+    python -m benchmarks.evidence moved RUN    # how far a start that is moved by rounding ends from where it ended
 
 Run `write` whenever `benchmarks/results/atlas.jsonl` has grown.
 
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from io import StringIO
 from itertools import product
 from pathlib import Path
@@ -23,10 +24,12 @@ from random import Random
 from statistics import fmean
 from typing import Any
 
+import torch
+
 from benchmarks import atlas
 from benchmarks.atlas import HALVES, METHODS, OF, SKEWS, Cell
 from benchmarks.studies import Kept, Row
-from peertune import load_recipe
+from peertune import build, load_recipe, simulate
 from peertune.planning import evidence
 from peertune.planning.advice import settings
 from peertune.planning.evidence import MEASURES, Difference, Evidence
@@ -36,6 +39,7 @@ from peertune.report.pairing import interval
 PAGE, PICTURE = Path("docs/atlas.md"), Path("docs/atlas.png")
 BEGIN, END = "<!-- python -m benchmarks.atlas table -->\n\n", "\n<!-- end of the table -->"
 AGAIN = 10
+MOVED = 1e-7  # of a number: as far as rounding in float32 goes
 
 
 def gathered() -> Evidence:
@@ -108,15 +112,19 @@ def write() -> None:
     atlas.draw(str(PICTURE))
 
 
+def asked(seeds: Sequence[int]) -> dict[str, list[str]]:
+    """Return the atlas's runs with these seeds: name → settings."""
+    return {
+        atlas.named(cell, method, seed): atlas.settings(cell, method, seed)
+        for cell in atlas.cells()
+        for method, seed in product(atlas.methods(cell), seeds)
+    }
+
+
 def drawn() -> list[tuple[str, list[str], Row]]:
     """Return ten kept runs of the writers, of the protocol's first half: each one's name, settings and row."""
     kept = Kept("atlas").rows
-    every = [
-        (atlas.named(cell, method, seed), atlas.settings(cell, method, seed))
-        for cell in atlas.cells()
-        for method, seed in product(atlas.methods(cell), HALVES[0])
-        if cell.skew == "writers"
-    ]
+    every = [(name, own) for name, own in asked(HALVES[0]).items() if name.startswith("writers ")]
     order = Random(0).sample(every, len(every))
     return [(name, own, kept[name]) for name, own in order if name in kept and kept[name]["new"]][:AGAIN]
 
@@ -139,6 +147,25 @@ def again(name: str, own: Sequence[str], row: Row, run: Path) -> str:
     return f"| {name} | {fmean(row['new']):.4f} | {fmean(now):.4f} | {differ} | {examined} |"
 
 
+def moved(name: str) -> str:
+    """Make a run twice, once from adapters that are moved by MOVED of themselves; return a line of a table."""
+    torch.set_num_threads(1)
+    job = build(load_recipe(OF.recipe, [*OF.settings, *asked(OF.seeds)[name]])).job
+    ends = []
+    for by in (0.0, MOVED):
+        state, draw = job.state.clone(), torch.Generator().manual_seed(0)
+        for x in state.adapters.values():
+            x.mul_(1 + by * torch.randn(x.shape, generator=draw))
+        *_, last = simulate(replace(job, state=state))
+        assert last.state is not None
+        assert last.evaluation is not None
+        ends.append((last.state.adapters, last.evaluation.clients))
+    (one, scores), (other, moved_scores) = ends
+    apart = max(float((other[key] - x).norm() / x.norm()) for key, x in one.items())
+    differ = sum(a != b for a, b in zip(scores, moved_scores, strict=True))
+    return f"| {name} | {apart:.1%} | {differ} | {fmean(moved_scores) - fmean(scores):+.4f} |"
+
+
 def main() -> None:
     """Write the evidence, or make runs again."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
@@ -146,9 +173,15 @@ def main() -> None:
     commands = parser.add_subparsers(dest="action", required=True)
     commands.add_parser("write", help="write what the kept runs come to")
     commands.add_parser("again", help="make ten runs anew").add_argument("folder", type=Path)
+    commands.add_parser("moved", help="how far rounding grows in runs").add_argument("names", nargs="+", metavar="RUN")
     options = parser.parse_args()
     if options.action == "write":
         write()
+        return
+    if options.action == "moved":
+        print("| run | adapters end apart by | clients that differ | their mean differs by |\n|---|---:|---:|---:|")
+        for name in options.names:
+            print(moved(name), flush=True)
         return
     print("| run | kept | made again | clients that differ | by PEFT and scikit-learn |", flush=True)
     print("|---|---:|---:|---:|---|", flush=True)
