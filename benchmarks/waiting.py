@@ -1,0 +1,183 @@
+"""Does alternation survive where nobody waits? What a score takes, and what is known of a slow client's class.
+
+    python -m benchmarks.waiting run    # goes on where it was stopped; --part 1/2 and 2/2 for two processes
+    python -m benchmarks.waiting table  # of what has been run
+
+The protocol, written before anything was run.
+
+Ten clients on the digits 5 to 9, p = .5: every pair of clients meets in a round with this probability; a sender's own
+round where nobody waits. Client 0 alone holds the digit 9: .6 of its rows, and .1 of each other digit. The others hold
+a quarter of each of the other four. A message takes .1 s. Two sorts of speed:
+
+- `straggler`: a local step takes 1 s, and client 0 10 s;
+- `lognormal`: 1 s in the median, sigma .5, drawn for each step; client 0's are as long as the others'.
+
+Rows: `dec_lora`, `adf_lora` (phases of 5 rounds) and `tad_lora`, in rounds; the same without waiting, the phases of the
+last two by each client's own rounds or by common time. Phases that clients agree on (`switch_every: adaptive`) are
+refused without rounds, since windows of rounds that nobody has in common measure nothing.
+
+60 rounds of 3 local steps of 4 rows, at the rate .01; without waiting 90 times n trainings, so that time is left where
+a slow client makes few of them. Ten seeds; seed s is judged on fold 1 + s mod 5 of five over all rows, every third
+round.
+
+The score is the mean accuracy of the clients' own models; the recall is that of the digit 9 in the same predictions.
+The goal of a seed is what the row's method scores in rounds after half of them. Told are the virtual time, local steps
+of all clients and megabytes sent by all until a run first scores as much, each over those of the same method and seed
+in rounds, and the recall there. Runs that never do are counted. Intervals are Student's, 95 %, over the seeds that
+reach it.
+
+Target: at most a third of the time in rounds, at a recall of the digit 9 no more than .02 below that in rounds.
+"""
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.studies import Kept, Row
+from peertune import load_recipe
+from peertune.assembly.build import build
+from peertune.engines.simulator import simulate
+from peertune.report.pairing import interval
+
+SEEDS, FOLDS, ROUNDS, EVERY = range(10), 5, 60, 3
+_OTHERS = [0.25, 0.25, 0.25, 0.25, 0.0]
+BASE = (
+    "clients=10",
+    f"partition={{name: label_mixture, proportions: {[[0.1, 0.1, 0.1, 0.1, 0.6], *[_OTHERS] * 9]}}}",
+    "graph={name: complete, activation: 0.5}",
+    "training={local_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-2}",
+    f"evaluate={{every: {EVERY}}}",
+)
+SPEEDS = {
+    "straggler": f"step_s: {[10.0, *[1.0] * 9]}",
+    "lognormal": "step_s: {name: lognormal, median_s: 1.0, sigma: 0.5}",
+}
+METHODS = {
+    "dec_lora": "{name: dec_lora}",
+    "adf_lora": "{name: adf_lora, switch_every: 5}",
+    "tad_lora": "{name: tad_lora}",
+}
+NINE = 4  # its place among the classes
+
+
+class Cell(NamedTuple):
+    """What is run: a method, and how its clients wait."""
+
+    method: str
+    waits: str  # rounds, own or common
+
+
+CELLS = [Cell("dec_lora", waits) for waits in ("rounds", "own")]
+CELLS += [Cell(method, waits) for method in ("adf_lora", "tad_lora") for waits in ("rounds", "own", "common")]
+
+
+def named(speed: str, cell: Cell, seed: int) -> str:
+    """Return a run's name."""
+    return f"{speed} {cell.method} {cell.waits} seed={seed}"
+
+
+def settings(speed: str, cell: Cell, seed: int) -> list[str]:
+    """Return what one run is made with."""
+    waiting = "mode: rounds" if cell.waits == "rounds" else f"mode: asynchronous, phases: {cell.waits}"
+    return [
+        *BASE,
+        f"task={{name: digits, validation_split: {1 + seed % FOLDS}/{FOLDS}, test: validation}}",
+        f"algorithm={METHODS[cell.method]}",
+        f"time={{{SPEEDS[speed]}, latency_s: 0.1, {waiting}}}",
+        f"rounds={ROUNDS if cell.waits == 'rounds' else ROUNDS * 3 // 2}",
+        f"seed={seed}",
+    ]
+
+
+def scored(asked: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Row]]:
+    """Run what is asked for, and yield by evaluation: round, seconds, local steps, megabytes, score and recall."""
+    for name, own in asked.items():
+        job = build(load_recipe("digits-demo", own)).job
+        steps, sent, time_s, seen = 0, 0, 0.0, list[list[float]]()
+        for record in simulate(job):
+            steps, sent = steps + job.local_steps * len(record.spans), sent + sum(record.bytes_sent)
+            time_s = max(time_s, record.time_s or 0.0)  # rounds have no common end
+            if (found := record.evaluation) is not None:
+                recall = found.confusion[NINE][NINE] / sum(found.confusion[NINE])
+                score = fmean(found.clients)
+                seen.append([record.round + 1, round(time_s, 3), steps, sent / 1e6, round(score, 4), round(recall, 4)])
+        yield name, {"seen": seen}
+
+
+def run(part: str) -> None:
+    """Run what has not been run, a seed of all rows after the other."""
+    number, parts = map(int, part.split("/"))
+    torch.set_num_threads(1)
+    kept = Kept("waiting")
+    for place, (seed, speed, cell) in enumerate(product(SEEDS, SPEEDS, CELLS)):
+        if place % parts == number - 1:
+            kept.all({named(speed, cell, seed): settings(speed, cell, seed)}, scored)
+
+
+def reached(seen: Sequence[Sequence[float]], goal: float) -> Sequence[float] | None:
+    """Return the first evaluation that scores as much as the goal."""
+    return next((one for one in seen if one[4] >= goal), None)
+
+
+def compared(rows: Mapping[str, Any], speed: str, cell: Cell) -> dict[str, list[float]]:
+    """Return for each seed what a row took to its goal over what rounds did, and what it knew there."""
+    found: dict[str, list[float]] = {key: [] for key in ("time", "steps", "MB", "recall", "score", "missed")}
+    for seed in SEEDS:
+        names = named(speed, cell, seed), named(speed, Cell(cell.method, "rounds"), seed)
+        if not rows.keys() >= {*names}:
+            continue
+        own, theirs = (rows[name]["seen"] for name in names)
+        goal = next(one[4] for one in theirs if one[0] == ROUNDS // 2)
+        first, there = reached(own, goal), reached(theirs, goal)
+        assert there is not None, "rounds reach what they score"
+        found["score"].append(own[-1][4])
+        found["missed"].append(float(first is None))
+        if first is not None:
+            for place, key in enumerate(("time", "steps", "MB"), start=1):
+                found[key].append(first[place] / there[place])
+            found["recall"].append(first[5] - there[5])
+    return found
+
+
+def table() -> None:
+    """Print what the rows come to, as Markdown."""
+    rows = Kept("waiting").rows
+    print(f"{len(rows)} of {len(SEEDS) * len(SPEEDS) * len(CELLS)} runs\n")
+    print("| speeds | method | waits | reached | time | steps | MB | recall of the 9, difference | score at the end |")
+    print("|---|---|---|---:|---|---|---|---|---:|")
+    for speed, cell in product(SPEEDS, CELLS):
+        found = compared(rows, speed, cell)
+        if not found["score"]:
+            continue
+        seeds, missed = len(found["score"]), int(sum(found["missed"]))
+        columns = [told(found[key], "+.3f" if key == "recall" else ".2f") for key in ("time", "steps", "MB", "recall")]
+        first = f"{speed} | {cell.method} | {cell.waits} | {seeds - missed} of {seeds}"
+        print(f"| {first} | {' | '.join(columns)} | {fmean(found['score']):.3f} |")
+
+
+def told(values: Sequence[float], form: str) -> str:
+    """Return a mean with its 95 % interval."""
+    middle, low, high = interval(values)
+    if middle is None:
+        return "–"
+    return f"{middle:{form}}" if low is None else f"{middle:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def main() -> None:
+    """Run the study, or print its table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.waiting", description=__doc__)
+    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("--part", default="1/1", help="k/n: every n-th run, from the k-th on")
+    options = parser.parse_args()
+    if options.action == "run":
+        run(options.part)
+    else:
+        table()
+
+
+if __name__ == "__main__":
+    main()
