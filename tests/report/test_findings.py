@@ -22,7 +22,9 @@ from peertune.report.findings import advice
 from peertune.report.findings.diagnosis import diagnose
 from peertune.report.findings.evidence import Facts
 from peertune.report.findings.finding import Finding
+from peertune.report.findings.waiting import critical_path
 from peertune.report.runs import RunData
+from peertune.rounds.clock import NS, lockstep
 
 SMALL = (
     "clients=6",
@@ -354,6 +356,82 @@ def test_mixing_is_worse_than_rho_where_it_is_by_more_than_chance(make_run: Make
     for record in run.records:  # as bad as rho leaves room for
         record["diagnostics"] |= dict.fromkeys(("contraction_A", "contraction_B"), 0.74)
     assert "worse_than_rho" not in names(run)
+
+
+def in_time(run: RunData, seconds: Callable[[int, int], int], ring: bool = True) -> RunData:
+    """The run with times of its own: `seconds(client, round)` of training, and neighbours on a ring, or all."""
+    count = run.recipe["clients"]
+    now = dict.fromkeys(range(count), 0)
+    for t, record in enumerate(run.records):
+        trained = {k: began + seconds(k, t) * NS for k, began in now.items()}
+        apart = (1, count - 1) if ring else range(1, count)
+        ends = lockstep(now, trained, [(k, j, trained[j]) for k in now for j in ((k + d) % count for d in apart)])
+        now = {k: end for k, (end, _) in ends.items()}
+        record |= {"spans": [[*span] for _, span in ends.values()], "time_s": max(now.values()) / NS}
+    return run
+
+
+@pytest.mark.parametrize("ring", [True, False])
+def test_a_client_on_whom_most_of_the_time_hangs_is_found_with_the_numbers(make_run: MakeRun, ring: bool) -> None:
+    run = in_time(make_run(clients=6, rounds=20), lambda client, t: 40 if client == 3 else 10, ring)
+    finding = {finding.name: finding for finding in diagnose(complete(run.recipe), run.facts, run.records)}[
+        "stragglers"
+    ]
+    check_possible(complete(run.recipe), run.facts, finding.advice)
+    assert (finding.severity, finding.title) == ("notice", "Clients wait for one that is slow")
+    assert "Client 3 trains for 40 s in a round, the median of the others for 10 s." in finding.text
+    assert "100% of the 800 s that the run took hung on its trainings" in finding.text
+    # all but it train 10 of each 40 s; on the ring the farthest only learns of it in the third round
+    assert ring or "Clients spent 62% of their virtual time waiting." in finding.text
+
+
+def test_few_that_are_slow_are_found_together_and_half_of_all_are_not(make_run: MakeRun) -> None:
+    two = in_time(make_run(clients=8, rounds=20), lambda k, t: 50 if k in (2, 5) and t % 2 == k % 2 else 10, ring=False)
+    (finding,) = (x for x in diagnose(complete(two.recipe), two.facts, two.records) if x.name == "stragglers")
+    assert "Clients 2, 5 train for 30 s in a round" in finding.text
+    half = in_time(make_run(clients=8, rounds=20), lambda k, t: 50 if t % 4 == k % 4 else 10, ring=False)
+    assert "stragglers" not in names(half)
+
+
+@pytest.mark.parametrize(
+    "seconds",
+    [
+        lambda client, t: 10,  # nobody waits
+        lambda client, t: 40 if client == t % 6 else 10,  # each is slow once
+        lambda client, t: 13 if client == 3 else 10,  # who is slower by little
+    ],
+)
+def test_where_nobody_is_much_slower_than_others_no_straggler_is_found(make_run: MakeRun, seconds: Any) -> None:
+    assert "stragglers" not in names(in_time(make_run(rounds=20), seconds, ring=False))
+
+
+def test_stragglers_need_times_and_rounds_enough_and_somebody_who_waits(make_run: MakeRun) -> None:
+    def slow(client: int, t: int) -> int:
+        return 40 if client == 3 else 10
+
+    assert "stragglers" not in names(in_time(make_run(rounds=9), slow))
+    run = in_time(make_run(rounds=20), slow)
+    assert "stragglers" in names(run)
+    for record in run.records:  # nobody waits in an asynchronous run, and some end no training
+        record["spans"] = [
+            [k, began, end, end, -1] for k, began, end, *_ in record["spans"] if k != record["round"] % 6
+        ]
+    assert "stragglers" not in names(run)
+    for record in run.records:
+        del record["spans"]  # as older versions wrote it
+    assert "stragglers" not in names(run)
+
+
+def test_the_critical_path_goes_back_through_whoever_was_waited_for() -> None:
+    rounds = [
+        {0: (0, 0, 10, 30, 1), 1: (1, 0, 28, 28, -1), 2: (2, 0, 5, 5, -1)},
+        {0: (0, 30, 40, 40, -1), 2: (2, 5, 15, 42, 0)},  # 1 is down
+        {0: (0, 40, 45, 70, 1), 1: (1, 40, 68, 68, -1), 2: (2, 42, 50, 50, -1)},  # and joins in where the first ended
+    ]
+    # 70 = 28 of client 1, 10 of client 0, 28 of client 1, and 4 s of messages
+    assert critical_path(rounds) == {1: 56, 0: 10}
+    assert critical_path([]) == critical_path([{}]) == {}
+    assert critical_path([rounds[0], {0: (0, 30, 29, 29, -1)}]) == {1: 28}, "the run ends where the last client does"
 
 
 def facts(make_run: MakeRun, graph: Mapping[str, Any], **made: Any) -> Facts:
