@@ -51,6 +51,7 @@ def _print_plan(planned: "Plan") -> None:
         "base": "the base",
         "adapters": "adapters of all clients",
         "moments": "moments of the optimiser",
+        "under_way": "what is computed ahead, and sent",
         "process": "the process itself",
         "gradients": "gradients",
         "activations": "activations",

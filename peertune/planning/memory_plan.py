@@ -49,6 +49,7 @@ class Plan:
     base: int
     adapters: int  # of all clients
     moments: int  # the optimiser's, of all clients
+    under_way: int  # where nobody waits: what is computed ahead, and a message of each client
     gradients: int  # of the clients that train at a time
     activations: int  # the most that a micro-batch takes beyond all these
     mixing: int  # the most that measuring a round takes beyond base, adapters and moments
@@ -60,7 +61,7 @@ class Plan:
     @property
     def total(self) -> int:
         """The peak: training, mixing and evaluation come one after the other."""
-        held = self.base + self.adapters + self.moments + self.process
+        held = self.base + self.adapters + self.moments + self.under_way + self.process
         return held + max(self.gradients + self.activations + self.holes, self.mixing, self.evaluation)
 
     @property
@@ -96,6 +97,7 @@ def plan(recipe: Recipe) -> Plan:
         base=base,
         adapters=held - base - moments,
         moments=moments,
+        under_way=0 if job.pushing is None else held - base + _storage_bytes(state.adapters.values()),
         gradients=gradients,
         activations=most.taken - gradients,
         mixing=mixing,

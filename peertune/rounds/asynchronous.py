@@ -178,7 +178,9 @@ class _Course:
             failed += [metrics.as_edge(client, other, self.job.graph.directed) for other in lost]
             for receiver in to:
                 if receiver not in lost:
-                    self.mail[receiver].setdefault(client, []).append((arrives, post))
+                    coming = self.mail[receiver].setdefault(client, [])
+                    coming.append((arrives, post))
+                    del coming[: max(0, _here(coming, now) - 1)]  # a mailbox holds the newest alone
         own = [*posts.values()]
         opened = [self._open(client, now) for client in clients]
         posts |= {(post.sender, -post.version): post for each in opened for post in each}
@@ -205,8 +207,7 @@ class _Course:
         """Return the newest message of each neighbour that has come, by sender, and empty the mailbox of what has."""
         found = []
         for _, coming in sorted(self.mail[receiver].items()):
-            here = bisect_right(coming, now, key=lambda message: message[0])
-            if here:
+            if here := _here(coming, now):
                 found.append(coming[here - 1][1])
                 del coming[:here]
         return found
@@ -282,6 +283,11 @@ class _Course:
             adapters, moments, memory = own
             state = State(adapters, moments, self.state.rounds[client : client + 1].clone(), memory)
             self.done[client] = _Done(state, *found["measured"][row].tolist())
+
+
+def _here(coming: Sequence[tuple[int, _Post]], now: int) -> int:
+    """Return how many of some messages have come."""
+    return bisect_right(coming, now, key=lambda message: message[0])
 
 
 def _sends_to(graph: Graph, faults: Sequence[Fault], version: int) -> list[tuple[list[int], list[int]]]:

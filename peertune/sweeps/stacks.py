@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 SMALL_BYTES = 2**24
 """Weights up to which a base is small."""
-BY_RUN = ("seed", "partition", "graph", "algorithm", "modifiers", "faults", "rounds", "checkpoint")
+BY_RUN = ("seed", "partition", "graph", "algorithm", "modifiers", "faults", "time", "rounds", "checkpoint")
 """Blocks and keys that runs of one stack may differ in."""
 BY_RUN_IN_TRAINING = (
     "learning_rate",

@@ -205,6 +205,26 @@ def test_those_who_have_begun_train_in_one_pass_and_who_is_fast_ends_more_traini
     assert records[-1].time_s < 30, "eight rounds of the slowest are 160 seconds"
 
 
+def test_a_mailbox_holds_of_each_neighbour_the_newest_message_alone() -> None:
+    job = made("graph={name: complete}", "time={mode: asynchronous, step_s: [1, 1.1, 1.2, 1.3, 100]}", "rounds=8").job
+    last = states(kept(job))[-1].under_way
+    waiting = [sender for (receiver, post, _), sender in _with_senders(last) if receiver == 4]
+    assert sorted(waiting) == [0, 1, 2, 3]
+    newest = {sender: version for sender, version, *_ in last["posts"].tolist()}
+    assert newest[0] > 8
+
+
+def _with_senders(under_way: Tensors) -> list[tuple[list[int], int]]:
+    posts = under_way["posts"].tolist()
+    return [(message, posts[message[1]][0]) for message in under_way["messages"].tolist()]
+
+
+def test_a_peer_runs_in_rounds() -> None:
+    recipe = load_recipe("digits-demo", [*SMALL, "time={mode: asynchronous, step_s: 1}"])
+    with pytest.raises(RecipeError, match=r"time\.mode: peers run in rounds; give time.mode=rounds, or simulate"):
+        build(recipe, clients=[1])
+
+
 def test_what_mixing_moves_the_mean_by_is_told() -> None:
     even = kept(made("time={mode: asynchronous, step_s: 1}", "algorithm={name: dec_lora}").job)
     uneven = kept(made(f"time={{mode: asynchronous, {UNEVEN}}}", "algorithm={name: dec_lora}").job)
