@@ -43,9 +43,9 @@ def test_its_table_finds_what_was_put_in(
     waiting.table()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "8 of 160 runs"
-    own = next(line for line in lines if "| own |" in line)
-    assert "| straggler | dec_lora | own | 3 of 4 | 0.25 [0.25, 0.25] | 2.00 [2.00, 2.00] | 2.50 [2.50, 2.50] |" in own
-    assert "| -0.033 [" in own, "recalls of .5, .4 and .5 beside .5"
-    assert own.endswith("| 0.625 |")
-    rounds = next(line for line in lines if "| rounds |" in line)
-    assert "| 4 of 4 | 1.00 [1.00, 1.00] |" in rounds
+    told = next(line for line in lines if "| own |" in line)
+    assert "| straggler | dec_lora | own | 3 of 4 | 0.25 [0.25, 0.25] | 2.00 [2.00, 2.00] | 2.50 [2.50, 2.50] |" in told
+    assert "| -0.033 [" in told, "recalls of .5, .4 and .5 beside .5"
+    assert told.endswith("| 0.625 |")
+    there = next(line for line in lines if "| rounds |" in line)
+    assert "| 4 of 4 | 1.00 [1.00, 1.00] |" in there
