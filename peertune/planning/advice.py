@@ -76,6 +76,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     graph = {f"graph.{key}": chosen["graph"].settings.get(key) for key in ("activation", "weights")}
     blocks = {"model", "lora", "head", "clients", "modifiers", "training", "rounds", "faults"}
     own = flat(recipe.model_dump(mode="json", include=blocks))
+    names["time.mode"] = recipe.time.mode  # the rest of `time` changes nothing where all go by rounds
     return names | graph | {key: value for key, value in own.items() if key not in NO_SETTINGS}
 
 

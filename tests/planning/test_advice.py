@@ -49,6 +49,8 @@ def test_what_was_measured_lies_inside_whoever_holds_what(skew: str, method: str
         ),
         (["task={name: glue, config: stsb}"], ["task.name"], False),
         (["head=frozen"], ["head"], False),
+        (["time={step_s: 1}"], [], True),
+        (["time={step_s: 1, mode: asynchronous}"], ["time.mode"], False),
     ],
 )
 def test_what_no_cell_has_is_named_and_a_probe_is_made_where_it_is_further_numbers_alone(
