@@ -19,7 +19,7 @@ from peertune.rounds.round import Job
 from peertune.rounds.training import reset_moments, train_local
 from peertune.runs import checkpoints
 from peertune.topology import active_edges
-from peertune.types import State, Tensors, payload_bytes, select
+from peertune.types import Group, State, Tensors, payload_bytes, select
 
 SMALL = (
     "model.dtype=float64",
@@ -223,6 +223,15 @@ def test_a_peer_runs_in_rounds() -> None:
     recipe = load_recipe("digits-demo", [*SMALL, "time={mode: asynchronous, step_s: 1}"])
     with pytest.raises(RecipeError, match=r"time\.mode: peers run in rounds; give time.mode=rounds, or simulate"):
         build(recipe, clients=[1])
+
+
+def test_several_processes_are_refused() -> None:
+    class Two(Group):
+        size = 2
+
+    recipe = load_recipe("digits-demo", [*SMALL, "time={mode: asynchronous, step_s: 1}"])
+    with pytest.raises(RecipeError, match="asynchronous clients are simulated in one process; leave out --workers"):
+        build(recipe, clients=range(3), group=Two())
 
 
 def test_what_mixing_moves_the_mean_by_is_told() -> None:
