@@ -72,7 +72,8 @@ def _merged(own: RoundRecord, group: Group) -> RoundRecord:
     cross_terms = [part["neighbourhood_cross_term"] for part in parts]
     merged["neighbourhood_cross_term"] = None if cross_terms[0] is None else [x for part in cross_terms for x in part]
     seconds = {stage: max(part["seconds"][stage] for part in parts) for stage in own.seconds}
-    return replace(own, **merged, seconds=seconds, evaluation=evaluation)
+    time_s = None if own.time_s is None else max(part["time_s"] for part in parts)
+    return replace(own, **merged, seconds=seconds, evaluation=evaluation, time_s=time_s)
 
 
 def _exchange(

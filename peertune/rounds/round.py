@@ -177,11 +177,13 @@ def _end_of(job: Job, begun: Begun | Exception, came: Came | Exception, exchange
     if isinstance(begun, Exception):
         raise begun
     part, record = end(job, begun, came, partial(exchange, begun.clients))
+    earliest = 0
+    if job.clock is not None and clients_down(job.faults, begun.t):  # asked in all processes, whoever is down where
+        earliest = min(job.group.gather(min(part.memory[CLOCK].tolist(), default=2**62)))
     if begun.rows is None:
         return record
     job.state.put(begun.rows, part)
-    if CLOCK in part.memory:  # who was down joins in where the first of the others has ended the round
-        earliest = min(job.group.gather(min(part.memory[CLOCK].tolist(), default=2**62)))
+    if job.clock is not None:  # who was down joins in where the first of the others has ended the round
         job.state.remember({CLOCK: job.state.memory[CLOCK].clamp(min=earliest)})
     return replace(record, state=job.state.at(begun.t + 1))
 
@@ -270,9 +272,7 @@ def end(
         diagnostics=diagnostics,
         seconds=watch.seconds,
         evaluation=evaluation,
-        time_s=max(job.group.gather(max((span.ended_s for span in spans), default=0.0)))
-        if common and job.clock
-        else None,
+        time_s=max((span.ended_s for span in spans), default=0.0) if common and job.clock else None,
         spans=[*spans],
         state=state,
     )

@@ -62,6 +62,7 @@ RECIPES |= {
         *SMALL,
         "graph={name: ring, activation: 0.7, weights: rows, row_counts: [5, 1, 30, 2, 9]}",
         f"faults={FAULTS}",
+        "time={step_s: [1, 1, 2, 1, 5], latency_s: 0.5, bandwidth_bytes_s: 1000}",
         "training.reset_optimizer=phase",
         "algorithm.switch_every=2",
     ],
