@@ -49,9 +49,8 @@ import numpy as np
 import torch
 from scipy.stats import false_discovery_control, ttest_1samp
 
-from benchmarks.studies import STUDIES, Kept, Row, scored
+from benchmarks.studies import STUDIES, Kept, Row, scored, share, told
 from peertune.planning.evidence import MEASURES, PREDICTORS, PROBED, WITHIN, Law, Predictor, Vector, features
-from peertune.report.pairing import interval
 from peertune.rounds.metrics import relative_disagreement
 from peertune.rounds.record import RoundRecord
 from peertune.topology import GRAPHS, rho
@@ -136,16 +135,13 @@ def measured(record: RoundRecord) -> Row:
 
 def run(part: str) -> None:
     """Run what has not been run: the first five seeds of all cells, then the others; a cell's runs as one stack."""
-    number, parts = map(int, part.split("/"))
     torch.set_num_threads(1)
     kept = Kept("atlas")
-    for place, (seeds, cell) in enumerate(product(HALVES, cells())):
-        if place % parts == number - 1:
-            asked = {
-                named(cell, method, seed): settings(cell, method, seed)
-                for method, seed in product(methods(cell), seeds)
-            }
-            kept.all(asked, partial(scored, OF, watch=measured))
+    for seeds, cell in share(part, product(HALVES, cells())):
+        asked = {
+            named(cell, method, seed): settings(cell, method, seed) for method, seed in product(methods(cell), seeds)
+        }
+        kept.all(asked, partial(scored, OF, watch=measured))
 
 
 BySeed = dict[Cell, dict[int, float]]
@@ -271,7 +267,7 @@ def table() -> None:
         print(f"|---|---:|---:|---:|---:|---:|{'---|' * len(others)}")
         for cell, own in sorted(base.items()):
             columns = [
-                f"{told(each[cell])}{' *' if cell in sure[method] else ''}" if cell in each else "–"
+                f"{told(each[cell].values())}{' *' if cell in sure[method] else ''}" if cell in each else "–"
                 for method, each in found.items()
             ]
             first = f"{cell.skew} | {cell.p:g} | {cell.steps} | {cell.rate or 'best'} | {len(own)}"
@@ -284,12 +280,6 @@ def table() -> None:
             spread = pstdev(fmean(each.values()) for each in differences.values())
             errors = " | ".join(f"{error:.3f}" for error in best.errors.values())
             print(f"| {method} | {spread:.3f} | {errors} | {best.by} | {best.within:.3f} |")
-
-
-def told(by_seed: Mapping[int, float]) -> str:
-    """Return a mean difference with its 95 % interval."""
-    middle, low, high = interval(list(by_seed.values()))
-    return f"{middle:+.3f}" if low is None else f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def draw(file: str) -> None:

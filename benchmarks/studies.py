@@ -4,9 +4,10 @@ import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from benchmarks.setup import overrides
 from peertune import load_recipe
@@ -20,6 +21,7 @@ from peertune.rounds.round import Job
 KEPT = Path("benchmarks/results")
 MATTERS = 0.02  # an interval that is wider, with 0 in it, tells nothing
 
+T = TypeVar("T")
 Row = dict[str, Any]
 Asked = Mapping[str, Sequence[str]]
 """The name of a run → its settings."""
@@ -154,6 +156,20 @@ class Kept:
             with self.file.open("a") as kept_in:
                 kept_in.write(json.dumps(self.rows[name]) + "\n")
         return [self.rows[name] for name in asked]
+
+
+def share(part: str, items: Iterable[T]) -> Iterator[T]:
+    """Yield the items of a part `k/n`: every n-th, from the k-th on."""
+    number, parts = map(int, part.split("/"))
+    return islice(items, number - 1, None, parts)
+
+
+def told(values: Iterable[float], form: str = "+.3f") -> str:
+    """Return a mean with its 95 % interval."""
+    middle, low, high = interval([*values])
+    if middle is None:
+        return "–"
+    return f"{middle:{form}}" if low is None else f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
 Scores = Mapping[tuple[int, int], float]

@@ -37,11 +37,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.studies import Kept, Row
+from benchmarks.studies import Kept, Row, share, told
 from peertune import load_recipe
 from peertune.assembly.build import build
 from peertune.engines.simulator import simulate
-from peertune.report.pairing import interval
 
 SEEDS, FOLDS, ROUNDS, EVERY = range(10), 5, 60, 3
 _OTHERS = [0.25, 0.25, 0.25, 0.25, 0.0]
@@ -110,12 +109,10 @@ def scored(asked: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Row]]:
 
 def run(part: str) -> None:
     """Run what has not been run, a seed of all rows after the other."""
-    number, parts = map(int, part.split("/"))
     torch.set_num_threads(1)
     kept = Kept("waiting")
-    for place, (seed, speed, cell) in enumerate(product(SEEDS, SPEEDS, CELLS)):
-        if place % parts == number - 1:
-            kept.all({named(speed, cell, seed): settings(speed, cell, seed)}, scored)
+    for seed, speed, cell in share(part, product(SEEDS, SPEEDS, CELLS)):
+        kept.all({named(speed, cell, seed): settings(speed, cell, seed)}, scored)
 
 
 def reached(seen: Sequence[Sequence[float]], goal: float) -> Sequence[float] | None:
@@ -157,14 +154,6 @@ def table() -> None:
         columns = [told(found[key], "+.3f" if key == "recall" else ".2f") for key in ("time", "steps", "MB", "recall")]
         first = f"{speed} | {cell.method} | {cell.waits} | {seeds - missed} of {seeds}"
         print(f"| {first} | {' | '.join(columns)} | {fmean(found['score']):.3f} |")
-
-
-def told(values: Sequence[float], form: str) -> str:
-    """Return a mean with its 95 % interval."""
-    middle, low, high = interval(values)
-    if middle is None:
-        return "–"
-    return f"{middle:{form}}" if low is None else f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.studies import STUDIES, Kept, Row, Scores, by_seed, held_out, paired, scored
+from benchmarks.studies import STUDIES, Kept, Row, Scores, by_seed, held_out, paired, scored, share
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import DERIVED_FOR_SGD
 
@@ -89,7 +89,6 @@ def settings(study: str, cell: Cell, rate: float, seed: int, fold: int, choosing
 
 def run(study: str, part: str) -> None:
     """Run what has not been run: fold by fold, for each cell its rates, then its scores."""
-    number, parts = map(int, part.split("/"))
     torch.set_num_threads(1)
     of, runs = STUDIES[study], kept(study)
 
@@ -102,9 +101,7 @@ def run(study: str, part: str) -> None:
         }
         return runs.all(asked, partial(scored, of))
 
-    for fold, (place, cell) in product(of.scored, enumerate(cells(study))):
-        if place % parts != number - 1:
-            continue
+    for fold, cell in product(of.scored, share(part, cells(study))):
         rows = iter(all_of(cell, fold, True, of.rates, CHOOSING))
         rate = best(study, {rate: [next(rows) for _ in CHOOSING] for rate in of.rates})
         all_of(cell, fold, False, [rate], of.seeds)

@@ -126,6 +126,15 @@ class State:
         here = clients if isinstance(clients, slice) else clients.cpu()
         return replace(self._map(lambda x: x[clients]), rounds=self.rounds[here])
 
+    @classmethod
+    def of(cls, parts: Sequence["State"]) -> "State":
+        """Return the states of some clients and of others, one after the other, copied."""
+        adapters, moments, memory = (
+            {name: torch.cat([vars(part)[of][name] for part in parts]) for name in vars(parts[0])[of]}
+            for of in ("adapters", "moments", "memory")
+        )
+        return cls(adapters, moments, torch.cat([part.rounds for part in parts]), memory)
+
     def put(self, clients: Tensor, part: "State") -> None:
         """Write the part of these clients back."""
         for own, theirs in ((self.adapters, part.adapters), (self.moments, part.moments)):

@@ -147,7 +147,7 @@ class _Course:
         done = [self.done.pop(client) for client in clients]
         seconds, self.seconds = self.seconds, 0.0
         loss, norm = torch.tensor([(one.loss, one.grad_norm) for one in done], dtype=torch.float64).T
-        return Came(loss, norm, seconds), _end_to_end([one.state for one in done])
+        return Came(loss, norm, seconds), State.of([one.state for one in done])
 
     def _train(self, clients: list[int]) -> None:
         """Do the local steps of these clients in one pass, on copies of what they hold."""
@@ -254,7 +254,7 @@ class _Course:
             names = next(iter(posts.values())).tensors
             found |= {f"post/{name}": torch.cat([post.tensors[name] for post in posts.values()]) for name in names}
         if self.done:
-            done = _end_to_end([one.state for one in self.done.values()])
+            done = State.of([one.state for one in self.done.values()])
             measured = [(one.loss, one.grad_norm) for one in self.done.values()]
             found |= {"measured": torch.tensor(measured, dtype=torch.float64)}
             for part in ("adapters", "moments", "memory"):
@@ -324,15 +324,6 @@ def _matrix(
 
 def _sums(tensors: Tensors) -> Tensors:
     return {name: x.sum(0, dtype=torch.float64) for name, x in tensors.items()}
-
-
-def _end_to_end(states: Sequence[State]) -> State:
-    """Return the states of some clients as that of all of them."""
-    adapters, moments, memory = (
-        {name: torch.cat([getattr(one, part)[name] for one in states]) for name in getattr(states[0], part)}
-        for part in ("adapters", "moments", "memory")
-    )
-    return State(adapters, moments, torch.cat([one.rounds for one in states]), memory)
 
 
 def _together(t: int, since: _Since, seconds: Mapping[str, float]) -> RoundRecord:

@@ -169,11 +169,7 @@ def _train_one(turn: Turn, rows: list[int]) -> _Part:
 def _train_several(chunk: Sequence[tuple[Turn, list[int]]]) -> list[_Part]:
     """Train some rows of several runs together. Where it fails, all states are as they were."""
     turns = [turn for turn, _ in chunk]
-    taken = [turn.state.take(torch.tensor(rows, device=_device(turn))) for turn, rows in chunk]
-    adapters, moments, memories = (
-        _end_to_end([vars(part)[of] for part in taken]) for of in ("adapters", "moments", "memory")
-    )
-    together = State(adapters, moments, torch.cat([part.rounds for part in taken]), memories)
+    together = State.of([turn.state.take(torch.tensor(rows, device=_device(turn))) for turn, rows in chunk])
     each = [_at(turn, rows) for turn, rows in chunk]
     at = At(*(torch.cat([one[field] for one in each]) for field in range(3)))  # type: ignore[misc]  # none is `heard`
     drawn = []
@@ -182,7 +178,8 @@ def _train_several(chunk: Sequence[tuple[Turn, list[int]]]) -> list[_Part]:
         drawn.append((turn.steps, one.clients.tolist(), one.round.tolist()))
     sizes = [len(rows) for _, rows in chunk]
     optim = replace(turns[0].optim, rates=_rates([turn.optim for turn in turns], sizes, _device(turns[0])))
-    frozen = _end_to_end([_frozen(turn, len(rows)) for turn, rows in chunk])
+    kept = [_frozen(turn, len(rows)) for turn, rows in chunk]
+    frozen = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
     came, memory = _train_part(turns[0], chunk[0][1][0], together, steps_together(drawn), at, optim, frozen)
     parts: list[_Part] = []
     start = 0
@@ -215,10 +212,6 @@ def _device(turn: Turn) -> torch.device:
 def _frozen(turn: Turn, clients: int) -> Tensors:
     """Return what of the base is this run's own, for each of so many clients."""
     return {name: x.expand(clients, *x.shape[1:]) for name, x in turn.model.frozen.items()}
-
-
-def _end_to_end(tensors: Sequence[Tensors]) -> Tensors:
-    return {name: torch.cat([one[name] for one in tensors]) for name in tensors[0]}
 
 
 def _rates(optims: Sequence[Optim], sizes: Sequence[int], device: torch.device) -> Callable[[int], Rates]:
