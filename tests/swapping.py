@@ -1,5 +1,6 @@
 """Real servers over real TLS that swap small payloads, and calls of members that write their own requests."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -46,6 +47,13 @@ def peers(
             swapper.start(made.address(client))
             swappers[client] = swapper
         yield swappers
+
+
+def acquaint(swapper: Swapper, client: int) -> float:
+    """Have a peer connect to another, so that no handshake takes of its patience later; return how long that took."""
+    began = time.monotonic()
+    swapper.ask_rounds([client], LONG_S)
+    return time.monotonic() - began
 
 
 def all_swap(swappers: dict[int, Swapper], round: int = 0, size: int = 50) -> dict[int, dict[int, Tensors]]:

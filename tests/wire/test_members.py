@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from federation import Federation, found
-from swapping import AGREED, LONG_S, call, hello, offering, outcomes, payload, peers, same
+from swapping import AGREED, LONG_S, acquaint, call, hello, offering, outcomes, payload, peers, same
 
 from peertune.identity.incarnation import Incarnation
 from peertune.identity.membership import Membership
@@ -104,20 +104,25 @@ def test_a_lie_of_a_peer_that_is_called_costs_its_edge_and_nothing_else(three: F
 
 
 def test_a_called_peer_cannot_put_off_the_end_of_a_round_for_ever(three: Federation) -> None:
-    over = threading.Event()
+    over, waiting = threading.Event(), threading.Event()
 
     def waits() -> Iterator[Chunk]:
         yield hello(0)
-        while not over.wait(0.05):
-            yield Chunk(wait=Wait(round=0, left_ms=2**31))
+        if not waiting.is_set():
+            yield Chunk(verdict=Verdict(outcome=Verdict.PASSED))
+        while waiting.is_set() and not over.wait(0.05):
+            yield Chunk(wait=Wait(round=0, step=1, left_ms=2**31))
 
-    with answered(three, 2, waits) as came, peers(three, [0], patience_s=1.0) as swappers, ThreadPoolExecutor() as pool:
+    with answered(three, 2, waits), peers(three, [0]) as swappers, ThreadPoolExecutor() as pool:
+        patience_s = 1.0 + 10 * acquaint(swappers[0], 2)
+        swappers[0].meetings.patience_s = patience_s
+        waiting.set()
         begin = time.monotonic()
         going = pool.submit(swappers[0].swap, 0, payload(0), [2])
         try:
             assert going.result(LONG_S) == {}, "it waits for twice the patience"
-            assert time.monotonic() - begin >= 2.0
-            assert came, "it was called"
+            assert swappers[0].neighbours[2].step == 1, "it was called, and told to wait"
+            assert time.monotonic() - begin >= 2 * patience_s
         finally:
             over.set()
             swappers[0].stop_waiting()
