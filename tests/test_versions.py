@@ -175,14 +175,8 @@ def test_what_is_of_a_later_format_is_refused_in_one_line_by_its_number(
     meta.write_text(whole)
     facts = run / "facts.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"format": format}))
-    for words in (
-        ["run", "--resume", run],
-        ["peer", "doctor", "--resume", run],
-        export,
-        ["compare", run],
-        ["report", run],
-        ["diagnose", run],
-    ):
+    every = [["run", "--resume", run], ["peer", "doctor", "--resume", run], export, ["compare", run], ["report", run]]
+    for words in [*every, ["diagnose", run]] if format == FORMAT + 1 else [["compare", run]]:
         assert peertune(*words) == (2, "", f"peertune: {run}: {said}")
     assert not (run / "report.html").exists()
     assert not Path("adapter").exists()

@@ -96,7 +96,7 @@ def random_graph(number: int) -> Graph:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("number", range(50))
+@pytest.mark.parametrize("number", range(15))  # three of each kind
 def test_all_clients_switch_in_the_same_round_on_a_random_graph(number: int) -> None:
     graph = random_graph(number)
     for seen in rounds(weights(graph), graph.clients, 4 * WINDOW, seed=number):
@@ -132,7 +132,7 @@ def test_a_graph_whose_density_changes_half_way_changes_the_interval_for_all_at_
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("joins", [7, 40, 59, 75, 100])
+@pytest.mark.parametrize("joins", [7, 40, 59])
 def test_clients_that_join_late_switch_with_the_others_from_their_first_exchange_on(joins: int) -> None:
     graph = GRAPHS["complete"](clients=10, seed=joins, activation=0.3)
     late = [8, 9]
@@ -177,7 +177,7 @@ def test_a_client_that_was_cut_off_is_back_in_phase_after_the_exchange_that_reac
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("activation", [0.05, 0.1, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("activation", [0.05, 0.2, 1.0])
 def test_the_interval_comes_near_to_that_of_the_graphs_rho(activation: float) -> None:
     graph = GRAPHS["complete"](clients=10, seed=5, activation=activation)
     window = 120

@@ -1,13 +1,12 @@
 """What every method promises with every modifier, and with pairs of them, over rounds as an engine makes them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import cycle, permutations, product
-from random import Random
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from playing import begun, played, played_alone, played_and_sent
 from torch import Tensor
 
@@ -55,27 +54,9 @@ ROWS = [row for row in [*product(PLAIN, ALONE), *zip(cycle(PLAIN), PAIRS)] if fi
 METHODS = {" + ".join((name, *names)): changed(PLAIN[name], names) for name, names in ROWS}
 METHODS["rolora, pushed"] = pushed(PLAIN["rolora"], CLIENTS)
 FEW = {*PLAIN, *(f"tad_lora + {name}" for name in MODIFIERS)}  # of which each part is in the quick tests
-PARAMETERS = {
-    name: pytest.param(method, id=name, marks=[] if name in FEW else [pytest.mark.thorough])
-    for name, method in METHODS.items()
-}
-every_method = pytest.mark.parametrize("method", PARAMETERS.values())
-every_linear_method = pytest.mark.parametrize(
-    "method", [each for name, each in PARAMETERS.items() if name.partition(" + ")[0] in LINEAR]
-)
-some = settings(max_examples=3, deadline=None, derandomize=True)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A round of some clients on some graph."""
-
-    adapters: Tensors
-    weights: Tensor  # [n, n], symmetric, doubly stochastic
-    round: int
-
-
-def metropolis(n: int, edges: list[tuple[int, int]]) -> Tensor:
+def metropolis(n: int, edges: Sequence[tuple[int, int]]) -> Tensor:
     """Metropolis-Hastings weights of a graph, the slow and obvious way."""
     linked = torch.zeros(n, n, dtype=torch.float64)
     for i, j in edges:
@@ -85,34 +66,71 @@ def metropolis(n: int, edges: list[tuple[int, int]]) -> Tensor:
     return weights + torch.diag(1 - weights.sum(1))
 
 
-@st.composite
-def cases(draw: st.DrawFn) -> Case:
-    n, r = draw(st.integers(1, 5)), draw(st.integers(1, 3))
-    pairs = [(i, j) for i in range(n) for j in range(i)]
-    edges = [pair for pair in pairs if draw(st.booleans())]
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    shapes = {
-        "layers.0.query.A": (n, r, 5),
-        "layers.0.query.B": (n, 4, r),
-        "layers.1.value.A": (n, r, 3),
-        "layers.1.value.B": (n, 9, r),
-        "classifier.weight.head": (n, 2, 4),
-        "classifier.bias.head": (n, 2),
-    }
-    adapters = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
-    return Case(adapters, metropolis(n, edges), draw(st.integers(0, 5)))
+class Case:
+    """A round of some clients on some graph."""
+
+    def __init__(self, n: int, r: int, edges: Sequence[tuple[int, int]], round: int) -> None:
+        draw = torch.Generator().manual_seed(10 * n + r)
+        shapes = {
+            "layers.0.query.A": (n, r, 5),
+            "layers.0.query.B": (n, 4, r),
+            "layers.1.value.A": (n, r, 3),
+            "layers.1.value.B": (n, 9, r),
+            "classifier.weight.head": (n, 2, 4),
+            "classifier.bias.head": (n, 2),
+        }
+        self.adapters = {name: torch.randn(x, generator=draw, dtype=torch.float64) for name, x in shapes.items()}
+        self.weights = metropolis(n, edges)  # [n, n], symmetric, doubly stochastic
+        self.round = round
 
 
-def start(method: Algorithm, case: Case) -> State:
+CASES = {
+    "some hear some": Case(5, 2, [(0, 1), (0, 2), (1, 2), (2, 3)], round=3),  # and the last hears nobody
+    "most hear most": Case(4, 3, [(0, 1), (0, 2), (0, 3), (1, 2), (2, 3)], round=4),
+    "one": Case(1, 1, [], round=0),
+}
+"""The first is for every method, the others are for a few."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """A method in a round; what it begins with and comes to is computed once, and no test may change it."""
+
+    method: Algorithm
+    case: Case
+
+    @cached_property
+    def before(self) -> State:
+        return start(self.method, self.case, self.case.adapters)
+
+    @cached_property
+    def after(self) -> State:
+        """What a round without local steps leaves."""
+        return played(self.method, self.before, self.case.weights)
+
+
+def start(method: Algorithm, case: Case, adapters: Tensors) -> State:
     """Return the state before the case's round, with the memory of rounds in which all heard all."""
-    state = begun(method, case.adapters)
+    state = begun(method, adapters)
     for _ in range(case.round if state.memory else 0):
         state = played(method, state, torch.full((len(case.weights),) * 2, 1 / len(case.weights), dtype=torch.float64))
-    return replace(state, adapters={name: x.clone() for name, x in case.adapters.items()}).at(case.round)
+    return replace(state, adapters={name: x.clone() for name, x in adapters.items()}).at(case.round)
 
 
-def sent(method: Algorithm, case: Case) -> frozenset[str]:
-    return method.phase(case.round).send
+quick = {True: (), False: (pytest.mark.thorough,)}
+TRIALS = {
+    f"{name}, {which}": pytest.param(Trial(method, case), id=f"{name}, {which}", marks=quick[name in FEW])
+    for name, method in METHODS.items()
+    for which, case in CASES.items()
+    if name in FEW or case is CASES["some hear some"]
+}
+every_method = pytest.mark.parametrize(
+    "method", [pytest.param(method, id=name, marks=quick[name in FEW]) for name, method in METHODS.items()]
+)
+every_trial = pytest.mark.parametrize("trial", TRIALS.values())
+every_linear_trial = pytest.mark.parametrize(
+    "trial", [each for name, each in TRIALS.items() if name.partition(", ")[0].partition(" + ")[0] in LINEAR]
+)
 
 
 def parts(state: State) -> Tensors:
@@ -126,39 +144,28 @@ def assert_close(left: Tensors, right: Tensors, tolerance: float = 1e-9) -> None
         torch.testing.assert_close(left[name], right[name], rtol=tolerance, atol=tolerance)
 
 
-@every_method
-@some
-@given(cases())
-def test_a_receiver_with_its_closed_neighbourhood_gets_what_the_full_matrix_gives_it(
-    method: Algorithm, case: Case
-) -> None:
-    before = start(method, case)
-    together, sent = played_and_sent(method, before, case.weights, steps=2)
-    for client in range(len(case.weights)):
-        alone = played_alone(method, before, case.weights, client, sent, steps=2)
+@every_trial
+def test_a_receiver_with_its_closed_neighbourhood_gets_what_the_full_matrix_gives_it(trial: Trial) -> None:
+    weights = trial.case.weights
+    together, sent = played_and_sent(trial.method, trial.before, weights, steps=2)
+    for client in range(len(weights)):
+        alone = played_alone(trial.method, trial.before, weights, client, sent, steps=2)
         assert_close(parts(alone), take(parts(together), slice(client, client + 1)))
 
 
-@every_method
-@some
-@given(cases(), st.randoms(use_true_random=False))
-def test_relabelling_the_clients_commutes_with_a_round(method: Algorithm, case: Case, random: Random) -> None:
-    order = list(range(len(case.weights)))
-    random.shuffle(order)
-    new = torch.tensor(order)
-    before = start(method, case)
-    after = played(method, before, case.weights)
-    relabelled = played(method, before.take(new), case.weights[new][:, new])
-    assert_close(relabelled.adapters, take(after.adapters, new))
+@every_trial
+def test_relabelling_the_clients_commutes_with_a_round(trial: Trial) -> None:
+    weights = trial.case.weights
+    new = torch.randperm(len(weights), generator=torch.Generator().manual_seed(1))
+    relabelled = played(trial.method, trial.before.take(new), weights[new][:, new])
+    assert_close(relabelled.adapters, take(trial.after.adapters, new))
 
 
-@every_method
-@some
-@given(cases())
-def test_a_client_that_hears_nobody_keeps_its_adapters_bit_for_bit_and_remembers(method: Algorithm, case: Case) -> None:
-    before = start(method, case)
-    after = played(method, before, torch.eye(len(case.weights), dtype=torch.float64))
-    for name, x in case.adapters.items():
+@every_trial
+def test_a_client_that_hears_nobody_keeps_its_adapters_bit_for_bit_and_remembers(trial: Trial) -> None:
+    before = trial.before
+    after = played(trial.method, before, torch.eye(len(trial.case.weights), dtype=torch.float64))
+    for name, x in trial.case.adapters.items():
         assert torch.equal(after.adapters[name], x)
     assert after.memory.keys() == before.memory.keys()
     for name, x in after.memory.items():
@@ -166,70 +173,58 @@ def test_a_client_that_hears_nobody_keeps_its_adapters_bit_for_bit_and_remembers
         assert not x.is_floating_point() or x.isfinite().all()
 
 
-@every_method
-@some
-@given(cases())
-def test_kinds_that_are_not_sent_stay_bit_for_bit(method: Algorithm, case: Case) -> None:
-    after = played(method, start(method, case), case.weights).adapters
-    assert list(after) == list(case.adapters)
-    for name, x in case.adapters.items():
-        if kind(name) not in sent(method, case):
+@every_trial
+def test_kinds_that_are_not_sent_stay_bit_for_bit(trial: Trial) -> None:
+    sent = trial.method.phase(trial.case.round).send
+    after = trial.after.adapters
+    assert list(after) == list(trial.case.adapters)
+    for name, x in trial.case.adapters.items():
+        if kind(name) not in sent:
             assert torch.equal(after[name], x)
 
 
-@every_method
-@some
-@given(cases())
-def test_dense_and_sparse_weights_agree(method: Algorithm, case: Case) -> None:
-    everywhere = torch.ones_like(case.weights).nonzero().T
+@every_trial
+def test_dense_and_sparse_weights_agree(trial: Trial) -> None:
+    weights = trial.case.weights
+    everywhere = torch.ones_like(weights).nonzero().T
     stored_zeros = torch.sparse_coo_tensor(
-        everywhere, case.weights.flatten(), case.weights.shape, check_invariants=True, is_coalesced=True
+        everywhere, weights.flatten(), weights.shape, check_invariants=True, is_coalesced=True
     )
-    before = start(method, case)
-    dense = parts(played(method, before, case.weights))
-    for sparse in (case.weights.to_sparse(), case.weights.to_sparse_csr(), stored_zeros):
-        assert_close(parts(played(method, before, sparse)), dense)
+    for sparse in (weights.to_sparse(), weights.to_sparse_csr(), stored_zeros):
+        assert_close(parts(played(trial.method, trial.before, sparse)), parts(trial.after))
 
 
-@every_linear_method
-@some
-@given(cases())
-def test_plain_averages_keep_the_mean_over_clients(method: Algorithm, case: Case) -> None:
-    after = played(method, start(method, case), case.weights).adapters
-    for key, x in case.adapters.items():
-        torch.testing.assert_close(after[key].mean(0), x.mean(0), rtol=1e-12, atol=1e-12)
+@every_linear_trial
+def test_plain_averages_keep_the_mean_over_clients(trial: Trial) -> None:
+    for key, x in trial.case.adapters.items():
+        torch.testing.assert_close(trial.after.adapters[key].mean(0), x.mean(0), rtol=1e-12, atol=1e-12)
 
 
-@every_method
-@some
-@given(cases())
-def test_a_round_changes_nothing_that_it_is_given(method: Algorithm, case: Case) -> None:
-    before, weights = start(method, case), case.weights.clone()
+@every_trial
+def test_a_round_changes_nothing_that_it_is_given(trial: Trial) -> None:
+    before, weights = start(trial.method, trial.case, trial.case.adapters), trial.case.weights.clone()
     held = before.clone()
-    played(method, before, case.weights)
+    played(trial.method, before, weights)
     assert_close(parts(before), parts(held), 0)
-    assert torch.equal(case.weights, weights)
+    assert torch.equal(trial.case.weights, weights)
 
 
-@every_method
-@some
-@given(cases())
-def test_float32_adapters_stay_float32_under_float64_weights(method: Algorithm, case: Case) -> None:
-    single = replace(case, adapters={name: x.float() for name, x in case.adapters.items()})
-    after = played(method, start(method, single), case.weights).adapters
+@every_trial
+def test_float32_adapters_stay_float32_under_float64_weights(trial: Trial) -> None:
+    single = start(trial.method, trial.case, {name: x.float() for name, x in trial.case.adapters.items()})
+    after = played(trial.method, single, trial.case.weights).adapters
     assert {x.dtype for x in after.values()} == {torch.float32}
-    assert all(after[name].shape == x.shape for name, x in case.adapters.items())
+    assert all(after[name].shape == x.shape for name, x in trial.case.adapters.items())
 
 
-@every_method
-@some
-@given(cases())
-def test_stop_and_resume_is_no_stop(method: Algorithm, case: Case) -> None:
-    state = whole = start(method, case)
-    for _ in range(3):
-        whole = played(method, whole, case.weights, steps=2)
+@every_trial
+def test_stop_and_resume_is_no_stop(trial: Trial) -> None:
+    state = whole = trial.before
+    for _ in range(2):
+        whole = played(trial.method, whole, trial.case.weights, steps=2)
         stored = [{name: x.clone() for name, x in of.items()} for of in (state.adapters, state.moments, state.memory)]
-        state = played(method, State(stored[0], stored[1], state.rounds.clone(), stored[2]), case.weights, steps=2)
+        resumed = State(stored[0], stored[1], state.rounds.clone(), stored[2])
+        state = played(trial.method, resumed, trial.case.weights, steps=2)
     assert_close(parts(state), parts(whole), 0)
 
 

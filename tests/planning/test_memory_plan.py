@@ -95,8 +95,10 @@ def test_the_meta_device_runs_as_the_one_that_it_stands_for() -> None:
     assert taken["cuda"] < scores / 2 < 2 * scores <= taken["cpu"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("base", ["llama", "gpt2", "digits-vit"])
+@pytest.mark.parametrize(
+    ("base", "checkpointing"),
+    [("llama", False), ("llama", True), ("gpt2", False), ("gpt2", True), ("digits-vit", False)],
+)
 def test_a_plan_takes_what_the_steps_take(folder: Path, base: str, checkpointing: bool) -> None:
     if base == "digits-vit":
         recipe = load_recipe("digits-demo", ["clients=3", "partition={name: iid}", "device=cpu"])
@@ -134,15 +136,18 @@ def test_what_a_method_remembers_is_counted_for_all_clients(monkeypatch: pytest.
     assert remembered - plain == 2 * 3 * 4 * 1000, "of the start, and of the state that goes on from it"
 
 
-def test_checkpointing_and_smaller_passes_take_less(folder: Path) -> None:
-    whole = plan(recipe_of(folder))
-    assert plan(recipe_of(folder, gradient_checkpointing=True)).activations < 0.8 * whole.activations
-    assert plan(recipe_of(folder, tokens_per_pass=64)).activations < 0.6 * whole.activations
-    assert plan(recipe_of(folder, clients_per_pass=1)).gradients == whole.gradients // 3
+def test_checkpointing_and_smaller_passes_take_less(little: Recipe) -> None:
+    def planned(key: str, value: Any) -> Plan:
+        return plan(plans._with(little, f"training.{key}", value))
+
+    whole = plan(little)
+    assert planned("gradient_checkpointing", True).activations < 0.8 * whole.activations
+    assert planned("tokens_per_pass", 64).activations < 0.6 * whole.activations
+    assert planned("clients_per_pass", 1).gradients == whole.gradients // 3
 
 
-def test_generation_fills_a_cache(folder: Path) -> None:
-    recipe = recipe_of(folder)
+def test_generation_fills_a_cache(little: Recipe) -> None:
+    recipe = little
     task = recipe.task.model_copy(update={"metric": "exact_match"})
     recipe = plans._with(recipe, "evaluate.max_new_tokens", 8)
     width = 96  # all positions of the base
@@ -150,10 +155,10 @@ def test_generation_fills_a_cache(folder: Path) -> None:
     assert plan(recipe.model_copy(update={"task": task})).evaluation > cache > 0
 
 
-def test_a_gpu_that_is_not_here_can_be_planned_for(folder: Path) -> None:
+def test_a_gpu_that_is_not_here_can_be_planned_for(little: Recipe) -> None:
     if torch.cuda.is_available():
         pytest.skip("it is here")
-    recipe = plans._with(plans._with(recipe_of(folder), "device", "cuda"), "model.dtype", "auto")
+    recipe = plans._with(plans._with(little, "device", "cuda"), "model.dtype", "auto")
     planned = plan(recipe)
     assert (planned.device, planned.dtype, planned.process, planned.holes) == ("cuda", "bfloat16", 0, 0)
     assert planned.available is None
