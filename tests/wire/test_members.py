@@ -137,16 +137,18 @@ def test_a_revoked_peer_with_an_old_roster_learns_that_all_refuse_it_and_who_is_
     old.write_bytes(made.roster.read_bytes())
     made.parties.revoke("peer-3")
     made.issue()
-    with peers(made, [0, 1]) as there, peers(made, [3], {3: old}, patience_s=1.0) as revoked:
-        assert there[0].refusals([1]) == {}, "who is starting refuses nobody"
+    with peers(made, [0, 1]) as there, peers(made, [3], {3: old}) as revoked:
+        assert there[0].refusals([1], LONG_S) == {}, "who is starting refuses nobody"
         for swapper in there.values():
             swapper.enter(0)
         why = "ends the handshake with this peer: revoked, or one roster is old"
-        assert revoked[3].refusals([0, 1]) == {"peer-0": why, "peer-1": why}
-        assert revoked[3].refusals([0, 1, 2]) == {"peer-0": why, "peer-1": why}, "most, and nobody else answers"
-        assert revoked[3].refusals([0, 2]) == {}, "one of two can't tell"
-        assert there[0].refusals([2]) == there[0].refusals([3]) == {}, "nobody is there, nobody has the seat"
-        assert there[0].refusals([1, 2]) == {}
+        assert revoked[3].refusals([0, 1], LONG_S) == {"peer-0": why, "peer-1": why}
+        assert revoked[3].refusals([0, 1, 2], LONG_S) == {"peer-0": why, "peer-1": why}, "most, and nobody else answers"
+        assert revoked[3].refusals([0, 2], LONG_S) == {}, "one of two can't tell"
+        assert there[0].refusals([2], LONG_S) == there[0].refusals([3], LONG_S) == {}, (
+            "nobody is there, nobody has the seat"
+        )
+        assert there[0].refusals([1, 2], LONG_S) == {}
     made.parties.join("peer-4", f"127.0.0.1:{made.ports[3]}")
     made.issue()
     with socket.create_server(("127.0.0.1", made.ports[3])) as forwards, peers(made, [0]) as one:
@@ -156,7 +158,7 @@ def test_a_revoked_peer_with_an_old_roster_learns_that_all_refuse_it_and_who_is_
                 forwards.accept()[0].close()
 
         threading.Thread(target=forward, daemon=True).start()
-        assert one[0].refusals([4]) == {}, "a port that is forwarded to nobody"
+        assert one[0].refusals([4], LONG_S) == {}, "a port that is forwarded to nobody"
         assert "refused" not in one[0].neighbours[4].problem, "it is there, and hangs up"
 
 
@@ -164,7 +166,7 @@ def test_peers_that_differ_refuse_each_other(three: Federation) -> None:
     with peers(three, [0]) as one, peers(three, [1], agreed=AGREED | {"seed": "7"}) as other:
         for swapper in (one | other).values():
             swapper.enter(0)
-        assert one[0].refusals([1]) == {"peer-1": "seed differs: 0 at peer-0, 7 at peer-1"}
+        assert one[0].refusals([1], LONG_S) == {"peer-1": "seed differs: 0 at peer-0, 7 at peer-1"}
 
 
 # ---- two processes with one identity
@@ -175,7 +177,7 @@ FIRST, COPY, LATER = Incarnation(1000, 1), Incarnation(1000, 2), Incarnation(100
 
 def met(made: Federation, here: Swapper, incarnation: Incarnation | None, round: int, content: int) -> Neighbour | str:
     """Have peer 1, of this start, swap `content` with peer 0 and stop; return what it knows then, or its problem."""
-    with peers(made, [1], incarnation=incarnation, patience_s=4.0) as there, ThreadPoolExecutor() as pool:
+    with peers(made, [1], incarnation=incarnation) as there, ThreadPoolExecutor() as pool:
         going = pool.submit(here.swap, round, payload(0, round), [1])
         came = there[1].swap(round, payload(1, content), [0])
         assert going.result(LONG_S).keys() == ({1} if came else set())
@@ -201,7 +203,7 @@ def test_a_peer_that_is_started_again_makes_a_round_anew_with_other_contents(
 def test_a_copy_of_a_peer_is_refused_told_once_and_counted(
     three: Federation, caplog: pytest.LogCaptureFixture, before: Incarnation, after: Incarnation
 ) -> None:
-    with peers(three, [0], patience_s=4.0) as swappers:
+    with peers(three, [0]) as swappers:
         assert isinstance(met(three, swappers[0], before, 0, content=0), Neighbour)
         for t in (1, 2):
             problem = met(three, swappers[0], after, t, content=t)
@@ -213,7 +215,7 @@ def test_a_copy_of_a_peer_is_refused_told_once_and_counted(
         assert isinstance(met(three, swappers[0], before, 3, content=3), Neighbour), "who came first goes on"
         said = [record.getMessage() for record in caplog.records]
         assert len([line for line in said if line.startswith("peer-1: two processes with its key")]) == 1
-    with peers(three, [0], patience_s=4.0, known={1: replace(known)}) as again:
+    with peers(three, [0], known={1: replace(known)}) as again:
         problem = met(three, again[0], after, 0, content=0)
         assert isinstance(problem, str), "what was known outlives a restart"
 
@@ -221,7 +223,7 @@ def test_a_copy_of_a_peer_is_refused_told_once_and_counted(
 def test_what_a_thief_said_of_its_start_does_not_keep_out_a_member_with_a_new_key(tmp_path: Path) -> None:
     made = found(tmp_path, 3)
     highest = Incarnation(2**62, 1)
-    with peers(made, [0], patience_s=4.0) as swappers:
+    with peers(made, [0]) as swappers:
         assert isinstance(met(made, swappers[0], highest, 0, content=0), Neighbour)
         assert isinstance(met(made, swappers[0], FIRST, 1, content=1), str), "of one key a lower number proves a copy"
         for renews in (True, False):
@@ -253,10 +255,10 @@ def test_one_start_that_sends_two_contents_for_a_round_is_a_copy_in_memory(three
 def test_who_only_tries_whether_it_gets_through_says_nothing_of_its_start(three: Federation) -> None:
     with peers(three, [0]) as swappers, peers(three, [1], incarnation=LATER) as there:
         swappers[0].enter(0)
-        there[1].probe(0)
-        assert swappers[0].ask_rounds([1]) == {}
+        there[1].probe(0, LONG_S)
+        assert swappers[0].ask_rounds([1], LONG_S) == {}
         there[1].enter(0)
-        assert swappers[0].ask_rounds([1]) == {1: 0}
+        assert swappers[0].ask_rounds([1], LONG_S) == {1: 0}
         assert swappers[0].neighbours[1].incarnation == 1001
         greeted = call(three, 2, 1, iter([hello(0, Hello.ECHO)]))[0].hello
         assert (greeted.incarnation, greeted.nonce) == (0, 0)

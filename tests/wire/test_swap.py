@@ -16,7 +16,20 @@ import pytest
 import torch
 from federation import Federation, found, free_ports
 from processes import wait_until
-from swapping import AGREED, LONG_S, all_swap, assert_all_heard, call, hello, offering, outcomes, payload, peers, same
+from swapping import (
+    AGREED,
+    LONG_S,
+    acquaint,
+    all_swap,
+    assert_all_heard,
+    call,
+    hello,
+    offering,
+    outcomes,
+    payload,
+    peers,
+    same,
+)
 
 from peertune.files import write_file
 from peertune.identity.membership import Membership
@@ -155,10 +168,10 @@ def test_a_neighbour_that_is_not_there_costs_the_patience_once(three: Federation
 
 
 def test_a_peer_is_in_touch_with_whom_it_has_reached_until_an_edge_is_lost(three: Federation) -> None:
-    with peers(three, range(2), patience_s=2.0) as swappers:
+    with peers(three, range(2), patience_s=0.5) as swappers:
         swappers[1].enter(0)
         assert not swappers[0].in_touch([1, 2])
-        assert swappers[0].ask_rounds([1, 2]) == {1: 0}
+        assert swappers[0].ask_rounds([1, 2], LONG_S) == {1: 0}
         assert (swappers[0].in_touch([1, 2]), swappers[0].in_touch([2])) == (True, False)
         assert swappers[0].swap(0, payload(0), [1]) == {}  # the other never comes to swap
         assert not swappers[0].in_touch([1, 2])
@@ -167,15 +180,16 @@ def test_a_peer_is_in_touch_with_whom_it_has_reached_until_an_edge_is_lost(three
 def test_a_neighbour_that_was_given_up_and_is_heard_again_is_waited_for_as_before(
     three: Federation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peertune.wire.meeting.PROBE_S", 0.3)
-    with peers(three, range(2), patience_s=1.0) as swappers, ThreadPoolExecutor() as pool:
+    with peers(three, range(2), patience_s=0.3) as swappers, ThreadPoolExecutor() as pool:
+        probe_s = 0.5 + 10 * acquaint(swappers[0], 1)
+        monkeypatch.setattr("peertune.wire.meeting.PROBE_S", probe_s)
         assert swappers[0].swap(0, payload(0), [1]) == {}
         assert swappers[0].neighbours[1].given_up
-        swappers[0].meetings.patience_s = 60.0
+        swappers[0].meetings.patience_s = LONG_S
         swappers[1].enter(1)  # trains, for longer than is waited for whom nobody hears
         began = time.monotonic()
         going = pool.submit(swappers[0].swap, 1, payload(0, 1), [1])
-        wait_until(lambda: time.monotonic() > began + 1.0)
+        wait_until(lambda: time.monotonic() > began + probe_s + 0.5)
         assert not going.done()
         assert same(swappers[1].swap(1, payload(1, 1), [0])[0], payload(0, 1))
         assert same(going.result(LONG_S)[1], payload(1, 1))
@@ -203,16 +217,20 @@ def test_a_round_can_be_made_again_with_those_that_counted_it(three: Federation)
 
 
 def test_a_round_that_the_other_end_gave_up_is_passed_at_both(three: Federation) -> None:
-    with peers(three, range(2), patience_s=4.0) as swappers:
+    with peers(three, range(2)) as swappers:
+        swappers[0].meetings.patience_s = 0.5
         assert swappers[0].swap(3, payload(0, 3), [1]) == {}
         swappers[0].enter(7)
         assert swappers[1].swap(3, payload(1, 3), [0]) == {}
         assert swappers[1].passed_by(3)
-        assert swappers[1].ask_rounds([0]) == {0: 7}
+        assert swappers[1].ask_rounds([0], LONG_S) == {0: 7}
 
 
 def test_a_neighbour_that_waits_for_a_dead_one_is_not_given_up(three: Federation) -> None:
-    with peers(three, range(2), patience_s=4.0) as swappers, ThreadPoolExecutor() as pool:
+    with peers(three, range(2)) as swappers, ThreadPoolExecutor() as pool:
+        patience_s = 3.0 + 10 * acquaint(swappers[0], 1)
+        for swapper in swappers.values():
+            swapper.meetings.patience_s = patience_s
         ahead = pool.submit(swappers[0].swap, 1, payload(0, 1), [1])
         assert swappers[1].swap(0, payload(1), [2]) == {}  # takes all its patience, and so would take the other's
         assert same(swappers[1].swap(1, payload(1, 1), [0])[0], payload(0, 1))
@@ -465,8 +483,10 @@ def test_a_newer_roster_spreads_from_one_peer_and_shuts_the_revoked_out(
     rosters = {client: made.peer(client) / "roster.yaml" for client in (1, 2)}  # each has a file of its own
     for file in rosters.values():
         file.write_bytes(made.roster.read_bytes())
-    with peers(made, range(3), rosters, patience_s=6.0) as swappers:
+    with peers(made, range(3), rosters) as swappers:
         assert_all_heard(swappers, all_swap(swappers), 0)
+        for swapper in swappers.values():
+            swapper.meetings.patience_s = 6.0
         made.parties.revoke("peer-2")
         made.issue()  # peer 0 alone has it
         heard = all_swap(swappers, 1)
@@ -497,7 +517,7 @@ def test_an_own_roster_is_neither_passed_on_nor_taken_and_who_has_an_older_one_i
 
     issue(0, 1)
     rosters = {client: made.own(client, "path") for client in (0, 1)}
-    with peers(made, range(3), rosters, patience_s=5.0) as swappers:
+    with peers(made, range(3), rosters) as swappers:
         serials = [swappers[client].membership.current()[1].serial for client in range(3)]
         assert serials == [2, 2, 1], "the last has the whole one of before"
 
@@ -544,7 +564,7 @@ def test_the_wait_for_verdicts_ends_when_all_have_them(three: Federation) -> Non
 
 
 def test_what_a_failed_edge_brought_is_not_kept(three: Federation) -> None:
-    with peers(three, [0], patience_s=1.0) as swappers, ThreadPoolExecutor() as pool:
+    with peers(three, [0]) as swappers, ThreadPoolExecutor() as pool:
         for t in range(3):
             going = offering(swappers[0], t, [2], pool)
             data = encode(payload(2, t))
