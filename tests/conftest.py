@@ -19,9 +19,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function) and sides.is_thorough(vars(item.module), item.fixturenames):
             item.add_marker("thorough")
-    # What takes minutes must not begin last, when the other processes have nothing left to do.
+    # What takes minutes must not begin last, when the other processes have nothing left to do: least of all peers that
+    # are killed and cut off, which wait more than they compute.
     long = {item.path for item in items if item.get_closest_marker("thorough") is not None}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: (item.path not in long, item.path.parent.name != "wire"))
 
 
 @pytest.hookimpl(wrapper=True)
