@@ -46,7 +46,7 @@ def kept(job: Job) -> list[RoundRecord]:
 
 @pytest.mark.parametrize("method", ALGORITHMS)
 def test_honest_clients_refuse_nothing_of_each_other_at_ten_times_the_learning_rate(method: str) -> None:
-    rate = "training={learning_rate: 5e-2, local_steps: 4, per_device_train_batch_size: 4}"
+    rate = "training={learning_rate: 5e-2, local_steps: 2, per_device_train_batch_size: 4}"
     records = run(f"algorithm={{name: {method}}}", "head=trained", rate, "graph.activation=0.5", "rounds=8")
     assert all(record.failed_edges == [] == record.not_mixed for record in records)
     assert method == "local" or any(record.edges for record in records)
