@@ -50,19 +50,21 @@ def test_a_model_packs_where_nothing_but_the_registered_attention_mixes_tokens(n
     assert set(CONFIGS) == {*PACKED, *PADDED}
 
 
+MIXED = [5, 3, 20, 1, 7, 2, 9, 4, 6]
+
+
 @pytest.mark.parametrize(
-    "lengths",
+    ("lengths", "dropout", "head"),
     [
-        pytest.param([5, 3, 20, 1, 7, 2, 9, 4, 6], id="mixed"),
-        pytest.param([6] * 9, id="even", marks=pytest.mark.thorough),
-        pytest.param([2] * 24, id="short", marks=pytest.mark.thorough),
+        pytest.param(MIXED, 0.0, False, id="mixed, frozen head"),
+        pytest.param(MIXED, 0.2, True, id="mixed, dropout, trained head"),
+        pytest.param([6] * 9, 0.2, False, id="even, dropout, frozen head", marks=pytest.mark.thorough),
+        pytest.param([2] * 24, 0.0, True, id="short, trained head", marks=pytest.mark.thorough),
     ],
 )
-@pytest.mark.parametrize("head", [False, True], ids=["frozen head", "trained head"])
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("name", each(PACKED))
 def test_packed_rows_get_the_logits_and_gradients_of_padded_ones(
-    name: str, dropout: float, head: bool, lengths: list[int]
+    name: str, lengths: list[int], dropout: float, head: bool
 ) -> None:
     model, adapters = make_stack(name, dropout=dropout, head=head)
     packed, padded = (make_batch(lengths, packed) for packed in (True, False))
