@@ -174,7 +174,9 @@ def _play(
 
     from peertune.assembly.build import agreed, build
     from peertune.engines.peer import run_peer
+    from peertune.engines.pushing import run_pushing_peer
     from peertune.identity.membership import Membership
+    from peertune.runs.mixlog import MixLog
     from peertune.wire.swap import Swapper
 
     torch.set_num_threads(1)
@@ -195,7 +197,10 @@ def _play(
                 _have_it_lie(swapper, lie)
             swapper.start(made.address(client))
             records, state = [], run.job.state
-            for record in run_peer(run.job, swapper):
+            pushes = run.job.pushing is not None
+            (out / name / f"{client}").mkdir(parents=True, exist_ok=True)
+            kept = MixLog(out / name / f"{client}")
+            for record in run_pushing_peer(run.job, swapper, kept) if pushes else run_peer(run.job, swapper):
                 assert record.state is not None
                 state = record.state
                 records.append({k: v for k, v in asdict(replace(record, state=None)).items() if k != "state"})

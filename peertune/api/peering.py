@@ -13,7 +13,9 @@ from peertune.api.training import Each, Engine, Training, begin, check_same, kee
 from peertune.assembly.build import Built, agreed, build
 from peertune.assembly.registry import choice_defaults, graph_settings, takes
 from peertune.data.tasks import hub_settings
-from peertune.engines.peer import ended, neighbours, run_peer
+from peertune.engines.company import neighbours
+from peertune.engines.peer import ended, run_peer
+from peertune.engines.pushing import run_pushing_peer
 from peertune.errors import Exit, PeertuneError, RecipeError, RunError
 from peertune.files import locked
 from peertune.identity.certificates import check_address, fingerprint_of
@@ -25,6 +27,7 @@ from peertune.recipe import Recipe, load_recipe
 from peertune.rounds.round import Job
 from peertune.runs import checkpoints, directory, records
 from peertune.runs.keeping import Keeper
+from peertune.runs.mixlog import MixLog
 from peertune.types import State
 from peertune.wire.doctor import Check, check_disk, check_identity, check_memory, check_network
 from peertune.wire.limits import raise_open_files
@@ -46,6 +49,7 @@ class Peer:
     listen: str | None = None  # host:port to answer at; None: the roster's port on all addresses
     metrics_port: int | None = None  # of Prometheus metrics, on 127.0.0.1
     insecure_loopback: bool = False  # no TLS, on one machine
+    keep_messages: bool = False  # all that is mixed, of a peer that waits for nobody
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,13 @@ def joined_peers(recipe: str | Path | None, overrides: Sequence[str], place: Pat
             directory.check_free(place)
         built = build_own(directory.resolved(place) if recipe is None else recipe, overrides, peer.data, membership)
         who = {"client": client, "name": name, "federation": members.federation}
-        _begin_or_resume(built, place, recipe, overrides, who)
+        _begin_or_resume(built, place, recipe, overrides, who, own_rows=peer.data is not None)
         held.enter_context(directory.locked(place))
         job, near = built.job, neighbours(built.job)
+        if peer.keep_messages and job.pushing is None:
+            raise RecipeError(
+                "--keep-messages: is for time.mode=asynchronous, whose runs can be replayed; leave it out"
+            )
         swapper = Swapper(
             membership,
             agreed(built),
@@ -133,7 +141,7 @@ def joined_peers(recipe: str | Path | None, overrides: Sequence[str], place: Pat
         held.enter_context(_shown(built, place, swapper, keeper, peer.metrics_port))
         if (address := where_to_listen(identity.address, peer.listen, peer.insecure_loopback)) is not None:
             swapper.start(address)
-        yield Part(Training(built, place, _engine(built, place, swapper), keeper), swapper)
+        yield Part(Training(built, place, _engine(built, place, swapper, peer.keep_messages), keeper), swapper)
 
 
 def examined(
@@ -172,11 +180,17 @@ def examined(
 
 
 def _begin_or_resume(
-    built: Built, place: Path, recipe: str | Path | None, overrides: Sequence[str], who: Mapping[str, object]
+    built: Built,
+    place: Path,
+    recipe: str | Path | None,
+    overrides: Sequence[str],
+    who: Mapping[str, object],
+    *,
+    own_rows: bool,
 ) -> None:
     """Make the run directory of a recipe; without one, see that the directory's run is this peer's own."""
     if recipe is not None:
-        begin(built, place, "peer start --recipe", recipe, overrides, peer=who)
+        begin(built, place, "peer start --recipe", recipe, overrides, peer=who, own_rows=own_rows)
         return
     check_same(built, place)
     if (was := directory.peer(place)) != who:
@@ -195,8 +209,16 @@ def _shown(built: Built, place: Path, swapper: Swapper, keeper: Keeper, metrics_
         yield
 
 
-def _engine(built: Built, place: Path, swapper: Swapper) -> Engine:
+def _engine(built: Built, place: Path, swapper: Swapper, keep_messages: bool) -> Engine:
     network = built.resolved.network
+    if built.job.pushing is not None:
+        return partial(
+            run_pushing_peer,
+            swapper=swapper,
+            kept=MixLog(place, keeps_messages=keep_messages),
+            when_alone=network.when_alone,
+            when_refused=network.when_refused,
+        )
     return partial(
         run_peer,
         swapper=swapper,

@@ -278,6 +278,8 @@ def _unusual(run: Built) -> dict[str, str]:
     """Return what peers must agree on where it isn't as in every run: bound, modifiers, other code, what travels."""
     recipe, job = run.resolved, run.job
     found = {} if recipe.network.bound else {"bound": "off"}
+    if job.pushing is not None:
+        found["time"] = f"asynchronous, staleness_exponent {job.pushing.staleness_exponent:g}"
     begun = job.model.taken  # a layer without it is the same for either sign of its vectors
     if recipe.lora.init is not None:
         begun = {name: x[0] for name, x in job.state.adapters.items()}

@@ -97,20 +97,20 @@ def build_parts(
     dealt = dict.fromkeys(clients, np.arange(len(task.train))) if own_data else build_partition(recipe, task)
     rows, held_out = hold_out(recipe, {client: dealt[client] for client in clients}, len(task.train))
     peer = group.size == 1 and len(clients) < recipe.clients
+    waits = recipe.time.mode == "rounds"
     if peer:
-        need_both_ways(graph)
+        if waits:
+            need_both_ways(graph)
         if recipe.evaluate.patience is not None:
             raise RecipeError(
                 "evaluate.patience: a peer that stops early leaves its neighbours' edges to fail; leave it out, and "
                 "give evaluate.load_best=true, by which each peer keeps its best adapter"
             )
-    clock = build_clock(recipe)
-    if group.size > 1 and recipe.time.mode == "asynchronous":
+    if group.size > 1 and not waits:
         raise RecipeError("time.mode: asynchronous clients are simulated in one process; leave out --workers")
+    clock = build_clock(recipe, peer=peer)
     if peer and clock is not None:
-        if recipe.time.mode == "asynchronous":
-            raise RecipeError("time.mode: peers run in rounds; give time.mode=rounds, or simulate with peertune run")
-        log.info("time: is of simulations; a peer takes the time that it takes")
+        log.info("time.step_s: is of simulations; a peer takes the time that it takes")
         clock = None
     return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, held_out, clock, group, peer)
 
@@ -275,22 +275,27 @@ def build_faults(recipe: Recipe) -> list[Fault]:
     return faults
 
 
-def build_clock(recipe: Recipe) -> Clock | None:
-    """Make the recipe's virtual clock, or None where nothing has a time.
+def build_clock(recipe: Recipe, *, peer: bool = False) -> Clock | None:
+    """Make the recipe's virtual clock, or None where nothing has a time, as of a `peer` nothing need have.
 
     Raises RecipeError for speeds of another number of clients, and for settings that need others.
     """
     time = recipe.time
     given = {key: value for key, value in time if value != Time.model_fields[key].get_default()}
+    idle = given.keys() & {"staleness_exponent", "phases"}
+    if peer and time.mode == "asynchronous":
+        if time.phases == "common":
+            raise RecipeError("time.phases: peers have no common time; give time.phases=own")
+        given = {key: value for key, value in given.items() if key not in {"mode", *idle}}
     if time.step_s is None:
-        if time.mode == "asynchronous":
+        if time.mode == "asynchronous" and not peer:
             raise RecipeError(
                 "time.step_s: is missing; clients that wait for nobody need to know how long a step takes"
             )
         if given:
             raise RecipeError(f"time.{next(iter(given))}: without time.step_s nothing has a time; give step_s")
         return None
-    if time.mode == "rounds" and (idle := given.keys() & {"staleness_exponent", "phases"}):
+    if time.mode == "rounds" and idle:
         raise RecipeError(f"time.{min(idle)}: is of time.mode=asynchronous, and the mode is rounds; leave it out")
     down: dict[int, list[tuple[float, float]]] = {}
     for number, pause in enumerate(time.down):

@@ -14,6 +14,7 @@ from peertune.cli.caching import cache
 from peertune.cli.common import leads
 from peertune.cli.facts import data, env, graph, recipes
 from peertune.cli.federation import ca_app, peer_app, roster
+from peertune.cli.replaying import replay
 from peertune.cli.results import compare, diagnose, export, report
 from peertune.cli.running import run
 from peertune.cli.scoring import score
@@ -46,7 +47,9 @@ def _options(
     pass
 
 
-for command in (run, sweep, compare, report, diagnose, score, recipes, graph, data, advise, export, cache, env, roster):
+for command in (
+    *(run, sweep, compare, report, diagnose, score, recipes, graph, data, advise, export, replay, cache, env, roster),
+):
     app.command()(command)
 app.add_typer(ca_app, name="ca")
 app.add_typer(peer_app, name="peer")

@@ -47,6 +47,9 @@ def start(
         int | None, typer.Option(min=1, max=65535, help="Serve Prometheus metrics at this port, on 127.0.0.1 only.")
     ] = None,
     insecure_loopback: Insecure = False,
+    keep_messages: Annotated[
+        bool, typer.Option("--keep-messages", help="Keep all that is mixed without rounds, for peertune replay --own.")
+    ] = False,
     plugin: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
@@ -69,7 +72,7 @@ def start(
         with importing():
             from peertune.api.peering import Peer, joined_peers
 
-        peer = Peer(folder, roster, data, ca_fingerprint, listen, metrics_port, insecure_loopback)
+        peer = Peer(folder, roster, data, ca_fingerprint, listen, metrics_port, insecure_loopback, keep_messages)
         place = out or resume
         assert place is not None
         with joined_peers(recipe, overrides or [], place, peer) as part:

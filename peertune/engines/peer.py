@@ -11,14 +11,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from peertune.engines.company import Company, neighbours
 from peertune.engines.fallback import Past
 from peertune.errors import DivergedError, Exit, WireError
 from peertune.method import Phase, standing
 from peertune.rounds import best
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Heard, Job, Refuse, run_round
-from peertune.topology import clients_down, delay_s, failed_edges, may_meet, partners_at, row_at
-from peertune.types import Batch, State, Tensors
+from peertune.topology import clients_down, delay_s, failed_edges, partners_at, row_at
+from peertune.types import State, Tensors
 from peertune.wire.pace import furthest_believed, silence_s
 from peertune.wire.swap import Swapper
 
@@ -44,17 +45,7 @@ def run_peer(
     that was kept with fewer rounds behind it.
     """
     (me,) = job.clients
-    alone_since, met = time.monotonic(), False
-
-    def shut_out() -> bool:
-        nonlocal alone_since
-        if when_refused == "train" or time.monotonic() - alone_since < swapper.patience_s:
-            return False
-        alone_since = time.monotonic()
-        if refusals := swapper.refusals(neighbours(job)):
-            log.warning("stops, as network.when_refused says: %s", in_words(refusals))
-        return bool(refusals)
-
+    company, met = Company(job, swapper, when_alone, when_refused), False
     fastest_s, past, made = inf, Past(recall, swapper.name), records()
 
     def add(record: Mapping[str, Any]) -> None:
@@ -70,13 +61,13 @@ def run_peer(
     past.suspect(suspect for _, *suspect in (made[-1]["suspects"] if made else ()))
     heard = swapper.last_heard()
     swapper.enter(job.state.round)  # from here on it answers
-    job = replace(job, steps=_counted(job, swapper), lines=swapper.lines)
+    job = replace(job, steps=steps_told(job, swapper), lines=swapper.lines)
     state = job.state.clone().at(_caught_up(job, swapper, job.state.round, heard, fastest_s))
     while state.round < job.rounds:
         if me in clients_down(job.faults, state.round):
             state = state.at(state.round + 1)
             continue
-        if when_alone == "wait" and not _has_company(job, swapper, shut_out):
+        if not company.is_there():
             return
         at = standing(job.clients, state.rounds, job.local_steps)
         (phase,) = job.algorithm.schedule.phases(state.known, at)
@@ -100,8 +91,9 @@ def run_peer(
         skipped = [t for t in range(here, state.round) if met and me not in clients_down(job.faults, t)]
         yield replace(record, state=state, skipped=len(skipped), suspects=[(me, *suspect) for suspect in past.suspects])
         if record.edges:
-            alone_since, met = time.monotonic(), True
-        elif shut_out():
+            met = True
+            company.met()
+        elif company.shut_out():
             return
 
 
@@ -124,11 +116,6 @@ def ended(records: Sequence[Mapping[str, Any]], *, whole: bool, refusals: Callab
         return Exit.ALONE
     made, skipped = len(records), sum(record["skipped"] for record in records)
     return Exit.DONE if made and made >= ENOUGH * (made + skipped) else Exit.CUT_SHORT
-
-
-def in_words(refusals: Mapping[str, str]) -> str:
-    """Say by whom a peer is refused, and why."""
-    return "refused by " + "; ".join(f"{name}: {why}" for name, why in refusals.items())
 
 
 def _exchange(
@@ -186,12 +173,6 @@ def _expected(job: Job, t: int) -> list[int]:
     return [i + j - me for i, j in mine if (i, j) not in lost]
 
 
-def neighbours(job: Job) -> list[int]:
-    """Return all that this peer may ever swap with."""
-    (me,) = job.clients
-    return may_meet(job.graph, me)
-
-
 def _caught_up(job: Job, swapper: Swapper, round: int, before: Mapping[int, float], fastest_s: float) -> int:
     """Return the round to go on with: this one, or that of the others if they went on without this peer.
 
@@ -210,28 +191,3 @@ def _caught_up(job: Job, swapper: Swapper, round: int, before: Mapping[int, floa
         return round
     log.warning("behind: going on from round %d, where the others are, instead of %d", target, round)
     return target
-
-
-def _has_company(job: Job, swapper: Swapper, shut_out: Callable[[], bool]) -> bool:
-    """Wait until a neighbour can be reached, and return whether one can; nobody is asked while one is known to be."""
-    everyone = neighbours(job)
-    said = False
-    while everyone and not (swapper.stopped_waiting or swapper.in_touch(everyone) or swapper.ask_rounds(everyone)):
-        if not said:
-            log.warning("nobody can be reached: waiting, as network.when_alone says")
-            said = True
-        if shut_out():
-            return False
-        swapper.pause(1.0)
-    return True
-
-
-def _counted(job: Job, swapper: Swapper) -> Callable[[Sequence[int], Sequence[int]], Iterator[list[Batch]]]:
-    """Tell the neighbours that wait how many local steps are done."""
-
-    def steps(clients: Sequence[int], rounds: Sequence[int]) -> Iterator[list[Batch]]:
-        for batches in job.steps(clients, rounds):
-            yield batches
-            swapper.stepped()
-
-    return steps

@@ -30,9 +30,7 @@ from math import sqrt
 from statistics import fmean, median_low
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from scipy.sparse import csr_array
 
 from peertune.method import Phase
 from peertune.rounds import best, metrics
@@ -40,7 +38,8 @@ from peertune.rounds.clock import NS, Span
 from peertune.rounds.record import RoundRecord, Watch
 from peertune.rounds.round import Begun, Heard, Job, Refuse, as_weights, end, is_due, tell, turn_of
 from peertune.rounds.turns import Came, Turn, train
-from peertune.topology import Fault, Graph, active_edges, delay_s, failed_edges
+from peertune.topology import delay_s
+from peertune.topology.pushes import rows, sends_to, share
 from peertune.types import State, Tensors, payload_bytes
 
 
@@ -89,7 +88,7 @@ class _Course:
         assert job.clock is not None, "clients that wait for nobody have times"
         assert job.pushing is not None, "and a way to mix"
         self.job, self.clock, self.pushing, self.state = job, job.clock, job.pushing, job.state
-        self.sends_to = lru_cache(maxsize=256)(partial(_sends_to, job.graph, job.faults))
+        self.sends_to = lru_cache(maxsize=256)(partial(sends_to, job.graph, job.faults))
         self.ended = [self._ended(client, int(rounds)) for client, rounds in enumerate(self.state.rounds)]
         self.ends = [(self._end(client), client) for client in job.clients]
         heapify(self.ends)
@@ -199,7 +198,7 @@ class _Course:
             failed += [metrics.as_edge(among[j], clients[i], self.job.graph.directed) for i, j, _ in refused]
             for i, j, _ in refused:
                 del takes[i, j]
-        weights = _matrix(clients, among, takes, self.job.graph.directed)
+        weights = rows(clients, among, takes, directed=self.job.graph.directed)
         sent = [post.degree for post in own]
         return Heard(tensors, as_weights(weights, self.job.device), among, sorted({*failed}), sent=sent)
 
@@ -216,8 +215,8 @@ class _Course:
         """Return how much a receiver takes of one of the messages that it has `heard` now."""
         ended = self.ended[own.sender]
         staleness = bisect_left(ended, now) - bisect_right(ended, other.began)
-        fresh = float((1 + staleness) ** -self.pushing.staleness_exponent)
-        return fresh / (1 + (heard if self.job.graph.directed else max(own.degree, heard, other.degree)))
+        exponent, directed = self.pushing.staleness_exponent, self.job.graph.directed
+        return share(own.degree, heard, other.degree, staleness, exponent, directed=directed)
 
     def _began(self, client: int) -> int:
         return self.ended[client][-1] if self.ended[client] else 0
@@ -288,38 +287,6 @@ class _Course:
 def _here(coming: Sequence[tuple[int, _Post]], now: int) -> int:
     """Return how many of some messages have come."""
     return bisect_right(coming, now, key=lambda message: message[0])
-
-
-def _sends_to(graph: Graph, faults: Sequence[Fault], version: int) -> list[tuple[list[int], list[int]]]:
-    """Return for each client to whom it sends after its own round `version`, sorted, and with whom that fails."""
-    active = active_edges(graph, version)
-    both = []
-    for edges in (active, np.array(failed_edges(faults, active, version), dtype=np.int64).reshape(-1, 2)):
-        ways = edges if graph.directed else np.concatenate([edges, edges[:, ::-1]])
-        ways = ways[np.lexsort((ways[:, 1], ways[:, 0]))]
-        starts = np.searchsorted(ways[:, 0], np.arange(1, graph.clients))
-        both.append([each.tolist() for each in np.split(ways[:, 1], starts)])
-    return [*zip(*both, strict=True)]
-
-
-def _matrix(
-    clients: Sequence[int], among: Sequence[int], takes: Mapping[tuple[int, int], float], directed: bool
-) -> csr_array:
-    """Return the rows `[K, H]` of the mixing matrix with these shares of others; the rest of 1 is a receiver's own.
-
-    It is taken off in the order in which `peertune.topology` does it for a round, so that both have the same bits.
-    """
-    row, column = np.array([*takes], dtype=np.int64).reshape(-1, 2).T
-    share = np.array([*takes.values()])
-    senders, receivers = np.array(among), np.array(clients)
-    above = (senders[column] > receivers[row]) | directed  # of directed edges all are taken off in one go
-    own = (
-        1 - np.bincount(row[above], share[above], len(clients)) - np.bincount(row[~above], share[~above], len(clients))
-    )
-    places = np.searchsorted(senders, receivers)
-    entries = np.concatenate([share, own])
-    at = np.concatenate([row, np.arange(len(clients))]), np.concatenate([column, places])
-    return csr_array((entries, at), shape=(len(clients), len(among)))
 
 
 def _sums(tensors: Tensors) -> Tensors:

@@ -144,6 +144,11 @@ def peer(run: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def has_own_rows(run: Path) -> bool:
+    """Return whether a peer trained on rows that its party gave it, and not on what the recipe deals out."""
+    return _said(run).get("own_rows") is True
+
+
 def plugins(run: Path) -> dict[str, Any]:
     """Return which code the run was begun with that is not peertune's, by block of the recipe."""
     found = _said(run).get("plugins", {})

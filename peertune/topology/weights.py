@@ -328,9 +328,9 @@ def need_whole(graph: Graph) -> None:
 
 
 def need_both_ways(graph: Graph) -> None:
-    """Raise GraphError for a directed graph, on which peers can't run: they swap, and none pushes."""
+    """Raise GraphError for a directed graph, on which peers can't go by rounds: then they swap."""
     if graph.directed:
         raise GraphError(
-            f"graph {graph.name}: its edges go one way, and peers swap; choose a graph whose edges go both ways, "
-            "or simulate it with peertune run"
+            f"graph {graph.name}: its edges go one way, and peers swap; choose a graph whose edges go both ways, let "
+            "them push with time.mode=asynchronous, or simulate it with peertune run"
         )

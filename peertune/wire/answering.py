@@ -11,11 +11,13 @@ from typing import Any
 from peertune.allowance import one_line
 from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation
+from peertune.rounds.posts import Post
 from peertune.topology import Fault, clients_down
 from peertune.wire import limits, tls
-from peertune.wire.codec import Assembler
+from peertune.wire.codec import Assembler, decode
 from peertune.wire.edge import Edge, Offer, Say
 from peertune.wire.framing import Part, data_of, deserialize, field_of, serialize
+from peertune.wire.mailbox import Letter, Mailbox
 from peertune.wire.meeting import Meeting, Meetings, Own
 from peertune.wire.node import OPTIONS, SERVICE, UnusableError
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
@@ -39,6 +41,7 @@ class Answering:
         self._node, self._meetings, self._faults, self._seats = meetings.node, meetings, faults, seats
         # It takes part once it is open; before, one may try whether one gets through.
         self.open = False
+        self.mailbox: Mailbox | None = None  # of a peer that waits for nobody
         self._serving: Counter[int] = Counter()  # streams by client
         self._server: Any = None
 
@@ -118,6 +121,10 @@ class Answering:
         if hello.purpose == Hello.PING:
             return
         t = hello.round
+        if hello.purpose == Hello.PUSH:
+            self._take(client, hello, requests, context)
+            yield self._verdict(Verdict.COUNTED)
+            return
         if node.me in clients_down(self._faults, t):
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"down in round {t}, as planned")
         if hello.purpose == Hello.SETTLE:
@@ -207,6 +214,38 @@ class Answering:
         if action.outcome == Verdict.REFUSED:
             raise WireError(why)
         return action.outcome
+
+    def _take(self, client: int, hello: Hello, requests: Iterator[Part], context: Any) -> None:
+        """Take what a client pushes, unless it has come before. Raises WireError for what can't be mixed."""
+        box, version, start = self.mailbox, hello.round, hello.incarnation
+        if box is None or not box.may_send(client, version):
+            raise WireError(f"pushes version {version}, in which there is no edge")
+        with self._node.changed:
+            if not box.is_new(client, start, version):
+                return
+        said, came_at, assembler = None, 0.0, None
+        while assembler is None or assembler.left_bytes:
+            chunk = self._read(requests, context)
+            if chunk is None:
+                raise WireError("hangs up before the end of its payload")
+            match field_of(chunk):
+                case "roster":
+                    self._node.adopt(client, chunk.roster)
+                case "post" if said is None:
+                    said, came_at = chunk.post, time.monotonic()
+                case "total" if assembler is None and said is not None:
+                    assembler = Assembler(chunk.total, box.like)
+                case "data" if assembler is not None:
+                    assembler.add(data_of(chunk))
+                case _:
+                    raise WireError("sends its parts in another order than post, total, data")
+        assert said is not None
+        received = assembler.data()
+        post = Post(client, start, version, said.degree)
+        letter = Letter(post, came_at - said.age_ms / 1000, decode(received, box.like))
+        self._node.count_bytes(client, 0, len(received))
+        with self._node.changed:
+            box.put(letter)
 
     def _is_cut(self, client: int, t: int) -> bool:
         edges = (sorted(fault.edge) for fault in self._faults if fault.edge is not None and fault.at(t))

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18peertune/wire/peer.proto\x12\x0bpeertune.v1\"\xb3\x01\n\x05\x43hunk\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.peertune.v1.HelloH\x00\x12!\n\x04wait\x18\x02 \x01(\x0b\x32\x11.peertune.v1.WaitH\x00\x12\x0f\n\x05total\x18\x03 \x01(\x04H\x00\x12\x0e\n\x04\x64\x61ta\x18\x04 \x01(\x0cH\x00\x12\'\n\x07verdict\x18\x05 \x01(\x0b\x32\x14.peertune.v1.VerdictH\x00\x12\x10\n\x06roster\x18\x06 \x01(\x0cH\x00\x42\x06\n\x04part\"\xff\x02\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\t\x12.\n\x06\x61greed\x18\x03 \x03(\x0b\x32\x1e.peertune.v1.Hello.AgreedEntry\x12\r\n\x05round\x18\x04 \x01(\x04\x12\x15\n\rroster_serial\x18\x05 \x01(\x04\x12+\n\x07purpose\x18\x06 \x01(\x0e\x32\x1a.peertune.v1.Hello.Purpose\x12\r\n\x05\x63lock\x18\x07 \x01(\x01\x12\x12\n\nown_roster\x18\x08 \x01(\x08\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12\r\n\x05nonce\x18\n \x01(\x06\x12\x13\n\x0b\x63hunk_bytes\x18\x0b \x01(\r\x1a-\n\x0b\x41greedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"B\n\x07Purpose\x12\x08\n\x04SWAP\x10\x00\x12\n\n\x06SETTLE\x10\x01\x12\x08\n\x04PING\x10\x02\x12\r\n\tCALL_BACK\x10\x03\x12\x08\n\x04\x45\x43HO\x10\x04\"4\n\x04Wait\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07left_ms\x18\x03 \x01(\r\"\x9f\x01\n\x07Verdict\x12-\n\x07outcome\x18\x01 \x01(\x0e\x32\x1c.peertune.v1.Verdict.Outcome\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x04\"F\n\x07Outcome\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04HAVE\x10\x01\x12\x0b\n\x07\x43OUNTED\x10\x02\x12\n\n\x06PASSED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\x32:\n\x04Peer\x12\x32\n\x04Swap\x12\x12.peertune.v1.Chunk\x1a\x12.peertune.v1.Chunk(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18peertune/wire/peer.proto\x12\x0bpeertune.v1\"\xd6\x01\n\x05\x43hunk\x12#\n\x05hello\x18\x01 \x01(\x0b\x32\x12.peertune.v1.HelloH\x00\x12!\n\x04wait\x18\x02 \x01(\x0b\x32\x11.peertune.v1.WaitH\x00\x12\x0f\n\x05total\x18\x03 \x01(\x04H\x00\x12\x0e\n\x04\x64\x61ta\x18\x04 \x01(\x0cH\x00\x12\'\n\x07verdict\x18\x05 \x01(\x0b\x32\x14.peertune.v1.VerdictH\x00\x12\x10\n\x06roster\x18\x06 \x01(\x0cH\x00\x12!\n\x04post\x18\x07 \x01(\x0b\x32\x11.peertune.v1.PostH\x00\x42\x06\n\x04part\"\x89\x03\n\x05Hello\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\t\x12.\n\x06\x61greed\x18\x03 \x03(\x0b\x32\x1e.peertune.v1.Hello.AgreedEntry\x12\r\n\x05round\x18\x04 \x01(\x04\x12\x15\n\rroster_serial\x18\x05 \x01(\x04\x12+\n\x07purpose\x18\x06 \x01(\x0e\x32\x1a.peertune.v1.Hello.Purpose\x12\r\n\x05\x63lock\x18\x07 \x01(\x01\x12\x12\n\nown_roster\x18\x08 \x01(\x08\x12\x13\n\x0bincarnation\x18\t \x01(\x04\x12\r\n\x05nonce\x18\n \x01(\x06\x12\x13\n\x0b\x63hunk_bytes\x18\x0b \x01(\r\x1a-\n\x0b\x41greedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"L\n\x07Purpose\x12\x08\n\x04SWAP\x10\x00\x12\n\n\x06SETTLE\x10\x01\x12\x08\n\x04PING\x10\x02\x12\r\n\tCALL_BACK\x10\x03\x12\x08\n\x04\x45\x43HO\x10\x04\x12\x08\n\x04PUSH\x10\x05\"4\n\x04Wait\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0c\n\x04step\x18\x02 \x01(\x04\x12\x0f\n\x07left_ms\x18\x03 \x01(\r\"&\n\x04Post\x12\x0e\n\x06\x64\x65gree\x18\x01 \x01(\r\x12\x0e\n\x06\x61ge_ms\x18\x02 \x01(\x04\"\x9f\x01\n\x07Verdict\x12-\n\x07outcome\x18\x01 \x01(\x0e\x32\x1c.peertune.v1.Verdict.Outcome\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\r\n\x05round\x18\x03 \x01(\x04\"F\n\x07Outcome\x12\x0b\n\x07UNKNOWN\x10\x00\x12\x08\n\x04HAVE\x10\x01\x12\x0b\n\x07\x43OUNTED\x10\x02\x12\n\n\x06PASSED\x10\x03\x12\x0b\n\x07REFUSED\x10\x04\x32:\n\x04Peer\x12\x32\n\x04Swap\x12\x12.peertune.v1.Chunk\x1a\x12.peertune.v1.Chunk(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,19 +34,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO_AGREEDENTRY']._loaded_options = None
   _globals['_HELLO_AGREEDENTRY']._serialized_options = b'8\001'
   _globals['_CHUNK']._serialized_start=42
-  _globals['_CHUNK']._serialized_end=221
-  _globals['_HELLO']._serialized_start=224
-  _globals['_HELLO']._serialized_end=607
-  _globals['_HELLO_AGREEDENTRY']._serialized_start=494
-  _globals['_HELLO_AGREEDENTRY']._serialized_end=539
-  _globals['_HELLO_PURPOSE']._serialized_start=541
-  _globals['_HELLO_PURPOSE']._serialized_end=607
-  _globals['_WAIT']._serialized_start=609
-  _globals['_WAIT']._serialized_end=661
-  _globals['_VERDICT']._serialized_start=664
-  _globals['_VERDICT']._serialized_end=823
-  _globals['_VERDICT_OUTCOME']._serialized_start=753
-  _globals['_VERDICT_OUTCOME']._serialized_end=823
-  _globals['_PEER']._serialized_start=825
-  _globals['_PEER']._serialized_end=883
+  _globals['_CHUNK']._serialized_end=256
+  _globals['_HELLO']._serialized_start=259
+  _globals['_HELLO']._serialized_end=652
+  _globals['_HELLO_AGREEDENTRY']._serialized_start=529
+  _globals['_HELLO_AGREEDENTRY']._serialized_end=574
+  _globals['_HELLO_PURPOSE']._serialized_start=576
+  _globals['_HELLO_PURPOSE']._serialized_end=652
+  _globals['_WAIT']._serialized_start=654
+  _globals['_WAIT']._serialized_end=706
+  _globals['_POST']._serialized_start=708
+  _globals['_POST']._serialized_end=746
+  _globals['_VERDICT']._serialized_start=749
+  _globals['_VERDICT']._serialized_end=908
+  _globals['_VERDICT_OUTCOME']._serialized_start=838
+  _globals['_VERDICT_OUTCOME']._serialized_end=908
+  _globals['_PEER']._serialized_start=910
+  _globals['_PEER']._serialized_end=968
 # @@protoc_insertion_point(module_scope)

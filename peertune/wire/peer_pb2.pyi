@@ -8,20 +8,22 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Chunk(_message.Message):
-    __slots__ = ("hello", "wait", "total", "data", "verdict", "roster")
+    __slots__ = ("hello", "wait", "total", "data", "verdict", "roster", "post")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     WAIT_FIELD_NUMBER: _ClassVar[int]
     TOTAL_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
     VERDICT_FIELD_NUMBER: _ClassVar[int]
     ROSTER_FIELD_NUMBER: _ClassVar[int]
+    POST_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     wait: Wait
     total: int
     data: bytes
     verdict: Verdict
     roster: bytes
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., total: _Optional[int] = ..., data: _Optional[bytes] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., roster: _Optional[bytes] = ...) -> None: ...
+    post: Post
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., wait: _Optional[_Union[Wait, _Mapping]] = ..., total: _Optional[int] = ..., data: _Optional[bytes] = ..., verdict: _Optional[_Union[Verdict, _Mapping]] = ..., roster: _Optional[bytes] = ..., post: _Optional[_Union[Post, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("protocol", "federation", "agreed", "round", "roster_serial", "purpose", "clock", "own_roster", "incarnation", "nonce", "chunk_bytes")
@@ -32,11 +34,13 @@ class Hello(_message.Message):
         PING: _ClassVar[Hello.Purpose]
         CALL_BACK: _ClassVar[Hello.Purpose]
         ECHO: _ClassVar[Hello.Purpose]
+        PUSH: _ClassVar[Hello.Purpose]
     SWAP: Hello.Purpose
     SETTLE: Hello.Purpose
     PING: Hello.Purpose
     CALL_BACK: Hello.Purpose
     ECHO: Hello.Purpose
+    PUSH: Hello.Purpose
     class AgreedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -77,6 +81,14 @@ class Wait(_message.Message):
     step: int
     left_ms: int
     def __init__(self, round: _Optional[int] = ..., step: _Optional[int] = ..., left_ms: _Optional[int] = ...) -> None: ...
+
+class Post(_message.Message):
+    __slots__ = ("degree", "age_ms")
+    DEGREE_FIELD_NUMBER: _ClassVar[int]
+    AGE_MS_FIELD_NUMBER: _ClassVar[int]
+    degree: int
+    age_ms: int
+    def __init__(self, degree: _Optional[int] = ..., age_ms: _Optional[int] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("outcome", "reason", "round")

@@ -24,8 +24,10 @@ from peertune.wire.answering import Answering
 from peertune.wire.calling import Calling, at_once
 from peertune.wire.codec import layout
 from peertune.wire.framing import outgoing
+from peertune.wire.mailbox import Letter, Mailbox
 from peertune.wire.meeting import Meetings, Own, PayloadCheck
 from peertune.wire.node import PROBE_S, Neighbour, Node, SeatError, UnusableError, nobody
+from peertune.wire.outbox import Outbox, Parcel
 from peertune.wire.rpc import grpc
 
 LINGER_S = 10.0  # how long a peer that is done answers those who may have missed its last verdicts
@@ -67,6 +69,7 @@ class Swapper(Node):
         self.meetings = Meetings(self, patience_s)
         self.calling = Calling(self.meetings)
         self.answering = Answering(self.meetings, faults, seats)
+        self.outbox = Outbox(self.meetings)
         self._entered = time.monotonic()
         self._doing = "starting"
         self._phase: Phase | None = None
@@ -127,6 +130,29 @@ class Swapper(Node):
                     known.down += not self.vacant(client)
             self._doing = "mixing"
         return heard
+
+    def receive(self, mailbox: Mailbox) -> None:
+        """Take what is pushed into this mailbox from here on: this peer waits for nobody."""
+        self.answering.mailbox = mailbox
+
+    def push(self, version: int, degree: int, payload: Tensors, clients: Sequence[int]) -> list[int]:
+        """Have `payload [1, …]` pushed to these clients, and go on; return those whom the last one has not reached.
+
+        It is of the training that was entered last. `degree` says to how many it goes, of whom some may be planned not
+        to get it.
+        """
+        return self.outbox.push(Parcel(version, degree, self._entered, outgoing(payload)), clients) if clients else []
+
+    def letters(self) -> list[Letter]:
+        """Return what was pushed since the last time, the newest of each neighbour, by client."""
+        with self.changed:
+            self._doing = "mixing"
+            return [] if self.answering.mailbox is None else self.answering.mailbox.open()
+
+    @property
+    def start_number(self) -> int:
+        """Which of its starts this peer says that it is."""
+        return self._incarnation.number
 
     def remember(self, round: int, counted: Collection[int], failed: Collection[int]) -> None:
         """Take up what became of an earlier round's edges, so that those who missed a verdict can still have it."""
@@ -200,7 +226,9 @@ class Swapper(Node):
         self.meetings.stop_waiting()
 
     def stop(self) -> None:
-        """Answer no more calls, once those that still need a verdict of ours have it, or LINGER_S are over."""
-        self.meetings.stop(min(LINGER_S, self.patience_s))
+        """Answer no more calls, once those that need a verdict or a message of ours have it, or LINGER_S are over."""
+        linger_s = min(LINGER_S, self.patience_s)
+        self.outbox.close(linger_s)
+        self.meetings.stop(linger_s)
         self.answering.stop()
         self.close()

@@ -219,12 +219,6 @@ def _with_senders(under_way: Tensors) -> list[tuple[list[int], int]]:
     return [(message, posts[message[1]][0]) for message in under_way["messages"].tolist()]
 
 
-def test_a_peer_runs_in_rounds() -> None:
-    recipe = load_recipe("digits-demo", [*SMALL, "time={mode: asynchronous, step_s: 1}"])
-    with pytest.raises(RecipeError, match=r"time\.mode: peers run in rounds; give time.mode=rounds, or simulate"):
-        build(recipe, clients=[1])
-
-
 def test_several_processes_are_refused() -> None:
     class Two(Group):
         size = 2

@@ -168,7 +168,8 @@ def test_one_way_roads_must_lead_from_all_to_all() -> None:
 
 def test_peers_refuse_a_directed_graph_by_its_name() -> None:
     message = (
-        "graph epidemic: its edges go one way, and peers swap; choose a graph whose edges go both ways, or simulate"
+        "graph epidemic: its edges go one way, and peers swap; choose a graph whose edges go both ways, let them push "
+        "with time.mode=asynchronous, or simulate it with peertune run"
     )
     recipe = load_recipe("digits-demo", ["graph={name: epidemic, fan_out: 2}", "algorithm.switch_every=1"])
     assert build_parts(recipe).graph.directed

@@ -20,7 +20,8 @@ import pytest
 from federation import Federation, found
 from processes import AT_MOST_S, forking, wait_until
 
-from peertune.errors import Exit
+from peertune.api.replaying import Replay
+from peertune.errors import Exit, RunError
 from peertune.runs import checkpoints, records
 
 RECIPE = (
@@ -37,8 +38,10 @@ RECIPE = (
 class Peers:
     """The peers of a federation, each a process that the command line runs; forked, so that none imports anew."""
 
-    def __init__(self, made: Federation, *overrides: str, networks: Sequence[str] = ()) -> None:
-        self.networks = networks
+    def __init__(
+        self, made: Federation, *overrides: str, networks: Sequence[str] = (), options: Sequence[str] = ()
+    ) -> None:
+        self.networks, self.options = networks, options
         self.made, self.overrides = made, [*RECIPE[1:], f"clients={len(made.ports)}", *overrides]
         self.running: dict[int, Any] = {}
         self._forks = forking()
@@ -51,6 +54,7 @@ class Peers:
         for client in clients:
             run = self.run(client)
             words = ["peer", "start", "--dir", str(self.made.peer(client)), "--roster", str(self.made.roster)]
+            words += self.options
             if (run / "resolved.yaml").exists():
                 words += ["--resume", str(run)]
             else:
@@ -125,8 +129,10 @@ def _command(words: list[str], log: Path, network: str | None) -> None:
 
 
 @contextmanager
-def peers(made: Federation, *overrides: str, networks: Sequence[str] = ()) -> Iterator[Peers]:
-    group = Peers(made, *overrides, networks=networks)
+def peers(
+    made: Federation, *overrides: str, networks: Sequence[str] = (), options: Sequence[str] = ()
+) -> Iterator[Peers]:
+    group = Peers(made, *overrides, networks=networks, options=options)
     try:
         yield group
     finally:
@@ -177,6 +183,46 @@ def test_twenty_five_kills_at_random_moments_stop_nobody_and_damage_nothing(tmp_
         met = [len(record["edges"]) for client in range(4) for record in group.records(client)]
         lost = [len(record["failed_edges"]) for client in range(4) for record in group.records(client)]
         assert sum(lost) < 0.2 * sum(met)  # a round that was cut off is made again with those that counted it
+
+
+def test_peers_without_rounds_are_killed_and_stopped_and_all_that_they_did_can_be_made_again(tmp_path: Path) -> None:
+    rounds, draw = 40, random.Random(0)
+    slow = [f"{{slow: {client}, rounds: [0, {rounds}], delay_s: 0.3}}" for client in range(3)]  # so that none is done
+    overrides = (
+        "time={mode: asynchronous, staleness_exponent: 1.0}",
+        "model.dtype=float64",
+        "algorithm.switch_every=2",
+    )
+    settings = (f"rounds={rounds}", f"faults=[{', '.join(slow)}]", *overrides)
+    with peers(found(tmp_path, 3), *settings, options=["--keep-messages"]) as group:
+        group.start(*range(3))
+        group.wait_until(lambda: all(group.rounds(client) > 2 for client in range(3)))
+        for victim in (0, 1, 0, 2):
+            time.sleep(draw.uniform(0, 0.4))
+            before = group.kept(victim)
+            group.kill(victim)
+            assert group.kept(victim) >= max(before, group.rounds(victim) - 1)
+            group.start(victim)
+            group.wait_until(partial(group.back, victim, before))
+        group.signal(1, signal.SIGTERM)
+        group.running[1].join(AT_MOST_S)
+        group.start(1)
+        group.end(*range(3))
+        for client in range(3):
+            assert_whole(group, client, rounds)
+    runs = [group.run(client) for client in range(3)]
+    found_again = Replay(runs).finish()
+    assert [one.starts for one in found_again] == [3, 3, 2]
+    assert max(one.apart for one in found_again) <= 1e-12
+    (alone,) = Replay(runs[:1], own=True).finish()
+    assert (alone.client, alone.starts) == (0, 3)
+    assert alone.apart <= 1e-12
+    assert sum(len(record["edges"]) for client in range(3) for record in group.records(client)) > 30
+    with pytest.raises(RunError, match="whose run isn't here; give the run directories of all"):
+        Replay(runs[:2]).finish()
+    next((runs[2] / "messages").rglob("*.safetensors")).unlink()
+    with pytest.raises(RunError, match="is missing or damaged; it was kept if peer start had --keep-messages"):
+        Replay(runs[2:], own=True).finish()
 
 
 def test_a_peer_that_is_stopped_for_longer_than_the_patience_rejoins_where_the_others_are(tmp_path: Path) -> None:

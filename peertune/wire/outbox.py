@@ -1,0 +1,146 @@
+"""What this peer pushes: to each neighbour its newest message, while it trains on.
+
+A message that can't be delivered is tried again until it gets through, the other end refuses it, or a newer one takes
+its place.
+"""
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from queue import SimpleQueue
+from typing import NamedTuple
+
+from peertune.allowance import one_line
+from peertune.errors import PeertuneError, WireError
+from peertune.wire.framing import Outgoing, Part, field_of
+from peertune.wire.meeting import Meetings
+from peertune.wire.node import SeatError, UnusableError, nobody
+from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
+from peertune.wire.peer_pb2 import Post as Said
+from peertune.wire.rpc import grpc
+
+RETRY_S = 0.2
+RETRY_MOST_S = 2.0
+
+
+class Parcel(NamedTuple):
+    """A message on its way."""
+
+    version: int
+    degree: int  # to how many it goes
+    began: float  # when its training began, on the monotonic clock
+    data: Outgoing
+
+
+class Outbox:
+    """A thread for each neighbour that ever is sent something, and what it is to deliver."""
+
+    def __init__(self, meetings: Meetings) -> None:
+        self._node, self._meetings = meetings.node, meetings
+        self._due: dict[int, Parcel] = {}
+        self._carried: set[int] = set()  # to whom a thread delivers
+        self._closed = False
+
+    def push(self, parcel: Parcel, clients: Sequence[int]) -> list[int]:
+        """Have a message delivered to these clients, and return those whom the last one has not reached by now."""
+        with self._node.changed:
+            late = [client for client in clients if client in self._due]
+            for client in clients:
+                self._node.known(client).down += client in self._due
+                self._due[client] = parcel
+                if client not in self._carried:
+                    self._carried.add(client)
+                    threading.Thread(target=self._carry, args=(client,), name=f"push-{client}", daemon=True).start()
+            self._node.changed.notify_all()
+        return late
+
+    def close(self, linger_s: float) -> None:
+        """Deliver what is due, for so many seconds at most, or until this peer waits for nobody."""
+        with self._node.changed:
+            self._node.changed.wait_for(lambda: not self._due or self._meetings.stopped_waiting, timeout=linger_s)
+            self._closed = True
+            self._node.changed.notify_all()
+
+    def _carry(self, client: int) -> None:
+        """Deliver to a client what is due, until the box is closed."""
+        changed, tries = self._node.changed, 0
+        while True:
+            with changed:
+                changed.wait_for(lambda: self._closed or client in self._due)
+                if self._closed:
+                    return
+                parcel = self._due[client]
+            settled = self._try(client, parcel)
+            with changed:
+                if settled and self._due.get(client) is parcel:
+                    del self._due[client]
+                    changed.notify_all()
+                tries = 0 if settled else tries + 1
+                if not settled:
+                    pause = min(RETRY_MOST_S, RETRY_S * 2 ** min(tries, 8))
+                    changed.wait_for(lambda: self._closed or self._due.get(client) is not parcel, timeout=pause)  # noqa: B023  # is called here
+
+    def _try(self, client: int, parcel: Parcel) -> bool:
+        """Call once; return whether nothing is left to be done, and keep what goes wrong."""
+        node = self._node
+        try:
+            self._send(client, parcel)
+        except SeatError as error:
+            node.failed(client, error)
+            return False  # the next roster may have somebody there
+        except PeertuneError as error:
+            node.failed(client, error)
+            return True
+        except grpc.RpcError as error:
+            node.failed(client, error)
+            return False
+        node.known(client).up += 1
+        return True
+
+    def _send(self, client: int, parcel: Parcel) -> None:
+        """Push a message. Raises RpcError, WireError or UnusableError."""
+        node = self._node
+        if missing := nobody(node.membership.current()[1].by_client(client)):
+            raise SeatError(missing)
+        requests: SimpleQueue[Iterator[Part] | None] = SimpleQueue()
+        call = node.stub(client)(_sent(requests), timeout=self._meetings.patience_s, metadata=node.claim())
+        requests.put(iter([Chunk(hello=node.hello(parcel.version, Hello.PUSH))]))
+        greeted = False
+        try:
+            for part in call:
+                match field_of(part):
+                    case "hello" if not greeted:
+                        greeted = True
+                        self._greeted(client, part.hello)
+                        requests.put(self._parts(parcel, part.hello))
+                    case "roster" if greeted:
+                        node.adopt(client, part.roster)
+                    case "verdict" if greeted:
+                        if part.verdict.outcome != Verdict.COUNTED:
+                            raise UnusableError(f"refuses ({one_line(part.verdict.reason)})")
+                        node.count_bytes(client, parcel.data.total_bytes, 0)
+                        return
+                    case _:
+                        raise WireError("answers what is pushed with something else than a greeting and a verdict")
+            raise WireError("hangs up before its verdict")
+        finally:
+            requests.put(None)
+            call.cancel()
+
+    def _greeted(self, client: int, hello: Hello) -> None:
+        node = self._node
+        node.check_hello(client, hello)
+        node.check_incarnation(client, hello)
+        node.saw(client, hello.round)
+
+    def _parts(self, parcel: Parcel, to: Hello) -> Iterator[Part]:
+        """Yield what follows the greeting: a newer roster, what the message is, and the message."""
+        yield from self._node.newer(to)
+        age_ms = int(1000 * (time.monotonic() - parcel.began))
+        yield Chunk(post=Said(degree=parcel.degree, age_ms=age_ms))
+        yield from parcel.data.parts(to)
+
+
+def _sent(queue: "SimpleQueue[Iterator[Part] | None]") -> Iterator[Part]:
+    while (item := queue.get()) is not None:
+        yield from item
