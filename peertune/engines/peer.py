@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from peertune.engines.company import Company, neighbours
+from peertune.engines.company import Company, neighbours, steps_told
 from peertune.engines.fallback import Past
 from peertune.errors import DivergedError, Exit, WireError
 from peertune.method import Phase, standing
