@@ -6,6 +6,7 @@
       adapter/                                         what all adapters share: PEFT's config, head, labels, what was
                                                        taken out of the base
       rounds.jsonl                                     a RoundRecord a line: the truth; all else derives from it
+      mixed.jsonl  messages/                           of a peer that waits for nobody: what it mixed when, and messages
       rounds/round-000012.safetensors                  its long lists, where it has any: of over 1,000 clients or edges
       checkpoints/round-000120/                        state-000.safetensors and meta.json, whole or not there
       adapters/client-000/ … adapters/average/         each loads with PeftModel.from_pretrained
