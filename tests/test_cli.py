@@ -49,6 +49,7 @@ COMMANDS = [
     "export",
     "graph",
     "recipes",
+    "replay",
     "report",
     "roster",
     "run",
