@@ -82,3 +82,4 @@ def test_what_can_not_be_replayed_is_said_in_a_line(peertune: Call, alone: Path,
     peer = Peer(made.peer(1), made.roster, keep_messages=True)
     with pytest.raises(RecipeError, match=r"--keep-messages: is for time\.mode=asynchronous"):
         take_part("digits-demo", SMALL, out="kept", peer=peer)
+    assert not Path("kept").exists()

@@ -119,14 +119,14 @@ def joined_peers(recipe: str | Path | None, overrides: Sequence[str], place: Pat
         if recipe is not None:
             directory.check_free(place)
         built = build_own(directory.resolved(place) if recipe is None else recipe, overrides, peer.data, membership)
+        if peer.keep_messages and built.job.pushing is None:
+            raise RecipeError(
+                "--keep-messages: is for time.mode=asynchronous, whose runs can be replayed; leave it out"
+            )
         who = {"client": client, "name": name, "federation": members.federation}
         _begin_or_resume(built, place, recipe, overrides, who, own_rows=peer.data is not None)
         held.enter_context(directory.locked(place))
         job, near = built.job, neighbours(built.job)
-        if peer.keep_messages and job.pushing is None:
-            raise RecipeError(
-                "--keep-messages: is for time.mode=asynchronous, whose runs can be replayed; leave it out"
-            )
         swapper = Swapper(
             membership,
             agreed(built),
