@@ -29,7 +29,7 @@ from peertune.rounds.clock import NS, lockstep
 SMALL = (
     "clients=6",
     "rounds=15",
-    "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 8}",
+    "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 4}",
     "graph.activation=0.3",
     "partition={name: dirichlet, alpha: 1.0}",
     "evaluate={every: 5, rows: 60}",
@@ -38,7 +38,7 @@ SWITCHES = (
     "clients=5",
     "rounds=36",
     "algorithm={name: adf_lora, switch_every: 3}",
-    "training={learning_rate: 3e-2, local_steps: 4, per_device_train_batch_size: 8}",
+    "training={learning_rate: 3e-2, local_steps: 4, per_device_train_batch_size: 4}",
     "partition={name: iid}",
 )
 
@@ -103,8 +103,8 @@ def found(lived: Lived) -> dict[str, Finding]:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("rounds=30", "training.local_steps=3"),
-        ("rounds=30", "algorithm={name: adf_lora, switch_every: 4}"),
+        ("rounds=20", "training.local_steps=3"),
+        ("rounds=20", "algorithm={name: adf_lora, switch_every: 4}"),
         ("algorithm.name=dec_lora",),
         ("algorithm.name=ffa_lora",),
         ("algorithm.name=decaf",),
@@ -167,9 +167,9 @@ def test_clients_that_meet_too_rarely_to_agree_are_found_though_all_are_joined(t
 
 
 def test_links_that_fail_make_mixing_worse_than_rho() -> None:
-    findings = found(lived("rounds=20", links=0.04))
+    findings = found(lived(links=0.04))
     assert findings["worse_than_rho"].severity == "problem"
-    assert "worse_than_rho" not in found(lived("rounds=20", "graph.activation=0.04"))
+    assert "worse_than_rho" not in found(lived("graph.activation=0.04"))
 
 
 @pytest.mark.parametrize(
