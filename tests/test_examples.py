@@ -257,6 +257,8 @@ def test_a_second_evaluator_finds_the_scores_of_a_run_and_sees_one_that_was_chan
     settings = ["clients=2", "rounds=4", "training.per_device_train_batch_size=4", *held_out]
     assert peertune("run", "digits-demo", *settings, "--out", "run")[0] == 0
     assert evaluated_again(tmp_path, "run")[0] == 0
+    if held_out:  # what is seen of a change does not depend on how rows are held out
+        return
     records = tmp_path / "run" / "rounds.jsonl"
     *before, last = map(json.loads, records.read_text().splitlines())
     last["evaluation"]["clients"][1] += 1 / 180
