@@ -71,7 +71,7 @@ def test_with_equal_speeds_and_no_latency_it_is_the_round_to_the_bit() -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("method", sorted(ALGORITHMS.keys() - {"rolora"}))
 def test_of_every_method(method: str) -> None:
-    assert_rounds_are_the_same(f"algorithm={{name: {method}}}", "head=trained")
+    assert_rounds_are_the_same(f"algorithm={{name: {method}}}", "head=trained", "rounds=3", "training.local_steps=1")
 
 
 @pytest.mark.thorough
