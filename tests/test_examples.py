@@ -52,7 +52,7 @@ def let_start(made: Forks, run: Path) -> int:
 
 
 def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
-    folder, whole = tmp_path / "play", 24
+    folder, whole = tmp_path / "play", 16
     script = shutil.copytree(EXAMPLES / "eight-hospitals", tmp_path / "example" / "eight-hospitals") / "play.sh"
     said = []
     with (
