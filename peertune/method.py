@@ -98,6 +98,8 @@ class Schedule(NamedTuple):
 
     `phases(memory, at)` returns K phases. One that depends on memory has an `init`; one without is a function of the
     round alone, and `Algorithm.phase` has it. Clients may disagree on what trains, and must agree on what is sent.
+    Phases are asked for where a round begins, and again where a run goes on within it: no local step changes what they
+    depend on.
     """
 
     phases: Callable[[Memory, At], list[Phase]]

@@ -97,6 +97,8 @@ class State:
     rounds: Tensor  # [K] int64 on the CPU, the next round of each client
     memory: Tensors = field(default_factory=dict)  # what the method keeps beside the adapters, each [K, …]
     under_way: Tensors = field(default_factory=dict)  # what clients that wait for nobody have begun and sent
+    step: int = 0  # local steps that all clients have made of the next round
+    within: Tensors = field(default_factory=dict)  # what these came to, each [K, …]: see `rounds.turns`
 
     @property
     def known(self) -> Tensors:
@@ -115,7 +117,7 @@ class State:
 
     def at(self, round: int) -> "State":
         """Return the same state, before this round for all clients."""
-        return replace(self, rounds=torch.full_like(self.rounds, round))
+        return replace(self, rounds=torch.full_like(self.rounds, round), step=0, within={})
 
     def clone(self) -> "State":
         """Return the same state in memory of its own."""
@@ -128,7 +130,7 @@ class State:
 
     @classmethod
     def of(cls, parts: Sequence["State"]) -> "State":
-        """Return the states of some clients and of others, one after the other, copied."""
+        """Return the states of some clients and of others, one after the other, copied; nothing of a round's steps."""
         adapters, moments, memory = (
             {name: torch.cat([vars(part)[of][name] for part in parts]) for name in vars(parts[0])[of]}
             for of in ("adapters", "moments", "memory")
@@ -161,10 +163,11 @@ class State:
         return replace(self._map(lambda x: x.to(device)), under_way=moved)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "State":
-        adapters, moments, memory = (
-            {name: change(x) for name, x in part.items()} for part in (self.adapters, self.moments, self.memory)
+        adapters, moments, memory, within = (
+            {name: change(x) for name, x in part.items()}
+            for part in (self.adapters, self.moments, self.memory, self.within)
         )
-        return State(adapters, moments, self.rounds.clone(), memory, dict(self.under_way))
+        return State(adapters, moments, self.rounds.clone(), memory, dict(self.under_way), self.step, within)
 
 
 @dataclass(frozen=True)

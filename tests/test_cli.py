@@ -714,6 +714,10 @@ BAD = {
         [GLUE, "model.name=inputs", "clients=2", "partition={name: iid}"],
         "model.name: inputs can't be loaded (",
     ),
+    "steps that clients don't have in common": (
+        ["time={mode: asynchronous, step_s: 1}", "algorithm.name=dec_lora", "checkpoint.steps=2"],
+        "time: mode asynchronous needs checkpoints between rounds; leave out checkpoint.steps",
+    ),
     "no such device": (["device=tpu"], "digits-demo: device: string should match pattern"),
     "an unwritable place": (["--out", "inputs/file/run", *TINY], "inputs/file/run: can't be written (File exists)"),
     "no file system": (["--out", "/proc/x", *TINY], "/proc/x: can't be written (No such file or directory); give one"),

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from peertune.models.weights import check_weights
 from peertune.recipe import Recipe, as_yaml, load_recipe, recipe_text
 from peertune.rounds.patience import Seen, ran_out, seen
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Job
+from peertune.rounds.round import Job, Pausing
 from peertune.runs import checkpoints, directory, exports, records
 from peertune.runs.keeping import Keeper
 from peertune.runs.trackers import reporting
@@ -49,12 +50,18 @@ class Training:
 
     def __init__(self, built: Built, folder: Path, engine: Engine, keeper: Keeper | None = None) -> None:
         """Load the newest checkpoint, and forget the records after it. Raises RunError where that can't be done."""
-        job = built.job
-        state = checkpoints.load(folder, job.state, job.clients, job.group) or job.state
+        job, steps = built.job, built.resolved.checkpoint.steps
+        state = checkpoints.load(folder, job.state, job.clients, job.group, within=True) or job.state
         self.built, self.folder, self._engine = built, folder, engine
-        self.job = replace(job, state=state.to(job.device))
         self._keeper = keeper or keeper_of(built, folder)
-        self._keeper.round = state.round
+        self._keeper.begin(state)
+        pausing = None if steps is None else Pausing(steps, partial(self._keeper.checkpoint, last=False))
+        self.job = replace(job, state=state.to(job.device), pausing=pausing)
+        if state.step and job.group.rank == 0:
+            log.info(
+                "%s: goes on within round %d, after %d of its %d local steps",
+                *(folder, state.round, state.step, job.local_steps),
+            )
         self._evaluations: list[Seen] = []
         if job.group.rank == 0:
             records.rewind(folder, state.round)
@@ -130,8 +137,9 @@ class Training:
 
 def keeper_of(built: Built, folder: Path) -> Keeper:
     """Return what keeps the records and checkpoints of a run."""
-    checkpoint = built.resolved.checkpoint
-    return Keeper(folder, built.job.clients, checkpoint.every, checkpoint.keep, built.job.group)
+    job, checkpoint = built.job, built.resolved.checkpoint
+    every, keep, steps = checkpoint.every, checkpoint.keep, checkpoint.steps
+    return Keeper(folder, job.clients, every, keep, job.group, steps=steps, local_steps=job.local_steps)
 
 
 @contextmanager

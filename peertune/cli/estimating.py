@@ -52,6 +52,7 @@ def _print_plan(planned: "Plan") -> None:
         "adapters": "adapters of all clients",
         "moments": "moments of the optimiser",
         "under_way": "what is computed ahead, and sent",
+        "starts": "what a round began with",
         "process": "the process itself",
         "gradients": "gradients",
         "activations": "activations",

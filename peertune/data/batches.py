@@ -288,12 +288,13 @@ class TrainingSteps:
     seed: int
     row_weights: NDArray[np.float64] | None = None  # [N], what each row counts in its client's mean; None: all alike
 
-    def __call__(self, clients: Sequence[int], rounds: int | Sequence[int]) -> Iterator[list[Batch]]:
+    def __call__(self, clients: Sequence[int], rounds: int | Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each of a round's local steps of these clients, each in a round of its own or all.
 
-        A batch's client numbers are places in `clients`, as the stack has them.
+        They begin with step `first` of the round. A batch's client numbers are places in `clients`, as the stack has
+        them.
         """
-        return steps_together([(self, clients, rounds)])
+        return steps_together([(self, clients, rounds)], first)
 
     def drawn(self, clients: Sequence[int], steps: NDArray[np.int64]) -> Drawn:
         """Return what these clients train on, each in its own of the `steps [K]`, counted from the run's start."""
@@ -311,15 +312,15 @@ class TrainingSteps:
 
 
 def steps_together(
-    runs: Sequence[tuple[TrainingSteps, Sequence[int], int | Sequence[int]]],
+    runs: Sequence[tuple[TrainingSteps, Sequence[int], int | Sequence[int]]], first: int = 0
 ) -> Iterator[list[Batch]]:
-    """Yield the micro-batches of each local step of some clients of several runs, in these rounds of theirs.
+    """Yield the micro-batches of each local step, from `first` on, of some clients of several runs, in these rounds.
 
     The runs have the same encoded rows, and as many local steps. A batch's client numbers are places among all clients,
     one run's after the other's.
     """
     steps = runs[0][0]
-    for number in range(steps.local_steps):
+    for number in range(first, steps.local_steps):
         each = [
             one.drawn(clients, np.broadcast_to(rounds, len(clients)) * one.local_steps + number)
             for one, clients, rounds in runs

@@ -2,10 +2,11 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 from peertune.rounds.round import Job
+from peertune.rounds.turns import Steps
 from peertune.topology import may_meet
 from peertune.types import Batch
 from peertune.wire.swap import Swapper
@@ -71,12 +72,13 @@ def in_words(refusals: Mapping[str, str]) -> str:
     return "refused by " + "; ".join(f"{name}: {why}" for name, why in refusals.items())
 
 
-def steps_told(job: Job, swapper: Swapper) -> Callable[[Sequence[int], Sequence[int]], Iterator[list[Batch]]]:
+def steps_told(job: Job, swapper: Swapper) -> Steps:
     """Return the job's steps, of which neighbours that ask are told how many are done."""
 
-    def steps(clients: Sequence[int], rounds: Sequence[int]) -> Iterator[list[Batch]]:
-        for batches in job.steps(clients, rounds):
+    def steps(clients: Sequence[int], rounds: Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
+        swapper.stepped(first)
+        for done, batches in enumerate(job.steps(clients, rounds, first), start=first + 1):
             yield batches
-            swapper.stepped()
+            swapper.stepped(done)
 
     return steps

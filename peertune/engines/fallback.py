@@ -60,7 +60,11 @@ class Past:
     def most_loss(self, round: int) -> float:
         """Return what the loss of this round may be: anything unless the last one mixed, or once it has fallen back."""
         last = next(reversed(self._mixed.values()), ())
-        return EXPLODED * self._highest if last and self._recall and self._last[0] != round else inf
+        return EXPLODED * self._highest if last and self._recall and not self.fell_back_in(round) else inf
+
+    def fell_back_in(self, round: int) -> bool:
+        """Return whether this round is made again from an older state."""
+        return self._last[0] == round
 
     def left_out(self, client: int, round: int) -> str:
         """Return why nothing of this client is mixed in this round; "" where it is."""
@@ -73,7 +77,7 @@ class Past:
         Where that diverges as well, the next call returns an older one. Raises the error where nothing was mixed in the
         last rounds, or there is nothing older: then it is training itself that diverges.
         """
-        again = self._last[0] == round
+        again = self.fell_back_in(round)
         last = max((t for t in list(self._mixed)[-SUSPECTED_ROUNDS:] if self._mixed[t]), default=None)
         if last is None or self._recall is None:
             raise error

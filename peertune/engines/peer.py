@@ -62,7 +62,10 @@ def run_peer(
     heard = swapper.last_heard()
     swapper.enter(job.state.round)  # from here on it answers
     job = replace(job, steps=steps_told(job, swapper), lines=swapper.lines)
-    state = job.state.clone().at(_caught_up(job, swapper, job.state.round, heard, fastest_s))
+    state = job.state.clone()
+    if (ahead := _caught_up(job, swapper, state.round, heard, fastest_s)) > state.round:
+        whole = recall(state.round + 1) if state.step and recall else None  # which has no round half made
+        state = (state if whole is None else whole.clone()).at(ahead)
     while state.round < job.rounds:
         if me in clients_down(job.faults, state.round):
             state = state.at(state.round + 1)
@@ -75,6 +78,8 @@ def run_peer(
         swapper.enter(state.round, phase)
         try:
             bounded = replace(job, most_loss=past.most_loss(state.round))
+            if past.fell_back_in(state.round):  # else who it left out, which no record says yet, would be forgotten
+                bounded = replace(bounded, pausing=None)
             state, record = run_round(
                 bounded, state, job.clients, state.round, partial(_exchange, job, swapper, past, state, phase)
             )

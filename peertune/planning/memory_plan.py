@@ -50,6 +50,7 @@ class Plan:
     adapters: int  # of all clients
     moments: int  # the optimiser's, of all clients
     under_way: int  # where nobody waits: what is computed ahead, and a message of each client
+    starts: int  # where checkpoints lie within rounds: what a round began with, if the method asks for it
     gradients: int  # of the clients that train at a time
     activations: int  # the most that a micro-batch takes beyond all these
     mixing: int  # the most that measuring a round takes beyond base, adapters and moments
@@ -61,7 +62,7 @@ class Plan:
     @property
     def total(self) -> int:
         """The peak: training, mixing and evaluation come one after the other."""
-        held = self.base + self.adapters + self.moments + self.under_way + self.process
+        held = self.base + self.adapters + self.moments + self.under_way + self.starts + self.process
         return held + max(self.gradients + self.activations + self.holes, self.mixing, self.evaluation)
 
     @property
@@ -89,6 +90,7 @@ def plan(recipe: Recipe) -> Plan:
             evaluate = partial(_generate, job, state, resolved, recipe.evaluate.rows or sys.maxsize)
         evaluation = live.most(evaluate).taken
     most, gradients = max(training)
+    within = recipe.checkpoint.steps is not None
     return Plan(
         device=resolved.device,
         dtype=resolved.model.dtype,
@@ -98,6 +100,7 @@ def plan(recipe: Recipe) -> Plan:
         adapters=held - base - moments,
         moments=moments,
         under_way=0 if job.pushing is None else held - base + _storage_bytes(state.adapters.values()),
+        starts=_storage_bytes(state.adapters.values()) if within and job.algorithm.local.keeps_start else 0,
         gradients=gradients,
         activations=most.taken - gradients,
         mixing=mixing,

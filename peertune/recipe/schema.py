@@ -176,6 +176,8 @@ class Checkpoint(_Block):
 
     every: int = Field(10, ge=1)  # rounds; the last round always; where a peer's recipe leaves it open, 1
     keep: int = Field(2, ge=1)  # how many stay on disk: the newest two, then older ones; a peer's 6 where left open
+    # local steps, counted over the rounds: one more is kept, within a round where they end there; null: none
+    steps: int | None = Field(None, ge=1)
 
 
 class PlannedFault(_Block):
@@ -252,6 +254,7 @@ class Recipe(_Block):
 NO_SETTINGS = (
     "checkpoint.every",  # a run that is resumed ends in the same bits
     "checkpoint.keep",
+    "checkpoint.steps",
     "keep_tokens",
     "report_to",
     "training.tokens_per_pass",  # how batches are cut changes the order of sums, and results by rounding

@@ -53,6 +53,17 @@ What an end refuses counts at neither.
 """
 
 
+class Pausing(NamedTuple):
+    """How often the state within a round is kept, and by whom."""
+
+    every: int  # local steps, counted from the run's start
+    keep: Callable[[State], object]  # is told the state of all of a job's clients
+
+    def after(self, round: int, local_steps: int) -> range:
+        """Return after how many steps within this round."""
+        return range(-round * local_steps % self.every or self.every, local_steps, self.every)
+
+
 @dataclass(frozen=True)
 class Job:
     """All that an engine needs to run a recipe; made by `build`."""
@@ -77,6 +88,7 @@ class Job:
     most_loss: float = inf  # training to a mean loss above it counts as diverged
     clock: Clock | None = None  # how long things take in virtual time; None: nothing has a time
     pushing: Pushing | None = None  # how clients mix that wait for nobody; None: they go by rounds
+    pausing: Pausing | None = None  # None: what is kept is kept between rounds
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
     lines: Lines = field(default_factory=Lines, compare=False)  # what is logged of clients
@@ -169,7 +181,18 @@ def _begin_of(job: Job) -> Begun:
         return _begin(job, state, job.clients, t)
     places = [place for place, client in enumerate(job.clients) if client not in down]
     rows = torch.tensor(places, dtype=torch.int64, device=job.device)
+    if (pausing := job.pausing) is not None:
+        job = replace(job, pausing=pausing._replace(keep=lambda part: pausing.keep(_whole(state, rows, part))))
     return _begin(job, state.take(rows), [job.clients[place] for place in places], t)._replace(rows=rows)
+
+
+def _whole(state: State, rows: Tensor, part: State) -> State:
+    """Return the state within a round of all clients, of whom only these `rows` take part; the others' is zeros."""
+    state.put(rows, part)
+    within = {
+        name: x.new_zeros((state.clients, *x.shape[1:])).index_copy(0, rows, x) for name, x in part.within.items()
+    }
+    return replace(state, step=part.step, within=within)
 
 
 def _end_of(job: Job, begun: Begun | Exception, came: Came | Exception, exchange: ExchangeOf) -> RoundRecord:
@@ -191,6 +214,8 @@ def _end_of(job: Job, begun: Begun | Exception, came: Came | Exception, exchange
 def _begin(job: Job, state: State, clients: Sequence[int], t: int) -> Begun:
     """Say what the K `clients` of `state` are to train in round t."""
     turn = turn_of(job, state, clients)
+    if job.pausing is not None:
+        turn = turn._replace(pauses=job.pausing.after(t, job.local_steps), keep=job.pausing.keep)
     return Begun(turn, clients, t, _common(job, turn.phases, t))
 
 
@@ -244,7 +269,7 @@ def end(
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
     _mix(job, state, heard.tensors, weights, at, phase)
-    state = replace(state, rounds=state.rounds + 1)
+    state = replace(state, rounds=state.rounds + 1, step=0)
     watch.lap("mix")
     diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group, rows)
     watch.lap("metrics")

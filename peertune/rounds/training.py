@@ -35,11 +35,23 @@ class Optimizer(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What local steps came to; loss and norm are `[K]`, and means over the steps."""
+    """What a round's local steps have come to so far."""
 
-    loss: Tensor
-    grad_norm: Tensor  # before clipping
-    memory: Memory  # what has changed of what the method remembers
+    steps: int
+    losses: Tensor  # [K], the sum over the steps
+    grad_norms: Tensor  # [K], likewise, before clipping
+    start: Tensors  # [K, …], what the round began with, where the method asks for it
+    memory: Memory  # what has changed of what the method remembers, in the last call
+
+    @property
+    def loss(self) -> Tensor:
+        """The mean over the steps, `[K]`."""
+        return self.losses / max(1, self.steps)
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """The mean over the steps, `[K]`."""
+        return self.grad_norms / max(1, self.steps)
 
 
 @dataclass(frozen=True)
@@ -214,6 +226,9 @@ def train_local(
     at: At,
     local: Local = Local(),  # noqa: B008  # which can't be changed
     frozen: Mapping[str, Tensor] = MappingProxyType({}),
+    before: Trained | None = None,
+    *,
+    ends: bool = True,
 ) -> Trained:
     """Train the phase's kinds on each client's own rows, **in place**: gradients, `local`, clip, step.
 
@@ -221,19 +236,23 @@ def train_local(
     changes nothing. The K clients stand each `at` a step of its own. Kinds that the phase does not train get no
     gradient and stay bit for bit. Adapters and moments are stepped where they lie: a copy of thousands of
     them would double what they take. What `local` remembers is returned. `frozen [K, …]` is what each client has of the
-    base for itself: as `StackedModel.frozen`.
+    base for itself: as `StackedModel.frozen`. A round's steps may be made in several calls, to the same bits: each is
+    told what those `before` came to, and only with the last the round's training `ends`.
 
     Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and
     DivergedError where a loss or an adapter is not finite.
     """
     adapters, memory = state.adapters, state.known
     trained = select(adapters, phase.train)
-    start = {name: x.clone() for name, x in trained.items()} if local.keeps_start else {}
-    first = next(iter(adapters.values()))
-    totals = torch.zeros(len(first), dtype=torch.float64, device=first.device)
-    lengths = torch.zeros_like(totals)
-    global_draws = _generator_state(totals.device)
-    count, changed = 0, dict[str, Tensor]()
+    if before is None:
+        start = {name: x.clone() for name, x in trained.items()} if local.keeps_start else {}
+        first = next(iter(adapters.values()))
+        totals, lengths = torch.zeros(2, len(first), dtype=torch.float64, device=first.device)
+        count = 0
+    else:
+        count, start = before.steps, before.start
+        totals, lengths = before.losses.clone(), before.grad_norms.clone()
+    global_draws, changed = _generator_state(totals.device), dict[str, Tensor]()
     for batches in steps:
         count += 1
         gradient = BatchGradient(model, batches, phase.train, optim.smoothing, frozen)
@@ -250,15 +269,17 @@ def train_local(
             "model: it draws dropout that can't be keyed by row, so results would depend on history; "
             "use model.dropout=false"
         )
-    moved, new = local.end(start, adapters, memory, at, phase)
-    for name, x in moved.items():
-        adapters[name].copy_(x)
+    if ends:
+        moved, new = local.end(start, adapters, memory, at, phase)
+        changed |= new
+        for name, x in moved.items():
+            adapters[name].copy_(x)
     if not all(x.isfinite().all() for x in (*trained.values(), totals)):
         raise DivergedError(
             f"training: a loss or an adapter is no longer finite after round {int(at.round[0])}; "
             "lower training.learning_rate or training.max_grad_norm"
         )
-    return Trained(totals / max(1, count), lengths / max(1, count), changed | new)
+    return Trained(count, totals, lengths, start, changed)
 
 
 def _rates_at(optim: Optim, steps: Tensor, device: torch.device) -> Rates:

@@ -1,12 +1,16 @@
 """The checkpoints of a run: its state after a round, in shards, and which of them stay.
 
 Several processes write a shard each. A run can go on from a checkpoint in any number of processes.
+
+Beside them at most one is kept for runs that go on: `within-000003-000120` is the state after 120 local steps of round
+3. It goes when a newer checkpoint is there. Whoever asks what a run has come to between rounds does not see it.
 """
 
 import json
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from hashlib import file_digest, sha256
 from itertools import chain
 from pathlib import Path
@@ -28,7 +32,27 @@ def save(folder: Path, state: State, keep: int, clients: Sequence[int], group: G
 
     The newest two stay, and of the older ones those that `_thinned` leaves.
     """
-    parts = {"adapters": state.adapters, "moments": state.moments, "memory": state.memory}
+    _write(folder / "checkpoints" / f"round-{state.round:06d}", state, clients, group)
+    if group.rank > 0:
+        return
+    held = _checkpoints(folder)
+    stay = _thinned([_place(checkpoint)[0] for checkpoint in held], keep)
+    _remove([checkpoint for checkpoint in held if _place(checkpoint)[0] not in stay])
+    _remove((folder / "checkpoints").glob("within-*"))
+    _remove((folder / "checkpoints").glob(".*"))  # of a process that was killed
+
+
+def save_within(folder: Path, state: State, clients: Sequence[int], group: Group = ALONE) -> None:
+    """Write the state of these clients within a round, or before it, a shard, in the place of the one before."""
+    place = folder / "checkpoints" / f"within-{state.round:06d}-{state.step:06d}"
+    _write(place, state, clients, group)
+    if group.rank == 0:
+        _remove(other for other in place.parent.glob("within-*") if other != place)
+        _remove(place.parent.glob(".*"))
+
+
+def _write(place: Path, state: State, clients: Sequence[int], group: Group) -> None:
+    parts = {"adapters": state.adapters, "moments": state.moments, "memory": state.memory, "within": state.within}
     parts |= {"clients": {"rounds": state.rounds}, "under_way": state.under_way}
     data = as_safetensors(
         {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
@@ -41,17 +65,15 @@ def save(folder: Path, state: State, keep: int, clients: Sequence[int], group: G
 
     def describe(beside: Path, shards: list[Any]) -> None:
         if group.rank == 0:
-            meta = {"format": FORMAT, "round": state.round, "shards": shards}
+            meta = {"format": FORMAT, "round": state.round, "step": state.step, "shards": shards}
             (beside / "meta.json").write_text(json.dumps(meta) + "\n")
 
-    write_together(folder / "checkpoints" / f"round-{state.round:06d}", group, write, describe)
-    if group.rank > 0:
-        return
-    unfinished = (folder / "checkpoints").glob(".round-*")  # of a process that was killed
-    held = _checkpoints(folder)
-    stay = _thinned([_round(checkpoint) for checkpoint in held], keep)
-    for old in (*(checkpoint for checkpoint in held if _round(checkpoint) not in stay), *unfinished):
-        shutil.rmtree(old, ignore_errors=True)
+    write_together(place, group, write, describe)
+
+
+def _remove(checkpoints: Iterable[Path]) -> None:
+    for checkpoint in checkpoints:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _thinned(rounds: Sequence[int], keep: int) -> set[int]:
@@ -68,12 +90,16 @@ def _thinned(rounds: Sequence[int], keep: int) -> set[int]:
     return set(stay)
 
 
-def _round(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("round-"))
+def _place(checkpoint: Path) -> tuple[int, int]:
+    """Return how many rounds are whole in a checkpoint, and how many local steps of the next are made."""
+    _, rounds, *step = checkpoint.name.split("-")
+    return int(rounds), int(*step)
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((folder / "checkpoints").glob("round-*"), key=_round, reverse=True)
+def _checkpoints(folder: Path, *, within: bool = False) -> list[Path]:
+    """Return the checkpoints of a run, the newest first."""
+    held = chain(*((folder / "checkpoints").glob(f"{name}-*") for name in ("round", "within")[: 1 + within]))
+    return sorted(held, key=_place, reverse=True)
 
 
 def load(
@@ -82,15 +108,19 @@ def load(
     clients: Sequence[int] | None = None,
     group: Group = ALONE,
     before: int | None = None,
+    *,
+    within: bool = False,
 ) -> State | None:
     """Return the state of these clients, or of all, in the newest whole checkpoint, or None where there is none yet.
 
-    With `before`, in the newest of those that have fewer rounds behind them; None where these are damaged.
+    With `before`, in the newest of those that have fewer rounds behind them; None where these are damaged. It may be a
+    state `within` a round only where that is asked for.
     It is on the CPU. A checkpoint that is damaged, or whose part that another process of the group reads is, is passed
     over with a warning. Raises RunError where all are damaged, or where the newest is of a later format or does not fit
     the state `like` that the run starts from.
     """
-    held = [checkpoint for checkpoint in _checkpoints(folder) if before is None or _round(checkpoint) < before]
+    held = _checkpoints(folder, within=within)
+    held = [checkpoint for checkpoint in held if before is None or _place(checkpoint)[0] < before]
     (found, *_) = group.gather([str(checkpoint) for checkpoint in held])
     for checkpoint in map(Path, found):
         wrong, state = "", None
@@ -116,7 +146,8 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
     check_format(checkpoint, meta)
     held = [list(map(int, shard["clients"])) for shard in meta["shards"]]
     places = {client: place for place, client in enumerate(sorted(chain(*held)) if clients is None else clients)}
-    parts: dict[str, Tensors] = {"adapters": {}, "moments": {}, "memory": {}, "clients": {}, "under_way": {}}
+    names = ("adapters", "moments", "memory", "within", "clients", "under_way")
+    parts: dict[str, Tensors] = {name: {} for name in names}
     for shard, own in zip(meta["shards"], held, strict=True):
         wanted = [row for row, client in enumerate(own) if client in places]
         if not wanted:
@@ -143,7 +174,8 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
         memory["adaptive.reports"].nan_to_num_(nan=0.0)
         del memory["adaptive.client"]
     rounds = parts["clients"].get("rounds", torch.full((len(places),), int(meta["round"])))
-    return State(parts["adapters"], parts["moments"], rounds, memory, parts["under_way"])
+    step = int(meta.get("step", 0))
+    return State(parts["adapters"], parts["moments"], rounds, memory, parts["under_way"], step, parts["within"])
 
 
 def _fitted(checkpoint: Path, state: State, like: State) -> State:
@@ -158,4 +190,4 @@ def _fitted(checkpoint: Path, state: State, like: State) -> State:
                     "resume with the run's own recipe"
                 )
     adapters, moments, memory = ({name: have[name] for name in want} for have, want in parts)
-    return State(adapters, moments, state.rounds, memory, state.under_way)
+    return replace(state, adapters=adapters, moments=moments, memory=memory)

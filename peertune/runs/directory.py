@@ -9,6 +9,8 @@
       mixed.jsonl  messages/                           of a peer that waits for nobody: what it mixed when, and messages
       rounds/round-000012.safetensors                  its long lists, where it has any: of over 1,000 clients or edges
       checkpoints/round-000120/                        state-000.safetensors and meta.json, whole or not there
+      checkpoints/within-000123-000040/                the same after 40 local steps of round 123, where that is asked
+                                                       for; the newest alone
       adapters/client-000/ … adapters/average/         each loads with PeftModel.from_pretrained
 
 Files and folders appear whole or not at all: they are written beside their place and renamed into it. Only

@@ -89,9 +89,9 @@ class Swapper(Node):
             self._entered, self.answering.open = time.monotonic(), True
             self.changed.notify_all()
 
-    def stepped(self) -> None:
-        """Say that another local step is done."""
-        self.step += 1
+    def stepped(self, steps: int) -> None:
+        """Say how many local steps of the round are done."""
+        self.step = steps
 
     def swap(
         self,

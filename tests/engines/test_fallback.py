@@ -11,12 +11,13 @@ from federation import Federation, found
 from playing import starting
 
 from peertune.assembly.build import build
+from peertune.data.batches import TrainingSteps
 from peertune.engines.fallback import EXPLODED, LEFT_OUT_ROUNDS, SUSPECTED_ROUNDS, Past
 from peertune.engines.peer import run_peer
 from peertune.errors import DivergedError
 from peertune.identity.membership import Membership
 from peertune.recipe import load_recipe
-from peertune.rounds.round import Job, run_round
+from peertune.rounds.round import Job, Pausing, run_round
 from peertune.types import State
 from peertune.wire.swap import Swapper
 
@@ -210,6 +211,20 @@ def test_a_peer_that_is_resumed_from_a_spoilt_checkpoint_goes_on_from_an_older_o
     assert max(loss for record in records for loss in record.loss) < 5
     assert asked == [3]
     assert records[-1].suspects == [(0, 1, 3 + LEFT_OUT_ROUNDS, 1)]
+
+
+def test_a_round_that_is_made_again_from_an_older_state_is_kept_whole_or_not_at_all(job: Job, swapper: Swapper) -> None:
+    assert isinstance(job.steps, TrainingSteps)
+    kept = list[tuple[int, int]]()
+    three = replace(
+        spoilt(job, 30.0),
+        local_steps=3,
+        steps=replace(job.steps, local_steps=3),
+        pausing=Pausing(1, lambda state: kept.append((state.round, state.step))),
+    )
+    records = list(run_peer(three, swapper, records=lambda: before(1), recall=lambda _: job.state.at(2)))
+    assert [record.round for record in records] == [3, 4]
+    assert kept == [(3, 1), (3, 2), (4, 1), (4, 2)], "the second time round 3 is made it isn't"
 
 
 def test_a_peer_that_is_resumed_still_takes_nothing_from_whom_it_left_out(job: Job, swapper: Swapper) -> None:

@@ -28,8 +28,9 @@ from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import Choice, load_recipe
 from peertune.rounds.bounds import Refusal
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds, tell
-from peertune.types import Tensors, select
+from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds, tell, turn_of
+from peertune.rounds.turns import Came, train
+from peertune.types import State, Tensors, select
 from peertune.wire.swap import Swapper
 
 SMALL = (
@@ -419,6 +420,30 @@ def test_a_peer_that_is_passed_by_says_how_many_rounds_it_skipped(four: Federati
         second = next(records)
         assert second.state is not None
         assert (second.round, second.edges, second.skipped, second.state.round) == (1, [], 13, 15)
+
+
+def test_a_peer_whose_round_the_others_have_left_goes_on_with_what_it_had_before_that_round(four: Federation) -> None:
+    overrides = recipe(4, "float32", "graph.activation=1.0", "rounds=20", "algorithm={name: dec_lora}")
+    run = build(load_recipe("digits-demo", overrides), [0])
+    asked, whole = list[int](), run.job.state
+    half = replace(whole.clone(), step=1, within={"loss": torch.ones(1)})
+    for x in half.adapters.values():
+        x.add_(0.01)
+
+    def recall(before: int) -> State:
+        asked.append(before)
+        return whole
+
+    with ExitStack() as stack, ThreadPoolExecutor(3) as pool:
+        swappers = [answering(stack, four, client, agreed(run)) for client in range(4)]
+        payload = select(whole.adapters, {"A", "B", "head"})
+        others = [pool.submit(swapper.swap, 15, payload, [0]) for swapper in swappers[1:]]
+        wait_until(lambda: all(swapper.round == 15 for swapper in swappers[1:]))
+        first = next(run_peer(replace(run.job, state=half), swappers[0], recall=recall))
+        assert all(swapped.result(AT_MOST_S).keys() == {0} for swapped in others)
+    (expected,) = train([turn_of(run.job, whole.clone().at(15), [0])])
+    assert isinstance(expected, Came)
+    assert (first.round, first.loss, asked) == (15, expected.loss.tolist(), [1])
 
 
 ENDS: dict[

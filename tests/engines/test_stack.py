@@ -190,7 +190,7 @@ def test_locals_that_do_the_same_train_together_and_others_apart(factors: tuple[
 
     built = {name: with_local(one, factor) for (name, one), factor in zip(made(asked).items(), factors, strict=True)}
     turns = [_begin_of(one.job).turn for one in built.values()]
-    assert len(_alike(turns)) == passes
+    assert len(_alike(dict(enumerate(turns)))) == passes
     found = stacked(built)
     for (name, recipe), factor in zip(asked.items(), factors, strict=True):
         for ours, theirs in zip(found[name], run(with_local(build(recipe), factor)), strict=True):

@@ -136,6 +136,15 @@ def test_what_a_method_remembers_is_counted_for_all_clients(monkeypatch: pytest.
     assert remembered - plain == 2 * 3 * 4 * 1000, "of the start, and of the state that goes on from it"
 
 
+def test_what_rounds_began_with_is_counted_for_all_clients_where_checkpoints_lie_within_them(little: Recipe) -> None:
+    recipe = plans._with(little, "modifiers", [Choice(name="fedspeed")])
+    within = plans._with(recipe, "checkpoint.steps", 2)
+    planned = plan(within)
+    assert planned.starts > 0
+    assert plan(recipe).starts == 0 == plan(plans._with(within, "modifiers", [])).starts
+    assert planned.total == replace(planned, starts=0).total + planned.starts
+
+
 def test_checkpointing_and_smaller_passes_take_less(little: Recipe) -> None:
     def planned(key: str, value: Any) -> Plan:
         return plan(plans._with(little, f"training.{key}", value))

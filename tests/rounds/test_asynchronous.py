@@ -191,9 +191,9 @@ def test_those_who_have_begun_train_in_one_pass_and_who_is_fast_ends_more_traini
     calls: list[list[int]] = []
     job = made("time={mode: asynchronous, step_s: [1, 1.1, 1.2, 1.3, 10]}", "rounds=8").job
 
-    def counted(clients: Any, rounds: Any) -> Any:
+    def counted(clients: Any, rounds: Any, first: int = 0) -> Any:
         calls.append(list(clients))
-        return job.steps(clients, rounds)
+        return job.steps(clients, rounds, first)
 
     records = kept(replace(job, steps=counted))
     ended = [span[0] for record in records for span in record.spans]

@@ -59,8 +59,8 @@ def rows(client: int, step: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(draw.normal(size=(2, 4))), torch.from_numpy(draw.integers(0, 3, 2))
 
 
-def steps(clients: Sequence[int], rounds: Sequence[int]) -> Iterator[list[Batch]]:
-    for step in range(2):
+def steps(clients: Sequence[int], rounds: Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
+    for step in range(first, 2):
         each = [rows(client, 2 * t + step) for client, t in zip(clients, rounds, strict=True)]
         inputs, labels = (torch.cat(x) for x in zip(*each, strict=True))
         places = torch.arange(len(clients)).repeat_interleave(2)
@@ -660,9 +660,9 @@ def test_the_seconds_of_a_round_are_told_by_stage(monkeypatch: pytest.MonkeyPatc
         spent["evaluate"] += 10_000
         return score(state, clients)
 
-    def slow_steps(clients: Sequence[int], rounds: Sequence[int]) -> Iterator[list[Batch]]:
+    def slow_steps(clients: Sequence[int], rounds: Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
         spent["train"] += 1
-        return steps(clients, rounds)
+        return steps(clients, rounds, first)
 
     def exchange(clients: Sequence[int], tensors: Tensors, round: int, refuse: Refuse) -> Heard:
         spent["exchange"] += 10

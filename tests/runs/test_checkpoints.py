@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from threading import BrokenBarrierError
@@ -101,6 +102,57 @@ def test_a_process_that_fails_leaves_the_checkpoint_before(run: Path) -> None:
         in_threads(3, fail)
     assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["round-000005"]
     assert [own.round for own in load_shards(run, 3)] == [5] * 3
+
+
+def within(round: int, step: int) -> State:
+    began = {f"start/{name}": x.clone() for name, x in state(99).adapters.items()}
+    sums = {name: torch.full((CLIENTS,), step + 0.25, dtype=torch.float64) for name in ("loss", "grad_norm", "seconds")}
+    return replace(state(round), step=step, within=sums | began)
+
+
+@pytest.mark.parametrize(("wrote", "read"), [(1, 1), (1, 3), (2, 1), (3, 2)])
+def test_a_state_within_a_round_is_kept_beside_the_whole_ones_for_those_who_go_on(
+    run: Path, wrote: int, read: int
+) -> None:
+    save_shards(run, state(3), wrote)
+    for step in (2, 4):
+        of = within(3, step)
+
+        def save(group: Group, of: State = of) -> None:
+            checkpoints.save_within(run, part(of, group), share(group), group)
+
+        in_threads(wrote, save)
+        names = sorted(folder.name for folder in (run / "checkpoints").iterdir())
+        assert names == ["round-000003", f"within-000003-{step:06d}"]
+    loaded = in_threads(
+        read, lambda group: checkpoints.load(run, part(state(0), group), share(group), group, within=True)
+    )
+    for rank, own in enumerate(loaded):
+        expected = within(3, 4).take(torch.tensor(np.array_split(np.arange(CLIENTS), read)[rank]))
+        assert_same_bits(own, expected)
+        assert (own.round, own.step, own.within.keys()) == (3, 4, expected.within.keys())
+        assert all(torch.equal(own.within[name], x) for name, x in expected.within.items())
+    assert_same_bits(checkpoints.load(run), state(3))
+    assert checkpoints.load(run, before=3, within=True) is None
+    save_shards(run, state(4), wrote)
+    assert [folder.name for folder in sorted((run / "checkpoints").iterdir())] == ["round-000003", "round-000004"]
+
+
+def test_a_state_within_a_round_that_is_damaged_is_passed_over(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    checkpoints.save(run, state(3), 2, range(CLIENTS))
+    checkpoints.save_within(run, within(3, 2), range(CLIENTS))
+    damage(run / "checkpoints" / "within-000003-000002", "a flipped bit")
+    loaded = checkpoints.load(run, state(0), within=True)
+    assert_same_bits(loaded, state(3))
+    assert loaded is not None
+    assert (loaded.step, loaded.within) == (0, {})
+    assert "within-000003-000002 is damaged and passed over" in caplog.text
+
+
+def test_what_a_process_that_was_killed_left_unfinished_goes_with_the_next(run: Path) -> None:
+    (run / "checkpoints" / ".within-000003-000002-0123").mkdir(parents=True)
+    checkpoints.save_within(run, within(3, 4), range(CLIENTS))
+    assert [folder.name for folder in (run / "checkpoints").iterdir()] == ["within-000003-000004"]
 
 
 def test_a_run_without_checkpoints_has_none(run: Path) -> None:

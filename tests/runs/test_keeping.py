@@ -5,6 +5,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import save
 
 from peertune.errors import RunError
 from peertune.rounds.record import RoundRecord
+from peertune.rounds.round import Pausing
 from peertune.runs import checkpoints, records
 from peertune.runs.keeping import Keeper
 from peertune.types import Group, State
@@ -138,6 +140,34 @@ def test_only_a_last_state_that_can_t_be_written_ends_the_run(run: Path) -> None
     assert rounds(run) == list(range(6))
     make(keeper, 6, last=True)
     assert kept(run) == ["round-000007"]
+
+
+def test_of_so_many_steps_of_the_run_one_state_is_kept_within_a_round_or_between_two(run: Path) -> None:
+    keeper = Keeper(run, range(2), every=10, keep=2, steps=4, local_steps=6)
+    held = []
+    for t in range(4):
+        for step in Pausing(4, bool).after(t, 6):
+            keeper.checkpoint(replace(state(t), step=step), last=False)
+            held.append(kept(run))
+        make(keeper, t)
+        held.append(kept(run))
+    names = ["000000-000004", "000000-000004", "000001-000002", "000002-000000"]
+    names += ["000002-000004", "000002-000004", "000003-000002", "000004-000000"]
+    assert held == [[f"within-{name}"] for name in names]
+    make(keeper, 4, last=True)
+    assert kept(run) == ["round-000005"]
+    keeper.checkpoint(replace(state(5), step=3), last=True)
+    assert kept(run) == ["round-000005", "within-000005-000003"], "what is half of a round is no whole one"
+
+
+def test_a_state_within_a_round_that_can_t_be_written_is_left_out(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keeper = Keeper(run, range(2), every=10, keep=2, steps=2, local_steps=6)
+    with limited(resource.RLIMIT_FSIZE, 8_000):
+        keeper.checkpoint(replace(state(0), step=2), last=False)
+    assert (kept(run), keeper.failed) == ([], 1)
+    keeper.checkpoint(replace(state(0), step=4), last=False)
+    assert kept(run) == ["within-000000-000004"]
+    assert "can be written again" in caplog.text
 
 
 def test_a_checkpoint_that_is_due_is_tried_again_after_the_next_round(run: Path) -> None:

@@ -58,7 +58,7 @@ def test_who_calls_early_is_told_where_this_peer_is_and_how_long_it_waits_itself
         list(called(swapper, 2, hello(3)))
     assert (error.value.status, error.value.said) == (grpc.StatusCode.UNAVAILABLE, "takes no part now")
     swapper.enter(2)
-    swapper.stepped()
+    swapper.stepped(1)
     for t in (2, 3):
         early = [called(swapper, 2, hello(t)) for _ in range(3)]
         for call in early:
@@ -225,7 +225,7 @@ def test_a_peer_says_what_it_does(federation: Federation, pool: ThreadPoolExecut
     assert swapper.progress() == Progress("starting", 0, 0, None)
     swapper.enter(3, phase)
     for step in (1, 2):
-        swapper.stepped()
+        swapper.stepped(step)
         assert swapper.progress() == Progress("training", 3, step, phase)
     going = offering(swapper, 3, [2], pool)
     assert swapper.progress() == Progress("waiting", 3, 2, phase), "for the other end"

@@ -73,7 +73,7 @@ def test_it_tells_who_the_peer_is_where_it_is_and_what_it_knows_of_the_others(sw
     assert of(swapper)["doing"] == "starting"
     swapper.enter(3, PHASE)
     swappers[1].enter(3)
-    swapper.stepped()
+    swapper.stepped(1)
     now = of(swapper)
     assert (now["federation"], now["name"], now["client"], now["roster"]) == ("trial", "peer-0", 0, 1)
     assert now["valid_until"] > before + 29 * 86400
