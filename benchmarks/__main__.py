@@ -31,6 +31,7 @@ PARTS = (
     "language",
     "wire",
     "soak",
+    "pushing",
     "bound",
     "gpu",
     "protocol",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -26,42 +27,47 @@ RECIPE = (
 
 
 def run(rounds: int = ROUNDS, seed: int = 0) -> list[Figure]:
-    """Run until all have finished; a fault strikes about every ten rounds."""
+    """Run in rounds until all have finished; a fault strikes about every ten rounds."""
+    with tempfile.TemporaryDirectory() as folder:
+        return soaked(Path(folder), rounds, [part.format(rounds=rounds) for part in RECIPE], seed)
+
+
+def soaked(folder: Path, rounds: int, recipe: Sequence[str], seed: int) -> list[Figure]:
+    """Run eight peers of this recipe in a folder until all have finished; peer k's run is `runs/k` there."""
     draw = random.Random(seed)
     kills = stops = 0
     memory: dict[int, list[float]] = {client: [] for client in range(PEERS) if client not in KILLED}
     opened: dict[int, list[float]] = {client: [] for client in memory}
-    with tempfile.TemporaryDirectory() as folder:
-        federation(Path(folder))
-        running = {client: _start(Path(folder), client, rounds) for client in range(PEERS)}
-        try:
-            due = 10
-            while any(process.poll() is None for process in running.values()):
-                time.sleep(0.5)
-                done = max((_rounds(Path(folder), client) for client in running), default=0)
-                for client in memory:
-                    if running[client].poll() is None and done > 20:
-                        memory[client].append(_memory_mb(running[client].pid))
-                        opened[client].append(_descriptors(running[client].pid))
-                for client in KILLED:
-                    if running[client].poll() not in (None, 0):
-                        running[client] = _start(Path(folder), client, rounds)
-                if done >= due and done < rounds - 20:
-                    due = done + 10
-                    victim = draw.randrange(PEERS)
-                    if victim in KILLED and running[victim].poll() is None:
-                        running[victim].send_signal(signal.SIGKILL)
-                        kills += 1
-                    elif running[victim].poll() is None:
-                        running[victim].send_signal(signal.SIGSTOP)
-                        time.sleep(draw.uniform(0, 8))  # some for longer than the patience
-                        running[victim].send_signal(signal.SIGCONT)
-                        stops += 1
-            ended = [process.returncode for process in running.values()]
-            lost = [_lost(Path(folder), client) for client in running]
-        finally:
-            for process in running.values():
-                process.kill()
+    federation(folder)
+    running = {client: _start(folder, client, recipe) for client in range(PEERS)}
+    try:
+        due = 10
+        while any(process.poll() is None for process in running.values()):
+            time.sleep(0.5)
+            done = max((_rounds(folder, client) for client in running), default=0)
+            for client in memory:
+                if running[client].poll() is None and done > 20:
+                    memory[client].append(_memory_mb(running[client].pid))
+                    opened[client].append(_descriptors(running[client].pid))
+            for client in KILLED:
+                if running[client].poll() not in (None, 0):
+                    running[client] = _start(folder, client, recipe)
+            if done >= due and done < rounds - 20:
+                due = done + 10
+                victim = draw.randrange(PEERS)
+                if victim in KILLED and running[victim].poll() is None:
+                    running[victim].send_signal(signal.SIGKILL)
+                    kills += 1
+                elif running[victim].poll() is None:
+                    running[victim].send_signal(signal.SIGSTOP)
+                    time.sleep(draw.uniform(0, 8))  # some for longer than the patience
+                    running[victim].send_signal(signal.SIGCONT)
+                    stops += 1
+        ended = [process.returncode for process in running.values()]
+        lost = [_lost(folder, client) for client in running]
+    finally:
+        for process in running.values():
+            process.kill()
     assert ended == [0] * PEERS, ended
     return [
         figure("rounds of eight peers, all finished", [rounds], "rounds", note=f"{kills} kills, {stops} stops"),
@@ -71,13 +77,13 @@ def run(rounds: int = ROUNDS, seed: int = 0) -> list[Figure]:
     ]
 
 
-def _start(folder: Path, client: int, rounds: int) -> "subprocess.Popen[bytes]":
+def _start(folder: Path, client: int, recipe: Sequence[str]) -> "subprocess.Popen[bytes]":
     out = folder / "runs" / f"{client}"
     words = ["peer", "start", "--dir", str(folder / f"{client}"), "--roster", str(folder / "roster.yaml")]
     if (out / "resolved.yaml").exists():
         words += ["--resume", str(out)]
     else:
-        words += ["--recipe", "digits-demo", "--out", str(out), *(part.format(rounds=rounds) for part in RECIPE)]
+        words += ["--recipe", "digits-demo", "--out", str(out), *recipe]
     with (folder / f"{client}.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "peertune", *words], stdout=log, stderr=log)
 
