@@ -22,6 +22,7 @@ from peertune.report.findings import advice
 from peertune.report.findings.diagnosis import diagnose
 from peertune.report.findings.evidence import Facts
 from peertune.report.findings.finding import Finding
+from peertune.report.findings.mixing import lost_edges
 from peertune.report.findings.waiting import critical_path
 from peertune.report.runs import RunData
 from peertune.rounds.clock import NS, lockstep
@@ -461,6 +462,23 @@ def test_advice_is_what_the_recipe_leaves_room_for(make_run: MakeRun) -> None:
     assert "network.patience_s" in advice.wait_longer(edges)
     edges.recipe["network"]["patience_s"] = 86_400.0
     assert advice.wait_longer(edges) == ""
+
+
+@pytest.mark.parametrize(("mode", "title"), [("rounds", "Swaps fail"), ("asynchronous", "Messages don't get through")])
+def test_edges_of_peers_over_which_nothing_comes_are_told_as_what_they_are(
+    make_run: MakeRun, mode: str, title: str
+) -> None:
+    seen = facts(make_run, {"name": "ring", "activation": 1.0}, clients=4)
+    seen.recipe["time"] = {"mode": mode}
+    seen.facts["peers"] = [0, 1, 2, 3]
+    for record in seen.records:
+        record["edges"], record["failed_edges"] = [(0, 1)], [(0, 3), (2, 3)]
+    said = lost_edges(seen)
+    assert said is not None
+    assert said.title == title
+    assert "(67%), most often with client 3" in said.text
+    assert ("an edge fails at both ends" in said.text) == (mode == "rounds")
+    assert ("network.patience_s" in said.advice) == (mode == "rounds")
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -109,6 +109,13 @@ def lost_edges(seen: Facts) -> Said | None:
     often = Counter(client for edge in failed for client in edge if len(seen.numbers) > 1 or client not in seen.numbers)
     least = max(often.values()) / 2
     worst = sorted(client for client, times in often.items() if times >= least)
+    if seen.recipe.get("time", {}).get("mode") == "asynchronous":
+        return Said(
+            "Messages don't get through",
+            f"Over {len(failed)} of {had} edges nothing came ({len(failed) / had:.0%}), most often with {called(worst)}, "
+            "before the next message was there. Whoever is done with its rounds takes none any more.",
+            "Look at what those peers' logs say, and whether they were done before or could be reached.",
+        )
     return Said(
         "Swaps fail",
         f"Over {len(failed)} of {had} edges nothing came ({len(failed) / had:.0%}), most often with {called(worst)}. "
