@@ -8,7 +8,8 @@ from benchmarks.soak import RECIPE, soaked
 from benchmarks.wire import PEERS
 from peertune.api.replaying import Replay
 
-ROUNDS = 1_000
+ROUNDS = 400
+EVERY = 3  # rounds, to a kill or a stop
 PAUSE_S = 1.0  # of each peer after each training, so that two cores have eight of them
 
 
@@ -18,7 +19,7 @@ def run(rounds: int = ROUNDS, seed: int = 0) -> list[Figure]:
     recipe = [part.format(rounds=rounds) for part in RECIPE]
     recipe += ["time={mode: asynchronous, staleness_exponent: 0.5}", "model.dtype=float64", f"faults=[{pauses}]"]
     with tempfile.TemporaryDirectory() as folder:
-        figures = soaked(Path(folder), rounds, recipe, seed)
+        figures = soaked(Path(folder), rounds, recipe, seed, EVERY)
         made = Replay([Path(folder) / "runs" / f"{client}" for client in range(PEERS)]).finish()
     return [
         *figures,

@@ -32,16 +32,20 @@ def run(rounds: int = ROUNDS, seed: int = 0) -> list[Figure]:
         return soaked(Path(folder), rounds, [part.format(rounds=rounds) for part in RECIPE], seed)
 
 
-def soaked(folder: Path, rounds: int, recipe: Sequence[str], seed: int) -> list[Figure]:
-    """Run eight peers of this recipe in a folder until all have finished; peer k's run is `runs/k` there."""
+def soaked(folder: Path, rounds: int, recipe: Sequence[str], seed: int, every: int = 10) -> list[Figure]:
+    """Run eight peers of this recipe in a folder until all have finished; peer k's run is `runs/k` there.
+
+    A fault strikes about every so many rounds. A peer that was killed is spared until it has made a round again.
+    """
     draw = random.Random(seed)
     kills = stops = 0
     memory: dict[int, list[float]] = {client: [] for client in range(PEERS) if client not in KILLED}
     opened: dict[int, list[float]] = {client: [] for client in memory}
     federation(folder)
     running = {client: _start(folder, client, recipe) for client in range(PEERS)}
+    began = dict.fromkeys(running, 0)  # in which round each was started last
     try:
-        due = 10
+        due = every
         while any(process.poll() is None for process in running.values()):
             time.sleep(0.5)
             done = max((_rounds(folder, client) for client in running), default=0)
@@ -51,10 +55,10 @@ def soaked(folder: Path, rounds: int, recipe: Sequence[str], seed: int) -> list[
                     opened[client].append(_descriptors(running[client].pid))
             for client in KILLED:
                 if running[client].poll() not in (None, 0):
-                    running[client] = _start(folder, client, recipe)
+                    running[client], began[client] = _start(folder, client, recipe), _rounds(folder, client)
             if done >= due and done < rounds - 20:
-                due = done + 10
-                victim = draw.randrange(PEERS)
+                due = done + every
+                victim = draw.choice([client for client in running if _rounds(folder, client) > began[client]])
                 if victim in KILLED and running[victim].poll() is None:
                     running[victim].send_signal(signal.SIGKILL)
                     kills += 1
