@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks import studies, waiting
-from benchmarks.waiting import CELLS, SPEEDS, Cell, named, settings
+from benchmarks.waiting import CELLS, LONG, SPEEDS, Cell, named, settings
 from peertune import load_recipe
 from peertune.assembly.registry import build_clock, build_partition, build_task, check_choices, label_counts
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=" ".join)
+@pytest.mark.parametrize("cell", [*CELLS, *LONG], ids=" ".join)
 def test_its_recipes_are_what_the_protocol_says(cell: Cell) -> None:
     recipe = load_recipe("digits-demo", settings("straggler", cell, 7))
     check_choices(recipe)
@@ -38,14 +38,17 @@ def test_its_table_finds_what_was_put_in(
             rounds = [[30, 900.0, 900, 1.0, 0.6, 0.5], [60, 1800.0, 1800, 2.0, 0.7, 0.6]]
             best = 0.65 if seed else 0.55
             own = [[30, 100.0, 900, 1.0, 0.4, 0.1], [90, 225.0, 1800, 2.5, best, 0.4 + 0.1 * (seed % 2)]]
-            for waits, seen in (("rounds", rounds), ("own", own)):
+            for waits, seen in (("rounds", rounds), ("own", own), ("long", own)):
                 file.write(json.dumps({"run": named(speed, Cell("dec_lora", waits), seed), "seen": seen}) + "\n")
     waiting.table()
+    waiting.table_of_ends()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "8 of 160 runs"
+    assert lines[0] == "12 of 190 runs"
     told = next(line for line in lines if "| own |" in line)
     assert "| straggler | dec_lora | own | 3 of 4 | 0.25 [0.25, 0.25] | 2.00 [2.00, 2.00] | 2.50 [2.50, 2.50] |" in told
     assert "| -0.033 [" in told, "recalls of .5, .4 and .5 beside .5"
     assert told.endswith("| 0.625 |")
     there = next(line for line in lines if "| rounds |" in line)
+    assert lines[-1].startswith("| dec_lora | 4 | 0.700 [0.700, 0.700] | 0.625 [")
+    assert "| 0.600 [0.600, 0.600] | 0.450 [" in lines[-1]
     assert "| 4 of 4 | 1.00 [1.00, 1.00] |" in there

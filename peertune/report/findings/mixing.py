@@ -112,8 +112,8 @@ def lost_edges(seen: Facts) -> Said | None:
     if seen.recipe.get("time", {}).get("mode") == "asynchronous":
         return Said(
             "Messages don't get through",
-            f"Over {len(failed)} of {had} edges nothing came ({len(failed) / had:.0%}) before the next message was there, "
-            f"most often with {called(worst)}. Whoever is done with its rounds takes none any more.",
+            f"Over {len(failed)} of {had} edges nothing came ({len(failed) / had:.0%}) until the next message was, "
+            f"most often with {called(worst)}. Who is done with its rounds takes none any more.",
             "Look at what those peers' logs say, and whether they were done before or could be reached.",
         )
     return Said(
