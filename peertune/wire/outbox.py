@@ -4,6 +4,7 @@ A message that can't be delivered is tried again until it gets through, the othe
 its place.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -63,39 +64,41 @@ class Outbox:
 
     def _carry(self, client: int) -> None:
         """Deliver to a client what is due, until the box is closed."""
-        changed, tries = self._node.changed, 0
+        node, tries = self._node, 0
         while True:
-            with changed:
-                changed.wait_for(lambda: self._closed or client in self._due)
+            with node.changed:
+                node.changed.wait_for(lambda: self._closed or client in self._due)
                 if self._closed:
                     return
                 parcel = self._due[client]
-            settled = self._try(client, parcel)
-            with changed:
-                if settled and self._due.get(client) is parcel:
+            error = self._try(client, parcel)
+            again = isinstance(error, SeatError | grpc.RpcError)  # the next roster may have somebody on the seat
+            tries = tries + 1 if again else 0
+            with node.changed:
+                node.known(client).up += error is None
+                if not again and self._due.get(client) is parcel:
                     del self._due[client]
-                    changed.notify_all()
-                tries = 0 if settled else tries + 1
-                if not settled:
-                    pause = min(RETRY_MOST_S, RETRY_S * 2 ** min(tries, 8))
-                    changed.wait_for(lambda: self._closed or self._due.get(client) is not parcel, timeout=pause)  # noqa: B023  # is called here
+                    node.changed.notify_all()
+            if error is not None:
+                node.failed(client, error)
+            if again:
+                with node.changed:
+                    self._pause(client, parcel, min(RETRY_MOST_S, RETRY_S * 2 ** min(tries, 8)))
 
-    def _try(self, client: int, parcel: Parcel) -> bool:
-        """Call once; return whether nothing is left to be done, and keep what goes wrong."""
-        node = self._node
+    def _pause(self, client: int, parcel: Parcel, seconds: float) -> None:
+        """Wait so long, or until there is something newer to deliver."""
+        self._node.changed.wait_for(lambda: self._closed or self._due.get(client) is not parcel, timeout=seconds)
+
+    def _try(self, client: int, parcel: Parcel) -> Exception | None:
+        """Call once; return what went wrong."""
         try:
             self._send(client, parcel)
-        except SeatError as error:
-            node.failed(client, error)
-            return False  # the next roster may have somebody there
-        except PeertuneError as error:
-            node.failed(client, error)
-            return True
-        except grpc.RpcError as error:
-            node.failed(client, error)
-            return False
-        node.known(client).up += 1
-        return True
+        except (PeertuneError, grpc.RpcError) as error:
+            return error
+        except Exception as error:  # whatever it is, it costs this message and not the thread's silent end
+            self._node.lines.say(client, f"{type(error).__name__}: {error}", logging.ERROR)
+            return error
+        return None
 
     def _send(self, client: int, parcel: Parcel) -> None:
         """Push a message. Raises RpcError, WireError or UnusableError."""

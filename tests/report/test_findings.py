@@ -468,11 +468,10 @@ def test_advice_is_what_the_recipe_leaves_room_for(make_run: MakeRun) -> None:
 def test_edges_of_peers_over_which_nothing_comes_are_told_as_what_they_are(
     make_run: MakeRun, mode: str, title: str
 ) -> None:
-    seen = facts(make_run, {"name": "ring", "activation": 1.0}, clients=4)
-    seen.recipe["time"] = {"mode": mode}
-    seen.facts["peers"] = [0, 1, 2, 3]
-    for record in seen.records:
-        record["edges"], record["failed_edges"] = [(0, 1)], [(0, 3), (2, 3)]
+    run = make_run(clients=4)
+    recipe = run.recipe | {"graph": {"name": "ring", "activation": 1.0}, "time": {"mode": mode}}
+    failing = [record | {"edges": [(0, 1)], "failed_edges": [(0, 3), (2, 3)]} for record in run.records]
+    seen = Facts(complete(recipe), run.facts | {"peers": [0, 1, 2, 3]}, failing)
     said = lost_edges(seen)
     assert said is not None
     assert said.title == title
