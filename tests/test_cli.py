@@ -716,7 +716,8 @@ BAD = {
     ),
     "steps that clients don't have in common": (
         ["time={mode: asynchronous, step_s: 1}", "algorithm.name=dec_lora", "checkpoint.steps=2"],
-        "time: mode asynchronous needs checkpoints between rounds; leave out checkpoint.steps",
+        "checkpoint.steps: clients that wait for nobody have no step in common, so that no state lies within a round; "
+        "leave it out in a simulation with time.mode=asynchronous",
     ),
     "no such device": (["device=tpu"], "digits-demo: device: string should match pattern"),
     "an unwritable place": (["--out", "inputs/file/run", *TINY], "inputs/file/run: can't be written (File exists)"),

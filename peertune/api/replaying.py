@@ -107,9 +107,10 @@ def _recipe(runs: Sequence[Path], *, own: bool) -> Recipe:
             differ = [key for key, value in told.items() if value != _settings(recipes[0])[key]]
             raise RunError(f"{run}: differs from {runs[0]} in {', '.join(differ)}; give runs of one recipe")
     (recipe, *_) = recipes
-    if len(runs) == recipe.clients and recipe.time.step_s is None:  # which simulations need, and nothing goes by here
-        recipe = recipe.model_copy(update={"time": recipe.time.model_copy(update={"step_s": 1.0})})
-    return recipe
+    checkpoint, time = recipe.checkpoint.model_copy(update={"steps": None}), recipe.time  # simulations have no steps
+    if len(runs) == recipe.clients and time.step_s is None:  # which simulations need, and nothing goes by here
+        time = time.model_copy(update={"step_s": 1.0})
+    return recipe.model_copy(update={"checkpoint": checkpoint, "time": time})
 
 
 def _settings(recipe: Recipe) -> dict[str, object]:

@@ -95,10 +95,6 @@ NEEDS: Mapping[str, Need] = {
         lambda recipe, graph, algorithm: all(fault.down is None for fault in recipe.faults),
         "plan when a client is down by time.down, in seconds; faults are by rounds, which clients have none in common",
     ),
-    "checkpoints between rounds": Need(
-        lambda recipe, graph, algorithm: recipe.checkpoint.steps is None,
-        "leave out checkpoint.steps: clients that are in rounds of their own have no step in common",
-    ),
     "weights by degrees": Need(
         lambda recipe, graph, algorithm: graph.weights in ("metropolis", "row"),
         "give graph.weights=metropolis, or row on a directed graph",
@@ -109,7 +105,6 @@ NEEDS: Mapping[str, Need] = {
 
 
 _WITHOUT_ROUNDS = (
-    "checkpoints between rounds",
     "clients that are up",
     "one sort of message",
     "plain messages",

@@ -108,6 +108,11 @@ def build_parts(
             )
     if group.size > 1 and not waits:
         raise RecipeError("time.mode: asynchronous clients are simulated in one process; leave out --workers")
+    if not (waits or peer) and recipe.checkpoint.steps is not None:
+        raise RecipeError(
+            "checkpoint.steps: clients that wait for nobody have no step in common, so that no state lies within a "
+            "round; leave it out in a simulation with time.mode=asynchronous"
+        )
     clock = build_clock(recipe, peer=peer)
     if peer and clock is not None:
         log.info("time.step_s: is of simulations; a peer takes the time that it takes")
