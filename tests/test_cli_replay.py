@@ -56,6 +56,13 @@ def test_what_a_peer_did_is_compared_with_what_it_holds(peertune: Call, alone: P
     checkpoints.save(run, state, 6, [0])
 
 
+def test_who_can_only_dial_out_is_pushed_nothing_and_refused(tmp_path: Path) -> None:
+    made = found(tmp_path, 2, silent=[0])
+    with pytest.raises(RecipeError, match=r"time\.mode: without rounds others push to peer-0, which has no address"):
+        take_part("digits-demo", WITHOUT_ROUNDS, out=tmp_path / "run", peer=Peer(made.peer(0), made.roster))
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_can_not_be_replayed_is_said_in_a_line(peertune: Call, alone: Path, tmp_path: Path) -> None:
     run = alone / "run"
 

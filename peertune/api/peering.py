@@ -119,6 +119,11 @@ def joined_peers(recipe: str | Path | None, overrides: Sequence[str], place: Pat
         if recipe is not None:
             directory.check_free(place)
         built = build_own(directory.resolved(place) if recipe is None else recipe, overrides, peer.data, membership)
+        if built.job.pushing is not None and identity.address is None:
+            raise RecipeError(
+                f"time.mode: without rounds others push to {name}, which has no address in the roster; have the CA "
+                "approve a request with --address, or go by rounds, in which it only dials out"
+            )
         if peer.keep_messages and built.job.pushing is None:
             raise RecipeError(
                 "--keep-messages: is for time.mode=asynchronous, whose runs can be replayed; leave it out"

@@ -48,6 +48,8 @@ class Replay:
         self._folders = dict(sorted(folders.items()))
         clients, places = list(self._folders), list(self._folders.values())
         recipe = _recipe(places, own=own)
+        if clients[-1] >= recipe.clients:
+            raise RunError(f"{places[-1]}: is of client {clients[-1]}, and its recipe has {recipe.clients}; restore it")
         self._logs = {client: mixlog.read(run) for client, run in self._folders.items()}
         self._job = build(recipe, clients, own_data=own and directory.has_own_rows(places[0])).job
         self._outside = partial(mixlog.kept, places[0]) if own else None

@@ -115,7 +115,11 @@ def _read(said: Any, starts: list[Start]) -> None:
     taken = [
         Taken(Post(*(int(one[name]) for name in Post._fields)), int(one["staleness"])) for one in list(said["mixed"])
     ]
-    starts[-1].lines.append(Line(int(said["degree"]), int(said["heard"]), taken))
+    line = Line(int(said["degree"]), int(said["heard"]), taken)
+    numbers = [line.degree, line.heard, *(number for post, staleness in taken for number in (*post, staleness))]
+    if min(numbers) < 0 or not len({post.client for post, _ in taken}) == len(taken) <= line.heard:
+        raise ValueError("it can't have been so")
+    starts[-1].lines.append(line)
 
 
 def _keep(run: Path, post: Post, tensors: Tensors) -> None:

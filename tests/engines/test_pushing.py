@@ -97,7 +97,22 @@ def test_a_log_has_a_line_for_each_training_and_one_that_was_cut_off_is_none(tmp
     assert mixlog.read(tmp_path) == [whole, mixlog.Start(8, 1)]
 
 
-@pytest.mark.parametrize("line", ['{"round": 2, "degree": 0, "heard": 0, "mixed": []}', "{", "[]", '{"round": 1}'])
+MIXED = '{"client": 1, "start": 1, "version": 0, "degree": 1, "staleness": 0}'
+OLDER = MIXED.replace('"staleness": 0', '"staleness": -1')
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"round": 2, "degree": 0, "heard": 0, "mixed": []}',
+        "{",
+        "[]",
+        '{"round": 1}',
+        f'{{"round": 1, "degree": 1, "heard": 0, "mixed": [{MIXED}]}}',
+        f'{{"round": 1, "degree": 1, "heard": 2, "mixed": [{MIXED}, {MIXED}]}}',
+        f'{{"round": 1, "degree": 1, "heard": 1, "mixed": [{OLDER}]}}',
+    ],
+)
 def test_a_log_whose_lines_are_not_whole_is_not_replayed(tmp_path: Path, line: str) -> None:
     log = mixlog.MixLog(tmp_path)
     log.begin(7, 0)
