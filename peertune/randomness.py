@@ -43,6 +43,7 @@ class Draw(StrEnum):
     MATCHING = "matching"  # round, i, j
     EPIDEMIC = "epidemic"  # round, client, place among those that it sends to
     EIGENVECTOR = "eigenvector"
+    PARTNER = "partner"  # client, its own round
     # what is sent
     ROUNDING = "rounding"  # of an adapter: round, entry
     SHARED_MASK = "shared mask"  # of an adapter: round, entry

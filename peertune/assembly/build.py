@@ -215,7 +215,9 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
 def _pushing(recipe: Recipe) -> Pushing | None:
     """Return how clients mix that wait for nobody, or None where they go by rounds."""
     time = recipe.time
-    return Pushing(time.staleness_exponent, time.phases == "common") if time.mode == "asynchronous" else None
+    if time.mode == "rounds":
+        return None
+    return Pushing(time.staleness_exponent, time.phases == "common", time.mixing == "pairwise")
 
 
 def _judge_own(

@@ -120,6 +120,8 @@ def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
     needed = [(f"algorithm: {names}", name) for name in sorted(algorithm.needs)]
     if recipe.time.mode == "asynchronous":
         needed += [("time: mode asynchronous", name) for name in _WITHOUT_ROUNDS]
+    if recipe.time.mixing == "pairwise":
+        needed += [("time: mixing pairwise", name) for name in ("edges both ways", "mixing by entry")]
     if graph.weights == "push_sum":
         needed += [("graph: weights push_sum", name) for name in ("factors together or apart", "plain messages")]
     for who, name in needed:

@@ -287,8 +287,13 @@ def build_clock(recipe: Recipe, *, peer: bool = False) -> Clock | None:
     """
     time = recipe.time
     given = {key: value for key, value in time if value != Time.model_fields[key].get_default()}
-    idle = given.keys() & {"staleness_exponent", "phases"}
+    idle = given.keys() & {"staleness_exponent", "phases", "mixing"}
     if peer and time.mode == "asynchronous":
+        if time.mixing == "pairwise":
+            raise RecipeError(
+                "time.mixing: peers that meet in pairs go by rounds; give time.mode=rounds and graph.name=matching, or "
+                "time.mixing=push"
+            )
         if time.phases == "common":
             raise RecipeError("time.phases: peers have no common time; give time.phases=own")
         given = {key: value for key, value in given.items() if key not in {"mode", *idle}}
@@ -300,6 +305,8 @@ def build_clock(recipe: Recipe, *, peer: bool = False) -> Clock | None:
         if given:
             raise RecipeError(f"time.{next(iter(given))}: without time.step_s nothing has a time; give step_s")
         return None
+    if time.mixing == "pairwise" and (odd := given.keys() & {"latency_s", "bandwidth_bytes_s", "staleness_exponent"}):
+        raise RecipeError(f"time.{min(odd)}: two that meet average at once, with time.mixing=pairwise; leave it out")
     if time.mode == "rounds" and idle:
         raise RecipeError(f"time.{min(idle)}: is of time.mode=asynchronous, and the mode is rounds; leave it out")
     down: dict[int, list[tuple[float, float]]] = {}

@@ -11,6 +11,9 @@ equal speeds and no latency that is the synchronous round, to the bit.
   message counts as much as the receiver's own adapter. s counts the trainings that the receiver has ended since the
   sender began the one that made the message, but for the one after which it mixes. So a client that is slow is not
   silenced: to it all others are new. Rows sum to 1, columns don't, and the clients' mean moves: records say how far.
+- **Pairs.** With `Pushing.pairwise` nothing is pushed. A client that has ended a training averages what it holds with
+  one neighbour, drawn from the edges of its own round; both take the mean. What a client was training meanwhile is
+  added as a change, `held += trained - started from`. This keeps the clients' mean (AD-PSGD, arXiv 1710.06952).
 - **A record** is made whenever the clients have ended n more trainings, n being their number. So a run of R rounds
   takes as many local steps as R synchronous rounds, whoever makes them.
 
@@ -33,14 +36,17 @@ from typing import NamedTuple
 import torch
 
 from peertune.method import Phase
-from peertune.rounds import best, metrics
+from peertune.randomness import Draw, uniforms
+from peertune.rounds import best, bounds, metrics
 from peertune.rounds.clock import NS, Span
 from peertune.rounds.record import RoundRecord, Watch
 from peertune.rounds.round import Begun, Heard, Job, Refuse, as_weights, end, is_due, tell, turn_of
 from peertune.rounds.turns import Came, Turn, train
 from peertune.topology import delay_s
 from peertune.topology.pushes import rows, sends_to, share
-from peertune.types import State, Tensors, payload_bytes
+from peertune.types import State, Tensors, payload_bytes, select
+
+Edge = tuple[int, int]
 
 
 class _Post(NamedTuple):
@@ -95,6 +101,7 @@ class _Course:
         self.common_ns = median_low([self._ended(client, 1)[0] for client in job.clients])  # a round of common time
         self.done: dict[int, _Done] = {}
         self.mail: list[dict[int, list[tuple[int, _Post]]]] = [{} for _ in job.clients]  # sender → what comes when
+        self.started: dict[int, Tensors] = {}  # what those are training from who have met somebody since, [1, …]
         self.seconds = 0.0  # of training that no record has yet
         self._unpack(self.state.under_way)
 
@@ -127,13 +134,17 @@ class _Course:
         came, part = self._trained(ending)
         turn, before = self._turn(part, ending), _sums(part.adapters)
         begun = Begun(turn, ending, self.state.round, Counter(turn.phases).most_common(1)[0][0])
-        part, record = end(self.job, begun, came, partial(self._exchange, ending, now), common=False)
+        exchange = self._keep if self.pushing.pairwise else self._exchange
+        part, record = end(self.job, begun, came, partial(exchange, ending, now), common=False)
         for name, x in _sums(part.adapters).items():
             since.moved[name] = since.moved.get(name, 0) + x - before[name]
-        since.records.append(record)
-        since.phases += zip(ending, turn.phases, strict=True)
         since.spans += [Span(client, self._began(client) / NS, now / NS, now / NS, -1) for client in ending]
         self.state.put(torch.tensor(ending, device=self.job.device), part)
+        if self.pushing.pairwise:
+            edges, failed = self._meet(ending, turn.phases)
+            record = replace(record, edges=edges, failed_edges=failed)
+        since.records.append(record)
+        since.phases += zip(ending, turn.phases, strict=True)
         for client in ending:
             self.ended[client].append(now)
             heappush(self.ends, (self._end(client), client))
@@ -146,12 +157,21 @@ class _Course:
         done = [self.done.pop(client) for client in clients]
         seconds, self.seconds = self.seconds, 0.0
         loss, norm = torch.tensor([(one.loss, one.grad_norm) for one in done], dtype=torch.float64).T
-        return Came(loss, norm, seconds), State.of([one.state for one in done])
+        state = State.of([one.state for one in done])
+        for row, client in enumerate(clients):
+            for name, x in self.started.pop(client, {}).items():
+                own, held = (part.adapters[name][k : k + 1] for part, k in ((state, row), (self.state, client)))
+                own.sub_(x).add_(held)
+        return Came(loss, norm, seconds), state
 
     def _train(self, clients: list[int]) -> None:
         """Do the local steps of these clients in one pass, on copies of what they hold."""
         held = replace(self.state, memory=best.beside(self.state.memory), under_way={})
-        turn = self._turn(held.take(torch.tensor(clients, device=self.job.device)), clients)
+        part = held.take(torch.tensor(clients, device=self.job.device))
+        for row, client in enumerate(clients):
+            for name, x in self.started.get(client, {}).items():
+                part.adapters[name][row : row + 1] = x
+        turn = self._turn(part, clients)
         (came,) = train([turn])
         if isinstance(came, Exception):
             raise came
@@ -202,6 +222,47 @@ class _Course:
         sent = [post.degree for post in own]
         return Heard(tensors, as_weights(weights, self.job.device), among, sorted({*failed}), sent=sent)
 
+    def _keep(self, clients: Sequence[int], now: int, payload: Tensors, t: int, refuse: Refuse) -> Heard:
+        """Have these clients keep what they have trained; what goes both ways where they meet counts as theirs."""
+        weights = torch.eye(len(clients), dtype=torch.float64, device=self.job.device)
+        return Heard(
+            payload, weights, clients, [], sent=[2 * (self._partner(client) is not None) for client in clients]
+        )
+
+    def _partner(self, client: int) -> tuple[int, bool] | None:
+        """Return whom a client meets after the training that it ends now, and whether that fails; None for nobody."""
+        version = len(self.ended[client])
+        to, lost = self.sends_to(version)[client]
+        if not to:
+            return None
+        other = to[int(uniforms(self.job.graph.seed, Draw.PARTNER, client, version) * len(to))]
+        return other, other in lost
+
+    def _meet(self, clients: Sequence[int], phases: Sequence[Phase]) -> tuple[list[Edge], list[Edge]]:
+        """Have each of these clients average with whom it meets, one after the other; return edges, and failed ones."""
+        adapters, job = self.state.adapters, self.job
+        edges, failed = list[Edge](), list[Edge]()
+        for client, phase in zip(clients, phases, strict=True):
+            if not phase.send or (partner := self._partner(client)) is None:
+                continue
+            other, fails = partner
+            edge = metrics.as_edge(client, other)
+            rows = torch.tensor(edge, device=job.device)
+            both, ways = {name: x[rows] for name, x in adapters.items()}, torch.arange(2, device=job.device)
+            found = (
+                [] if job.bound is None else bounds.refused(job.bound, both, select(both, phase.send), ways, 1 - ways)
+            )
+            tell(job, self.state.round, found, edge, edge, "they don't meet")
+            if fails or found:
+                failed.append(edge)
+                continue
+            if other not in clients:  # it is in a training
+                self.started.setdefault(other, {name: x[other : other + 1].clone() for name, x in adapters.items()})
+            for name, x in select(both, phase.send).items():
+                adapters[name][rows] = x.mean(0, keepdim=True).expand_as(x)
+            edges.append(edge)
+        return sorted(edges), sorted(failed)
+
     def _open(self, receiver: int, now: int) -> list[_Post]:
         """Return the newest message of each neighbour that has come, by sender, and empty the mailbox of what has."""
         found = []
@@ -248,7 +309,11 @@ class _Course:
             "messages": torch.tensor(messages, dtype=torch.int64).view(-1, 3),
             "posts": torch.tensor([post[:4] for post in posts.values()], dtype=torch.int64).view(-1, 4),
             "done": torch.tensor([*self.done], dtype=torch.int64),
+            "started": torch.tensor([*self.started], dtype=torch.int64),
         }
+        if self.started:
+            parts = [*self.started.values()]
+            found |= {f"started/{name}": torch.cat([part[name] for part in parts]) for name in parts[0]}
         if posts:
             names = next(iter(posts.values())).tensors
             found |= {f"post/{name}": torch.cat([post.tensors[name] for post in posts.values()]) for name in names}
@@ -275,6 +340,9 @@ class _Course:
         ]
         for receiver, row, at in found["messages"].tolist():
             self.mail[receiver].setdefault(posts[row].sender, []).append((at, posts[row]))
+        started = {name: found[f"started/{name}"] for name in self.state.adapters if f"started/{name}" in found}
+        for row, client in enumerate(found["started"].tolist() if "started" in found else []):
+            self.started[client] = {name: x[row : row + 1].clone() for name, x in started.items()}
         for row, client in enumerate(found["done"].tolist()):
             own = (
                 {name: x[row : row + 1] for name, x in parts[of].items()} for of in ("adapters", "moments", "memory")

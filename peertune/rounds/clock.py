@@ -133,6 +133,7 @@ class Pushing(NamedTuple):
 
     staleness_exponent: float = 0.0  # a: what is s trainings old weighs `(1 + s)^-a` as much
     common_phases: bool = False  # whether phases change by common time, not by each client's own rounds
+    pairwise: bool = False  # whether two that meet average what they hold, and nothing is pushed
 
 
 def _ns(seconds: float) -> int:

@@ -13,6 +13,7 @@ from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
 from peertune.method import standing
 from peertune.methods.catalogue import ALGORITHMS
+from peertune.randomness import uniforms
 from peertune.recipe import load_recipe
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Job
@@ -142,6 +143,17 @@ def one_at_a_time(job: Job, exponent: float, common: bool) -> Iterator[tuple[int
         yield count, {name: torch.cat([state.adapters[name] for state in held]) for name in job.state.adapters}
 
 
+def assert_same_as(naive: Iterator[tuple[int, Tensors]], job: Job) -> list[RoundRecord]:
+    count, adapters, records = 0, dict[str, torch.Tensor](), kept(job)
+    for record in records:
+        while count < 5 * (record.round + 1):
+            count, adapters = next(naive)
+        assert record.state is not None
+        for name, x in record.state.adapters.items():
+            torch.testing.assert_close(x, adapters[name], rtol=0, atol=1e-12)
+    return records
+
+
 @pytest.mark.parametrize(
     ("method", "settings"),
     [
@@ -155,25 +167,123 @@ def test_a_loop_that_trains_one_client_at_a_time_comes_to_the_same(method: str, 
     job = made(f"algorithm={method}", f"time={{mode: asynchronous, {UNEVEN}, {settings}}}", "rounds=6").job
     assert job.pushing is not None
     naive = one_at_a_time(job, job.pushing.staleness_exponent, job.pushing.common_phases)
-    count, adapters = 0, dict[str, torch.Tensor]()
-    for record in simulate(job):
-        while count < 5 * (record.round + 1):
-            count, adapters = next(naive)
-        assert record.state is not None
-        for name, x in record.state.adapters.items():
-            torch.testing.assert_close(x, adapters[name], rtol=0, atol=1e-12)
-    assert count == 30
+    assert len(assert_same_as(naive, job)) == 6
 
 
+def in_pairs_one_at_a_time(job: Job) -> Iterator[tuple[int, Tensors]]:
+    """Yield the trainings so far and all adapters whenever some have met: one client trains at a time, as it begins."""
+    assert job.clock is not None
+    clock, n = job.clock, len(job.clients)
+    held = [job.state.take(torch.tensor([client])) for client in range(n)]
+    ends, count = [0] * n, 0
+
+    def begin(client: int, at: int) -> tuple[int, Tensors, State]:
+        state, own, steps = held[client].clone(), ends[client], job.local_steps
+        stands = standing([client], torch.tensor([own]), steps)
+        phase, before = job.algorithm.phase(own), job.algorithm.phase(own - 1) if own else None
+        reset_moments(state.moments, job.optim.reset, phase, before)
+        train_local(job.model, state, job.steps([client], [own]), phase, job.optim, stands)
+        end = clock.trained(client, at, range(own * steps, (own + 1) * steps))
+        return end, {name: x.clone() for name, x in held[client].adapters.items()}, state
+
+    ahead = {client: begin(client, 0) for client in range(n)}
+    while True:
+        now = min(end for end, *_ in ahead.values())
+        ending = [client for client in range(n) if ahead[client][0] == now]
+        for client in ending:
+            _, started, trained = ahead[client]
+            own = {name: x + trained.adapters[name] - started[name] for name, x in held[client].adapters.items()}
+            held[client] = replace(trained, adapters=own)
+        for client in ending:
+            t = ends[client]
+            near = [i + j - client for i, j in active_edges(job.graph, t).tolist() if client in (i, j)]
+            if near:
+                other = sorted(near)[int(uniforms(job.graph.seed, "partner", client, t) * len(near))]
+                for name, x in select(held[client].adapters, job.algorithm.phase(t).send).items():
+                    x[:] = held[other].adapters[name][:] = (x + held[other].adapters[name]) / 2
+        for client in ending:
+            ends[client] += 1
+            ahead[client] = begin(client, now)
+        count += len(ending)
+        yield count, {name: torch.cat([state.adapters[name] for state in held]) for name in job.state.adapters}
+
+
+PAIRS = "mode: asynchronous, mixing: pairwise, step_s: {name: lognormal, median_s: 1, sigma: 0.7}"
+
+
+@pytest.mark.parametrize("method", ["{name: dec_lora}", "{name: adf_lora, switch_every: 1}"])
+def test_pairs_that_average_are_those_of_a_loop_that_trains_one_client_at_a_time(method: str) -> None:
+    job = made(f"algorithm={method}", f"time={{{PAIRS}}}", "rounds=6").job
+    records = assert_same_as(in_pairs_one_at_a_time(job), job)
+    edges = [edge for record in records for edge in record.edges]
+    assert len(edges) > 15
+    assert sum(sum(record.bytes_sent) for record in records) >= 2 * len(edges) * payload_bytes(job.state.adapters) / 5
+    assert any(len(state.under_way["started"]) for state in states(records)), "some are met in a training"
+
+
+def test_pairs_that_average_keep_the_mean_and_agree() -> None:
+    still = ("training.learning_rate=1e-300", "training.weight_decay=0", "rounds=8", "graph.activation=1")
+    job = made("algorithm={name: dec_lora}", *still, f"time={{{PAIRS}}}").job
+    apart = {name: x + torch.arange(5.0).view(-1, *[1] * (x.dim() - 1)) for name, x in job.state.adapters.items()}
+    records = kept(replace(job, bound=None, state=replace(job.state, adapters=apart)))
+    last = states(records)[-1].adapters
+    for name, x in apart.items():
+        torch.testing.assert_close(last[name].mean(0), x.mean(0), rtol=0, atol=1e-12)
+        assert last[name].std(0).max() < 0.3 * x.std(0).max()
+    assert all(record.diagnostics["mean_drift"] == 0 for record in records)
+
+
+def test_pairs_whose_edge_fails_or_who_are_too_far_apart_do_not_meet(caplog: pytest.LogCaptureFixture) -> None:
+    faults = "faults=[{edge: [0, 1], rounds: [0, 99]}]"
+    job = made("algorithm={name: dec_lora}", "rounds=8", faults, f"time={{{PAIRS}}}").job
+    (name, *_) = job.state.adapters
+    far = job.state.adapters[name].clone()
+    far[4] *= 1e6
+    records = kept(replace(job, state=replace(job.state, adapters=job.state.adapters | {name: far})))
+    met, failed = ({edge for record in records for edge in getattr(record, of)} for of in ("edges", "failed_edges"))
+    assert (0, 1) in failed
+    assert {edge for edge in failed if 4 in edge}
+    assert all(4 not in edge and edge != (0, 1) for edge in met)
+    assert "they don't meet" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        ((f"time={{{PAIRS}, latency_s: 1}}",), r"time\.latency_s: two that meet average at once"),
+        ((f"time={{{PAIRS}, staleness_exponent: 1}}",), r"time\.staleness_exponent: two that meet average at once"),
+        (("time={step_s: 1, mixing: pairwise}",), r"time\.mixing: is of time\.mode=asynchronous"),
+        ((f"time={{{PAIRS}}}", "algorithm.name=decaf"), "time: mixing pairwise needs mixing by entry"),
+        (
+            (f"time={{{PAIRS}}}", "graph={name: epidemic, fan_out: 1, weights: row}"),
+            "time: mixing pairwise needs edges both ways",
+        ),
+    ],
+)
+def test_pairs_that_can_not_be_are_refused(overrides: tuple[str, ...], why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        made("algorithm={name: dec_lora}", *overrides)
+
+
+def test_peers_that_meet_in_pairs_go_by_rounds() -> None:
+    recipe = load_recipe("digits-demo", [*SMALL, "time={mode: asynchronous, mixing: pairwise}"])
+    with pytest.raises(
+        RecipeError, match=r"time\.mixing: peers that meet in pairs go by rounds; give time\.mode=rounds"
+    ):
+        build(recipe, clients=[1])
+
+
+@pytest.mark.parametrize("mixing", ["push", "pairwise"])
 def test_a_run_that_was_stopped_goes_on_to_the_same_bits_and_nothing_is_computed_for_a_checkpoint(
-    tmp_path: Path,
+    tmp_path: Path, mixing: str
 ) -> None:
     overrides = ("algorithm={name: adf_lora, switch_every: 1}", "evaluate.load_best=true", "evaluate.every=1")
-    job = made(*overrides, f"time={{mode: asynchronous, {UNEVEN}}}").job
+    time, under_way = (f"mode: asynchronous, {UNEVEN}", "messages") if mixing == "push" else (PAIRS, "started")
+    job = made(*overrides, f"time={{{time}}}").job
     whole = kept(job)
     ahead = [len(state.under_way["done"]) for state in states(whole)]
     assert any(0 < count < 5 for count in ahead), "some are computed, and some have only begun"
-    assert any(len(state.under_way["messages"]) for state in states(whole))
+    assert any(len(state.under_way[under_way]) for state in states(whole))
     for number, state in enumerate(states(whole)[:-1], start=1):
         folder = tmp_path / str(number)
         checkpoints.save(folder, state, 2, job.clients)
