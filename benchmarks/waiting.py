@@ -1,7 +1,8 @@
 """Does alternation survive where nobody waits? What a score takes, and what is known of a slow client's class.
 
     python -m benchmarks.waiting run    # goes on where it was stopped; --part 1/2 and 2/2 for two processes
-    python -m benchmarks.waiting table  # of what has been run
+    python -m benchmarks.waiting table  # of what has been run, over rounds
+    python -m benchmarks.waiting ends   # what is known after as much time as rounds take: of `long`
 
 The protocol, written before anything was run.
 
@@ -159,7 +160,7 @@ def table() -> None:
     print("|---|---|---|---:|---|---|---|---|---:|")
     for speed, cell in product(SPEEDS, CELLS):
         found = compared(rows, speed, cell)
-        if not found["score"]:
+        if cell.waits == "rounds" or not found["score"]:
             continue
         seeds, missed = len(found["score"]), int(sum(found["missed"]))
         columns = [told(found[key], "+.3f" if key == "recall" else ".2f") for key in ("time", "steps", "MB", "recall")]
@@ -170,7 +171,7 @@ def table() -> None:
 def table_of_ends() -> None:
     """Print what is known of the straggler's class after the time that rounds take, as Markdown."""
     rows = Kept("waiting").rows
-    print("\n| method | seeds | score in rounds | without waiting | recall of the 9 in rounds | without waiting |")
+    print("| method | seeds | score in rounds | without waiting | recall of the 9 in rounds | without waiting |")
     print("|---|---:|---|---|---|---|")
     for cell in LONG:
         pairs = [
@@ -186,13 +187,14 @@ def table_of_ends() -> None:
 def main() -> None:
     """Run the study, or print its table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.waiting", description=__doc__)
-    parser.add_argument("action", choices=["run", "table"])
+    parser.add_argument("action", choices=["run", "table", "ends"])
     parser.add_argument("--part", default="1/1", help="k/n: every n-th run, from the k-th on")
     options = parser.parse_args()
     if options.action == "run":
         run(options.part)
-    else:
+    elif options.action == "table":
         table()
+    else:
         table_of_ends()
 
 
