@@ -55,9 +55,11 @@ def test_of_every_method_the_peers_hold_what_the_replay_of_their_logs_comes_to(t
     recipes = {
         method: [*SMALL, f"algorithm={{name: {method}}}"] for method in sorted(ALGORITHMS.keys() - {"rolora", "local"})
     }
-    recipes["directed"] = [*SMALL, "graph={name: epidemic, fan_out: 1, weights: row}", "head=trained"]
+    recipes["directed"] = [*SMALL, "graph={name: epidemic, fan_out: 2, weights: row}", "head=trained"]
     recipes["modified"] = [*SMALL, "modifiers=[{name: dfed_admm}]", "training.optim=sgd", "network.bound=false"]
-    played = play(three, recipes)
+    slow = ", ".join(f"{{slow: {client}, rounds: [0, 99], delay_s: 0.2}}" for client in range(3))
+    recipes = {name: [*own, f"faults=[{slow}]"] for name, own in recipes.items()}
+    played = play(three, recipes)  # none is done before anything can come
     for name, overrides in recipes.items():
         assert assert_made_again(three, name, overrides, played[name]) > 2, "they mix something"
     for peer in played["dec_lora"]:
