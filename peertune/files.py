@@ -75,6 +75,20 @@ def write_file(file: Path, data: bytes, *, private: bool = False, lasting: bool 
             beside.unlink(missing_ok=True)
 
 
+def append_line(file: Path, text: str) -> None:
+    """Add a line to a file that is there. Raises RunError where it can't be written; then the file is as before."""
+    with reported(file):
+        before = file.stat().st_size
+        try:
+            with file.open("a") as lines:
+                lines.write(text + "\n")
+                lines.flush()
+                os.fsync(lines.fileno())
+        except OSError:
+            os.truncate(file, before)  # what there was room for is no line
+            raise
+
+
 def _sync(path: Path) -> None:
     """Have the disk hold what is written, so that a power cut leaves whole files or none."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -97,6 +97,7 @@ def _client(run: Path) -> int:
 def _recipe(runs: Sequence[Path], *, own: bool) -> Recipe:
     """Return the recipe that all of these are runs of. Raises RunError where they differ."""
     recipes = [load_recipe(directory.resolved(run)) for run in runs]
+    first = _settings(recipes[0])
     for run, recipe in zip(runs, recipes, strict=True):
         if recipe.time.mode != "asynchronous":
             raise RunError(f"{run}: its peers went by rounds; what is replayed is time.mode=asynchronous")
@@ -105,8 +106,7 @@ def _recipe(runs: Sequence[Path], *, own: bool) -> Recipe:
                 f"{run}: has rows of its own (--data), which nobody else has; where it was started with "
                 "--keep-messages, its party can replay it alone, with --own"
             )
-        if (told := _settings(recipe)) != _settings(recipes[0]):
-            differ = [key for key, value in told.items() if value != _settings(recipes[0])[key]]
+        if differ := [key for key, value in _settings(recipe).items() if value != first[key]]:
             raise RunError(f"{run}: differs from {runs[0]} in {', '.join(differ)}; give runs of one recipe")
     (recipe, *_) = recipes
     checkpoint, time = recipe.checkpoint.model_copy(update={"steps": None}), recipe.time  # simulations have no steps

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from peertune.errors import RunError
-from peertune.files import reported, write_file
+from peertune.files import append_line, reported, write_file
 from peertune.rounds.posts import Post, Taken
 from peertune.types import Tensors
 
@@ -65,9 +65,9 @@ class MixLog:
         """Note that a start of the peer goes on in this round. Raises RunError where that can't be written."""
         file = self._run / FILE
         with reported(file):
-            if file.exists():
-                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a line that was cut off is none
-        _append(file, {"start": number, "round": round})
+            file.touch()
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a line that was cut off is none
+        append_line(file, json.dumps({"start": number, "round": round}))
 
     def add(self, round: int, degree: int, heard: int, came: Sequence[tuple[Taken, Tensors]]) -> None:
         """Note what is mixed after a training, and keep the messages themselves where that was asked for."""
@@ -75,7 +75,7 @@ class MixLog:
         if self._keeps_messages:
             self._waiting += (partial(_keep, self._run, taken.post, tensors) for taken, tensors in came)
         line = {"round": round, "degree": degree, "heard": heard, "mixed": mixed, "at": time.time()}
-        self._waiting.append(partial(_append, self._run / FILE, line))
+        self._waiting.append(partial(append_line, self._run / FILE, json.dumps(line)))
         try:
             while self._waiting:
                 self._waiting[0]()
@@ -140,17 +140,3 @@ def kept(run: Path, post: Post) -> Tensors:
 
 def _file(run: Path, post: Post) -> Path:
     return run / MESSAGES / f"client-{post.client:03d}" / f"start-{post.start}-round-{post.version:06d}.safetensors"
-
-
-def _append(file: Path, values: dict[str, Any]) -> None:
-    """Add a line. Raises RunError where it can't be written; then the file is as before."""
-    with reported(file):
-        before = file.stat().st_size if file.exists() else 0
-        try:
-            with file.open("a") as lines:
-                lines.write(json.dumps(values) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
-        except OSError:
-            os.truncate(file, before)  # what there was room for is no line
-            raise

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import MISSING, asdict, fields, replace
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from peertune.errors import RunError
-from peertune.files import reported, write_file
+from peertune.files import append_line, reported, write_file
 from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.runs.directory import peer
 
@@ -51,17 +50,7 @@ def append(folder: Path, record: RoundRecord) -> None:
         for name, x in long.items():
             _put(values, name, len(x) if name in _NUMBERS else float(x.mean()))
         values["long"] = sorted(long)
-    file = folder / "rounds.jsonl"
-    with reported(file):
-        before = file.stat().st_size
-        try:
-            with file.open("a") as lines:
-                lines.write(json.dumps(values) + "\n")
-                lines.flush()
-                os.fsync(lines.fileno())
-        except OSError:
-            os.truncate(file, before)  # what there was room for is no line
-            raise
+    append_line(folder / "rounds.jsonl", json.dumps(values))
 
 
 def _long_lists(folder: Path, round: int) -> Path:

@@ -12,7 +12,7 @@ from peertune.errors import PeertuneError, WireError
 from peertune.identity.incarnation import Incarnation
 from peertune.wire.codec import Assembler
 from peertune.wire.edge import Action, Ask, Edge, Offer, Say, Step, Stream
-from peertune.wire.framing import Part, data_of, field_of
+from peertune.wire.framing import Part, data_of, field_of, queued
 from peertune.wire.meeting import Meeting, Meetings
 from peertune.wire.node import SeatError, UnusableError, nobody
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict, Wait
@@ -116,7 +116,7 @@ class _Call:
         self._client, self._round, self._meeting = client, round, meeting
         self._requests: SimpleQueue[Chunk | Iterator[Part] | None] = SimpleQueue()
         self._call = self._node.stub(client)(
-            _sent(self._requests), timeout=max(0.1, deadline - time.monotonic()), metadata=self._node.claim()
+            queued(self._requests), timeout=max(0.1, deadline - time.monotonic()), metadata=self._node.claim()
         )
         self._own = meetings.own.get(round)
         self._assembler: Assembler | None = None
@@ -183,9 +183,7 @@ class _Call:
     def _take_hello(self, hello: Hello) -> None:
         node, client = self._node, self._client
         self._greeted, self._there, self._hello = True, hello.round, hello
-        node.check_hello(client, hello)
-        node.check_incarnation(client, hello)
-        node.saw(client, hello.round)
+        node.greeted(client, hello)
         self._speaks = Incarnation(hello.incarnation, hello.nonce)
         for roster in node.newer(hello):
             self._requests.put(roster)
@@ -249,12 +247,3 @@ def at_once(action: Callable[[int], object], clients: Iterable[int]) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-
-
-def _sent(queue: "SimpleQueue[Chunk | Iterator[Part] | None]") -> Iterator[Part]:
-    """Turn what is put in the queue into a call's requests: parts, and several at a time."""
-    while (item := queue.get()) is not None:
-        if isinstance(item, Chunk):
-            yield item
-        else:
-            yield from item

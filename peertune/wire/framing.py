@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from queue import SimpleQueue
 
 from google.protobuf.message import DecodeError
 
@@ -51,6 +52,15 @@ def outgoing(payload: Tensors) -> Outgoing:
     """Return one client's tensors, each `[1, …]`, as they are sent. Raises ValueError for those of several."""
     cut = chunks(laid_out(payload))
     return Outgoing(tuple(b"".join((_header(sum(map(len, pieces))), *pieces)) for pieces in cut))
+
+
+def queued(queue: "SimpleQueue[Chunk | Iterator[Part] | None]") -> Iterator[Part]:
+    """Turn what is put in the queue into a call's requests: parts, and several at a time; None ends them."""
+    while (item := queue.get()) is not None:
+        if isinstance(item, Chunk):
+            yield item
+        else:
+            yield from item
 
 
 def serialize(part: Part) -> bytes:

@@ -246,6 +246,12 @@ class Node:
             chunk_bytes=CHUNK_BYTES,
         )
 
+    def greeted(self, client: int, hello: Hello) -> None:
+        """Take up the greeting of one that was called. Raises UnusableError where it can't be swapped with."""
+        self.check_hello(client, hello)
+        self.check_incarnation(client, hello)
+        self.saw(client, hello.round)
+
     def check_hello(self, client: int, hello: Hello) -> None:
         """Raise UnusableError where the other end differs in what must be the same, and name it."""
         if len(hello.agreed) > HELLO_FIELDS:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from peertune.allowance import one_line
 from peertune.errors import PeertuneError, WireError
-from peertune.wire.framing import Outgoing, Part, field_of
+from peertune.wire.framing import Outgoing, Part, field_of, queued
 from peertune.wire.meeting import Meetings
 from peertune.wire.node import SeatError, UnusableError, nobody
 from peertune.wire.peer_pb2 import Chunk, Hello, Verdict
@@ -105,16 +105,16 @@ class Outbox:
         node = self._node
         if missing := nobody(node.membership.current()[1].by_client(client)):
             raise SeatError(missing)
-        requests: SimpleQueue[Iterator[Part] | None] = SimpleQueue()
-        call = node.stub(client)(_sent(requests), timeout=self._meetings.patience_s, metadata=node.claim())
-        requests.put(iter([Chunk(hello=node.hello(parcel.version, Hello.PUSH))]))
+        requests: SimpleQueue[Chunk | Iterator[Part] | None] = SimpleQueue()
+        call = node.stub(client)(queued(requests), timeout=self._meetings.patience_s, metadata=node.claim())
+        requests.put(Chunk(hello=node.hello(parcel.version, Hello.PUSH)))
         greeted = False
         try:
             for part in call:
                 match field_of(part):
                     case "hello" if not greeted:
                         greeted = True
-                        self._greeted(client, part.hello)
+                        node.greeted(client, part.hello)
                         requests.put(self._parts(parcel, part.hello))
                     case "roster" if greeted:
                         node.adopt(client, part.roster)
@@ -130,20 +130,9 @@ class Outbox:
             requests.put(None)
             call.cancel()
 
-    def _greeted(self, client: int, hello: Hello) -> None:
-        node = self._node
-        node.check_hello(client, hello)
-        node.check_incarnation(client, hello)
-        node.saw(client, hello.round)
-
     def _parts(self, parcel: Parcel, to: Hello) -> Iterator[Part]:
         """Yield what follows the greeting: a newer roster, what the message is, and the message."""
         yield from self._node.newer(to)
         age_ms = int(1000 * (time.monotonic() - parcel.began))
         yield Chunk(post=Said(degree=parcel.degree, age_ms=age_ms))
         yield from parcel.data.parts(to)
-
-
-def _sent(queue: "SimpleQueue[Iterator[Part] | None]") -> Iterator[Part]:
-    while (item := queue.get()) is not None:
-        yield from item
