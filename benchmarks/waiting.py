@@ -1,10 +1,11 @@
 """Does alternation survive where nobody waits? What a score takes, and what is known of a slow client's class.
 
-    python -m benchmarks.waiting run    # goes on where it was stopped; --part 1/2 and 2/2 for two processes
-    python -m benchmarks.waiting table  # of what has been run, over rounds
-    python -m benchmarks.waiting ends   # what is known after as much time as rounds take: of `long`
+    python -m benchmarks.waiting run         # goes on where it was stopped; --part 1/2 and 2/2 for two processes
+    python -m benchmarks.waiting table       # of what has been run, over rounds
+    python -m benchmarks.waiting ends        # what is known after as much time as rounds take: of `long`
+    python -m benchmarks.waiting run sst2    # the same with MiniLM, SST2=FOLDER; and `table sst2`
 
-The protocol, written before anything was run.
+The protocol of the digits, written before anything was run.
 
 Ten clients on the digits 5 to 9, p = .5: every pair of clients meets in a round with this probability; a sender's own
 round where nobody waits. Client 0 alone holds the digit 9: .6 of its rows, and .1 of each other digit. The others hold
@@ -33,30 +34,72 @@ Target: at most a third of the time in rounds, at a recall of the digit 9 no mor
 rounds its recall is .01 to .03 there, and without waiting 0 to the end, after ten trainings of client 0. So it asks
 what is known after the time that rounds take in the end: the straggler, phases by own rounds, 540 times n trainings,
 judged 20 times.
+
+`sst2`: ten clients, MiniLM-L6, p = .5, float32, no dropout. Client 0 holds nine positive rows of ten, the others three.
+The recall is that of the positive. 40 rounds of 2 local steps of 8 rows, at the rate 5e-3, without waiting 60 times n
+trainings. Three seeds, judged every fourth round on 120 rows of the validation set, a draw of the seed's. All else is
+as with the digits: the same speeds and rows of the table, the goal, the target, nothing `long`. Its protocol was
+written before anything of it was run. The straggler is run first, with all its seeds.
 """
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, product
+from functools import partial
+from itertools import product
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.setup import overrides
 from benchmarks.studies import Kept, Row, share, told
 from peertune import load_recipe
 from peertune.assembly.build import build
 from peertune.engines.simulator import simulate
 
-SEEDS, FOLDS, ROUNDS, EVERY = range(10), 5, 60, 3
-_OTHERS = [0.25, 0.25, 0.25, 0.25, 0.0]
-BASE = (
-    "clients=10",
-    f"partition={{name: label_mixture, proportions: {[[0.1, 0.1, 0.1, 0.1, 0.6], *[_OTHERS] * 9]}}}",
-    "graph={name: complete, activation: 0.5}",
-    "training={local_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-2}",
-    f"evaluate={{every: {EVERY}}}",
-)
+FOLDS = 5
+
+
+class Study(NamedTuple):
+    """What one data set is run with."""
+
+    recipe: str
+    kept: str  # the file of its runs
+    seeds: range
+    rounds: int
+    proportions: Sequence[Sequence[float]]  # of classes, of client 0 and of each other
+    rare: int  # the class that client 0 has
+    settings: tuple[str, ...]
+
+
+STUDIES = {
+    "digits": Study(
+        "digits-demo",
+        "waiting",
+        range(10),
+        60,
+        [[0.1, 0.1, 0.1, 0.1, 0.6], [0.25, 0.25, 0.25, 0.25, 0.0]],
+        4,
+        (
+            "training={local_steps: 3, per_device_train_batch_size: 4, learning_rate: 1e-2}",
+            "evaluate={every: 3}",
+        ),
+    ),
+    "sst2": Study(
+        "tad-sst2-minilm",
+        "waiting-sst2",
+        range(3),
+        40,
+        [[0.1, 0.9], [0.7, 0.3]],
+        1,
+        (
+            "model.dtype=float32",
+            "model.dropout=false",
+            "training={local_steps: 2, per_device_train_batch_size: 8, learning_rate: 5e-3}",
+            "evaluate={every: 4, rows: 120}",
+        ),
+    ),
+}
 SPEEDS = {
     "straggler": f"step_s: {[10.0, *[1.0] * 9]}",
     "lognormal": "step_s: {name: lognormal, median_s: 1.0, sigma: 0.5}",
@@ -66,7 +109,6 @@ METHODS = {
     "adf_lora": "{name: adf_lora, switch_every: 5}",
     "tad_lora": "{name: tad_lora}",
 }
-NINE = 4  # its place among the classes
 
 
 class Cell(NamedTuple):
@@ -86,15 +128,20 @@ def named(speed: str, cell: Cell, seed: int) -> str:
     return f"{speed} {cell.method} {cell.waits} seed={seed}"
 
 
-def settings(speed: str, cell: Cell, seed: int) -> list[str]:
+def settings(study: str, speed: str, cell: Cell, seed: int) -> list[str]:
     """Return what one run is made with."""
-    waiting = "mode: rounds"
+    of, waiting = STUDIES[study], "mode: rounds"
     if cell.waits != "rounds":
         waiting = f"mode: asynchronous, phases: {'common' if cell.waits == 'common' else 'own'}"
-    rounds = {"rounds": ROUNDS, "long": LONG_ROUNDS}.get(cell.waits, ROUNDS * 3 // 2)
+    rounds = {"rounds": of.rounds, "long": LONG_ROUNDS}.get(cell.waits, of.rounds * 3 // 2)
+    first, others = of.proportions
+    fold = f"task={{name: digits, validation_split: {1 + seed % FOLDS}/{FOLDS}, test: validation}}"
     return [
-        *BASE,
-        f"task={{name: digits, validation_split: {1 + seed % FOLDS}/{FOLDS}, test: validation}}",
+        *([fold] if study == "digits" else overrides()[:-1]),
+        "clients=10",
+        f"partition={{name: label_mixture, proportions: {[first, *[others] * 9]}}}",
+        "graph={name: complete, activation: 0.5}",
+        *of.settings,
         f"algorithm={METHODS[cell.method]}",
         f"time={{{SPEEDS[speed]}, latency_s: 0.1, {waiting}}}",
         f"rounds={rounds}",
@@ -103,28 +150,38 @@ def settings(speed: str, cell: Cell, seed: int) -> list[str]:
     ]
 
 
-def scored(asked: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Row]]:
+def scored(study: str, asked: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Row]]:
     """Run what is asked for, and yield by evaluation: round, seconds, local steps, megabytes, score and recall."""
+    of = STUDIES[study]
     for name, own in asked.items():
-        job = build(load_recipe("digits-demo", own)).job
+        job = build(load_recipe(of.recipe, own)).job
         steps, sent, time_s, seen = 0, 0, 0.0, list[list[float]]()
         for record in simulate(job):
             steps, sent = steps + job.local_steps * len(record.spans), sent + sum(record.bytes_sent)
             time_s = max(time_s, record.time_s or 0.0)  # rounds have no common end
             if (found := record.evaluation) is not None:
-                recall = found.confusion[NINE][NINE] / sum(found.confusion[NINE])
+                recall = found.confusion[of.rare][of.rare] / sum(found.confusion[of.rare])
                 score = fmean(found.clients)
                 seen.append([record.round + 1, round(time_s, 3), steps, sent / 1e6, round(score, 4), round(recall, 4)])
         yield name, {"seen": seen}
 
 
-def run(part: str) -> None:
-    """Run what has not been run, a seed of all rows after the other."""
+def asked(study: str) -> Iterator[tuple[int, str, Cell]]:
+    """Yield seed, speed and cell of all runs, a seed of all rows after the other."""
+    seeds = STUDIES[study].seeds
+    if study == "digits":
+        yield from product(seeds, SPEEDS, CELLS)
+        yield from product(seeds, ["straggler"], LONG)
+    else:
+        yield from ((seed, speed, cell) for speed, seed, cell in product(SPEEDS, seeds, CELLS))
+
+
+def run(study: str, part: str) -> None:
+    """Run what has not been run."""
     torch.set_num_threads(1)
-    kept = Kept("waiting")
-    longer = product(SEEDS, ["straggler"], LONG)
-    for seed, speed, cell in share(part, chain(product(SEEDS, SPEEDS, CELLS), longer)):
-        kept.all({named(speed, cell, seed): settings(speed, cell, seed)}, scored)
+    kept = Kept(STUDIES[study].kept)
+    for seed, speed, cell in share(part, asked(study)):
+        kept.all({named(speed, cell, seed): settings(study, speed, cell, seed)}, partial(scored, study))
 
 
 def reached(seen: Sequence[Sequence[float]], goal: float) -> Sequence[float] | None:
@@ -132,15 +189,15 @@ def reached(seen: Sequence[Sequence[float]], goal: float) -> Sequence[float] | N
     return next((one for one in seen if one[4] >= goal), None)
 
 
-def compared(rows: Mapping[str, Any], speed: str, cell: Cell) -> dict[str, list[float]]:
+def compared(study: str, rows: Mapping[str, Any], speed: str, cell: Cell) -> dict[str, list[float]]:
     """Return for each seed what a row took to its goal over what rounds did, and what it knew there."""
     found: dict[str, list[float]] = {key: [] for key in ("time", "steps", "MB", "recall", "score", "missed")}
-    for seed in SEEDS:
+    for seed in STUDIES[study].seeds:
         names = named(speed, cell, seed), named(speed, Cell(cell.method, "rounds"), seed)
         if not rows.keys() >= {*names}:
             continue
         own, theirs = (rows[name]["seen"] for name in names)
-        goal = next(one[4] for one in theirs if one[0] == ROUNDS // 2)
+        goal = next(one[4] for one in theirs if one[0] == STUDIES[study].rounds // 2)
         first, there = reached(own, goal), reached(theirs, goal)
         assert there is not None, "rounds reach what they score"
         found["score"].append(own[-1][4])
@@ -152,14 +209,17 @@ def compared(rows: Mapping[str, Any], speed: str, cell: Cell) -> dict[str, list[
     return found
 
 
-def table() -> None:
+def table(study: str) -> None:
     """Print what the rows come to, as Markdown."""
-    rows = Kept("waiting").rows
-    print(f"{len(rows)} of {len(SEEDS) * (len(SPEEDS) * len(CELLS) + len(LONG))} runs\n")
-    print("| speeds | method | waits | reached | time | steps | MB | recall of the 9, difference | score at the end |")
+    rows = Kept(STUDIES[study].kept).rows
+    print(f"{len(rows)} of {len([*asked(study)])} runs\n")
+    rare = {"digits": "the 9", "sst2": "the positive"}[study]
+    print(
+        f"| speeds | method | waits | reached | time | steps | MB | recall of {rare}, difference | score at the end |"
+    )
     print("|---|---|---|---:|---|---|---|---|---:|")
     for speed, cell in product(SPEEDS, CELLS):
-        found = compared(rows, speed, cell)
+        found = compared(study, rows, speed, cell)
         if cell.waits == "rounds" or not found["score"]:
             continue
         seeds, missed = len(found["score"]), int(sum(found["missed"]))
@@ -170,13 +230,13 @@ def table() -> None:
 
 def table_of_ends() -> None:
     """Print what is known of the straggler's class after the time that rounds take, as Markdown."""
-    rows = Kept("waiting").rows
+    rows = Kept(STUDIES["digits"].kept).rows
     print("| method | seeds | score in rounds | without waiting | recall of the 9 in rounds | without waiting |")
     print("|---|---:|---|---|---|---|")
     for cell in LONG:
         pairs = [
             [rows[named("straggler", one, seed)]["seen"][-1] for one in (Cell(cell.method, "rounds"), cell)]
-            for seed in SEEDS
+            for seed in STUDIES["digits"].seeds
             if named("straggler", cell, seed) in rows
         ]
         if pairs:
@@ -188,12 +248,13 @@ def main() -> None:
     """Run the study, or print its table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.waiting", description=__doc__)
     parser.add_argument("action", choices=["run", "table", "ends"])
+    parser.add_argument("study", nargs="?", choices=STUDIES, default="digits")
     parser.add_argument("--part", default="1/1", help="k/n: every n-th run, from the k-th on")
     options = parser.parse_args()
     if options.action == "run":
-        run(options.part)
+        run(options.study, options.part)
     elif options.action == "table":
-        table()
+        table(options.study)
     else:
         table_of_ends()
 

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 
 from benchmarks import studies, waiting
-from benchmarks.waiting import CELLS, LONG, SPEEDS, Cell, named, settings
+from benchmarks.waiting import CELLS, LONG, SPEEDS, STUDIES, Cell, named, settings
 from peertune import load_recipe
 from peertune.assembly.registry import build_clock, build_partition, build_task, check_choices, label_counts
+
+NINE = STUDIES["digits"].rare
 
 
 @pytest.mark.parametrize("cell", [*CELLS, *LONG], ids=" ".join)
 def test_its_recipes_are_what_the_protocol_says(cell: Cell) -> None:
-    recipe = load_recipe("digits-demo", settings("straggler", cell, 7))
+    recipe = load_recipe("digits-demo", settings("digits", "straggler", cell, 7))
     check_choices(recipe)
     clock = build_clock(recipe)
     assert clock is not None
@@ -21,10 +23,21 @@ def test_its_recipes_are_what_the_protocol_says(cell: Cell) -> None:
     assert (recipe.time.mode == "rounds") == (cell.waits == "rounds")
     task = build_task(recipe)
     held = label_counts(task, task.train, build_partition(recipe, task))
-    assert [row[waiting.NINE] > 0 for row in held] == [True, *[False] * 9]
-    assert held[0][waiting.NINE] == pytest.approx(0.6 * sum(held[0]), abs=1)
-    assert task.classes[waiting.NINE] == "9"
+    assert [row[NINE] > 0 for row in held] == [True, *[False] * 9]
+    assert held[0][NINE] == pytest.approx(0.6 * sum(held[0]), abs=1)
+    assert task.classes[NINE] == "9"
     assert recipe.task.settings["validation_split"] == "3/5"
+
+
+def test_with_sentences_the_straggler_comes_first_and_has_most_of_what_is_positive() -> None:
+    runs = list(waiting.asked("sst2"))
+    assert len(runs) == len(set(runs)) == 48
+    assert {speed for _, speed, _ in runs[:24]} == {"straggler"}
+    for seed, speed, cell in runs[:: len(runs) - 1]:
+        recipe = load_recipe("tad-sst2-minilm", settings("sst2", speed, cell, seed))
+        check_choices(recipe)
+        assert recipe.partition.settings["proportions"] == [[0.1, 0.9], *[[0.7, 0.3]] * 9]
+        assert recipe.rounds == (40 if cell.waits == "rounds" else 60)
 
 
 def test_its_table_finds_what_was_put_in(
@@ -40,7 +53,7 @@ def test_its_table_finds_what_was_put_in(
             own = [[30, 100.0, 900, 1.0, 0.4, 0.1], [90, 225.0, 1800, 2.5, best, 0.4 + 0.1 * (seed % 2)]]
             for waits, seen in (("rounds", rounds), ("own", own), ("long", own)):
                 file.write(json.dumps({"run": named(speed, Cell("dec_lora", waits), seed), "seen": seen}) + "\n")
-    waiting.table()
+    waiting.table("digits")
     waiting.table_of_ends()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "12 of 190 runs"
