@@ -8,8 +8,8 @@ from benchmarks.soak import RECIPE, soaked
 from benchmarks.wire import PEERS
 from peertune.api.replaying import Replay
 
-ROUNDS = 400
-EVERY = 3  # rounds, to a kill or a stop
+ROUNDS = 520
+EVERY = 2  # rounds, to a kill or a stop
 PAUSE_S = 1.0  # of each peer after each training, so that two cores have eight of them
 
 

@@ -44,12 +44,12 @@ class Company:
     def is_there(self) -> bool:
         """Return whether training may go on: where it is to wait, once a neighbour can be reached; not if shut out.
 
-        Nobody is asked while one is known to be there.
+        Nobody is asked while one is known to be there, or where all have said that they are done.
         """
         swapper, said = self._swapper, False
         if self._when_alone == "train":
             return True
-        while self._near and not (swapper.stopped_waiting or swapper.in_touch(self._near)):
+        while self._near and not (self._is_over() or swapper.stopped_waiting or swapper.in_touch(self._near)):
             if swapper.ask_rounds(self._near):
                 break
             if not said:
@@ -59,6 +59,11 @@ class Company:
                 return False
             swapper.pause(1.0)
         return True
+
+    def _is_over(self) -> bool:
+        """Return whether all who were here have said that they are done."""
+        swapper = self._swapper
+        return all(map(swapper.over, self._near)) and any(swapper.known(client).done for client in self._near)
 
 
 def neighbours(job: Job) -> list[int]:

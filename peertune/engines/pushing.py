@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Literal
 
-from peertune.engines.company import Company, steps_told
+from peertune.engines.company import Company, neighbours, steps_told
 from peertune.method import standing
 from peertune.rounds import metrics
 from peertune.rounds.posts import Post, Taken, mixed
@@ -33,8 +33,9 @@ def run_pushing_peer(
 
     A message is pushed to those with whom the graph has an edge in the training's number, by threads that go on while
     the next training does; what can't be delivered before the next message to the same neighbour counts as a failed
-    edge there. What is mixed is noted in `kept` before the adapters change. Where training diverges the run ends with
-    DivergedError: there is no falling back, as `run_peer` has it.
+    edge there. To those who have said that they are done nothing is sent. What is mixed is noted in `kept` before the
+    adapters change. Where training diverges the run ends with DivergedError: there is no falling back, as `run_peer`
+    has it.
     """
     company, course = Company(job, swapper, when_alone, when_refused), _Course(job, swapper, kept)
     kept.begin(swapper.start_number, job.state.round)
@@ -52,6 +53,8 @@ def run_pushing_peer(
             company.met()
         elif company.shut_out():
             return
+    if state.round == job.rounds:
+        swapper.say_done(neighbours(job))
 
 
 class _Course:
@@ -76,7 +79,9 @@ class _Course:
         if (delay := delay_s(job.faults, me, t)) > 0:
             self.swapper.pause(delay)
         now = time.monotonic()
-        to, lost = self.sends_to(me, t) if payload else To([], [])
+        planned = self.sends_to(me, t) if payload else To([], [])
+        over = [client for client in planned.receivers if self.swapper.over(client)]
+        to, lost = ([client for client in clients if client not in over] for clients in planned)
         own = Post(me, self.swapper.start_number, t, len(to))
         late = self.swapper.push(t, len(to), payload, [client for client in to if client not in lost])
         letters = self.swapper.letters()
@@ -84,8 +89,11 @@ class _Course:
         heard, taken = mixed(job, me, own, payload, came, len(came), refuse)
         self.kept.add(t, len(to), len(came), [one for one in came if one[0] in taken])
         self.ended.append(now)
-        missed = (metrics.as_edge(me, client, job.graph.directed) for client in (*lost, *late))
-        return heard._replace(failed=sorted({*heard.failed, *missed}))
+        missed, vacant = (
+            {metrics.as_edge(me, client, job.graph.directed) for client in clients}
+            for clients in ((*lost, *late), over)
+        )
+        return heard._replace(failed=sorted({*heard.failed, *missed}), vacant=sorted(vacant))
 
     def _staleness(self, letter: Letter, now: float) -> int:
         """Return how many trainings this peer has ended since the sender began; of earlier starts nothing is known."""

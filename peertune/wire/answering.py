@@ -117,8 +117,9 @@ class Answering:
         if hello.purpose != Hello.PING:
             node.saw(client, hello.round)
             meetings.is_at(client, hello.round)
+        node.known(client).done = hello.purpose == Hello.DONE
         yield from node.newer(hello)
-        if hello.purpose == Hello.PING:
+        if hello.purpose in (Hello.PING, Hello.DONE):
             return
         t = hello.round
         if hello.purpose == Hello.PUSH:

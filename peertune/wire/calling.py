@@ -57,14 +57,16 @@ class Calling:
         finally:
             self._give_up(round, client, meeting)
 
-    def ask(self, clients: Sequence[int], wait_s: float) -> dict[int, int | Exception]:
-        """Ask these clients where they are; return the round of each, or what was wrong."""
+    def ask(
+        self, clients: Sequence[int], wait_s: float, purpose: "Hello.Purpose" = Hello.PING
+    ) -> dict[int, int | Exception]:
+        """Ask these clients where they are, or tell them something; return the round of each, or what was wrong."""
         found: dict[int, int | Exception] = {}
 
         def ask(client: int) -> None:
             try:
-                call = _Call(self._meetings, client, 0, Meeting(), time.monotonic() + wait_s)
-                found[client] = call.run(Hello.PING)
+                call = _Call(self._meetings, client, self._node.round, Meeting(), time.monotonic() + wait_s)
+                found[client] = call.run(purpose)
             except SeatError as error:  # nothing was tried
                 found[client] = error
             except (grpc.RpcError, PeertuneError) as error:

@@ -64,6 +64,7 @@ class Neighbour:
     seen_at: float | None = None  # seconds since the epoch
     reached: bool = False  # whether the last attempt came through
     given_up: bool = False  # whether an edge was lost because it did not answer, since it was last heard
+    done: bool = False  # whether it has said that it takes nothing any more, since it last asked for something
     problem: str = ""  # what was wrong with the last attempt that failed
     up: int = 0  # edges that counted
     down: int = 0  # edges that did not

@@ -58,7 +58,9 @@ class Outbox:
     def close(self, linger_s: float) -> None:
         """Deliver what is due, for so many seconds at most, or until this peer waits for nobody."""
         with self._node.changed:
-            self._node.changed.wait_for(lambda: not self._due or self._meetings.stopped_waiting, timeout=linger_s)
+            self._node.changed.wait_for(
+                lambda: self._closed or not self._due or self._meetings.stopped_waiting, timeout=linger_s
+            )
             self._closed = True
             self._node.changed.notify_all()
 
@@ -73,6 +75,7 @@ class Outbox:
                 parcel = self._due[client]
             error = self._try(client, parcel)
             again = isinstance(error, SeatError | grpc.RpcError)  # the next roster may have somebody on the seat
+            again = again and not node.known(client).done
             tries = tries + 1 if again else 0
             with node.changed:
                 node.known(client).up += error is None

@@ -35,12 +35,14 @@ class Hello(_message.Message):
         CALL_BACK: _ClassVar[Hello.Purpose]
         ECHO: _ClassVar[Hello.Purpose]
         PUSH: _ClassVar[Hello.Purpose]
+        DONE: _ClassVar[Hello.Purpose]
     SWAP: Hello.Purpose
     SETTLE: Hello.Purpose
     PING: Hello.Purpose
     CALL_BACK: Hello.Purpose
     ECHO: Hello.Purpose
     PUSH: Hello.Purpose
+    DONE: Hello.Purpose
     class AgreedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]

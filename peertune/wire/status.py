@@ -121,6 +121,7 @@ def known_before(run: Path) -> dict[int, "Neighbour"]:
                 incarnation=int(one.get("incarnation", 0)),
                 nonce=int(one.get("nonce", 0)),
                 keys=list(map(str, one.get("keys", ()))),
+                done=bool(one.get("done", False)),
             )
             for one in found
             if one["seen_at"] is not None and isfinite(one["seen_at"])

@@ -28,6 +28,7 @@ from peertune.wire.mailbox import Letter, Mailbox
 from peertune.wire.meeting import Meetings, Own, PayloadCheck
 from peertune.wire.node import PROBE_S, Neighbour, Node, SeatError, UnusableError, nobody
 from peertune.wire.outbox import Outbox, Parcel
+from peertune.wire.peer_pb2 import Hello
 from peertune.wire.rpc import grpc
 
 LINGER_S = 10.0  # how long a peer that is done answers those who may have missed its last verdicts
@@ -193,6 +194,15 @@ class Swapper(Node):
             at_once(look, came)
         return dict(sorted(refusals.items())) if 2 * len(refusals) > len(seats) else {}
 
+    def say_done(self, clients: Sequence[int]) -> None:
+        """Deliver what is due, and tell these clients that nothing need be pushed here any more."""
+        self.outbox.close(self._linger_s)
+        self.calling.ask([client for client in clients if not self.over(client)], PROBE_S, Hello.DONE)
+
+    def over(self, client: int) -> bool:
+        """Whether there is nobody to push to: on this seat is nobody, or one that has said that it is done."""
+        return self.vacant(client) or self.known(client).done
+
     def vacant(self, client: int) -> bool:
         """Whether nobody is on this seat, so that there is no edge to fail."""
         member = self.membership.current()[1].by_client(client)
@@ -211,6 +221,10 @@ class Swapper(Node):
         return self.meetings.patience_s
 
     @property
+    def _linger_s(self) -> float:
+        return min(LINGER_S, self.patience_s)
+
+    @property
     def stopped_waiting(self) -> bool:
         """Whether this peer has been told to wait for nobody."""
         return self.meetings.stopped_waiting
@@ -227,8 +241,7 @@ class Swapper(Node):
 
     def stop(self) -> None:
         """Answer no more calls, once those that need a verdict or a message of ours have it, or LINGER_S are over."""
-        linger_s = min(LINGER_S, self.patience_s)
-        self.outbox.close(linger_s)
-        self.meetings.stop(linger_s)
+        self.outbox.close(self._linger_s)
+        self.meetings.stop(self._linger_s)
         self.answering.stop()
         self.close()

@@ -67,6 +67,16 @@ def test_of_every_method_the_peers_hold_what_the_replay_of_their_logs_comes_to(t
         assert all(edge in ([0, 1], [0, 2], [1, 2]) for record in peer.records for edge in record["edges"])
 
 
+def test_a_slow_peer_that_shall_not_be_alone_goes_on_where_all_others_are_done(three: Federation) -> None:
+    slow = "faults=[{slow: 0, rounds: [0, 99], delay_s: 1.5}]"
+    recipe = [*SMALL, "algorithm={name: dec_lora}", "graph.activation=1.0", "network.when_alone=wait", slow]
+    played = play(three, {"slow": recipe})["slow"]
+    assert [len(peer.records) for peer in played] == [5] * 3
+    last = played[0].records[-1]
+    assert (last["vacant_edges"], last["failed_edges"]) == ([[0, 1], [0, 2]], []), "who is done is sent nothing"
+    assert_made_again(three, "slow", recipe, played)
+
+
 def test_what_a_peer_takes_of_a_message_is_the_formula() -> None:
     job = build(load_recipe("digits-demo", SMALL), [1]).job
     assert job.pushing is not None

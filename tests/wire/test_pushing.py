@@ -143,6 +143,22 @@ def test_what_is_pushed_to_one_that_is_away_is_delivered_later_and_only_the_newe
             assert (first[0].known(1).up, first[0].known(1).down) == (2, 1)
 
 
+def test_to_one_that_has_said_that_it_is_done_nothing_is_delivered_any_more(three: Federation) -> None:
+    with peers(three, [0]) as first:
+        with peers(three, [1]) as second:
+            taking(first[0])
+            taking(second[1])
+            second[1].say_done([0, 2])
+            assert [first[0].over(client) for client in (1, 2)] == [True, False]
+        first[0].push(0, 1, payload(0), [1])  # as one would that was called before it was told
+        wait_until(lambda: bool(first[0].known(1).problem))
+        assert first[0].push(2, 1, payload(0, 2), [1]) == []
+        with peers(three, [1]) as second:
+            second[1].enter(0)
+            assert second[1].ask_rounds([0]) == {0: 0}
+            assert not first[0].over(1), "it has been started again"
+
+
 def test_what_is_refused_is_not_sent_again(three: Federation) -> None:
     with peers(three, [0, 1]) as there:
         box = taking(there[1])
