@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from peertune.errors import RecipeError
-from peertune.method import Algorithm, Message, plain_weights
+from peertune.method import Algorithm, Message, nothing, plain_weights, stay
 from peertune.methods.modifiers import DERIVED_FOR_SGD
 from peertune.recipe import Recipe
 from peertune.topology import Graph
@@ -85,6 +85,10 @@ NEEDS: Mapping[str, Need] = {
     "one sort of message": Need(
         _sends_alike, "choose an algorithm that sends the same factors in every round, as all but rolora do"
     ),
+    "plain local steps": Need(
+        lambda recipe, graph, algorithm: algorithm.local.init is nothing and algorithm.local.end is stay,
+        "leave out the modifiers of local steps, which count on all steps of a round",
+    ),
     "rate that stays": Need(
         lambda recipe, graph, algorithm: (
             recipe.training.lr_scheduler_type == "constant" or recipe.training.lr_scheduler_span == "round"
@@ -114,12 +118,17 @@ _WITHOUT_ROUNDS = (
 )
 
 
+_WITH_A_DEADLINE = ("edges both ways", "plain local steps", "plain messages", "unjudged messages")
+
+
 def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
     """Raise RecipeError, in one line, for the first need that a recipe doesn't meet; warn of what seldom goes well."""
     names = " with ".join([recipe.algorithm.name, *(modifier.name for modifier in recipe.modifiers)])
     needed = [(f"algorithm: {names}", name) for name in sorted(algorithm.needs)]
     if recipe.time.mode == "asynchronous":
         needed += [("time: mode asynchronous", name) for name in _WITHOUT_ROUNDS]
+    if recipe.time.deadline_s is not None:
+        needed += [("time: deadline_s", name) for name in _WITH_A_DEADLINE]
     if recipe.time.mixing == "pairwise":
         needed += [("time: mixing pairwise", name) for name in ("edges both ways", "mixing by entry")]
     if graph.weights == "push_sum":

@@ -307,6 +307,12 @@ def build_clock(recipe: Recipe, *, peer: bool = False) -> Clock | None:
         return None
     if time.mixing == "pairwise" and (odd := given.keys() & {"latency_s", "bandwidth_bytes_s", "staleness_exponent"}):
         raise RecipeError(f"time.{min(odd)}: two that meet average at once, with time.mixing=pairwise; leave it out")
+    if time.mode == "asynchronous" and time.deadline_s is not None:
+        raise RecipeError("time.deadline_s: where nobody waits for anybody nobody is late; give time.mode=rounds")
+    if "late" in given and time.deadline_s is None:
+        raise RecipeError("time.late: is of a deadline; give time.deadline_s, or leave it out")
+    if peer and time.deadline_s is not None:
+        raise RecipeError("time.deadline_s: is of simulations; a peer waits for neighbours for network.patience_s")
     if time.mode == "rounds" and idle:
         raise RecipeError(f"time.{min(idle)}: is of time.mode=asynchronous, and the mode is rounds; leave it out")
     down: dict[int, list[tuple[float, float]]] = {}
@@ -317,7 +323,8 @@ def build_clock(recipe: Recipe, *, peer: bool = False) -> Clock | None:
             raise RecipeError(f"time.down[{number}]: from_s {pause.from_s:g} is not before to_s {pause.to_s:g}")
         down.setdefault(pause.client, []).append((pause.from_s, pause.to_s))
     bandwidth = inf if time.bandwidth_bytes_s is None else time.bandwidth_bytes_s
-    return Clock(_step_time(recipe), time.latency_s, bandwidth, down)
+    deadline_s = inf if time.deadline_s is None else time.deadline_s
+    return Clock(_step_time(recipe), time.latency_s, bandwidth, down, deadline_s, time.late)
 
 
 def _step_time(recipe: Recipe) -> StepTime:

@@ -220,6 +220,8 @@ class Time(_Block):
     latency_s: float = Field(0.0, ge=0)  # of a message
     bandwidth_bytes_s: float | None = Field(None, gt=0)  # of each link; null: without end
     down: list[Down] = []
+    deadline_s: float | None = Field(None, gt=0)  # of a round's local steps; null: all wait until they are made
+    late: Literal["salf", "drop"] = "salf"  # whether who is late sends the sites that it has reached, or nothing
     mixing: Literal["push", "pairwise"] = "push"  # whether clients mix what has come, or average with one they meet
     staleness_exponent: float = Field(0.0, ge=0)  # a: what is s trainings old weighs (1 + s)^-a as much
     phases: Literal["own", "common"] = "own"  # whether clients change phases by their own rounds, or by common time

@@ -40,7 +40,8 @@ from peertune.randomness import Draw, uniforms
 from peertune.rounds import best, bounds, metrics
 from peertune.rounds.clock import NS, Span
 from peertune.rounds.record import RoundRecord, Watch
-from peertune.rounds.round import Begun, Heard, Job, Refuse, as_weights, end, is_due, tell, turn_of
+from peertune.rounds.round import Begun, Heard, Job, Refuse, end, is_due, tell, turn_of
+from peertune.rounds.shares import as_weights
 from peertune.rounds.turns import Came, Turn, train
 from peertune.topology import delay_s
 from peertune.topology.pushes import rows, sends_to, share

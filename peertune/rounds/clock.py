@@ -19,6 +19,9 @@ from peertune.randomness import Draw, uniforms
 NS = 10**9
 """Nanoseconds in a second."""
 
+Late = Literal["salf", "drop"]
+"""Whether a client that is late sends what it has reached, or nothing: `peertune.rounds.deadline`."""
+
 StepTime = Callable[[int, int], float]
 """`(client, local step from the run's start)` → seconds that the step takes, above 0."""
 
@@ -110,10 +113,13 @@ class Clock:
     latency_s: float = 0.0
     bandwidth_bytes_s: float = inf  # of each link by itself
     down: Mapping[int, Sequence[tuple[float, float]]] = field(default_factory=dict)  # client → from, to, in seconds
+    deadline_s: float = inf  # of work, for a round's local steps
+    late: Late = "salf"
 
     def trained(self, client: int, begun: int, steps: range, delay_s: float = 0.0) -> int:
         """Return when a client ends local steps that it begins at `begun`; while it is down nothing goes on."""
-        left = sum(_ns(self.step_s(client, step)) for step in steps) + _ns(delay_s)
+        needed = sum(_ns(self.step_s(client, step)) for step in steps)
+        left = (needed if self.deadline_s == inf else min(needed, _ns(self.deadline_s))) + _ns(delay_s)
         for start, end in sorted((_ns(start), _ns(end)) for start, end in self.down.get(client, ())):
             if end <= begun:
                 continue
@@ -122,6 +128,16 @@ class Clock:
             left -= max(0, start - begun)
             begun = end
         return begun + left
+
+    def until_deadline(self, client: int, steps: range) -> list[float]:
+        """Return which share of each step is done at the deadline, of those that are begun before it."""
+        found, left = list[float](), _ns(self.deadline_s)
+        for needed in (_ns(self.step_s(client, step)) for step in steps):
+            if left <= 0:
+                break
+            found.append(min(1.0, left / needed))
+            left -= needed
+        return found
 
     def arrives(self, sent: int, size: float) -> int:
         """Return when a message of so many bytes is there that is sent at `sent`."""

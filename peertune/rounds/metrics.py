@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peertune.rounds.shares import entries
 from peertune.types import ALONE, Group, Tensors, by_site, kind, over_clients, pairs, payload_bytes, select
 
 
@@ -217,14 +218,6 @@ def edges(
 def as_edge(sender: int, receiver: int, directed: bool = False) -> tuple[int, int]:
     """Return what an edge is called: i < j, or where the graph is directed (sender, receiver)."""
     return (sender, receiver) if directed else (min(sender, receiver), max(sender, receiver))
-
-
-def entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return receiver, place among the heard and weight of each non-zero entry, by receiver."""
-    entries = weights.to_sparse().coalesce()
-    held = entries.values() != 0  # a sparse matrix may store zeros
-    receivers, places = entries.indices()[:, held]
-    return receivers, places, entries.values()[held]
 
 
 def heard_mean(own: Tensors, heard: Tensors, weights: Tensor, clients: Sequence[int], among: Sequence[int]) -> Tensors:

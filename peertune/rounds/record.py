@@ -121,6 +121,7 @@ class RoundRecord:
     # client did until then: (client, began, trained, ended, whom it waited for last or -1)
     time_s: float | None = None
     spans: Sequence[tuple[int, float, float, float, int]] = field(default_factory=list)
+    sites_sent: list[int] = field(default_factory=list)  # [K], of a recipe with `time.deadline_s`: how many, the last
     state: "State | None" = field(default=None, repr=False, compare=False)  # after the round; never written as JSON
 
 

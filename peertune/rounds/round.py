@@ -16,17 +16,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from peertune.adapters.stacked import StackedModel
 from peertune.allowance import Lines
 from peertune.errors import DivergedError, tried
 from peertune.method import Algorithm, At, Phase, nothing, standing
-from peertune.rounds import best, bounds, metrics
+from peertune.rounds import best, bounds, deadline, metrics
 from peertune.rounds.bounds import Bound, Refusal
 from peertune.rounds.clock import Clock, Pushing, Span, lockstep
 from peertune.rounds.record import Evaluation, RoundRecord, Watch
+from peertune.rounds.shares import as_weights, entries, giving_back, without_site
 from peertune.rounds.training import Optim
 from peertune.rounds.turns import Came, Steps, Turn, train
 from peertune.topology import Fault, Graph, clients_down, delay_s, drop_edges, messages_sent, planned_weights
@@ -108,6 +108,15 @@ class Job:
         """Return what was sent in a round as mixers get it, `[H, …]` both."""
         read = self.algorithm.message.read
         return tensors if read is None else read(self.state.adapters, tensors, round)
+
+    @property
+    def sites(self) -> int:
+        """How many there are, parts of a head among them."""
+        return len(by_site(self.state.adapters))
+
+    def reached(self, clients: Sequence[int], rounds: Sequence[int]) -> Tensor | None:
+        """Return the number of sites that each local step of these clients reaches until the deadline, `[K, S]`."""
+        return deadline.reached(self.clock, clients, rounds, self.local_steps, self.sites)
 
     @property
     def device(self) -> torch.device:
@@ -225,7 +234,8 @@ def turn_of(job: Job, state: State, clients: Sequence[int], phase_rounds: Tensor
     of = at.round if phase_rounds is None else phase_rounds
     phases, before = (schedule.phases(state.known, at._replace(round=of - back)) for back in (0, 1))
     local, per_pass = job.algorithm.local, job.clients_per_pass
-    return Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass)
+    reached = job.reached(clients, at.round.tolist())
+    return Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass, reached=reached)
 
 
 def end(
@@ -245,11 +255,18 @@ def end(
     payload, changed = message.send(state.adapters, state.known, at, phase)
     state.remember(changed)
     heard = exchange(payload, t, _refusing(job, state))
+    sites = _sites_sent(job, heard.clients, t)
+    if sites is not None:
+        heard = _arrived(job, heard, clients, sites)
     watch.lap("exchange")
     at = at._replace(heard=torch.tensor(heard.clients, dtype=torch.int64))
     neighbours = metrics.neighbour_counts(heard.weights) if payload else [0] * len(clients)
     messages = neighbours if heard.sent is None else heard.sent
     sent_bytes = metrics.bytes_sent(payload, messages)
+    sites_sent = [] if sites is None else sites[_places(heard.clients, clients)].tolist()
+    if sites is not None:
+        each = deadline.bytes_sent(payload, state.adapters, sites_sent)
+        sent_bytes = [size * count for size, count in zip(each, messages, strict=True)]
     if message.edgewise is not None:
         sent_bytes = message.edgewise.bytes_sent(payload, state.known, heard.weights, at)
     if message.settle is not None:
@@ -259,7 +276,8 @@ def end(
     spans = _timed(job, state, clients, t, heard, sizes) if common else []
     watch.lap("mix")
     sent, pushed = select(heard.tensors, phase.send), job.graph.weights == "push_sum"
-    cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if due and message.whole else None
+    measurable = due and message.whole and sites is None
+    cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if measurable else None
     rows = None if job.graph.rows is None else torch.from_numpy(job.graph.rows[list(clients)]).to(job.device)
     before = (
         None if job.alone or not common else metrics.before_mixing(select(state.adapters, phase.send), job.group, rows)
@@ -268,7 +286,7 @@ def end(
     mixed = heard._replace(weights=weights)
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
-    _mix(job, state, heard.tensors, weights, at, phase)
+    _mix(job, state, heard.tensors, weights, at, phase, sites)
     state = replace(state, rounds=state.rounds + 1, step=0)
     watch.lap("mix")
     diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group, rows)
@@ -299,6 +317,7 @@ def end(
         evaluation=evaluation,
         time_s=max((span.ended_s for span in spans), default=0.0) if common and job.clock else None,
         spans=[*spans],
+        sites_sent=sites_sent,
         state=state,
     )
 
@@ -317,7 +336,7 @@ def _timed(job: Job, state: State, clients: Sequence[int], t: int, heard: Heard,
         for client, size in zip(clients, sizes, strict=True)
     ]
     sent = {client: (end, size) for client, end, size in chain(*job.group.gather(own))}
-    receivers, places, _ = (x.tolist() for x in metrics.entries(heard.weights))
+    receivers, places, _ = (x.tolist() for x in entries(heard.weights))
     pairs = ((clients[receiver], heard.clients[place]) for receiver, place in zip(receivers, places, strict=True))
     came = [(i, j, job.clock.arrives(*sent[j])) for i, j in pairs if i != j] if heard.tensors else []
     ends = lockstep(begun, {client: sent[client][0] for client in clients}, came)
@@ -338,9 +357,9 @@ def exchanged(
     matrix, failed = planned_weights(graph, job.faults, round)
     ours, theirs = (np.asarray(numbers, dtype=np.int64) for numbers in (clients, among))
     rows = matrix if len(ours) == graph.clients else matrix[ours]
-    entries = rows.tocoo()
-    receivers, senders = entries.row, np.searchsorted(theirs, entries.col)
-    others = (ours[receivers] != entries.col) & (entries.data != 0)
+    taken = rows.tocoo()
+    receivers, senders = taken.row, np.searchsorted(theirs, taken.col)
+    others = (ours[receivers] != taken.col) & (taken.data != 0)
     places = (torch.from_numpy(x[others]).long().to(job.device) for x in (receivers, senders))
     found = refuse(tensors, *places) if tensors else []
     tell(job, round, found, clients, among, "the edge is dropped")
@@ -383,20 +402,38 @@ def _mixable(
     weights = came.weights
     if job.bound is None or not came.tensors:
         return weights, []
-    receivers, places, _ = metrics.entries(weights)
+    receivers, places, _ = entries(weights)
     ours, theirs = (torch.tensor(numbers, device=weights.device) for numbers in (clients, came.clients))
     others = ours[receivers] != theirs[places]
     found = bounds.apart(job.bound, state.adapters, came.tensors, receivers[others], places[others])
     if not found:
         return weights, []
     tell(job, t, found, clients, came.clients, "the edge counts, and this end mixes nothing of it")
-    dense = weights.to_dense().clone()
     rows, columns = (torch.tensor(x, device=weights.device) for x in zip(*(pair[:2] for pair in found), strict=True))
-    own = torch.searchsorted(theirs, ours[rows])
-    dense.index_put_((rows, own), dense[rows, columns], accumulate=True)
-    dense[rows, columns] = 0
+    fails = torch.isin(receivers * len(theirs) + places, rows * len(theirs) + columns)
     pairs = sorted((clients[receiver], came.clients[sender]) for receiver, sender, _ in found)
-    return (dense.to_sparse() if weights.is_sparse else dense), pairs
+    return giving_back(weights, torch.searchsorted(theirs, ours), fails), pairs
+
+
+def _sites_sent(job: Job, clients: Sequence[int], t: int) -> Tensor | None:
+    """Return how many of the last sites each of these clients sends in round t, `[H]`; None without a deadline."""
+    reached = job.reached(clients, [t] * len(clients))
+    if reached is None or job.clock is None:
+        return None
+    return deadline.sent(job.clock, reached, job.sites).to(job.device)
+
+
+def _places(among: Sequence[int], clients: Sequence[int]) -> Tensor:
+    """Return where these clients are among some, who are sorted."""
+    return torch.searchsorted(torch.tensor(among, dtype=torch.int64), torch.tensor(clients, dtype=torch.int64))
+
+
+def _arrived(job: Job, heard: Heard, clients: Sequence[int], sites: Tensor) -> Heard:
+    """Return what was heard without those edges over which nothing came, since one end had reached no site."""
+    own = _places(heard.clients, clients).to(job.device)
+    weights = without_site(heard.weights, own, sites, 1)
+    pairs = [metrics.edges(x, clients, heard.clients, job.graph.directed) for x in (heard.weights, weights)]
+    return heard._replace(weights=weights, failed=sorted({*heard.failed, *pairs[0]} - {*pairs[1]}))
 
 
 def _together(job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: Watch) -> list[list[float]]:
@@ -420,8 +457,10 @@ def _on_own_rows(
     return scores
 
 
-def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase: Phase) -> None:
-    """Mix what was heard into the adapters, **in place**.
+def _mix(
+    job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase: Phase, sites: Tensor | None = None
+) -> None:
+    """Mix what was heard into the adapters, **in place**; of each who was heard so many of the last `sites [H]`.
 
     It goes from site to site, so that beside the stack only one site's new factors are held.
     """
@@ -432,7 +471,8 @@ def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase:
     places = torch.searchsorted(at.heard, at.clients).to(job.device)  # of the receivers among them
     beside = {name: x for name, x in heard.items() if name not in state.adapters}
     known = state.known
-    for own in by_site(state.adapters):
+    groups = by_site(state.adapters)
+    for left, own in zip(range(len(groups), 0, -1), groups, strict=True):
         came = {name: heard[name] for name in own if name in heard}
         if not came:
             continue
@@ -440,6 +480,8 @@ def _mix(job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase:
         told = came | {name: x for name, x in beside.items() if name.partition(".")[2].startswith(names)}
         as_read = own if message.exact else own | {name: x[places] for name, x in came.items()}
         share = used if isinstance(used, Tensor) else used[next(iter(own)).rpartition(".")[0]]
+        if sites is not None:
+            share = without_site(share, places, sites, left)
         mixed, changed = mixer.receive(as_read, told, share, known, at, phase)
         state.remember(changed)
         known |= changed
@@ -466,16 +508,3 @@ def _common(job: Job, phases: Sequence[Phase], t: int) -> Phase:
     for trained, sent, count in chain(*job.group.gather(told)):
         counts[Phase(frozenset(trained), frozenset(sent))] += count
     return counts.most_common(1)[0][0]
-
-
-DENSE_UP_TO = 64
-"""Adapters heard up to which a dense mixing matrix is faster than a sparse one."""
-
-
-def as_weights(matrix: csr_array, device: torch.device) -> Tensor:
-    """Return rows of a mixing matrix `[R, H]` as mixers take them: dense where few are heard, sparse elsewhere."""
-    if matrix.shape[1] <= DENSE_UP_TO:
-        return torch.from_numpy(matrix.toarray()).to(device)
-    places = torch.stack([torch.from_numpy(x).long() for x in matrix.tocoo().coords])
-    weights = torch.sparse_coo_tensor(places, torch.from_numpy(matrix.data), matrix.shape, check_invariants=False)
-    return weights.coalesce().to(device)

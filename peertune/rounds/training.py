@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peertune.adapters.stacked import StackedModel
 from peertune.errors import DivergedError, ModelError
 from peertune.method import At, Local, Memory, Phase
+from peertune.rounds import deadline
 from peertune.types import Batch, State, Tensors, kind, norms, over_clients, select
 
 Rates = Mapping[str, float | Tensor]
@@ -227,6 +228,7 @@ def train_local(
     local: Local = Local(),  # noqa: B008  # which can't be changed
     frozen: Mapping[str, Tensor] = MappingProxyType({}),
     before: Trained | None = None,
+    reached: Tensor | None = None,
     *,
     ends: bool = True,
 ) -> Trained:
@@ -237,7 +239,8 @@ def train_local(
     gradient and stay bit for bit. Adapters and moments are stepped where they lie: a copy of thousands of
     them would double what they take. What `local` remembers is returned. `frozen [K, …]` is what each client has of the
     base for itself: as `StackedModel.frozen`. A round's steps may be made in several calls, to the same bits: each is
-    told what those `before` came to, and only with the last the round's training `ends`.
+    told what those `before` came to, and only with the last the round's training `ends`. Of a round that has a deadline
+    `reached [K, S]` says how many of the last sites each step reaches, as in `peertune.rounds.deadline`.
 
     Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and
     DivergedError where a loss or an adapter is not finite.
@@ -259,9 +262,17 @@ def train_local(
         grads, new = local.gradients(gradient, adapters, start, memory, at, phase)
         changed |= new
         memory |= new
-        totals += gradient.loss
-        lengths += clip(grads, optim.max_grad_norm) if grads else 0
-        optim.optimizer.update(adapters, grads, state.moments, _rates_at(optim, at.step, totals.device))
+        late = {} if reached is None else deadline.rows_without(adapters, reached[:, count - 1])
+        for name in grads.keys() & late.keys():
+            grads[name][late[name].to(totals.device)] = 0
+        measured = gradient.loss, clip(grads, optim.max_grad_norm) if grads else torch.zeros_like(totals)
+        with deadline.kept(state, late):
+            optim.optimizer.update(adapters, grads, state.moments, _rates_at(optim, at.step, totals.device))
+        if reached is not None:
+            share = deadline.begun(reached)[:, count - 1].to(totals.device)
+            measured = measured[0] * share, measured[1] * share
+        totals += measured[0]
+        lengths += measured[1]
         at = at._replace(step=at.step + 1)
         del gradient, grads
     if not torch.equal(global_draws, _generator_state(totals.device)):

@@ -49,6 +49,7 @@ class Turn(NamedTuple):
     clients_per_pass: int  # of one run's, at most
     pauses: Sequence[int] = ()  # after so many steps of the round, ascending, `keep` is told the state within it
     keep: Callable[[State], object] = bool
+    reached: Tensor | None = None  # [K, S], of a round that has a deadline: `peertune.rounds.deadline`
 
 
 class Came(NamedTuple):
@@ -61,9 +62,9 @@ class Came(NamedTuple):
 
 _START = "start/"
 
-_Alike = tuple[int, Phase, Phase | None, int | None]
+_Alike = tuple[int, Phase, Phase | None, int | None, bool]
 """Clients that train together: they follow one `Local`, are in one phase, come from one, and are in one round if the
-`Local` asks for it."""
+`Local` asks for it. All have a deadline, or none has."""
 
 
 def train(turns: Sequence[Turn]) -> list[Came | Exception]:
@@ -129,7 +130,8 @@ def _alike(turns: Mapping[int, Turn]) -> dict[_Alike, list[tuple[int, int]]]:
         own = next((place for place, other in enumerate(locals_) if _same(other, turn.local)), len(locals_))
         locals_ += [turn.local] if own == len(locals_) else []
         for row, t in enumerate(turn.at.round.tolist()):
-            key = own, turn.phases[row], turn.before[row] if t else None, t if turn.local.one_step else None
+            at = t if turn.local.one_step else None
+            key = own, turn.phases[row], turn.before[row] if t else None, at, turn.reached is not None
             alike.setdefault(key, []).append((number, row))
     return alike
 
@@ -213,7 +215,8 @@ def _train_one(turn: Turn, rows: list[int], first: int, stop: int | None) -> Tra
     at = _at(turn, rows, first)
     steps = turn.steps(at.clients.tolist(), at.round.tolist(), first)
     before = _so_far(turn, rows, first)
-    trained = _train_part(turn, rows[0], part, steps, at, turn.optim, _frozen(turn, len(rows)), before, stop)
+    frozen, reached = _frozen(turn, len(rows)), _reached([(turn, rows)])
+    trained = _train_part(turn, rows[0], part, steps, at, turn.optim, frozen, before, reached, stop)
     if isinstance(places, Tensor):
         turn.state.put(places, replace(part, memory={}))
     return trained
@@ -235,7 +238,7 @@ def _train_several(chunk: Sequence[tuple[Turn, list[int]]], first: int, stop: in
     frozen = {name: torch.cat([one[name] for one in kept]) for name in kept[0]}
     before = _joined([_so_far(turn, rows, first) for turn, rows in chunk])
     steps, row = steps_together(drawn, first), chunk[0][1][0]
-    trained = _train_part(turns[0], row, together, steps, at, optim, frozen, before, stop)
+    trained = _train_part(turns[0], row, together, steps, at, optim, frozen, before, _reached(chunk), stop)
     parts: list[Trained] = []
     start = 0
     for (turn, rows), size in zip(chunk, sizes, strict=True):
@@ -256,6 +259,7 @@ def _train_part(
     optim: Optim,
     frozen: Tensors,
     before: Trained | None,
+    reached: Tensor | None,
     stop: int | None,
 ) -> Trained:
     """Train clients that are alike, of whom this row of the turn is one, until `stop` steps are made, or all."""
@@ -263,7 +267,8 @@ def _train_part(
     if before is None:
         reset_moments(part.moments, optim.reset, phase, turn.before[row] if t else None)
     steps = islice(steps, None if stop is None else stop - first)
-    return train_local(turn.model, part, steps, phase, optim, at, turn.local, frozen, before, ends=stop is None)
+    ends = stop is None
+    return train_local(turn.model, part, steps, phase, optim, at, turn.local, frozen, before, reached, ends=ends)
 
 
 def _so_far(turn: Turn, rows: list[int], first: int) -> Trained | None:
@@ -274,6 +279,12 @@ def _so_far(turn: Turn, rows: list[int], first: int) -> Trained | None:
     trained = select(turn.state.adapters, turn.phases[rows[0]].train) if turn.local.keeps_start else {}
     start = {name: within[_START + name][places] for name in trained}
     return Trained(first, within["loss"][places], within["grad_norm"][places], start, {})
+
+
+def _reached(chunk: Sequence[tuple[Turn, list[int]]]) -> Tensor | None:
+    """Return what some rows' steps reach until the deadline, one run after the other; None where there is none."""
+    found = [turn.reached[rows] for turn, rows in chunk if turn.reached is not None]
+    return torch.cat(found) if found else None
 
 
 def _joined(parts: Sequence[Trained | None]) -> Trained | None:

@@ -30,6 +30,7 @@ _NUMBERS = (
     "out_of_phase",
     "suspects",
     "spans",
+    "sites_sent",
 )
 """Lists of clients' numbers, of which the line keeps the length; of measured values it keeps the mean."""
 

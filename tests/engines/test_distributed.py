@@ -80,6 +80,11 @@ RECIPES |= {
         f"faults={FAULTS}",
         "algorithm.switch_every=2",
     ],
+    "deadline": [
+        *SMALL,
+        "time={step_s: [1, 2.4, 9, 1, 50], deadline_s: 9, latency_s: 0.5}",
+        "training={learning_rate: 5e-3, local_steps: 4, per_device_train_batch_size: 2}",
+    ],
     "many": [*SMALL, "clients=70", "graph={name: ring}", "rounds=2", "training.per_device_train_batch_size=1"],
     **{name: [*SMALL, "graph.activation=1.0", "rounds=2"] for name in SPOILT},
     **{f"faults {name}": [*SMALL, f"algorithm={{name: {name}}}", f"faults={FAULTS}"] for name in ("decaf", "adf_lora")},

@@ -16,7 +16,7 @@ from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Memory, Mixer, Phase, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
-from peertune.rounds import round as rounds
+from peertune.rounds import shares
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Job
 from peertune.topology import weights_at
@@ -397,7 +397,7 @@ def test_a_client_alone_is_local_training() -> None:
 
 @pytest.fixture
 def sparse_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    return lambda clients: monkeypatch.setattr(rounds, "DENSE_UP_TO", clients)
+    return lambda clients: monkeypatch.setattr(shares, "DENSE_UP_TO", clients)
 
 
 @pytest.mark.parametrize("method", ["dec_lora", "decaf", "lora_fair"])

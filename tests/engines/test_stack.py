@@ -118,6 +118,10 @@ CASES: dict[str, list[list[str]]] = {
         ]
         for rate, kind in (("1e-2", "linear"), ("2e-2", "constant"))
     ],
+    "deadlines, by times that are drawn, and none": [
+        [*seed, "algorithm.name=dec_lora", f"time={{step_s: {{name: lognormal, median_s: 1, sigma: 1}}{limit}}}"]
+        for seed, limit in zip(SEEDS, (", deadline_s: 1.5", ", deadline_s: 2, late: drop", ""), strict=True)
+    ],
     "methods, graphs, partitions and numbers of rounds that differ, and a client that is down": [
         ["algorithm.name=decaf", "graph.name=ring", "rounds=3"],
         ["algorithm.name=fedrot_lora", "seed=2", "faults=[{rounds: [1, 2], down: 2}]"],

@@ -60,6 +60,11 @@ CASES = {
         "time={step_s: 0.5, latency_s: 0.1}",
         training(lr_scheduler_type="linear", clients_per_pass=2),
     ],
+    "a deadline": [
+        "algorithm.name=dec_lora",
+        "time={step_s: [1, 2.7, 9, 50], deadline_s: 6}",
+        training(clients_per_pass=2),
+    ],
 }
 
 

@@ -1,0 +1,47 @@
+"""What receivers take of those whom they heard: rows of a mixing matrix, as tensors."""
+
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor
+
+DENSE_UP_TO = 64
+"""Adapters heard up to which a dense mixing matrix is faster than a sparse one."""
+
+
+def as_weights(matrix: csr_array, device: torch.device) -> Tensor:
+    """Return rows of a mixing matrix `[R, H]` as mixers take them: dense where few are heard, sparse elsewhere."""
+    if matrix.shape[1] <= DENSE_UP_TO:
+        return torch.from_numpy(matrix.toarray()).to(device)
+    places = torch.stack([torch.from_numpy(x).long() for x in matrix.tocoo().coords])
+    weights = torch.sparse_coo_tensor(places, torch.from_numpy(matrix.data), matrix.shape, check_invariants=False)
+    return weights.coalesce().to(device)
+
+
+def entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return receiver, place among the heard and weight of each non-zero entry, by receiver."""
+    entries = weights.to_sparse().coalesce()
+    held = entries.values() != 0  # a sparse matrix may store zeros
+    receivers, places = entries.indices()[:, held]
+    return receivers, places, entries.values()[held]
+
+
+def giving_back(weights: Tensor, own: Tensor, fails: Tensor) -> Tensor:
+    """Return weights `[K, H]` where what `fails`, a mask of their `entries`, returns to the receiver's own.
+
+    `own [K]` is the place of each receiver among the heard.
+    """
+    receivers, places, values = entries(weights)
+    places = torch.where(fails, own[receivers], places)
+    at = torch.stack([receivers, places])
+    found = torch.sparse_coo_tensor(at, values, weights.shape, check_invariants=False).coalesce()
+    return found if weights.is_sparse else found.to_dense()
+
+
+def without_site(weights: Tensor, own: Tensor, sent: Tensor, left: int) -> Tensor:
+    """Return the weights `[K, H]` of a site that has this many `left` after it, its own among them.
+
+    An edge fails for it of which one end, of those who have `sent [H]` so many of the last sites, has not reached it.
+    """
+    receivers, places, _ = entries(weights)
+    missing = sent < left
+    return giving_back(weights, own, missing[own[receivers]] | missing[places])
