@@ -20,7 +20,8 @@ def test_its_recipes_are_what_the_protocol_says(cell: Cell) -> None:
     clock = build_clock(recipe)
     assert clock is not None
     assert [clock.step_s(client, 5) for client in (0, 1, 9)] == [10, 1, 1]
-    assert (recipe.time.mode == "rounds") == (cell.waits == "rounds")
+    assert (recipe.time.mode == "rounds") == (cell.waits in ("rounds", "salf", "drop"))
+    assert (recipe.time.deadline_s is not None) == (cell.waits in ("salf", "drop"))
     task = build_task(recipe)
     held = label_counts(task, task.train, build_partition(recipe, task))
     assert [row[NINE] > 0 for row in held] == [True, *[False] * 9]
@@ -56,10 +57,10 @@ def test_its_table_finds_what_was_put_in(
     waiting.table("digits")
     waiting.table_of_ends()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "12 of 190 runs"
+    assert lines[0] == "12 of 250 runs"
     told = next(line for line in lines if "| own |" in line)
     assert "| straggler | dec_lora | own | 3 of 4 | 0.25 [0.25, 0.25] | 2.00 [2.00, 2.00] | 2.50 [2.50, 2.50] |" in told
     assert "| -0.033 [" in told, "recalls of .5, .4 and .5 beside .5"
     assert told.endswith("| 0.625 |")
-    assert lines[-1].startswith("| dec_lora | 4 | 0.700 [0.700, 0.700] | 0.625 [")
+    assert lines[-1].startswith("| dec_lora | long | 4 | 0.700 [0.700, 0.700] | 0.625 [")
     assert "| 0.600 [0.600, 0.600] | 0.450 [" in lines[-1]

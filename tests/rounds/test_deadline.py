@@ -17,7 +17,7 @@ from peertune.rounds.clock import Clock, each
 from peertune.rounds.round import Job
 from peertune.rounds.training import train_local
 from peertune.topology import weights_at
-from peertune.types import State, by_site, payload_bytes
+from peertune.types import State, Tensors, by_site, payload_bytes
 
 SMALL = (
     "model.dtype=float64",
@@ -68,7 +68,7 @@ def by_hand(job: Job, t: int, state: State, reached: list[list[int]], sent: list
         parts = [steps_made(job, client, t, state, steps) for steps in (whole, min(whole + 1, job.local_steps))]
         last = reached[client][min(whole, job.local_steps - 1)]
         both = [parts[0], parts[1] if whole < job.local_steps else parts[0]]
-        own = {}
+        own: Tensors = {}
         for place, site in enumerate(by_site(state.adapters)):
             there = both[place >= job.sites - last]
             own |= {name: there.adapters[name] for name in site}
