@@ -18,6 +18,7 @@ from peertune.topology.weights import Graph, GraphSummary, listed, stacked_weigh
 
 MOST_DRAWS = 100_000  # rounds drawn to estimate rho, where that is quick (always at n = 10)
 LEAST_DRAWS = 16
+COUNTED_DRAWS = 1_000  # rounds whose neighbours are counted, where each draws its own edges
 LEAST_MEETINGS = 1_000  # in all rounds drawn, up to 16: 3 % of the estimate of 1 - rho where clients seldom meet
 DRAWING_NS = 1e9  # the time that estimating rho may take, roughly; more clients get fewer draws
 IN_ORDER_WORK = 10_000_000_000  # entries that a period's product takes, up to which rho looks at the order of rounds
@@ -121,7 +122,7 @@ def rho_draws(graph: Graph) -> int:
     if _in_order(graph):  # each draw is applied to matrices, 10 ns an entry
         draw_ns += 10 * n**2 * (n**2 if n**2 <= DENSE_CLIENTS else ARNOLDI_STEPS)
     if graph.period is None:
-        draw_ns += 160_000 if graph.directed else 40_000  # such edges are made one by one
+        draw_ns += 160_000 if graph.directed else 250_000 + 300 * possible  # such edges are made one by one
     if graph.weights == "push_sum":
         draw_ns += 600_000  # and so are masses
     least = LEAST_DRAWS
@@ -139,7 +140,8 @@ def summary(graph: Graph) -> GraphSummary:
     if graph.every_pair:
         counts = np.full((1, graph.clients), graph.clients - 1)
     else:
-        counts = np.stack([_heard(graph, graph.edges_at(t)) for t in range(graph.period or draws)])
+        rounds = graph.period or min(draws, COUNTED_DRAWS)
+        counts = np.stack([_heard(graph, graph.edges_at(t)) for t in range(rounds)])
     return GraphSummary(
         clients=graph.clients,
         edges=float(counts.sum(axis=1).mean() / (1 if graph.directed else 2)),

@@ -223,8 +223,8 @@ def test_fewer_rounds_are_drawn_for_more_clients() -> None:
         ("complete", 100_000, {"activation": 1e-5}, 1),
         ("complete", 200_000, {"activation": 1e-6}, 4_166),  # of single rows, as below
         ("complete", 1_000_000, {"activation": 2e-5}, 47),
-        ("matching", 10, {"probability": 0.5}, 24_353),
-        ("matching", 400, {"probability": 0.5}, 608),
+        ("matching", 10, {"probability": 0.5}, 3_779),
+        ("matching", 400, {"probability": 0.5}, 38),
         ("exponential", 32, {"activation": 0.5}, 2_437),  # in the order of a period
         ("exponential", 256, {"activation": 0.5}, 38),
         ("exponential", 1_024, {"activation": 0.5}, 45_955),  # as if in random order
