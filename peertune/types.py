@@ -112,8 +112,9 @@ class State:
 
     @property
     def round(self) -> int:
-        """The next round; where clients are in rounds of their own, of the mean over them."""
-        return int(self.rounds.sum()) // len(self.rounds)
+        """The next round; where clients are in rounds of their own, of the mean over all of the run's."""
+        rounds = self.under_way.get("rounds", self.rounds)  # of a process's share these are not all
+        return int(rounds.sum()) // len(rounds)
 
     def at(self, round: int) -> "State":
         """Return the same state, before this round for all clients."""

@@ -106,8 +106,6 @@ def build_parts(
                 "evaluate.patience: a peer that stops early leaves its neighbours' edges to fail; leave it out, and "
                 "give evaluate.load_best=true, by which each peer keeps its best adapter"
             )
-    if group.size > 1 and not waits:
-        raise RecipeError("time.mode: asynchronous clients are simulated in one process; leave out --workers")
     if not (waits or peer) and recipe.checkpoint.steps is not None:
         raise RecipeError(
             "checkpoint.steps: clients that wait for nobody have no step in common, so that no state lies within a "

@@ -30,6 +30,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, 
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from peertune.errors import Exit, PeertuneError, RunError
+from peertune.rounds.asynchronous import run_asynchronous
 from peertune.rounds.record import Evaluation, RoundRecord, put_together
 from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
 from peertune.topology import clients_down, whose_adapters
@@ -55,7 +56,12 @@ def run_cluster(job: Job) -> Iterator[RoundRecord]:
     The record is of all clients, and the same in all processes but for `record.state`, which is of the job's own.
     """
     shares = job.group.gather(list(job.clients))
-    for record in run_rounds(job, partial(_exchange, job, shares)):
+    if job.pushing is None:
+        records = run_rounds(job, partial(_exchange, job, shares))
+    else:
+        whose = [rank for rank, share in enumerate(shares) for _ in share]
+        records = run_asynchronous(job, partial(_carry, whose, job.group))
+    for record in records:
         yield _merged(record, job.group)
 
 
@@ -71,7 +77,8 @@ def _merged(own: RoundRecord, group: Group) -> RoundRecord:
     merged |= {name: sorted({(i, j) for part in parts for i, j in part[name]}) for name in _EDGES}
     cross_terms = [part["neighbourhood_cross_term"] for part in parts]
     merged["neighbourhood_cross_term"] = None if cross_terms[0] is None else [x for part in cross_terms for x in part]
-    seconds = {stage: max(part["seconds"][stage] for part in parts) for stage in own.seconds}
+    stages = dict.fromkeys(stage for part in parts for stage in part["seconds"])
+    seconds = {stage: max(part["seconds"].get(stage, 0.0) for part in parts) for stage in stages}
     time_s = None if own.time_s is None else max(part["time_s"] for part in parts)
     return replace(own, **merged, seconds=seconds, evaluation=evaluation, time_s=time_s)
 
@@ -86,6 +93,23 @@ def _exchange(
     heard = [np.union1d(matrix[own].indices, own) for own in up]
     mine = heard[job.group.rank].tolist()
     return exchanged(job, clients, mine, _swap(payload, up, heard, job.group), t, refuse)
+
+
+def _carry(
+    whose: Sequence[int], group: Group, payload: Tensors, to: Mapping[int, Sequence[int]]
+) -> tuple[Sequence[int], Tensors]:
+    """Bring each process what is sent to its clients, and nothing where all of it is sent within processes."""
+    held: list[list[int]] = [[] for _ in range(group.size)]
+    heard: list[set[int]] = [set() for _ in range(group.size)]
+    for sender, receivers in to.items():
+        held[whose[sender]].append(sender)
+        for client in (sender, *receivers):
+            heard[whose[client]].add(sender)
+    mine = sorted(heard[group.rank])
+    if [*map(len, held)] == [*map(len, heard)]:
+        return mine, payload
+    here, wanted = ([np.array(sorted(own), dtype=np.int64) for own in part] for part in (held, heard))
+    return mine, _swap(payload, here, wanted, group)
 
 
 def _swap(payload: Tensors, held: list[NDArray[np.int64]], heard: list[NDArray[np.int64]], group: Group) -> Tensors:

@@ -16,7 +16,7 @@ def simulate(job: Job) -> Iterator[RoundRecord]:
     rest of the run comes out the same to the bit. There is one state, which the next round changes in place: `clone()`
     what is to be kept. `job.state` stays as it is. Clients that are down by `job.faults` keep what they have.
     """
-    return run_rounds(job, partial(_exchange, job)) if job.pushing is None else run_asynchronous(job)
+    return run_rounds(job, partial(_exchange, job)) if job.pushing is None else run_asynchronous(job, _carry)
 
 
 def simulate_together(jobs: Mapping[str, Job]) -> Iterator[tuple[str, RoundRecord | Exception]]:
@@ -33,3 +33,8 @@ def simulate_together(jobs: Mapping[str, Job]) -> Iterator[tuple[str, RoundRecor
 def _exchange(job: Job, clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
     """Let everybody hear everybody; the round's mixing matrix says who takes what."""
     return exchanged(job, clients, clients, payload, t, refuse)
+
+
+def _carry(payload: Tensors, to: Mapping[int, Sequence[int]]) -> tuple[Sequence[int], Tensors]:
+    """Leave what clients send where all of them are."""
+    return [*to], payload

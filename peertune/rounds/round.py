@@ -503,8 +503,13 @@ def _common(job: Job, phases: Sequence[Phase], t: int) -> Phase:
     """Return the phase that most clients of all processes are in; of several, the first client's."""
     if job.algorithm.schedule.init is nothing:
         return job.algorithm.phase(t)
+    return commonest(phases, job.group)
+
+
+def commonest(phases: Sequence[Phase], group: Group) -> Phase:
+    """Return the commonest of what clients of all processes are in, by client; of several, the first client's."""
     told = [[sorted(phase.train), sorted(phase.send), count] for phase, count in Counter(phases).items()]
     counts: Counter[Phase] = Counter()
-    for trained, sent, count in chain(*job.group.gather(told)):
+    for trained, sent, count in chain(*group.gather(told)):
         counts[Phase(frozenset(trained), frozenset(sent))] += count
     return counts.most_common(1)[0][0]

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as as_safetensors
 
 from peertune.errors import RunError
+from peertune.rounds.under_way import dealt
 from peertune.runs.directory import FORMAT, check_format, write_together
 from peertune.types import ALONE, Group, State, Tensors
 
@@ -146,8 +147,8 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
     check_format(checkpoint, meta)
     held = [list(map(int, shard["clients"])) for shard in meta["shards"]]
     places = {client: place for place, client in enumerate(sorted(chain(*held)) if clients is None else clients)}
-    names = ("adapters", "moments", "memory", "within", "clients", "under_way")
-    parts: dict[str, Tensors] = {name: {} for name in names}
+    parts: dict[str, Tensors] = {name: {} for name in ("adapters", "moments", "memory", "within", "clients")}
+    under_way: list[Tensors] = []
     for shard, own in zip(meta["shards"], held, strict=True):
         wanted = [row for row, client in enumerate(own) if client in places]
         if not wanted:
@@ -158,11 +159,12 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
                 raise ValueError(f"the contents of {file.name} are not what was written")
         rows = slice(wanted[0], wanted[-1] + 1)  # neighbours, as they were dealt
         to = torch.tensor([places[client] for client in own[rows]])
+        under_way.append({})
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118  # it is no mapping
                 part, _, rest = name.replace("signals/", "memory/").partition("/")
-                if part == "under_way":  # no rows by client, and of a run in one process
-                    parts[part][rest] = tensors.get_tensor(name)
+                if part == "under_way":  # no rows by client
+                    under_way[-1][rest] = tensors.get_tensor(name)
                     continue
                 x = tensors.get_slice(name)[rows]
                 if rest not in parts[part]:  # of its own, aligned memory: kernels round by alignment
@@ -175,7 +177,8 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
         del memory["adaptive.client"]
     rounds = parts["clients"].get("rounds", torch.full((len(places),), int(meta["round"])))
     step = int(meta.get("step", 0))
-    return State(parts["adapters"], parts["moments"], rounds, memory, parts["under_way"], step, parts["within"])
+    ahead = dealt(under_way, places)
+    return State(parts["adapters"], parts["moments"], rounds, memory, ahead, step, parts["within"])
 
 
 def _fitted(checkpoint: Path, state: State, like: State) -> State:
