@@ -62,7 +62,7 @@ def _run(out: Path, rank: int, ranks: int, port: int, recipes: Mapping[str, Sequ
         raise
 
 
-SPOILT = {"far": 30.0, "apart": 3.0}
+SPOILT = {"far": 30.0, "apart": 3.0, "far pushed": 30.0, "far met": 30.0}
 """Recipes of which the last client starts with this in the place of each value of A."""
 
 

@@ -46,9 +46,8 @@ def assert_same(ours: Path, theirs: Path) -> None:
         assert own["loss"] == pytest.approx(record["loss"], abs=1e-12)
         assert own["diagnostics"] == pytest.approx(record["diagnostics"], abs=1e-9)
         assert own["evaluation"] == record["evaluation"]
-        assert [own[key] for key in ("clients", "edges", "bytes_sent")] == [
-            record[key] for key in ("clients", "edges", "bytes_sent")
-        ]
+        for key in ("train", "clients", "edges", "failed_edges", "bytes_sent", "out_of_phase", "time_s", "spans"):
+            assert own[key] == record[key], key
     assert_same_adapters(ours, theirs)
 
 
@@ -59,20 +58,30 @@ def made() -> Iterator[Forks]:
         yield forking
 
 
+def in_one_process(folder: Path, *words: str) -> Path:
+    code, _, err = finish(start(folder, "run", *RECIPE, *words, "--out", "one"))
+    assert code == 0, err
+    return folder / "one"
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run in one process."""
-    folder = tmp_path_factory.mktemp("alone")
-    code, _, err = finish(start(folder, "run", *RECIPE, "--out", "run"))
-    assert code == 0, err
-    return folder / "run"
+    return in_one_process(tmp_path_factory.mktemp("alone"))
 
 
+NOBODY_WAITS = (
+    "time={mode: asynchronous, step_s: {name: lognormal, median_s: 1, sigma: 0.7}, latency_s: 1.3}",
+    "faults=[{edge: [0, 3], rounds: [4, 25]}]",
+)
+
+
+@pytest.mark.parametrize("words", [(), NOBODY_WAITS], ids=["rounds", "asynchronous"])
 def test_a_shared_run_that_is_stopped_goes_on_in_any_number_of_processes_to_the_same_adapters(
-    alone: Path, tmp_path: Path, made: Forks
+    words: Sequence[str], alone: Path, tmp_path: Path, made: Forks
 ) -> None:
     run = tmp_path / "run"
-    process = made.start(tmp_path, "run", *RECIPE, "--workers", "3", "--out", "run")
+    process = made.start(tmp_path, "run", *RECIPE, *words, "--workers", "3", "--out", "run")
     for sent, after, go_on in (("SIGINT", 7, ["--workers", "2"]), ("SIGTERM", 22, [])):
         wait_until(lambda after=after: rounds(run) >= after, process)  # type: ignore[misc]
         process.send_signal(signal.Signals[sent])
@@ -91,7 +100,7 @@ def test_a_shared_run_that_is_stopped_goes_on_in_any_number_of_processes_to_the_
         process = made.start(tmp_path, "run", "--resume", "run", *go_on)
     code, _, err = finish(process)
     assert code == 0, err
-    assert_same(run, alone)
+    assert_same(run, in_one_process(tmp_path, *words) if words else alone)
 
 
 def by_agent(folder: Path, module: str, *words: str, **more: str) -> Command:
@@ -167,6 +176,11 @@ def by_hand(folder: Path, rank: int, ranks: int, port: int, words: Sequence[str]
             ["training.learning_rate=1e300", "network.bound=false"],
             r".*training: a loss or an adapter is no longer finite after round \d; .*",
         ),
+        (
+            [*NOBODY_WAITS, "training.learning_rate=1e300", "network.bound=false"],
+            r".*training: a loss or an adapter is no longer finite after round \d; .*",
+        ),
+        ([*NOBODY_WAITS, "checkpoint.steps=2"], r"checkpoint\.steps: clients that wait for nobody have no step .*"),
     ],
 )
 def test_what_processes_cannot_share_is_one_line_at_rank_0(tmp_path: Path, words: list[str], complaint: str) -> None:

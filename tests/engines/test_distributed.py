@@ -11,7 +11,7 @@ import torch
 from ranks import SPOILT, spoilt, together
 
 from peertune.assembly.build import build
-from peertune.engines.distributed import _merged, share
+from peertune.engines.distributed import _carry, _merged, share
 from peertune.engines.simulator import simulate
 from peertune.errors import RunError
 from peertune.methods.catalogue import ALGORITHMS
@@ -31,6 +31,7 @@ SMALL = (
 )
 DOWN = "{down: 4, rounds: [0, 1]}, {down: 3, rounds: [1, 1]}, {down: 0, rounds: [2, 2]}"
 FAULTS = f"[{{edge: [0, 1], rounds: [1, 2]}}, {DOWN}]"
+UNEVEN = "mode: asynchronous, step_s: {name: lognormal, median_s: 1, sigma: 0.7}"
 RECIPES = {method: [*SMALL, f"algorithm={{name: {method}}}", "rounds=2"] for method in ALGORITHMS}
 ADAPTIVE = "algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}"
 RECIPES |= {
@@ -86,7 +87,42 @@ RECIPES |= {
         "training={learning_rate: 5e-3, local_steps: 4, per_device_train_batch_size: 2}",
     ],
     "many": [*SMALL, "clients=70", "graph={name: ring}", "rounds=2", "training.per_device_train_batch_size=1"],
+    "nobody waits": [
+        *SMALL,
+        "algorithm={name: dec_lora}",
+        f"time={{{UNEVEN}, latency_s: 1.3, staleness_exponent: 0.5}}",
+        "faults=[{edge: [1, 2], rounds: [0, 3]}, {slow: 0, rounds: [1, 1], delay_s: 4}]",
+        "rounds=6",
+        "evaluate={every: 2, rows: 10, on: both, load_best: true}",
+    ],
+    "own phases": [
+        *SMALL,
+        "graph={name: epidemic, fan_out: 2, weights: row}",
+        "algorithm={name: tad_lora, switch_every: 1}",
+        f"time={{{UNEVEN}, bandwidth_bytes_s: 50000, down: [{{client: 3, from_s: 2, to_s: 9}}]}}",
+        "faults=[{edge: [0, 4], rounds: [0, 99]}]",
+        "training.reset_optimizer=phase",
+        "rounds=6",
+    ],
+    "common phases": [
+        *SMALL,
+        "algorithm={name: tad_lora, switch_every: 1}",
+        f"time={{{UNEVEN}, phases: common}}",
+        "modifiers=[{name: fedspeed}]",
+        "graph={name: ring}",
+        "rounds=6",
+    ],
+    "two that meet": [
+        *SMALL,
+        "algorithm={name: adf_lora, switch_every: 1}",
+        f"time={{{UNEVEN}, mixing: pairwise}}",
+        "faults=[{edge: [1, 2], rounds: [0, 3]}]",
+        "rounds=6",
+    ],
+    "nothing sent": [*SMALL, "algorithm={name: local}", f"time={{{UNEVEN}}}", "clients=3"],
     **{name: [*SMALL, "graph.activation=1.0", "rounds=2"] for name in SPOILT},
+    "far pushed": [*SMALL, "time={mode: asynchronous, step_s: [1, 2, 1.5, 1, 1], latency_s: 0.1}"],
+    "far met": [*SMALL, "time={mode: asynchronous, step_s: [1, 2, 1.5, 1, 1], mixing: pairwise}"],
     **{f"faults {name}": [*SMALL, f"algorithm={{name: {name}}}", f"faults={FAULTS}"] for name in ("decaf", "adf_lora")},
 }
 
@@ -124,7 +160,7 @@ def simulated() -> dict[str, list[RoundRecord]]:
     return records
 
 
-FEW = ("decaf", "adaptive", "choco", "changing", "push", "apart")
+FEW = ("decaf", "adaptive", "choco", "changing", "push", "apart", "nobody waits", "own phases", "two that meet")
 """Recipes that send, deal, count and gather in each way there is: what the number of processes can matter to."""
 
 
@@ -197,6 +233,13 @@ def test_a_stage_takes_as_long_as_in_its_slowest_process(simulated: dict[str, li
     own = simulated["ring"][0]
     assert min(own.seconds.values()) > 0
     assert _merged(own, Slower()).seconds == own.seconds | {"train": 2 * own.seconds["train"]}
+
+
+def test_what_is_sent_within_processes_goes_nowhere() -> None:
+    payload = {"x.A": torch.ones(2, 1, 1)}
+    senders, came = _carry([0, 0, 0, 1, 1], Some(0, 2), payload, {0: [1, 2], 2: [], 4: [3]})
+    assert senders == [0, 2]
+    assert came is payload, "no other process was asked for anything"
 
 
 class Some(Group):

@@ -18,9 +18,10 @@ from peertune.recipe import load_recipe
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import Job
 from peertune.rounds.training import reset_moments, train_local
+from peertune.rounds.under_way import dealt
 from peertune.runs import checkpoints
 from peertune.topology import active_edges
-from peertune.types import Group, State, Tensors, payload_bytes, select
+from peertune.types import State, Tensors, payload_bytes, select
 
 SMALL = (
     "model.dtype=float64",
@@ -329,13 +330,26 @@ def _with_senders(under_way: Tensors) -> list[tuple[list[int], int]]:
     return [(message, posts[message[1]][0]) for message in under_way["messages"].tolist()]
 
 
-def test_several_processes_are_refused() -> None:
-    class Two(Group):
-        size = 2
-
-    recipe = load_recipe("digits-demo", [*SMALL, "time={mode: asynchronous, step_s: 1}"])
-    with pytest.raises(RecipeError, match="asynchronous clients are simulated in one process; leave out --workers"):
-        build(recipe, clients=range(3), group=Two())
+@pytest.mark.parametrize("time", [f"mode: asynchronous, {UNEVEN}", PAIRS])
+def test_what_is_under_way_is_dealt_by_client_and_put_together_again(time: str) -> None:
+    job = made("algorithm={name: adf_lora, switch_every: 1}", f"time={{{time}}}").job
+    whole = kept(job)
+    state = states(whole)[1]
+    assert 0 < len(state.under_way["done"]) < 5
+    shares = [range(2), range(2, 3), range(3, 5)]
+    shards = [dealt([state.under_way], share) for share in shares]
+    for shard, share in zip(shards, shares, strict=True):
+        part = replace(state, under_way=shard).take(slice(share[0], share[-1] + 1))
+        assert part.round == 2, "of all clients"
+        held = [*shard["messages"][:, 0].tolist(), *shard["done"].tolist(), *shard["started"].tolist()]
+        assert {*held} <= {*share}
+        assert {*shard["messages"][:, 1].tolist()} == {*range(len(shard["posts"]))}, "none that nobody is sent"
+    again = replace(state, under_way=dealt(shards[::-1], range(5)))
+    rest = kept(replace(job, state=again))
+    assert [without_time(record) for record in rest] == [without_time(record) for record in whole[2:]]
+    for name, x in states(rest)[-1].adapters.items():
+        assert torch.equal(x, states(whole)[-1].adapters[name])
+    assert dealt([{}, {}], range(5)) == {}
 
 
 def test_what_mixing_moves_the_mean_by_is_told() -> None:
