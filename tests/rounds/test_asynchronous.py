@@ -334,19 +334,18 @@ def _with_senders(under_way: Tensors) -> list[tuple[list[int], int]]:
 def test_what_is_under_way_is_dealt_by_client_and_put_together_again(time: str) -> None:
     job = made("algorithm={name: adf_lora, switch_every: 1}", f"time={{{time}}}").job
     whole = kept(job)
-    state = states(whole)[1]
-    assert 0 < len(state.under_way["done"]) < 5
+    state = next(state for state in states(whole)[:-1] if 0 < len(state.under_way["done"]) < 5)
     shares = [range(2), range(2, 3), range(3, 5)]
     shards = [dealt([state.under_way], share) for share in shares]
     for shard, share in zip(shards, shares, strict=True):
         part = replace(state, under_way=shard).take(slice(share[0], share[-1] + 1))
-        assert part.round == 2, "of all clients"
+        assert part.round == state.round, "of all clients"
         held = [*shard["messages"][:, 0].tolist(), *shard["done"].tolist(), *shard["started"].tolist()]
         assert {*held} <= {*share}
         assert {*shard["messages"][:, 1].tolist()} == {*range(len(shard["posts"]))}, "none that nobody is sent"
     again = replace(state, under_way=dealt(shards[::-1], range(5)))
     rest = kept(replace(job, state=again))
-    assert [without_time(record) for record in rest] == [without_time(record) for record in whole[2:]]
+    assert [without_time(record) for record in rest] == [without_time(record) for record in whole[state.round :]]
     for name, x in states(rest)[-1].adapters.items():
         assert torch.equal(x, states(whole)[-1].adapters[name])
     assert dealt([{}, {}], range(5)) == {}
