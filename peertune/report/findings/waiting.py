@@ -41,7 +41,8 @@ def stragglers(seen: Facts) -> Said | None:
         f"train{'s' if one else ''} for {own:.3g} s in a round, the median of the others for {usual:.3g} s. "
         f"{held_up:.0%} of the {end:.4g} s that the run took hung on "
         f"{'its' if one else 'their'} trainings: others wait for {'it' if one else 'them'}, or for those who do.",
-        f"Run without {'it' if one else 'them'}, or let nobody wait: time.mode can be asynchronous.",
+        f"Run without {'it' if one else 'them'}, end rounds earlier by time.deadline_s, or let nobody wait: time.mode "
+        "can be asynchronous.",
     )
 
 
