@@ -25,7 +25,9 @@ from peertune.method import Phase, standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
 from peertune.rounds.bounds import Bound, apart, largest, refused
-from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
+from peertune.rounds.job import Heard, Job, Refuse
+from peertune.rounds.mixing import exchanged
+from peertune.rounds.round import run_rounds
 from peertune.rounds.shares import as_weights, entries
 from peertune.topology import GRAPHS, planned_weights, weights_at
 from peertune.types import Tensors

@@ -37,7 +37,7 @@ import torch
 
 from benchmarks.studies import STUDIES, Kept, Row, by_seed, held_out, scored
 from peertune.report.pairing import interval
-from peertune.rounds.round import Job
+from peertune.rounds.job import Job
 from peertune.wire.codec import encode
 
 ROWS = {

@@ -11,7 +11,7 @@ from benchmarks.measure import Figure, figure, ratios
 from peertune import load_recipe, simulate
 from peertune.assembly.build import Built, build, build_stack
 from peertune.engines.simulator import simulate_together
-from peertune.rounds.round import Job
+from peertune.rounds.job import Job
 
 SEEDS = 10
 

@@ -23,7 +23,7 @@ from benchmarks.setup import dropout, make
 from peertune.adapters.stacked import StackedModel
 from peertune.assembly.build import Built
 from peertune.method import standing
-from peertune.rounds.round import Job
+from peertune.rounds.job import Job
 from peertune.rounds.training import train_local
 from peertune.types import Batch, State
 

@@ -15,8 +15,8 @@ from peertune.assembly.build import build_stack
 from peertune.engines.simulator import simulate_together
 from peertune.errors import ModelError
 from peertune.report.pairing import interval
+from peertune.rounds.job import Job
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Job
 
 KEPT = Path("benchmarks/results")
 MATTERS = 0.02  # an interval that is wider, with 0 in it, tells nothing

@@ -154,7 +154,7 @@ class Message(NamedTuple):
     non-zero `weights [K, H]`, at both of their ends alike. So what an edge that failed has lost can be sent again.
     `edgewise` says how less than what was sent goes over an edge both of whose ends remember.
     `sound(heard)` tells of each sender, `[H]`, whether an honest client may have sent this.
-    If reading what was sent isn't `exact`, differences are mixed: see `peertune.rounds.round`. If what is read isn't
+    If reading what was sent isn't `exact`, differences are mixed: see `peertune.rounds.mixing`. If what is read isn't
     `whole`, it has zeros for entries that were not sent, and each entry is mixed by itself.
     """
 

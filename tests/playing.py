@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from peertune.method import Algorithm, At, Mixer, Phase, standing
+from peertune.rounds.job import Heard, Job
 from peertune.rounds.record import Evaluation
-from peertune.rounds.round import Heard, Job, run_round
+from peertune.rounds.round import run_round
 from peertune.rounds.training import Optim, adamw, sgd
 from peertune.topology import GRAPHS
 from peertune.types import Batch, State, Tensors, norms, over_clients, take

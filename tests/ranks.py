@@ -14,7 +14,7 @@ from processes import forking
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from peertune.rounds.round import Job
+from peertune.rounds.job import Job
 
 
 @dataclass(frozen=True)

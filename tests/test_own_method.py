@@ -23,7 +23,7 @@ from peertune import build, load_recipe, simulate
 from peertune.assembly.needs import check_needs
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, standing
-from peertune.rounds.round import Job
+from peertune.rounds.job import Job
 from peertune.runs import records
 from peertune.topology import weights_at
 from peertune.types import Tensors

@@ -24,7 +24,7 @@ from peertune.identity.incarnation import next_incarnation
 from peertune.identity.membership import Membership
 from peertune.memory import keep_free
 from peertune.recipe import Recipe, load_recipe
-from peertune.rounds.round import Job
+from peertune.rounds.job import Job
 from peertune.runs import checkpoints, directory, records
 from peertune.runs.keeping import Keeper
 from peertune.runs.mixlog import MixLog

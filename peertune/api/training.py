@@ -22,9 +22,9 @@ from peertune.errors import PeertuneError, RunError, Stopped
 from peertune.files import write_file
 from peertune.models.weights import check_weights
 from peertune.recipe import Recipe, as_yaml, load_recipe, recipe_text
+from peertune.rounds.job import Job, Pausing
 from peertune.rounds.patience import Seen, ran_out, seen
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Job, Pausing
 from peertune.runs import checkpoints, directory, exports, records
 from peertune.runs.keeping import Keeper
 from peertune.runs.trackers import reporting

@@ -35,7 +35,7 @@ from peertune.recipe import Recipe
 from peertune.rounds import best
 from peertune.rounds.bounds import Bound
 from peertune.rounds.clock import Pushing
-from peertune.rounds.round import CLOCK, Job
+from peertune.rounds.job import CLOCK, Job
 from peertune.rounds.training import Optim, Rates, adamw, learning_rate, sgd
 from peertune.topology import Neighbourhood, digest
 from peertune.types import ALONE, Group, State, Tensors, kind

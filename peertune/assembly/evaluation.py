@@ -20,8 +20,8 @@ from peertune.data.scores import ANSWERS, calibration_error, confusion, log_loss
 from peertune.errors import RecipeError
 from peertune.models.generation import Decoding, cached_tokens, generate, pads_left
 from peertune.recipe import Recipe
+from peertune.rounds.job import Heard
 from peertune.rounds.record import MOST_CLASSES, Evaluation
-from peertune.rounds.round import Heard
 from peertune.rounds.shares import entries
 from peertune.rounds.training import Read, evaluate, hits, predictions, probabilities, row_losses
 from peertune.types import ALONE, Group, Measure, Split, Task, Tensors, take

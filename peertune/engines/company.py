@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
-from peertune.rounds.round import Job
+from peertune.rounds.job import Job
 from peertune.rounds.turns import Steps
 from peertune.topology import may_meet
 from peertune.types import Batch

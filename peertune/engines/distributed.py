@@ -31,8 +31,10 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from peertune.errors import Exit, PeertuneError, RunError
 from peertune.rounds.asynchronous import run_asynchronous
+from peertune.rounds.job import Heard, Job, Refuse
+from peertune.rounds.mixing import exchanged
 from peertune.rounds.record import Evaluation, RoundRecord, put_together
-from peertune.rounds.round import Heard, Job, Refuse, exchanged, run_rounds
+from peertune.rounds.round import run_rounds
 from peertune.topology import clients_down, whose_adapters
 from peertune.types import ALONE, Group, Tensors, payload_bytes
 

@@ -16,8 +16,9 @@ from peertune.engines.fallback import Past
 from peertune.errors import DivergedError, Exit, WireError
 from peertune.method import Phase, standing
 from peertune.rounds import best
+from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Heard, Job, Refuse, run_round
+from peertune.rounds.round import run_round
 from peertune.topology import clients_down, delay_s, failed_edges, partners_at, row_at
 from peertune.types import State, Tensors
 from peertune.wire.pace import furthest_believed, silence_s

@@ -10,9 +10,10 @@ from typing import Literal
 from peertune.engines.company import Company, neighbours, steps_told
 from peertune.method import standing
 from peertune.rounds import metrics
+from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.posts import Post, Taken, mixed
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Heard, Job, Refuse, run_round
+from peertune.rounds.round import run_round
 from peertune.runs.mixlog import MixLog
 from peertune.topology import delay_s
 from peertune.topology.pushes import To, one_sends_to

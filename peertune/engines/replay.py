@@ -11,8 +11,9 @@ from itertools import chain, islice
 
 from peertune.errors import RunError
 from peertune.method import standing
+from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.posts import Post, mixed
-from peertune.rounds.round import Begun, Heard, Job, Refuse, end, turn_of
+from peertune.rounds.round import Begun, end, turn_of
 from peertune.rounds.turns import Came, train
 from peertune.runs.mixlog import Line, Start
 from peertune.types import State, Tensors

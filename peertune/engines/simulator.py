@@ -4,8 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 from peertune.rounds.asynchronous import run_asynchronous
+from peertune.rounds.job import Heard, Job, Refuse
+from peertune.rounds.mixing import exchanged
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Heard, Job, Refuse, exchanged, next_rounds, run_rounds
+from peertune.rounds.round import next_rounds, run_rounds
 from peertune.types import Tensors
 
 

@@ -1,7 +1,7 @@
 """Messages that take fewer bytes than adapters as they are.
 
 Others then read something else of a client than it has, so differences of what is read are mixed, see
-`peertune.rounds.round`: with symmetric W the clients' mean stays what it was, and a client that hears nobody keeps its
+`peertune.rounds.mixing`: with symmetric W the clients' mean stays what it was, and a client that hears nobody keeps its
 adapter. What travels beside adapters, such as reports of phases, stays as it is.
 """
 

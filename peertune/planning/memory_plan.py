@@ -23,8 +23,8 @@ from peertune.method import Phase, standing
 from peertune.models.generation import cached_tokens
 from peertune.models.load import pick_device
 from peertune.recipe import Recipe
+from peertune.rounds.job import Job
 from peertune.rounds.metrics import before_mixing, diagnostics
-from peertune.rounds.round import Job
 from peertune.rounds.training import train_local
 from peertune.types import Batch, State, select, take
 

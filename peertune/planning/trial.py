@@ -13,7 +13,7 @@ from peertune.assembly.build import CLIENTS_PER_PASS, build
 from peertune.assembly.registry import build_algorithm, build_graph
 from peertune.method import standing
 from peertune.recipe import Recipe
-from peertune.rounds.round import Job
+from peertune.rounds.job import Job
 from peertune.rounds.training import train_local
 from peertune.topology import active_edges
 from peertune.types import kind, payload_bytes, take

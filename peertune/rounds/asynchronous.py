@@ -43,8 +43,10 @@ from peertune.method import Phase
 from peertune.randomness import Draw, uniforms
 from peertune.rounds import best, bounds, metrics
 from peertune.rounds.clock import NS, Span
+from peertune.rounds.job import Heard, Job, Refuse
+from peertune.rounds.mixing import tell
 from peertune.rounds.record import RoundRecord, Watch
-from peertune.rounds.round import Begun, Heard, Job, Refuse, commonest, end, is_due, tell, turn_of
+from peertune.rounds.round import Begun, commonest, end, is_due, turn_of
 from peertune.rounds.shares import as_weights
 from peertune.rounds.turns import Came, Turn, train
 from peertune.rounds.under_way import Done, Sent, UnderWay

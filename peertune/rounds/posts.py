@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 
 from peertune.rounds import metrics
-from peertune.rounds.round import Heard, Job, Refuse, tell
+from peertune.rounds.job import Heard, Job, Refuse
+from peertune.rounds.mixing import tell
 from peertune.rounds.shares import as_weights
 from peertune.topology.pushes import rows, share
 from peertune.types import Tensors

@@ -1,134 +1,26 @@
-"""One round: local steps, exchange, mix. Every engine runs this and nothing else; only `exchange` differs.
-
-Where what is read is not exactly what a sender has, such as adapters in half precision, a client mixes differences,
-`x_i + (m_i - Q(x_i))`: m_i is what the mixer makes of Q(x_i), its own adapter as others read it, and of what it heard.
-For gossip this is `x_i + Σ_j W_ij (Q(x_j) - Q(x_i))`: with symmetric W the clients' mean stays what it was, up to
-rounding, and a client that hears nobody keeps its adapter. Rounded others beside an exact own would move the mean.
-"""
+"""One round: local steps, exchange, mix. Every engine runs this and nothing else; only `exchange` differs."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
-from math import inf
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from peertune.adapters.stacked import StackedModel
-from peertune.allowance import Lines
 from peertune.errors import DivergedError, tried
-from peertune.method import Algorithm, At, Phase, nothing, standing
-from peertune.rounds import best, bounds, deadline, metrics
-from peertune.rounds.bounds import Bound, Refusal
-from peertune.rounds.clock import Clock, Pushing, Span, lockstep
-from peertune.rounds.record import Evaluation, RoundRecord, Watch
-from peertune.rounds.shares import as_weights, entries, giving_back, without_site
-from peertune.rounds.training import Optim
-from peertune.rounds.turns import Came, Steps, Turn, train
-from peertune.topology import Fault, Graph, clients_down, delay_s, drop_edges, messages_sent, planned_weights
-from peertune.types import ALONE, Group, State, Tensors, by_site, select
-
-
-class Heard(NamedTuple):
-    """What an exchange brought the K receivers."""
-
-    tensors: Tensors  # [H, …], as they are read; of the receivers themselves among them
-    weights: Tensor  # [K, H], what each receiver takes of each that was heard
-    clients: Sequence[int]  # [H], who was heard
-    failed: list[tuple[int, int]]  # edges, as records have them, that were active and over which nothing came
-    vacant: Sequence[tuple[int, int]] = ()  # and those at whose other end there is nobody
-    sent: Sequence[int] | None = None  # [K], to how many each sends, where that is not as many as it hears
-
-
-Refuse = Callable[[Tensors, Tensor, Tensor], list[Refusal]]
-"""`refuse(heard [H, …], receivers [E], senders [E])`: which of these pairs can't be mixed, by the receivers' state."""
-Exchange = Callable[[Tensors, int, Refuse], Heard]
-"""`exchange(payload [K, …], round, refuse)`: the only thing in which engines differ. `refuse` takes what was read.
-
-What an end refuses counts at neither.
-"""
-
-
-class Pausing(NamedTuple):
-    """How often the state within a round is kept, and by whom."""
-
-    every: int  # local steps, counted from the run's start
-    keep: Callable[[State], object]  # is told the state of all of a job's clients
-
-    def after(self, round: int, local_steps: int) -> range:
-        """Return after how many steps within this round."""
-        return range(-round * local_steps % self.every or self.every, local_steps, self.every)
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that an engine needs to run a recipe; made by `build`."""
-
-    model: StackedModel
-    graph: Graph
-    algorithm: Algorithm
-    optim: Optim
-    steps: Steps
-    evaluate: Callable[[Tensors, Sequence[int]], Evaluation]  # of adapters [K, …] and whose they are
-    state: State  # where the run starts
-    clients: Sequence[int]  # [K], whose state it is: all of the graph's, a process's share of them, or a peer
-    rounds: int
-    local_steps: int
-    evaluate_every: int
-    clients_per_pass: int
-    bound: Bound | None = None  # what may be mixed; None: everything
-    # of the clients of some adapters [K, …], each with those it heard in a round: by metric, scores [K]
-    ensembles: "Callable[[Tensors, Heard, Sequence[int]], list[list[float]]] | None" = None
-    # of some adapters [K, …] and whose they are: each one's score on its client's own rows [K]; None: nobody asks
-    judge_own: "Callable[[Tensors, Sequence[int]], list[float]] | None" = None
-    most_loss: float = inf  # training to a mean loss above it counts as diverged
-    clock: Clock | None = None  # how long things take in virtual time; None: nothing has a time
-    pushing: Pushing | None = None  # how clients mix that wait for nobody; None: they go by rounds
-    pausing: Pausing | None = None  # None: what is kept is kept between rounds
-    faults: Sequence[Fault] = ()
-    group: Group = ALONE  # the processes that share the clients
-    lines: Lines = field(default_factory=Lines, compare=False)  # what is logged of clients
-
-    @property
-    def alone(self) -> bool:
-        """Whether this is a client without the others, a peer: it takes two to disagree."""
-        return self.group.size == 1 == len(self.clients) < self.graph.clients
-
-    def sent(self, kinds: frozenset[str]) -> Tensors:
-        """Return what its first client sends at the start, `[1, …]`, in a phase that trains and sends these kinds."""
-        one = self.state.take(slice(0, 1))
-        at = standing(self.clients[:1], one.rounds)
-        return self.algorithm.message.send(one.adapters, one.known, at, Phase(kinds, kinds))[0]
-
-    def read(self, tensors: Tensors, round: int) -> Tensors:
-        """Return what was sent in a round as mixers get it, `[H, …]` both."""
-        read = self.algorithm.message.read
-        return tensors if read is None else read(self.state.adapters, tensors, round)
-
-    @property
-    def sites(self) -> int:
-        """How many there are, parts of a head among them."""
-        return len(by_site(self.state.adapters))
-
-    def reached(self, clients: Sequence[int], rounds: Sequence[int]) -> Tensor | None:
-        """Return the number of sites that each local step of these clients reaches until the deadline, `[K, S]`."""
-        return deadline.reached(self.clock, clients, rounds, self.local_steps, self.sites)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the base and the stack are."""
-        return next(iter(self.state.adapters.values())).device
-
-
-CLOCK = "clock.now"
-"""What each client's memory holds of virtual time: the nanosecond in which its next round begins, `[K]`."""
-
-ExchangeOf = Callable[[Sequence[int], Tensors, int, Refuse], Heard]
-"""`exchange(clients, payload, round, refuse)`: an exchange that is told which of a job's clients take part."""
+from peertune.method import Phase, nothing, standing
+from peertune.rounds import best, deadline, metrics
+from peertune.rounds.clock import Span, lockstep
+from peertune.rounds.job import CLOCK, Exchange, ExchangeOf, Heard, Job
+from peertune.rounds.mixing import arrived, mix, mixable, places_among, refusing, sites_sent_by
+from peertune.rounds.record import RoundRecord, Watch
+from peertune.rounds.shares import entries
+from peertune.rounds.turns import Came, Turn, train
+from peertune.topology import clients_down, delay_s
+from peertune.types import Group, State, select
 
 
 def run_rounds(job: Job, exchange: ExchangeOf) -> Iterator[RoundRecord]:
@@ -254,16 +146,16 @@ def end(
     state, at, message, watch = turn.state, turn.at, job.algorithm.message, Watch(came.seconds)
     payload, changed = message.send(state.adapters, state.known, at, phase)
     state.remember(changed)
-    heard = exchange(payload, t, _refusing(job, state))
-    sites = _sites_sent(job, heard.clients, t)
+    heard = exchange(payload, t, refusing(job, state))
+    sites = sites_sent_by(job, heard.clients, t)
     if sites is not None:
-        heard = _arrived(job, heard, clients, sites)
+        heard = arrived(job, heard, clients, sites)
     watch.lap("exchange")
     at = at._replace(heard=torch.tensor(heard.clients, dtype=torch.int64))
     neighbours = metrics.neighbour_counts(heard.weights) if payload else [0] * len(clients)
     messages = neighbours if heard.sent is None else heard.sent
     sent_bytes = metrics.bytes_sent(payload, messages)
-    sites_sent = [] if sites is None else sites[_places(heard.clients, clients)].tolist()
+    sites_sent = [] if sites is None else sites[places_among(heard.clients, clients)].tolist()
     if sites is not None:
         each = deadline.bytes_sent(payload, state.adapters, sites_sent)
         sent_bytes = [size * count for size, count in zip(each, messages, strict=True)]
@@ -271,7 +163,7 @@ def end(
         sent_bytes = message.edgewise.bytes_sent(payload, state.known, heard.weights, at)
     if message.settle is not None:
         state.remember(message.settle(state.known, heard.tensors, heard.weights, at, phase))
-    weights, unmixed = _mixable(job, state, clients, t, heard)
+    weights, unmixed = mixable(job, state, clients, t, heard)
     sizes = [size / max(1, count) for size, count in zip(sent_bytes, messages, strict=True)]
     spans = _timed(job, state, clients, t, heard, sizes) if common else []
     watch.lap("mix")
@@ -286,7 +178,7 @@ def end(
     mixed = heard._replace(weights=weights)
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
-    _mix(job, state, heard.tensors, weights, at, phase, sites)
+    mix(job, state, heard.tensors, weights, at, phase, sites)
     state = replace(state, rounds=state.rounds + 1, step=0)
     watch.lap("mix")
     diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group, rows)
@@ -345,97 +237,6 @@ def _timed(job: Job, state: State, clients: Sequence[int], t: int, heard: Heard,
     return [ends[client][1] for client in clients]
 
 
-def exchanged(
-    job: Job, clients: Sequence[int], among: Sequence[int], tensors: Tensors, round: int, refuse: Refuse
-) -> Heard:
-    """Return what an exchange brought the K `clients`: `tensors [H, …]` of those `among` whom all are whom they hear.
-
-    The tensors are what was sent. An edge that one end refuses is dropped from the mixing matrix like one that is
-    planned to fail, at both ends.
-    """
-    tensors, graph = job.read(tensors, round), job.graph
-    matrix, failed = planned_weights(graph, job.faults, round)
-    ours, theirs = (np.asarray(numbers, dtype=np.int64) for numbers in (clients, among))
-    rows = matrix if len(ours) == graph.clients else matrix[ours]
-    taken = rows.tocoo()
-    receivers, senders = taken.row, np.searchsorted(theirs, taken.col)
-    others = (ours[receivers] != taken.col) & (taken.data != 0)
-    places = (torch.from_numpy(x[others]).long().to(job.device) for x in (receivers, senders))
-    found = refuse(tensors, *places) if tensors else []
-    tell(job, round, found, clients, among, "the edge is dropped")
-    pairs = {metrics.as_edge(among[sender], clients[receiver], graph.directed) for receiver, sender, _ in found}
-    told = chain(*job.group.gather(sorted(pairs)))
-    if lost := sorted({(i, j) for i, j in told}):
-        matrix, failed = drop_edges(graph, matrix, lost), sorted({*failed, *lost})
-        rows = matrix[ours]
-    if len(theirs) < graph.clients:
-        rows = rows[:, theirs]
-    if job.group.size > 1:
-        failed = [edge for edge in failed if not set(edge).isdisjoint(job.clients)]
-    sent = messages_sent(graph, job.faults, round)[ours].tolist() if graph.directed else None
-    return Heard(tensors, as_weights(rows, job.device), among, failed, sent=sent)
-
-
-def tell(
-    job: Job, round: int, refusals: Sequence[Refusal], clients: Sequence[int], among: Sequence[int], so: str
-) -> None:
-    """Say what was refused of whom."""
-    for receiver, sender, why in refusals:
-        to = job.lines.name(clients[receiver])
-        job.lines.say(among[sender], f"round {round}: what it sent {to} isn't mixed: {why}; {so}")
-
-
-def _refusing(job: Job, state: State) -> Refuse:
-    """Return what refuses to mix, by the state that the receivers have."""
-    if job.bound is None:
-        return lambda heard, receivers, senders: []
-    return partial(bounds.refused, job.bound, state.adapters)
-
-
-def _mixable(
-    job: Job, state: State, clients: Sequence[int], t: int, came: Heard
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Return the weights of what is mixed, and the pairs (receiver, sender) that counted and are left out.
-
-    Their weight returns to the receiver's own adapter, at this end only.
-    """
-    weights = came.weights
-    if job.bound is None or not came.tensors:
-        return weights, []
-    receivers, places, _ = entries(weights)
-    ours, theirs = (torch.tensor(numbers, device=weights.device) for numbers in (clients, came.clients))
-    others = ours[receivers] != theirs[places]
-    found = bounds.apart(job.bound, state.adapters, came.tensors, receivers[others], places[others])
-    if not found:
-        return weights, []
-    tell(job, t, found, clients, came.clients, "the edge counts, and this end mixes nothing of it")
-    rows, columns = (torch.tensor(x, device=weights.device) for x in zip(*(pair[:2] for pair in found), strict=True))
-    fails = torch.isin(receivers * len(theirs) + places, rows * len(theirs) + columns)
-    pairs = sorted((clients[receiver], came.clients[sender]) for receiver, sender, _ in found)
-    return giving_back(weights, torch.searchsorted(theirs, ours), fails), pairs
-
-
-def _sites_sent(job: Job, clients: Sequence[int], t: int) -> Tensor | None:
-    """Return how many of the last sites each of these clients sends in round t, `[H]`; None without a deadline."""
-    reached = job.reached(clients, [t] * len(clients))
-    if reached is None or job.clock is None:
-        return None
-    return deadline.sent(job.clock, reached, job.sites).to(job.device)
-
-
-def _places(among: Sequence[int], clients: Sequence[int]) -> Tensor:
-    """Return where these clients are among some, who are sorted."""
-    return torch.searchsorted(torch.tensor(among, dtype=torch.int64), torch.tensor(clients, dtype=torch.int64))
-
-
-def _arrived(job: Job, heard: Heard, clients: Sequence[int], sites: Tensor) -> Heard:
-    """Return what was heard without those edges over which nothing came, since one end had reached no site."""
-    own = _places(heard.clients, clients).to(job.device)
-    weights = without_site(heard.weights, own, sites, 1)
-    pairs = [metrics.edges(x, clients, heard.clients, job.graph.directed) for x in (heard.weights, weights)]
-    return heard._replace(weights=weights, failed=sorted({*heard.failed, *pairs[0]} - {*pairs[1]}))
-
-
 def _together(job: Job, state: State, clients: Sequence[int], mixed: Heard, watch: Watch) -> list[list[float]]:
     """Return by metric the score of each client's ensemble with those that it mixes, where such are judged."""
     if job.ensembles is None:
@@ -455,43 +256,6 @@ def _on_own_rows(
     scores = job.judge_own(state.adapters, clients), job.judge_own(heard, clients)
     watch.lap("evaluate")
     return scores
-
-
-def _mix(
-    job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase: Phase, sites: Tensor | None = None
-) -> None:
-    """Mix what was heard into the adapters, **in place**; of each who was heard so many of the last `sites [H]`.
-
-    It goes from site to site, so that beside the stack only one site's new factors are held.
-    """
-    mixer, message = job.algorithm.mixer, job.algorithm.message
-    used, changed = mixer.weigh(state.adapters, heard, weights, state.known, at, phase)
-    state.remember(changed)
-    assert at.heard is not None, "an exchange says who was heard"
-    places = torch.searchsorted(at.heard, at.clients).to(job.device)  # of the receivers among them
-    beside = {name: x for name, x in heard.items() if name not in state.adapters}
-    known = state.known
-    groups = by_site(state.adapters)
-    for left, own in zip(range(len(groups), 0, -1), groups, strict=True):
-        came = {name: heard[name] for name in own if name in heard}
-        if not came:
-            continue
-        names = tuple(f"{name}." for name in own)  # after their owner's, those of what travels beside these adapters
-        told = came | {name: x for name, x in beside.items() if name.partition(".")[2].startswith(names)}
-        as_read = own if message.exact else own | {name: x[places] for name, x in came.items()}
-        share = used if isinstance(used, Tensor) else used[next(iter(own)).rpartition(".")[0]]
-        if sites is not None:
-            share = without_site(share, places, sites, left)
-        mixed, changed = mixer.receive(as_read, told, share, known, at, phase)
-        state.remember(changed)
-        known |= changed
-        for name, x in own.items():
-            if mixed[name] is as_read[name]:
-                continue
-            if message.exact:
-                x.copy_(mixed[name])
-            else:
-                x.add_(mixed[name].sub(as_read[name]))
 
 
 def is_due(job: Job, t: int) -> bool:

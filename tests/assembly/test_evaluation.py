@@ -19,8 +19,10 @@ from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError
 from peertune.recipe import Recipe
 from peertune.report.tables import summarise
+from peertune.rounds.job import Heard, Refuse
+from peertune.rounds.mixing import exchanged
 from peertune.rounds.record import SCORES_OF_CLIENTS, Evaluation
-from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
+from peertune.rounds.round import run_rounds
 from peertune.types import Batch, Group, Tensors, kind, take
 
 SMALL = (

@@ -17,7 +17,8 @@ from peertune.engines.peer import run_peer
 from peertune.errors import DivergedError
 from peertune.identity.membership import Membership
 from peertune.recipe import load_recipe
-from peertune.rounds.round import Job, Pausing, run_round
+from peertune.rounds.job import Job, Pausing
+from peertune.rounds.round import run_round
 from peertune.types import State
 from peertune.wire.swap import Swapper
 

@@ -27,8 +27,10 @@ from peertune.identity.membership import Membership
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import Choice, load_recipe
 from peertune.rounds.bounds import Refusal
+from peertune.rounds.job import Heard, Refuse
+from peertune.rounds.mixing import exchanged, tell
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds, tell, turn_of
+from peertune.rounds.round import run_rounds, turn_of
 from peertune.rounds.turns import Came, train
 from peertune.types import State, Tensors, select
 from peertune.wire.swap import Swapper

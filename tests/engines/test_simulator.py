@@ -17,8 +17,8 @@ from peertune.method import Algorithm, At, Memory, Mixer, Phase, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
 from peertune.rounds import shares
+from peertune.rounds.job import Job
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Job
 from peertune.topology import weights_at
 from peertune.types import Batch, Tensors, kind, payload_bytes, select
 

@@ -12,8 +12,8 @@ from peertune.assembly.build import Built, build, build_stack
 from peertune.engines.simulator import simulate, simulate_together
 from peertune.errors import RecipeError
 from peertune.recipe import load_recipe
+from peertune.rounds.job import Job, Pausing
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Job, Pausing
 from peertune.runs import checkpoints
 from peertune.types import State
 

@@ -17,7 +17,9 @@ from peertune.methods.modifiers import mix_moments
 from peertune.planning.trial import _sent_bytes
 from peertune.recipe import Recipe
 from peertune.rounds.bounds import Refusal
-from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
+from peertune.rounds.job import Heard, Refuse
+from peertune.rounds.mixing import exchanged
+from peertune.rounds.round import run_rounds
 from peertune.types import State, Tensors, payload_bytes, take
 
 RING = torch.tensor([[2, 1, 0, 1], [1, 2, 1, 0], [0, 1, 2, 1], [1, 0, 1, 2]], dtype=torch.float64) / 4

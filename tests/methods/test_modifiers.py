@@ -18,7 +18,9 @@ from peertune.methods.modifiers import DERIVED_FOR_SGD, MODIFIERS, dfed_admm, fe
 from peertune.methods.schedules import by_round
 from peertune.methods.smaller import half
 from peertune.recipe import Recipe
-from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
+from peertune.rounds.job import Heard, Refuse
+from peertune.rounds.mixing import exchanged
+from peertune.rounds.round import run_rounds
 from peertune.rounds.training import adamw
 from peertune.types import Tensors
 

@@ -14,7 +14,9 @@ from peertune.method import At, Message, standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.smaller import half, int4, int8, shared_mask
 from peertune.recipe import Recipe
-from peertune.rounds.round import Heard, Refuse, exchanged, run_rounds
+from peertune.rounds.job import Heard, Refuse
+from peertune.rounds.mixing import exchanged
+from peertune.rounds.round import run_rounds
 from peertune.types import Tensors
 
 SMALL = (

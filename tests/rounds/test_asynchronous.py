@@ -15,8 +15,8 @@ from peertune.method import standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.randomness import uniforms
 from peertune.recipe import load_recipe
+from peertune.rounds.job import Job
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Job
 from peertune.rounds.training import reset_moments, train_local
 from peertune.rounds.under_way import dealt
 from peertune.runs import checkpoints

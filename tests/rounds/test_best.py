@@ -8,8 +8,8 @@ import torch
 
 from peertune import build, load_recipe, simulate
 from peertune.rounds import best
+from peertune.rounds.job import Job
 from peertune.rounds.record import Evaluation, RoundRecord
-from peertune.rounds.round import Job
 from peertune.types import State
 
 SMALL = [

@@ -14,7 +14,7 @@ from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
 from peertune.rounds import deadline
 from peertune.rounds.clock import Clock, each
-from peertune.rounds.round import Job
+from peertune.rounds.job import Job
 from peertune.rounds.training import train_local
 from peertune.topology import weights_at
 from peertune.types import State, Tensors, by_site, payload_bytes

@@ -19,16 +19,10 @@ from peertune.errors import DivergedError
 from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Mixer, Phase, Schedule, standing
 from peertune.methods.schedules import alternating, both, by_round, silent
 from peertune.rounds.bounds import NEAR, Bound, Refusal
+from peertune.rounds.job import Exchange, Heard, Job, Refuse
+from peertune.rounds.mixing import exchanged
 from peertune.rounds.record import Evaluation, RoundRecord
-from peertune.rounds.round import (
-    Exchange,
-    Heard,
-    Job,
-    Refuse,
-    exchanged,
-    run_round,
-    run_rounds,
-)
+from peertune.rounds.round import run_round, run_rounds
 from peertune.rounds.shares import DENSE_UP_TO, as_weights
 from peertune.rounds.training import Optim, sgd
 from peertune.rounds.turns import Came, Turn

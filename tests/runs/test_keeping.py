@@ -15,8 +15,8 @@ from run_directories import in_threads, no_room, share
 from safetensors.torch import save
 
 from peertune.errors import RunError
+from peertune.rounds.job import Pausing
 from peertune.rounds.record import RoundRecord
-from peertune.rounds.round import Pausing
 from peertune.runs import checkpoints, records
 from peertune.runs.keeping import Keeper
 from peertune.types import Group, State

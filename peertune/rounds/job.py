@@ -1,0 +1,122 @@
+"""What an engine needs to run a recipe, and the one thing that engines do themselves: an exchange."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peertune.adapters.stacked import StackedModel
+from peertune.allowance import Lines
+from peertune.method import Algorithm, Phase, standing
+from peertune.rounds import deadline
+from peertune.rounds.bounds import Bound, Refusal
+from peertune.rounds.clock import Clock, Pushing
+from peertune.rounds.record import Evaluation
+from peertune.rounds.training import Optim
+from peertune.rounds.turns import Steps
+from peertune.topology import Fault, Graph
+from peertune.types import ALONE, Group, State, Tensors, by_site
+
+
+class Heard(NamedTuple):
+    """What an exchange brought the K receivers."""
+
+    tensors: Tensors  # [H, …], as they are read; of the receivers themselves among them
+    weights: Tensor  # [K, H], what each receiver takes of each that was heard
+    clients: Sequence[int]  # [H], who was heard
+    failed: list[tuple[int, int]]  # edges, as records have them, that were active and over which nothing came
+    vacant: Sequence[tuple[int, int]] = ()  # and those at whose other end there is nobody
+    sent: Sequence[int] | None = None  # [K], to how many each sends, where that is not as many as it hears
+
+
+Refuse = Callable[[Tensors, Tensor, Tensor], list[Refusal]]
+"""`refuse(heard [H, …], receivers [E], senders [E])`: which of these pairs can't be mixed, by the receivers' state."""
+
+
+Exchange = Callable[[Tensors, int, Refuse], Heard]
+"""`exchange(payload [K, …], round, refuse)`: the only thing in which engines differ. `refuse` takes what was read.
+
+What an end refuses counts at neither.
+"""
+
+
+class Pausing(NamedTuple):
+    """How often the state within a round is kept, and by whom."""
+
+    every: int  # local steps, counted from the run's start
+    keep: Callable[[State], object]  # is told the state of all of a job's clients
+
+    def after(self, round: int, local_steps: int) -> range:
+        """Return after how many steps within this round."""
+        return range(-round * local_steps % self.every or self.every, local_steps, self.every)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that an engine needs to run a recipe; made by `build`."""
+
+    model: StackedModel
+    graph: Graph
+    algorithm: Algorithm
+    optim: Optim
+    steps: Steps
+    evaluate: Callable[[Tensors, Sequence[int]], Evaluation]  # of adapters [K, …] and whose they are
+    state: State  # where the run starts
+    clients: Sequence[int]  # [K], whose state it is: all of the graph's, a process's share of them, or a peer
+    rounds: int
+    local_steps: int
+    evaluate_every: int
+    clients_per_pass: int
+    bound: Bound | None = None  # what may be mixed; None: everything
+    # of the clients of some adapters [K, …], each with those it heard in a round: by metric, scores [K]
+    ensembles: "Callable[[Tensors, Heard, Sequence[int]], list[list[float]]] | None" = None
+    # of some adapters [K, …] and whose they are: each one's score on its client's own rows [K]; None: nobody asks
+    judge_own: "Callable[[Tensors, Sequence[int]], list[float]] | None" = None
+    most_loss: float = inf  # training to a mean loss above it counts as diverged
+    clock: Clock | None = None  # how long things take in virtual time; None: nothing has a time
+    pushing: Pushing | None = None  # how clients mix that wait for nobody; None: they go by rounds
+    pausing: Pausing | None = None  # None: what is kept is kept between rounds
+    faults: Sequence[Fault] = ()
+    group: Group = ALONE  # the processes that share the clients
+    lines: Lines = field(default_factory=Lines, compare=False)  # what is logged of clients
+
+    @property
+    def alone(self) -> bool:
+        """Whether this is a client without the others, a peer: it takes two to disagree."""
+        return self.group.size == 1 == len(self.clients) < self.graph.clients
+
+    def sent(self, kinds: frozenset[str]) -> Tensors:
+        """Return what its first client sends at the start, `[1, …]`, in a phase that trains and sends these kinds."""
+        one = self.state.take(slice(0, 1))
+        at = standing(self.clients[:1], one.rounds)
+        return self.algorithm.message.send(one.adapters, one.known, at, Phase(kinds, kinds))[0]
+
+    def read(self, tensors: Tensors, round: int) -> Tensors:
+        """Return what was sent in a round as mixers get it, `[H, …]` both."""
+        read = self.algorithm.message.read
+        return tensors if read is None else read(self.state.adapters, tensors, round)
+
+    @property
+    def sites(self) -> int:
+        """How many there are, parts of a head among them."""
+        return len(by_site(self.state.adapters))
+
+    def reached(self, clients: Sequence[int], rounds: Sequence[int]) -> Tensor | None:
+        """Return the number of sites that each local step of these clients reaches until the deadline, `[K, S]`."""
+        return deadline.reached(self.clock, clients, rounds, self.local_steps, self.sites)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base and the stack are."""
+        return next(iter(self.state.adapters.values())).device
+
+
+CLOCK = "clock.now"
+"""What each client's memory holds of virtual time: the nanosecond in which its next round begins, `[K]`."""
+
+
+ExchangeOf = Callable[[Sequence[int], Tensors, int, Refuse], Heard]
+"""`exchange(clients, payload, round, refuse)`: an exchange that is told which of a job's clients take part."""
