@@ -85,8 +85,8 @@ def test_eight_hospitals_one_of_which_is_killed(tmp_path: Path) -> None:
 
     assert re.search(r"killed after \d+ rounds", out)
     assert any(2 in edge for record in records["hospital-3"][lost:] for edge in record["edges"])  # it met others again
-    failed = [edge for record in records["hospital-1"] for edge in record["failed_edges"]]
-    assert [0, 2] in failed  # who went on without it
+    others = [record for name, of in records.items() if name != "hospital-3" for record in of]
+    assert any(2 in edge for record in others for edge in record["failed_edges"])  # who went on without it
 
     assert (folder / "report.html").stat().st_size > 1e6
     scores = re.search(r"the adapters' scores, hospital 1 to 8:((?: [01]\.\d+){8})$", out, re.MULTILINE)

@@ -257,6 +257,7 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         **{key: sum(record[key] for record in records) for key in ("failed_writes", "skipped")},
         "time_s": None,  # peers take the time that they take
         "spans": [],
+        "sites_sent": [],
     }
 
 
