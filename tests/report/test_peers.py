@@ -92,6 +92,7 @@ def test_put_together_they_say_what_a_simulation_says_but_for_what_nobody_knows(
             "diagnostics": {},
             "time_s": None,
             "spans": [],
+            "sites_sent": [],
             "evaluation": evaluation,
             "seconds": pytest.approx(record["seconds"]),
         }
