@@ -63,11 +63,12 @@ def rows_without(adapters: Tensors, reached: Tensor) -> dict[str, Tensor]:
 @contextmanager
 def kept(state: State, late: Mapping[str, Tensor]) -> Iterator[None]:
     """Have these rows of adapters, and of their moments, be afterwards what they were."""
-    changed = [(x, late[name]) for name, x in state.adapters.items() if name in late]
-    for name, x in state.moments.items():
-        owner = name if name in late else name.rpartition(".")[0]
-        changed += [(x, late[owner])] if owner in late else []
-    held = [(x, rows.to(x.device), x[rows.to(x.device)]) for x, rows in changed]
+    held = []
+    for name, x in (state.adapters | state.moments).items() if late else ():
+        owner = name if name in late else name.rpartition(".")[0]  # a moment is its adapter's
+        if owner in late:
+            rows = late[owner].to(x.device)
+            held.append((x, rows, x[rows]))
     yield
     for x, rows, before in held:
         x[rows] = before
@@ -79,7 +80,7 @@ def begun(reached: Tensor) -> Tensor:
     return here * here.shape[1] / here.sum(1, keepdim=True)
 
 
-def bytes_sent(payload: Tensors, adapters: Tensors, sent: Sequence[int]) -> list[int]:
-    """Return the bytes of one message of each client, which is of so many of the adapters' last sites `[K]`."""
+def bytes_sent(payload: Tensors, adapters: Tensors, sent: Sequence[int], messages: Sequence[int]) -> list[int]:
+    """Return the bytes of each client's `messages [K]`, which are of so many of the adapters' last sites `[K]`."""
     sizes = [payload_bytes({name: payload[name] for name in own if name in payload}) for own in by_site(adapters)]
-    return [sum(sizes[len(sizes) - count :]) for count in sent]
+    return [sum(sizes[len(sizes) - sites :]) * count for sites, count in zip(sent, messages, strict=True)]

@@ -30,6 +30,7 @@ class Heard(NamedTuple):
     failed: list[tuple[int, int]]  # edges, as records have them, that were active and over which nothing came
     vacant: Sequence[tuple[int, int]] = ()  # and those at whose other end there is nobody
     sent: Sequence[int] | None = None  # [K], to how many each sends, where that is not as many as it hears
+    sites: Tensor | None = None  # [H], how many of the last sites each who was heard sends; None: all
 
 
 Refuse = Callable[[Tensors, Tensor, Tensor], list[Refusal]]

@@ -90,15 +90,7 @@ def mixable(
     rows, columns = (torch.tensor(x, device=weights.device) for x in zip(*(pair[:2] for pair in found), strict=True))
     fails = torch.isin(receivers * len(theirs) + places, rows * len(theirs) + columns)
     pairs = sorted((clients[receiver], came.clients[sender]) for receiver, sender, _ in found)
-    return giving_back(weights, torch.searchsorted(theirs, ours), fails), pairs
-
-
-def sites_sent_by(job: Job, clients: Sequence[int], t: int) -> Tensor | None:
-    """Return how many of the last sites each of these clients sends in round t, `[H]`; None without a deadline."""
-    reached = job.reached(clients, [t] * len(clients))
-    if reached is None or job.clock is None:
-        return None
-    return deadline.sent(job.clock, reached, job.sites).to(job.device)
+    return giving_back(weights, places_among(came.clients, clients).to(weights.device), fails), pairs
 
 
 def places_among(among: Sequence[int], clients: Sequence[int]) -> Tensor:
@@ -106,26 +98,30 @@ def places_among(among: Sequence[int], clients: Sequence[int]) -> Tensor:
     return torch.searchsorted(torch.tensor(among, dtype=torch.int64), torch.tensor(clients, dtype=torch.int64))
 
 
-def arrived(job: Job, heard: Heard, clients: Sequence[int], sites: Tensor) -> Heard:
-    """Return what was heard without those edges over which nothing came, since one end had reached no site."""
+def arrived(job: Job, heard: Heard, clients: Sequence[int], t: int) -> Heard:
+    """Return what was heard in round t as a deadline leaves it: with the sites that each sends, if there is one.
+
+    An edge of which one end has reached no site is one over which nothing came.
+    """
+    reached = job.reached(heard.clients, [t] * len(heard.clients))
+    if reached is None or job.clock is None:
+        return heard
+    sites = deadline.sent(job.clock, reached, job.sites).to(job.device)
     own = places_among(heard.clients, clients).to(job.device)
     weights = without_site(heard.weights, own, sites, 1)
-    pairs = [metrics.edges(x, clients, heard.clients, job.graph.directed) for x in (heard.weights, weights)]
-    return heard._replace(weights=weights, failed=sorted({*heard.failed, *pairs[0]} - {*pairs[1]}))
+    before, after = (metrics.edges(x, clients, heard.clients, job.graph.directed) for x in (heard.weights, weights))
+    return heard._replace(weights=weights, failed=sorted({*heard.failed, *before} - {*after}), sites=sites)
 
 
-def mix(
-    job: Job, state: State, heard: Tensors, weights: Tensor, at: At, phase: Phase, sites: Tensor | None = None
-) -> None:
-    """Mix what was heard into the adapters, **in place**; of each who was heard so many of the last `sites [H]`.
+def mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> None:
+    """Mix what was heard into the adapters, **in place**; of each who was heard the sites that it sends.
 
     It goes from site to site, so that beside the stack only one site's new factors are held.
     """
-    mixer, message = job.algorithm.mixer, job.algorithm.message
-    used, changed = mixer.weigh(state.adapters, heard, weights, state.known, at, phase)
+    mixer, message, heard = job.algorithm.mixer, job.algorithm.message, mixed.tensors
+    used, changed = mixer.weigh(state.adapters, heard, mixed.weights, state.known, at, phase)
     state.remember(changed)
-    assert at.heard is not None, "an exchange says who was heard"
-    places = torch.searchsorted(at.heard, at.clients).to(job.device)  # of the receivers among them
+    places = places_among(mixed.clients, at.clients.tolist()).to(job.device)
     beside = {name: x for name, x in heard.items() if name not in state.adapters}
     known = state.known
     groups = by_site(state.adapters)
@@ -137,15 +133,15 @@ def mix(
         told = came | {name: x for name, x in beside.items() if name.partition(".")[2].startswith(names)}
         as_read = own if message.exact else own | {name: x[places] for name, x in came.items()}
         share = used if isinstance(used, Tensor) else used[next(iter(own)).rpartition(".")[0]]
-        if sites is not None:
-            share = without_site(share, places, sites, left)
-        mixed, changed = mixer.receive(as_read, told, share, known, at, phase)
+        if mixed.sites is not None:
+            share = without_site(share, places, mixed.sites, left)
+        new, changed = mixer.receive(as_read, told, share, known, at, phase)
         state.remember(changed)
         known |= changed
         for name, x in own.items():
-            if mixed[name] is as_read[name]:
+            if new[name] is as_read[name]:
                 continue
             if message.exact:
-                x.copy_(mixed[name])
+                x.copy_(new[name])
             else:
-                x.add_(mixed[name].sub(as_read[name]))
+                x.add_(new[name].sub(as_read[name]))

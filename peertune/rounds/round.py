@@ -15,7 +15,7 @@ from peertune.method import Phase, nothing, standing
 from peertune.rounds import best, deadline, metrics
 from peertune.rounds.clock import Span, lockstep
 from peertune.rounds.job import CLOCK, Exchange, ExchangeOf, Heard, Job
-from peertune.rounds.mixing import arrived, mix, mixable, places_among, refusing, sites_sent_by
+from peertune.rounds.mixing import arrived, mix, mixable, places_among, refusing
 from peertune.rounds.record import RoundRecord, Watch
 from peertune.rounds.shares import entries
 from peertune.rounds.turns import Came, Turn, train
@@ -146,19 +146,15 @@ def end(
     state, at, message, watch = turn.state, turn.at, job.algorithm.message, Watch(came.seconds)
     payload, changed = message.send(state.adapters, state.known, at, phase)
     state.remember(changed)
-    heard = exchange(payload, t, refusing(job, state))
-    sites = sites_sent_by(job, heard.clients, t)
-    if sites is not None:
-        heard = arrived(job, heard, clients, sites)
+    heard = arrived(job, exchange(payload, t, refusing(job, state)), clients, t)
     watch.lap("exchange")
     at = at._replace(heard=torch.tensor(heard.clients, dtype=torch.int64))
     neighbours = metrics.neighbour_counts(heard.weights) if payload else [0] * len(clients)
     messages = neighbours if heard.sent is None else heard.sent
     sent_bytes = metrics.bytes_sent(payload, messages)
-    sites_sent = [] if sites is None else sites[places_among(heard.clients, clients)].tolist()
-    if sites is not None:
-        each = deadline.bytes_sent(payload, state.adapters, sites_sent)
-        sent_bytes = [size * count for size, count in zip(each, messages, strict=True)]
+    sites_sent = [] if heard.sites is None else heard.sites[places_among(heard.clients, clients)].tolist()
+    if heard.sites is not None:
+        sent_bytes = deadline.bytes_sent(payload, state.adapters, sites_sent, messages)
     if message.edgewise is not None:
         sent_bytes = message.edgewise.bytes_sent(payload, state.known, heard.weights, at)
     if message.settle is not None:
@@ -168,7 +164,7 @@ def end(
     spans = _timed(job, state, clients, t, heard, sizes) if common else []
     watch.lap("mix")
     sent, pushed = select(heard.tensors, phase.send), job.graph.weights == "push_sum"
-    measurable = due and message.whole and sites is None
+    measurable = due and message.whole and heard.sites is None
     cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if measurable else None
     rows = None if job.graph.rows is None else torch.from_numpy(job.graph.rows[list(clients)]).to(job.device)
     before = (
@@ -178,7 +174,7 @@ def end(
     mixed = heard._replace(weights=weights)
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
-    mix(job, state, heard.tensors, weights, at, phase, sites)
+    mix(job, state, mixed, at, phase)
     state = replace(state, rounds=state.rounds + 1, step=0)
     watch.lap("mix")
     diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group, rows)

@@ -255,6 +255,7 @@ def train_local(
     else:
         count, start = before.steps, before.start
         totals, lengths = before.losses.clone(), before.grad_norms.clone()
+    begun = None if reached is None else deadline.begun(reached).to(totals.device)
     global_draws, changed = _generator_state(totals.device), dict[str, Tensor]()
     for batches in steps:
         count += 1
@@ -265,14 +266,13 @@ def train_local(
         late = {} if reached is None else deadline.rows_without(adapters, reached[:, count - 1])
         for name in grads.keys() & late.keys():
             grads[name][late[name].to(totals.device)] = 0
-        measured = gradient.loss, clip(grads, optim.max_grad_norm) if grads else torch.zeros_like(totals)
+        loss, length = gradient.loss, clip(grads, optim.max_grad_norm) if grads else 0
         with deadline.kept(state, late):
             optim.optimizer.update(adapters, grads, state.moments, _rates_at(optim, at.step, totals.device))
-        if reached is not None:
-            share = deadline.begun(reached)[:, count - 1].to(totals.device)
-            measured = measured[0] * share, measured[1] * share
-        totals += measured[0]
-        lengths += measured[1]
+        if begun is not None:
+            loss, length = loss * begun[:, count - 1], length * begun[:, count - 1]
+        totals += loss
+        lengths += length
         at = at._replace(step=at.step + 1)
         del gradient, grads
     if not torch.equal(global_draws, _generator_state(totals.device)):
