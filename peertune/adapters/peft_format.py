@@ -4,10 +4,12 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import copy
 from difflib import get_close_matches
+from math import sqrt
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors.torch import save
@@ -24,10 +26,13 @@ from peft import LoraConfig as LoraConfig  # noqa: E402
 from peft import PeftModel  # noqa: E402
 from peft import TaskType as TaskType  # noqa: E402
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists  # noqa: E402
+from peft.utils.other import get_pattern_key  # noqa: E402
 
 _complaints.disabled = False
 
 log = logging.getLogger(__name__)
+
+Value = TypeVar("Value", bound=float)
 
 PREFIX = "base_model.model."
 """What PEFT writes before the name of a module of the base."""
@@ -137,6 +142,56 @@ def _no_site(word: str, own: Sequence[str], linear: Collection[str], *, expressi
     return f"matches no layer; {f'did you mean {near[0]}? ' if near else ''}{known}"
 
 
+def by_site(where: str, pattern: Mapping[str, Value], sites: Iterable[str]) -> dict[str, Value]:
+    """Return by site the value of the first key that matches it, of PEFT's `rank_pattern` or `alpha_pattern`.
+
+    A key is a regular expression for a whole name, or for the end of one after a dot. Sites that no key matches are
+    left out. Raises ModelError, which begins with `where`, for a key that is malformed.
+    """
+    sites, found = list(sites), dict[str, Value]()
+    for key in reversed(list(pattern)):
+        found |= dict.fromkeys(_matched(where, key, sites), pattern[key])
+    return found
+
+
+def check_pattern(where: str, pattern: Mapping[str, float], sites: Sequence[str]) -> None:
+    """Raise ModelError for each key of a pattern that is malformed, or is no site's first."""
+    first: dict[str, str] = {}
+    for key in pattern:
+        own = _matched(where, key, sites)
+        if not own:
+            ends = sorted({site.rpartition(".")[2] for site in sites})
+            near = " or ".join(get_close_matches(key, [*ends, *sites]))
+            hint = f"did you mean {near}? " if near else ""
+            raise ModelError(
+                f"{where}: {key!r} matches no layer that carries an adapter; {hint}those are {', '.join(ends)}"
+            )
+        if own_first := [site for site in own if site not in first]:
+            first |= dict.fromkeys(own_first, key)
+        else:
+            raise ModelError(
+                f"{where}: {key!r} is without effect, since {first[own[0]]!r}, which stands before it, matches "
+                f"{own[0]}; put it first"
+            )
+
+
+def _matched(where: str, key: str, sites: Iterable[str]) -> list[str]:
+    try:
+        return [site for site in sites if get_pattern_key([key], site) == key]
+    except re.error as error:
+        raise ModelError(f"{where}: {key!r} is no regular expression ({error})") from None
+
+
+def in_any_order(where: str, pattern: Mapping[str, Value], sites: Sequence[str]) -> dict[str, Value]:
+    """Return a pattern that says the same of these sites, and says it in the order in which PEFT saves its keys.
+
+    PEFT takes the first key that matches, and saves keys by the alphabet. Where that would change what they say, whole
+    names stand for them.
+    """
+    saved, found = dict(sorted(pattern.items())), by_site(where, pattern, sites)
+    return saved if by_site(where, saved, sites) == found else {f"^{re.escape(name)}": x for name, x in found.items()}
+
+
 def save_config(folder: Path, lora: LoraConfig) -> None:
     """Write PEFT's `adapter_config.json` into a folder, the same each time."""
     lora.save_pretrained(str(folder))
@@ -145,9 +200,14 @@ def save_config(folder: Path, lora: LoraConfig) -> None:
     config = json.loads(file.read_text())
     if isinstance(config["target_modules"], list):
         config["target_modules"].sort()
-    if float(config["lora_alpha"]).is_integer():  # where readers declare a whole number, as PEFT itself does
-        config["lora_alpha"] = int(config["lora_alpha"])
+    config["lora_alpha"] = _whole(config["lora_alpha"])
+    config["alpha_pattern"] = {key: _whole(alpha) for key, alpha in config["alpha_pattern"].items()}
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def _whole(alpha: float) -> float:
+    """Return a whole number as one: readers declare it so, as PEFT itself does."""
+    return int(alpha) if float(alpha).is_integer() else alpha
 
 
 def save_adapter(
@@ -171,8 +231,7 @@ def save_adapter(
     """
     tensors = {f"{PREFIX}{name}": value for name, value in head.items()}
     if taken:
-        lora = copy(lora)
-        lora.r, lora.lora_alpha = 2 * lora.r, 2 * lora.lora_alpha  # the same scale
+        lora = _doubled(lora)
         a = {name: torch.cat([adapter[name].cpu(), x]) for name, x in taken.items() if kind(name) == "A"}
         b = {name: torch.cat([adapter[name].cpu(), -x], 1) for name, x in taken.items() if kind(name) == "B"}
         adapter = adapter | a | b
@@ -186,6 +245,16 @@ def save_adapter(
     save_config(folder, lora)
     data = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
     (folder / "adapter_model.safetensors").write_bytes(data)
+
+
+def _doubled(lora: LoraConfig) -> LoraConfig:
+    """Return the same with twice the rank at each site, and the same scale."""
+    times = sqrt(2) if lora.use_rslora else 2
+    lora = copy(lora)
+    lora.r, lora.lora_alpha = 2 * lora.r, times * lora.lora_alpha  # type: ignore[assignment]  # PEFT annotates int
+    lora.rank_pattern = {key: 2 * r for key, r in (lora.rank_pattern or {}).items()}
+    lora.alpha_pattern = {key: times * alpha for key, alpha in (lora.alpha_pattern or {}).items()}
+    return lora
 
 
 def merge_adapter(base: nn.Module, folder: Path) -> nn.Module:

@@ -1,6 +1,7 @@
 """The modules that stand in for a base's linear layers: sites, which carry the clients' factors, and heads."""
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import sqrt
 from typing import Any
 
 import torch
@@ -10,6 +11,14 @@ from peertune.adapters.dropout import keyed_dropout
 from peertune.adapters.products import PLAIN, Part, products
 from peertune.adapters.reading import example
 from peertune.adapters.rows import Rows, bound_rows, current_rows
+
+
+def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
+    """Return what `B A` of rank r is multiplied by, as in PEFT: `lora_alpha / r`, or with rsLoRA `lora_alpha / √r`.
+
+    What is divided by r shrinks as r grows; what is divided by √r does not (arXiv 2312.03732).
+    """
+    return lora_alpha / (sqrt(r) if use_rslora else r)
 
 
 class Site(nn.Module):
@@ -136,9 +145,12 @@ def put_together(
 ) -> dict[str, Site]:
     """Put sites together with those of these `layers` that read what they read; return what is to stand for the others.
 
-    `alike` are the names of each group.
+    `alike` are the names of each group. Sites of different ranks are apart, since they share no columns.
     """
     beside = {name: Site(layer, name, 0, 0.0, 0.0, 0) for name, layer in layers.items() if name not in sites}
     for names in alike:
-        Together([site for name in names if (site := sites.get(name) or beside.get(name)) is not None])
+        members = [site for name in names if (site := sites.get(name) or beside.get(name)) is not None]
+        largest = max(one.r for one in members)
+        for r in {one.r or largest for one in members}:
+            Together([one for one in members if (one.r or largest) == r])
     return beside

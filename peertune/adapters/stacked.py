@@ -23,7 +23,7 @@ from peertune.adapters.packing import pack_layers
 from peertune.adapters.principal import Principal, take_out
 from peertune.adapters.reading import Reading, find_reading
 from peertune.adapters.rows import Rows, bound_rows, current_rows
-from peertune.adapters.sites import Head, Site, put_together, read_alike
+from peertune.adapters.sites import Head, Site, put_together, read_alike, scaling
 from peertune.errors import ModelError
 from peertune.randomness import Draw, generator
 from peertune.types import Batch, Tensors
@@ -84,6 +84,9 @@ def attach(
     *,
     r: int,
     lora_alpha: float,
+    rank_at: Mapping[str, int] = {},
+    alpha_at: Mapping[str, float] = {},
+    use_rslora: bool = False,
     lora_dropout: float = 0.0,
     head_names: Iterable[str] = (),
     frozen_names: Iterable[str] = (),
@@ -95,14 +98,15 @@ def attach(
 ) -> StackedModel:
     """Put sites in the place of the named layers of `base`, which is changed and frozen.
 
-    The update is scaled by `lora_alpha / r`, as in PEFT. `head_names` are the linear layers of a head that each client
-    trains for itself, `frozen_names` those of which each run has its own that nobody trains. The base's dropout modules
-    are replaced by keyed ones. `output_name` is the layer from which a language model's logits come: it is spared the
-    tokens of which none is wanted. With `checkpointing` the layers keep nothing but what goes in, and compute again in
-    the backward pass. `forward` says how to get logits from a base that does not return them itself; rows of such a
-    base are not packed. With `principal` the clients begin with a part of each layer, which is taken out of it.
+    The update is scaled by `scaling(r, lora_alpha, use_rslora)`. `rank_at` and `alpha_at` have, by their names, the
+    sites with another rank or alpha. `head_names` are the linear layers of a head that each client trains for itself,
+    `frozen_names` those of which each run has its own that nobody trains. The base's dropout modules are replaced by
+    keyed ones. `output_name` is the layer from which a language model's logits come: it is spared the tokens of which
+    none is wanted. With `checkpointing` the layers keep nothing but what goes in, and compute again in the backward
+    pass. `forward` says how to get logits from a base that does not return them itself; rows of such a base are not
+    packed. With `principal` the clients begin with a part of each layer, which is taken out of it.
 
-    Raises ModelError for what a stack can't carry exactly: layers other than linear ones, `r` above a layer's size,
+    Raises ModelError for what a stack can't carry exactly: layers other than linear ones, a rank above a layer's,
     batch normalisation (rows of different clients would share statistics) and routed experts (rows lose their order).
     """
     _refuse_what_ties_rows(base)
@@ -119,13 +123,14 @@ def attach(
     for name in site_names:
         layer = modules[name]
         d_in, d_out = _sizes(name, layer)
-        if r > min(d_in, d_out):
-            raise ModelError(
-                f"lora.r: {r} is above the size of {name} ({d_in} in, {d_out} out); use at most {min(d_in, d_out)}"
-            )
-        sites[name] = Site(layer, name, r, lora_alpha / r, lora_dropout, streams[layer])
+        rank, most = rank_at.get(name, r), min(d_in, d_out)
+        if rank > most:
+            key = "lora.rank_pattern" if name in rank_at else "lora.r"
+            raise ModelError(f"{key}: {rank} is above the size of {name} ({d_in} in, {d_out} out); use at most {most}")
+        scale = scaling(rank, alpha_at.get(name, lora_alpha), use_rslora)
+        sites[name] = Site(layer, name, rank, scale, lora_dropout, streams[layer])
         if principal is not None:
-            parts = take_out(name, layer, r, lora_alpha / r, principal)
+            parts = take_out(name, layer, rank, scale, principal)
             taken |= {f"{name}.{of}": x for of, x in zip("AB", parts, strict=True)}
     alike = read_alike(base, site_names, () if reading is None else reading.queries) if forward is None else []
     others = set(chain(*alike)).difference(head_names, frozen_names)

@@ -1,6 +1,6 @@
 """A stack of K adapters over one base equals K separate PEFT models, whatever passes through the base together."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from peertune.adapters.attention import register_attention
-from peertune.adapters.peft_format import find_sites
+from peertune.adapters.peft_format import by_site, find_sites
 from peertune.adapters.rows import Rows, bound_rows
 from peertune.adapters.stacked import StackedModel, attach, frozen_norms, init_adapters
 from peertune.data.batches import Encoded, TrainingSteps, pack_rows
@@ -51,7 +51,7 @@ class TextTower(nn.Module):
 
 
 class Case(NamedTuple):
-    """An architecture, its target modules, its head, and what computes its attention exactly in float64."""
+    """An architecture, its target modules, its head, what computes its attention exactly in float64, and its ranks."""
 
     make: Callable[[float], nn.Module]  # dropout → model
     targets: list[str]
@@ -59,6 +59,7 @@ class Case(NamedTuple):
     exact: str
     image: bool = False
     tolerance: float = 1e-12
+    lora: Mapping[str, Any] = {}  # of PEFT's LoraConfig
 
 
 labels: dict[str, Any] = {"num_labels": CLASSES}
@@ -201,11 +202,15 @@ def make_stack(
     register_attention()
     base = deepcopy(base)
     base.set_attn_implementation("peertune")  # type: ignore[operator]
+    sites = find_sites(base, case.targets, [case.head])
     model = attach(
         base,
-        find_sites(base, case.targets, [case.head]),
+        sites,
         r=R,
         lora_alpha=ALPHA,
+        rank_at=by_site("", case.lora.get("rank_pattern", {}), sites),
+        alpha_at=by_site("", case.lora.get("alpha_pattern", {}), sites),
+        use_rslora=case.lora.get("use_rslora", False),
         lora_dropout=lora_dropout,
         head_names=head_layers(case, base) if head else (),
         base_dropout=base_dropout,
@@ -292,6 +297,7 @@ class Twin:
             target_modules=find_sites(base, case.targets, [case.head]),
             modules_to_save=[case.head] if head else None,
             fan_in_fan_out=any(isinstance(x, Conv1D) for x in base.modules()),
+            **case.lora,
         )
         self.model = get_peft_model(base, config)
         parameters = dict(self.model.named_parameters())
@@ -351,6 +357,24 @@ def test_a_stack_equals_separate_peft_models_through_phases_of_both_factors_and_
 ) -> None:
     phases = [phase("A", "B"), phase("B"), phase("B"), phase("A"), phase("A"), phase("A", "B")]
     assert_equals_peft(case, packed, phases=phases)
+
+
+PATTERNED: dict[str, Mapping[str, Any]] = {
+    "bert": {
+        "rank_pattern": {r".*\.0\..*query": 1, "attention.self.query": 5, "output.dense": 3},
+        "alpha_pattern": {"value": 7.0, r"^bert\.encoder\.layer\.1\..*": 0.5},
+    },
+    "gpt2": {"rank_pattern": {"h.1.attn.c_attn": 4, "c_fc": 1}, "alpha_pattern": {"c_attn": 1.0}, "use_rslora": True},
+    "llama": {"use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", PATTERNED)
+def test_ranks_and_scales_by_site_are_pefts(name: str, packed: bool) -> None:
+    targets = {"bert": ["query", "key", "value", "dense"]}
+    case = CASES[name]._replace(targets=targets.get(name, CASES[name].targets), lora=PATTERNED[name])
+    assert_equals_peft(case, packed, phases=[phase("A", "B"), phase("B"), phase("A")])
 
 
 @every_way
