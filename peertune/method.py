@@ -15,7 +15,7 @@ it heard, never on who else is in the call.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class At(NamedTuple):
     round: Tensor  # [K] int64, each client's own; equal where rounds are synchronous
     step: Tensor  # [K] int64, local steps since the run's start
     heard: Tensor | None = None  # [H] int64, who was heard, where something was
+    ranks: Tensor | None = None  # [H] int64, of each who was heard, where they differ
 
 
 def standing(clients: Sequence[int], rounds: Tensor, local_steps: int = 1) -> At:
@@ -183,6 +184,13 @@ class Mixer(NamedTuple):
     `receive(own, heard, weights, memory, at, phase)` is called for one site at a time and returns its new adapters;
     `heard` holds the kinds that were sent, and what travels beside them as `<owner>.<adapter>.…`. All other kinds come
     back as the very tensors of `own`.
+
+    `ranks` says how adapters of unequal ranks come to `receive`. In "slices" of rows of A and of columns of B, cut
+    wherever somebody's rank ends: each is a site of its own, mixed among the clients that have it. `lacking` says who
+    gets the weight of those that don't: the receiver's "own", or "all" that have it, in proportion. Or "whole", once
+    for the receivers of each rank r: `own` and what is returned have A `[R, r, d_in]` and B `[R, d_out, r]`. `heard`
+    has A `[H, m, d_in]` and B `[H, d_out, m]`, m the largest rank of all, with zeros beyond a sender's own, which
+    `at.ranks` tells. ΔW is B A times a factor that is the same for all.
     """
 
     receive: Callable[[Tensors, Tensors, Tensor, Memory, At, Phase], tuple[Tensors, Memory]]
@@ -191,6 +199,8 @@ class Mixer(NamedTuple):
     needs: frozenset[str] = frozenset()
     keeps_basis: bool = True  # whether what memory says of an adapter's entries is true of them after mixing
     by_entry: bool = True  # whether each entry is mixed by itself
+    ranks: Literal["slices", "whole"] = "slices"  # how adapters of unequal ranks are received
+    lacking: Literal["own", "all"] = "own"  # who gets the weight of those that lack a slice
 
 
 class Algorithm(NamedTuple):

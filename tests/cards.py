@@ -34,7 +34,7 @@ Not here, and why:
 - RAC-LoRA belongs with ranks that differ, SALF with clients that differ in speed.
 """
 ROUNDS, CLIENTS, INTERVAL = 12, 4, 5
-GIVEN = {"rho", "clients", "seed", "near", "algorithm", "local", "message"}  # what the program hands in
+GIVEN = {"rho", "clients", "seed", "near", "algorithm", "local", "message", "mixer"}  # what the program hands in
 
 
 def page() -> str:

@@ -12,7 +12,7 @@ from peertune.errors import RecipeError
 from peertune.method import Algorithm
 from peertune.methods.adaptive import adaptive
 from peertune.methods.locals import by_steps, turned_back
-from peertune.methods.mixers import corrected, gossip, products
+from peertune.methods.mixers import STEP, corrected, gossip, products
 from peertune.methods.schedules import alternating, both, only_b, sharing_a, silent, switching_interval
 
 FIRST_INTERVAL = 5
@@ -101,14 +101,27 @@ def tad_lora(
     return Algorithm(alternating(switch_every, send="both"), gossip(), settings={"switch_every": switch_every})
 
 
-def decaf() -> Algorithm:
+def decaf(unequal: Literal["common_rank", "truncate"] = "common_rank", step: float = STEP) -> Algorithm:
     """DeCAF: train and send both factors; average their products, `B_i A_i ← SVD_r(Σ_j W_ij B_j A_j)`.
 
-    Source: arXiv 2505.21382. Differs from the paper: it mixes before the local update of a step, a round here mixes
-    after its local steps. Not stated in the paper, as far as we know it: how singular values are split between the
-    factors. A public port splits them by square roots; `products` says why we don't.
+    `unequal` and `step` are for clients whose ranks differ; where all ranks are equal they change nothing. With
+    "truncate" each client takes the average's r leading directions, r its own rank. It is as simple as it is harmful:
+    what only high ranks know fades from round to round. With "common_rank" clients of two ranks mix the difference
+    that they have at the lower of the two, by a `step`. The smaller it is, the less fades. See `products`.
+
+    Source: arXiv 2505.21382; "truncate" as FlexLoRA does it, with a server (arXiv 2402.11505); "common_rank" is ours.
+    Differs from the paper: it mixes before the local update of a step, a round here mixes after its local steps. Not
+    stated in the paper, as far as we know it: how singular values are split between the factors. A public port splits
+    them by square roots; `products` says why we don't.
+
+    Raises:
+        RecipeError: `step` lies outside (0, 1], or is given where it has no meaning.
     """
-    return Algorithm(both(), products())
+    if not 0 < step <= 1:
+        raise RecipeError(f"step: {step} is out of range, give a number above 0, up to 1")
+    if unequal == "truncate" and step != STEP:
+        raise RecipeError("step: is for unequal=common_rank, and unequal is truncate; leave it out")
+    return Algorithm(both(), products(unequal, step), settings={"unequal": unequal, "step": step})
 
 
 def fedrot_lora(strength: float | Literal["hard"] = 0.5) -> Algorithm:

@@ -7,23 +7,30 @@ get the same numbers up to rounding. These mixers remember nothing.
 `gossip` averages each tensor by itself, one matrix product for all receivers. `products` and `corrected` treat A and B
 of a site as a pair; they batch the receivers that heard the same number m of adapters (G of them at a time). A receiver
 that heard only itself keeps its pair bit for bit. Heads are always averaged.
+
+Where clients differ in rank, `gossip` and `corrected` mix slices of factors, and `products` whole ones, see `Mixer`.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from math import sqrt
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from peertune.method import At, Mixer, Phase
 from peertune.types import Tensors, kind, pairs
+
+STEP = 0.3
+"""By how much products move towards those of clients of another rank, where nothing else is asked for."""
 
 _PAIR = frozenset({"A", "B"})
 _ROW_NORM = 1 / sqrt(3)  # of A at the start: d_in entries of variance 1 / (3 d_in), Kaiming-uniform with a = sqrt(5)
 _CHUNK_FLOATS = 2**24  # heard factors gathered at once; bounds the memory of dense graphs
 
 _Group = tuple[Tensor, Tensor, Tensor]
-# receivers [G], the m > 1 adapters that each of them heard [G, m], and their weights [G, m]
+# receivers [G], the m > 1 adapters that each of them heard [G, m], their weights [G, m, 1], or [G, m, r] by direction
 _Combine = Callable[[Tensor, Tensor, Tensor, Tensor, Sequence[_Group]], Iterator[tuple[Tensor, Tensor, Tensor]]]
 # own A [R, r, d_in], own B [R, d_out, r], heard A [H, r, d_in], heard B [H, d_out, r], groups → receivers [G], A, B
 
@@ -37,7 +44,7 @@ def gossip() -> Mixer:
     return _forgetful(lambda own, heard, weights, at, phase: _average(own, heard, weights, phase.send))
 
 
-def products() -> Mixer:
+def products(unequal: Literal["common_rank", "truncate"] = "common_rank", step: float = STEP) -> Mixer:
     """Average the products and go back to rank r: `B_i A_i ← SVD_r(Σ_j W_ij B_j A_j)`.
 
     With the heard factors side by side, `A = [A_1; …; A_m]` and `B = [w_1 B_1, …, w_m B_m]`, the averaged product is
@@ -54,11 +61,25 @@ def products() -> Mixer:
     basis of what the receiver's own A (of rank r) spans beyond the kept directions, the basis nearest to its last rows.
     A singular value below ε · max(d_out, m r) times the largest counts as zero; ε is that of the adapters' type.
 
-    Acts only in rounds that send both A and B. Source: DeCAF (arXiv 2505.21382). Not stated in the paper, as far as we
-    know it: the split, the signs, and what becomes of directions without weight.
+    Where ranks differ, a client knows nothing of directions beyond its own. In "truncate", the average above, it says
+    zero of them all the same, so they shrink from round to round until they are gone. "common_rank" mixes differences
+    of products X = B A at the rank that both ends have:
+    `X_i ← SVD_r(X_i + Σ_j W_ij g_ij (T_ij(X_j) - T_ij(X_i)))`. T_ij truncates to the lower of the two ranks, and r is
+    the receiver's. g_ij is 1 between equal ranks, and `step` between others. With symmetric W the mean of all X stays,
+    but for what SVD_r takes away. That is little where a step is small: .3 brings clients near the mean, 1 does not
+    (docs/results.md). A receiver that heard only its own rank gets the average above, up to rounding.
+
+    Acts only in rounds that send both A and B. Source: DeCAF (arXiv 2505.21382); "truncate" is what FlexLoRA (arXiv
+    2402.11505) does with a server. Not stated in the paper of DeCAF, as far as we know it: the split, the signs, and
+    what becomes of directions without weight. "common_rank" is ours.
     """
-    mix = _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, _truncate))
-    return mix._replace(keeps_basis=False, by_entry=False)
+
+    def mix(own: Tensors, heard: Tensors, weights: Tensor, at: At, phase: Phase) -> Tensors:
+        if at.ranks is None or unequal == "truncate":
+            return _by_pairs(own, heard, weights, phase, _groups(weights), _truncate)
+        return _by_pairs(own, heard, weights, phase, _at_common_ranks(weights, at, step), _truncate_by_direction)
+
+    return _forgetful(mix)._replace(keeps_basis=False, by_entry=False, ranks="whole")
 
 
 def corrected(ridge: float) -> Mixer:
@@ -75,7 +96,7 @@ def corrected(ridge: float) -> Mixer:
         own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         for receivers, senders, share in groups:
-            parts = share[..., None, None].double()
+            parts = share[..., None].double()
             A, B = heard_A[senders].double(), parts * heard_B[senders].double()  # [G, m, r, d_in], [G, m, d_out, r]
             mean_A, mean_B = (parts * A).sum(1), B.sum(1)
             weight = ridge * torch.eye(A.shape[2], dtype=A.dtype, device=A.device)
@@ -83,7 +104,9 @@ def corrected(ridge: float) -> Mixer:
             new_B = torch.linalg.solve(mean_A @ mean_A.mT + weight, wanted, left=False)
             yield receivers, mean_A.to(own_A.dtype), new_B.to(own_B.dtype)
 
-    mix = _forgetful(lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, correct))
+    mix = _forgetful(
+        lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, _groups(weights), correct)
+    )
     return mix._replace(by_entry=False)
 
 
@@ -106,14 +129,16 @@ def _average(own: Tensors, heard: Tensors, weights: Tensor, kinds: Collection[st
     return mixed
 
 
-def _by_pairs(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase, combine: _Combine) -> Tensors:
+def _by_pairs(
+    own: Tensors, heard: Tensors, weights: Tensor, phase: Phase, groups: Iterable[_Group], combine: _Combine
+) -> Tensors:
     """Average the other sent kinds, and `combine` A with B site by site."""
     mixed = _average(own, heard, weights, phase.send - _PAIR)
     if not phase.send >= _PAIR:
         return mixed
-    groups = list(_groups(weights))
+    groups = list(groups)
     for a, b in pairs(own):
-        floats = own[a].shape[1:].numel() + own[b].shape[1:].numel()
+        floats = heard[a].shape[1:].numel() + heard[b].shape[1:].numel()
         new_A, new_B = own[a].clone(), own[b].clone()
         for receivers, A, B in combine(own[a], own[b], heard[a], heard[b], _chunks(groups, floats, own[a].device)):
             new_A[receivers], new_B[receivers] = A, B
@@ -121,17 +146,42 @@ def _by_pairs(own: Tensors, heard: Tensors, weights: Tensor, phase: Phase, combi
     return mixed
 
 
-def _groups(weights: Tensor) -> Iterator[_Group]:
-    """Yield a group for each number m > 1 of adapters that somebody heard."""
+def _groups(weights: Tensor, own: Tensor | None = None) -> Iterator[_Group]:
+    """Yield a group for each number m > 1 of adapters that somebody heard.
+
+    Where the receivers' `own [R]` places among the heard are given, these are left out, whatever their weight, though
+    m counts them.
+    """
     entries = weights.to_sparse().coalesce()  # sorted by receiver
+    receiver, sender = entries.indices()
     held = entries.values() != 0  # a sparse matrix may store zeros
-    (receiver, sender), share = entries.indices()[:, held], entries.values()[held]
+    if own is not None:
+        held &= sender != own[receiver]
+    receiver, sender, share = receiver[held], sender[held], entries.values()[held]
     counts = torch.bincount(receiver, minlength=weights.shape[0])
     for m in sorted(set(counts.tolist())):
-        if m > 1:
+        if m + (own is not None) > 1:
             group = counts[receiver] == m
             receivers, senders, shares = (x[group].view(-1, m) for x in (receiver, sender, share))
-            yield receivers[:, 0], senders, shares
+            yield receivers[:, 0], senders, shares[..., None]
+
+
+def _at_common_ranks(weights: Tensor, at: At, step: float) -> Iterator[_Group]:
+    """Yield groups by whose weights differences at common ranks are added to the receivers' own products.
+
+    The weights are by singular direction, `[G, m, most]`. Of others they are `W_ij g_ij` below the lower of the two
+    ranks, else 0; the receiver's own comes first, with what this leaves of 1.
+    """
+    assert at.heard is not None
+    assert at.ranks is not None
+    own, ranks = (x.to(weights.device) for x in (torch.searchsorted(at.heard, at.clients), at.ranks))
+    direction = torch.arange(int(at.ranks.max()), device=weights.device)
+    for receivers, others, weight in _groups(weights, own):
+        mine = own[receivers, None]  # [G, 1]
+        common = torch.minimum(ranks[others], ranks[mine])[..., None]
+        differ = (ranks[others] != ranks[mine])[..., None]
+        share = torch.where(differ, step * weight.double(), weight.double()) * (direction < common)
+        yield receivers, torch.cat([mine, others], 1), torch.cat([1 - share.sum(1, keepdim=True), share], 1)
 
 
 def _chunks(groups: Iterable[_Group], floats: int, device: torch.device) -> list[_Group]:
@@ -154,7 +204,7 @@ def _truncate(
     rows_B, basis_B = _coordinates(heard_B.mT.contiguous().double(), groups)
     for receivers, senders, share in groups:
         A = rows_A[senders].flatten(1, 2)  # [G, m r, d_in]
-        B = rows_B[senders].mul_(share[..., None, None]).flatten(1, 2)  # [G, m r, d_out]
+        B = rows_B[senders].mul_(share[..., None]).flatten(1, 2)  # [G, m r, d_out]
         m_r, d_in = A.shape[1:]
         if m_r > d_in:  # then the product itself is smaller than what it is made of
             A, B = torch.eye(d_in, dtype=A.dtype, device=A.device).expand(len(A), -1, -1), A.mT @ B
@@ -169,6 +219,24 @@ def _truncate(
         lacking = (~kept.all(-1)).nonzero()[:, 0]
         Vh[lacking] = _complete(Vh[lacking], kept[lacking], own_A[receivers[lacking]].double())
         yield receivers, (_ROW_NORM * Vh).to(dtype), (torch.where(kept[..., None], US, 0) / _ROW_NORM).to(dtype).mT
+
+
+def _truncate_by_direction(
+    own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    return _truncate(own_A, own_B, *_by_direction(heard_A.double(), heard_B.double()), groups)
+
+
+def _by_direction(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return pairs of the same products, A's rows their right singular vectors, and B's columns the left ones times S.
+
+    The first r rows and columns are then the product's truncation to rank r. The shapes are those of A `[H, m, d_in]`
+    and B `[H, d_out, m]`; what lies beyond d_in or d_out directions is zero.
+    """
+    (V, upper_A), (U, upper_B) = torch.linalg.qr(A.mT), torch.linalg.qr(B)
+    left, S, right = torch.linalg.svd(upper_B @ upper_A.mT, full_matrices=False)
+    lacking = A.shape[1] - S.shape[1]
+    return pad(right @ V.mT, (0, 0, 0, lacking)), pad(U @ (left * S[:, None]), (0, lacking))
 
 
 def _coordinates(rows: Tensor, groups: Sequence[_Group]) -> tuple[Tensor, Tensor | None]:

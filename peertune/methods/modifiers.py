@@ -8,17 +8,17 @@ smaller are in `peertune.methods.smaller`.
 
 from collections.abc import Callable
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from peertune.errors import RecipeError
-from peertune.method import Algorithm, At, Gradient, Local, Memory, Phase
+from peertune.method import Algorithm, At, Gradient, Local, Memory, Mixer, Phase
 from peertune.methods.choco import choco
 from peertune.methods.mixers import averaged
 from peertune.methods.smaller import half, int4, int8, shared_mask
-from peertune.types import MOMENTS, Tensors, kind, norms, over_clients
+from peertune.types import MOMENTS, Tensors, kind, norms, over_clients, pairs
 
 DERIVED_FOR_SGD = ("fedspeed", "dfed_admm")
 """Modifiers whose pull is in proportion to gradients, which AdamW scales away."""
@@ -144,6 +144,56 @@ def mix_moments(algorithm: Algorithm) -> Algorithm:
     )
 
 
+def zero_padded(mixer: Mixer, weights: Literal["graph", "norms"] = "graph") -> Mixer:
+    """Where ranks differ, mix factors cut or filled with zeros to the receiver's rank, as if all had that rank.
+
+    It is what is most often done, to be compared with. Without it each slice of rows of A and of columns of B is mixed
+    among those that have it. Here those that lack a slice say zero of it, so it shrinks at the others, and the clients'
+    mean moves. Where ranks are equal this changes nothing.
+
+    With `weights: norms` what a client takes of each is in proportion to the graph's weight times the norm of the
+    site's product, `‖B_j A_j‖`. Where all that it hears are zero, as at the start, the graph's weights hold.
+
+    Source: HetLoRA (arXiv 2401.06432), with a server; its clients also give up ranks as they train, which is not here.
+    Not known to us: whether its norms are of a site or of the whole adapter.
+
+    Raises:
+        RecipeError: the mixer mixes products.
+    """
+    if mixer.ranks == "whole":
+        raise RecipeError("modifiers: zero_padded: is for methods that average factors; choose another than decaf")
+
+    def receive(
+        own: Tensors, heard: Tensors, shares: Tensor, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        if at.ranks is None:
+            return mixer.receive(own, heard, shares, memory, at, phase)
+        sites = pairs(own)
+        cut = {a: heard[a][:, : own[a].shape[1]] for a, _ in sites if a in heard}
+        cut |= {b: heard[b][..., : own[b].shape[2]] for _, b in sites if b in heard}
+        if weights == "norms":
+            for a, b in sites:
+                shares = _by_norms(shares, heard[a].double(), heard[b].double())
+        return mixer.receive(own, heard | cut, shares, memory, at._replace(ranks=None), phase)
+
+    changed = mixer._replace(receive=receive, ranks="whole")
+    if weights == "graph":
+        return changed
+    return changed._replace(by_entry=False, needs=mixer.needs | {"both factors"})
+
+
+def _by_norms(weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """Return weights `[R, H]` in proportion to theirs times the norms of products B A, with the sums of their rows."""
+    norms = ((A @ A.mT) * (B.mT @ B)).sum((1, 2)).clamp(min=0).sqrt()
+    entries = weights.to_sparse().coalesce()
+    (receivers, places), plain = entries.indices(), entries.values()
+    told = plain * norms[places]
+    sums, whole = (x.new_zeros(len(weights)).index_add(0, receivers, x)[receivers] for x in (told, plain))
+    shares = torch.where(sums > 0, told / sums * whole, plain)
+    found = torch.sparse_coo_tensor(entries.indices(), shares, weights.shape, check_invariants=False).coalesce()
+    return found if weights.is_sparse else found.to_dense()
+
+
 MODIFIERS: dict[str, Callable[..., Any]] = {
     "choco": choco,
     "dfed_admm": dfed_admm,
@@ -153,5 +203,6 @@ MODIFIERS: dict[str, Callable[..., Any]] = {
     "int8": int8,
     "mix_moments": mix_moments,
     "shared_mask": shared_mask,
+    "zero_padded": zero_padded,
 }
 """Name in a recipe → what changes a value of a method."""

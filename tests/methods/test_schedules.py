@@ -89,7 +89,8 @@ def test_settings_hold_what_was_resolved() -> None:
     assert ALGORITHMS["adf_lora"]().settings == {"switch_every": 5}
     assert ALGORITHMS["fedrot_lora"]().settings == {"strength": 0.5}
     assert ALGORITHMS["lora_fair"](ridge=0.5).settings == {"ridge": 0.5}
-    for name in ("decaf", "dec_lora", "fedsa_lora", "ffa_lora", "la_lora", "local", "rolora"):
+    assert ALGORITHMS["decaf"]().settings == {"unequal": "common_rank", "step": 0.3}
+    for name in ("dec_lora", "fedsa_lora", "ffa_lora", "la_lora", "local", "rolora"):
         assert ALGORITHMS[name]().settings == {}
 
 
@@ -116,6 +117,18 @@ def test_a_phase_shorter_than_a_round_is_refused(name: str, rounds: int) -> None
 def test_a_rotation_strength_outside_its_range_is_refused(strength: float) -> None:
     with pytest.raises(RecipeError, match="from 0 to 1"):
         ALGORITHMS["fedrot_lora"](strength=strength)
+
+
+@pytest.mark.parametrize("step", [0.0, -0.1, 1.1, nan])
+def test_a_step_between_ranks_outside_its_range_is_refused(step: float) -> None:
+    with pytest.raises(RecipeError, match=r"^step: .* is out of range, give a number above 0, up to 1$"):
+        ALGORITHMS["decaf"](step=step)
+
+
+def test_a_step_between_ranks_where_there_is_none_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^step: is for unequal=common_rank, and unequal is truncate; leave it out$"):
+        ALGORITHMS["decaf"](unequal="truncate", step=0.5)
+    assert ALGORITHMS["decaf"](unequal="truncate").settings["unequal"] == "truncate"
 
 
 @pytest.mark.parametrize("ridge", [0.0, -1.0, nan])
