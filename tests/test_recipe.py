@@ -304,6 +304,15 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
             "training.warmup_ratio: is training.warmup_steps, which below 1 is a share of the steps; give one of",
         ),
         ("training.warmup_ratio=1", "training.warmup_ratio: is training.warmup_steps, which below 1 is a share of the"),
+        ("lora.use_rslora=1", "lora.use_rslora: input should be a valid boolean, not 1"),
+        ("lora.rank_pattern={query: 0}", "lora.rank_pattern.query: input should be greater than or equal to 1, not 0"),
+        ("lora.rank_pattern={query: 2.5}", "lora.rank_pattern.query: input should be a valid integer, not 2.5"),
+        ("lora.rank_pattern={1: 2}", "lora.rank_pattern: input should be a valid string, not 1"),
+        ("lora.rank_pattern=[query]", "lora.rank_pattern: input should be a valid dictionary, not ['query']"),
+        ("lora.alpha_pattern={query: 0}", "lora.alpha_pattern.query: input should be greater than 0, not 0"),
+        ("lora.alpha_pattern={query: .inf}", "lora.alpha_pattern.query: input should be a finite number, not inf"),
+        ("lora.rankpattern={query: 2}", "lora.rankpattern: unknown key 'rankpattern', did you mean rank_pattern?"),
+        ("lora.rslora=true", "lora.rslora: unknown key 'rslora', did you mean lora.use_rslora?"),
         ("training.class_weight={5: -1}", "training.class_weight: input should be greater than or equal to 0, not -1"),
         ("training.lr_scheduler_kwargs.min_lr=0", "training.lr_scheduler_kwargs.min_lr: is of cosine_with_min_lr, and"),
         (
@@ -340,13 +349,8 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
             "holds (docs",
         ),
         (
-            "lora.use_rslora=true",
-            "lora.use_rslora: the scale is lora_alpha / r; for lora_alpha / sqrt(r) give lora.lora_alpha=16 (",
-        ),
-        ("lora.use_rslora=false", "lora.use_rslora: the scale is lora_alpha / r; leave it out ("),
-        (
-            "lora={use_rslora: true, r: many}",
-            "lora.use_rslora: the scale is lora_alpha / r; for lora_alpha / sqrt(r) give",
+            "training={num_train_epochs: 2, local_steps: many}",
+            "training.num_train_epochs: a run has rounds · training.local_steps = 10 steps of 32 rows, so that each ",
         ),
         ("lora.modules_to_save=[classifier]", "lora.modules_to_save: the head trains and is mixed with head=trained"),
         ("rounds.x=1", "override 'rounds.x=1': rounds is no block, it has the value "),
@@ -358,6 +362,11 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
 )
 def test_an_override_that_is_wrong_is_refused_in_one_line(override: str, line: str) -> None:
     assert line in refusal("digits-demo", override)
+
+
+def test_pefts_pattern_of_nothing_is_none() -> None:
+    empty = load_recipe("digits-demo", ["lora.rank_pattern={}", "lora.alpha_pattern={}", "lora.use_rslora=false"])
+    assert empty == load_recipe("digits-demo")
 
 
 def test_every_name_that_recipes_lack_is_told_so_and_stands_on_the_page() -> None:

@@ -11,15 +11,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from peertune.adapters.peft_format import FACTORS, PREFIX
+from peertune.adapters.peft_format import FACTORS, PREFIX, LoraConfig, by_site
 from peertune.errors import ModelError
 from peertune.types import Tensors, kind
 
 _OTHERWISE = {
-    "use_rslora": "its scale is lora_alpha / sqrt(r)",
     "use_dora": "it has DoRA's magnitudes",
-    "rank_pattern": "its ranks differ from layer to layer",
-    "alpha_pattern": "its scales differ from layer to layer",
     "layer_replication": "it repeats layers of the base",
 }
 """What PEFT can make of an adapter that no recipe can → why."""
@@ -33,21 +30,22 @@ def read_adapter(
     head: Mapping[str, Tensor],
     *,
     base: Sequence[str],
-    r: int,
-    lora_alpha: float,
+    lora: LoraConfig,
     classes: Sequence[str],
 ) -> Tensors:
     """Return the adapter in a folder: `<site>.A [r, d_in]`, `<site>.B [d_out, r]`, and its part of the head, by name.
 
     `like` has the tensors of clients, `[K, …]`, whose sites, ranks and sizes must be the same. `head` is the base's,
-    by name. `base` are names of the base, of which the adapter must have one; of a folder the last part counts.
+    by name. `base` are names of the base, of which the adapter must have one; of a folder the last part counts. `lora`
+    has the clients' ranks and scales, which must be the adapter's at each site.
 
     Raises ModelError, with both values, for an adapter of another base, rank, scale or set of layers, for one that is
     more than factors and a head, and for one that is damaged or not finite.
     """
     where = f"lora.init: {folder}"
     config = _read(where, folder, "adapter_config.json")
-    _check(where, config, base, r, lora_alpha)
+    _check(where, config, base)
+    _check_scales(where, config, lora, [name.removesuffix(".A") for name in like if kind(name) == "A"])
     if (folder / "labels.json").exists() and (said := _read(where, folder, "labels.json")) != list(classes):
         raise ModelError(f"{where}: its classes are {said}, and the task's {list(classes)}; give both in one order")
     factors = {f"{PREFIX}{name[:-1]}{FACTORS[kind(name)]}": name for name in like if kind(name) in FACTORS}
@@ -82,8 +80,8 @@ def _read(where: str, folder: Path, name: str) -> Any:
         raise ModelError(f"{where}: has no readable {name}; give a folder that PEFT saved") from None
 
 
-def _check(where: str, config: Any, base: Sequence[str], r: int, lora_alpha: float) -> None:
-    """Raise ModelError where the configuration is of another adapter than the recipe's."""
+def _check(where: str, config: Any, base: Sequence[str]) -> None:
+    """Raise ModelError where the configuration is of an adapter of another base, or of another kind."""
     kind_of = config.get("peft_type") if isinstance(config, dict) else None
     if kind_of != "LORA":
         raise ModelError(f"{where}: is of the kind {kind_of}, and adapters here are LORA; give such a one")
@@ -91,9 +89,6 @@ def _check(where: str, config: Any, base: Sequence[str], r: int, lora_alpha: flo
     names = {part for name in base for part in (name, Path(name).name if Path(name).is_dir() else name)}
     if said not in names and Path(said).name not in names:
         raise ModelError(f"{where}: its base is {said}, and model.name is {base[0]}; give an adapter of this base")
-    for key, own in {"r": r, "lora_alpha": lora_alpha}.items():
-        if config.get(key) != own:
-            raise ModelError(f"{where}: its {key} is {config.get(key)}, and lora.{key} is {own:g}; give both alike")
     for key, why in _OTHERWISE.items():
         if config.get(key):
             raise ModelError(f"{where}: {why} ({key}), which no recipe can say; give one without")
@@ -104,6 +99,31 @@ def _check(where: str, config: Any, base: Sequence[str], r: int, lora_alpha: flo
         raise ModelError(
             f"{where}: it is over a base that {start} changed; save it with path_initial_model_for_weight_conversion"
         )
+
+
+def _check_scales(where: str, config: Mapping[str, Any], lora: LoraConfig, sites: Sequence[str]) -> None:
+    """Raise ModelError where the configuration's rank or scale at a site isn't the recipe's."""
+    if bool(config.get("use_rslora")) != lora.use_rslora:
+        raise ModelError(
+            f"{where}: its use_rslora is {str(not lora.use_rslora).lower()}, and the recipe's "
+            f"{str(lora.use_rslora).lower()}; give both alike"
+        )
+    for key, of in {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}.items():
+        theirs, own = (_at(f"{where}: its {of}", said, key, of, sites) for said in (config, vars(lora)))
+        for site in sites:
+            if theirs[site] != own[site]:
+                raise ModelError(
+                    f"{where}: its {key} is {theirs[site]} at {site}, and the recipe's {own[site]:.17g}; "
+                    f"give both alike, in lora.{key} and lora.{of}"
+                )
+
+
+def _at(where: str, config: Mapping[str, Any], key: str, of: str, sites: Sequence[str]) -> dict[str, Any]:
+    """Return by site what a configuration says of it, by a key and the pattern of others."""
+    pattern = config.get(of) or {}
+    if not isinstance(pattern, Mapping):
+        raise ModelError(f"{where} is {pattern}, and no mapping of names; give what PEFT saved")
+    return dict.fromkeys(sites, config.get(key)) | by_site(where, pattern, sites)
 
 
 def _check_names(where: str, there: set[str], factors: set[str], heads: set[str]) -> None:

@@ -154,8 +154,13 @@ def by_site(where: str, pattern: Mapping[str, Value], sites: Iterable[str]) -> d
     return found
 
 
-def check_pattern(where: str, pattern: Mapping[str, float], sites: Sequence[str]) -> None:
-    """Raise ModelError for each key of a pattern that is malformed, or is no site's first."""
+def checked_pattern(where: str, pattern: Mapping[str, Value], sites: Sequence[str]) -> dict[str, Value]:
+    """Return a pattern that says the same of these sites, in the order in which PEFT saves its keys: the alphabet's.
+
+    PEFT takes the first key that matches. Where another order would change what the keys say, whole names stand for
+    them. Raises ModelError, which begins with `where`, for a key that is malformed, and for one that is no site's
+    first.
+    """
     first: dict[str, str] = {}
     for key in pattern:
         own = _matched(where, key, sites)
@@ -163,33 +168,22 @@ def check_pattern(where: str, pattern: Mapping[str, float], sites: Sequence[str]
             ends = sorted({site.rpartition(".")[2] for site in sites})
             near = " or ".join(get_close_matches(key, [*ends, *sites]))
             hint = f"did you mean {near}? " if near else ""
+            raise ModelError(f"{where}: {key!r} matches no layer with an adapter; {hint}those are {', '.join(ends)}")
+        if first.keys() >= set(own):
             raise ModelError(
-                f"{where}: {key!r} matches no layer that carries an adapter; {hint}those are {', '.join(ends)}"
+                f"{where}: {key!r} is without effect, since {first[own[0]]!r}, which matches {own[0]} as well, "
+                "stands before it; put it first, or leave it out"
             )
-        if own_first := [site for site in own if site not in first]:
-            first |= dict.fromkeys(own_first, key)
-        else:
-            raise ModelError(
-                f"{where}: {key!r} is without effect, since {first[own[0]]!r}, which stands before it, matches "
-                f"{own[0]}; put it first"
-            )
+        first = dict.fromkeys(own, key) | first
+    saved, found = dict(sorted(pattern.items())), by_site(where, pattern, sites)
+    return saved if by_site(where, saved, sites) == found else {f"^{re.escape(name)}": x for name, x in found.items()}
 
 
 def _matched(where: str, key: str, sites: Iterable[str]) -> list[str]:
     try:
         return [site for site in sites if get_pattern_key([key], site) == key]
     except re.error as error:
-        raise ModelError(f"{where}: {key!r} is no regular expression ({error})") from None
-
-
-def in_any_order(where: str, pattern: Mapping[str, Value], sites: Sequence[str]) -> dict[str, Value]:
-    """Return a pattern that says the same of these sites, and says it in the order in which PEFT saves its keys.
-
-    PEFT takes the first key that matches, and saves keys by the alphabet. Where that would change what they say, whole
-    names stand for them.
-    """
-    saved, found = dict(sorted(pattern.items())), by_site(where, pattern, sites)
-    return saved if by_site(where, saved, sites) == found else {f"^{re.escape(name)}": x for name, x in found.items()}
+        raise ModelError(f"{where}: {key!r} is no regular expression ({error.msg})") from None
 
 
 def save_config(folder: Path, lora: LoraConfig) -> None:

@@ -41,7 +41,10 @@ def take_out(name: str, layer: nn.Module, r: int, scaling: float, how: Principal
         raise ModelError(f"model: the weights of {name} hold numbers that are not finite; use another checkpoint")
     if how == "pissa":
         if r >= min(w.shape):
-            raise ModelError(f"lora.r: {r} leaves {name} nothing beside PiSSA's start; use at most {min(w.shape) - 1}")
+            raise ModelError(
+                f"lora.init_lora_weights: pissa of rank {r} leaves nothing of {name}; "
+                f"use at most {min(w.shape) - 1} there, by lora.r or lora.rank_pattern"
+            )
         u, s, vt = (torch.from_numpy(np.ascontiguousarray(x)) for x in svds(w.numpy(), k=r, v0=np.ones(min(w.shape))))
         order = s.argsort(descending=True)
         root = (s[order] / scaling).sqrt()

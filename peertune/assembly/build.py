@@ -257,8 +257,10 @@ def agreed(run: Built) -> dict[str, str]:
         return text if len(text) <= 200 else f"{text[:150]}… {sha256(text.encode()).hexdigest()[:16]}"
 
     graph = beyond_defaults("graph", recipe.graph)
+    lora = recipe.lora.model_dump(exclude={"lora_dropout", "init"}, exclude_defaults=True)
     if "row_counts" in graph:  # as many as clients
         graph["row_counts"] = short(graph["row_counts"])
+    lora |= {key: short(lora[key]) for key in ("rank_pattern", "alpha_pattern") if key in lora}  # their order counts
     return {
         "adapters": _shapes(job.state.adapters),
         "algorithm": json.dumps(beyond_defaults("algorithm", recipe.algorithm), sort_keys=True),
@@ -267,9 +269,7 @@ def agreed(run: Built) -> dict[str, str]:
         "edges": digest(job.graph),
         "graph": json.dumps(graph, sort_keys=True),
         "labels": short(run.labels),
-        "lora": json.dumps(
-            recipe.lora.model_dump(exclude={"lora_dropout", "init"}, exclude_defaults=True), sort_keys=True
-        ),
+        "lora": json.dumps(lora, sort_keys=True),
         "rounds": str(recipe.rounds),
         "seed": str(recipe.seed),
         "task": short({part: run.asked[part] for part in ("form", "words", "templates", "of") if run.asked[part]}),

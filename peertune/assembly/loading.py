@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peertune.adapters.existing import read_adapter
 from peertune.adapters.matching import match_names
-from peertune.adapters.peft_format import LoraConfig, TaskType, find_sites
+from peertune.adapters.peft_format import LoraConfig, TaskType, by_site, checked_pattern, find_sites
 from peertune.adapters.stacked import Forward, StackedModel, attach
 from peertune.data.images import prompts
 from peertune.errors import DataError, RecipeError
@@ -38,7 +38,7 @@ LOGITS_BYTES = 2**33
 """What a language model's logits and their gradients may take: 12 bytes a label and word in training, 10 in evaluation,
 which has twice the tokens."""
 COLUMNS = 128
-"""Clients whose rows share a pass, times the rank: a vector meets the factors of all of them (see `Site`)."""
+"""Clients whose rows share a pass, times the largest rank: a vector meets the factors of all of them (see `Site`)."""
 
 
 class Loaded(NamedTuple):
@@ -85,8 +85,9 @@ def load(recipe: Recipe, task: Task, *, planned: bool = False, by_run: bool = Fa
         quantization=recipe.model.quantization,
         planned=planned,
     )
-    lora = _lora_config(recipe, base, purpose)
-    model = _with_sites(recipe, task, base, planned, _drawn_layers(base) if by_run else ())
+    sites = _sites(recipe, base)
+    lora = _lora_config(recipe, base, purpose, sites)
+    model = _with_sites(recipe, task, base, lora, sites, planned, _drawn_layers(base) if by_run else ())
     if recipe.training.gradient_checkpointing:
         map_tensors_alone()  # who computes twice to save memory has no use for a heap with holes
     return Loaded(base, model, lora, device, dtype, _tokens_per_pass(recipe, base, device, dtype))
@@ -118,8 +119,7 @@ def begun_with(recipe: Recipe, task: Task, loaded: Loaded, adapters: Tensors) ->
         adapters,
         head,
         base=(name, str(MODELS.get(name, name))),
-        r=recipe.lora.r,
-        lora_alpha=recipe.lora.lora_alpha,
+        lora=loaded.lora,
         classes=task.classes,
     )
     for own in head.keys() & found.keys():
@@ -132,7 +132,8 @@ def begun_with(recipe: Recipe, task: Task, loaded: Loaded, adapters: Tensors) ->
 
 def clients_together(recipe: Recipe) -> int:
     """Return how many clients' rows may share a pass."""
-    return max(1, COLUMNS // recipe.lora.r)
+    ranks = [recipe.lora.r, *(recipe.lora.rank_pattern or {}).values()]
+    return max(1, COLUMNS // max(ranks))
 
 
 _HEADLESS = {"language": "a language model", "match": "a task with templates"}
@@ -147,11 +148,21 @@ def _purpose(task: Task) -> Purpose:
     return _PURPOSES.get(task.form, classifies)
 
 
-def _lora_config(recipe: Recipe, base: Base, purpose: Purpose) -> LoraConfig:
+def _sites(recipe: Recipe, base: Base) -> list[str]:
+    """Return the names of the layers that carry adapters."""
+    without = (base.output_name,) if base.output_name else base.head_roots
+    lora = recipe.lora
+    return find_sites(base.model, lora.target_modules, without, lora.exclude_modules, lora.layers_to_transform)
+
+
+def _lora_config(recipe: Recipe, base: Base, purpose: Purpose, sites: Sequence[str]) -> LoraConfig:
     """Say in PEFT's words what the adapters are; heads and what else the checkpoint lacks travel with them."""
     return LoraConfig(
         r=recipe.lora.r,
         lora_alpha=recipe.lora.lora_alpha,  # type: ignore[arg-type]  # PEFT annotates int and divides
+        rank_pattern=checked_pattern("lora.rank_pattern", recipe.lora.rank_pattern or {}, sites),
+        alpha_pattern=checked_pattern("lora.alpha_pattern", recipe.lora.alpha_pattern or {}, sites),
+        use_rslora=recipe.lora.use_rslora,
         lora_dropout=recipe.lora.lora_dropout,
         target_modules=recipe.lora.target_modules,
         exclude_modules=recipe.lora.exclude_modules,
@@ -165,21 +176,25 @@ def _lora_config(recipe: Recipe, base: Base, purpose: Purpose) -> LoraConfig:
     )
 
 
-def _with_sites(recipe: Recipe, task: Task, base: Base, planned: bool, by_run: Sequence[str]) -> StackedModel:
-    """Put the recipe's sites into the base, heads of the clients' own where these are trained, and layers `by_run`."""
-    without = (base.output_name,) if base.output_name else base.head_roots
+def _with_sites(
+    recipe: Recipe,
+    task: Task,
+    base: Base,
+    lora: LoraConfig,
+    sites: Sequence[str],
+    planned: bool,
+    by_run: Sequence[str],
+) -> StackedModel:
+    """Put these sites into the base, heads of the clients' own where these are trained, and layers `by_run`."""
     init = recipe.lora.init_lora_weights
     return attach(
         base.model,
-        find_sites(
-            base.model,
-            recipe.lora.target_modules,
-            without,
-            recipe.lora.exclude_modules,
-            recipe.lora.layers_to_transform,
-        ),
+        sites,
         r=recipe.lora.r,
         lora_alpha=recipe.lora.lora_alpha,
+        rank_at=by_site("lora.rank_pattern", lora.rank_pattern or {}, sites),
+        alpha_at=by_site("lora.alpha_pattern", lora.alpha_pattern or {}, sites),
+        use_rslora=recipe.lora.use_rslora,
         lora_dropout=recipe.lora.lora_dropout,
         head_names=_head_layers(base) if recipe.head == "trained" else (),
         frozen_names=by_run,

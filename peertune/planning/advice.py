@@ -66,7 +66,9 @@ class Advice:
 def outside(recipe: Recipe, evidence: Evidence) -> list[Outside]:
     """Return the recipe's settings that no cell has. Who holds what is none: cells of one skew foretell another's."""
     measured = {**{key: [value] for key, value in block_defaults().items()}, **evidence.settings}
-    return [found for key, value in settings(recipe).items() if (found := _beyond(key, value, measured[key]))]
+    return [
+        found for key, value in settings(recipe).items() if (found := _beyond(key, value, measured.get(key, [None])))
+    ]
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
-from math import sqrt
+from functools import reduce
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -43,7 +43,13 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
             return f"{key}: is a block of keys, not {first['input']!r}"
         case _:
             page = f" ({ELSEWHERE_PAGE})" if path[-1] == "init_lora_weights" else ""
+            value, entry = reduce(_within, path, values), first["loc"][-1]
+            key += f".{entry}" if isinstance(value, Mapping) and entry in value else ""
             return f"{key}: {first['msg'][0].lower()}{first['msg'][1:]}, not {first['input']!r}{page}"
+
+
+def _within(value: Any, key: str) -> Any:
+    return value.get(key) if isinstance(value, Mapping) else None
 
 
 def unknown_key(key: str, known: Collection[str]) -> str:
@@ -88,6 +94,7 @@ _OTHER_NAMES: Mapping[str, tuple[str, ...]] = {
     "model_name_or_path": ("model.name",),
     "optimizer": ("training.optim",),
     "rank": ("lora.r",),
+    "rslora": ("lora.use_rslora",),
     "save_steps": ("checkpoint.every",),
     "save_total_limit": ("checkpoint.keep",),
     "scheduler": ("training.lr_scheduler_type",),
@@ -126,7 +133,6 @@ def _threshold(given: Any, of: Mapping[str, Any]) -> str:
 
 
 ELSEWHERE: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {
-    "alpha_pattern": lambda given, of: "all layers have one scale, lora.lora_alpha / lora.r; leave it out",
     "bias": lambda given, of: "biases stay the base's own, since no method says how to mix them; leave it out",
     "early_stopping_threshold": _threshold,
     "epochs": _epochs,
@@ -139,15 +145,8 @@ ELSEWHERE: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {
     "metric_for_best_model": _metric,
     "modules_to_save": lambda given, of: "the head trains and is mixed with head=trained, and nothing else can be",
     "num_train_epochs": _epochs,
-    "rank_pattern": lambda given, of: "all layers have one rank, lora.r; leave it out",
     "task_type": lambda given, of: "it is the task's, by task.name; leave it out",
     "use_dora": lambda given, of: "no method says how DoRA's magnitudes are mixed; leave it out",
-    "use_rslora": lambda given, of: (
-        f"the scale is lora_alpha / r; for lora_alpha / sqrt(r) give "
-        f"lora.lora_alpha={of['lora.lora_alpha'] * sqrt(of['lora.r']):.4g}"
-        if given
-        else "the scale is lora_alpha / r; leave it out"
-    ),
     "warmup_ratio": lambda given, of: (
         "is training.warmup_steps, which below 1 is a share of the steps; give one of the two, and that"
     ),

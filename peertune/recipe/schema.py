@@ -46,6 +46,11 @@ def _by_class(value: Any) -> Any:
     return {str(name) if type(name) is int else name: weight for name, weight in value.items()}
 
 
+def _pattern(value: Any) -> Any:
+    """Take PEFT's pattern of nothing, `{}`, for none."""
+    return None if value == {} else value
+
+
 def _warmup(value: float) -> float:
     """Check what is a number of steps, or a share of them."""
     if value < 0 or (value > 1 and value != int(value)):
@@ -88,6 +93,10 @@ class Lora(_Block):
 
     r: int = Field(8, ge=1)
     lora_alpha: float = Field(16, gt=0)
+    # Other values at some layers, by names or expressions; of several that match, the first counts.
+    rank_pattern: Annotated[dict[str, Annotated[int, Field(ge=1)]] | None, BeforeValidator(_pattern)] = None
+    alpha_pattern: Annotated[dict[str, Annotated[float, Field(gt=0)]] | None, BeforeValidator(_pattern)] = None
+    use_rslora: bool = False  # whether the scale is lora_alpha / sqrt(r), in place of lora_alpha / r
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: list[str] | str = ["query", "value"]
     exclude_modules: list[str] | str | None = None  # of the layers that target_modules chooses

@@ -71,7 +71,7 @@ def _training(run: RunData, lora: Mapping[str, Any], round: int) -> dict[str, st
     return {
         "among": among,
         "base": _base(recipe["model"]),
-        "adapter": f"rank {lora['r']}, `lora_alpha` {lora['lora_alpha']:g}, in "
+        "adapter": f"rank {lora['r']}, `lora_alpha` {lora['lora_alpha']:g}, {_unusual(lora)}in "
         + (f"`{targets}`" if isinstance(targets, str) else ", ".join(f"`{target}`" for target in sorted(targets)))
         + f"; {facts['parameters']['adapter']:,} parameters, head {recipe['head']}",
         "task": _settings(recipe["task"]),
@@ -83,6 +83,13 @@ def _training(run: RunData, lora: Mapping[str, Any], round: int) -> dict[str, st
         f"{training['per_device_train_batch_size']} rows; {training['optim']} at {training['learning_rate']:g}",
         "seed": str(recipe["seed"]),
     }
+
+
+def _unusual(lora: Mapping[str, Any]) -> str:
+    """Say by which of PEFT's settings the scale isn't the same everywhere, or isn't `lora_alpha / r`."""
+    told = [f"`{key}` `{json.dumps(lora[key])[:200]}`, " for key in ("rank_pattern", "alpha_pattern") if lora.get(key)]
+    told += ["which PEFT reads and not every server does, "] if told else []
+    return "".join([*told, "scaled by `lora_alpha / sqrt(r)`, " if lora.get("use_rslora") else ""])
 
 
 def _on_the_hub(model: Mapping[str, Any]) -> bool:

@@ -100,6 +100,34 @@ def test_a_run_begins_with_what_another_exported_to_the_bit(tmp_path: Path) -> N
         made(folder)
 
 
+def test_an_adapter_with_ranks_and_scales_by_layer_fits_a_recipe_with_the_same(
+    saved: tuple[Path, Tensor, Tensor], tmp_path: Path
+) -> None:
+    folder, pixels, _ = saved
+    base = AutoModelForImageClassification.from_pretrained(BASE, num_labels=5, ignore_mismatched_sizes=True)
+    patterns: dict[str, Any] = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 9}, "use_rslora": True}
+    head = ["classifier"]
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "v_proj"], modules_to_save=head, **patterns)
+    model = get_peft_model(base, config)
+    for name, x in model.named_parameters():
+        if "lora" in name:
+            torch.nn.init.normal_(x, std=0.2)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logits = model.eval()(pixel_values=pixels).logits
+        model.save_pretrained(str(tmp_path))
+    same = ["lora.rank_pattern={'layers.*q_proj': 2}", "lora.alpha_pattern={v_proj: 9}", "lora.use_rslora=true"]
+    job = made(tmp_path, *same).job
+    found = job.model(job.state.adapters, batch(pixels, 1), training=False)
+    torch.testing.assert_close(found, logits, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ModelError, match=r"its r is 2 at \S+q_proj, and the recipe's 3"):
+        made(tmp_path, *same[1:])
+    with pytest.raises(ModelError, match=r"its use_rslora is true, and the recipe's false"):
+        made(tmp_path, *same[:2])
+    with pytest.raises(ModelError, match=r"its r is 3 at \S+q_proj, and the recipe's 2"):
+        made(folder, same[0])
+
+
 def config(**changed: Any) -> Callable[[Path], None]:
     def change(folder: Path) -> None:
         file = folder / "adapter_config.json"
@@ -124,12 +152,21 @@ def first(found: dict[str, Tensor], part: str) -> str:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (config(r=4), "its r is 4, and lora.r is 3; give both alike"),
-        (config(lora_alpha=7), "its lora_alpha is 7, and lora.lora_alpha is 6; give both alike"),
+        (
+            config(r=4),
+            r"its r is 4 at vit\.\S+, and the recipe's 3; give both alike, in lora\.r and lora\.rank_pattern",
+        ),
+        (config(lora_alpha=7), r"its lora_alpha is 7 at vit\.\S+, and the recipe's 6; give both alike"),
         (config(base_model_name_or_path="bert"), "its base is bert, and model.name is digits-vit"),
         (config(peft_type="IA3"), "is of the kind IA3, and adapters here are LORA"),
-        (config(use_rslora=True), r"its scale is lora_alpha / sqrt\(r\) \(use_rslora\)"),
-        (config(rank_pattern={"q": 2}), "its ranks differ from layer to layer"),
+        (config(use_rslora=True), "its use_rslora is true, and the recipe's false; give both alike"),
+        (config(rank_pattern={"q_proj": 2}), r"its r is 2 at vit\.\S+q_proj, and the recipe's 3"),
+        (
+            config(alpha_pattern={"layers.1.*v_proj": 2}),
+            r"its lora_alpha is 2 at vit\.layers\.1\.\S+v_proj, and the re",
+        ),
+        (config(rank_pattern={"q(": 2}), r"its rank_pattern: 'q\(' is no regular expression"),
+        (config(rank_pattern=[2]), r"its rank_pattern is \[2\], and no mapping of names; give what PEFT saved"),
         (config(bias="all"), "it has biases of its own"),
         (config(init_lora_weights="pissa_niter_4"), "it is over a base that pissa_niter_4 changed"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "no readable adapter_config.json"),

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 from transformers.pytorch_utils import Conv1D
 
-from peertune.adapters.peft_format import find_sites, save_adapter
+from peertune.adapters.peft_format import by_site, checked_pattern, find_sites, save_adapter, save_config
+from peertune.adapters.sites import scaling
 from peertune.assembly.build import Built, build
 from peertune.engines.simulator import simulate
 from peertune.errors import ModelError
@@ -183,6 +184,74 @@ def test_a_layer_of_the_head_that_is_chosen_beside_sites_is_told(caplog: pytest.
     assert len(caplog.messages) == 1
 
 
+QUERY = "bert.encoder.layer.{}.attention.self.query"
+PATTERNS = [
+    {"query": 3, "value": 1},
+    {r".*\.0\..*": 4, "attention.self.query": 3},  # in the order of the alphabet, too
+    {"layer.1.*": 2, "^bert.encoder.layer.0.*query": 3, "(key|value)": 1},
+    {"query": 3, ".*": 4},  # in that order, .* would take all
+    {"value|query": 3, "key": 5, "attention.*": 2},
+    {},
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("rslora", [False, True], ids=["lora", "rslora"])
+def test_ranks_and_scales_by_site_are_those_that_peft_gives_whoever_saves_them(
+    pattern: dict[str, int], rslora: bool, tmp_path: Path
+) -> None:
+    model, targets = sequence_model("bert"), ["query", "key", "value", "dense"]
+    sites = find_sites(model, targets, ["classifier"])
+    alphas = {key: 1.5 * rank for key, rank in pattern.items()}
+    given = {"r": 6, "lora_alpha": 4.0, "target_modules": sites, "use_rslora": rslora}
+    theirs = LoraConfig(rank_pattern=pattern, alpha_pattern=alphas, **given)  # type: ignore[arg-type]
+    rank_at, alpha_at = by_site("", pattern, sites), by_site("", alphas, sites)
+    ours = {name: (rank_at.get(name, 6), alpha_at.get(name, 4.0)) for name in sites}
+
+    def made(config: LoraConfig) -> dict[str, tuple[int, float]]:
+        layers = get_peft_model(sequence_model("bert"), config).get_base_model().named_modules()
+        return {
+            name: (layer.r["default"], layer.scaling["default"])
+            for name, layer in layers
+            if isinstance(layer, LoraLayer)
+        }
+
+    expected = {name: (r, scaling(r, alpha, rslora)) for name, (r, alpha) in ours.items()}
+    assert made(theirs) == expected
+    kept = checked_pattern("", pattern, sites), checked_pattern("", alphas, sites)
+    save_config(tmp_path, LoraConfig(rank_pattern=kept[0], alpha_pattern=kept[1], **given))  # type: ignore[arg-type]
+    saved = LoraConfig.from_pretrained(str(tmp_path))
+    assert made(saved) == expected
+    saved.save_pretrained(str(tmp_path))
+    assert made(LoraConfig.from_pretrained(str(tmp_path))) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "said"),
+    [
+        ({"qurey": 2}, "'qurey' matches no layer with an adapter; did you mean query? those are query, value"),
+        (
+            {QUERY.format(7): 2},
+            f"{QUERY.format(7)!r} matches no layer with an adapter; did you mean {QUERY.format(1)} or ",
+        ),
+        ({"key": 2}, "'key' matches no layer with an adapter; those are query, value"),
+        ({"uery": 2}, "'uery' matches no layer with an adapter; did you mean query? those are"),
+        ({"que(ry": 2}, "'que(ry' is no regular expression (missing ), unterminated subpattern)"),
+        (
+            {"query": 2, "layer.0.*query": 4},
+            f"'layer.0.*query' is without effect, since 'query', which matches {QUERY.format(0)} as well, stands "
+            "before it; put it first, or leave it out",
+        ),
+    ],
+    ids=str,
+)
+def test_a_pattern_with_a_key_without_effect_is_refused(pattern: dict[str, int], said: str) -> None:
+    sites = find_sites(sequence_model("bert"), ["query", "value"], ["classifier"])
+    with pytest.raises(ModelError) as error:
+        checked_pattern("lora.rank_pattern", pattern, sites)
+    assert str(error.value).startswith(f"lora.rank_pattern: {said}")
+
+
 def save_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -214,7 +283,7 @@ def save_base(folder: Path, architecture: str, lacking: str) -> None:
 
 
 def train(
-    tmp_path: Path, architecture: str, lacking: str, *, head: str, targets: list[str] | str, init: bool | str = True
+    tmp_path: Path, architecture: str, lacking: str, *, head: str, targets: list[str] | str, **lora: Any
 ) -> tuple[Built, State]:
     """Run two rounds of a recipe on a tiny local task; leave the run directory in `run`."""
     save_base(tmp_path / "base", architecture, lacking)
@@ -226,8 +295,7 @@ def train(
     recipe = check_recipe(
         {
             "model": {"name": str(tmp_path / "base"), "dtype": "float64"},
-            "lora": {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "target_modules": targets}
-            | {"init_lora_weights": init},
+            "lora": {"r": 2, "lora_alpha": 3, "lora_dropout": 0.1, "target_modules": targets} | lora,
             "head": head,
             "task": {"name": "digits"} if architecture in ("vit", "clip") else text,
             "clients": 2,
@@ -310,12 +378,37 @@ def test_peft_reads_every_adapter_with_its_head_and_gives_the_stacks_logits(
 
 
 @pytest.mark.parametrize(
-    ("architecture", "init"), [("roberta", "pissa"), ("gpt2", "pissa"), ("gpt2", "olora"), ("vit", "olora")]
+    ("architecture", "init", "patterns"),
+    [
+        ("roberta", "pissa", {}),
+        ("gpt2", "pissa", {"rank_pattern": {"c_attn": 3}, "alpha_pattern": {"mlp.c_fc": 2.5}, "use_rslora": True}),
+        ("gpt2", "olora", {"rank_pattern": {"h.0.*": 1}, "alpha_pattern": {"c_attn": 7.0}}),
+        ("vit", "olora", {}),
+    ],
+    ids=str,
 )
 def test_what_was_taken_out_of_the_base_is_made_good_over_the_published_one(
-    tmp_path: Path, architecture: str, init: str
+    tmp_path: Path, architecture: str, init: str, patterns: dict[str, Any]
 ) -> None:
-    run, state = train(tmp_path, architecture, "head", head="frozen", targets="all-linear", init=init)
+    run, state = train(
+        tmp_path, architecture, "head", head="frozen", targets="all-linear", init_lora_weights=init, **patterns
+    )
+    answers_alike(tmp_path, architecture, run, state)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "targets", "patterns"),
+    [
+        ("bert", ["query", "dense"], {"rank_pattern": {"query": 4, ".*": 1}, "alpha_pattern": {"dense": 0.5}}),
+        ("gpt2", "all-linear", {"rank_pattern": {"h.1.*": 3}, "use_rslora": True}),
+    ],
+    ids=str,
+)
+def test_peft_reads_adapters_whose_ranks_and_scales_go_by_layer(
+    tmp_path: Path, architecture: str, targets: list[str] | str, patterns: dict[str, Any]
+) -> None:
+    run, state = train(tmp_path, architecture, "head", head="trained", targets=targets, **patterns)
+    assert len({x.shape[1] for name, x in state.adapters.items() if name.endswith(".A")}) == 2
     answers_alike(tmp_path, architecture, run, state)
 
 

@@ -76,7 +76,7 @@ def test_a_layer_that_lies_transposed_gives_the_same(how: Principal) -> None:
 
 
 def test_what_can_not_be_taken_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"lora\.r: 12 leaves q nothing beside PiSSA's start; use at most 11"):
+    with pytest.raises(ModelError, match=r"init_lora_weights: pissa of rank 12 leaves nothing of q; use at most 11"):
         take_out("q", layer(12, 20), 12, 1.0, "pissa")
     broken = layer(12, 20)
     broken.weight.data[3, 4] = torch.nan

@@ -104,7 +104,8 @@ def test_four_peers_end_with_the_simulators_adapters_whatever_modifies_the_metho
     if dtype == "float32":
         recipes |= {method: recipe(4, dtype, f"algorithm={{name: {method}}}") for method in ("tad_lora", "decaf")}
     else:  # a rounding of float32 may fall on the other side of a bfloat16
-        recipes["decaf"] = recipe(4, dtype, "algorithm={name: decaf}", "modifiers=[{name: half}]")
+        by_layer = ("lora.rank_pattern={'layers.1.*': 2}", "lora.alpha_pattern={q_proj: 2}", "lora.use_rslora=true")
+        recipes["decaf"] = recipe(4, dtype, "algorithm={name: decaf}", "modifiers=[{name: half}]", *by_layer)
         recipes["rolora"] = recipe(4, dtype, "algorithm={name: rolora}", "modifiers=[{name: int4}]")
         masked = "modifiers=[{name: int8}, {name: shared_mask, share: 0.4}]"
         recipes["tad_lora"] = recipe(4, dtype, "algorithm={name: tad_lora}", masked)
@@ -284,6 +285,21 @@ def test_what_has_its_default_is_no_part_of_what_must_agree() -> None:
     assert (said["graph"], said["lora"]) == ('{"name": "complete"}', '{"target_modules": ["q_proj"]}')
     assert said["task"] == '{"form": "classify"}'
     assert {name for name in said if said[name] != other[name]} == {"algorithm", "graph", "lora", "adapters", "message"}
+
+
+def test_peers_agree_in_patterns_and_in_the_order_of_their_keys() -> None:
+    patterns = [  # of the same scales but for the last
+        "{q_proj: 4, 'layers.*': 2}",
+        "{q_proj: 4, v_proj: 2}",
+        "{'layers.1.*': 2, q_proj: 4, v_proj: 2}",
+        "{q_proj: 4, 'layers.1.*': 2, v_proj: 2}",
+    ]
+    settings = [[f"lora.alpha_pattern={pattern}"] for pattern in patterns]
+    settings.append(["lora.rank_pattern={" + ", ".join(f"'layers.{i}.*': 2" for i in range(2)) + "}"])
+    said = [agreed(build(load_recipe("digits-demo", recipe(4, "float32", *one)), [0])) for one in settings]
+    assert len({one["lora"] for one in said}) == len(said)
+    assert len({one["adapters"] for one in said[:-1]}) == 1
+    assert said[-1]["adapters"] != said[0]["adapters"]
 
 
 def test_peers_that_begin_with_vectors_turned_round_are_told_apart() -> None:

@@ -38,6 +38,8 @@ def test_what_was_measured_lies_inside_whoever_holds_what(skew: str, method: str
         (["training.weight_decay=0.5"], ["training.weight_decay"], True),
         (["training.optim=sgd"], ["training.optim"], False),
         (["lora.init_lora_weights=pissa"], ["lora.init_lora_weights"], False),
+        (["lora.rank_pattern={q_proj: 2}"], ["lora.rank_pattern.q_proj"], False),
+        (["training.class_weight={cat: 2.0}"], ["training.class_weight.cat"], False),
         (["algorithm={name: decaf}"], ["algorithm.name"], False),
         (["modifiers=[{name: half}]"], ["modifiers"], False),
         (["faults=[{rounds: [0, 3], down: 1}]"], ["faults"], False),

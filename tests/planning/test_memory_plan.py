@@ -54,7 +54,7 @@ def little(folder: Path, tmp_path: Path) -> Recipe:
 def recipe_of(folder: Path, base: str = "llama", **training: Any) -> Recipe:
     values = {
         "model": {"name": str(folder / base), "dtype": "float32"},
-        "lora": {"r": 4, "target_modules": "all-linear", "lora_dropout": 0.1},
+        "lora": {"r": 4, "rank_pattern": {r".*\.0\..*": 7}, "target_modules": "all-linear", "lora_dropout": 0.1},
         "task": {"name": "instructions", "path": str(folder), "metric": "perplexity"},
         "clients": 3,
         "algorithm": {"name": "dec_lora"},

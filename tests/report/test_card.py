@@ -68,6 +68,18 @@ def test_a_card_says_what_the_records_say(run: RunData) -> None:
     assert "## What was not checked" in text
 
 
+def test_ranks_and_scales_that_are_not_the_same_everywhere_are_told(run: RunData) -> None:
+    file = run.folder / "adapter" / "adapter_config.json"
+    patterns = {"rank_pattern": {"query": 2}, "alpha_pattern": {}, "use_rslora": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | patterns))
+    _, text = read(card(run, "me/films", None, 12, None))
+    assert (
+        'rank 4, `lora_alpha` 8, `rank_pattern` `{"query": 2}`, which PEFT reads and not every server does, scaled by'
+        in text
+    )
+    assert "scaled by `lora_alpha / sqrt(r)`, in `query`, `value`" in text
+
+
 def test_a_client_has_its_own_score_and_a_merged_model_needs_no_base(run: RunData) -> None:
     about, text = read(card(run, "films", 4, 12, "bfloat16"))
     score = run.records[-1]["evaluation"]["clients"][4]

@@ -100,6 +100,9 @@ def test_runs_that_differ_in_what_goes_by_run_are_one_stack_and_others_none(tmp_
     assert len(stacked("algorithm.name=dec_lora,local", "graph.activation=0.1,1", "rounds=2,3")) == 1
     for key in (
         "lora.r=2,4",
+        "lora.rank_pattern={q_proj: 2},{v_proj: 2}",
+        "lora.alpha_pattern=null,{q_proj: 2}",
+        "lora.use_rslora=false,true",
         "training.local_steps=1,2",
         "head=frozen,trained",
         "clients=4,5",
