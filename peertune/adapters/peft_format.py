@@ -157,9 +157,9 @@ def by_site(where: str, pattern: Mapping[str, Value], sites: Iterable[str]) -> d
 def checked_pattern(where: str, pattern: Mapping[str, Value], sites: Sequence[str]) -> dict[str, Value]:
     """Return a pattern that says the same of these sites, in the order in which PEFT saves its keys: the alphabet's.
 
-    PEFT takes the first key that matches. Where another order would change what the keys say, whole names stand for
-    them. Raises ModelError, which begins with `where`, for a key that is malformed, and for one that is no site's
-    first.
+    PEFT takes the first key that matches (`findings/peft-pattern-order.sh`). Where another order would change what the
+    keys say, whole names stand for them. Raises ModelError, which begins with `where`, for a key that is malformed, and
+    for one that is no site's first.
     """
     first: dict[str, str] = {}
     for key in pattern:

@@ -23,6 +23,7 @@ from peertune.adapters.peft_format import by_site, find_sites
 from peertune.adapters.rows import Rows, bound_rows
 from peertune.adapters.stacked import StackedModel, attach, frozen_norms, init_adapters
 from peertune.data.batches import Encoded, TrainingSteps, pack_rows
+from peertune.errors import ModelError
 from peertune.method import Phase
 from peertune.rounds.training import Optim, adamw, row_losses, train_local
 from peertune.types import Batch, State, Tensors, kind, select, take
@@ -139,6 +140,21 @@ def test_a_heads_parts_have_the_norm_of_its_layer() -> None:
     found = frozen_norms(attach(base, ["0"], r=1, lora_alpha=1, head_names=["1"]))
     assert found.keys() == {"0", "1.weight", "1.bias"}
     assert [*found["1.weight"], *found["1.bias"]] == pytest.approx([whole, 1.0, whole, 1.0])
+
+
+def test_each_site_has_its_own_scale_and_no_more_rank_than_its_layer_is_large() -> None:
+    base = nn.Sequential(nn.Linear(9, 4), nn.Linear(4, 9), nn.Linear(9, 9))
+    model = attach(base, "012", r=4, lora_alpha=6, rank_at={"2": 9}, alpha_at={"1": 5}, use_rslora=True)
+    assert {name: scaling for name, (_, scaling) in frozen_norms(model).items()} == {"0": 3.0, "1": 2.5, "2": 2.0}
+    assert {name: x.shape[1] for name, x in init_adapters(model, 1, 0).items() if kind(name) == "A"} == {
+        "0.A": 4,
+        "1.A": 4,
+        "2.A": 9,
+    }
+    with pytest.raises(
+        ModelError, match=r"lora\.rank_pattern: 5 is above the size of 0 \(4 in, 3 out\); use at most 3"
+    ):
+        attach(nn.Sequential(nn.Linear(4, 3)), "0", r=1, lora_alpha=1, rank_at={"0": 5})
 
 
 def llama(p: float) -> nn.Module:
