@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from benchmarks import cluster, decaf, language, scale, smaller, studies, which
+from benchmarks import cluster, decaf, language, ranks, scale, smaller, studies, which
 from benchmarks.against import parts_of_two
 from benchmarks.gpu import save_base
 from benchmarks.measure import Compared, Figure, figure, interleaved, machine
@@ -125,6 +125,27 @@ def test_every_row_of_smaller_messages_is_a_recipe_and_counts_a_message_with_its
         sizes[name] = smaller.message_bytes(build(load_recipe(of.recipe, asked)).job)["message_bytes"]
     assert sizes["whole"] == max(sizes.values())
     assert sizes["int4 quarter"] == min(sizes.values())
+
+
+def test_ranks_come_to_what_is_kept() -> None:
+    way = "factors, slices, one frame"
+    found, kept = ranks.come_to("complete", ranks.WAYS[way]), studies.Kept("ranks").rows[f"complete; {way}"]
+    for r, far in found["far"].items():
+        assert far == pytest.approx(kept["far"][r], rel=1e-6)
+
+
+def test_a_round_of_ranks_is_the_same_in_slices_and_whole_where_nobody_lacks_anything() -> None:
+    draw = torch.Generator().manual_seed(0)
+    n, sizes = len(ranks.RANKS), {"site.A": (16, 5), "site.B": (7, 16)}
+    pairs = {name: torch.randn(n, *size, generator=draw, dtype=torch.float64) for name, size in sizes.items()}
+    has = torch.arange(16) < ranks.RANKS[:, None]
+    pairs = {"site.A": pairs["site.A"] * has[..., None], "site.B": pairs["site.B"] * has[:, None]}
+    alike = (ranks.RANKS[:, None] == ranks.RANKS).double()
+    weights = alike / alike.sum(1, keepdim=True)  # each hears those of its own rank
+    slices, whole, divided = (ranks.mixed(mixer, pairs, weights, 0) for mixer in ranks.AVERAGES.values())
+    for name, x in slices.items():
+        torch.testing.assert_close(whole[name], x)
+        torch.testing.assert_close(divided[name], x)
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

@@ -12,6 +12,7 @@ Where clients differ in rank, `gossip` and `corrected` mix slices of factors, an
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import partial
 from math import sqrt
 from typing import Literal
 
@@ -77,7 +78,8 @@ def products(unequal: Literal["common_rank", "truncate"] = "common_rank", step: 
     def mix(own: Tensors, heard: Tensors, weights: Tensor, at: At, phase: Phase) -> Tensors:
         if at.ranks is None or unequal == "truncate":
             return _by_pairs(own, heard, weights, phase, _groups(weights), _truncate)
-        return _by_pairs(own, heard, weights, phase, _at_common_ranks(weights, at, step), _truncate_by_direction)
+        combine = partial(_truncate_by_direction, at.ranks)
+        return _by_pairs(own, heard, weights, phase, _at_common_ranks(weights, at, step), combine)
 
     return _forgetful(mix)._replace(keeps_basis=False, by_entry=False, ranks="whole")
 
@@ -222,9 +224,13 @@ def _truncate(
 
 
 def _truncate_by_direction(
-    own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
+    ranks: Tensor, own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    return _truncate(own_A, own_B, *_by_direction(heard_A.double(), heard_B.double()), groups)
+    """Combine as `_truncate` does, with weights by singular direction, of clients of these `ranks [H]`."""
+    A, B = heard_A.double(), heard_B.double()
+    cut = (ranks >= own_B.shape[-1]).nonzero()[:, 0].to(A.device)  # of lower ranks all directions have one weight
+    new_A, new_B = _by_direction(A[cut], B[cut])
+    return _truncate(own_A, own_B, A.index_copy(0, cut, new_A), B.index_copy(0, cut, new_B), groups)
 
 
 def _by_direction(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
