@@ -30,7 +30,7 @@ from peertune.rounds.mixing import exchanged
 from peertune.rounds.round import run_rounds
 from peertune.rounds.shares import as_weights, entries
 from peertune.topology import GRAPHS, planned_weights, weights_at
-from peertune.types import Tensors
+from peertune.types import Stack, Tensors, only, stacked
 
 COSTS = {10: 0.1, 1000: 0.1}  # clients, and how often two of them meet
 RECIPES = {"digits-demo": 5e-3, "tad-sst2-minilm": 2e-3}  # and their learning rates
@@ -62,6 +62,7 @@ def cost(clients: int, activation: float, repeats: int = 5) -> list[Figure]:
         "q.A": torch.randn(clients, r, d, generator=draw) / (3 * d) ** 0.5,
         "q.B": 0.1 * torch.randn(clients, d, r, generator=draw),
     }
+    stacks = stacked(own)
     at = standing(range(clients), torch.zeros(clients, dtype=torch.int64))
     graph = GRAPHS["complete"](clients=clients, activation=activation)
     weights = as_weights(weights_at(graph, 0), torch.device("cpu"))
@@ -69,7 +70,7 @@ def cost(clients: int, activation: float, repeats: int = 5) -> list[Figure]:
     pairs, bound, phase = (i[i != j], j[i != j]), Bound({"q": (20.0, 2.0)}), Phase(frozenset("AB"), frozenset("AB"))
 
     def bounding() -> None:
-        if refused(bound, own, own, *pairs) or apart(bound, own, own, *pairs):
+        if refused(bound, stacks, stacks, *pairs) or apart(bound, stacks, stacks, *pairs):
             raise RuntimeError("something was refused")
 
     actions: dict[str, Callable[[], object]] = {
@@ -109,13 +110,13 @@ def watched(recipe: str, rate: float, activation: float, method: str, *more: str
     highest: dict[int, float] = {}
     mixed: set[int] = set()
 
-    def exchange(clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
-        own.update({name: x for name, x in payload.items() if name in own})
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], t: int, refuse: Refuse) -> Heard:
+        own.update({name: x for name, x in only(sent).items() if name in own})
         matrix, _ = planned_weights(job.graph, job.faults, t)
         i, j, _ = entries(torch.from_numpy(matrix.toarray()))
-        for of, times in largest(bound, own, payload, i[i != j], j[i != j]).items():
+        for of, times in largest(bound, stacked(own), sent, i[i != j], j[i != j]).items():
             most[of] = max(most.get(of, 0.0), times)
-        return exchanged(job, clients, clients, payload, t, refuse)
+        return exchanged(job, clients, clients, sent, t, refuse)
 
     refused = 0
     try:
@@ -150,7 +151,7 @@ def watched(recipe: str, rate: float, activation: float, method: str, *more: str
 def late(job: Job, trained: Tensors) -> dict[str, float]:
     """Return what the trained adapters are to a client that begins."""
     assert job.bound is not None
-    start = {name: x[:1] for name, x in job.state.adapters.items()}
+    start = job.state.take(slice(0, 1)).stacks
     senders = torch.arange(len(job.clients))
-    found = largest(job.bound, start, trained, torch.zeros_like(senders), senders)
+    found = largest(job.bound, start, stacked(trained), torch.zeros_like(senders), senders)
     return {of: times for of, times in found.items() if times < float("inf")}

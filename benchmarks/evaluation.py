@@ -20,7 +20,7 @@ def run(repeats: int = 5) -> list[Figure]:
     phase = job.algorithm.phase(0)
     times = interleaved(
         {
-            "evaluate": lambda _: job.evaluate(state.adapters, job.clients),
+            "evaluate": lambda _: job.evaluate(state.stacks, job.clients),
             "step": lambda turn: train_local(
                 job.model,
                 state,
@@ -32,7 +32,7 @@ def run(repeats: int = 5) -> list[Figure]:
         },
         repeats,
     )
-    rows = job.evaluate(state.adapters, job.clients).rows * (clients + 1)
+    rows = job.evaluate(state.stacks, job.clients).rows * (clients + 1)
     shares = [100 * e / (e + EVERY * LOCAL_STEPS * s) for e, s in zip(times["evaluate"], times["step"], strict=True)]
     return [
         figure(f"evaluation of {clients} clients and their average", times["evaluate"], "s", note=f"{rows:,} rows"),
@@ -47,8 +47,8 @@ def turn() -> list[Figure]:
     figures = []
     for dtype in ("float32", "auto"):
         job = make("algorithm.name=dec_lora", f"model.dtype={dtype}", "evaluate.rows=120").job
-        rows = job.evaluate(job.state.adapters, job.clients).rows * (len(job.clients) + 1)
-        taken = processor(partial(job.evaluate, job.state.adapters, job.clients), 3)
+        rows = job.evaluate(job.state.stacks, job.clients).rows * (len(job.clients) + 1)
+        taken = processor(partial(job.evaluate, job.state.stacks, job.clients), 3)
         name = f"evaluation of a row of a client, {job.model.base.dtype}".replace("torch.", "")
         figures.append(figure(name, [1e3 * x / rows for x in taken], "ms"))
     return figures

@@ -25,6 +25,7 @@ class Draw(StrEnum):
     # what clients start from and hold
     ADAPTER = "adapter"  # of a site
     HEAD = "head"  # of a parameter
+    RANKS = "ranks"
     PARTITION = "partition"  # attempt, where there may be several
     SHOTS = "shots"  # class
     # local steps, evaluation

@@ -6,6 +6,7 @@ Shape letters, the same everywhere: `K` clients in this stack, `n` clients in th
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import islice
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +16,34 @@ from torch import Tensor
 
 Tensors = dict[str, Tensor]
 """Name → tensor `[K, …]`. The leading axis is always clients."""
+
+
+class Stack(NamedTuple):
+    """Tensors of those of some clients whose adapters have one shape."""
+
+    rows: Tensor  # [P] int64 on the CPU, ascending: which of the clients that are spoken of these are
+    tensors: Tensors  # [P, …]
+
+
+def stacked(tensors: Tensors) -> list[Stack]:
+    """Return tensors `[K, …]` as the only stack of these clients; of {} there is none."""
+    return [Stack(torch.arange(len(x)), tensors) for x in islice(tensors.values(), 1)]
+
+
+def only(stacks: Sequence[Stack]) -> Tensors:
+    """Return the tensors of clients who have one stack; {} where there is none."""
+    assert len(stacks) <= 1, "these clients have adapters of one shape"
+    return stacks[0].tensors if stacks else {}
+
+
+def by_client(stacks: Sequence[Stack]) -> list[Tensors]:
+    """Return each client's tensors, `[1, …]`, by the clients' order."""
+    singles = {
+        row: take(tensors, slice(place, place + 1))
+        for rows, tensors in stacks
+        for place, row in enumerate(rows.tolist())
+    }
+    return [singles[row] for row in sorted(singles)]
 
 
 @dataclass(frozen=True)
@@ -90,7 +119,11 @@ MOMENTS = "moments."
 
 @dataclass(frozen=True)
 class State:
-    """All that a run carries from one round to the next. An engine steps it in place, so that it is held once."""
+    """All that a run carries from one round to the next. An engine steps it in place, so that it is held once.
+
+    Clients whose adapters have one shape are a **cohort**, and one stack. A state of several cohorts has a state of
+    each, in which all of its own tensors are.
+    """
 
     adapters: Tensors  # `<module path>.A [K, r, d_in]`, `.B [K, d_out, r]`, and `<parameter path>.head [K, …]`
     moments: Tensors  # the optimiser's, each `[K, …]`
@@ -99,11 +132,38 @@ class State:
     under_way: Tensors = field(default_factory=dict)  # what clients that wait for nobody have begun and sent
     step: int = 0  # local steps that all clients have made of the next round
     within: Tensors = field(default_factory=dict)  # what these came to, each [K, …]: see `rounds.turns`
+    # of each cohort its rows among the K, as in `Stack`, and its state; () where all clients are one
+    cohorts: "Sequence[tuple[Tensor, State]]" = ()
+
+    @property
+    def parts(self) -> "Sequence[tuple[Tensor, State]]":
+        """Its cohorts; where all clients are one, it is that."""
+        return self.cohorts or [(torch.arange(self.clients), self)]
+
+    @property
+    def stacks(self) -> list[Stack]:
+        """The adapters, by cohort."""
+        return [Stack(rows, part.adapters) for rows, part in self.parts]
+
+    @classmethod
+    def together(cls, cohorts: "Sequence[tuple[Tensor, State]]") -> "State":
+        """Return the state of these cohorts, in the same memory."""
+        (_, first), *others = cohorts
+        if not others:
+            return first
+        rounds = torch.cat([part.rounds for _, part in cohorts])
+        rounds = rounds[torch.cat([rows for rows, _ in cohorts]).argsort()]
+        return cls({}, {}, rounds, step=first.step, cohorts=tuple(cohorts))
 
     @property
     def known(self) -> Tensors:
         """What a method sees beside the adapters: its memory, and the moments as `moments.<name>`."""
         return self.memory | {f"{MOMENTS}{name}": x for name, x in self.moments.items()}
+
+    def remembered(self, name: str) -> Tensor:
+        """Return what each client remembers by a name, `[K, …]`."""
+        parts = [part.memory[name] for _, part in self.parts]
+        return torch.cat(parts)[torch.cat([rows for rows, _ in self.parts]).argsort()] if self.cohorts else parts[0]
 
     @property
     def clients(self) -> int:
@@ -118,16 +178,28 @@ class State:
 
     def at(self, round: int) -> "State":
         """Return the same state, before this round for all clients."""
-        return replace(self, rounds=torch.full_like(self.rounds, round), step=0, within={})
+        return self._each(lambda part: replace(part, rounds=torch.full_like(part.rounds, round), step=0, within={}))
+
+    def after(self) -> "State":
+        """Return the same state, with one more round behind it."""
+        return self._each(lambda part: replace(part, rounds=part.rounds + 1, step=0))
 
     def clone(self) -> "State":
         """Return the same state in memory of its own."""
-        return self._map(lambda x: x.clone(memory_format=torch.contiguous_format))
+        return self._each(lambda part: part._map(lambda x: x.clone(memory_format=torch.contiguous_format)))
 
     def take(self, clients: slice | Tensor) -> "State":
-        """Return these clients' part of the state: a slice in the same memory, others copied."""
+        """Return these clients' part of the state: a slice of one cohort in the same memory, others copied."""
         here = clients if isinstance(clients, slice) else clients.cpu()
-        return replace(self._map(lambda x: x[clients]), rounds=self.rounds[here])
+        if not self.cohorts:
+            return replace(self._map(lambda x: x[clients]), rounds=self.rounds[here])
+        chosen = torch.arange(self.clients)[here]
+        found = []
+        for rows, part in self.cohorts:
+            places = torch.isin(chosen, rows).nonzero()[:, 0]
+            if len(places):
+                found.append((places, part.take(torch.searchsorted(rows, chosen[places]))))
+        return self.together(found)
 
     @classmethod
     def of(cls, parts: Sequence["State"]) -> "State":
@@ -139,7 +211,14 @@ class State:
         return cls(adapters, moments, torch.cat([part.rounds for part in parts]), memory)
 
     def put(self, clients: Tensor, part: "State") -> None:
-        """Write the part of these clients back."""
+        """Write the part of these clients, ascending, back."""
+        if self.cohorts:
+            for rows, cohort in self.cohorts:
+                places = torch.isin(clients.cpu(), rows).nonzero()[:, 0]
+                if len(places):
+                    cohort.put(torch.searchsorted(rows, clients.cpu()[places]), part.take(places))
+            self.rounds[clients.cpu()] = part.rounds
+            return
         for own, theirs in ((self.adapters, part.adapters), (self.moments, part.moments)):
             for name, x in own.items():
                 x[clients] = theirs[name]
@@ -148,6 +227,11 @@ class State:
 
     def remember(self, memory: Tensors, clients: slice | Tensor | None = None) -> None:
         """Take over what a method remembers now, of these clients or of all; its own tensors are never written to."""
+        for rows, part in self.cohorts:
+            assert clients is None, "what some clients of several cohorts remember, their cohorts are told"
+            part.remember(take(memory, rows))
+        if self.cohorts:
+            return
         for name, x in memory.items():
             if name.startswith(MOMENTS):
                 self.moments[name.removeprefix(MOMENTS)][slice(None) if clients is None else clients] = x
@@ -160,8 +244,16 @@ class State:
 
     def to(self, device: torch.device) -> "State":
         """Return the same state on another device."""
-        moved = {name: x.to(device) for name, x in self.under_way.items()}
-        return replace(self._map(lambda x: x.to(device)), under_way=moved)
+
+        def moved(part: State) -> State:
+            under_way = {name: x.to(device) for name, x in part.under_way.items()}
+            return replace(part._map(lambda x: x.to(device)), under_way=under_way)
+
+        return self._each(moved)
+
+    def _each(self, change: "Callable[[State], State]") -> "State":
+        """Return what a change makes of it, cohort by cohort."""
+        return self.together([(rows, change(part)) for rows, part in self.cohorts]) if self.cohorts else change(self)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> "State":
         adapters, moments, memory, within = (

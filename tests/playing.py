@@ -12,7 +12,7 @@ from peertune.rounds.record import Evaluation
 from peertune.rounds.round import run_round
 from peertune.rounds.training import Optim, adamw, sgd
 from peertune.topology import GRAPHS
-from peertune.types import Batch, State, Tensors, norms, over_clients, take
+from peertune.types import Batch, Stack, State, Tensors, norms, only, over_clients, stacked, take
 
 
 def starting(adapters: Tensors, moments: Tensors | None = None, round: int = 0, **memory: Tensor) -> State:
@@ -84,9 +84,10 @@ def played_and_sent(algorithm: Algorithm, state: State, weights: Tensor, steps: 
     """Return what such a round leaves, and what all have sent."""
     clients, sent = range(state.clients), dict[str, Tensor]()
 
-    def exchange(payload: Tensors, *_: Any) -> Heard:
+    def exchange(told: Sequence[Stack], *_: Any) -> Heard:
+        payload = only(told)
         sent.update({name: x.clone() for name, x in payload.items()})
-        return Heard(job.read(payload, state.round), weights, clients, [])
+        return Heard(stacked(job.read(payload, state.round)), weights, clients, [])
 
     job = _job(algorithm, state, clients, steps)
     after, _ = run_round(job, state.clone(), clients, state.round, exchange)
@@ -99,9 +100,9 @@ def played_alone(
     """Return what such a round leaves of one client, which gets of what is `sent` its closed neighbourhood's."""
     near = sorted({client, *weights.to_dense()[client].nonzero()[:, 0].tolist()})
 
-    def exchange(payload: Tensors, *_: Any) -> Heard:
+    def exchange(*_: Any) -> Heard:
         told = take(sent, torch.tensor(near))
-        return Heard(job.read(told, state.round), weights.to_dense()[client : client + 1, near], near, [])
+        return Heard(stacked(job.read(told, state.round)), weights.to_dense()[client : client + 1, near], near, [])
 
     job = _job(algorithm, state, [client], steps)
     after, _ = run_round(job, state.take(torch.tensor([client])), [client], state.round, exchange)

@@ -27,7 +27,6 @@ from peertune.recipe import load_recipe, recipe_names
 from peertune.runs import checkpoints
 from peertune.sweeps.launch import COMMAND
 from peertune.topology import spectrum
-from peertune.types import take
 
 SMALL = [
     "clients=4",
@@ -430,12 +429,12 @@ def test_a_run_is_scored_on_rows_that_it_has_not_seen_as_its_rounds_score(
     asked = load_recipe(done / "resolved.yaml", ["evaluate.rows=null"])
     state = checkpoints.load(done)
     assert state is not None
-    expected = build(asked).job.evaluate(state.adapters, range(4))
+    expected = build(asked).job.evaluate(state.stacks, range(4))
     assert (said["scores"], said["average"], said["rows"]) == (expected.clients, expected.average, 180)
     assert (said["clients"], said["mean"]) == ([0, 1, 2, 3], pytest.approx(sum(expected.clients) / 4))
     labels = Counter(build_task(asked).validation.labels.tolist())
     assert said["constant"] == pytest.approx(max(labels.values()) / 180)
-    found = score_test(load_recipe(mine / "resolved.yaml"), take(state.adapters, slice(2, 3)), [2])
+    found = score_test(load_recipe(mine / "resolved.yaml"), state.take(slice(2, 3)).stacks, [2])
     assert (found.clients, found.average) == ([expected.clients[2]], None)
     assert found.also[0].clients == said["also"][0]["scores"][2:3]
     for words in (["score", mine, "--last"], ["export", mine, "--client", "0", "--to", "out", "--last"]):

@@ -80,7 +80,7 @@ def test_what_is_made_to_be_learnt_is_learnt(
     judged = {"every": 4, "max_new_tokens": 8, "on": "both"}
     records, _ = run(peertune, recipe_of(folder, task=task, evaluate=judged), tmp_path / "run")
     job = build(check_recipe(recipe_of(folder, task=task), "test")).job
-    first = job.evaluate(job.state.adapters, job.clients)
+    first = job.evaluate(job.state.stacks, job.clients)
     last = records[-1]["evaluation"]
     assert [found["metric"] for found in (last, *last["also"])] == list(learnt)
     for start, found in zip((first, *first.also), (last, *last["also"]), strict=True):

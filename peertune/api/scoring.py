@@ -10,6 +10,7 @@ from peertune.recipe import load_recipe
 from peertune.rounds import best
 from peertune.rounds.patience import ended_early
 from peertune.rounds.record import Evaluation
+from peertune.rounds.slices import average
 from peertune.runs import checkpoints, directory, records
 
 ELSEWHERE = ("task.test", "task.path", "device", "training.tokens_per_pass")
@@ -54,6 +55,6 @@ def score(folder: str | Path, overrides: Sequence[str] = (), *, last: bool = Fal
         )
     clients = list(range(state.clients)) if own is None else [int(own["client"])]
     adapters, rounds = best.kept(state, last=last)
-    average = None if own is not None else {name: x.mean(0, keepdim=True) for name, x in state.adapters.items()}
-    scored = score_test(recipe, adapters, clients, average, weights=directory.weights(run))
+    mean = None if own is not None else {name: x[None] for name, x in average(state.stacks).items()}
+    scored = score_test(recipe, adapters, clients, mean, weights=directory.weights(run))
     return Scored(scored, clients, state.round, rounds)

@@ -38,7 +38,7 @@ from peertune.rounds.clock import Pushing
 from peertune.rounds.job import CLOCK, Job
 from peertune.rounds.training import Optim, Rates, adamw, learning_rate, sgd
 from peertune.topology import Neighbourhood, digest
-from peertune.types import ALONE, Group, State, Tensors, kind
+from peertune.types import ALONE, Group, Stack, State, Tensors, kind
 
 CLIENTS_PER_PASS = 16
 """Clients that train at a time where the recipe leaves it open: gradients are held for these."""
@@ -222,8 +222,8 @@ def _pushing(recipe: Recipe) -> Pushing | None:
 
 def _judge_own(
     recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask
-) -> Callable[[Tensors, Sequence[int]], list[float]]:
-    """Return what scores adapters `[K, …]` on the rows that their clients hold out: as evaluation on these alone."""
+) -> Callable[[Sequence[Stack], Sequence[int]], list[float]]:
+    """Return what scores clients' adapters on the rows that their clients hold out: as evaluation on these alone."""
     alone = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"on": "own", "ensemble": False})})
     judge = build_evaluation(alone, parts.task, loaded, encoded, parts.group, peer=parts.peer)
     return lambda adapters, clients: judge(adapters, clients).own

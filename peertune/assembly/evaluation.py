@@ -23,8 +23,9 @@ from peertune.recipe import Recipe
 from peertune.rounds.job import Heard
 from peertune.rounds.record import MOST_CLASSES, Evaluation
 from peertune.rounds.shares import entries
+from peertune.rounds.slices import average
 from peertune.rounds.training import Read, evaluate, hits, predictions, probabilities, row_losses
-from peertune.types import ALONE, Group, Measure, Split, Task, Tensors, take
+from peertune.types import ALONE, Group, Measure, Split, Stack, Task, Tensors, by_client, take
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ class _Judge(NamedTuple):
 
 def build_evaluation(
     recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask, group: Group = ALONE, *, peer: bool = False
-) -> Callable[[Tensors, Sequence[int]], Evaluation]:
-    """Return what evaluates a stack `[K, …]` of these clients, and, but at a peer, the average of all of the group.
+) -> Callable[[Sequence[Stack], Sequence[int]], Evaluation]:
+    """Return what evaluates the adapters of these clients, and, but at a peer, the average of all of the group.
 
     Each client's own model is judged on the validation set, on rows that it holds out, or on both. Raises RecipeError
     where the metric can't be had of this task or this base.
@@ -81,15 +82,15 @@ def build_evaluation(
             predict=_probabilities(loaded, encoded), judge=lambda shares: by_class(shares.argmax(-1))
         )
 
-    def run(adapters: Tensors, clients: Sequence[int]) -> Evaluation:
-        singles = [take(adapters, slice(place, place + 1)) for place in range(len(clients))]
+    def run(adapters: Sequence[Stack], clients: Sequence[int]) -> Evaluation:
+        singles = by_client(adapters)
         its = [own[client] for client in clients if own]
         alone = [found for one, single in zip(its, singles, strict=False) for found in one.judge(one.predict([single]))]
         levels = [one.constants for one in its]
         if common is None:
             return _told(task, alone, held_out, alone, levels, {})
         if not peer:
-            mean = {name: group.mean(x)[None] for name, x in adapters.items()}
+            mean = {name: x[None] for name, x in average(adapters, group).items()}
             if group.rank == group.size - 1:  # once, by the one with the fewest clients
                 singles.append(mean)
         rows = len(encoded.evaluated)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
+from peertune.assembly.ranks import ranks_of
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, Message, nothing, plain_weights, stay
 from peertune.methods.modifiers import DERIVED_FOR_SGD
@@ -77,6 +78,10 @@ NEEDS: Mapping[str, Need] = {
         _plain,
         "leave out all modifiers of what is sent and switch_every=adaptive, which send or weigh otherwise",
     ),
+    "one rank": Need(
+        lambda recipe, graph, algorithm: len(set(ranks_of(recipe))) <= 1,
+        "leave out lora.ranks, which it can't mix",
+    ),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
     "unjudged messages": Need(
         lambda recipe, graph, algorithm: not (recipe.evaluate.ensemble or recipe.evaluate.mixing),
@@ -115,10 +120,14 @@ _WITHOUT_ROUNDS = (
     "rate that stays",
     "unjudged messages",
     "weights by degrees",
+    "one rank",
 )
 
 
-_WITH_A_DEADLINE = ("edges both ways", "plain local steps", "plain messages", "unjudged messages")
+_WITH_RANKS = ("unjudged messages",)
+
+
+_WITH_A_DEADLINE = ("edges both ways", "one rank", "plain local steps", "plain messages", "unjudged messages")
 
 
 def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
@@ -131,8 +140,10 @@ def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
         needed += [("time: deadline_s", name) for name in _WITH_A_DEADLINE]
     if recipe.time.mixing == "pairwise":
         needed += [("time: mixing pairwise", name) for name in ("edges both ways", "mixing by entry")]
+    if len(set(ranks_of(recipe))) > 1:
+        needed += [("lora: ranks", name) for name in _WITH_RANKS]
     if graph.weights == "push_sum":
-        needed += [("graph: weights push_sum", name) for name in ("factors together or apart", "plain messages")]
+        needed += [("graph: weights push_sum", name) for name in ("factors together or apart", "one rank", "plain messages")]
     for who, name in needed:
         if name not in NEEDS:
             raise RecipeError(f"{who} needs {name!r}, which nobody knows; choose from {', '.join(NEEDS)}")

@@ -36,7 +36,7 @@ from peertune.rounds.mixing import exchanged
 from peertune.rounds.record import Evaluation, RoundRecord, put_together
 from peertune.rounds.round import run_rounds
 from peertune.topology import clients_down, whose_adapters
-from peertune.types import ALONE, Group, Tensors, payload_bytes
+from peertune.types import ALONE, Group, Stack, Tensors, only, payload_bytes, stacked
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _merged(own: RoundRecord, group: Group) -> RoundRecord:
 
 
 def _exchange(
-    job: Job, shares: Sequence[Sequence[int]], clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse
+    job: Job, shares: Sequence[Sequence[int]], clients: Sequence[int], payload: Sequence[Stack], t: int, refuse: Refuse
 ) -> Heard:
     """Bring each process the adapters that its clients hear, and no others."""
     matrix = whose_adapters(job.graph, job.faults, t)
@@ -94,7 +94,7 @@ def _exchange(
     up = [np.array([client for client in share if client not in down], dtype=np.int64) for share in shares]
     heard = [np.union1d(matrix[own].indices, own) for own in up]
     mine = heard[job.group.rank].tolist()
-    return exchanged(job, clients, mine, _swap(payload, up, heard, job.group), t, refuse)
+    return exchanged(job, clients, mine, stacked(_swap(only(payload), up, heard, job.group)), t, refuse)
 
 
 def _carry(

@@ -20,7 +20,7 @@ from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import run_round
 from peertune.topology import clients_down, delay_s, failed_edges, partners_at, row_at
-from peertune.types import State, Tensors
+from peertune.types import Stack, State, Tensors, only, stacked
 from peertune.wire.pace import furthest_believed, silence_s
 from peertune.wire.swap import Swapper
 
@@ -125,14 +125,14 @@ def ended(records: Sequence[Mapping[str, Any]], *, whole: bool, refusals: Callab
 
 
 def _exchange(
-    job: Job, swapper: Swapper, past: Past, state: State, phase: Phase, payload: Tensors, t: int, refuse: Refuse
+    job: Job, swapper: Swapper, past: Past, state: State, phase: Phase, sent: Sequence[Stack], t: int, refuse: Refuse
 ) -> Heard:
     """Swap with the round's neighbours, and take from each what the mixing matrix says."""
-    (me,) = job.clients
+    (me,), payload = job.clients, only(sent)
     if (delay := delay_s(job.faults, me, t)) > 0:
         swapper.pause(delay)
     if not payload:
-        return Heard({}, torch.ones(1, 1, dtype=torch.float64, device=job.device), [me], [])
+        return Heard([], torch.ones(1, 1, dtype=torch.float64, device=job.device), [me], [])
     row = row_at(job.graph, me, t)
     near = [other for other in row if other != me]
     first = torch.zeros(1, dtype=torch.int64, device=job.device)
@@ -149,7 +149,7 @@ def _exchange(
     def check(client: int, tensors: Tensors) -> str:
         why = past.left_out(client, t)
         try:
-            if not why and (found := refuse(read(client, tensors), first, first)):
+            if not why and (found := refuse(stacked(read(client, tensors)), first, first)):
                 why = found[0].why
         except WireError as error:
             why = str(error)
@@ -166,7 +166,7 @@ def _exchange(
     parts = [read(client, payload if client == me else came[client]) for client in heard]
     tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     weights = torch.tensor([[row[client] for client in heard]], dtype=torch.float64, device=job.device)
-    return Heard(tensors, weights, heard, failed, vacant)
+    return Heard(stacked(tensors), weights, heard, failed, vacant)
 
 
 def _expected(job: Job, t: int) -> list[int]:

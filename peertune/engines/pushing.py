@@ -2,7 +2,7 @@
 
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Literal
@@ -17,7 +17,7 @@ from peertune.rounds.round import run_round
 from peertune.runs.mixlog import MixLog
 from peertune.topology import delay_s
 from peertune.topology.pushes import To, one_sends_to
-from peertune.types import Tensors
+from peertune.types import Stack, only
 from peertune.wire.codec import layout
 from peertune.wire.mailbox import Letter, Mailbox
 from peertune.wire.swap import Swapper
@@ -74,8 +74,9 @@ class _Course:
         of = client if self.job.graph.directed else self.me  # where edges go both ways, by the draws of its own
         return (self.me if self.job.graph.directed else client) in self.sends_to(of, version).receivers
 
-    def exchange(self, payload: Tensors, t: int, refuse: Refuse) -> Heard:
+    def exchange(self, sent: Sequence[Stack], t: int, refuse: Refuse) -> Heard:
         """Push what was trained, and take what has come."""
+        payload = only(sent)
         job, me = self.job, self.me
         if (delay := delay_s(job.faults, me, t)) > 0:
             self.swapper.pause(delay)
@@ -87,7 +88,7 @@ class _Course:
         late = self.swapper.push(t, len(to), payload, [client for client in to if client not in lost])
         letters = self.swapper.letters()
         came = [(Taken(letter.post, self._staleness(letter, now)), letter.tensors) for letter in letters]
-        heard, taken = mixed(job, me, own, payload, came, len(came), refuse)
+        heard, taken = mixed(job, me, own, sent, came, len(came), refuse)
         self.kept.add(t, len(to), len(came), [one for one in came if one[0] in taken])
         self.ended.append(now)
         missed, vacant = (

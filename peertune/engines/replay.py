@@ -16,7 +16,7 @@ from peertune.rounds.posts import Post, mixed
 from peertune.rounds.round import Begun, end, turn_of
 from peertune.rounds.turns import Came, train
 from peertune.runs.mixlog import Line, Start
-from peertune.types import State, Tensors
+from peertune.types import Stack, State, Tensors
 
 
 def replay(
@@ -162,12 +162,12 @@ class _Course:
         assert branch.trained is not None
         state, came = branch.trained
         turn = turn_of(self.job, state, [branch.client])
-        begun = Begun(turn, [branch.client], branch.round, turn.phases[0])
-        state, _ = end(self.job, begun, came, partial(self._exchange, branch), common=False)
+        begun = Begun.of(turn, [branch.client], branch.round, turn.phases[0])
+        state, _ = end(self.job, begun, [came], partial(self._exchange, branch), common=False)
         branch.trained, branch.round = None, branch.round + 1
         self._begin(branch, state)
 
-    def _exchange(self, branch: _Branch, payload: Tensors, t: int, refuse: Refuse) -> Heard:
+    def _exchange(self, branch: _Branch, payload: Sequence[Stack], t: int, refuse: Refuse) -> Heard:
         """Return what a branch heard, and forget what nobody is to mix any more."""
         assert branch.line is not None
         degree, heard, taken = branch.line

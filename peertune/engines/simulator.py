@@ -8,7 +8,7 @@ from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.mixing import exchanged
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import next_rounds, run_rounds
-from peertune.types import Tensors
+from peertune.types import Stack, Tensors
 
 
 def simulate(job: Job) -> Iterator[RoundRecord]:
@@ -32,7 +32,7 @@ def simulate_together(jobs: Mapping[str, Job]) -> Iterator[tuple[str, RoundRecor
     yield from zip(now, next_rounds([(job, partial(_exchange, job)) for job in now.values()]), strict=True)
 
 
-def _exchange(job: Job, clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
+def _exchange(job: Job, clients: Sequence[int], payload: Sequence[Stack], t: int, refuse: Refuse) -> Heard:
     """Let everybody hear everybody; the round's mixing matrix says who takes what."""
     return exchanged(job, clients, clients, payload, t, refuse)
 

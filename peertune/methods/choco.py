@@ -67,7 +67,7 @@ def choco(algorithm: Algorithm, share: float = 0.1, step: float = 0.5, near: Nea
         return {n: x if x is own[n] else torch.lerp(own[n], x, step) for n, x in mixed.items()}, changed
 
     edgewise = Edgewise(copies.pack, copies.unpack, copies.packed_bytes, copies.bytes_sent)
-    needs = message.needs | {"exchange", "static graph", "edges both ways", "kept basis", "mixing by entry"}
+    needs = message.needs | {"exchange", "static graph", "edges both ways", "kept basis", "mixing by entry", "one rank"}
     told = message._replace(send=send, settle=settle, init=init, exact=False, edgewise=edgewise, needs=needs)
     return algorithm._replace(message=told, mixer=mixer._replace(receive=receive))
 

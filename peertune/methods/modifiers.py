@@ -138,7 +138,7 @@ def mix_moments(algorithm: Algorithm) -> Algorithm:
         mixed, changed = mixer.receive(own, heard, weights, memory, at, phase)
         return mixed, changed | {name: averaged(x, weights) for name, x in heard.items() if name.startswith(MOMENTS)}
 
-    needs = message.needs | {"exchange", "kept basis", "moments"}
+    needs = message.needs | {"exchange", "kept basis", "moments", "one rank"}
     return algorithm._replace(
         message=message._replace(send=send, sound=sound, needs=needs), mixer=mixer._replace(receive=receive)
     )

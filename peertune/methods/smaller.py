@@ -113,7 +113,7 @@ def shared_mask(message: Message, share: float = 0.25, seed: int = 0) -> Message
             whole[name] = spread.view(-1, *x.shape[1:])
         return whole
 
-    needs = message.needs | {"exchange", "mixing by entry", "unjudged messages"}
+    needs = message.needs | {"exchange", "mixing by entry", "one rank", "unjudged messages"}
     return message._replace(send=send, read=read, exact=False, whole=False, needs=needs)
 
 

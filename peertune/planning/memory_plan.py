@@ -26,7 +26,7 @@ from peertune.recipe import Recipe
 from peertune.rounds.job import Job
 from peertune.rounds.metrics import before_mixing, diagnostics
 from peertune.rounds.training import train_local
-from peertune.types import Batch, State, select, take
+from peertune.types import Batch, State, select
 
 STEPS = 10
 """Local steps whose micro-batches are looked through for the largest."""
@@ -85,7 +85,7 @@ def plan(recipe: Recipe) -> Plan:
         held, moments = live.now, _storage_bytes(state.moments.values())
         training = [_training(live, job, state, t, phase) for t, phase in _phases(job)]
         mixing = live.most(lambda: _mixing(job, state)).taken
-        evaluate: Callable[[], object] = partial(job.evaluate, take(state.adapters, slice(0, 1)), job.clients[:1])
+        evaluate: Callable[[], object] = partial(job.evaluate, state.take(slice(0, 1)).stacks, job.clients[:1])
         if run.asked["metric"] in ANSWERS:
             evaluate = partial(_generate, job, state, resolved, recipe.evaluate.rows or sys.maxsize)
         evaluation = live.most(evaluate).taken
@@ -129,7 +129,7 @@ def _mixing(job: Job, state: State) -> None:
     at, algorithm = standing(job.clients, state.rounds), job.algorithm
     payload, _ = algorithm.message.send(state.adapters, state.known, at, algorithm.phase(0))
     heard = job.read(payload, 0)
-    diagnostics(before_mixing(state.adapters), state.adapters)
+    diagnostics(before_mixing(state.stacks), state.stacks)
     del heard
 
 

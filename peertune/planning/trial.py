@@ -16,7 +16,7 @@ from peertune.recipe import Recipe
 from peertune.rounds.job import Job
 from peertune.rounds.training import train_local
 from peertune.topology import active_edges
-from peertune.types import kind, payload_bytes, take
+from peertune.types import kind, payload_bytes
 
 STEPS = 3
 """Local steps that are tried; the first warms up."""
@@ -61,7 +61,7 @@ def trial(recipe: Recipe) -> Trial:
         train_local(job.model, part, [batches], phase, job.optim, at, job.algorithm.local)
         taken.append(time.perf_counter() - begun)
     begun = time.perf_counter()
-    one = take(part.adapters, slice(0, 1))
+    one = part.take(slice(0, 1)).stacks
     seen = job.evaluate(one, job.clients[:1])  # the client and the average of one
     own = recipe.evaluate.on == "own"  # then on rows of its own, and no average
     evaluated = (time.perf_counter() - begun) / (1 if own else 2)

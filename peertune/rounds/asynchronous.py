@@ -52,7 +52,7 @@ from peertune.rounds.turns import Came, Turn, train
 from peertune.rounds.under_way import Done, Sent, UnderWay
 from peertune.topology import delay_s
 from peertune.topology.pushes import To, rows, sends_to, share
-from peertune.types import Group, State, Tensors, payload_bytes, select, take
+from peertune.types import Group, Stack, State, Tensors, only, payload_bytes, select, stacked, take
 
 Edge = tuple[int, int]
 
@@ -121,13 +121,13 @@ class _Course:
         while self.round == t:
             now = self._next_event(since)
         watch = Watch(0.0)
-        diagnostics = metrics.diagnostics(metrics.Before({}, {}), adapters, group)
+        diagnostics = metrics.diagnostics(metrics.Before({}, {}), self.state.stacks, group)
         moved = sum(float(group.add(x).square().sum()) for x in since.moved.values())
         diagnostics["mean_drift"] = sqrt(moved) / len(self.ended)
         watch.lap("metrics")
         evaluation = None
         if is_due(job, t):
-            evaluation = job.evaluate(adapters, job.clients)
+            evaluation = job.evaluate(self.state.stacks, job.clients)
             kept = best.keep(self.state, evaluation, t)
             evaluation = replace(evaluation, best_rounds=kept)
             watch.lap("evaluate")
@@ -167,9 +167,9 @@ class _Course:
         """Do what clients of this process do at the end of a training, `own` among those who end one `now`."""
         came, part = self._trained(own)
         turn, before = self._turn(part, own), _sums(part.adapters)
-        begun = Begun(turn, own, self.round, Counter(turn.phases).most_common(1)[0][0])
+        begun = Begun.of(turn, own, self.round, Counter(turn.phases).most_common(1)[0][0])
         exchange = partial(self._keep, own) if self.pushing.pairwise else partial(self._exchange, own, ending, now)
-        part, record = end(self.job, begun, came, exchange, common=False)
+        part, record = end(self.job, begun, [came], exchange, common=False)
         for name, x in _sums(part.adapters).items():
             since.moved[name] = since.moved[name] + x - before[name]
         since.spans += [Span(client, self._began(client) / NS, now / NS, now / NS, -1) for client in own]
@@ -231,32 +231,33 @@ class _Course:
         return own, failed
 
     def _exchange(
-        self, clients: Sequence[int], ending: Sequence[int], now: int, payload: Tensors, t: int, refuse: Refuse
+        self, clients: Sequence[int], ending: Sequence[int], now: int, sent: Sequence[Stack], t: int, refuse: Refuse
     ) -> Heard:
         """Send what all who end have trained, and open the mailboxes of these clients among them."""
+        payload = only(sent)
         own, failed = self._send(ending, now, payload)
         opened = [self.under_way.open(client, now) for client in clients]
         posts = {(sent.sender, -sent.version): sent for sent in chain(own, *opened)}
         order = sorted(posts)  # by sender, the newest first, which is its own where it is a receiver
         place = {key: at for at, key in enumerate(order)}
-        tensors = {name: torch.cat([posts[key].tensors[name] for key in order]) for name in payload}
+        came = stacked({name: torch.cat([posts[key].tensors[name] for key in order]) for name in payload})
         among = [sender for sender, _ in order]
         takes = {  # receiver, place among the heard → share
-            (row, place[other.sender, -other.version]): self._share(sent, other, len(heard), now)
-            for row, (sent, heard) in enumerate(zip(own, opened, strict=True))
+            (row, place[other.sender, -other.version]): self._share(mine, other, len(heard), now)
+            for row, (mine, heard) in enumerate(zip(own, opened, strict=True))
             for other in heard
         }
         pairs = torch.tensor([*takes], dtype=torch.int64, device=self.job.device).view(-1, 2)
-        if takes and (refused := refuse(tensors, pairs[:, 0], pairs[:, 1])):
+        if takes and (refused := refuse(came, pairs[:, 0], pairs[:, 1])):
             tell(self.job, t, refused, clients, among, "it is left out")
             failed += [metrics.as_edge(among[j], clients[i], self.job.graph.directed) for i, j, _ in refused]
             for i, j, _ in refused:
                 del takes[i, j]
         weights = rows(clients, among, takes, directed=self.job.graph.directed)
-        degrees = [sent.degree for sent in own]
-        return Heard(tensors, as_weights(weights, self.job.device), among, sorted({*failed}), sent=degrees)
+        degrees = [mine.degree for mine in own]
+        return Heard(came, as_weights(weights, self.job.device), among, sorted({*failed}), sent=degrees)
 
-    def _keep(self, clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
+    def _keep(self, clients: Sequence[int], payload: Sequence[Stack], t: int, refuse: Refuse) -> Heard:
         """Have these clients keep what they have trained; what goes both ways where they meet counts as theirs."""
         weights = torch.eye(len(clients), dtype=torch.float64, device=self.job.device)
         return Heard(
@@ -289,7 +290,7 @@ class _Course:
             places = self._places(own)
             _, both = self.carry(take(adapters, places), {end: [sum(edge) - end] for end in edge})
             ways, sent = torch.arange(2, device=job.device), select(both, self.kinds)
-            found = [] if job.bound is None else bounds.refused(job.bound, both, sent, ways, 1 - ways)
+            found = [] if job.bound is None else bounds.refused(job.bound, stacked(both), stacked(sent), ways, 1 - ways)
             if client in own:
                 tell(job, self.round, found, edge, edge, "they don't meet")
                 (failed if fails or found else edges).append(edge)

@@ -4,13 +4,16 @@ The best is kept in the client's memory, beside what its method keeps there: `be
 `best.<name>` for each tensor of the adapter. So it is resumed, dealt among processes and given to peers as all else is.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from peertune.data.scores import LOWER_IS_BETTER
 from peertune.errors import RunError
 from peertune.method import Memory
 from peertune.rounds.record import Evaluation
-from peertune.types import State, Tensors, over_clients
+from peertune.types import Stack, State, Tensors, over_clients
 
 _OWNER = "best."
 _SCORE, _ROUND = f"{_OWNER}score", f"{_OWNER}round"
@@ -39,32 +42,46 @@ def keep(state: State, evaluation: Evaluation, round: int) -> list[int]:
 
     Of equal scores the first stays. A score that is not a number is none. [] where no best is kept.
     """
-    if _SCORE not in state.memory:
+    if _SCORE not in state.parts[0][1].memory:
         return []
+    kept = torch.empty(state.clients, dtype=torch.int64)
+    for rows, part in state.parts:
+        kept[rows] = _keep(part, [evaluation.clients[row] for row in rows.tolist()], evaluation.metric, round).cpu()
+    return [int(number) for number in kept.tolist()]
+
+
+def _keep(state: State, clients: Sequence[float], metric: str, round: int) -> Tensor:
+    """Do so for one cohort, whose clients scored so; return whose round is kept, `[K]`."""
     best, rounds = state.memory[_SCORE], state.memory[_ROUND]
-    scores = torch.tensor(evaluation.clients, dtype=best.dtype, device=best.device)
-    ahead = scores < best if evaluation.metric in LOWER_IS_BETTER else scores > best
+    scores = torch.tensor(clients, dtype=best.dtype, device=best.device)
+    ahead = scores < best if metric in LOWER_IS_BETTER else scores > best
     better = ahead | (best.isnan() & ~scores.isnan())
     best[better], rounds[better] = scores[better], round
     for name, x in state.adapters.items():
         state.memory[f"{_OWNER}{name}"][better] = x[better]
-    return [int(number) for number in rounds.tolist()]
+    return rounds
 
 
-def kept(state: State, *, last: bool = False) -> tuple[Tensors, list[int]]:
-    """Return each client's best adapter `[K, …]`, and the round of each; where none was kept the last, and [].
+def kept(state: State, *, last: bool = False) -> tuple[list[Stack], list[int]]:
+    """Return each client's best adapter, and the round of each, `[K]`; where none was kept the last, and [].
 
     Who was never evaluated has its last adapter, and the round -1. Where best ones were kept the `last` can be asked
     for; RunError where none were.
     """
-    if _SCORE not in state.memory:
+    if _SCORE not in state.parts[0][1].memory:
         if last:
             raise RunError("the run kept no best adapters, so all that it has are its last ones; leave out --last")
-        return state.adapters, []
+        return state.stacks, []
     if last:
-        return state.adapters, []
-    rounds = state.memory[_ROUND]
+        return state.stacks, []
+    rounds = state.remembered(_ROUND)
+    return [Stack(rows, _best(part)) for rows, part in state.parts], [int(number) for number in rounds.tolist()]
+
+
+def _best(state: State) -> Tensors:
+    """Return the best adapters of one cohort's clients, `[K, …]`."""
+    none = state.memory[_ROUND] < 0
     best = {name: state.memory[f"{_OWNER}{name}"] for name in state.adapters}
-    if bool((none := rounds < 0).any()):
+    if bool(none.any()):
         best = {name: torch.where(over_clients(none, x), state.adapters[name], x) for name, x in best.items()}
-    return best, [int(number) for number in rounds.tolist()]
+    return best

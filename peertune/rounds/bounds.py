@@ -15,18 +15,22 @@ as large as the floor with such an A, and a head what the base has. (All norms a
 Products are never formed: `‖B A‖² = tr(BᵀB AAᵀ)`, of r × r matrices. Sums are in float64, and something passes only if
 `value <= bound` is true, so NaN and what overflows don't.
 
-Pure functions of adapters `[R, …]` of receivers, `[H, …]` of those who were heard, and E pairs of them.
+Where ranks differ, two pairs meet in the rows of A and the columns of B that both have: `B_i A_j` is of these.
+
+Pure functions of adapters of R receivers, of H who were heard, each by stacks, and E pairs of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from peertune.types import Tensors, by_site, kind
+from peertune.rounds.slices import everyones
+from peertune.types import Stack, Tensors, by_site, kind
 
 FAR = 100.0
 """How many times the receiver's own something may be, at most."""
@@ -36,6 +40,8 @@ SHARE = 1.0
 """What share of the frozen layer's norm a product may be in any case, before one of these factors."""
 VOICES = 3
 """Of how many, the receiver among them, the median says what the others have: of fewer, one that lies could be it."""
+
+Stacks = Sequence[Stack]
 
 _CHUNK_FLOATS = 2**22  # Gram matrices gathered at once
 
@@ -63,14 +69,15 @@ class _Measure(NamedTuple):
     floor: float
 
 
-def refused(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders: Tensor) -> list[Refusal]:
+def refused(bound: Bound, own: Stacks, heard: Stacks, receivers: Tensor, senders: Tensor) -> list[Refusal]:
     """Return which of the pairs `receivers [E]`, `senders [E]` are too far apart, by the receiver's own state.
 
-    `own [R, …]` holds all of the receivers' adapters, `heard [H, …]` what was sent: some kinds, and signals.
+    `own` holds all of the receivers' adapters, `heard` what was sent: some kinds, and signals.
     """
     found = []
     if bound.sound is not None:
-        unsound = ~bound.sound(heard)[senders]
+        sounds = [Stack(rows, {"sound": bound.sound(tensors)}) for rows, tensors in heard]
+        unsound = ~everyones(sounds, ["sound"])["sound"][senders]
         why = "what travels beside the adapters is out of its range"
         found = [Refusal(i, j, why) for i, j in _pairs(receivers, senders, unsound)]
         receivers, senders = receivers[~unsound], senders[~unsound]
@@ -84,7 +91,7 @@ def refused(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, sende
     return found
 
 
-def apart(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders: Tensor) -> list[Refusal]:
+def apart(bound: Bound, own: Stacks, heard: Stacks, receivers: Tensor, senders: Tensor) -> list[Refusal]:
     """Return which of the pairs are farther apart than both the receiver's own and what the others have allow.
 
     What the others have is the median of what a receiver and all that it heard hold, where these are three or more.
@@ -105,7 +112,7 @@ def apart(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders
     return worst.refusals(receivers, senders)
 
 
-def largest(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders: Tensor) -> dict[str, float]:
+def largest(bound: Bound, own: Stacks, heard: Stacks, receivers: Tensor, senders: Tensor) -> dict[str, float]:
     """Return how many times a receiver's own, or the floor, the pairs come to: by kind, and for `products`."""
     found: dict[str, float] = {}
     for measure in _measures(bound, own, heard, receivers, senders) if len(receivers) else ():
@@ -150,7 +157,7 @@ def _pairs(receivers: Tensor, senders: Tensor, chosen: Tensor) -> list[tuple[int
     return list(zip(receivers[chosen].tolist(), senders[chosen].tolist(), strict=True))
 
 
-def _suspects(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders: Tensor, times: float) -> Tensor:
+def _suspects(bound: Bound, own: Stacks, heard: Stacks, receivers: Tensor, senders: Tensor, times: float) -> Tensor:
     """Return which pairs `[E]` may go beyond so many times what the receiver has; the others don't.
 
     It takes the norms of factors only: `‖B_i A_j‖ ≤ ‖B_i‖ ‖A_j‖`. These are summed in the factors' own precision, in a
@@ -161,11 +168,8 @@ def _suspects(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, sen
     if not len(suspects):  # where nobody is heard: a process whose clients are all down
         return suspects
     for site in _sites(bound, own, heard):
-        mine = {of: torch.linalg.vector_norm(x.flatten(1), dim=1).double() for of, x in site.own.items()}
-        came = {
-            of: mine[of] if x is site.own[of] else torch.linalg.vector_norm(x.flatten(1), dim=1).double()
-            for of, x in site.heard.items()
-        }
+        mine = {of: _norms(x, None) for of, x in site.own.items()}
+        came = {of: mine[of] if _same(x, site.own[of]) else _norms(x, None) for of, x in site.heard.items()}
         product = times * site.floors["BA"] / site.scaling
         for of, norm in came.items():
             most = times * mine[of].clamp(min=site.floors[of])
@@ -178,18 +182,18 @@ def _suspects(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, sen
     return suspects
 
 
-def _measures(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders: Tensor) -> Iterator[_Measure]:
+def _measures(bound: Bound, own: Stacks, heard: Stacks, receivers: Tensor, senders: Tensor) -> Iterator[_Measure]:
     """Yield all that is bounded, of each pair."""
     rows, i = receivers.unique(return_inverse=True)
     columns, j = senders.unique(return_inverse=True)
     for site in _sites(bound, own, heard):
         for of, x in site.heard.items():
-            mine = _norms(site.own[of][rows])[i]
-            yield _Measure(f"{site.name}.{of}", _norms(x[columns])[j], mine, site.floors[of])
+            mine = _norms(_of(site.own[of], rows))[i]
+            yield _Measure(f"{site.name}.{of}", _norms(_of(x, columns))[j], mine, site.floors[of])
         if not site.own.keys() >= _PAIR:
             continue
-        here = {of: _gram(x[rows], of) for of, x in site.own.items()}
-        there = {of: _gram(x[columns], of) for of, x in site.heard.items()}
+        here = {of: _grams(_of(x, rows), of, site.rank) for of, x in site.own.items()}
+        there = {of: _grams(_of(x, columns), of, site.rank) for of, x in site.heard.items()}
         all_rows = torch.arange(len(rows), device=rows.device)
         product = site.scaling * _product(here["B"], here["A"], all_rows, all_rows)[i]
         for left, right, at, to in ((here, there, i, j), (there, here, j, i), (there, there, j, j)):
@@ -202,37 +206,68 @@ def _measures(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, sen
 _PAIR = {"A", "B"}
 
 
+_Factor = Sequence[tuple[Tensor, Tensor]]
+"""A kind of a site, by stack: rows `[P]`, and `[P, …]`."""
+
+
 class _Site(NamedTuple):
     name: str
     scaling: float
-    own: Tensors  # by kind: both factors, or the part of a head
-    heard: Tensors  # by kind, of those that were sent
+    rank: int  # the highest of all; 0 of a head
+    own: Mapping[str, _Factor]  # by kind: both factors, or the part of a head
+    heard: Mapping[str, _Factor]  # by kind, of those that were sent
     floors: dict[str, float]  # by kind, and of the scaled product BA
 
 
-def _sites(bound: Bound, own: Tensors, heard: Tensors) -> Iterator[_Site]:
+def _sites(bound: Bound, own: Stacks, heard: Stacks) -> Iterator[_Site]:
     """Yield each site, or part of a head, of which something was sent."""
-    for tensors in by_site(own):
-        came = {kind(name): heard[name] for name in tensors if name in heard}
+    for tensors in by_site(own[0].tensors):
+        mine, came = (
+            {kind(name): [(rows, x[name]) for rows, x in stacks] for name in tensors if name in stacks[0].tensors}
+            for stacks in (own, heard)
+        )
         if not came:
             continue
         name = next(iter(tensors)).rpartition(".")[0]
-        (norm, scaling), mine = bound.layers[name], {kind(full): x for full, x in tensors.items()}
-        floors = {"head": norm, "BA": SHARE * norm}
+        norm, scaling = bound.layers[name]
+        floors, rank = {"head": norm, "BA": SHARE * norm}, 0
         if "A" in mine:
-            start = sqrt(mine["A"].shape[1] / 3)
-            floors |= {"A": start, "B": sqrt(3) * SHARE * norm / scaling}
-        yield _Site(name, scaling, mine, came, floors)
+            rank = max(x.shape[1] for _, x in mine["A"])
+            floors |= {"A": sqrt(rank / 3), "B": sqrt(3) * SHARE * norm / scaling}
+            rank = max(rank, *(x.shape[1 if of == "A" else -1] for of, xs in came.items() for _, x in xs))
+        yield _Site(name, scaling, rank, mine, came, floors)
 
 
-def _norms(x: Tensor) -> Tensor:
-    """Return the norms `[K]` of `x [K, …]`, summed in float64."""
-    norms: Tensor = torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=torch.float64)
-    return norms
+def _same(one: _Factor, other: _Factor) -> bool:
+    """Return whether two are the same tensors."""
+    return len(one) == len(other) and all(x is y for (_, x), (_, y) in zip(one, other, strict=True))
+
+
+def _norms(factor: _Factor, dtype: torch.dtype | None = torch.float64) -> Tensor:
+    """Return the norms `[K]` of all clients in float64, summed in this type, or in the factor's own."""
+    parts = [Stack(rows, {"": torch.linalg.vector_norm(x.flatten(1), dim=1, dtype=dtype)}) for rows, x in factor]
+    return everyones(parts, [""])[""].double()
+
+
+def _of(factor: _Factor, wanted: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Return what these clients have, ascending, in the order in which they stand."""
+    if len(factor) == 1:
+        return [(torch.arange(len(wanted)), factor[0][1][wanted])]
+    found = []
+    for rows, x in factor:
+        places = torch.isin(wanted.cpu(), rows).nonzero()[:, 0]
+        found.append((places, x[torch.searchsorted(rows, wanted.cpu()[places])]))
+    return found
+
+
+def _grams(factor: _Factor, of: str, rank: int) -> Tensor:
+    """Return `A Aᵀ` or `Bᵀ B`, `[K, rank, rank]` in float64, with zeros beyond each client's own rank."""
+    grams = [(rows, _gram(x, of)) for rows, x in factor]
+    lacking = [(rows, gram, rank - gram.shape[-1]) for rows, gram in grams]
+    return everyones([Stack(rows, {"": pad(gram, (0, more, 0, more))}) for rows, gram, more in lacking], [""])[""]
 
 
 def _gram(x: Tensor, of: str) -> Tensor:
-    """Return `A Aᵀ` or `Bᵀ B`, `[K, r, r]` in float64."""
     x = x.double()
     return x @ x.mT if of == "A" else x.mT @ x
 

@@ -18,13 +18,13 @@ from peertune.rounds.record import Evaluation
 from peertune.rounds.training import Optim
 from peertune.rounds.turns import Steps
 from peertune.topology import Fault, Graph
-from peertune.types import ALONE, Group, State, Tensors, by_site
+from peertune.types import ALONE, Group, Stack, State, Tensors, by_site, only
 
 
 class Heard(NamedTuple):
     """What an exchange brought the K receivers."""
 
-    tensors: Tensors  # [H, …], as they are read; of the receivers themselves among them
+    stacks: Sequence[Stack]  # of the H, as they are read; of the receivers themselves among them
     weights: Tensor  # [K, H], what each receiver takes of each that was heard
     clients: Sequence[int]  # [H], who was heard
     failed: list[tuple[int, int]]  # edges, as records have them, that were active and over which nothing came
@@ -32,13 +32,19 @@ class Heard(NamedTuple):
     sent: Sequence[int] | None = None  # [K], to how many each sends, where that is not as many as it hears
     sites: Tensor | None = None  # [H], how many of the last sites each who was heard sends; None: all
 
+    @property
+    def tensors(self) -> Tensors:
+        """What was heard, `[H, …]`, where all who were have adapters of one shape."""
+        return only(self.stacks)
 
-Refuse = Callable[[Tensors, Tensor, Tensor], list[Refusal]]
-"""`refuse(heard [H, …], receivers [E], senders [E])`: which of these pairs can't be mixed, by the receivers' state."""
+
+Refuse = Callable[[Sequence[Stack], Tensor, Tensor], list[Refusal]]
+"""`refuse(heard, receivers [E], senders [E])`: which of these pairs can't be mixed, by the receivers' state."""
 
 
-Exchange = Callable[[Tensors, int, Refuse], Heard]
-"""`exchange(payload [K, …], round, refuse)`: the only thing in which engines differ. `refuse` takes what was read.
+Exchange = Callable[[Sequence[Stack], int, Refuse], Heard]
+"""`exchange(payload, round, refuse)`: the only thing in which engines differ. `payload` is of the K, and `refuse` takes
+what was read.
 
 What an end refuses counts at neither.
 """
@@ -64,7 +70,7 @@ class Job:
     algorithm: Algorithm
     optim: Optim
     steps: Steps
-    evaluate: Callable[[Tensors, Sequence[int]], Evaluation]  # of adapters [K, …] and whose they are
+    evaluate: Callable[[Sequence[Stack], Sequence[int]], Evaluation]  # of K clients' adapters, and who they are
     state: State  # where the run starts
     clients: Sequence[int]  # [K], whose state it is: all of the graph's, a process's share of them, or a peer
     rounds: int
@@ -72,13 +78,14 @@ class Job:
     evaluate_every: int
     clients_per_pass: int
     bound: Bound | None = None  # what may be mixed; None: everything
-    # of the clients of some adapters [K, …], each with those it heard in a round: by metric, scores [K]
+    # of K clients' adapters [K, …], each with those it heard in a round: by metric, scores [K]
     ensembles: "Callable[[Tensors, Heard, Sequence[int]], list[list[float]]] | None" = None
-    # of some adapters [K, …] and whose they are: each one's score on its client's own rows [K]; None: nobody asks
-    judge_own: "Callable[[Tensors, Sequence[int]], list[float]] | None" = None
+    # of K clients' adapters, and who they are: each one's score on its client's own rows [K]; None: nobody asks
+    judge_own: "Callable[[Sequence[Stack], Sequence[int]], list[float]] | None" = None
     most_loss: float = inf  # training to a mean loss above it counts as diverged
     clock: Clock | None = None  # how long things take in virtual time; None: nothing has a time
     pushing: Pushing | None = None  # how clients mix that wait for nobody; None: they go by rounds
+    ranks: Sequence[int] = ()  # of all of the graph's clients, where they differ
     pausing: Pausing | None = None  # None: what is kept is kept between rounds
     faults: Sequence[Fault] = ()
     group: Group = ALONE  # the processes that share the clients
@@ -95,10 +102,20 @@ class Job:
         at = standing(self.clients[:1], one.rounds)
         return self.algorithm.message.send(one.adapters, one.known, at, Phase(kinds, kinds))[0]
 
-    def read(self, tensors: Tensors, round: int) -> Tensors:
-        """Return what was sent in a round as mixers get it, `[H, …]` both."""
+    @property
+    def cuts(self) -> list[int]:
+        """The ranks that there are, ascending, where they differ; [] where all clients have one."""
+        return sorted(set(self.ranks))
+
+    def read(self, tensors: Tensors, round: int, client: int = -1) -> Tensors:
+        """Return what was sent in a round as mixers get it, `[H, …]` both; where ranks differ, of this client's."""
         read = self.algorithm.message.read
-        return tensors if read is None else read(self.state.adapters, tensors, round)
+        return tensors if read is None else read(self._like(client), tensors, round)
+
+    def _like(self, client: int) -> Tensors:
+        """Return adapters of a client's shapes."""
+        of = {self.ranks[self.clients[int(rows[0])]]: part.adapters for rows, part in self.state.cohorts}
+        return of[self.ranks[client]] if of else self.state.adapters
 
     @property
     def sites(self) -> int:
@@ -119,5 +136,5 @@ CLOCK = "clock.now"
 """What each client's memory holds of virtual time: the nanosecond in which its next round begins, `[K]`."""
 
 
-ExchangeOf = Callable[[Sequence[int], Tensors, int, Refuse], Heard]
+ExchangeOf = Callable[[Sequence[int], Sequence[Stack], int, Refuse], Heard]
 """`exchange(clients, payload, round, refuse)`: an exchange that is told which of a job's clients take part."""

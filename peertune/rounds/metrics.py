@@ -3,17 +3,21 @@
 Pure functions. Sums are accumulated in float64, one tensor at a time, with memory that grows as K and never as K².
 Where the clients are dealt among the processes of a `group`, each of which calls with its own, all get what is true of
 all clients together. With numbers of `rows [K]` each client counts in all means by its own, else all count alike.
+
+Where ranks differ, adapters are cut at them into rank slices (`peertune.rounds.slices`). Each slice's means are over
+the clients that have it, and squared errors add up over slices.
 """
 
-from collections.abc import Mapping, Sequence
-from math import sqrt
+from collections.abc import Iterator, Mapping, Sequence
+from math import hypot, sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from peertune.rounds.shares import entries
-from peertune.types import ALONE, Group, Tensors, by_site, kind, over_clients, pairs, payload_bytes, select
+from peertune.rounds.slices import slices
+from peertune.types import ALONE, Group, Stack, Tensors, kind, over_clients, pairs, payload_bytes, select, stacked
 
 
 def consensus_error(tensors: Tensors, group: Group = ALONE) -> float:
@@ -21,7 +25,8 @@ def consensus_error(tensors: Tensors, group: Group = ALONE) -> float:
 
     X_i is all of client i's `tensors [K, …]` together; pass one kind of them to get that kind's consensus error.
     """
-    errors, _ = _disagreement(tensors, client_mean(tensors, group), group, products=False)
+    every = _Everyone(stacked(tensors), group)
+    errors, _ = _disagreement(every, _mean(every), products=False)
     return sqrt(sum(error**2 for error in errors.values()))
 
 
@@ -31,7 +36,8 @@ def cross_term(adapters: Tensors, group: Group = ALONE) -> float:
     `C = mean_i(B_i A_i) - B̄ Ā = mean_i((B_i - B̄)(A_i - Ā))` at each site, and the result is `sqrt(Σ_sites ‖C‖²_F)`.
     At each site `‖C‖_F ≤ Δ_A Δ_B`. TAD-LoRA (arXiv 2602.00451) and ADF-LoRA (arXiv 2511.18291) bound their error by it.
     """
-    return _disagreement(adapters, client_mean(adapters, group), group)[1]
+    every = _Everyone(stacked(adapters), group)
+    return _disagreement(every, _mean(every))[1]
 
 
 def product_norm(adapters: Tensors) -> float:
@@ -57,28 +63,62 @@ def _root_mean_square(tensors: Tensors) -> float:
     return sqrt(sum(float(x.double().square().sum()) / len(x) for x in tensors.values()))
 
 
-def _disagreement(
-    tensors: Tensors, mean: Tensors, group: Group, rows: Tensor | None = None, *, products: bool = True
-) -> tuple[dict[str, float], float]:
+class _Site(NamedTuple):
+    """A site, or a rank slice of one."""
+
+    tensors: Tensors  # [P, …] of those who have it, by names that no other has
+    rows: Tensor | None  # [P], by how many rows each counts; None: all alike
+    clients: int  # of all processes
+    total: float  # of what they count by
+
+
+class _Everyone:
+    """All clients' tensors, as means go over them; `cuts` are the ranks that there are, where these differ."""
+
+    def __init__(
+        self, stacks: Sequence[Stack], group: Group = ALONE, rows: Tensor | None = None, cuts: Sequence[int] = ()
+    ) -> None:
+        self.stacks, self.group, self.rows, self.cuts = stacks, group, rows, cuts
+        self._counts: dict[int, tuple[int, float]] = {}  # by the number of clients of this process
+
+    def sites(self) -> Iterator[_Site]:
+        """Yield each slice of each site."""
+        for part in slices(self.stacks, self.cuts):
+            if (own := part.cut(self.stacks)) is None:
+                continue
+            rows = self.rows if self.rows is None or not self.cuts else self.rows[own.rows.to(self.rows.device)]
+            tensors = {f"{part.lo}.{name}": x for name, x in own.tensors.items()} if part.lo else own.tensors
+            yield _Site(tensors, rows, *self._count(len(own.rows), rows))
+
+    def _count(self, here: int, rows: Tensor | None) -> tuple[int, float]:
+        """Return how many clients have a slice, `here` and in other processes, and what they count by together."""
+        if here not in self._counts:  # who has as many of the nested slices has the same
+            clients = int(self.group.add(torch.tensor(here)))
+            self._counts[here] = clients, clients if rows is None else float(self.group.add(rows.sum()))
+        return self._counts[here]
+
+
+def _disagreement(every: _Everyone, mean: Tensors, *, products: bool = True) -> tuple[dict[str, float], float]:
     """Return the consensus error of each kind around the clients' mean, and the cross term (or 0, without `products`).
 
     Both come out of one pass over the sites, with room for one site in float64.
     """
-    if not tensors:
+    crossed, totals, squares = dict[float, float](), dict[str, float](), dict[str, Tensor]()
+    for site in every.sites():
+        apart = {name: x.double() - mean[name] for name, x in site.tensors.items()}
+        squares |= {name: _counted(x.square(), site.rows).sum() for name, x in apart.items()}
+        totals |= dict.fromkeys(apart, site.total)
+        for A, B in _pairs(apart) if products else ():
+            square = _product_square(_counted(B, site.rows), A, site.clients, every.group)
+            crossed[site.total] = crossed.get(site.total, 0.0) + square
+    if not squares:
         return {}, 0.0
-    clients, crossed = _clients(tensors, group), 0.0
-    total = clients if rows is None else float(group.add(rows.sum()))
-    squares: Tensors = {}
-    for site in by_site(tensors):
-        apart = {name: x.double() - mean[name] for name, x in site.items()}
-        squares |= {name: _counted(x.square(), rows).sum() for name, x in apart.items()}
-        if products:
-            crossed += sum(_product_square(_counted(B, rows), A, clients, group) for A, B in _pairs(apart))
-    errors = dict.fromkeys(sorted({kind(name) for name in tensors}), 0.0)
-    sums = group.add(torch.stack(list(squares.values())))
-    for name, square in zip(squares, (sums / total).tolist(), strict=True):
+    errors = dict.fromkeys(sorted(set(map(kind, squares))), 0.0)
+    sums = every.group.add(torch.stack(list(squares.values())))
+    over = torch.tensor(list(totals.values()), dtype=sums.dtype, device=sums.device)
+    for name, square in zip(squares, (sums / over).tolist(), strict=True):
         errors[kind(name)] += square
-    return {k: sqrt(error) for k, error in errors.items()}, sqrt(crossed) / total
+    return {k: sqrt(e) for k, e in errors.items()}, hypot(*(sqrt(c) / total for total, c in crossed.items()))
 
 
 def _counted(x: Tensor, rows: Tensor | None) -> Tensor:
@@ -145,18 +185,27 @@ class Before(NamedTuple):
     errors: dict[str, float]  # consensus error of each kind sent
 
 
-def before_mixing(payload: Tensors, group: Group = ALONE, rows: Tensor | None = None) -> Before:
+def before_mixing(
+    payload: Sequence[Stack], group: Group = ALONE, rows: Tensor | None = None, cuts: Sequence[int] = ()
+) -> Before:
     """Measure what is sent, just before it is mixed."""
-    mean = client_mean(payload, group, rows)
-    return Before(mean, _disagreement(payload, mean, group, rows, products=False)[0])
+    every = _Everyone(payload, group, rows, cuts)
+    mean = _mean(every)
+    return Before(mean, _disagreement(every, mean, products=False)[0])
 
 
-def client_mean(tensors: Tensors, group: Group = ALONE, rows: Tensor | None = None) -> Tensors:
+def client_mean(tensors: Tensors) -> Tensors:
     """Return the mean over the clients of `tensors [K, …]`, each `[…]` in float64."""
-    if not tensors:
-        return {}
-    total = _clients(tensors, group) if rows is None else float(group.add(rows.sum()))
-    return {name: group.add(_counted(x, rows).sum(0, dtype=torch.float64)) / total for name, x in tensors.items()}
+    return _mean(_Everyone(stacked(tensors)))
+
+
+def _mean(every: _Everyone) -> Tensors:
+    """Return the mean over the clients of each tensor, `[…]` in float64; of slices, over those who have it."""
+    return {
+        name: every.group.add(_counted(x, site.rows).sum(0, dtype=torch.float64)) / site.total
+        for site in every.sites()
+        for name, x in site.tensors.items()
+    }
 
 
 def mean_drift(before: Tensors, after: Tensors) -> float:
@@ -167,16 +216,23 @@ def mean_drift(before: Tensors, after: Tensors) -> float:
     return sqrt(sum(float((after[name] - x).square().sum()) for name, x in before.items()))
 
 
-def diagnostics(before: Before, after: Tensors, group: Group = ALONE, rows: Tensor | None = None) -> dict[str, float]:
-    """Describe one mixing step: what `before_mixing` measured of what was sent, and the adapters `[K, …]` after it.
+def diagnostics(
+    before: Before,
+    after: Sequence[Stack],
+    group: Group = ALONE,
+    rows: Tensor | None = None,
+    cuts: Sequence[int] = (),
+) -> dict[str, float]:
+    """Describe one mixing step: what `before_mixing` measured of what was sent, and the clients' adapters after it.
 
     Returns `consensus_error_A`, `consensus_error_B`, `consensus_error_head` where there is a head, and `cross_term`,
     all after mixing; `mean_drift`, of the sent kinds, by mixing; and for each sent kind in which clients disagreed
     `contraction_A` and so on, the squared consensus error after over that before: by gossip at most rho on average,
     where all rounds have one law.
     """
-    mean = client_mean(after, group, rows)
-    found, crossed = _disagreement(after, mean, group, rows)
+    every = _Everyone(after, group, rows, cuts)
+    mean = _mean(every)
+    found, crossed = _disagreement(every, mean)
     known = {"A": 0.0, "B": 0.0} | found
     errors = {f"consensus_error_{k}": error for k, error in known.items()}
     contraction = {
@@ -188,10 +244,10 @@ def diagnostics(before: Before, after: Tensors, group: Group = ALONE, rows: Tens
     return errors | {"cross_term": crossed, "mean_drift": drift} | contraction
 
 
-def bytes_sent(payload: Tensors, neighbours: Sequence[int]) -> list[int]:
+def bytes_sent(payload: Sequence[Stack], neighbours: Sequence[int]) -> list[int]:
     """Bytes that each client sends in a round, to all of its `neighbours [K]` together."""
-    size = payload_bytes(payload)
-    return [size * count for count in neighbours]
+    sizes = {row: payload_bytes(tensors) for rows, tensors in payload for row in rows.tolist()}
+    return [sizes.get(row, 0) * count for row, count in enumerate(neighbours)]
 
 
 def neighbour_counts(weights: Tensor) -> list[int]:
@@ -242,8 +298,3 @@ def heard_mean(own: Tensors, heard: Tensors, weights: Tensor, clients: Sequence[
         alone = (counts == 0).view(-1, *[1] * (mean.dim() - 1))
         found[name] = torch.where(alone, own[name], mean)
     return found
-
-
-def _clients(tensors: Tensors, group: Group) -> int:
-    """Return how many clients there are in all processes together."""
-    return int(group.add(torch.tensor(len(next(iter(tensors.values()))))))

@@ -6,32 +6,36 @@ For gossip this is `x_i + Σ_j W_ij (Q(x_j) - Q(x_i))`: with symmetric W the cli
 rounding, and a client that hears nobody keeps its adapter. Rounded others beside an exact own would move the mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from peertune.method import At, Phase
+from peertune.method import At, Memory, Phase, Weights, plain_weights
 from peertune.rounds import bounds, deadline, metrics
 from peertune.rounds.bounds import Refusal
 from peertune.rounds.job import Heard, Job, Refuse
-from peertune.rounds.shares import as_weights, entries, giving_back, without_site
+from peertune.rounds.shares import as_weights, entries, giving_back, of_slice, without_site
+from peertune.rounds.slices import Slice, everyones, filled, rank, slices
 from peertune.topology import drop_edges, messages_sent, planned_weights
-from peertune.types import State, Tensors, by_site
+from peertune.types import Stack, State, Tensors
 
 
 def exchanged(
-    job: Job, clients: Sequence[int], among: Sequence[int], tensors: Tensors, round: int, refuse: Refuse
+    job: Job, clients: Sequence[int], among: Sequence[int], sent: Sequence[Stack], round: int, refuse: Refuse
 ) -> Heard:
-    """Return what an exchange brought the K `clients`: `tensors [H, …]` of those `among` whom all are whom they hear.
+    """Return what an exchange brought the K `clients`: what was `sent` by those `among` whom all are whom they hear.
 
-    The tensors are what was sent. An edge that one end refuses is dropped from the mixing matrix like one that is
+    An edge that one end refuses is dropped from the mixing matrix like one that is
     planned to fail, at both ends.
     """
-    tensors, graph = job.read(tensors, round), job.graph
+    graph = job.graph
+    senders = [among[int(rows[0])] if job.ranks else -1 for rows, _ in sent]
+    stacks = [Stack(one.rows, job.read(one.tensors, round, by)) for one, by in zip(sent, senders, strict=True)]
     matrix, failed = planned_weights(graph, job.faults, round)
     ours, theirs = (np.asarray(numbers, dtype=np.int64) for numbers in (clients, among))
     rows = matrix if len(ours) == graph.clients else matrix[ours]
@@ -39,7 +43,7 @@ def exchanged(
     receivers, senders = taken.row, np.searchsorted(theirs, taken.col)
     others = (ours[receivers] != taken.col) & (taken.data != 0)
     places = (torch.from_numpy(x[others]).long().to(job.device) for x in (receivers, senders))
-    found = refuse(tensors, *places) if tensors else []
+    found = refuse(stacks, *places) if stacks else []
     tell(job, round, found, clients, among, "the edge is dropped")
     pairs = {metrics.as_edge(among[sender], clients[receiver], graph.directed) for receiver, sender, _ in found}
     told = chain(*job.group.gather(sorted(pairs)))
@@ -50,8 +54,8 @@ def exchanged(
         rows = rows[:, theirs]
     if job.group.size > 1:
         failed = [edge for edge in failed if not set(edge).isdisjoint(job.clients)]
-    sent = messages_sent(graph, job.faults, round)[ours].tolist() if graph.directed else None
-    return Heard(tensors, as_weights(rows, job.device), among, failed, sent=sent)
+    messages = messages_sent(graph, job.faults, round)[ours].tolist() if graph.directed else None
+    return Heard(stacks, as_weights(rows, job.device), among, failed, sent=messages)
 
 
 def tell(
@@ -67,7 +71,7 @@ def refusing(job: Job, state: State) -> Refuse:
     """Return what refuses to mix, by the state that the receivers have."""
     if job.bound is None:
         return lambda heard, receivers, senders: []
-    return partial(bounds.refused, job.bound, state.adapters)
+    return partial(bounds.refused, job.bound, state.stacks)
 
 
 def mixable(
@@ -78,12 +82,12 @@ def mixable(
     Their weight returns to the receiver's own adapter, at this end only.
     """
     weights = came.weights
-    if job.bound is None or not came.tensors:
+    if job.bound is None or not came.stacks:
         return weights, []
     receivers, places, _ = entries(weights)
     ours, theirs = (torch.tensor(numbers, device=weights.device) for numbers in (clients, came.clients))
     others = ours[receivers] != theirs[places]
-    found = bounds.apart(job.bound, state.adapters, came.tensors, receivers[others], places[others])
+    found = bounds.apart(job.bound, state.stacks, came.stacks, receivers[others], places[others])
     if not found:
         return weights, []
     tell(job, t, found, clients, came.clients, "the edge counts, and this end mixes nothing of it")
@@ -113,35 +117,124 @@ def arrived(job: Job, heard: Heard, clients: Sequence[int], t: int) -> Heard:
     return heard._replace(weights=weights, failed=sorted({*heard.failed, *before} - {*after}), sites=sites)
 
 
+class _Meeting(NamedTuple):
+    """Adapters of one site, or of a rank slice of one, that are mixed with others of their shape."""
+
+    part: Slice
+    own: Stack  # of the P receivers
+    came: Tensors  # [M, …], of those who have it too
+    share: Tensor  # [P, M]
+    places: Tensor  # [P], of the receivers among the M
+    at: At  # of the receivers
+    known: Memory  # what they remember
+
+
 def mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> None:
     """Mix what was heard into the adapters, **in place**; of each who was heard the sites that it sends.
 
-    It goes from site to site, so that beside the stack only one site's new factors are held.
+    It goes from site to site, so that beside the stack only one site's new factors are held. Where ranks differ, a
+    mixer is given rank slices, or whole sites of the receivers of one rank: see `Mixer.ranks`.
     """
-    mixer, message, heard = job.algorithm.mixer, job.algorithm.message, mixed.tensors
-    used, changed = mixer.weigh(state.adapters, heard, mixed.weights, state.known, at, phase)
-    state.remember(changed)
-    places = places_among(mixed.clients, at.clients.tolist()).to(job.device)
+    mixer, exact = job.algorithm.mixer, job.algorithm.message.exact
+    used = _weighed(job, state, mixed, at, phase)
+    if not state.cohorts and len(mixed.stacks) <= 1:
+        meetings = _sites
+    else:
+        meetings = _slices if mixer.ranks == "slices" else _by_receiver
+    for part, own, came, share, places, here, known in meetings(job, state, mixed, used, at):
+        as_read = own.tensors if exact else own.tensors | {n: came[n][places] for n in own.tensors if n in came}
+        new, changed = mixer.receive(as_read, came, share, known, here, phase)
+        for name, x in own.tensors.items():
+            if new[name] is not as_read[name]:
+                _write(state, part, own.rows, name, new[name] if exact else x + new[name].sub(as_read[name]))
+        if changed:
+            state.remember(changed)
+
+
+def _write(state: State, part: Slice, rows: Tensor, name: str, x: Tensor) -> None:
+    """Write what some clients, by their rows, have of a site now, **in place**."""
+    for own, cohort in state.parts:
+        to = part.of(name, cohort.adapters[name])
+        if len(state.parts) == 1:
+            to.copy_(x)
+        elif len(there := torch.isin(own, rows).nonzero()[:, 0]):
+            to[there] = x[torch.searchsorted(rows, own[there])]
+
+
+def _weighed(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> Weights:
+    """Return the weights to mix with, by the mixer's word."""
+    weigh = job.algorithm.mixer.weigh
+    if weigh is plain_weights:
+        return mixed.weights
+    if not state.cohorts and len(mixed.stacks) <= 1:
+        used, changed = weigh(state.adapters, mixed.tensors, mixed.weights, state.known, at, phase)
+        state.remember(changed)
+        return used
+    # Of clients of several ranks there are no factors of one shape: it goes by what travels beside them.
+    told = everyones(mixed.stacks, mixed.stacks[0].tensors.keys() - state.parts[0][1].adapters.keys())
+    found = []
+    for rows, part in state.parts:
+        weights = mixed.weights.index_select(0, rows.to(mixed.weights.device))
+        used, changed = weigh({}, told, weights, part.known, _at(at, rows), phase)
+        assert isinstance(used, Tensor), "weights that differ from site to site are of clients of one rank"
+        part.remember(changed)
+        found.append(used)
+    return torch.cat(found).index_select(0, torch.cat([rows for rows, _ in state.parts]).argsort())
+
+
+def _at(at: At, rows: Tensor, heard: Tensor | None = None) -> At:
+    """Return where some of the clients stand, who heard some of those who were heard, or all."""
+    came = at.heard if heard is None or at.heard is None else at.heard[heard]
+    return At(at.clients[rows], at.round[rows], at.step[rows], came)
+
+
+def _sites(job: Job, state: State, mixed: Heard, used: Weights, at: At) -> Iterator[_Meeting]:
+    """Yield site by site what all have, who are of one rank."""
+    heard, places = mixed.tensors, places_among(mixed.clients, at.clients.tolist()).to(job.device)
     beside = {name: x for name, x in heard.items() if name not in state.adapters}
-    known = state.known
-    groups = by_site(state.adapters)
-    for left, own in zip(range(len(groups), 0, -1), groups, strict=True):
-        came = {name: heard[name] for name in own if name in heard}
+    for part in slices(state.stacks):
+        own = Stack(at.clients, {name: state.adapters[name] for name in part.names})
+        came = {name: heard[name] for name in part.names if name in heard}
         if not came:
             continue
-        names = tuple(f"{name}." for name in own)  # after their owner's, those of what travels beside these adapters
+        names = tuple(f"{name}." for name in own.tensors)  # after their owner's, those of what travels beside these
         told = came | {name: x for name, x in beside.items() if name.partition(".")[2].startswith(names)}
-        as_read = own if message.exact else own | {name: x[places] for name, x in came.items()}
-        share = used if isinstance(used, Tensor) else used[next(iter(own)).rpartition(".")[0]]
+        share = used if isinstance(used, Tensor) else used[part.names[0].rpartition(".")[0]]
         if mixed.sites is not None:
-            share = without_site(share, places, mixed.sites, left)
-        new, changed = mixer.receive(as_read, told, share, known, at, phase)
-        state.remember(changed)
-        known |= changed
-        for name, x in own.items():
-            if new[name] is as_read[name]:
-                continue
-            if message.exact:
-                x.copy_(new[name])
-            else:
-                x.add_(new[name].sub(as_read[name]))
+            share = without_site(share, places, mixed.sites, part.left)
+        yield _Meeting(part, own, told, share, places, at, state.known)
+
+
+def _slices(job: Job, state: State, mixed: Heard, used: Weights, at: At) -> Iterator[_Meeting]:
+    """Yield slice by slice what those have who have it."""
+    assert isinstance(used, Tensor), "weights that differ from site to site are of clients of one rank"
+    places, to_own = places_among(mixed.clients, at.clients.tolist()), job.algorithm.mixer.lacking == "own"
+    shares: dict[tuple[bytes, bytes], Tensor] = {}
+    for part in slices(state.stacks, job.cuts):
+        own, came = part.cut(state.stacks), part.cut(mixed.stacks)
+        if own is None or came is None:
+            continue
+        who = own.rows.numpy().tobytes(), came.rows.numpy().tobytes()
+        if who not in shares:
+            shares[who] = of_slice(used, places, own.rows, came.rows, to_own=to_own)
+        among = torch.searchsorted(came.rows, places[own.rows]).to(job.device)
+        yield _Meeting(part, own, came.tensors, shares[who], among, _at(at, own.rows, came.rows), {})
+
+
+def _by_receiver(job: Job, state: State, mixed: Heard, used: Weights, at: At) -> Iterator[_Meeting]:
+    """Yield by site what the receivers of each rank have, and what all heard, with zeros up to the highest rank."""
+    assert isinstance(used, Tensor), "weights that differ from site to site are of clients of one rank"
+    places = places_among(mixed.clients, at.clients.tolist())
+    for part in slices(state.stacks):
+        names = [name for name in part.names if mixed.stacks and name in mixed.stacks[0].tensors]
+        if not names:
+            continue
+        heard = torch.cat([torch.full_like(rows, rank(tensors, names)) for rows, tensors in mixed.stacks])
+        heard = heard[torch.cat([rows for rows, _ in mixed.stacks]).argsort()]
+        ranks = {rank(cohort.adapters, names) for _, cohort in state.parts} | {*heard.tolist()}
+        came = filled(mixed.stacks, names, max(ranks))
+        for rows, cohort in state.parts:
+            own = Stack(rows, {name: cohort.adapters[name] for name in part.names})
+            share = used.index_select(0, rows.to(used.device))
+            here = _at(at, rows)._replace(ranks=heard if len(ranks) > 1 else None)
+            yield _Meeting(part, own, came, share, places[rows].to(job.device), here, {})

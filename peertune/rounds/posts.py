@@ -10,7 +10,7 @@ from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.mixing import tell
 from peertune.rounds.shares import as_weights
 from peertune.topology.pushes import rows, share
-from peertune.types import Tensors
+from peertune.types import Stack, Tensors, only, stacked
 
 
 class Post(NamedTuple):
@@ -30,18 +30,26 @@ class Taken(NamedTuple):
 
 
 def mixed(
-    job: Job, me: int, own: Post, payload: Tensors, came: Sequence[tuple[Taken, Tensors]], heard: int, refuse: Refuse
+    job: Job,
+    me: int,
+    own: Post,
+    sent: Sequence[Stack],
+    came: Sequence[tuple[Taken, Tensors]],
+    heard: int,
+    refuse: Refuse,
 ) -> tuple[Heard, list[Taken]]:
-    """Return what a client hears, its `own` payload `[1, …]` among it, and which messages are not refused.
+    """Return what a client hears, what it `sent` itself among it, and which messages are not refused.
 
+    `own` says which message that is.
     `came` has of each neighbour one message, `[1, …]`. `heard` says how many count for the weights: those that came,
     and where a run is replayed those that were refused then, too.
     """
-    sent = {taken.post.client: tensors for taken, tensors in came} | {me: payload}
-    among = sorted(sent)
-    tensors = {name: torch.cat([sent[client][name].to(job.device) for client in among]) for name in payload}
+    payload = only(sent)
+    each = {taken.post.client: tensors for taken, tensors in came} | {me: payload}
+    among = sorted(each)
+    tensors = {name: torch.cat([each[client][name].to(job.device) for client in among]) for name in payload}
     places = torch.tensor([among.index(taken.post.client) for taken, _ in came], dtype=torch.int64, device=job.device)
-    refused = refuse(tensors, torch.zeros_like(places), places) if came else []
+    refused = refuse(stacked(tensors), torch.zeros_like(places), places) if came else []
     tell(job, own.version, refused, [me], among, "it is left out")
     without = {among[sender] for _, sender, _ in refused}
     whole = [taken for taken, _ in came if taken.post.client not in without]
@@ -55,4 +63,4 @@ def mixed(
     }
     weights = as_weights(rows([me], among, takes, directed=directed), job.device)
     failed = sorted(metrics.as_edge(client, me, directed) for client in without)
-    return Heard(tensors, weights, among, failed, sent=[own.degree]), whole
+    return Heard(stacked(tensors), weights, among, failed, sent=[own.degree]), whole

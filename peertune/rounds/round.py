@@ -1,10 +1,10 @@
 """One round: local steps, exchange, mix. Every engine runs this and nothing else; only `exchange` differs."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -18,9 +18,10 @@ from peertune.rounds.job import CLOCK, Exchange, ExchangeOf, Heard, Job
 from peertune.rounds.mixing import arrived, mix, mixable, places_among, refusing
 from peertune.rounds.record import RoundRecord, Watch
 from peertune.rounds.shares import entries
+from peertune.rounds.slices import chosen
 from peertune.rounds.turns import Came, Turn, train
 from peertune.topology import clients_down, delay_s
-from peertune.types import Group, State, select
+from peertune.types import Group, Stack, State, only, select, stacked
 
 
 def run_rounds(job: Job, exchange: ExchangeOf) -> Iterator[RoundRecord]:
@@ -45,9 +46,9 @@ def next_rounds(runs: Sequence[tuple[Job, ExchangeOf]]) -> Iterator[RoundRecord 
     on is yielded in the place of its record; it costs the others nothing.
     """
     begun = [tried(partial(_begin_of, job)) for job, _ in runs]
-    trained = iter(train([one.turn for one in begun if isinstance(one, Begun)]))
+    trained = iter(train([turn for one in begun if isinstance(one, Begun) for turn in one.turns]))
     for (job, exchange), one in zip(runs, begun, strict=True):
-        came = one if isinstance(one, Exception) else next(trained)
+        came = [] if isinstance(one, Exception) else [*islice(trained, len(one.turns))]
         yield tried(partial(_end_of, job, one, came, exchange))
 
 
@@ -60,18 +61,23 @@ def run_round(job: Job, state: State, clients: Sequence[int], t: int, exchange: 
     Raises DivergedError, before anything is sent, where training diverged; `state` then is of no more use.
     """
     begun = _begin(job, state, clients, t)
-    (came,) = train([begun.turn])
-    return end(job, begun, came, exchange)
+    return end(job, begun, train(begun.turns), exchange)
 
 
 class Begun(NamedTuple):
     """A round whose local steps are to be done."""
 
-    turn: Turn
+    state: State
+    turns: Sequence[Turn]  # of each cohort of it
     clients: Sequence[int]  # [K], who take part
     t: int
     phase: Phase  # in which most of them are
     rows: Tensor | None = None  # of these among the job's clients; None: all
+
+    @classmethod
+    def of(cls, turn: Turn, clients: Sequence[int], t: int, phase: Phase) -> "Begun":
+        """Return the round of clients who are one cohort."""
+        return cls(turn.state, [turn], clients, t, phase)
 
 
 def _begin_of(job: Job) -> Begun:
@@ -90,34 +96,55 @@ def _begin_of(job: Job) -> Begun:
 def _whole(state: State, rows: Tensor, part: State) -> State:
     """Return the state within a round of all clients, of whom only these `rows` take part; the others' is zeros."""
     state.put(rows, part)
-    within = {
-        name: x.new_zeros((state.clients, *x.shape[1:])).index_copy(0, rows, x) for name, x in part.within.items()
-    }
-    return replace(state, step=part.step, within=within)
+    cohorts = []
+    for own, cohort in state.parts:
+        here = torch.isin(rows.cpu(), own).nonzero()[:, 0]
+        to = torch.searchsorted(own, rows.cpu()[here])
+        within = {
+            name: x.new_zeros((cohort.clients, *x.shape[1:])).index_copy(0, to.to(x.device), x)
+            for _, took in (part.take(here).parts if len(here) else ())
+            for name, x in took.within.items()
+        }
+        cohorts.append((own, replace(cohort, step=part.step, within=within)))
+    return State.together(cohorts)
 
 
-def _end_of(job: Job, begun: Begun | Exception, came: Came | Exception, exchange: ExchangeOf) -> RoundRecord:
+def _end_of(job: Job, begun: Begun | Exception, came: Sequence[Came | Exception], exchange: ExchangeOf) -> RoundRecord:
     """Return the record of a job's round whose local steps are done, with the state of all its clients."""
     if isinstance(begun, Exception):
         raise begun
     part, record = end(job, begun, came, partial(exchange, begun.clients))
     earliest = 0
     if job.clock is not None and clients_down(job.faults, begun.t):  # asked in all processes, whoever is down where
-        earliest = min(job.group.gather(min(part.memory[CLOCK].tolist(), default=2**62)))
+        earliest = min(job.group.gather(min(part.remembered(CLOCK).tolist(), default=2**62)))
     if begun.rows is None:
         return record
     job.state.put(begun.rows, part)
     if job.clock is not None:  # who was down joins in where the first of the others has ended the round
-        job.state.remember({CLOCK: job.state.memory[CLOCK].clamp(min=earliest)})
+        job.state.remember({CLOCK: job.state.remembered(CLOCK).clamp(min=earliest)})
     return replace(record, state=job.state.at(begun.t + 1))
 
 
 def _begin(job: Job, state: State, clients: Sequence[int], t: int) -> Begun:
     """Say what the K `clients` of `state` are to train in round t."""
-    turn = turn_of(job, state, clients)
+    turns = [turn_of(job, part, [clients[row] for row in rows.tolist()]) for rows, part in state.parts]
     if job.pausing is not None:
-        turn = turn._replace(pauses=job.pausing.after(t, job.local_steps), keep=job.pausing.keep)
-    return Begun(turn, clients, t, _common(job, turn.phases, t))
+        pauses, keep = job.pausing.after(t, job.local_steps), _keeping(state, job.pausing.keep)
+        turns = [turn._replace(pauses=pauses, keep=partial(keep, n)) for n, turn in enumerate(turns)]
+    return Begun(state, turns, clients, t, _common(job, [phase for turn in turns for phase in turn.phases], t))
+
+
+def _keeping(state: State, keep: Callable[[State], object]) -> Callable[[int, State], object]:
+    """Return what is told each cohort's state within a round, by its number, and has all of them kept together."""
+    told: dict[int, State] = {}
+
+    def hear(number: int, part: State) -> None:
+        told[number] = part
+        if len(told) == len(state.parts):
+            keep(State.together([(rows, told[n]) for n, (rows, _) in enumerate(state.parts)]))
+            told.clear()
+
+    return hear
 
 
 def turn_of(job: Job, state: State, clients: Sequence[int], phase_rounds: Tensor | None = None) -> Turn:
@@ -131,21 +158,21 @@ def turn_of(job: Job, state: State, clients: Sequence[int], phase_rounds: Tensor
 
 
 def end(
-    job: Job, begun: Begun, came: Came | Exception, exchange: Exchange, *, common: bool = True
+    job: Job, begun: Begun, came: Sequence[Came | Exception], exchange: Exchange, *, common: bool = True
 ) -> tuple[State, RoundRecord]:
     """Do what is left of a round after its local steps, **in place**.
 
     Where it is no `common` round of the job's clients, nothing is measured of all of them, and nothing evaluated.
     """
-    if isinstance(came, Exception):
-        raise came
-    turn, clients, t, phase, _ = begun
-    if bool((came.loss > job.most_loss).any()):
-        raise DivergedError(f"training: the loss is {float(came.loss.max()):.3g} in round {t}")
+    state, turns, clients, t, phase, _ = begun
+    trained = _trained(job, begun, came)
     due = common and is_due(job, t)
-    state, at, message, watch = turn.state, turn.at, job.algorithm.message, Watch(came.seconds)
-    payload, changed = message.send(state.adapters, state.known, at, phase)
-    state.remember(changed)
+    at, message, watch = standing(clients, state.rounds, job.local_steps), job.algorithm.message, Watch(trained.seconds)
+    payload = list[Stack]()
+    for (members, part), turn in zip(state.parts, turns, strict=True):
+        sent, changed = message.send(part.adapters, part.known, turn.at, phase)
+        part.remember(changed)
+        payload += [Stack(members, sent)] if sent else []
     heard = arrived(job, exchange(payload, t, refusing(job, state)), clients, t)
     watch.lap("exchange")
     at = at._replace(heard=torch.tensor(heard.clients, dtype=torch.int64))
@@ -154,34 +181,36 @@ def end(
     sent_bytes = metrics.bytes_sent(payload, messages)
     sites_sent = [] if heard.sites is None else heard.sites[places_among(heard.clients, clients)].tolist()
     if heard.sites is not None:
-        sent_bytes = deadline.bytes_sent(payload, state.adapters, sites_sent, messages)
+        sent_bytes = deadline.bytes_sent(only(payload), state.adapters, sites_sent, messages)
     if message.edgewise is not None:
-        sent_bytes = message.edgewise.bytes_sent(payload, state.known, heard.weights, at)
+        sent_bytes = message.edgewise.bytes_sent(only(payload), state.known, heard.weights, at)
     if message.settle is not None:
         state.remember(message.settle(state.known, heard.tensors, heard.weights, at, phase))
     weights, unmixed = mixable(job, state, clients, t, heard)
     sizes = [size / max(1, count) for size, count in zip(sent_bytes, messages, strict=True)]
     spans = _timed(job, state, clients, t, heard, sizes) if common else []
     watch.lap("mix")
-    sent, pushed = select(heard.tensors, phase.send), job.graph.weights == "push_sum"
-    measurable = due and message.whole and heard.sites is None
-    cross_terms = metrics.neighbourhood_cross_terms(sent, weights, pushed) if measurable else None
+    measurable = due and message.whole and heard.sites is None and len(heard.stacks) < 2
+    pushed = job.graph.weights == "push_sum"
+    cross_terms = None
+    if measurable:
+        cross_terms = metrics.neighbourhood_cross_terms(select(heard.tensors, phase.send), weights, pushed)
     rows = None if job.graph.rows is None else torch.from_numpy(job.graph.rows[list(clients)]).to(job.device)
-    before = (
-        None if job.alone or not common else metrics.before_mixing(select(state.adapters, phase.send), job.group, rows)
-    )
+    before = None
+    if common and not job.alone:
+        before = metrics.before_mixing(chosen(state.stacks, phase.send), job.group, rows, job.cuts)
     watch.lap("metrics")
     mixed = heard._replace(weights=weights)
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
     mix(job, state, mixed, at, phase)
-    state = replace(state, rounds=state.rounds + 1, step=0)
+    state = state.after()
     watch.lap("mix")
-    diagnostics = {} if before is None else metrics.diagnostics(before, state.adapters, job.group, rows)
+    diagnostics = {} if before is None else metrics.diagnostics(before, state.stacks, job.group, rows, job.cuts)
     watch.lap("metrics")
     evaluation = None
     if due:
-        evaluation = job.evaluate(state.adapters, clients).with_heard(together)
+        evaluation = job.evaluate(state.stacks, clients).with_heard(together)
         kept = best.keep(state, evaluation, t)
         evaluation = replace(evaluation, own_trained=own_trained, own_heard=own_heard, best_rounds=kept)
         watch.lap("evaluate")
@@ -190,15 +219,20 @@ def end(
         train=sorted(phase.train),
         send=sorted(phase.send),
         clients=list(clients),
-        loss=came.loss.tolist(),
-        grad_norm=came.grad_norm.tolist(),
+        loss=trained.loss.tolist(),
+        grad_norm=trained.grad_norm.tolist(),
         bytes_sent=sent_bytes,
         neighbours=neighbours,
         edges=metrics.edges(heard.weights, clients, heard.clients, job.graph.directed) if payload else [],
         failed_edges=heard.failed if payload else [],
         vacant_edges=list(heard.vacant) if payload else [],
         not_mixed=unmixed,
-        out_of_phase=[client for client, own in zip(clients, turn.phases, strict=True) if own != phase],
+        out_of_phase=sorted(
+            client
+            for turn in turns
+            for client, own in zip(turn.at.clients.tolist(), turn.phases, strict=True)
+            if own != phase
+        ),
         neighbourhood_cross_term=cross_terms,
         diagnostics=diagnostics,
         seconds=watch.seconds,
@@ -210,6 +244,21 @@ def end(
     )
 
 
+def _trained(job: Job, begun: Begun, came: Sequence[Came | Exception]) -> Came:
+    """Return what the local steps of all clients came to. Raises what came in the place of it, or DivergedError."""
+    parts = list[Came]()
+    for part in came:
+        if isinstance(part, Exception):
+            raise part
+        parts.append(part)
+    order = torch.cat([rows for rows, _ in begun.state.parts]).argsort()
+    loss = torch.cat([part.loss for part in parts])[order]
+    grad_norm = torch.cat([part.grad_norm for part in parts])[order]
+    if bool((loss > job.most_loss).any()):
+        raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {begun.t}")
+    return Came(loss, grad_norm, sum(part.seconds for part in parts))
+
+
 def _timed(job: Job, state: State, clients: Sequence[int], t: int, heard: Heard, sizes: Sequence[float]) -> list[Span]:
     """Move the clients' clocks to the end of round t, and return what each did; [] where nothing has a time.
 
@@ -217,7 +266,7 @@ def _timed(job: Job, state: State, clients: Sequence[int], t: int, heard: Heard,
     """
     if job.clock is None:
         return []
-    begun = dict(zip(clients, state.memory[CLOCK].tolist(), strict=True))
+    begun = dict(zip(clients, state.remembered(CLOCK).tolist(), strict=True))
     steps = range(t * job.local_steps, (t + 1) * job.local_steps)
     own = [
         [client, job.clock.trained(client, begun[client], steps, delay_s(job.faults, client, t)), size]
@@ -226,7 +275,7 @@ def _timed(job: Job, state: State, clients: Sequence[int], t: int, heard: Heard,
     sent = {client: (end, size) for client, end, size in chain(*job.group.gather(own))}
     receivers, places, _ = (x.tolist() for x in entries(heard.weights))
     pairs = ((clients[receiver], heard.clients[place]) for receiver, place in zip(receivers, places, strict=True))
-    came = [(i, j, job.clock.arrives(*sent[j])) for i, j in pairs if i != j] if heard.tensors else []
+    came = [(i, j, job.clock.arrives(*sent[j])) for i, j in pairs if i != j] if heard.stacks else []
     ends = lockstep(begun, {client: sent[client][0] for client in clients}, came)
     now = [ends[client][0] for client in clients]
     state.remember({CLOCK: torch.tensor(now, dtype=torch.int64, device=job.device)})
@@ -249,7 +298,7 @@ def _on_own_rows(
     if job.judge_own is None:
         return [], []
     heard = metrics.heard_mean(state.adapters, mixed.tensors, mixed.weights, clients, mixed.clients)
-    scores = job.judge_own(state.adapters, clients), job.judge_own(heard, clients)
+    scores = job.judge_own(state.stacks, clients), job.judge_own(stacked(heard), clients)
     watch.lap("evaluate")
     return scores
 

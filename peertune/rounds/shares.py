@@ -45,3 +45,29 @@ def without_site(weights: Tensor, own: Tensor, sent: Tensor, left: int) -> Tenso
     receivers, places, _ = entries(weights)
     missing = sent < left
     return giving_back(weights, own, missing[own[receivers]] | missing[places])
+
+
+def of_slice(weights: Tensor, own: Tensor, receivers: Tensor, senders: Tensor, *, to_own: bool = True) -> Tensor:
+    """Return the weights `[P, M]` among those who have a rank slice, of the weights `[K, H]` of all.
+
+    `own [K]` is each receiver's place among the heard; `receivers [P]` and `senders [M]`, ascending, are rows and
+    columns of those who have it. What a receiver takes of the others returns to its own, or goes `to` all others whom
+    it hears in proportion: then rows still sum to what they did, and the mean of the clients moves.
+    """
+    receivers, senders, own = (x.to(weights.device) for x in (receivers, senders, own))
+    i, j, values = entries(weights)
+    here = torch.isin(i, receivers)
+    i, j, values = i[here], j[here], values[here]
+    has = torch.isin(j, senders)
+    if to_own:
+        j = torch.where(has, j, own[i])
+    else:
+        total, kept = (torch.zeros(len(weights), dtype=values.dtype, device=values.device) for _ in range(2))
+        total.index_add_(0, i, values)
+        kept.index_add_(0, i[has], values[has])
+        values = (values * (total / kept)[i])[has]
+        i, j = i[has], j[has]
+    at = torch.stack([torch.searchsorted(receivers, i), torch.searchsorted(senders, j)])
+    shape = (len(receivers), len(senders))
+    found = torch.sparse_coo_tensor(at, values, shape, check_invariants=False).coalesce()
+    return found if weights.is_sparse else found.to_dense()

@@ -1,6 +1,7 @@
 """The local steps of a round: of one run's clients, or of several runs' in common passes over the one base.
 
-Runs whose clients train together have one base, one set of encoded rows and adapters of one shape. What differs by run,
+Runs whose clients train together have one base, one set of encoded rows and adapters of one shape. A run whose clients
+have several ranks has a turn for each of them. What differs by run,
 its rows, its dropout keys and its learning rate, goes by client. So each run's clients come to the same as by
 themselves, up to the order in which floats are added.
 
@@ -62,9 +63,9 @@ class Came(NamedTuple):
 
 _START = "start/"
 
-_Alike = tuple[int, Phase, Phase | None, int | None, bool]
+_Alike = tuple[int, Phase, Phase | None, int | None, bool, tuple[torch.Size, ...]]
 """Clients that train together: they follow one `Local`, are in one phase, come from one, and are in one round if the
-`Local` asks for it. All have a deadline, or none has."""
+`Local` asks for it. All have a deadline, or none has. Their adapters have one shape."""
 
 
 def train(turns: Sequence[Turn]) -> list[Came | Exception]:
@@ -129,9 +130,10 @@ def _alike(turns: Mapping[int, Turn]) -> dict[_Alike, list[tuple[int, int]]]:
     for number, turn in turns.items():
         own = next((place for place, other in enumerate(locals_) if _same(other, turn.local)), len(locals_))
         locals_ += [turn.local] if own == len(locals_) else []
+        shapes = tuple(x.shape[1:] for x in turn.state.adapters.values())
         for row, t in enumerate(turn.at.round.tolist()):
             at = t if turn.local.one_step else None
-            key = own, turn.phases[row], turn.before[row] if t else None, at, turn.reached is not None
+            key = own, turn.phases[row], turn.before[row] if t else None, at, turn.reached is not None, shapes
             alike.setdefault(key, []).append((number, row))
     return alike
 

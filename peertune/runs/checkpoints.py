@@ -1,6 +1,7 @@
 """The checkpoints of a run: its state after a round, in shards, and which of them stay.
 
-Several processes write a shard each. A run can go on from a checkpoint in any number of processes.
+Several processes write a shard each, and of clients of several ranks a shard for each rank. A run can go on from a
+checkpoint in any number of processes.
 
 Beside them at most one is kept for runs that go on: `within-000003-000120` is the state after 120 local steps of round
 3. It goes when a newer checkpoint is there. Whoever asks what a run has come to between rounds does not see it.
@@ -9,7 +10,7 @@ Beside them at most one is kept for runs that go on: `within-000003-000120` is t
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import file_digest, sha256
 from itertools import chain
@@ -53,23 +54,30 @@ def save_within(folder: Path, state: State, clients: Sequence[int], group: Group
 
 
 def _write(place: Path, state: State, clients: Sequence[int], group: Group) -> None:
-    parts = {"adapters": state.adapters, "moments": state.moments, "memory": state.memory, "within": state.within}
-    parts |= {"clients": {"rounds": state.rounds}, "under_way": state.under_way}
-    data = as_safetensors(
-        {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
-    )
-    name = f"state-{group.rank:03d}.safetensors"
-
-    def write(beside: Path, _: list[Any]) -> dict[str, Any]:
-        (beside / name).write_bytes(data)
-        return {"file": name, "clients": list(clients), "sha256": sha256(data).hexdigest()}
+    def write(beside: Path, _: list[Any]) -> list[dict[str, Any]]:
+        shards = []
+        for number, (rows, part) in enumerate(state.parts):
+            data, cohort = _shard(part), f"-{number}" if state.cohorts else ""
+            name = f"state-{group.rank:03d}{cohort}.safetensors"
+            (beside / name).write_bytes(data)
+            own = {"file": name, "clients": [clients[row] for row in rows.tolist()], "sha256": sha256(data).hexdigest()}
+            shards.append(own | ({"cohort": number} if state.cohorts else {}))
+        return shards
 
     def describe(beside: Path, shards: list[Any]) -> None:
         if group.rank == 0:
-            meta = {"format": FORMAT, "round": state.round, "step": state.step, "shards": shards}
+            meta = {"format": FORMAT, "round": state.round, "step": state.step, "shards": [*chain(*shards)]}
             (beside / "meta.json").write_text(json.dumps(meta) + "\n")
 
     write_together(place, group, write, describe)
+
+
+def _shard(state: State) -> bytes:
+    parts = {"adapters": state.adapters, "moments": state.moments, "memory": state.memory, "within": state.within}
+    parts |= {"clients": {"rounds": state.rounds}, "under_way": state.under_way}
+    return as_safetensors(
+        {f"{part}/{name}": x.detach().cpu().contiguous() for part, xs in parts.items() for name, x in xs.items()}
+    )
 
 
 def _remove(checkpoints: Iterable[Path]) -> None:
@@ -145,11 +153,31 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
     """Return the state of these clients, or of all, out of the shards that hold them."""
     meta = dict(json.loads((checkpoint / "meta.json").read_text()))
     check_format(checkpoint, meta)
-    held = [list(map(int, shard["clients"])) for shard in meta["shards"]]
-    places = {client: place for place, client in enumerate(sorted(chain(*held)) if clients is None else clients)}
+    by_cohort: dict[int, list[Mapping[str, Any]]] = {}
+    for shard in meta["shards"]:
+        by_cohort.setdefault(int(shard.get("cohort", 0)), []).append(shard)
+    held = {cohort: [int(client) for shard in of for client in shard["clients"]] for cohort, of in by_cohort.items()}
+    order = sorted(chain(*held.values())) if clients is None else [*clients]
+    wanted = {cohort: [client for client in order if client in {*of}] for cohort, of in held.items()}
+    place = {client: row for row, client in enumerate(order)}
+    return State.together(
+        [
+            (torch.tensor([place[client] for client in own]), _read_cohort(checkpoint, meta, by_cohort[cohort], own))
+            for cohort, own in sorted(wanted.items())
+            if own or len(wanted) == 1
+        ]
+    )
+
+
+def _read_cohort(
+    checkpoint: Path, meta: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], clients: Sequence[int]
+) -> State:
+    """Return the state of these clients out of the shards that hold those of their rank."""
+    held = [list(map(int, shard["clients"])) for shard in shards]
+    places = {client: place for place, client in enumerate(clients)}
     parts: dict[str, Tensors] = {name: {} for name in ("adapters", "moments", "memory", "within", "clients")}
     under_way: list[Tensors] = []
-    for shard, own in zip(meta["shards"], held, strict=True):
+    for shard, own in zip(shards, held, strict=True):
         wanted = [row for row, client in enumerate(own) if client in places]
         if not wanted:
             continue
@@ -183,6 +211,11 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
 
 def _fitted(checkpoint: Path, state: State, like: State) -> State:
     """Return the state with its tensors in the order of `like`, in which norms add up to the same bits."""
+    if [rows.tolist() for rows, _ in state.parts] != [rows.tolist() for rows, _ in like.parts]:
+        raise RunError(f"{checkpoint}: other clients have other ranks; resume with the run's own recipe")
+    if state.cohorts:
+        both = zip(state.cohorts, like.cohorts, strict=True)
+        return State.together([(rows, _fitted(checkpoint, own, other)) for (rows, own), (_, other) in both])
     parts = [(state.adapters, like.adapters), (state.moments, like.moments), (state.memory, like.memory)]
     for have, want in parts:
         for name in sorted(have.keys() | want.keys()):

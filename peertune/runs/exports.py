@@ -12,8 +12,9 @@ from safetensors.torch import load
 from peertune.errors import RunError
 from peertune.files import check_absent, written_folder
 from peertune.rounds import best
+from peertune.rounds.slices import average
 from peertune.runs.directory import TAKEN, peer, write_together
-from peertune.types import ALONE, Group, State, Tensors
+from peertune.types import ALONE, Group, Stack, State, Tensors, by_client
 
 BEST = "best.json"
 """In the folder of a client's best adapter, of which evaluated round it is; -1 where it never was evaluated."""
@@ -38,7 +39,7 @@ def written(run: Path, state: State, client: int | None, to: Path, *, last: bool
     adapters, write = best.kept(state, last=last), _adapter_writer(run)
     with written_folder(to) as beside:
         if client is None:
-            write(beside, {name: x.mean(0) for name, x in state.adapters.items()}, None)
+            write(beside, average(state.stacks), None)
         else:
             _write_client(write, beside, adapters, clients.index(client))
         yield beside
@@ -57,13 +58,13 @@ def write_all(run: Path, state: State, clients: Sequence[int], group: Group = AL
     The average is of the last adapters, also where each client's best was kept.
     """
     write, kept = _adapter_writer(run), best.kept(state)
-    average = {} if peer(run) else {name: group.mean(x) for name, x in state.adapters.items()}
+    mean = {} if peer(run) else average(state.stacks, group)
 
     def write_own(beside: Path, _: list[Any]) -> None:
         for place, client in enumerate(clients):
             _write_client(write, beside / f"client-{client:03d}", kept, place)
-        if average and group.rank == 0:
-            write(beside / "average", average, None)
+        if mean and group.rank == 0:
+            write(beside / "average", mean, None)
 
     write_together(run / "adapters", group, write_own)
 
@@ -72,9 +73,10 @@ _Write = Callable[[Path, Tensors, int | None], None]
 """Write an adapter into a folder, and of which evaluated round it is, where it is a best one."""
 
 
-def _write_client(write: _Write, folder: Path, kept: tuple[Tensors, list[int]], place: int) -> None:
+def _write_client(write: _Write, folder: Path, kept: tuple[Sequence[Stack], list[int]], place: int) -> None:
     adapters, rounds = kept
-    write(folder, {name: x[place] for name, x in adapters.items()}, rounds[place] if rounds else None)
+    single = by_client(adapters)[place]
+    write(folder, {name: x[0] for name, x in single.items()}, rounds[place] if rounds else None)
 
 
 def _adapter_writer(run: Path) -> _Write:

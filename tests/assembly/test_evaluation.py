@@ -23,7 +23,7 @@ from peertune.rounds.job import Heard, Refuse
 from peertune.rounds.mixing import exchanged
 from peertune.rounds.record import SCORES_OF_CLIENTS, Evaluation
 from peertune.rounds.round import run_rounds
-from peertune.types import Batch, Group, Tensors, kind, take
+from peertune.types import Batch, Group, Stack, Tensors, kind, only, stacked, take
 
 SMALL = (
     "clients=5",
@@ -107,7 +107,7 @@ def test_each_client_is_judged_on_its_own_rows_and_on_the_common_ones() -> None:
     assert own.rows == sum(map(len, parts.held_out.values()))
     for client, rows in parts.held_out.items():
         adapter = {name: x[client : client + 1] for name, x in adapters.items()}
-        alone = build(asked, [client]).job.evaluate(adapter, [client])
+        alone = build(asked, [client]).job.evaluate(stacked(adapter), [client])
         counts = np.bincount(parts.task.train.labels[rows])
         assert alone.own_constant == [both.own_constant[client]] == [counts.max() / len(rows)]
         assert (alone.own, alone.clients) == ([both.own[client]], [both.clients[client]])
@@ -171,7 +171,7 @@ def test_probabilities_are_judged_each_by_itself_and_together() -> None:
     assert evaluation.route == accuracy(each[surest, np.arange(len(labels))].argmax(-1), labels)
     assert evaluation.ece == pytest.approx([calibration_error(one, labels) for one in each], abs=1e-5)
     assert len({round(x, 6) for x in evaluation.ece}) > 1
-    alone = build(asked, [1]).job.evaluate({name: x[1:2] for name, x in adapters.items()}, [1])
+    alone = build(asked, [1]).job.evaluate(stacked({name: x[1:2] for name, x in adapters.items()}), [1])
     assert (alone.ensemble, alone.route) == (None, None)
     assert alone.nll == pytest.approx(evaluation.nll[1:2])
 
@@ -187,10 +187,11 @@ def test_a_client_and_those_it_heard_are_judged_together_as_they_were_sent(metho
     run = build(recipe(*ENSEMBLE, f"algorithm={{name: {method}}}", "faults=[{edge: [0, 1], rounds: [0, 9]}]"))
     before: list[Tensors] = []
 
-    def exchange(clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
+    def exchange(clients: Sequence[int], told: Sequence[Stack], t: int, refuse: Refuse) -> Heard:
+        payload = only(told)
         assert set(map(kind, payload)) == sent
         before.append({name: x.clone() for name, x in payload.items()})
-        return exchanged(run.job, clients, clients, payload, t, refuse)
+        return exchanged(run.job, clients, clients, stacked(payload), t, refuse)
 
     record = next(run_rounds(run.job, exchange))
     assert record.evaluation is not None
@@ -222,9 +223,10 @@ def test_a_client_judges_on_its_own_rows_what_it_trained_what_it_mixed_and_the_m
     run = build(recipe(*BOTH, *MIXING, f"algorithm={{name: {method}}}", down))
     before: list[Tensors] = []
 
-    def exchange(clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
+    def exchange(clients: Sequence[int], told: Sequence[Stack], t: int, refuse: Refuse) -> Heard:
+        payload = only(told)
         before.append({name: x.clone() for name, x in payload.items()})
-        return exchanged(run.job, clients, clients, payload, t, refuse)
+        return exchanged(run.job, clients, clients, stacked(payload), t, refuse)
 
     record = next(run_rounds(run.job, exchange))
     state, found = record.state, record.evaluation
@@ -238,9 +240,9 @@ def test_a_client_judges_on_its_own_rows_what_it_trained_what_it_mixed_and_the_m
         assert bool(near) == (bool(client) and method != "local")
         for name in before[0] if near else ():
             heard[name][client] = before[0][name][near].mean(0)
-    assert found.own_trained == run.job.evaluate(trained, range(5)).own
-    assert found.own == run.job.evaluate(state.adapters, range(5)).own
-    assert found.own_heard == run.job.evaluate(heard, range(5)).own
+    assert found.own_trained == run.job.evaluate(stacked(trained), range(5)).own
+    assert found.own == run.job.evaluate(state.stacks, range(5)).own
+    assert found.own_heard == run.job.evaluate(stacked(heard), range(5)).own
     assert (found.own_heard == found.own_trained) == (method == "local")
     line = {"round": 0, "evaluation": vars(found), "diagnostics": {}, "clients": [0], "bytes_sent": [0], "seconds": {}}
     row = summarise([line])
@@ -257,7 +259,7 @@ def test_who_is_asked_for_probabilities_or_several_metrics_goes_through_the_base
         job.model.base.register_forward_pre_hook(
             lambda _, given, named, rows=rows: rows.append(len(named["pixel_values"])), with_kwargs=True
         )
-        job.evaluate(job.state.adapters, job.clients)
+        job.evaluate(job.state.stacks, job.clients)
         passes.append(sum(rows))
     assert passes[0] == passes[1] == passes[2] > 6 * 30  # five clients and their average, and each client's own rows
 
@@ -269,7 +271,7 @@ def test_several_metrics_are_what_each_is_by_itself() -> None:
 
     def judged(metric: str) -> Evaluation:
         job = build(recipe(*BOTH, metric, "evaluate.ensemble=true", "partition={name: disjoint_labels}")).job
-        return job.evaluate(adapters, job.clients)
+        return job.evaluate(stacked(adapters), job.clients)
 
     several = judged(SEVERAL)
     metrics = ("accuracy", "macro_f1", "{name: f1, of: 8}")
@@ -289,7 +291,7 @@ def test_several_metrics_are_what_each_is_by_itself() -> None:
 def test_classes_are_counted_up_to_a_number_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peertune.assembly.evaluation.MOST_CLASSES", 4)
     job = build(recipe(*BOTH)).job
-    assert job.evaluate(job.state.adapters, job.clients).confusion == []
+    assert job.evaluate(job.state.stacks, job.clients).confusion == []
 
 
 class First(Group):
@@ -304,11 +306,11 @@ class First(Group):
 def test_a_process_whose_clients_are_all_down_has_nothing_to_add() -> None:
     job = build(recipe(*BOTH, "evaluate.ensemble=true"), [0, 1], group=First()).job
     nobody = take(job.state.adapters, slice(0, 0))
-    found = job.evaluate(nobody, [])
+    found = job.evaluate(stacked(nobody), [])
     assert [getattr(found, name) for name in SCORES_OF_CLIENTS] == [[]] * len(SCORES_OF_CLIENTS)
     assert found.average is None
     assert job.ensembles is not None
-    assert job.ensembles(nobody, Heard({}, torch.zeros(0, 0), [], []), []) == [[]]
+    assert job.ensembles(nobody, Heard([], torch.zeros(0, 0), [], []), []) == [[]]
 
 
 def test_a_temperature_is_refused_where_nothing_is_generated() -> None:

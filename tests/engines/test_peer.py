@@ -32,7 +32,7 @@ from peertune.rounds.mixing import exchanged, tell
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import run_rounds, turn_of
 from peertune.rounds.turns import Came, train
-from peertune.types import State, Tensors, select
+from peertune.types import Stack, State, only, select, stacked
 from peertune.wire.swap import Swapper
 
 SMALL = (
@@ -55,8 +55,9 @@ def simulated(overrides: list[str], lie: Lie | None = None) -> list[RoundRecord]
     if lie is None:
         return list(simulate(job))
 
-    def exchange(clients: Sequence[int], payload: Tensors, t: int, refuse: Refuse) -> Heard:
-        return exchanged(job, clients, clients, lie.told(payload, lie.client), t, refuse)
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], t: int, refuse: Refuse) -> Heard:
+        payload = only(sent)
+        return exchanged(job, clients, clients, stacked(lie.told(payload, lie.client)), t, refuse)
 
     return list(run_rounds(job, exchange))
 

@@ -14,6 +14,7 @@ from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
 from peertune.rounds.posts import Post, Taken, mixed
 from peertune.runs import mixlog
+from peertune.types import stacked
 
 pytestmark = pytest.mark.thorough
 
@@ -82,7 +83,7 @@ def test_what_a_peer_takes_of_a_message_is_the_formula() -> None:
     assert job.pushing is not None
     payload, older, newer = ({"q.A": torch.full((1, 2, 3), float(value))} for value in (1, 2, 3))
     came = [(Taken(Post(0, 5, 7, 1), 3), older), (Taken(Post(2, 5, 9, 2), 0), newer)]
-    heard, taken = mixed(job, 1, Post(1, 5, 8, 1), payload, came, 2, lambda *_: [])
+    heard, taken = mixed(job, 1, Post(1, 5, 8, 1), stacked(payload), came, 2, lambda *_: [])
     first, last = (1 + 3) ** -0.5 / 3, 1 / 3  # two are heard: more than the receiver's degree, 1
     torch.testing.assert_close(heard.weights, torch.tensor([[first, 1 - first - last, last]], dtype=torch.float64))
     assert (heard.clients, heard.failed, heard.sent, taken) == ([0, 1, 2], [], [1], [one for one, _ in came])

@@ -20,7 +20,7 @@ from peertune.rounds import shares
 from peertune.rounds.job import Job
 from peertune.rounds.record import RoundRecord
 from peertune.topology import weights_at
-from peertune.types import Batch, Tensors, kind, payload_bytes, select
+from peertune.types import Batch, Tensors, kind, payload_bytes, select, stacked
 
 SMALL = (
     "model.dtype=float64",
@@ -254,7 +254,7 @@ def test_the_averaged_adapter_scores_as_a_client_that_holds_it() -> None:
     assert last.state is not None
     assert last.evaluation is not None
     average = {name: x.mean(0, keepdim=True).expand_as(x) for name, x in last.state.adapters.items()}
-    assert job.evaluate(average, job.clients).clients == [last.evaluation.average] * 5
+    assert job.evaluate(stacked(average), job.clients).clients == [last.evaluation.average] * 5
 
 
 @pytest.mark.parametrize("method", sorted(ALGORITHMS))

@@ -20,7 +20,7 @@ from peertune.rounds.bounds import Refusal
 from peertune.rounds.job import Heard, Refuse
 from peertune.rounds.mixing import exchanged
 from peertune.rounds.round import run_rounds
-from peertune.types import State, Tensors, payload_bytes, take
+from peertune.types import Stack, State, Tensors, only, payload_bytes, stacked, take
 
 RING = torch.tensor([[2, 1, 0, 1], [1, 2, 1, 0], [0, 1, 2, 1], [1, 0, 1, 2]], dtype=torch.float64) / 4
 NEAR = {k: sorted([(k - 1) % 4, (k + 1) % 4]) for k in range(4)}
@@ -145,12 +145,13 @@ def test_a_run_counts_changes_and_whole_copies_where_an_edge_failed() -> None:
     job = build(recipe("modifiers=[{name: choco}]")).job
     sizes: list[tuple[int, int]] = []
 
-    def exchange(clients: Sequence[int], payload: Tensors, round: int, refuse: Refuse) -> Heard:
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], round: int, refuse: Refuse) -> Heard:
+        payload = only(sent)
         assert job.algorithm.message.edgewise is not None
         packed = job.algorithm.message.edgewise.packed_bytes(payload, job.state.known)
         sizes.append((payload_bytes(payload), packed))
         failed = [Refusal(0, 1, "as planned"), Refusal(2, 1, "as planned")] if round == 1 else []
-        return exchanged(job, clients, clients, payload, round, lambda *_: failed)
+        return exchanged(job, clients, clients, stacked(payload), round, lambda *_: failed)
 
     records = list(run_rounds(job, exchange))
     (whole, packed), *_ = sizes

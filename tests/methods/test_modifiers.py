@@ -22,7 +22,7 @@ from peertune.rounds.job import Heard, Refuse
 from peertune.rounds.mixing import exchanged
 from peertune.rounds.round import run_rounds
 from peertune.rounds.training import adamw
-from peertune.types import Tensors
+from peertune.types import Stack, Tensors, only, stacked
 
 HALF = "modifiers=[{name: half}]"
 SMALL = (
@@ -314,12 +314,13 @@ def test_a_sender_whose_moments_can_not_be_is_not_mixed(moment: str, value: floa
     settings = ["algorithm.name=dec_lora", "modifiers=[{name: mix_moments}]", "graph={name: complete, activation: 1}"]
     job = build(recipe(*settings)).job
 
-    def exchange(clients: Sequence[int], payload: Tensors, round: int, refuse: Refuse) -> Heard:
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], round: int, refuse: Refuse) -> Heard:
+        payload = only(sent)
         lied = {name: x.clone() for name, x in payload.items()}
         for name, x in lied.items():
             if name.endswith(f".{moment}"):
                 x[1].fill_(value)
-        return exchanged(job, clients, clients, lied, round, refuse)
+        return exchanged(job, clients, clients, stacked(lied), round, refuse)
 
     record = next(iter(run_rounds(job, exchange)))
     assert record.failed_edges == [(0, 1), (1, 2), (1, 3)]

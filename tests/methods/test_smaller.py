@@ -17,7 +17,7 @@ from peertune.recipe import Recipe
 from peertune.rounds.job import Heard, Refuse
 from peertune.rounds.mixing import exchanged
 from peertune.rounds.round import run_rounds
-from peertune.types import Tensors
+from peertune.types import Stack, Tensors, only, stacked
 
 SMALL = (
     "clients=4",
@@ -195,7 +195,8 @@ def test_a_sender_of_too_large_steps_or_of_what_is_not_finite_is_mixed_by_nobody
 ) -> None:
     job = build(recipe(f"modifiers=[{{name: {name}}}]", "rounds=1")).job
 
-    def exchange(clients: Sequence[int], payload: Tensors, round: int, refuse: Refuse) -> Heard:
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], round: int, refuse: Refuse) -> Heard:
+        payload = only(sent)
         lied = {of: x.clone() for of, x in payload.items()}
         if spoilt == "far":
             lied[f"{name}.A"][1] = 255
@@ -203,7 +204,7 @@ def test_a_sender_of_too_large_steps_or_of_what_is_not_finite_is_mixed_by_nobody
             own = {of: x.clone() for of, x in job.state.adapters.items()}
             next(iter(own.values()))[1, 0, 0] = float(spoilt[:3])
             lied, _ = job.algorithm.message.send(own, {}, standing(clients, job.state.rounds), BOTH)
-        return exchanged(job, clients, clients, lied, round, refuse)
+        return exchanged(job, clients, clients, stacked(lied), round, refuse)
 
     record = next(iter(run_rounds(job, exchange)))
     assert record.failed_edges == [(0, 1), (1, 2), (1, 3)]

@@ -10,7 +10,7 @@ from peertune import build, load_recipe, simulate
 from peertune.rounds import best
 from peertune.rounds.job import Job
 from peertune.rounds.record import Evaluation, RoundRecord
-from peertune.types import State
+from peertune.types import State, only
 
 SMALL = [
     "clients=4",
@@ -31,7 +31,8 @@ def kept(job: Job) -> list[tuple[RoundRecord, State]]:
 def test_a_clients_best_adapter_is_the_first_of_those_that_scored_highest_and_is_resumed_to_the_same_bits() -> None:
     job = build(load_recipe("digits-demo", SMALL)).job
     made = kept(job)
-    found, rounds = best.kept(made[-1][1])
+    stacks, rounds = best.kept(made[-1][1])
+    found = only(stacks)
     for client in range(3):
         scores = {
             record.round: record.evaluation.clients[record.clients.index(client)]
@@ -70,10 +71,11 @@ def test_the_lowest_perplexity_is_the_best_the_first_of_equals_stays_and_what_is
         adapters["q.A"][:] = t
         told = best.keep(state, Evaluation(metric, list(own), None, 1, []), t)
     assert told == rounds
-    assert best.kept(state)[0]["q.A"].flatten().tolist() == rounds
+    assert only(best.kept(state)[0])["q.A"].flatten().tolist() == rounds
 
 
 def test_without_it_nothing_is_kept() -> None:
     state = State({"q.A": torch.ones(2, 1, 1)}, {}, torch.zeros(2, dtype=torch.int64))
     assert best.keep(state, Evaluation("accuracy", [1.0, 1.0], None, 1, []), 0) == []
-    assert best.kept(state) == (state.adapters, [])
+    stacks, rounds = best.kept(state)
+    assert (only(stacks), rounds) == (state.adapters, [])

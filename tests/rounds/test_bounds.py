@@ -8,12 +8,25 @@ from playing import BOTH, at_step
 from torch import Tensor
 
 from peertune.methods.adaptive import adaptive
-from peertune.rounds.bounds import FAR, NEAR, SHARE, Bound, apart, largest, refused
-from peertune.types import Tensors
+from peertune.rounds import bounds
+from peertune.rounds.bounds import FAR, NEAR, SHARE, Bound, Refusal
+from peertune.types import Tensors, stacked
 
 CLIENTS, RANK, SIZE = 5, 4, 32
 BOUND = Bound({"q": (5.0, 2.0), "out.weight": (3.0, 1.0), "out.bias": (3.0, 1.0)})
 LIAR = 2
+
+
+def refused(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders: Tensor) -> list[Refusal]:
+    return bounds.refused(bound, stacked(own), stacked(heard), receivers, senders)
+
+
+def apart(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders: Tensor) -> list[Refusal]:
+    return bounds.apart(bound, stacked(own), stacked(heard), receivers, senders)
+
+
+def largest(bound: Bound, own: Tensors, heard: Tensors, receivers: Tensor, senders: Tensor) -> dict[str, float]:
+    return bounds.largest(bound, stacked(own), stacked(heard), receivers, senders)
 
 
 def honest(scale: float = 0.1) -> Tensors:

@@ -21,7 +21,7 @@ from peertune.rounds.metrics import (
     neighbourhood_cross_terms,
     relative_disagreement,
 )
-from peertune.types import Tensors, payload_bytes, select
+from peertune.types import Tensors, payload_bytes, select, stacked
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -100,8 +100,8 @@ def test_float32_is_summed_in_float64() -> None:
 
 def test_diagnostics_name_each_kind_there_is() -> None:
     before, after = random_adapters(0, 3), random_adapters(1, 3)
-    sent = before_mixing(select(before, {"B"}))
-    found = diagnostics(sent, after)
+    sent = before_mixing(stacked(select(before, {"B"})))
+    found = diagnostics(sent, stacked(after))
     assert found == {
         "consensus_error_A": consensus_error(select(after, {"A"})),
         "consensus_error_B": consensus_error(select(after, {"B"})),
@@ -111,19 +111,21 @@ def test_diagnostics_name_each_kind_there_is() -> None:
         "contraction_B": (consensus_error(select(after, {"B"})) / consensus_error(select(before, {"B"}))) ** 2,
     }
     frozen = select(after, {"A", "B"})
-    assert "consensus_error_head" not in diagnostics(before_mixing(frozen), frozen)
-    assert diagnostics(before_mixing({}), after)["mean_drift"] == 0
+    assert "consensus_error_head" not in diagnostics(before_mixing(stacked(frozen)), stacked(frozen))
+    assert diagnostics(before_mixing(stacked({})), stacked(after))["mean_drift"] == 0
 
 
 def test_clients_that_agree_before_mixing_have_no_contraction() -> None:
     stack = {name: tensor.expand(4, *tensor.shape[1:]) for name, tensor in random_adapters(0, 1).items()}
-    assert not [name for name in diagnostics(before_mixing(stack), stack) if name.startswith("contraction")]
+    assert not [
+        name for name in diagnostics(before_mixing(stacked(stack)), stacked(stack)) if name.startswith("contraction")
+    ]
 
 
 @pytest.mark.parametrize(("apart", "measured"), [(1e-3, True), (1e-5, True), (2e-6, True), (5e-7, False)])
 def test_clients_agree_up_to_the_rounding_of_float32(apart: float, measured: bool) -> None:
     stack = {"q.A": 7.0 * torch.tensor([[1 + apart], [1 - apart]], dtype=torch.float64)}
-    assert ("contraction_A" in diagnostics(before_mixing(stack), stack)) == measured
+    assert ("contraction_A" in diagnostics(before_mixing(stacked(stack)), stacked(stack))) == measured
 
 
 @some
@@ -173,7 +175,7 @@ def test_bytes_are_one_clients_payload_for_each_of_its_neighbours() -> None:
     payload = select(random_adapters(0, 3, torch.float32), {"B", "head"})
     assert payload_bytes(payload) == 4 * (4 * 2 + 6 * 2 + 3)
     assert payload_bytes({}) == 0
-    assert bytes_sent(payload, [0, 1, 2]) == [0, 92, 184]
+    assert bytes_sent(stacked(payload), [0, 1, 2]) == [0, 92, 184]
 
 
 @pytest.mark.parametrize("layout", [Tensor.clone, Tensor.to_sparse, Tensor.to_sparse_csr], ids=["dense", "coo", "csr"])
@@ -191,7 +193,7 @@ def test_a_stored_zero_is_no_neighbour() -> None:
 @some
 @given(adapters)
 def test_disagreement_is_told_over_what_clients_hold(found: Tensors) -> None:
-    seen = relative_disagreement(found, diagnostics(before_mixing(found), found))
+    seen = relative_disagreement(found, diagnostics(before_mixing(stacked(found)), stacked(found)))
     clients = len(found["q.A"])
     for of in ("A", "B"):
         rows = torch.cat([x.flatten(1) for name, x in found.items() if name.endswith(of)], dim=1)
@@ -207,6 +209,6 @@ def test_disagreement_is_told_over_what_clients_hold(found: Tensors) -> None:
 
 def test_where_clients_hold_nothing_they_disagree_about_nothing() -> None:
     found = {"q.A": torch.randn(3, 2, 5), "q.B": torch.zeros(3, 4, 2)}
-    seen = relative_disagreement(found, diagnostics(before_mixing(found), found))
+    seen = relative_disagreement(found, diagnostics(before_mixing(stacked(found)), stacked(found)))
     assert (seen["cross"], seen["B"]) == (0, 0)
     assert seen["A"] > 0

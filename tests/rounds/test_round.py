@@ -29,7 +29,7 @@ from peertune.rounds.turns import Came, Turn
 from peertune.rounds.turns import train as train_turns
 from peertune.topology import Fault, weights_at
 from peertune.topology.graphs import complete, epidemic, path, ring
-from peertune.types import Batch, Group, State, Tensors, select, take
+from peertune.types import Batch, Group, Stack, State, Tensors, only, select, stacked, take
 
 CLIENTS = 5
 MOMENTUM = 0.9
@@ -71,7 +71,8 @@ mean = Mixer(averaged)
 untouched = Mixer(lambda own, *_: (own, {}))
 
 
-def score(adapters: Tensors, clients: Sequence[int]) -> Evaluation:
+def score(stacks: Sequence[Stack], clients: Sequence[int]) -> Evaluation:
+    adapters = only(stacks)
     return Evaluation("accuracy", (adapters["layer.A"].sum((1, 2)) + torch.tensor(list(clients))).tolist(), None, 1, [])
 
 
@@ -103,8 +104,9 @@ def made(**changes: Any) -> Job:
 def hear(job: Job) -> Any:
     """Let everybody hear everybody, as the simulator does."""
 
-    def exchange(clients: Sequence[int], tensors: Tensors, round: int, refuse: Refuse) -> Heard:
-        return exchanged(job, clients, clients, tensors, round, refuse)
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], round: int, refuse: Refuse) -> Heard:
+        tensors = only(sent)
+        return exchanged(job, clients, clients, stacked(tensors), round, refuse)
 
     return exchange
 
@@ -212,8 +214,9 @@ def test_a_process_whose_clients_are_all_down_leaves_them_as_they_were() -> None
 
 
 def test_edges_are_told_of_rounds_only_that_send_something() -> None:
-    def exchange(clients: Sequence[int], tensors: Tensors, *_: Any) -> Heard:
-        return Heard(tensors, torch.eye(CLIENTS, dtype=torch.float64), clients, [(0, 1)], [(1, 2)])
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], *_: Any) -> Heard:
+        tensors = only(sent)
+        return Heard(stacked(tensors), torch.eye(CLIENTS, dtype=torch.float64), clients, [(0, 1)], [(1, 2)])
 
     for schedule, failed, vacant in ((both(), [(0, 1)], [(1, 2)]), (silent(), [], [])):
         (record,) = run_rounds(made(algorithm=Algorithm(schedule, mean), rounds=1), exchange)
@@ -275,8 +278,8 @@ def test_a_record_says_what_was_sent_between_whom_and_evaluates_where_that_is_du
     assert [one.evaluation is not None for one in (first, second, third)] == [False, True, True]
     assert [one.neighbourhood_cross_term is not None for one in (first, second, third)] == [False, True, True]
     assert [("evaluate" in one.seconds) for one in (first, second, third)] == [False, True, True]
-    assert third.evaluation == score(adapters(third), range(4))
-    assert second.evaluation == score(take(adapters(second), torch.tensor([0, 1, 3])), [0, 1, 3])
+    assert third.evaluation == score(stacked(adapters(third)), range(4))
+    assert second.evaluation == score(stacked(take(adapters(second), torch.tensor([0, 1, 3]))), [0, 1, 3])
     assert third.neighbourhood_cross_term is not None
     assert min(third.neighbourhood_cross_term) > 0
     assert third.diagnostics["mean_drift"] < 1e-12
@@ -293,10 +296,11 @@ def test_rounds_that_send_nothing_have_no_edges() -> None:
 def test_what_an_exchange_says_of_edges_and_empty_seats_is_recorded() -> None:
     job = made()
 
-    def exchange(tensors: Tensors, round: int, refuse: Refuse) -> Heard:
-        assert refuse(tensors, torch.tensor([0]), torch.tensor([1])) == []
+    def exchange(sent: Sequence[Stack], round: int, refuse: Refuse) -> Heard:
+        tensors = only(sent)
+        assert refuse(sent, torch.tensor([0]), torch.tensor([1])) == []
         weights = torch.eye(CLIENTS, dtype=torch.float64)
-        return Heard(tensors, weights, range(CLIENTS), [(0, 1)], [(2, 3)])
+        return Heard(stacked(tensors), weights, range(CLIENTS), [(0, 1)], [(2, 3)])
 
     _, record = run_round(job, job.state.clone(), job.clients, 0, exchange)
     assert (record.failed_edges, record.vacant_edges) == ([(0, 1)], [(2, 3)])
@@ -305,11 +309,12 @@ def test_what_an_exchange_says_of_edges_and_empty_seats_is_recorded() -> None:
 def from_others(heard: Sequence[int], weights: Sequence[float], job: Job) -> Exchange:
     """What a peer hears: its own, and what others started with."""
 
-    def exchange(tensors: Tensors, round: int, refuse: Refuse) -> Heard:
+    def exchange(sent: Sequence[Stack], round: int, refuse: Refuse) -> Heard:
+        tensors = only(sent)
         came = {name: made().state.adapters[name][list(heard)] for name in tensors}
         for name, x in tensors.items():
             came[name][heard.index(job.clients[0])] = x[0]
-        return Heard(came, torch.tensor([weights], dtype=torch.float64), heard, [])
+        return Heard(stacked(came), torch.tensor([weights], dtype=torch.float64), heard, [])
 
     return exchange
 
@@ -356,10 +361,11 @@ def alike(**changes: Any) -> Job:
 def lying(job: Job, liar: int, times: float) -> Any:
     """What everybody hears, where one client sends so many times what it has."""
 
-    def exchange(clients: Sequence[int], tensors: Tensors, round: int, refuse: Refuse) -> Heard:
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], round: int, refuse: Refuse) -> Heard:
+        tensors = only(sent)
         told = {name: x.clone() for name, x in tensors.items()}
         told["layer.A"][list(clients).index(liar)] *= times
-        return exchanged(job, clients, clients, told, round, refuse)
+        return exchanged(job, clients, clients, stacked(told), round, refuse)
 
     return exchange
 
@@ -429,7 +435,7 @@ class Halves(Group):
 def refusing(*pairs: tuple[int, int]) -> Refuse:
     """Refuse these pairs of places, and hold whom it is asked about."""
 
-    def refuse(heard: Tensors, receivers: Tensor, senders: Tensor) -> list[Refusal]:
+    def refuse(heard: Sequence[Stack], receivers: Tensor, senders: Tensor) -> list[Refusal]:
         asked = list(zip(receivers.tolist(), senders.tolist(), strict=True))
         assert set(pairs) <= set(asked)
         return [Refusal(*pair, "of something") for pair in pairs]
@@ -444,7 +450,7 @@ def test_a_process_takes_its_rows_of_the_mixing_matrix_without_the_edges_that_an
     faults = [Fault(0, 9, edge=(4, 5)), Fault(0, 9, edge=(2, 3)), Fault(0, 0, edge=(0, 5))]
     job = replace(made(graph=ring(clients=6), faults=faults, group=Halves([[1, 2], [0, 1]])), clients=[2, 3])
     tensors = {"layer.A": torch.zeros(len(among), 2, 4, dtype=torch.float64)}
-    heard = exchanged(job, [2, 3], among, tensors, 0, refusing((1, among.index(4))))
+    heard = exchanged(job, [2, 3], among, stacked(tensors), 0, refusing((1, among.index(4))))
     expected = torch.zeros(6, 6, dtype=torch.float64)
     expected[2, 2] = expected[3, 3] = 1
     torch.testing.assert_close(heard.weights, expected[[2, 3]][:, among])
@@ -459,19 +465,19 @@ def test_a_process_takes_its_rows_of_the_mixing_matrix_without_the_edges_that_an
 def test_each_receiver_is_asked_about_the_others_that_it_hears_and_nobody_where_nothing_is_sent() -> None:
     asked = []
 
-    def refuse(heard: Tensors, receivers: Tensor, senders: Tensor) -> list[Refusal]:
+    def refuse(heard: Sequence[Stack], receivers: Tensor, senders: Tensor) -> list[Refusal]:
         asked.append(list(zip(receivers.tolist(), senders.tolist(), strict=True)))
         return []
 
     job = made(graph=path(clients=4))
-    exchanged(job, [1, 3], [0, 1, 2, 3], {"layer.A": torch.zeros(4, 1)}, 0, refuse)
+    exchanged(job, [1, 3], [0, 1, 2, 3], stacked({"layer.A": torch.zeros(4, 1)}), 0, refuse)
     assert [sorted(pairs) for pairs in asked] == [[(0, 0), (0, 2), (1, 2)]]
-    assert exchanged(job, range(4), range(4), {}, 0, refuse).failed == []
+    assert exchanged(job, range(4), range(4), stacked({}), 0, refuse).failed == []
     assert len(asked) == 1
 
 
 def test_of_one_process_all_edges_that_fail_are_its_own() -> None:
-    heard = exchanged(made(faults=FAULTS), [3, 4], range(CLIENTS), {}, 0, refusing())
+    heard = exchanged(made(faults=FAULTS), [3, 4], range(CLIENTS), stacked({}), 0, refusing())
     assert heard.failed == [(0, 1)]
 
 
@@ -627,13 +633,13 @@ def test_the_phase_of_a_round_is_that_of_most_clients_of_all_processes() -> None
 
     for more, train in ((0, "B"), (1, "A"), (2, "A")):
         job = told(agreeing(["B", "A", "B", "A", "B"]), rounds=1, group=Told([[["A"], ["A", "B"], more]]))
-        (record,) = run_rounds(job, lambda _, tensors, *__: everything(tensors))
+        (record,) = run_rounds(job, lambda _, sent, *__: everything(sent))
         assert record.train == [train]
         assert record.out_of_phase == ([1, 3] if train == "B" else [0, 2, 4])
 
 
-def everything(tensors: Tensors) -> Heard:
-    return Heard(tensors, torch.eye(CLIENTS, dtype=torch.float64), range(CLIENTS), [])
+def everything(sent: Sequence[Stack]) -> Heard:
+    return Heard(sent, torch.eye(CLIENTS, dtype=torch.float64), range(CLIENTS), [])
 
 
 def test_the_seconds_of_a_round_are_told_by_stage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -649,7 +655,7 @@ def test_the_seconds_of_a_round_are_told_by_stage(monkeypatch: pytest.MonkeyPatc
         spent["mix"] += 100
         return averaged(*args)
 
-    def evaluate(state: Tensors, clients: Sequence[int]) -> Evaluation:
+    def evaluate(state: Sequence[Stack], clients: Sequence[int]) -> Evaluation:
         spent["evaluate"] += 10_000
         return score(state, clients)
 
@@ -657,9 +663,9 @@ def test_the_seconds_of_a_round_are_told_by_stage(monkeypatch: pytest.MonkeyPatc
         spent["train"] += 1
         return steps(clients, rounds, first)
 
-    def exchange(clients: Sequence[int], tensors: Tensors, round: int, refuse: Refuse) -> Heard:
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], round: int, refuse: Refuse) -> Heard:
         spent["exchange"] += 10
-        return everything(tensors)
+        return everything(sent)
 
     job = made(
         algorithm=Algorithm(both(), Mixer(mix)),

@@ -1,0 +1,108 @@
+"""Rank slices: what clients whose ranks differ have in common.
+
+Who has a higher rank has further rows of A and columns of B. Cut at all the ranks that there are, a site falls into
+slices, each of which some clients have, and for these it is a site like any other: `[P, hi - lo, d_in]` and
+`[P, d_out, hi - lo]`. So what is defined for a site, averages and consensus errors, is defined for clients of several
+ranks. Where all have one rank, a site is its only slice, and nothing is cut or copied.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from peertune.types import ALONE, Group, Stack, Tensors, by_site, kind, select
+
+
+class Slice(NamedTuple):
+    """A rank slice of a site, whole or not."""
+
+    names: Sequence[str]  # of the site's tensors
+    lo: int
+    hi: int | None  # None: whole, however large
+    left: int = 1  # how many sites there are from this one on
+
+    def of(self, name: str, x: Tensor) -> Tensor:
+        """Return this part of a tensor `[P, …]` of the site, in the same memory."""
+        if self.hi is None or kind(name) not in ("A", "B"):
+            return x
+        return x[:, self.lo : self.hi] if kind(name) == "A" else x[..., self.lo : self.hi]
+
+    def cut(self, stacks: Sequence[Stack]) -> Stack | None:
+        """Return this part of some clients' adapters, of those who have it; None where nobody does.
+
+        It is in the same memory where one stack has it.
+        """
+        names = [name for name in self.names if stacks and name in stacks[0].tensors]
+        held = [stack for stack in stacks if names and (self.hi is None or rank(stack.tensors, names) >= self.hi)]
+        if not held:
+            return None
+        rows = torch.cat([stack.rows for stack in held])
+        parts = {name: [self.of(name, stack.tensors[name]) for stack in held] for name in names}
+        if len(held) == 1:
+            return Stack(rows, {name: x for name, (x,) in parts.items()})
+        order = rows.argsort()
+        return Stack(rows[order], {name: torch.cat(xs)[order.to(xs[0].device)] for name, xs in parts.items()})
+
+
+def rank(tensors: Tensors, names: Collection[str]) -> int:
+    """Return the rank of a site, by its factors among these names; of a head, which has none, one above all."""
+    found = [tensors[name].shape[1 if kind(name) == "A" else -1] for name in names if kind(name) in ("A", "B")]
+    return found[0] if found else 2**62
+
+
+def slices(stacks: Sequence[Stack], cuts: Sequence[int] = ()) -> Iterator[Slice]:
+    """Yield the slices of each site of some clients' adapters, cut at these ranks; whole ones where there are none."""
+    groups = by_site(stacks[0].tensors) if stacks else []
+    for left, site in zip(range(len(groups), 0, -1), groups, strict=True):
+        names, ranks = list(site), {rank(stack.tensors, site) for stack in stacks}
+        if not cuts or max(ranks) == 2**62:
+            yield Slice(names, 0, None, left)
+            continue
+        ends = sorted({cut for cut in cuts if cut < max(ranks)} | ranks)
+        for lo, hi in zip([0, *ends], ends, strict=False):
+            yield Slice(names, lo, hi, left)
+
+
+def chosen(stacks: Sequence[Stack], kinds: Collection[str]) -> list[Stack]:
+    """Keep the tensors of these kinds; nothing where there are none."""
+    found = [Stack(rows, select(tensors, kinds)) for rows, tensors in stacks]
+    return [stack for stack in found if stack.tensors]
+
+
+def filled(stacks: Sequence[Stack], names: Sequence[str], r: int) -> Tensors:
+    """Return a site of all clients of these stacks `[H, …]`, with zeros up to rank r."""
+    clients, found = sum(len(stack.rows) for stack in stacks), dict[str, Tensor]()
+    for name in names:
+        for rows, tensors in stacks:
+            x = tensors[name]
+            shape = {"A": (r, x.shape[-1]), "B": (*x.shape[1:-1], r)}.get(kind(name), x.shape[1:])
+            whole = found.setdefault(name, x.new_zeros((clients, *shape)))
+            Slice([name], 0, rank(tensors, [name])).of(name, whole)[rows.to(x.device)] = x
+    return found
+
+
+def everyones(stacks: Sequence[Stack], names: Collection[str]) -> Tensors:
+    """Return tensors that have the same shape in all stacks, of all clients, `[H, …]`."""
+    if len(stacks) == 1:
+        return {name: stacks[0].tensors[name] for name in names}
+    order = torch.cat([rows for rows, _ in stacks]).argsort()
+    return {name: torch.cat([tensors[name] for _, tensors in stacks])[order] for name in names}
+
+
+def average(stacks: Sequence[Stack], group: Group = ALONE) -> Tensors:
+    """Return the mean of the clients' adapters, factor by factor, `[…]`.
+
+    Where ranks differ each rank slice is averaged over those who have it, so the mean has the highest rank: among
+    clients who agree on what they have in common, it is what those of the highest rank have.
+    """
+    if len(stacks) == 1:
+        return {name: group.mean(x) for name, x in stacks[0].tensors.items()}
+    found: dict[str, list[Tensor]] = {}
+    for part in slices(stacks, sorted({rank(tensors, tensors) for _, tensors in stacks})):
+        own = part.cut(stacks)
+        assert own is not None, "a slice is cut where somebody has it"
+        for name, x in own.tensors.items():
+            found.setdefault(name, []).append(x.mean(0))
+    return {name: torch.cat(xs, -1 if kind(name) == "B" else 0) if len(xs) > 1 else xs[0] for name, xs in found.items()}
