@@ -24,15 +24,18 @@ def scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 class Site(nn.Module):
     """A frozen linear layer that carries a stack; without bound rows it is the layer alone.
 
-    With r = 0 it carries none, and stands there since it reads what sites read.
+    With r = 0 it carries none, and stands there since it reads what sites read. Clients whose ranks differ have at most
+    r, and `scalings` has the scale of each rank; those of one pass have one rank.
     """
 
-    def __init__(self, layer: nn.Module, name: str, r: int, scaling: float, dropout: float, stream: int) -> None:
+    def __init__(
+        self, layer: nn.Module, name: str, r: int, scalings: Mapping[int, float], dropout: float, stream: int
+    ) -> None:
         super().__init__()
         self.layer = layer
         self.name = name
         self.r = r
-        self.scaling = scaling
+        self.scalings = scalings
         self.dropout = dropout
         self.stream = stream
         self.together = Together([self])
@@ -52,7 +55,8 @@ class Site(nn.Module):
             return Part(self.layer)
         drops = rows.training and self.dropout > 0
         dropped = keyed_dropout(x, self.dropout, rows, self.stream) if drops else None
-        return Part(self.layer, self.scaling, rows.adapters[f"{self.name}.A"], rows.adapters[f"{self.name}.B"], dropped)
+        A, B = (rows.adapters[f"{self.name}.{factor}"] for factor in "AB")
+        return Part(self.layer, self.scalings[A.shape[1]], A, B, dropped)
 
 
 def _under_its_own_name(_: nn.Module, state: dict[str, Any], prefix: str, __: Any) -> None:
@@ -75,8 +79,9 @@ class Together:
         read, made = rows.made.pop(self, (None, {}))
         if read is not x or member not in made:
             each = rows.of_each(x)
-            own = None if each else rows.own_columns(x, max(one.r for one in self.members))
-            found = products(x, own, [one.part(x, rows) for one in self.members], each)
+            parts = [one.part(x, rows) for one in self.members]
+            own = None if each else rows.own_columns(x, max(part.A.shape[1] for part in parts if part.A is not None))
+            found = products(x, own, parts, each)
             made = dict(zip(self.members, found, strict=True))
         y: Tensor = made.pop(member)
         if made:
@@ -147,7 +152,7 @@ def put_together(
 
     `alike` are the names of each group. Sites of different ranks are apart, since they share no columns.
     """
-    beside = {name: Site(layer, name, 0, 0.0, 0.0, 0) for name, layer in layers.items() if name not in sites}
+    beside = {name: Site(layer, name, 0, {}, 0.0, 0) for name, layer in layers.items() if name not in sites}
     for names in alike:
         members = [site for name in names if (site := sites.get(name) or beside.get(name)) is not None]
         largest = max(one.r for one in members)

@@ -8,7 +8,7 @@ Where the classification head is trained, a `Head` gives each row its client's w
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import hypot
@@ -87,6 +87,8 @@ def attach(
     rank_at: Mapping[str, int] = {},
     alpha_at: Mapping[str, float] = {},
     use_rslora: bool = False,
+    ranks: Sequence[int] = (),
+    own_scaling: bool = False,
     lora_dropout: float = 0.0,
     head_names: Iterable[str] = (),
     frozen_names: Iterable[str] = (),
@@ -99,12 +101,14 @@ def attach(
     """Put sites in the place of the named layers of `base`, which is changed and frozen.
 
     The update is scaled by `scaling(r, lora_alpha, use_rslora)`. `rank_at` and `alpha_at` have, by their names, the
-    sites with another rank or alpha. `head_names` are the linear layers of a head that each client trains for itself,
-    `frozen_names` those of which each run has its own that nobody trains. The base's dropout modules are replaced by
-    keyed ones. `output_name` is the layer from which a language model's logits come: it is spared the tokens of which
-    none is wanted. With `checkpointing` the layers keep nothing but what goes in, and compute again in the backward
-    pass. `forward` says how to get logits from a base that does not return them itself; rows of such a base are not
-    packed. With `principal` the clients begin with a part of each layer, which is taken out of it.
+    sites with another rank or alpha. Where clients' `ranks` differ, a site carries factors of all of these, and the
+    scale is that of `r` for all, or with `own_scaling` of each rank. `head_names` are the linear layers of a head that
+    each client trains for itself, `frozen_names` those of which each run has its own that nobody trains. The base's
+    dropout modules are replaced by keyed ones. `output_name` is the layer from which a language model's logits come: it
+    is spared the tokens of which none is wanted. With `checkpointing` the layers keep nothing but what goes in, and
+    compute again in the backward pass. `forward` says how to get logits from a base that does not return them itself;
+    rows of such a base are not packed. With `principal` the clients begin with a part of each layer, which is taken out
+    of it.
 
     Raises ModelError for what a stack can't carry exactly: layers other than linear ones, a rank above a layer's,
     batch normalisation (rows of different clients would share statistics) and routed experts (rows lose their order).
@@ -123,12 +127,15 @@ def attach(
     for name in site_names:
         layer = modules[name]
         d_in, d_out = _sizes(name, layer)
-        rank, most = rank_at.get(name, r), min(d_in, d_out)
+        rank, most = max(ranks, default=rank_at.get(name, r)), min(d_in, d_out)
         if rank > most:
             key = "lora.rank_pattern" if name in rank_at else "lora.r"
+            key = f"lora.ranks: client {ranks.index(rank)}'s rank" if ranks else key
             raise ModelError(f"{key}: {rank} is above the size of {name} ({d_in} in, {d_out} out); use at most {most}")
-        scale = scaling(rank, alpha_at.get(name, lora_alpha), use_rslora)
-        sites[name] = Site(layer, name, rank, scale, lora_dropout, streams[layer])
+        alpha = alpha_at.get(name, lora_alpha)
+        scale = scaling(r if ranks else rank, alpha, use_rslora)
+        scales = {one: scaling(one, alpha, use_rslora) if own_scaling else scale for one in ranks or [rank]}
+        sites[name] = Site(layer, name, rank, scales, lora_dropout, streams[layer])
         if principal is not None:
             parts = take_out(name, layer, rank, scale, principal)
             taken |= {f"{name}.{of}": x for of, x in zip("AB", parts, strict=True)}
@@ -192,13 +199,15 @@ def _sizes(name: str, layer: nn.Module) -> tuple[int, int]:
     raise ModelError(f"lora.target_modules: {name} is a {type(layer).__name__}; only linear layers can be sites")
 
 
-def init_adapters(model: StackedModel, clients: int, seed: int, *, gaussian: bool = False) -> Tensors:
+def init_adapters(
+    model: StackedModel, clients: int, seed: int, *, gaussian: bool = False, r: int | None = None
+) -> Tensors:
     """Return the common start of all clients: A Kaiming-uniform as in PEFT (bound 1/√d_in), B = 0, the base's own head.
 
     With `gaussian` A is normal with standard deviation 1/r, as with PEFT's `init_lora_weights="gaussian"`.
-    A's values depend on the seed and the site's name alone. What was taken out of the base is the start where there is
-    such. Factors are float32, or float64 over a float64 base. All clients share the memory: clone a start before
-    training it in place.
+    A's values depend on the seed and the site's name alone; clients of a lower rank `r` have its first rows. What was
+    taken out of the base is the start where there is such. Factors are float32, or float64 over a float64 base. All
+    clients share the memory: clone a start before training it in place.
     """
     weight = next(model.base.parameters())
     dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
@@ -207,8 +216,9 @@ def init_adapters(model: StackedModel, clients: int, seed: int, *, gaussian: boo
         d_in, d_out = _sizes(name, site.layer)
         draw, shape, bound = generator(seed, Draw.ADAPTER.of(name)), (site.r, d_in), d_in**-0.5
         a = draw.normal(0.0, 1 / site.r, shape) if gaussian else draw.uniform(-bound, bound, shape)
-        adapters[f"{name}.A"] = torch.from_numpy(a).to(weight.device, dtype).expand(clients, -1, -1)
-        b = torch.zeros(d_out, site.r, dtype=dtype, device=weight.device)
+        rank = site.r if r is None else r
+        adapters[f"{name}.A"] = torch.from_numpy(a[:rank]).to(weight.device, dtype).expand(clients, -1, -1)
+        b = torch.zeros(d_out, rank, dtype=dtype, device=weight.device)
         adapters[f"{name}.B"] = b.expand(clients, -1, -1)
     adapters |= {name: x.expand(clients, -1, -1) for name, x in model.taken.items()}
     for name, head in model.heads.items():
@@ -219,12 +229,13 @@ def init_adapters(model: StackedModel, clients: int, seed: int, *, gaussian: boo
 
 
 def frozen_norms(model: StackedModel) -> dict[str, tuple[float, float]]:
-    """Return the Frobenius norm of each frozen layer that carries a stack, by the site's name, and the site's scaling.
+    """Return the Frobenius norm of each frozen layer that carries a stack, by the site's name, and the site's scale.
 
-    Where the head is trained, so too by the names of its parts: the norm of the layer's parts together, and 1. Sums are
-    in float64. A layer that keeps its weight in another form, as 4 bits, is asked what it does to unit vectors.
+    Of several scales it is the largest. Where the head is trained, so too by the names of its parts: the norm of the
+    layer's parts together, and 1. Sums are in float64. A layer that keeps its weight in another form, as 4 bits, is
+    asked what it does to unit vectors.
     """
-    found = {name: (_layer_norm(site.layer), site.scaling) for name, site in model.sites.items()}
+    found = {name: (_layer_norm(site.layer), max(site.scalings.values())) for name, site in model.sites.items()}
     for name, head in model.heads.items():
         parts = dict(head.layer.named_parameters())
         found |= dict.fromkeys([f"{name}.{part}" for part in parts], (hypot(*map(_norm, parts.values())), 1.0))

@@ -67,7 +67,7 @@ class Built:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What follows from the recipe: the graph's rho and T*, who holds what, numbers of parameters."""
-        adapters = self.job.state.adapters
+        sizes = [sum(x[0].numel() for x in tensors.values()) for _, tensors in self.job.state.stacks]
         plugins = from_outside(self.resolved)
         return ({"plugins": plugins} if plugins else {}) | {
             "task": dict(self.asked),
@@ -84,7 +84,7 @@ class Built:
             "missing_cells": dict(self.left_out),
             "parameters": {
                 "base": self.job.model.base.num_parameters(),  # type: ignore[operator]  # knows of 4 bits, too
-                "adapter": sum(x[0].numel() for x in adapters.values()),
+                "adapter": max(sizes),  # of the highest rank
             },
         }
 
@@ -207,6 +207,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         bound=bound,
         clock=parts.clock,
         pushing=_pushing(recipe),
+        ranks=parts.ranks if len(set(parts.ranks)) > 1 else (),
         faults=parts.faults,
         group=parts.group,
     )
@@ -230,14 +231,29 @@ def _judge_own(
 
 
 def _start(recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim) -> State:
-    """Return the state in which the clients begin."""
-    adapters = init_adapters(
-        loaded.model, len(parts.clients), recipe.seed, gaussian=recipe.lora.init_lora_weights == "gaussian"
+    """Return the state in which the clients begin: of a cohort for each rank, lowest first."""
+    if not parts.ranks:
+        return _cohort(recipe, parts, loaded, optim, parts.clients)
+    own = torch.tensor([parts.ranks[client] for client in parts.clients])
+    return State.together(
+        [
+            (rows, _cohort(recipe, parts, loaded, optim, [parts.clients[row] for row in rows.tolist()], rank))
+            for rank in own.unique().tolist()
+            for rows in [(own == rank).nonzero()[:, 0]]
+        ]
     )
+
+
+def _cohort(
+    recipe: Recipe, parts: Parts, loaded: Loaded, optim: Optim, clients: Sequence[int], rank: int | None = None
+) -> State:
+    """Return the state in which clients of one rank begin, where ranks differ of this one."""
+    gaussian = recipe.lora.init_lora_weights == "gaussian"
+    adapters = init_adapters(loaded.model, len(clients), recipe.seed, gaussian=gaussian, r=rank)
     if recipe.lora.init is not None:
         adapters |= begun_with(recipe, parts.task, loaded, adapters)
-    rounds = torch.zeros(len(parts.clients), dtype=torch.int64)
-    memory = parts.algorithm.init(adapters, standing(parts.clients, rounds))
+    rounds = torch.zeros(len(clients), dtype=torch.int64)
+    memory = parts.algorithm.init(adapters, standing(clients, rounds))
     memory |= best.begun(adapters) if recipe.evaluate.load_best else {}
     memory |= {CLOCK: torch.zeros_like(rounds)} if parts.clock is not None and _pushing(recipe) is None else {}
     memory = {name: x.to(loaded.base.model.device) for name, x in memory.items()}

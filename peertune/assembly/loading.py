@@ -12,6 +12,7 @@ from peertune.adapters.existing import read_adapter
 from peertune.adapters.matching import match_names
 from peertune.adapters.peft_format import LoraConfig, TaskType, by_site, checked_pattern, find_sites
 from peertune.adapters.stacked import Forward, StackedModel, attach
+from peertune.assembly.ranks import ranks_of
 from peertune.data.images import prompts
 from peertune.errors import DataError, RecipeError
 from peertune.memory import map_tensors_alone
@@ -132,7 +133,7 @@ def begun_with(recipe: Recipe, task: Task, loaded: Loaded, adapters: Tensors) ->
 
 def clients_together(recipe: Recipe) -> int:
     """Return how many clients' rows may share a pass."""
-    ranks = [recipe.lora.r, *(recipe.lora.rank_pattern or {}).values()]
+    ranks = [recipe.lora.r, *(recipe.lora.rank_pattern or {}).values(), *ranks_of(recipe)]
     return max(1, COLUMNS // max(ranks))
 
 
@@ -195,6 +196,8 @@ def _with_sites(
         rank_at=by_site("lora.rank_pattern", lora.rank_pattern or {}, sites),
         alpha_at=by_site("lora.alpha_pattern", lora.alpha_pattern or {}, sites),
         use_rslora=recipe.lora.use_rslora,
+        ranks=ranks_of(recipe),
+        own_scaling=recipe.lora.scaling == "own",
         lora_dropout=recipe.lora.lora_dropout,
         head_names=_head_layers(base) if recipe.head == "trained" else (),
         frozen_names=by_run,

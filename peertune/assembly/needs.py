@@ -143,7 +143,9 @@ def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
     if len(set(ranks_of(recipe))) > 1:
         needed += [("lora: ranks", name) for name in _WITH_RANKS]
     if graph.weights == "push_sum":
-        needed += [("graph: weights push_sum", name) for name in ("factors together or apart", "one rank", "plain messages")]
+        needed += [
+            ("graph: weights push_sum", name) for name in ("factors together or apart", "one rank", "plain messages")
+        ]
     for who, name in needed:
         if name not in NEEDS:
             raise RecipeError(f"{who} needs {name!r}, which nobody knows; choose from {', '.join(NEEDS)}")

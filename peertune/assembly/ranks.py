@@ -27,8 +27,10 @@ def ranks_of(recipe: Recipe) -> list[int]:
     if len(ranks) != recipe.clients:
         raise RecipeError(f"lora.ranks: {len(ranks)} ranks for {recipe.clients} clients; give one for each")
     if recipe.lora.rank_pattern is not None:
-        raise RecipeError("lora.rank_pattern: says which rank all clients have, as lora.ranks doesn't; give one of both")
+        raise RecipeError("lora.rank_pattern: is of ranks that all clients have alike; give it or lora.ranks")
     if recipe.lora.init is not None or recipe.lora.init_lora_weights in ("pissa", "olora"):
         key = "init" if recipe.lora.init is not None else "init_lora_weights"
-        raise RecipeError(f"lora.{key}: is a start of one rank, which clients with lora.ranks have no part of; leave it out")
+        raise RecipeError(
+            f"lora.{key}: is a start of one rank, which clients with lora.ranks have no part of; leave it out"
+        )
     return ranks

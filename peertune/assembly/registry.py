@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from peertune.assembly.needs import check_needs
 from peertune.assembly.plugins import Choices, Found, find
+from peertune.assembly.ranks import ranks_of
 from peertune.data.partition import PARTITIONS, Partition, counts, fold
 from peertune.data.skew import divergence_by_chance, divergences, effective_clients
 from peertune.data.tasks import TASKS
@@ -74,6 +75,7 @@ class Parts(NamedTuple):
     clients: Sequence[int]  # all, a process's share of them, or one, a peer
     rows: Rows  # client → the rows that it trains on
     held_out: Rows  # client → its other ones, on which it is judged; {} where nobody is
+    ranks: Sequence[int]  # [n], where the recipe has a table of them
     clock: Clock | None  # virtual time, in a simulation that has one
     group: Group  # the processes that share the clients
     peer: bool  # whether there are other clients, and nobody here who holds them
@@ -115,7 +117,12 @@ def build_parts(
     if peer and clock is not None:
         log.info("time.step_s: is of simulations; a peer takes the time that it takes")
         clock = None
-    return Parts(task, graph, faults, build_algorithm(recipe, graph), clients, rows, held_out, clock, group, peer)
+    ranks = ranks_of(recipe)
+    if len(set(ranks)) > 1 and (peer or group.size > 1):
+        instead = "a simulation" if peer else "one process, without --workers"
+        raise RecipeError(f"lora.ranks: ranks that differ are of {instead}; give all clients one, by lora.r")
+    algorithm = build_algorithm(recipe, graph)
+    return Parts(task, graph, faults, algorithm, clients, rows, held_out, ranks, clock, group, peer)
 
 
 def hold_out(recipe: Recipe, rows: Rows, of: int) -> tuple[Rows, Rows]:

@@ -14,6 +14,7 @@ import numpy as np
 from peertune.assembly.build import build
 from peertune.assembly.registry import completed
 from peertune.engines.simulator import simulate
+from peertune.errors import RecipeError
 from peertune.planning.evidence import MEASURES, PREDICTORS, PROBED, Cell, Evidence, Law, Vector, features, nearest
 from peertune.recipe import NO_SETTINGS, Choice, Recipe, block_defaults, flat
 from peertune.rounds.metrics import relative_disagreement
@@ -88,7 +89,10 @@ def probe(recipe: Recipe, show: Callable[[int], None] = lambda done: None) -> di
     `show` is told after each round how many are done. Raises what `build` and `simulate` raise.
     """
     changed = {"algorithm": Choice(name=BASE), "evaluate": recipe.evaluate.model_copy(update={"every": recipe.rounds})}
-    for record in simulate(build(recipe.model_copy(update=changed)).job):
+    job = build(recipe.model_copy(update=changed)).job
+    if job.ranks:
+        raise RecipeError("lora.ranks: nothing was measured of ranks that differ; give lora.r")
+    for record in simulate(job):
         assert record.state is not None
         show(record.state.round)
         if record.state.round == PROBED:

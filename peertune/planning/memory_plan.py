@@ -82,10 +82,12 @@ def plan(recipe: Recipe) -> Plan:
         process = resident_bytes() if on_cpu else 0
         base = _storage_bytes([*job.model.base.parameters(), *job.model.base.buffers()])
         state = job.state.clone()
-        held, moments = live.now, _storage_bytes(state.moments.values())
+        parts = [part for _, part in state.parts]
+        held, moments = live.now, _storage_bytes(x for part in parts for x in part.moments.values())
+        adapters = _storage_bytes(x for part in parts for x in part.adapters.values())
         training = [_training(live, job, state, t, phase) for t, phase in _phases(job)]
         mixing = live.most(lambda: _mixing(job, state)).taken
-        evaluate: Callable[[], object] = partial(job.evaluate, state.take(slice(0, 1)).stacks, job.clients[:1])
+        evaluate: Callable[[], object] = partial(job.evaluate, parts[-1].take(slice(0, 1)).stacks, job.clients[:1])
         if run.asked["metric"] in ANSWERS:
             evaluate = partial(_generate, job, state, resolved, recipe.evaluate.rows or sys.maxsize)
         evaluation = live.most(evaluate).taken
@@ -99,8 +101,8 @@ def plan(recipe: Recipe) -> Plan:
         base=base,
         adapters=held - base - moments,
         moments=moments,
-        under_way=0 if job.pushing is None else held - base + _storage_bytes(state.adapters.values()),
-        starts=_storage_bytes(state.adapters.values()) if within and job.algorithm.local.keeps_start else 0,
+        under_way=0 if job.pushing is None else held - base + adapters,
+        starts=adapters if within and job.algorithm.local.keeps_start else 0,
         gradients=gradients,
         activations=most.taken - gradients,
         mixing=mixing,
@@ -126,17 +128,20 @@ def _phases(job: Job) -> Iterable[tuple[int, Phase]]:
 
 def _mixing(job: Job, state: State) -> None:
     """Do of a round what takes memory beyond adapters: send, read, and measure."""
-    at, algorithm = standing(job.clients, state.rounds), job.algorithm
-    payload, _ = algorithm.message.send(state.adapters, state.known, at, algorithm.phase(0))
-    heard = job.read(payload, 0)
-    diagnostics(before_mixing(state.stacks), state.stacks)
+    phase, heard = job.algorithm.phase(0), []
+    for rows, part in state.parts:
+        clients = [job.clients[row] for row in rows.tolist()]
+        payload, _ = job.algorithm.message.send(part.adapters, part.known, standing(clients, part.rounds), phase)
+        heard.append(job.read(payload, 0, clients[0]))
+    diagnostics(before_mixing(state.stacks, cuts=job.cuts), state.stacks, cuts=job.cuts)
     del heard
 
 
 def _training(live: LiveBytes, job: Job, state: State, t: int, phase: Phase) -> tuple[Most, int]:
     """Return what local steps take, and what of it their gradients do."""
-    part = state.take(slice(0, job.clients_per_pass))
-    clients = job.clients[: job.clients_per_pass]
+    rows, part = state.parts[-1]  # of the highest rank
+    part, rows = part.take(slice(0, job.clients_per_pass)), rows[: job.clients_per_pass]
+    clients = [job.clients[row] for row in rows.tolist()]
     steps, at = islice(job.steps(clients, [t] * len(clients)), STEPS), standing(clients, part.at(t).rounds)
     batches = _largest([batch for step in steps for batch in step])
     # Twice: in the second step the gradients of the first still lie there.
@@ -164,7 +169,7 @@ def _generate(job: Job, state: State, recipe: Recipe, prompts: int) -> None:
     width = min(width, getattr(base.config, "max_position_embeddings", None) or width)
     clients = min(state.clients + 1, clients_together(recipe))
     rows = clients * max(1, min(prompts, cached_tokens(base) // (width * clients)))
-    adapters = {name: x[:1].repeat_interleave(clients, 0) for name, x in state.adapters.items()}
+    adapters = {name: x[:1].repeat_interleave(clients, 0) for name, x in state.parts[-1][1].adapters.items()}
     whose = torch.zeros(rows, dtype=torch.int64, device="meta")
     ids = torch.zeros(rows, width, dtype=torch.int64, device="meta")
     with bound_rows(Rows(adapters, whose, whose, False, job.model.streams)):

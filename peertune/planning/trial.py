@@ -11,6 +11,7 @@ import torch
 
 from peertune.assembly.build import CLIENTS_PER_PASS, build
 from peertune.assembly.registry import build_algorithm, build_graph
+from peertune.errors import RecipeError
 from peertune.method import standing
 from peertune.recipe import Recipe
 from peertune.rounds.job import Job
@@ -51,6 +52,8 @@ def trial(recipe: Recipe) -> Trial:
     rows = min(ROWS, recipe.evaluate.rows or ROWS)
     run = build(recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"rows": rows})}))
     job = run.job
+    if job.ranks:
+        raise RecipeError("lora.ranks: what clients of several ranks take is not foretold; try it with lora.r")
     loaded = time.perf_counter()
     clients = range(job.clients_per_pass)
     part = job.state.take(slice(0, len(clients))).clone()

@@ -104,6 +104,12 @@ class Lora(_Block):
     # How A is drawn, where B is zero; or which part of each layer both are, taken out of it.
     init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = True
     init: str | None = None  # the folder of an adapter, in PEFT's format, that all clients begin with
+    # Ranks that differ: of each client, or how many have each, dealt by the seed; null: all have r.
+    ranks: list[Annotated[int, Field(ge=1)]] | dict[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = (
+        None
+    )
+    # Then the scale is that of rank r for all, or each client's own, by its rank.
+    scaling: Literal["common", "own"] = "common"
 
 
 class SchedulerKwargs(_Block):

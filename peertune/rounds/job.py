@@ -129,7 +129,7 @@ class Job:
     @property
     def device(self) -> torch.device:
         """Where the base and the stack are."""
-        return next(iter(self.state.adapters.values())).device
+        return next(iter(self.state.stacks[0].tensors.values())).device
 
 
 CLOCK = "clock.now"

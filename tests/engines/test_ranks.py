@@ -1,0 +1,200 @@
+"""Clients whose ranks differ: trained as if alone, mixed by what they have in common."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from peertune.assembly.build import Built, build
+from peertune.engines.simulator import simulate
+from peertune.errors import PeertuneError
+from peertune.methods.catalogue import ALGORITHMS
+from peertune.recipe import load_recipe
+from peertune.rounds.job import Pausing
+from peertune.rounds.record import RoundRecord
+from peertune.runs import checkpoints
+from peertune.topology import weights_at
+from peertune.types import State, Tensors, by_client, kind, payload_bytes
+
+RANKS = (4, 2, 6, 4, 2)
+SMALL = (
+    "model.dtype=float64",
+    "clients=5",
+    "algorithm={name: dec_lora}",
+    "head=trained",
+    "lora={r: 3, lora_alpha: 6, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}",
+    "partition={name: iid}",
+    "graph={name: complete, activation: 0.6}",
+    "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 3}",
+    "rounds=3",
+    "evaluate={every: 2, rows: 10}",
+)
+DIFFERENT = f"lora.ranks={[*RANKS]}"
+
+
+def made(*overrides: str) -> Built:
+    return build(load_recipe("digits-demo", [*SMALL, *overrides]))
+
+
+def run(*overrides: str) -> list[RoundRecord]:
+    return [replace(record, state=record.state and record.state.clone()) for record in simulate(made(*overrides).job)]
+
+
+def of_clients(records: Sequence[RoundRecord]) -> list[Tensors]:
+    state = records[-1].state
+    assert state is not None
+    return by_client(state.stacks)
+
+
+def assert_same(one: Tensors, other: Tensors, tolerance: float = 1e-12) -> None:
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        torch.testing.assert_close(x, other[name], rtol=tolerance, atol=tolerance)
+
+
+def test_clients_of_several_ranks_train_as_they_would_if_all_had_theirs() -> None:
+    alone = "algorithm={name: local}"
+    records = run(DIFFERENT, alone)
+    for rank in set(RANKS):
+        scale = f"lora={{r: {rank}, lora_alpha: {2 * rank}, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}}"
+        uniform = run(alone, scale)
+        for client in (client for client, own in enumerate(RANKS) if own == rank):
+            assert_same(of_clients(records)[client], of_clients(uniform)[client])
+            for one, other in zip(records, uniform, strict=True):
+                assert one.loss[client] == pytest.approx(other.loss[client], abs=1e-12)
+                assert one.grad_norm[client] == pytest.approx(other.grad_norm[client], abs=1e-12)
+                if one.evaluation is not None:
+                    assert other.evaluation is not None
+                    assert one.evaluation.clients[client] == other.evaluation.clients[client]
+
+
+def test_each_may_have_the_scale_of_its_own_rank() -> None:
+    records = run(DIFFERENT, "algorithm={name: local}", "lora.scaling=own")
+    for rank in set(RANKS):
+        uniform = run("algorithm={name: local}", f"lora.r={rank}")
+        for client in (client for client, own in enumerate(RANKS) if own == rank):
+            assert_same(of_clients(records)[client], of_clients(uniform)[client])
+
+
+def in_common(adapters: Sequence[Tensors], weights: Tensor, kinds: set[str]) -> list[Tensors]:
+    """Mix, client by client and row by row of A: the slow twin of mixing by slice."""
+    found = [{name: x.clone() for name, x in own.items()} for own in adapters]
+    for i, own in enumerate(found):
+        for name, x in own.items():
+            if kind(name) not in kinds:
+                continue
+            by = {"A": 1, "B": x.dim() - 1}.get(kind(name))
+            for row in range(x.shape[by]) if by else [None]:
+                there = [
+                    other[name] if by is None else other[name].narrow(by, row, 1)
+                    for other in adapters
+                    if by is None or other[name].shape[by] > row
+                ]
+                who = [j for j, other in enumerate(adapters) if by is None or other[name].shape[by] > row]
+                mine = adapters[i][name] if by is None else adapters[i][name].narrow(by, row, 1)
+                mixed = mine + sum(weights[i, j] * (y - mine) for j, y in zip(who, there, strict=True))
+                (x if by is None else x.narrow(by, row, 1)).copy_(mixed)
+    return found
+
+
+@pytest.mark.parametrize(("method", "kinds"), [("dec_lora", "A B head"), ("fedsa_lora", "A"), ("ffa_lora", "B head")])
+def test_a_rank_slice_is_mixed_among_those_who_have_it(method: str, kinds: str) -> None:
+    method = f"algorithm={{name: {method}}}"
+    lost = [f"{{edge: [{i}, {j}], rounds: [0, 9]}}" for i, j in combinations(range(5), 2)]
+    alone, record = run(DIFFERENT, method, f"faults=[{', '.join(lost)}]")[0], run(DIFFERENT, method)[0]
+    weights = torch.from_numpy(weights_at(made(DIFFERENT, method).job.graph, 0).toarray())
+    assert record.edges, "somebody meets somebody"
+    expected = in_common(of_clients([alone]), weights, set(kinds.split()))
+    for own, other in zip(of_clients([record]), expected, strict=True):
+        assert_same(own, other)
+    assert record.diagnostics["mean_drift"] < 1e-12, "of every slice the mean stays"
+    size = [payload_bytes({n: x for n, x in own.items() if kind(n) in kinds.split()}) for own in expected]
+    assert record.bytes_sent == [one * count for one, count in zip(size, record.neighbours, strict=True)]
+
+
+def test_ranks_that_are_equal_give_the_bits_of_one_rank() -> None:
+    same, one = run("lora.ranks=[3, 3, 3, 3, 3]"), run()
+    for ours, theirs in zip(same, one, strict=True):
+        assert replace(ours, seconds={}, state=None) == replace(theirs, seconds={}, state=None)
+    for ours, theirs in zip(of_clients(same), of_clients(one), strict=True):
+        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+
+
+@pytest.mark.parametrize("method", ALGORITHMS)
+def test_every_method_takes_ranks(method: str) -> None:
+    records = run(DIFFERENT, f"algorithm={{name: {method}}}", "rounds=5")
+    for own, rank in zip(of_clients(records), RANKS, strict=True):
+        assert {x.shape[1 if kind(name) == "A" else -1] for name, x in own.items() if kind(name) in "AB"} == {rank}
+    found = records[-1].evaluation
+    assert found is not None
+    assert len(found.clients) == 5
+    assert found.average is not None
+
+
+@pytest.mark.parametrize("more", [(), ("modifiers=[{name: int8}]",), ("evaluate.load_best=true", "time.step_s=2.0")])
+def test_a_run_goes_on_from_a_checkpoint_to_the_same_bits(tmp_path: Path, more: tuple[str, ...]) -> None:
+    job = made(DIFFERENT, "algorithm={name: tad_lora}", "faults=[{down: 2, rounds: [1, 1]}]", *more).job
+    whole = list(simulate(job))[-1].state
+    for record in simulate(job):
+        assert record.state is not None
+        checkpoints.save(tmp_path, record.state, 9, job.clients)
+    loaded = checkpoints.load(tmp_path, job.state, job.clients, before=3)
+    assert loaded is not None
+    assert whole is not None
+    assert loaded.round == 2
+    again = list(simulate(replace(job, state=loaded)))[-1].state
+    assert again is not None
+    for (rows, ours), (others, theirs) in zip(whole.parts, again.parts, strict=True):
+        assert torch.equal(rows, others)
+        for of in ("adapters", "moments", "memory"):
+            for name, x in vars(ours)[of].items():
+                assert torch.equal(x.nan_to_num(), vars(theirs)[of][name].nan_to_num()), name
+
+
+def test_a_state_within_a_round_is_of_all_ranks_at_one_step(tmp_path: Path) -> None:
+    told: list[State] = []
+    down = "faults=[{down: 2, rounds: [1, 1]}]"
+    job = made(DIFFERENT, down, "training.local_steps=3").job
+    paused = replace(job, pausing=Pausing(2, lambda state: told.append(state.clone())))
+    whole, kept = list(simulate(job))[-1], list(simulate(paused))[-1]
+    assert [(state.round, state.step) for state in told] == [(0, 2), (1, 1), (2, 2)]
+    for state in told:
+        checkpoints.save_within(tmp_path, state, job.clients)
+        loaded = checkpoints.load(tmp_path, job.state, job.clients, within=True)
+        assert loaded is not None
+        again = list(simulate(replace(job, state=loaded)))[-1]
+        for own, one, other in zip(of_clients([whole]), of_clients([again]), of_clients([kept]), strict=True):
+            assert all(torch.equal(x, one[name]) and torch.equal(x, other[name]) for name, x in own.items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        (["lora.ranks=[4, 2]"], "lora.ranks: 2 ranks for 5 clients; give one for each"),
+        (["lora.ranks={4: 2, 2: 2}"], "lora.ranks: 4 ranks for 5 clients; give one for each"),
+        (["lora.ranks=[4, 2, 900, 4, 4]"], "lora.ranks: client 2's rank: 900 is above the size of "),
+        (["lora.scaling=own"], "lora.scaling: is of ranks that differ; give lora.ranks, or leave it out"),
+        ([DIFFERENT, "lora.init_lora_weights=pissa"], "lora.init_lora_weights: is a start of one rank"),
+        ([DIFFERENT, "modifiers=[{name: shared_mask}]"], "algorithm: dec_lora with shared_mask needs one rank"),
+        ([DIFFERENT, "evaluate.ensemble=true"], "lora: ranks needs unjudged messages"),
+        ([DIFFERENT, "time={step_s: 1.0, deadline_s: 1.5}"], "time: deadline_s needs one rank"),
+        ([DIFFERENT, "time={step_s: 1.0, mode: asynchronous}"], "time: mode asynchronous needs one rank"),
+    ],
+)
+def test_what_can_not_be_is_refused_in_one_line(settings: list[str], line: str) -> None:
+    with pytest.raises(PeertuneError) as error:
+        made(*settings)
+    assert str(error.value).startswith(line)
+    assert "\n" not in str(error.value)
+
+
+def test_ranks_are_dealt_by_the_seed() -> None:
+    table = "lora.ranks={2: 2, 4: 3}"
+    dealt = [made(table, f"seed={seed}").job.ranks for seed in (0, 0, 1, 2)]
+    assert dealt[0] == dealt[1]
+    assert len({tuple(ranks) for ranks in dealt}) > 1
+    assert all(sorted(ranks) == [2, 2, 4, 4, 4] for ranks in dealt)
