@@ -51,8 +51,8 @@ class Most(NamedTuple):
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors on one kind of device that come to be in a `with` block, as long as they live.
 
-    Views share what they look at. What an operator takes and gives back inside itself is not seen. On the meta device
-    whoever asks for a number gets 1, and for an array zeros.
+    Views share what they look at. Sparse tensors, and what an operator takes and gives back inside itself, are not
+    seen. On the meta device whoever asks for a number gets 1, and for an array zeros.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -65,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
     def hold(self, *values: Any) -> None:
         """Count these tensors too, in whatever they lie."""
         for x in tree_leaves(values):
-            if isinstance(x, Tensor) and x.device.type == self.device_type:
+            if isinstance(x, Tensor) and x.device.type == self.device_type and x.layout is torch.strided:
                 storage = x.untyped_storage()
                 key = storage._cdata
                 if key not in self._held:

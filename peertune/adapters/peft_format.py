@@ -251,6 +251,15 @@ def _doubled(lora: LoraConfig) -> LoraConfig:
     return lora
 
 
+def at_rank(lora: LoraConfig, r: int, *, own_scaling: bool) -> LoraConfig:
+    """Return the same for a client of another rank, with the same scale, or the scale of its own rank."""
+    times = 1.0 if own_scaling else sqrt(r / lora.r) if lora.use_rslora else r / lora.r
+    lora = copy(lora)
+    lora.r, lora.lora_alpha = r, times * lora.lora_alpha  # type: ignore[assignment]  # PEFT annotates int
+    lora.alpha_pattern = {key: times * alpha for key, alpha in (lora.alpha_pattern or {}).items()}
+    return lora
+
+
 def merge_adapter(base: nn.Module, folder: Path) -> nn.Module:
     """Return the base with the adapter in `folder` added to its weights, and with the head that travels with it.
 

@@ -29,6 +29,7 @@ class Exported(NamedTuple):
     folder: Path
     precision: str | None  # of the weights of a merged model
     address: str | None  # on the hub
+    lost: float = 0.0  # of the norm of its products, where a lower rank was asked for
 
 
 class Run(RunData):
@@ -81,6 +82,7 @@ class Run(RunData):
         merge: bool = False,
         push: str | None = None,
         private: bool = False,
+        rank: int | None = None,
     ) -> "Exported":
         """Write one adapter of the newest checkpoint as a folder that PEFT loads, as `peertune export` does.
 
@@ -91,6 +93,7 @@ class Run(RunData):
             merge: Write the whole model, the adapter added to its base.
             push: OWNER/NAME on the Hugging Face hub, to put it there as well.
             private: For its owner alone to see.
+            rank: Write the nearest adapter of this rank.
 
         Raises:
             RunError: For a client that isn't there, a folder that is, and where the hub refuses.
@@ -103,13 +106,13 @@ class Run(RunData):
         if push is not None:
             hub.check_push(push)
         state = newest(self.folder)
-        with exports.written(self.folder, state, client, place, last=last) as folder:
+        with exports.written(self.folder, state, client, place, last=last, rank=rank) as (folder, lost):
             made = exports.rounds_behind(folder, state)
             precision = hub.merge(self.folder, folder) if merge else None
             readme = card(self, push or place.name, client, made, precision)
             (folder / "README.md").write_text(readme, encoding="utf-8")
             address = None if push is None else hub.push(folder, push, private=private)
-        return Exported(place, precision, address)
+        return Exported(place, precision, address, lost)
 
     def to_dataframe(self) -> Any:
         """Return a pandas.DataFrame with a row for each client and round.

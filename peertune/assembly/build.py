@@ -67,7 +67,8 @@ class Built:
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What follows from the recipe: the graph's rho and T*, who holds what, numbers of parameters."""
-        sizes = [sum(x[0].numel() for x in tensors.values()) for _, tensors in self.job.state.stacks]
+        job = self.job
+        sizes = [sum(x[0].numel() for x in tensors.values()) for _, tensors in job.state.stacks]
         plugins = from_outside(self.resolved)
         return ({"plugins": plugins} if plugins else {}) | {
             "task": dict(self.asked),
@@ -79,6 +80,7 @@ class Built:
                 # of rows that each client has for itself, no class is the commonest of all
                 "labels": self.evaluated if self.labels and self.resolved.evaluate.on != "own" else [],
             },
+            **({"ranks": {"clients": [*job.ranks], "scaling": self.resolved.lora.scaling}} if job.ranks else {}),
             **({"test": {"rows": sum(self.tests), "labels": self.tests if self.labels else []}} if self.tests else {}),
             "long_rows": dict(self.long),
             "missing_cells": dict(self.left_out),

@@ -234,6 +234,9 @@ def export(
         bool, typer.Option("--last", help="Of a run that kept each client's best adapter, write its last one.")
     ] = False,
     private: Annotated[bool, typer.Option("--private", help="With --push: for you alone to see.")] = False,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Write the nearest adapter of this rank, and say how near it is.")
+    ] = None,
 ) -> None:
     """Write one client's adapter, or the average, as a folder that PEFT loads, or merged into its base.
 
@@ -258,8 +261,10 @@ def export(
         from peertune.runs import directory
 
         found = Run.open(directory.resolved(run).parent)
-        done = found.export(to, number, last=last, merge=merge, push=push, private=private)
+        done = found.export(to, number, last=last, merge=merge, push=push, private=private, rank=rank)
     what = "the average" if number is None else f"client {number}"
     print(f"{what} of {run}{f', merged into its base in {done.precision},' if merge else ''} is in {to}")
+    if rank is not None:
+        print(f"with rank {rank} it lacks {done.lost:.1%} of the norm of its products")
     if done.address is not None:
         print(f"and at {done.address}")

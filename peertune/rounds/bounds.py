@@ -22,12 +22,12 @@ Pure functions of adapters of R receivers, of H who were heard, each by stacks, 
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import sqrt
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from peertune.rounds.slices import everyones
 from peertune.types import Stack, Tensors, by_site, kind
@@ -192,8 +192,8 @@ def _measures(bound: Bound, own: Stacks, heard: Stacks, receivers: Tensor, sende
             yield _Measure(f"{site.name}.{of}", _norms(_of(x, columns))[j], mine, site.floors[of])
         if not site.own.keys() >= _PAIR:
             continue
-        here = {of: _grams(_of(x, rows), of, site.rank) for of, x in site.own.items()}
-        there = {of: _grams(_of(x, columns), of, site.rank) for of, x in site.heard.items()}
+        here = {of: [(at, _gram(x, of)) for at, x in _of(factor, rows)] for of, factor in site.own.items()}
+        there = {of: [(at, _gram(x, of)) for at, x in _of(factor, columns)] for of, factor in site.heard.items()}
         all_rows = torch.arange(len(rows), device=rows.device)
         product = site.scaling * _product(here["B"], here["A"], all_rows, all_rows)[i]
         for left, right, at, to in ((here, there, i, j), (there, here, j, i), (there, there, j, j)):
@@ -213,7 +213,6 @@ _Factor = Sequence[tuple[Tensor, Tensor]]
 class _Site(NamedTuple):
     name: str
     scaling: float
-    rank: int  # the highest of all; 0 of a head
     own: Mapping[str, _Factor]  # by kind: both factors, or the part of a head
     heard: Mapping[str, _Factor]  # by kind, of those that were sent
     floors: dict[str, float]  # by kind, and of the scaled product BA
@@ -230,12 +229,11 @@ def _sites(bound: Bound, own: Stacks, heard: Stacks) -> Iterator[_Site]:
             continue
         name = next(iter(tensors)).rpartition(".")[0]
         norm, scaling = bound.layers[name]
-        floors, rank = {"head": norm, "BA": SHARE * norm}, 0
+        floors = {"head": norm, "BA": SHARE * norm}
         if "A" in mine:
-            rank = max(x.shape[1] for _, x in mine["A"])
-            floors |= {"A": sqrt(rank / 3), "B": sqrt(3) * SHARE * norm / scaling}
-            rank = max(rank, *(x.shape[1 if of == "A" else -1] for of, xs in came.items() for _, x in xs))
-        yield _Site(name, scaling, rank, mine, came, floors)
+            start = sqrt(max(x.shape[1] for _, x in mine["A"]) / 3)
+            floors |= {"A": start, "B": sqrt(3) * SHARE * norm / scaling}
+        yield _Site(name, scaling, mine, came, floors)
 
 
 def _same(one: _Factor, other: _Factor) -> bool:
@@ -260,24 +258,24 @@ def _of(factor: _Factor, wanted: Tensor) -> list[tuple[Tensor, Tensor]]:
     return found
 
 
-def _grams(factor: _Factor, of: str, rank: int) -> Tensor:
-    """Return `A Aᵀ` or `Bᵀ B`, `[K, rank, rank]` in float64, with zeros beyond each client's own rank."""
-    grams = [(rows, _gram(x, of)) for rows, x in factor]
-    lacking = [(rows, gram, rank - gram.shape[-1]) for rows, gram in grams]
-    return everyones([Stack(rows, {"": pad(gram, (0, more, 0, more))}) for rows, gram, more in lacking], [""])[""]
-
-
 def _gram(x: Tensor, of: str) -> Tensor:
+    """Return `A Aᵀ` or `Bᵀ B`, `[K, r, r]` in float64."""
     x = x.double()
     return x @ x.mT if of == "A" else x.mT @ x
 
 
-def _product(B: Tensor, A: Tensor, at: Tensor, to: Tensor) -> Tensor:
-    """Return `‖B_at A_to‖` for each pair of places `[E]`, of the Gram matrices `[…, r, r]` of these factors."""
-    size = max(1, _CHUNK_FLOATS // A[0].numel())
-    parts = zip(at.split(size), to.split(size), strict=True)
-    squares = torch.cat([(B[i] * A[j]).sum((1, 2)) for i, j in parts])
-    return squares.clamp(min=0).sqrt()  # rounding may leave it below 0; NaN stays
+def _product(B: _Factor, A: _Factor, at: Tensor, to: Tensor) -> Tensor:
+    """Return `‖B_at A_to‖` for each pair of places `[E]`, of the Gram matrices of these factors.
+
+    Of two ranks it is the product of the columns and rows that both have.
+    """
+    found = torch.zeros(len(at), dtype=torch.float64, device=at.device)
+    for (left, gram_B), (right, gram_A) in product(B, A):
+        left, right, m = left.to(at.device), right.to(at.device), min(gram_B.shape[1], gram_A.shape[1])
+        for some in (torch.isin(at, left) & torch.isin(to, right)).nonzero()[:, 0].split(max(1, _CHUNK_FLOATS // m**2)):
+            i, j = torch.searchsorted(left, at[some]), torch.searchsorted(right, to[some])
+            found[some] = (gram_B[i, :m, :m] * gram_A[j, :m, :m]).sum((1, 2))
+    return found.clamp(min=0).sqrt()  # rounding may leave it below 0; NaN stays
 
 
 def _medians(measure: _Measure, place: Tensor) -> Tensor:

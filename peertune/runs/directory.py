@@ -152,6 +152,11 @@ def has_own_rows(run: Path) -> bool:
     return _said(run).get("own_rows") is True
 
 
+def ranks(run: Path) -> dict[str, Any]:
+    """Return the clients' ranks and how their scales are made; {} of a run whose clients have one rank."""
+    return dict(_said(run).get("ranks", {}))
+
+
 def plugins(run: Path) -> dict[str, Any]:
     """Return which code the run was begun with that is not peertune's, by block of the recipe."""
     found = _said(run).get("plugins", {})

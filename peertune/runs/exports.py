@@ -1,10 +1,10 @@
 """Adapters out of a run, each a folder in PEFT's format."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -13,17 +13,20 @@ from peertune.errors import RunError
 from peertune.files import check_absent, written_folder
 from peertune.rounds import best
 from peertune.rounds.slices import average
-from peertune.runs.directory import TAKEN, peer, write_together
-from peertune.types import ALONE, Group, Stack, State, Tensors, by_client
+from peertune.runs.directory import TAKEN, peer, ranks, write_together
+from peertune.types import ALONE, Group, Stack, State, Tensors, by_client, kind
 
 BEST = "best.json"
 """In the folder of a client's best adapter, of which evaluated round it is; -1 where it never was evaluated."""
 
 
 @contextmanager
-def written(run: Path, state: State, client: int | None, to: Path, *, last: bool = False) -> Iterator[Path]:
+def written(
+    run: Path, state: State, client: int | None, to: Path, *, last: bool = False, rank: int | None = None
+) -> Iterator[tuple[Path, float]]:
     """Yield a folder with one client's adapter, or the average of all where `client` is None, in PEFT's format.
 
+    With a `rank` it is the adapter of that rank which is nearest; how far that is, as a share, is yielded, too.
     Where the state has each client's best, a client's is that, unless the `last` is asked for. The folder takes the
     place of `to` when all is done that is to be done with it, and vanishes otherwise. Raises RunError for a client that
     isn't there, a folder that is there already, and the `last` of a run that kept no others.
@@ -38,11 +41,8 @@ def written(run: Path, state: State, client: int | None, to: Path, *, last: bool
     check_absent(to)
     adapters, write = best.kept(state, last=last), _adapter_writer(run)
     with written_folder(to) as beside:
-        if client is None:
-            write(beside, average(state.stacks), None)
-        else:
-            _write_client(write, beside, adapters, clients.index(client))
-        yield beside
+        one = (average(state.stacks), None) if client is None else _of(adapters, clients.index(client))
+        yield beside, write(beside, *one, rank)
 
 
 def rounds_behind(folder: Path, state: State) -> int:
@@ -62,26 +62,32 @@ def write_all(run: Path, state: State, clients: Sequence[int], group: Group = AL
 
     def write_own(beside: Path, _: list[Any]) -> None:
         for place, client in enumerate(clients):
-            _write_client(write, beside / f"client-{client:03d}", kept, place)
+            write(beside / f"client-{client:03d}", *_of(kept, place))
         if mean and group.rank == 0:
             write(beside / "average", mean, None)
 
     write_together(run / "adapters", group, write_own)
 
 
-_Write = Callable[[Path, Tensors, int | None], None]
-"""Write an adapter into a folder, and of which evaluated round it is, where it is a best one."""
+class _Write(Protocol):
+    """Writes an adapter into a folder, and of which evaluated round it is, where it is a best one.
+
+    With a rank it is cut to that, and what is lost is returned.
+    """
+
+    def __call__(self, folder: Path, adapter: Tensors, round: int | None, rank: int | None = None) -> float: ...
 
 
-def _write_client(write: _Write, folder: Path, kept: tuple[Sequence[Stack], list[int]], place: int) -> None:
+def _of(kept: tuple[Sequence[Stack], list[int]], place: int) -> tuple[Tensors, int | None]:
+    """Return one client's adapter, and of which evaluated round it is, where it is a best one."""
     adapters, rounds = kept
-    single = by_client(adapters)[place]
-    write(folder, {name: x[0] for name, x in single.items()}, rounds[place] if rounds else None)
+    return {name: x[0] for name, x in by_client(adapters)[place].items()}, rounds[place] if rounds else None
 
 
 def _adapter_writer(run: Path) -> _Write:
     """Return what writes an adapter into a folder, with all that the adapters of a run share."""
-    from peertune.adapters.peft_format import LoraConfig, save_adapter
+    from peertune.adapters.peft_format import LoraConfig, at_rank, save_adapter
+    from peertune.adapters.truncation import truncated
 
     try:
         lora = LoraConfig.from_pretrained(str(run / "adapter"))
@@ -92,10 +98,24 @@ def _adapter_writer(run: Path) -> _Write:
     except (OSError, ValueError, SafetensorError):
         raise RunError(f"{run}/adapter: is missing or damaged; give the folder of a run") from None
 
-    def write(folder: Path, adapter: Tensors, round: int | None) -> None:
-        save_adapter(folder, adapter, head=head, lora=lora, taken=taken)
+    scaling = ranks(run).get("scaling")
+
+    def write(folder: Path, adapter: Tensors, round: int | None, rank: int | None = None) -> float:
+        config, lost = lora, 0.0
+        if scaling is not None:
+            (own,) = {len(x) for name, x in adapter.items() if kind(name) == "A"}
+            config = at_rank(lora, own, own_scaling=scaling == "own")
+        if rank is not None:
+            if taken or lora.rank_pattern:
+                raise RunError(
+                    "--rank: is not of pissa, olora or rank_pattern, whose layers keep their ranks; leave it out"
+                )
+            adapter, lost = truncated(adapter, rank)
+            config = at_rank(config, rank, own_scaling=False)
+        save_adapter(folder, adapter, head=head, lora=config, taken=taken)
         (folder / "labels.json").write_bytes(labels)
         if round is not None:
             (folder / BEST).write_text(json.dumps({"round": round}) + "\n")
+        return lost
 
     return write

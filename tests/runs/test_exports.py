@@ -77,7 +77,7 @@ def test_of_a_run_that_kept_them_clients_best_adapters_are_written_with_their_ro
     assert torch.equal(average["base_model.model.enc.q.lora_A.weight"], late.adapters["enc.q.A"].mean(0))
     export(run, now, 0, tmp_path / "best")
     assert everything(tmp_path / "best") == everything(run / "adapters" / "client-000")
-    with exports.written(run, now, 0, tmp_path / "last", last=True) as folder:
+    with exports.written(run, now, 0, tmp_path / "last", last=True) as (folder, _):
         assert exports.rounds_behind(folder, now) == 5
     last = load_file(tmp_path / "last" / "adapter_model.safetensors")
     assert torch.equal(last["base_model.model.enc.q.lora_A.weight"], late.adapters["enc.q.A"][0])

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -10,12 +11,17 @@ import torch
 from torch import Tensor
 
 from peertune.assembly.build import Built, build
-from peertune.engines.simulator import simulate
+from peertune.engines.simulator import _exchange, simulate
 from peertune.errors import PeertuneError
+from peertune.memory import LiveBytes
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
+from peertune.rounds.bounds import Bound
 from peertune.rounds.job import Pausing
 from peertune.rounds.record import RoundRecord
+from peertune.rounds.round import Begun, end, turn_of
+from peertune.rounds.training import adamw
+from peertune.rounds.turns import Came
 from peertune.runs import checkpoints
 from peertune.topology import weights_at
 from peertune.types import State, Tensors, by_client, kind, payload_bytes
@@ -81,23 +87,18 @@ def test_each_may_have_the_scale_of_its_own_rank() -> None:
 
 
 def in_common(adapters: Sequence[Tensors], weights: Tensor, kinds: set[str]) -> list[Tensors]:
-    """Mix, client by client and row by row of A: the slow twin of mixing by slice."""
+    """Mix row by row of A, and column by column of B, those who have it: the slow twin of mixing by slice."""
     found = [{name: x.clone() for name, x in own.items()} for own in adapters]
     for i, own in enumerate(found):
         for name, x in own.items():
             if kind(name) not in kinds:
                 continue
-            by = {"A": 1, "B": x.dim() - 1}.get(kind(name))
-            for row in range(x.shape[by]) if by else [None]:
-                there = [
-                    other[name] if by is None else other[name].narrow(by, row, 1)
-                    for other in adapters
-                    if by is None or other[name].shape[by] > row
-                ]
-                who = [j for j, other in enumerate(adapters) if by is None or other[name].shape[by] > row]
-                mine = adapters[i][name] if by is None else adapters[i][name].narrow(by, row, 1)
-                mixed = mine + sum(weights[i, j] * (y - mine) for j, y in zip(who, there, strict=True))
-                (x if by is None else x.narrow(by, row, 1)).copy_(mixed)
+            axis = {"A": 1, "B": -1}.get(kind(name), 0)
+            for row in range(x.shape[axis]):
+                mine = adapters[i][name].narrow(axis, row, 1)
+                who = [j for j, other in enumerate(adapters) if other[name].shape[axis] > row]
+                took = [weights[i, j] * (adapters[j][name].narrow(axis, row, 1) - mine) for j in who]
+                x.narrow(axis, row, 1).copy_(mine + torch.stack(took).sum(0))
     return found
 
 
@@ -120,8 +121,8 @@ def test_ranks_that_are_equal_give_the_bits_of_one_rank() -> None:
     same, one = run("lora.ranks=[3, 3, 3, 3, 3]"), run()
     for ours, theirs in zip(same, one, strict=True):
         assert replace(ours, seconds={}, state=None) == replace(theirs, seconds={}, state=None)
-    for ours, theirs in zip(of_clients(same), of_clients(one), strict=True):
-        assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
+    for mine, other in zip(of_clients(same), of_clients(one), strict=True):
+        assert all(torch.equal(x, other[name]) for name, x in mine.items())
 
 
 @pytest.mark.parametrize("method", ALGORITHMS)
@@ -198,3 +199,29 @@ def test_ranks_are_dealt_by_the_seed() -> None:
     assert dealt[0] == dealt[1]
     assert len({tuple(ranks) for ranks in dealt}) > 1
     assert all(sorted(ranks) == [2, 2, 4, 4, 4] for ranks in dealt)
+
+
+def test_few_of_high_rank_cost_the_many_of_low_rank_nothing() -> None:
+    clients, high, sites = 400, 4, 12
+    ranks = [64] * high + [4] * (clients - high)
+    optimizer, cohorts = adamw(0.9, 0.999, 1e-8, 0.0), []
+    for rank in (4, 64):
+        rows = (torch.tensor(ranks) == rank).nonzero()[:, 0]
+        adapters = {f"{n}.A": torch.randn(len(rows), rank, 64) for n in range(sites)}
+        adapters |= {f"{n}.B": torch.randn(len(rows), 64, rank) for n in range(sites)}
+        own = State(adapters, optimizer.init(adapters), torch.zeros(len(rows), dtype=torch.int64))
+        cohorts.append((rows, own.clone()))
+    state = State.together(cohorts)
+    given = made("clients=400", "graph={name: ring, activation: 0.6}", "partition={name: iid}").job
+    bound = Bound({f"{n}": (8.0, 2.0) for n in range(sites)})
+    job = replace(given, state=state, ranks=ranks, bound=bound, evaluate_every=99, rounds=99)
+    turns = [turn_of(job, part, rows.tolist()) for rows, part in state.parts]
+    begun = Begun(state, turns, range(clients), 0, job.algorithm.phase(0))
+    came = [Came(*torch.zeros(2, part.clients)) for _, part in state.parts]
+    with LiveBytes("cpu") as live:
+        live.hold([[part.adapters, part.moments] for _, part in state.parts])
+        held = live.now
+        most = live.most(lambda: end(job, begun, came, partial(_exchange, job, range(clients))))
+    own = 3 * sites * 4 * 2 * 64 * sum(ranks)
+    assert own <= held <= 1.001 * own, "factors and moments, and AdamW's counts"
+    assert most.taken <= 0.3 * held
