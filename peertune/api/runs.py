@@ -107,9 +107,9 @@ class Run(RunData):
             hub.check_push(push)
         state = newest(self.folder)
         with exports.written(self.folder, state, client, place, last=last, rank=rank) as (folder, lost):
-            made = exports.rounds_behind(folder, state)
+            made, own = exports.rounds_behind(folder, state), exports.own_rank(self.folder, folder, rank)
             precision = hub.merge(self.folder, folder) if merge else None
-            readme = card(self, push or place.name, client, made, precision)
+            readme = card(self, push or place.name, client, made, precision, own)
             (folder / "README.md").write_text(readme, encoding="utf-8")
             address = None if push is None else hub.push(folder, push, private=private)
         return Exported(place, precision, address, lost)

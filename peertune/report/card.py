@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 from statistics import median
 from string import Template
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -21,15 +22,23 @@ _DATA = {"glue": "nyu-mll/glue"}  # task → where its data are on the hub, if t
 _ONE_BY_ONE = 50  # clients whose rows are told one by one
 
 
-def card(run: RunData, name: str, client: int | None, round: int, merged: str | None) -> str:
+def card(
+    run: RunData,
+    name: str,
+    client: int | None,
+    round: int,
+    merged: str | None,
+    own: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
     """Return the README.md of one client's adapter, or of the average where `client` is None, with the hub's metadata.
 
     `name` says where it is to be found, `round` how many rounds its checkpoint has made, `merged` in which precision it
-    was added to the base, where it was. Of a path on this machine only the last part is told. Raises RunError where the
-    run does not say what its adapters are for.
+    was added to the base, where it was. `own` is what PEFT's configuration of the adapter says and the run's doesn't.
+    Of a path on this machine only the last part is told. Raises RunError where the run does not say what its adapters
+    are for.
     """
     recipe, purpose = run.recipe, directory.pipeline_tag(run.folder)  # which looks whether the adapter is whole
-    lora = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
+    lora = json.loads((run.folder / "adapter" / "adapter_config.json").read_text()) | dict(own)
     evaluated = [record for record in run.records if record["round"] < round and record["evaluation"]]
     row, score = summarise(evaluated), _score(evaluated[-1], client) if evaluated else {}
     task = "/".join([recipe["task"]["name"], *filter(None, [recipe["task"].get("config")])])
@@ -49,7 +58,7 @@ def card(run: RunData, name: str, client: int | None, round: int, merged: str | 
     )
     whose = "the average of all clients" if client is None else f"client {client}"
     text = Template(files("peertune.report").joinpath("card.md").read_text(encoding="utf-8")).substitute(
-        _training(run, lora, round),
+        _training(run, lora, round, sized=not own),
         name=name,
         what=f"A model with the LoRA adapter of {whose} merged in, in {merged}"
         if merged
@@ -60,8 +69,8 @@ def card(run: RunData, name: str, client: int | None, round: int, merged: str | 
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
 
 
-def _training(run: RunData, lora: Mapping[str, Any], round: int) -> dict[str, str]:
-    """Say how it was trained, by the names that the template has."""
+def _training(run: RunData, lora: Mapping[str, Any], round: int, *, sized: bool) -> dict[str, str]:
+    """Say how it was trained, by the template's names; with its parameters where it is `sized` as the run's."""
     recipe, facts, training = run.recipe, run.facts, run.recipe["training"]
     graph, targets = facts["graph"], lora["target_modules"]
     how = "exact" if graph["draws"] == 0 else f"estimated from {graph['draws']:,} draws"
@@ -73,7 +82,8 @@ def _training(run: RunData, lora: Mapping[str, Any], round: int) -> dict[str, st
         "base": _base(recipe["model"]),
         "adapter": f"rank {lora['r']}, `lora_alpha` {lora['lora_alpha']:g}, {_unusual(lora)}in "
         + (f"`{targets}`" if isinstance(targets, str) else ", ".join(f"`{target}`" for target in sorted(targets)))
-        + f"; {facts['parameters']['adapter']:,} parameters, head {recipe['head']}",
+        + (f"; {facts['parameters']['adapter']:,} parameters, " if sized else "; ")
+        + f"head {recipe['head']}",
         "task": _settings(recipe["task"]),
         "method": _settings(recipe["algorithm"]),
         "graph": f"{_settings(recipe['graph'])}; rho {graph['rho']:.4f} ({how}), T\\* {graph['switching_interval']}",

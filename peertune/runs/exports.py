@@ -52,6 +52,17 @@ def rounds_behind(folder: Path, state: State) -> int:
     return state.round if evaluated < 0 else evaluated + 1
 
 
+def own_rank(run: Path, folder: Path, rank: int | None) -> dict[str, Any]:
+    """Return rank and scale of an adapter that was written with another rank than the run's, or with a given one.
+
+    They are in PEFT's words; {} where they are the run's.
+    """
+    if rank is None and not ranks(run):
+        return {}
+    config = json.loads((folder / "adapter_config.json").read_text())
+    return {key: config[key] for key in ("r", "lora_alpha", "alpha_pattern")}
+
+
 def write_all(run: Path, state: State, clients: Sequence[int], group: Group = ALONE) -> None:
     """Write `adapters/`: those of these clients, of whom the state is, and the average; of a peer its own.
 

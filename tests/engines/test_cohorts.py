@@ -5,16 +5,22 @@ from dataclasses import replace
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers import AutoModelForImageClassification
 
+import peertune
 from peertune.assembly.build import Built, build
 from peertune.engines.simulator import _exchange, simulate
 from peertune.errors import PeertuneError
 from peertune.memory import LiveBytes
 from peertune.methods.catalogue import ALGORITHMS
+from peertune.models.load import MODELS
 from peertune.recipe import load_recipe
 from peertune.rounds.bounds import Bound
 from peertune.rounds.job import Pausing
@@ -178,6 +184,7 @@ def test_a_state_within_a_round_is_of_all_ranks_at_one_step(tmp_path: Path) -> N
         (["lora.ranks=[4, 2]"], "lora.ranks: 2 ranks for 5 clients; give one for each"),
         (["lora.ranks={4: 2, 2: 2}"], "lora.ranks: 4 ranks for 5 clients; give one for each"),
         (["lora.ranks=[4, 2, 900, 4, 4]"], "lora.ranks: client 2's rank: 900 is above the size of "),
+        ([DIFFERENT, "lora.rank_pattern={q_proj: 2}"], "lora.rank_pattern: is of ranks that all clients have alike"),
         (["lora.scaling=own"], "lora.scaling: is of ranks that differ; give lora.ranks, or leave it out"),
         ([DIFFERENT, "lora.init_lora_weights=pissa"], "lora.init_lora_weights: is a start of one rank"),
         ([DIFFERENT, "modifiers=[{name: shared_mask}]"], "algorithm: dec_lora with shared_mask needs one rank"),
@@ -222,6 +229,44 @@ def test_few_of_high_rank_cost_the_many_of_low_rank_nothing() -> None:
         live.hold([[part.adapters, part.moments] for _, part in state.parts])
         held = live.now
         most = live.most(lambda: end(job, begun, came, partial(_exchange, job, range(clients))))
-    own = 3 * sites * 4 * 2 * 64 * sum(ranks)
-    assert own <= held <= 1.001 * own, "factors and moments, and AdamW's counts"
+    least = 3 * sites * 4 * 2 * 64 * sum(ranks)
+    assert least <= held <= 1.001 * least, "factors and moments, and AdamW's counts"
     assert most.taken <= 0.3 * held
+
+
+@pytest.mark.parametrize("more", [("lora.scaling=own",), ("lora.use_rslora=true", "lora.alpha_pattern={v_proj: 5.0}")])
+def test_each_adapter_is_written_with_its_own_rank_and_the_average_with_the_highest(
+    tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    settings = [*SMALL, DIFFERENT, *more]
+    done = peertune.run("digits-demo", settings, out=tmp_path / "run")
+    state, job = checkpoints.load(tmp_path / "run"), build(load_recipe("digits-demo", settings)).job
+    assert state is not None
+    folders = [*(f"client-{client:03d}" for client in range(5)), "average"]
+    for name, own, rank in zip(folders, [*by_client(state.stacks), None], [*RANKS, 6], strict=True):
+        folder = tmp_path / "run" / "adapters" / name
+        base = AutoModelForImageClassification.from_pretrained(MODELS["digits-vit"], num_labels=5)
+        peft = PeftModel.from_pretrained(base, str(folder))
+        for site, layer in job.model.sites.items():
+            told: Any = peft.get_submodule(f"base_model.model.{site}")
+            assert told.r["default"] == rank
+            assert told.scaling["default"] == pytest.approx(layer.scalings[rank])
+            if own is not None:
+                torch.testing.assert_close(told.lora_A["default"].weight.double(), own[f"{site}.A"][0].float().double())
+    exported = done.export(tmp_path / "low", rank=2)
+    assert 0 < exported.lost < 1
+    whole, low = (load_file(at / "adapter_model.safetensors") for at in (folder, tmp_path / "low"))
+    configs = [LoraConfig.from_pretrained(str(at)) for at in (folder, tmp_path / "low")]
+    ratios = [config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r) for config in configs]
+    assert ratios[0] == pytest.approx(ratios[1]), "the scale stays"
+    lost, norm = 0.0, 0.0
+    for a in (name for name in whole if "lora_A" in name):
+        first, last = (at[a.replace("lora_A", "lora_B")] @ at[a] for at in (whole, low))
+        best = torch.linalg.svd(first.double())
+        torch.testing.assert_close(last.double(), (best.U[:, :2] * best.S[:2]) @ best.Vh[:2], rtol=1e-6, atol=1e-9)
+        lost += float((first - last).square().sum())
+        norm += float(first.square().sum())
+    assert exported.lost == pytest.approx((lost / norm) ** 0.5, rel=1e-6)
+    with pytest.raises(PeertuneError, match=r"^--rank: 9 is above the adapter's rank, 6; give at most that$"):
+        done.export(tmp_path / "high", rank=9)
+    assert not (tmp_path / "high").exists()
