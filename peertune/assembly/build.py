@@ -36,6 +36,7 @@ from peertune.rounds import best
 from peertune.rounds.bounds import Bound
 from peertune.rounds.clock import Pushing
 from peertune.rounds.job import CLOCK, Job
+from peertune.rounds.slices import of_rank
 from peertune.rounds.training import Optim, Rates, adamw, learning_rate, sgd
 from peertune.topology import Neighbourhood, digest
 from peertune.types import ALONE, Group, Stack, State, Tensors, kind
@@ -278,9 +279,10 @@ def agreed(run: Built) -> dict[str, str]:
     lora = recipe.lora.model_dump(exclude={"lora_dropout", "init"}, exclude_defaults=True)
     if "row_counts" in graph:  # as many as clients
         graph["row_counts"] = short(graph["row_counts"])
-    lora |= {key: short(lora[key]) for key in ("rank_pattern", "alpha_pattern") if key in lora}  # their order counts
+    long = ("rank_pattern", "alpha_pattern", "ranks")  # the order of their keys counts
+    lora |= {key: short(lora[key]) for key in long if key in lora}
     return {
-        "adapters": _shapes(job.state.adapters),
+        "adapters": _shapes(_of_all(job)),
         "algorithm": json.dumps(beyond_defaults("algorithm", recipe.algorithm), sort_keys=True),
         "base": weights.digest(job.model.base.state_dict()),
         "clients": str(recipe.clients),
@@ -313,10 +315,15 @@ def _unusual(run: Built) -> dict[str, str]:
         found["modifiers"] = json.dumps(changed, sort_keys=True)
     if plugins := from_outside(recipe, "algorithm", "graph", "modifiers"):
         found["plugins"] = json.dumps(plugins, sort_keys=True)
-    sent = _shapes(job.sent(frozenset(map(kind, job.state.adapters))))
-    if sent != _shapes(job.state.adapters):
+    lowest = job.ranks.index(min(job.ranks)) if job.ranks else -1
+    if (sent := _shapes(job.sent(frozenset(map(kind, job.state.adapters)), lowest))) != _shapes(_of_all(job)):
         found["message"] = sent
     return found
+
+
+def _of_all(job: Job) -> Tensors:
+    """Return adapters `[K, …]` of the shapes that all peers know alike: where ranks differ, of the lowest."""
+    return of_rank(job.state.adapters, min(job.ranks)) if job.ranks else job.state.adapters
 
 
 def _shapes(tensors: Tensors) -> str:

@@ -137,14 +137,14 @@ def _exchange(
     near = [other for other in row if other != me]
     first = torch.zeros(1, dtype=torch.int64, device=job.device)
 
-    layout, edgewise = job.algorithm.message.layout, job.algorithm.message.edgewise
+    edgewise = job.algorithm.message.edgewise
 
     def read(client: int, tensors: Tensors) -> Tensors:
         """Return what a client sent as a mixer gets it, `[1, …]`, on the device. Raises WireError for what can't be."""
         tensors = {name: x.to(job.device) for name, x in tensors.items()}
         if edgewise is not None and client != me:
             tensors = edgewise.unpack(tensors, state.known, client)
-        return job.read(tensors, t)
+        return job.read(tensors, t, client)
 
     def check(client: int, tensors: Tensors) -> str:
         why = past.left_out(client, t)
@@ -155,18 +155,34 @@ def _exchange(
             why = str(error)
         return f"round {t}: {why}; the edge fails" if why else ""
 
-    layouts = {} if layout is None else {client: layout(payload, client, phase) for client in near}
     packed = {} if edgewise is None else {client: edgewise.pack(payload, state.known, client) for client in near}
-    came = swapper.swap(t, payload, near, check, layouts, packed)
+    came = swapper.swap(t, payload, near, check, _layouts(job, payload, near, phase), packed)
     lost = {other: (min(me, other), max(me, other)) for other in near if other not in came}
     vacant = [edge for other, edge in lost.items() if swapper.vacant(other)]
     failed = [edge for edge in lost.values() if edge not in vacant]
     row[me] += sum(row.pop(other) for other in lost)
     heard = sorted([me, *came])
     parts = [read(client, payload if client == me else came[client]) for client in heard]
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     weights = torch.tensor([[row[client] for client in heard]], dtype=torch.float64, device=job.device)
-    return Heard(stacked(tensors), weights, heard, failed, vacant)
+    return Heard(_stacks(job, heard, parts), weights, heard, failed, vacant)
+
+
+def _layouts(job: Job, payload: Tensors, near: Sequence[int], phase: Phase) -> dict[int, Tensors]:
+    """Return what neighbours send, `[1, …]`, where that has other shapes or types than what is sent to them."""
+    if (layout := job.algorithm.message.layout) is not None:
+        return {client: layout(payload, client, phase) for client in near}
+    return {client: job.sent(phase.send, client) for client in near} if job.ranks else {}
+
+
+def _stacks(job: Job, clients: Sequence[int], parts: Sequence[Tensors]) -> list[Stack]:
+    """Return what these clients sent, each `[1, …]`, by their ranks."""
+    ranks = [job.ranks[client] if job.ranks else 0 for client in clients]
+    found = []
+    for rank in sorted(set(ranks)):
+        rows = [row for row, own in enumerate(ranks) if own == rank]
+        tensors = {name: torch.cat([parts[row][name] for row in rows]) for name in parts[rows[0]]}
+        found.append(Stack(torch.tensor(rows), tensors))
+    return found
 
 
 def _expected(job: Job, t: int) -> list[int]:

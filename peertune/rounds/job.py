@@ -15,10 +15,11 @@ from peertune.rounds import deadline
 from peertune.rounds.bounds import Bound, Refusal
 from peertune.rounds.clock import Clock, Pushing
 from peertune.rounds.record import Evaluation
+from peertune.rounds.slices import of_rank
 from peertune.rounds.training import Optim
 from peertune.rounds.turns import Steps
 from peertune.topology import Fault, Graph
-from peertune.types import ALONE, Group, Stack, State, Tensors, by_site, only
+from peertune.types import ALONE, Group, Stack, State, Tensors, by_site, only, take
 
 
 class Heard(NamedTuple):
@@ -96,11 +97,15 @@ class Job:
         """Whether this is a client without the others, a peer: it takes two to disagree."""
         return self.group.size == 1 == len(self.clients) < self.graph.clients
 
-    def sent(self, kinds: frozenset[str]) -> Tensors:
-        """Return what its first client sends at the start, `[1, …]`, in a phase that trains and sends these kinds."""
+    def sent(self, kinds: frozenset[str], client: int = -1) -> Tensors:
+        """Return what a client sends at the start, `[1, …]`, in a phase that trains and sends these kinds.
+
+        Where ranks differ it is this `client`, whose values are of no account; elsewhere its first one.
+        """
         one = self.state.take(slice(0, 1))
         at = standing(self.clients[:1], one.rounds)
-        return self.algorithm.message.send(one.adapters, one.known, at, Phase(kinds, kinds))[0]
+        adapters = take(self._like(client), slice(0, 1)) if self.ranks else one.adapters
+        return self.algorithm.message.send(adapters, one.known, at, Phase(kinds, kinds))[0]
 
     @property
     def cuts(self) -> list[int]:
@@ -114,8 +119,12 @@ class Job:
 
     def _like(self, client: int) -> Tensors:
         """Return adapters of a client's shapes."""
-        of = {self.ranks[self.clients[int(rows[0])]]: part.adapters for rows, part in self.state.cohorts}
-        return of[self.ranks[client]] if of else self.state.adapters
+        if not self.ranks:
+            return self.state.adapters
+        for rows, part in self.state.parts:
+            if self.ranks[self.clients[int(rows[0])]] == self.ranks[client]:
+                return part.adapters
+        return of_rank(self.state.stacks[0].tensors, self.ranks[client])
 
     @property
     def sites(self) -> int:

@@ -137,10 +137,7 @@ def mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> None:
     """
     mixer, exact = job.algorithm.mixer, job.algorithm.message.exact
     used = _weighed(job, state, mixed, at, phase)
-    if not state.cohorts and len(mixed.stacks) <= 1:
-        meetings = _sites
-    else:
-        meetings = _slices if mixer.ranks == "slices" else _by_receiver
+    meetings = (_slices if mixer.ranks == "slices" else _by_receiver) if job.ranks else _sites
     for part, own, came, share, places, here, known in meetings(job, state, mixed, used, at):
         as_read = own.tensors if exact else own.tensors | {n: came[n][places] for n in own.tensors if n in came}
         new, changed = mixer.receive(as_read, came, share, known, here, phase)
@@ -166,7 +163,7 @@ def _weighed(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> Weig
     weigh = job.algorithm.mixer.weigh
     if weigh is plain_weights:
         return mixed.weights
-    if not state.cohorts and len(mixed.stacks) <= 1:
+    if not job.ranks:
         used, changed = weigh(state.adapters, mixed.tensors, mixed.weights, state.known, at, phase)
         state.remember(changed)
         return used

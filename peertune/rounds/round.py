@@ -190,7 +190,7 @@ def end(
     sizes = [size / max(1, count) for size, count in zip(sent_bytes, messages, strict=True)]
     spans = _timed(job, state, clients, t, heard, sizes) if common else []
     watch.lap("mix")
-    measurable = due and message.whole and heard.sites is None and len(heard.stacks) < 2
+    measurable = due and message.whole and heard.sites is None and not job.ranks
     pushed = job.graph.weights == "push_sum"
     cross_terms = None
     if measurable:

@@ -83,6 +83,15 @@ def filled(stacks: Sequence[Stack], names: Sequence[str], r: int) -> Tensors:
     return found
 
 
+def of_rank(adapters: Tensors, r: int) -> Tensors:
+    """Return one client's adapter `[1, …]` as such a client of another rank has it, of zeros."""
+    shapes = {name: [1, *x.shape[1:]] for name, x in adapters.items()}
+    for name, shape in shapes.items():
+        if kind(name) in ("A", "B"):
+            shape[1 if kind(name) == "A" else -1] = r
+    return {name: x.new_zeros(shapes[name]) for name, x in adapters.items()}
+
+
 def everyones(stacks: Sequence[Stack], names: Collection[str]) -> Tensors:
     """Return tensors that have the same shape in all stacks, of all clients, `[H, …]`."""
     if len(stacks) == 1:

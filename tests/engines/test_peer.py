@@ -32,7 +32,8 @@ from peertune.rounds.mixing import exchanged, tell
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import run_rounds, turn_of
 from peertune.rounds.turns import Came, train
-from peertune.types import Stack, State, only, select, stacked
+from peertune.types import Stack, State, by_client, only, select, stacked
+from peertune.wire.codec import layout
 from peertune.wire.swap import Swapper
 
 SMALL = (
@@ -69,10 +70,10 @@ def assert_same(
     records = simulated(overrides, lie)
     state = records[-1].state
     assert state is not None
-    for name, x in state.adapters.items():
-        for client, peer in enumerate(played):
+    for client, (own, peer) in enumerate(zip(by_client(state.stacks), played, strict=True)):
+        for name, x in own.items():
             if lie is None or client != lie.client:
-                torch.testing.assert_close(peer.adapters[name][0], x[client], rtol=0, atol=tolerance)
+                torch.testing.assert_close(peer.adapters[name], x, rtol=0, atol=tolerance)
     for client, peer in enumerate(played):
         ours = [record for record in records if client in record.clients]
         assert [record["round"] for record in peer.records] == [record.round for record in ours]
@@ -119,6 +120,37 @@ def test_four_peers_end_with_the_simulators_adapters_whatever_modifies_the_metho
         recipes["own"] = recipe(4, dtype, "algorithm={name: tad_lora}", changes, judged, several)
     for method, played in play(four, recipes).items():
         assert_same(recipes[method], played, tolerance)
+
+
+def test_four_peers_of_four_ranks_end_with_the_simulators_adapters(four: Federation) -> None:
+    faults = "faults=[{edge: [0, 3], rounds: [1, 2]}, {down: 2, rounds: [3, 3]}]"
+    ranks = ("lora.ranks=[2, 5, 3, 8]", "graph={name: complete, activation: 0.7}", faults)
+    recipes = {
+        method: recipe(4, "float64", f"algorithm={{name: {method}}}", *ranks, *more)
+        for method, more in {
+            "tad_lora": ("head=trained", "evaluate={every: 2, rows: 20, on: both, load_best: true}"),
+            "decaf": (),
+            "lora_fair": ("modifiers=[{name: half}]",),
+            "rolora": ("modifiers=[{name: int8}]", "lora.scaling=own"),
+            "dec_lora": ("modifiers=[{name: zero_padded}]",),
+        }.items()
+    }
+    for method, played in play(four, recipes).items():
+        records = assert_same(recipes[method], played, 1e-12)
+        for client, peer in enumerate(played):
+            sent = [record.bytes_sent[record.clients.index(client)] for record in records if client in record.clients]
+            assert [record["bytes_sent"] for record in peer.records] == [[size] for size in sent], "each its own size"
+
+
+@pytest.mark.parametrize("modifiers", ["[]", "[{name: half}]", "[{name: int4}]"])
+def test_a_peer_knows_what_a_neighbour_of_another_rank_sends(modifiers: str) -> None:
+    settings = [*recipe(2, "float64"), "lora.ranks=[2, 5]", f"modifiers={modifiers}"]
+    ours, theirs = (build(load_recipe("digits-demo", settings), [client]) for client in (0, 1))
+    kinds = frozenset("AB")
+    expected, sent = (layout(run.job.sent(kinds, 1)) for run in (ours, theirs))
+    assert expected == sent
+    assert expected != layout(ours.job.sent(kinds, 0))
+    assert agreed(ours) == agreed(theirs)
 
 
 def test_eight_peers_end_with_the_simulators_adapters(tmp_path: Path) -> None:
