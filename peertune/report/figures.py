@@ -135,6 +135,13 @@ OF_A_RUN: Mapping[str, _Kind] = {
         "rounding is left out.",
         run_figures.consensus,
     ),
+    "ranks": _Kind(
+        "What only high ranks know",
+        "Of the clients' averaged product the share of the squared singular values beyond the lowest rank: it fades "
+        "where high ranks are mixed with what low ranks can't hold. And how far the products of the clients of the "
+        "highest rank are from their mean, as a share of its norm.",
+        run_figures.high_ranks,
+    ),
     "clients": _Kind(
         "METRIC of each client",
         "One row for each client, one column for each evaluated round; a row that stays dark is a client left behind.",

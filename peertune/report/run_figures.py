@@ -139,6 +139,20 @@ def consensus(run: RunData) -> go.Figure | None:
     return chart(*drawn, x="round", y="size (log scale)", shapes=_phases(run), xaxis=ticks(rounds[-1]), yaxis=axis)
 
 
+def high_ranks(run: RunData) -> go.Figure | None:
+    """Draw by evaluated round what clients know beyond the lowest rank, and how far those of the highest disagree."""
+    records = [record for record in run.records if "energy_beyond" in record["diagnostics"]]
+    if not records:
+        return None
+    rounds, hover = [record["round"] for record in records], "round %{x}: %{y:.3g}"
+    lines = {"energy_beyond": "energy beyond the lowest rank", "highest_apart": "disagreement at the highest rank"}
+    drawn = [
+        line(rounds, [record["diagnostics"][key] for record in records], name, PALETTE[number], hover, number)
+        for number, (key, name) in enumerate(lines.items())
+    ]
+    return chart(*drawn, x="evaluated round", y="share", xaxis=ticks(rounds[-1]), yaxis_rangemode="tozero")
+
+
 def _phases(run: RunData) -> list[dict[str, Any]]:
     """Return a shape behind each phase of a run whose factors train in turn."""
     trained = groupby(run.records, lambda record: "".join(kind for kind in FACTORS if kind in record["train"]))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from peertune.rounds.shares import entries
-from peertune.rounds.slices import slices
+from peertune.rounds.slices import rank, slices
 from peertune.types import ALONE, Group, Stack, Tensors, kind, over_clients, pairs, payload_bytes, select, stacked
 
 
@@ -242,6 +242,35 @@ def diagnostics(
     }
     drift = mean_drift(before.mean, mean)
     return errors | {"cross_term": crossed, "mean_drift": drift} | contraction
+
+
+def high_ranks(stacks: Sequence[Stack]) -> dict[str, float]:
+    """Return what clients know beyond the lowest of their ranks, and how far those of the highest disagree.
+
+    `energy_beyond`: of the clients' averaged product, the mean of B_i A_i, the squared singular values beyond the
+    lowest rank as a share of all, over all sites. Slices of factors change with coordinates, this doesn't.
+    `highest_apart`: the root mean squared distance of the products of those of the highest rank from their mean, over
+    the mean's norm. Both are 0 where products are zero. raFLoRA (arXiv 2602.13486) calls it rank collapse where the
+    first decays.
+    """
+    clients = sum(len(rows) for rows, _ in stacks)
+    ranks = [rank(tensors, tensors) for _, tensors in stacks]
+    low, high = min(ranks), stacks[ranks.index(max(ranks))].tensors
+    beyond = whole = apart = mean = 0.0
+    for a, b in pairs(high):
+        left = torch.cat([x[b].double().mT.flatten(0, 1) for _, x in stacks]) / clients
+        right = torch.cat([x[a].double().flatten(0, 1) for _, x in stacks])
+        if len(left) > min(left.shape[1], right.shape[1]):
+            squares = torch.linalg.svdvals(left.mT @ right).square()
+        else:
+            upper_left, upper_right = (torch.linalg.qr(x.mT, mode="r").R for x in (left, right))
+            squares = torch.linalg.svdvals(upper_left @ upper_right.mT).square()
+        beyond += float(squares[low:].sum())
+        whole += float(squares.sum())
+        A, B = high[a].double(), high[b].double()
+        mean += (middle := _product_square(B / len(B), A, len(A)))
+        apart += max(0.0, float(((A @ A.mT) * (B.mT @ B)).sum()) / len(A) - middle)
+    return {"energy_beyond": beyond / whole if whole else 0.0, "highest_apart": sqrt(apart / mean) if mean else 0.0}
 
 
 def bytes_sent(payload: Sequence[Stack], neighbours: Sequence[int]) -> list[int]:

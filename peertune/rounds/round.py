@@ -207,6 +207,8 @@ def end(
     state = state.after()
     watch.lap("mix")
     diagnostics = {} if before is None else metrics.diagnostics(before, state.stacks, job.group, rows, job.cuts)
+    if before is not None and due and len(state.parts) > 1:
+        diagnostics |= metrics.high_ranks(state.stacks)
     watch.lap("metrics")
     evaluation = None
     if due:

@@ -140,6 +140,7 @@ def test_every_method_takes_ranks(method: str) -> None:
     assert found is not None
     assert len(found.clients) == 5
     assert found.average is not None
+    assert {"energy_beyond", "highest_apart"} <= records[-1].diagnostics.keys()
 
 
 @pytest.mark.parametrize("more", [(), ("modifiers=[{name: int8}]",), ("evaluate.load_best=true", "time.step_s=2.0")])

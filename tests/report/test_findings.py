@@ -551,3 +551,34 @@ def test_no_check_fails_on_a_well_formed_run(
 
 def test_there_is_something_to_say_of_a_run_that_has_not_begun(make_run: MakeRun) -> None:
     assert names(make_run(rounds=0)) == {"too_short"}
+
+
+def with_ranks(run: RunData, energy: Callable[[int], float]) -> RunData:
+    """The run, as if clients had ranks 4 and 16, and every second round was evaluated."""
+    for record in run.records[1::2]:
+        record["diagnostics"] |= {"energy_beyond": energy(record["round"]), "highest_apart": 0.1}
+    return replace(run, facts=run.facts | {"ranks": {"clients": [4, 16] * 3, "scaling": "common"}})
+
+
+def test_what_only_high_ranks_know_and_what_fades_is_found_with_the_numbers(make_run: MakeRun) -> None:
+    run = with_ranks(make_run(rounds=40), lambda t: 0.1 * min(t, 9) * 0.93 ** max(0, t - 9) / 3)
+    (finding,) = (x for x in diagnose(complete(run.recipe), run.facts, run.records) if x.name == "rank_collapse")
+    check_possible(complete(run.recipe), run.facts, finding.advice)
+    assert finding.title == "What only clients of rank 16 know fades"
+    assert "30.0% lay beyond rank 4 after round 9" in finding.text
+    assert "7.0% of it went in each round" in finding.text
+
+
+@pytest.mark.parametrize(
+    "energy",
+    [
+        lambda t: 0.3,  # it stays
+        lambda t: 0.3 * 0.99**t,  # most of it is there at the end
+        lambda t: 0.02 * t,  # it grows
+        lambda t: 0.3 if t < 25 else 0.01,  # it went at once, and then no more
+        lambda t: 0.0,
+    ],
+)
+def test_where_high_ranks_keep_what_they_know_no_collapse_is_found(make_run: MakeRun, energy: Any) -> None:
+    assert "rank_collapse" not in names(with_ranks(make_run(rounds=40), energy))
+    assert "rank_collapse" not in names(make_run(rounds=40))

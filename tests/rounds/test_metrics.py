@@ -16,12 +16,13 @@ from peertune.rounds.metrics import (
     cross_term,
     diagnostics,
     edges,
+    high_ranks,
     mean_drift,
     neighbour_counts,
     neighbourhood_cross_terms,
     relative_disagreement,
 )
-from peertune.types import Tensors, payload_bytes, select, stacked
+from peertune.types import Stack, Tensors, payload_bytes, select, stacked
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
@@ -212,3 +213,26 @@ def test_where_clients_hold_nothing_they_disagree_about_nothing() -> None:
     seen = relative_disagreement(found, diagnostics(before_mixing(stacked(found)), stacked(found)))
     assert (seen["cross"], seen["B"]) == (0, 0)
     assert seen["A"] > 0
+
+
+@pytest.mark.parametrize("d", [6, 40])  # smaller, and larger, than all ranks together
+def test_what_high_ranks_know_is_that_of_the_products_themselves(d: int) -> None:
+    draw, stacks, products = torch.Generator().manual_seed(d), [], dict[str, list[torch.Tensor]]()
+    for rows, r in (([0, 3], 2), ([1, 2, 4], 5)):
+        tensors = {f"{site}.A": torch.randn(len(rows), r, d, generator=draw) for site in "qv"}
+        tensors |= {f"{site}.B": torch.randn(len(rows), d + 1, r, generator=draw) for site in "qv"}
+        stacks.append(Stack(torch.tensor(rows), tensors))
+        for site in "qv":
+            products.setdefault(site, []).extend(tensors[f"{site}.B"].double() @ tensors[f"{site}.A"].double())
+    beyond = whole = apart = mean = 0.0
+    for each in products.values():
+        squares = torch.linalg.svdvals(torch.stack(each).mean(0)).square()
+        beyond, whole = beyond + float(squares[2:].sum()), whole + float(squares.sum())
+        high = torch.stack(each[2:])
+        apart += float((high - high.mean(0)).square().sum((1, 2)).mean())
+        mean += float(high.mean(0).square().sum())
+    assert high_ranks(stacks) == pytest.approx(
+        {"energy_beyond": beyond / whole, "highest_apart": (apart / mean) ** 0.5}
+    )
+    zero = [Stack(rows, {name: 0 * x for name, x in tensors.items()}) for rows, tensors in stacks]
+    assert high_ranks(zero) == {"energy_beyond": 0, "highest_apart": 0}

@@ -17,6 +17,7 @@ CHECKS: Mapping[Severity, Mapping[str, Callable[[Facts], Said | None]]] = {
         "phase_mismatch": phases.phase_mismatch,
         "no_contraction": mixing.no_contraction,
         "worse_than_rho": mixing.worse_than_rho,
+        "rank_collapse": mixing.rank_collapse,
         "out_of_phase": phases.out_of_phase,
         "one_class": learning.one_class,
         "learning_rate": learning.learning_rate,

@@ -16,6 +16,9 @@ from peertune.report.findings.finding import LEAST_ROUNDS, NO_GOSSIP, Said, call
 LEAST_MIXING = 2.0  # sum over the run of the share of the squared disagreement that a round takes away: e^-2 is left
 RHO_ERRORS = 3.0  # standard errors by which the measured contraction must lie above rho
 GAP_KEPT = 0.5  # of 1 - rho; a mean above rho by less is what few rounds bring
+LEAST_EVALUATED = 5  # evaluated rounds in which what high ranks know is looked at
+FADED = 0.5  # of its height, at most, is left at the end of what fades
+GEOMETRIC = 0.9  # of the variance of its logarithm, at least, is one line's
 LOST_EDGES = 0.05  # of the edges that peers had; a restart of one of eight costs fewer
 
 
@@ -133,4 +136,30 @@ def no_exchange(seen: Facts) -> Said | None:
         f"{seen.method} with {seen.clients} client{'s' * (seen.clients != 1)} sends nothing: each learns from its own "
         "rows alone, and disagreement is not judged.",
         f"To work together, choose another algorithm.name than {seen.method}." if seen.clients > 1 else "",
+    )
+
+
+def rank_collapse(seen: Facts) -> Said | None:
+    """Find what high ranks know to fade by the same share from round to round, until little of it is left."""
+    told = [
+        (r["round"], r["diagnostics"]["energy_beyond"]) for r in seen.records if "energy_beyond" in r["diagnostics"]
+    ]
+    if len(told) < LEAST_EVALUATED:
+        return None
+    rounds, energy = np.array(told).T
+    top = int(energy.argmax())
+    rounds, energy = rounds[top:], energy[top:]
+    if len(energy) < LEAST_EVALUATED or energy[-1] > FADED * energy[0] or not energy[-1] > 0:
+        return None
+    slope, start = np.polyfit(rounds, np.log(energy), 1)
+    error = np.log(energy) - start - slope * rounds
+    if error.var() > (1 - GEOMETRIC) * np.log(energy).var():
+        return None
+    low, high = min(seen.facts["ranks"]["clients"]), max(seen.facts["ranks"]["clients"])
+    return Said(
+        f"What only clients of rank {high} know fades",
+        f"Of the clients' averaged product {energy[0]:.1%} lay beyond rank {low} after round {rounds[0]:.0f}, and "
+        f"{energy[-1]:.1%} after round {rounds[-1]:.0f}: {1 - np.exp(slope):.1%} of it went in each round. Who can't "
+        "hold a direction is mixed as if it had none of it.",
+        "Mix by rank slice, without the modifier zero_padded, or by decaf as it is by default.",
     )
