@@ -36,6 +36,7 @@ class Draw(StrEnum):
     HELD_OUT = "held out"  # client
     FOLD = "fold"
     GENERATE = "generate"  # row
+    PREFIX = "prefix"  # client, step
     STEP_TIME = "step time"  # client, or client, step
     # who meets whom
     EDGE = "edge"  # round, i, j

@@ -18,6 +18,7 @@ from peertune.method import Algorithm, At, Gradient, Local, Memory, Mixer, Phase
 from peertune.methods.choco import choco
 from peertune.methods.mixers import averaged
 from peertune.methods.smaller import half, int4, int8, shared_mask
+from peertune.randomness import Draw, uniforms
 from peertune.types import MOMENTS, Tensors, kind, norms, over_clients, pairs
 
 DERIVED_FOR_SGD = ("fedspeed", "dfed_admm")
@@ -144,6 +145,72 @@ def mix_moments(algorithm: Algorithm) -> Algorithm:
     )
 
 
+def nested(local: Local, seed: int = 0) -> Local:
+    """Have each client's first ranks learn what matters most: a local step trains a prefix of them.
+
+    For each client and step a length p is drawn, from 1 to its rank r, all alike. The step's gradient is that of the
+    adapter of the first p rows of A and columns of B, and 0 beyond. So the k-th of them is in `(r - k + 1) / r` of the
+    steps. A prefix is then an adapter by itself, which those hold who have no more, and rank slices are mixed that have
+    the same meaning at all clients. What counts as important comes from training, not from sorting one client's
+    factors. With AdamW what lies beyond still moves by its momentum.
+
+    Source: the idea of PreLort (arXiv 2606.15963), of which we know the abstract. How lengths are drawn is ours, as in
+    nested dropout (arXiv 1402.0915) with equal chances.
+    """
+
+    def gradients(
+        gradient: Gradient, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        r = next(x.shape[1] for name, x in adapters.items() if kind(name) == "A")
+        drawn = uniforms(seed, Draw.PREFIX, at.clients.numpy(), at.step.numpy())
+        first = torch.arange(r) < 1 + torch.from_numpy(drawn * r).long()[:, None]  # [K, r]
+        return local.gradients(_Prefix(gradient, first), adapters, start, memory, at, phase)
+
+    return local._replace(gradients=gradients)
+
+
+class _Prefix:
+    """The gradient of adapters of which only the first rows of A and columns of B are there."""
+
+    def __init__(self, gradient: Gradient, first: Tensor) -> None:
+        self._gradient, self._first = gradient, first  # [K, r]
+
+    @property
+    def rows(self) -> Tensor:
+        return self._gradient.rows
+
+    def _cut(self, tensors: Tensors) -> Tensors:
+        found = dict(tensors)
+        for name, x in tensors.items():
+            if kind(name) in ("A", "B"):
+                first = self._first.to(x.device)[:, :, None] if kind(name) == "A" else self._first.to(x.device)[:, None]
+                found[name] = x * first
+        return found
+
+    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
+        return self._cut(self._gradient(self._cut(adapters), weights))
+
+    def norms(self, adapters: Tensors) -> Tensor:
+        return self._gradient.norms(self._cut(adapters))
+
+
+def divided(mixer: Mixer) -> Mixer:
+    """Where ranks differ, deal the weight of those who lack a rank slice among all others whom a receiver hears.
+
+    Each takes more in proportion, the receiver's own among them, so that a slice is averaged over those who have it.
+    Without this the weight returns to the receiver alone, and the mean of the slice stays; here it moves. Where all
+    hear all with one weight it is the mean of those who have the slice.
+
+    Source: raFLoRA (arXiv 2602.13486), with a server; it averages updates, and here factors are.
+
+    Raises:
+        RecipeError: the mixer mixes no slices.
+    """
+    if mixer.ranks == "whole":
+        raise RecipeError("modifiers: divided: is for methods that mix rank slices; leave out zero_padded and decaf")
+    return mixer._replace(lacking="all")
+
+
 def zero_padded(mixer: Mixer, weights: Literal["graph", "norms"] = "graph") -> Mixer:
     """Where ranks differ, mix factors cut or filled with zeros to the receiver's rank, as if all had that rank.
 
@@ -197,11 +264,13 @@ def _by_norms(weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
 MODIFIERS: dict[str, Callable[..., Any]] = {
     "choco": choco,
     "dfed_admm": dfed_admm,
+    "divided": divided,
     "fedspeed": fedspeed,
     "half": half,
     "int4": int4,
     "int8": int8,
     "mix_moments": mix_moments,
+    "nested": nested,
     "shared_mask": shared_mask,
     "zero_padded": zero_padded,
 }

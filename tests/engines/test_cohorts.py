@@ -123,6 +123,19 @@ def test_a_rank_slice_is_mixed_among_those_who_have_it(method: str, kinds: str) 
     assert record.bytes_sent == [one * count for one, count in zip(size, record.neighbours, strict=True)]
 
 
+def test_divided_averages_a_slice_over_those_who_have_it() -> None:
+    method = ("algorithm={name: dec_lora}", "graph={name: complete, activation: 1.0}")
+    lost = [f"{{edge: [{i}, {j}], rounds: [0, 9]}}" for i, j in combinations(range(5), 2)]
+    before = of_clients(run(DIFFERENT, *method, f"faults=[{', '.join(lost)}]")[:1])
+    after = of_clients(run(DIFFERENT, *method, "modifiers=[{name: divided}]")[:1])
+    for own in after:
+        for name, x in own.items():
+            axis = {"A": 1, "B": -1}.get(kind(name), 0)
+            for row in range(x.shape[axis]):
+                there = [other[name].narrow(axis, row, 1) for other in before if other[name].shape[axis] > row]
+                torch.testing.assert_close(x.narrow(axis, row, 1), torch.stack(there).mean(0), rtol=1e-12, atol=1e-12)
+
+
 def test_ranks_that_are_equal_give_the_bits_of_one_rank() -> None:
     same, one = run("lora.ranks=[3, 3, 3, 3, 3]"), run()
     for ours, theirs in zip(same, one, strict=True):

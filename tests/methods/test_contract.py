@@ -25,7 +25,7 @@ PLAIN["tad_lora, adaptive"] = ALGORITHMS["tad_lora"](switch_every="adaptive", wi
 LINEAR = PLAIN.keys() - {"decaf", "lora_fair"}  # plain averages
 FIELDS = {Schedule: "schedule", Local: "local", Message: "message", Mixer: "mixer"}
 SMALLER = ("choco", "int4", "int8", "shared_mask")  # of which a few methods show what all do
-CHANGING = [name for name in MODIFIERS if name != "zero_padded"]  # does nothing where ranks are equal: test_ranks.py
+CHANGING = [name for name in MODIFIERS if name not in ("divided", "zero_padded")]  # of ranks that differ: test_ranks.py
 ALONE = [(), *((name,) for name in CHANGING if name not in SMALLER)]
 ROUNDING = {"choco", "half", "int4", "int8"}
 NOT = {*permutations(("fedspeed", "dfed_admm"), 2), *permutations(ROUNDING, 2), *product(["shared_mask"], ROUNDING)}

@@ -10,11 +10,11 @@ from playing import BOTH
 from torch import Tensor
 
 from peertune.errors import RecipeError
-from peertune.method import Mixer, Phase, standing
+from peertune.method import Local, Mixer, Phase, standing
 from peertune.methods import mixers
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import corrected, gossip, products
-from peertune.methods.modifiers import zero_padded
+from peertune.methods.modifiers import divided, nested, zero_padded
 from peertune.types import Tensors, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
@@ -292,3 +292,47 @@ def test_products_are_not_padded() -> None:
     with pytest.raises(RecipeError, match=r"^modifiers: zero_padded: .* choose another than decaf$"):
         zero_padded(ALGORITHMS["decaf"]().mixer)
     assert zero_padded(gossip(), weights="norms").needs == {"both factors"}
+
+
+# nested, divided
+
+
+def test_a_prefix_trains_as_an_adapter_of_that_rank_would_and_nothing_beyond() -> None:
+    clients, r, d = 6, 5, 4
+    draw = torch.Generator().manual_seed(0)
+    adapters = {
+        "q.A": torch.randn(clients, r, d, generator=draw, dtype=torch.float64),
+        "q.B": torch.randn(clients, 3, r, generator=draw, dtype=torch.float64),
+        "out.head": torch.randn(clients, 2, generator=draw, dtype=torch.float64),
+    }
+    wanted = torch.randn(clients, 3, d, generator=draw, dtype=torch.float64)
+
+    def gradient(of: Tensors, weights: Tensor | None = None) -> Tensors:
+        """Of half the squared distance of B A from what is wanted, and of the head from 0."""
+        apart = of["q.B"] @ of["q.A"] - wanted
+        return {"q.A": of["q.B"].mT @ apart, "q.B": apart @ of["q.A"].mT, "out.head": of["out.head"]}
+
+    local, lengths = nested(Local(), seed=3), set()
+    for step in range(20):
+        at = standing(range(clients), torch.full((clients,), step))
+        found, _ = local.gradients(gradient, adapters, {}, {}, at, BOTH)  # type: ignore[arg-type]
+        again, _ = local.gradients(gradient, adapters, {}, {}, at, BOTH)  # type: ignore[arg-type]
+        for client in range(clients):
+            p = int((found["q.A"][client] != 0).any(1).sum())
+            lengths.add(p)
+            cut = {"q.A": adapters["q.A"][client, :p], "q.B": adapters["q.B"][client, :, :p]}
+            apart = cut["q.B"] @ cut["q.A"] - wanted[client]
+            torch.testing.assert_close(found["q.A"][client, :p], cut["q.B"].mT @ apart)
+            torch.testing.assert_close(found["q.B"][client, :, :p], apart @ cut["q.A"].mT)
+            assert not found["q.A"][client, p:].any()
+            assert not found["q.B"][client, :, p:].any()
+        assert torch.equal(found["out.head"], adapters["out.head"])
+        assert all(torch.equal(x, again[name]) for name, x in found.items()), "a step draws the same each time"
+    assert lengths == {1, 2, 3, 4, 5}
+
+
+def test_divided_is_of_slices_alone() -> None:
+    assert divided(gossip()).lacking == "all"
+    for whole in (ALGORITHMS["decaf"]().mixer, zero_padded(gossip())):
+        with pytest.raises(RecipeError, match=r"^modifiers: divided: is for methods that mix rank slices"):
+            divided(whole)
