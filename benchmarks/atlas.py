@@ -141,7 +141,7 @@ def run(part: str) -> None:
         asked = {
             named(cell, method, seed): settings(cell, method, seed) for method, seed in product(methods(cell), seeds)
         }
-        kept.all(asked, partial(scored, OF, watch=measured))
+        kept.all(asked, partial(scored, OF, watch=lambda record, _: measured(record)))
 
 
 BySeed = dict[Cell, dict[int, float]]

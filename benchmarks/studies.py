@@ -94,12 +94,12 @@ def scored(
     of: Study,
     asked: Asked,
     look: Callable[[Job], Row] = lambda job: {},
-    watch: Callable[[RoundRecord], Row] = lambda record: {},
+    watch: Callable[[RoundRecord, Row], Row] = lambda record, found: {},
 ) -> Iterator[tuple[str, Row]]:
     """Run what is asked for, and yield the clients' scores after the last round; [] if it diverged.
 
-    Runs of a small base train as one stack. `look` says what else is kept of a job, `watch` what is of a round. Seconds
-    are a run's share.
+    Runs of a small base train as one stack. `look` says what else is kept of a job, `watch` what is of a round,
+    beside what was of those before. Seconds are a run's share.
     """
     base = overrides()[:-1] if of.recipe == STUDIES["sst2"].recipe else []
     recipes = {name: load_recipe(of.recipe, [*base, *of.settings, *own]) for name, own in asked.items()}
@@ -115,7 +115,7 @@ def scored(
         yield from ((name, {**found[name], **looked[name], "seconds": seconds}) for name in part)
 
 
-def _last_scores(jobs: dict[str, Job], watch: Callable[[RoundRecord], Row]) -> dict[str, Row]:
+def _last_scores(jobs: dict[str, Job], watch: Callable[[RoundRecord, Row], Row]) -> dict[str, Row]:
     found: dict[str, Row] = {name: {"own": [], "new": []} for name in jobs}  # as of those that diverge
     while jobs:
         for name, record in simulate_together(jobs):
@@ -125,7 +125,7 @@ def _last_scores(jobs: dict[str, Job], watch: Callable[[RoundRecord], Row]) -> d
             if isinstance(record, Exception):
                 raise record
             assert record.state is not None
-            found[name] |= watch(record)
+            found[name] |= watch(record, found[name])
             jobs[name] = replace(jobs[name], state=record.state)
             if (last := record.evaluation) is not None:
                 scores = {"own": last.own, "new": last.clients if last.clients != last.own else []}
