@@ -12,8 +12,12 @@ from pathlib import Path
 
 import pytest
 import sides
+from hypothesis import HealthCheck, settings
 
 sides.watch()
+# How long an example takes says how busy the machine is: no test is about that.
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("here")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -60,7 +60,7 @@ sizes = st.integers(1, 6)
 activations = st.floats(0.01, 1)
 seeds = st.integers(0, 2**64)
 rounds = st.integers(0, 10**6)
-quickly = settings(max_examples=20, deadline=None, derandomize=True)
+quickly = settings(max_examples=20, derandomize=True)
 any_settings = given(
     size=sizes, activation=activations, seed=seeds, t=rounds, weights=st.sampled_from(["metropolis", "laplacian"])
 )

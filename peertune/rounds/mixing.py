@@ -139,13 +139,18 @@ def mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> None:
     used = _weighed(job, state, mixed, at, phase)
     meetings = (_slices if mixer.ranks == "slices" else _by_receiver) if job.ranks else _sites
     for part, own, came, share, places, here, known in meetings(job, state, mixed, used, at):
-        as_read = own.tensors if exact else own.tensors | {n: came[n][places] for n in own.tensors if n in came}
+        as_read = own.tensors if exact else own.tensors | _read(own.tensors, came, places)
         new, changed = mixer.receive(as_read, came, share, known, here, phase)
         for name, x in own.tensors.items():
             if new[name] is not as_read[name]:
                 _write(state, part, own.rows, name, new[name] if exact else x + new[name].sub(as_read[name]))
         if changed:
             state.remember(changed)
+
+
+def _read(own: Tensors, came: Tensors, places: Tensor) -> Tensors:
+    """Return what others read of receivers, who stand at these places among those who were heard."""
+    return {n: Slice([n], 0, rank(own, [n])).of(n, came[n][places]) for n in own if n in came}
 
 
 def _write(state: State, part: Slice, rows: Tensor, name: str, x: Tensor) -> None:
@@ -167,6 +172,8 @@ def _weighed(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> Weig
         used, changed = weigh(state.adapters, mixed.tensors, mixed.weights, state.known, at, phase)
         state.remember(changed)
         return used
+    if not mixed.stacks:
+        return mixed.weights
     # Of clients of several ranks there are no factors of one shape: it goes by what travels beside them.
     told = everyones(mixed.stacks, mixed.stacks[0].tensors.keys() - state.parts[0][1].adapters.keys())
     found = []

@@ -133,7 +133,7 @@ def test_pairs_of_rows_agree_as_often_as_chance_has_it() -> None:
     assert float(correlations.abs().max()) < 6 * mask.shape[1] ** -0.5
 
 
-some = settings(max_examples=40, deadline=None, derandomize=True)
+some = settings(max_examples=40, derandomize=True)
 
 
 @some

@@ -329,7 +329,7 @@ packings = st.lists(st.integers(1, 60), min_size=2, max_size=40).map(np.array)
 
 
 @given(packings)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 def test_what_is_packed_comes_back_where_it_was_and_padding_as_zeros(lengths: NDArray[np.int64]) -> None:
     packing = pack_rows(lengths)
     if packing is None:

@@ -465,7 +465,7 @@ def train_on_budget(case: Case, budget: int, clients_together: int, packed: bool
 
 
 @pytest.mark.thorough
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=20, derandomize=True)
 @given(
     budget=st.integers(1, 120),
     clients_together=st.integers(1, K),

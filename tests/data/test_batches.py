@@ -280,7 +280,7 @@ def rows_and_keys(steps: list[list[Batch]], clients: list[int]) -> dict[tuple[in
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("tokens", [1, 64, 10_000])
 @given(seed=st.integers(0, 3), round=st.integers(0, 5), chunk=st.integers(1, 5), clients_together=st.integers(1, 6))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_what_a_client_trains_on_does_not_depend_on_who_is_asked_for_with_it(
     tokens: int, packed: bool, seed: int, round: int, chunk: int, clients_together: int
 ) -> None:
@@ -306,7 +306,7 @@ def test_what_a_client_trains_on_does_not_depend_on_who_is_asked_for_with_it(
 
 
 @given(seed=st.integers(0, 20), tokens=st.integers(20, 400), clients_together=st.integers(1, 6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_batch_holds_rows_of_few_neighbouring_clients(seed: int, tokens: int, clients_together: int) -> None:
     encoded = encoded_rows(60, seed)
     parts = np.array_split(np.arange(60), 6)
@@ -346,7 +346,6 @@ def test_a_clients_shares_in_its_loss_sum_to_one() -> None:
     st.booleans(),
     st.integers(1, 300),
 )
-@settings(deadline=None)
 def test_validation_shows_every_row_once(rows: NDArray[np.int64], packed: bool, tokens: int) -> None:
     encoded = encoded_rows(60)
     seen = []

@@ -66,7 +66,7 @@ def test_every_partition_is_tried() -> None:
 
 
 @pytest.mark.parametrize("name", PARTITIONS)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     clients=st.integers(1, 12),
     sizes=st.lists(st.integers(12, 80), min_size=2, max_size=6),
@@ -95,7 +95,7 @@ def test_another_seed_gives_another_partition(name: str) -> None:
     assert same(partition(split, 5, 0), partition(split, 5, 1)) == (name in BY_COLUMN)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), clients=st.integers(1, 8), classes=st.integers(2, 5), seed=st.integers(0, 99))
 def test_a_label_mixture_is_met_to_the_row_in_the_largest_equal_shards(
     data: st.DataObject, clients: int, classes: int, seed: int

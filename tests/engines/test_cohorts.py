@@ -144,9 +144,17 @@ def test_ranks_that_are_equal_give_the_bits_of_one_rank() -> None:
         assert all(torch.equal(x, other[name]) for name, x in mine.items())
 
 
-@pytest.mark.parametrize("method", ALGORITHMS)
-def test_every_method_takes_ranks(method: str) -> None:
-    records = run(DIFFERENT, f"algorithm={{name: {method}}}", "rounds=5")
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        *((method, "modifiers=[]") for method in ALGORITHMS),
+        ("decaf", "modifiers=[{name: half}]"),
+        ("dec_lora", "modifiers=[{name: int8}, {name: zero_padded, weights: norms}, {name: nested}, {name: fedspeed}]"),
+        ("tad_lora", "algorithm={name: tad_lora, switch_every: adaptive, window_rounds: 4}"),
+    ],
+)
+def test_every_method_takes_ranks(method: str, more: str) -> None:
+    records = run(DIFFERENT, f"algorithm={{name: {method}}}", "rounds=5", more)
     for own, rank in zip(of_clients(records), RANKS, strict=True):
         assert {x.shape[1 if kind(name) == "A" else -1] for name, x in own.items() if kind(name) in "AB"} == {rank}
     found = records[-1].evaluation

@@ -14,7 +14,7 @@ from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.locals import by_steps, turned_back
 from peertune.types import Tensors
 
-some = settings(max_examples=15, deadline=None, derandomize=True)
+some = settings(max_examples=15, derandomize=True)
 seeds = st.integers(0, 2**31)
 A_ROUND, B_ROUND = 1, 2
 either_round = pytest.mark.parametrize("round", [A_ROUND, B_ROUND], ids=["A round", "B round"])

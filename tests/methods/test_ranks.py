@@ -18,7 +18,7 @@ from peertune.methods.modifiers import divided, nested, zero_padded
 from peertune.types import Tensors, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
-some = settings(max_examples=15, deadline=None, derandomize=True)
+some = settings(max_examples=15, derandomize=True)
 seeds = st.integers(0, 2**31)
 ranks_of_clients = st.lists(st.integers(1, 5), min_size=2, max_size=6)
 

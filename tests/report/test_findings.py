@@ -481,7 +481,7 @@ def test_edges_of_peers_over_which_nothing_comes_are_told_as_what_they_are(
     assert ("network.patience_s" in said.advice) == (mode == "rounds")
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     rounds=st.integers(0, 30),
     clients=st.integers(1, 8),

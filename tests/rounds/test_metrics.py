@@ -26,7 +26,7 @@ from peertune.types import Stack, Tensors, payload_bytes, select, stacked
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
 
-some = settings(max_examples=25, deadline=None, derandomize=True)
+some = settings(max_examples=25, derandomize=True)
 
 
 def random_adapters(seed: int, n: int, dtype: torch.dtype = torch.float64) -> Tensors:

@@ -68,7 +68,7 @@ layouts = st.dictionaries(names, st.tuples(shapes, st.sampled_from([*FLOATS, *IN
 
 
 @pytest.mark.thorough
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(layouts, st.integers(0, 2**32), st.integers(1, 600))
 @example({}, 0, 1)
 @example(

@@ -224,7 +224,7 @@ def test_an_edge_with_one_wrong_rule_is_found_out(rule: type[Edge]) -> None:
 @given(
     choices=st.lists(st.integers(0, 1000), min_size=1, max_size=100), refuses=st.tuples(st.booleans(), st.booleans())
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_longer_lives_with_many_calls_and_several_crashes_keep_the_promise(
     choices: list[int], refuses: tuple[bool, bool]
 ) -> None:
