@@ -227,7 +227,8 @@ def _truncate_by_direction(
     ranks: Tensor, own_A: Tensor, own_B: Tensor, heard_A: Tensor, heard_B: Tensor, groups: Sequence[_Group]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Combine as `_truncate` does, with weights by singular direction, of clients of these `ranks [H]`."""
-    A, B = heard_A.double(), heard_B.double()
+    most = int(ranks.max())
+    A, B = heard_A[:, :most].double(), heard_B[..., :most].double()
     cut = (ranks >= own_B.shape[-1]).nonzero()[:, 0].to(A.device)  # of lower ranks all directions have one weight
     new_A, new_B = _by_direction(A[cut], B[cut])
     return _truncate(own_A, own_B, A.index_copy(0, cut, new_A), B.index_copy(0, cut, new_B), groups)

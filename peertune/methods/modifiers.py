@@ -250,13 +250,13 @@ def zero_padded(mixer: Mixer, weights: Literal["graph", "norms"] = "graph") -> M
 
 
 def _by_norms(weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """Return weights `[R, H]` in proportion to theirs times the norms of products B A, with the sums of their rows."""
+    """Return weights `[R, H]`, whose rows sum to 1, in proportion to theirs times the norms of products B A."""
     norms = ((A @ A.mT) * (B.mT @ B)).sum((1, 2)).clamp(min=0).sqrt()
     entries = weights.to_sparse().coalesce()
     (receivers, places), plain = entries.indices(), entries.values()
     told = plain * norms[places]
-    sums, whole = (x.new_zeros(len(weights)).index_add(0, receivers, x)[receivers] for x in (told, plain))
-    shares = torch.where(sums > 0, told / sums * whole, plain)
+    sums = told.new_zeros(len(weights)).index_add(0, receivers, told)[receivers]
+    shares = torch.where(sums > 0, told / sums, plain)
     found = torch.sparse_coo_tensor(entries.indices(), shares, weights.shape, check_invariants=False).coalesce()
     return found if weights.is_sparse else found.to_dense()
 

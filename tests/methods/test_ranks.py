@@ -1,6 +1,7 @@
 """What mixers make of clients whose ranks differ, against slow and obvious twins that form every product."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from playing import BOTH
 from torch import Tensor
+from torch.nn.functional import pad
 
 from peertune.errors import RecipeError
-from peertune.method import Local, Mixer, Phase, standing
+from peertune.method import At, Local, Memory, Mixer, Phase, standing
 from peertune.methods import mixers
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import corrected, gossip, products
@@ -222,6 +224,16 @@ def test_what_only_high_ranks_know_stays_and_fades_with_averages() -> None:
     assert left["truncate"] < 1e-3
 
 
+def test_zeros_beyond_the_largest_rank_that_is_heard_change_nothing() -> None:
+    ranks, weights = [2, 3, 3], torch.full((3, 3), 1 / 3, dtype=torch.float64)
+    heard = clients_of(0, ranks, 8, 6)
+    wider = {"site.A": pad(heard["site.A"], (0, 0, 0, 2)), "site.B": pad(heard["site.B"], (0, 2))}
+    own = {"site.A": heard["site.A"][:1, :2], "site.B": heard["site.B"][:1, :, :2]}
+    at = standing([0], torch.zeros(1, dtype=torch.int64))._replace(heard=torch.arange(3), ranks=torch.tensor(ranks))
+    one, same = (products().receive(own, told, weights[:1], {}, at, BOTH)[0] for told in (heard, wider))
+    assert all(torch.equal(same[name], x) for name, x in one.items())
+
+
 def test_small_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks = [2, 3, 3, 3, 2, 3, 3]
     heard, weights = clients_of(0, ranks, 6, 5), weights_of(0, 7)
@@ -286,6 +298,18 @@ def test_zero_padded_mixes_one_factor_and_leaves_heads_and_the_other() -> None:
     assert new["site.A"] is own["site.A"]
     torch.testing.assert_close(new["site.B"][0], heard["site.B"][:, :, :2].mean(0))
     assert new["out.head"].tolist() == [[2.0] * 4]
+
+
+def test_what_is_padded_is_received_as_of_equal_ranks() -> None:
+    seen = []
+
+    def receive(own: Tensors, heard: Tensors, shares: Tensor, memory: Memory, at: At, phase: Phase) -> Any:
+        seen.append((at.ranks, heard["site.A"].shape, heard["site.B"].shape))
+        return own, {}
+
+    heard = clients_of(0, [2, 3], 7, 6)
+    mixed(zero_padded(gossip()._replace(receive=receive)), [2, 3], heard, torch.eye(2))
+    assert seen == [(None, (2, 2, 7), (2, 6, 2)), (None, (2, 3, 7), (2, 6, 3))]
 
 
 def test_products_are_not_padded() -> None:
