@@ -61,15 +61,16 @@ AUTHORS = {
     ]
 }
 """Method → settings of its authors that are more than a name."""
-GRAPHS = {"choco": ["graph={name: ring}"]}
-"""Modifier → a graph that it goes with, where that of the demo is none."""
+_RANKS = ["lora.ranks={2: 4, 4: 4, 8: 2}"]
+GOES_WITH = {"choco": ["graph={name: ring}"], "divided": _RANKS, "zero_padded": _RANKS}
+"""Modifier → settings that it goes with, where the demo has others."""
 
 
 def command(method: str, *modifiers: str) -> list[str]:
     """Return the words of the run that a card names."""
     changes = [f"modifiers=[{', '.join(f'{{name: {name}}}' for name in modifiers)}]"] if modifiers else []
-    graphs = [setting for name in modifiers for setting in GRAPHS.get(name, [])]
-    return ["peertune", "run", "digits-demo", f"algorithm.name={method}", *AUTHORS.get(method, []), *changes, *graphs]
+    more = [setting for name in modifiers for setting in GOES_WITH.get(name, [])]
+    return ["peertune", "run", "digits-demo", f"algorithm.name={method}", *AUTHORS.get(method, []), *changes, *more]
 
 
 def made(make: Callable[..., Algorithm]) -> Algorithm:

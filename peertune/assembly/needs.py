@@ -82,6 +82,10 @@ NEEDS: Mapping[str, Need] = {
         lambda recipe, graph, algorithm: len(set(ranks_of(recipe))) <= 1,
         "leave out lora.ranks, which it can't mix",
     ),
+    "ranks that differ": Need(
+        lambda recipe, graph, algorithm: len(set(ranks_of(recipe))) > 1,
+        "give lora.ranks, or leave it out: where all have one rank it changes nothing",
+    ),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
     "unjudged messages": Need(
         lambda recipe, graph, algorithm: not (recipe.evaluate.ensemble or recipe.evaluate.mixing),

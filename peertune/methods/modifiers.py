@@ -208,7 +208,7 @@ def divided(mixer: Mixer) -> Mixer:
     """
     if mixer.ranks == "whole":
         raise RecipeError("modifiers: divided: is for methods that mix rank slices; leave out zero_padded and decaf")
-    return mixer._replace(lacking="all")
+    return mixer._replace(lacking="all", needs=mixer.needs | {"ranks that differ"})
 
 
 def zero_padded(mixer: Mixer, weights: Literal["graph", "norms"] = "graph") -> Mixer:
@@ -243,10 +243,10 @@ def zero_padded(mixer: Mixer, weights: Literal["graph", "norms"] = "graph") -> M
                 shares = _by_norms(shares, heard[a].double(), heard[b].double())
         return mixer.receive(own, heard | cut, shares, memory, at._replace(ranks=None), phase)
 
-    changed = mixer._replace(receive=receive, ranks="whole")
+    changed = mixer._replace(receive=receive, ranks="whole", needs=mixer.needs | {"ranks that differ"})
     if weights == "graph":
         return changed
-    return changed._replace(by_entry=False, needs=mixer.needs | {"both factors"})
+    return changed._replace(by_entry=False, needs=changed.needs | {"both factors"})
 
 
 def _by_norms(weights: Tensor, A: Tensor, B: Tensor) -> Tensor:

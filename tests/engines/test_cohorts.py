@@ -210,6 +210,8 @@ def test_a_state_within_a_round_is_of_all_ranks_at_one_step(tmp_path: Path) -> N
         (["lora.scaling=own"], "lora.scaling: is of ranks that differ; give lora.ranks, or leave it out"),
         ([DIFFERENT, "lora.init_lora_weights=pissa"], "lora.init_lora_weights: is a start of one rank"),
         ([DIFFERENT, "modifiers=[{name: shared_mask}]"], "algorithm: dec_lora with shared_mask needs one rank"),
+        (["modifiers=[{name: zero_padded}]"], "algorithm: dec_lora with zero_padded needs ranks that differ"),
+        (["modifiers=[{name: divided}]"], "algorithm: dec_lora with divided needs ranks that differ"),
         ([DIFFERENT, "evaluate.ensemble=true"], "lora: ranks needs unjudged messages"),
         ([DIFFERENT, "time={step_s: 1.0, deadline_s: 1.5}"], "time: deadline_s needs one rank"),
         ([DIFFERENT, "time={step_s: 1.0, mode: asynchronous}"], "time: mode asynchronous needs one rank"),

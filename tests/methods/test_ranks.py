@@ -315,7 +315,7 @@ def test_what_is_padded_is_received_as_of_equal_ranks() -> None:
 def test_products_are_not_padded() -> None:
     with pytest.raises(RecipeError, match=r"^modifiers: zero_padded: .* choose another than decaf$"):
         zero_padded(ALGORITHMS["decaf"]().mixer)
-    assert zero_padded(gossip(), weights="norms").needs == {"both factors"}
+    assert zero_padded(gossip(), weights="norms").needs == {"both factors", "ranks that differ"}
 
 
 # nested, divided
