@@ -122,6 +122,7 @@ def _records(
                     "cross_term": 1e-9 if t < 4 else 0.05 * learnt,
                     "mean_drift": 1e-8,
                     **({f"contraction_{kind}": float(draw.uniform(0.3, 0.9)) for kind in "AB"} if sends else {}),
+                    **({"energy_beyond": 0.3 * learnt, "highest_apart": 0.1} if due and sends and clients > 1 else {}),
                 },
                 "seconds": {"train": 0.3, "exchange": 0.01, "mix": 0.01, "metrics": 0.01},
                 "evaluation": {

@@ -251,10 +251,10 @@ def test_an_asynchronous_run_has_bars_for_whoever_ended_a_training_and_scores_of
     ("changed", "missing"),
     [
         ({"rounds": 0}, set(OF_A_RUN) - {"partition"}),
-        ({"every": 0}, {"score", "others", "certainty", "clients", "confusion", "traffic", "time"}),
-        ({"method": "local", "switch_every": None}, {"graph", "traffic", "contraction"}),
+        ({"every": 0}, {"score", "others", "certainty", "ranks", "clients", "confusion", "traffic", "time"}),
+        ({"method": "local", "switch_every": None}, {"graph", "traffic", "contraction", "ranks"}),
         ({"metric": "pearson", "also": ()}, {"others", "confusion"}),
-        ({"clients": 1}, {"clients", "graph", "traffic"}),
+        ({"clients": 1}, {"ranks", "clients", "graph", "traffic"}),
     ],
 )
 def test_what_makes_no_sense_is_left_out(make_run: Any, changed: dict[str, Any], missing: set[str]) -> None:

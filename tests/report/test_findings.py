@@ -555,8 +555,10 @@ def test_there_is_something_to_say_of_a_run_that_has_not_begun(make_run: MakeRun
 
 def with_ranks(run: RunData, energy: Callable[[int], float]) -> RunData:
     """The run, as if clients had ranks 4 and 16, and every second round was evaluated."""
-    for record in run.records[1::2]:
-        record["diagnostics"] |= {"energy_beyond": energy(record["round"]), "highest_apart": 0.1}
+    for record in run.records:
+        record["diagnostics"].pop("energy_beyond", None)
+        if record["round"] % 2:
+            record["diagnostics"] |= {"energy_beyond": energy(record["round"]), "highest_apart": 0.1}
     return replace(run, facts=run.facts | {"ranks": {"clients": [4, 16] * 3, "scaling": "common"}})
 
 
