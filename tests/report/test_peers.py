@@ -20,7 +20,7 @@ from peertune.rounds.record import SCORES_OF_CLIENTS, RoundRecord
 
 LISTS = ("loss", "grad_norm", "bytes_sent", "neighbours", "neighbourhood_cross_term")
 TRAINING = {"learning_rate": 0.01, "max_grad_norm": 1.0, "reset_optimizer": "never"}
-ONLY_TOGETHER = {"consensus", "contraction", "time", "waiting"}  # figures of what no peer knows
+ONLY_TOGETHER = {"consensus", "contraction", "ranks", "time", "waiting"}  # figures of what no peer knows
 UNKNOWN = dict.fromkeys(("average", "ensemble", "route"))  # and what of an evaluation no peer knows
 
 
