@@ -199,7 +199,7 @@ class State:
             places = torch.isin(chosen, rows).nonzero()[:, 0]
             if len(places):
                 found.append((places, part.take(torch.searchsorted(rows, chosen[places]))))
-        return self.together(found)
+        return self.together(found) if found else self.cohorts[0][1].take(chosen)
 
     @classmethod
     def of(cls, parts: Sequence["State"]) -> "State":

@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from peertune.rounds.job import Job
+from peertune.types import by_client
 
 
 @dataclass(frozen=True)
 class Together:
     """What became of a run."""
 
-    adapters: dict[str, Tensor]  # [n, …]
+    adapters: list[dict[str, Tensor]]  # of each client, [1, …]
     records: list[list[dict[str, Any]]]  # of each process
 
 
@@ -55,7 +56,9 @@ def _run(out: Path, rank: int, ranks: int, port: int, recipes: Mapping[str, Sequ
                     records.append({k: v for k, v in asdict(replace(record, state=None)).items() if k != "state"})
                 (out / name).mkdir(exist_ok=True)
                 (out / name / f"{rank}.json").write_text(json.dumps(records))
-                save_file({k: x.contiguous() for k, x in state.adapters.items()}, out / name / f"{rank}.safetensors")
+                own = zip(job.clients, by_client(state.stacks), strict=True)
+                kept = {f"{client}/{k}": x.contiguous() for client, each in own for k, x in each.items()}
+                save_file(kept, out / name / f"{rank}.safetensors")
     except BaseException:
         with (out / "errors").open("a") as file:
             file.write(f"rank {rank}\n{traceback.format_exc()}\n")
@@ -86,6 +89,10 @@ def assert_same_adapters(ours: Path, theirs: Path) -> None:
 
 
 def _read(folder: Path, ranks: int) -> Together:
-    parts = [load_file(folder / f"{rank}.safetensors") for rank in range(ranks)]
-    adapters = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Together(adapters, [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)])
+    adapters: dict[int, dict[str, Tensor]] = {}
+    for rank in range(ranks):
+        for key, x in load_file(folder / f"{rank}.safetensors").items():
+            client, _, name = key.partition("/")
+            adapters.setdefault(int(client), {})[name] = x
+    told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return Together([adapters[client] for client in sorted(adapters)], told)

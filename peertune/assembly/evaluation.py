@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from peertune.assembly.encoding import EncodedTask
 from peertune.assembly.loading import Loaded, clients_together
+from peertune.assembly.ranks import ranks_of
 from peertune.data.batches import Encoded, validation_batches
 from peertune.data.completions import completions, encode_choices, encode_prompts
 from peertune.data.measures import constants, scorers
@@ -73,6 +74,7 @@ def build_evaluation(
     judge = partial(_judge, recipe, task, loaded, encoded)
     own = {client: judge(task.train, encoded.train, rows) for client, rows in encoded.held_out.items()}
     held_out = sum(group.gather(sum(map(len, encoded.held_out.values()))))
+    cuts = sorted({*ranks_of(recipe)})
     common = None if on == "own" else judge(task.validation, encoded.validation, encoded.evaluated)
 
     beside = None
@@ -90,7 +92,7 @@ def build_evaluation(
         if common is None:
             return _told(task, alone, held_out, alone, levels, {})
         if not peer:
-            mean = {name: x[None] for name, x in average(adapters, group).items()}
+            mean = {name: x[None] for name, x in average(adapters, group, cuts if len(cuts) > 1 else ()).items()}
             if group.rank == group.size - 1:  # once, by the one with the fewest clients
                 singles.append(mean)
         rows = len(encoded.evaluated)

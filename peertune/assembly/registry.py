@@ -118,8 +118,6 @@ def build_parts(
         log.info("time.step_s: is of simulations; a peer takes the time that it takes")
         clock = None
     ranks = ranks_of(recipe)
-    if len(set(ranks)) > 1 and group.size > 1:
-        raise RecipeError("lora.ranks: clients of several ranks are simulated by one process; leave out --workers")
     algorithm = build_algorithm(recipe, graph)
     return Parts(task, graph, faults, algorithm, clients, rows, held_out, ranks, clock, group, peer)
 

@@ -36,7 +36,7 @@ from peertune.rounds.mixing import exchanged
 from peertune.rounds.record import Evaluation, RoundRecord, put_together
 from peertune.rounds.round import run_rounds
 from peertune.topology import clients_down, whose_adapters
-from peertune.types import ALONE, Group, Stack, Tensors, only, payload_bytes, stacked
+from peertune.types import ALONE, Group, Stack, Tensors, only, payload_bytes, stacked, take
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +93,28 @@ def _exchange(
     down = clients_down(job.faults, t)
     up = [np.array([client for client in share if client not in down], dtype=np.int64) for share in shares]
     heard = [np.union1d(matrix[own].indices, own) for own in up]
-    mine = heard[job.group.rank].tolist()
-    return exchanged(job, clients, mine, stacked(_swap(only(payload), up, heard, job.group)), t, refuse)
+    mine = heard[job.group.rank]
+    return exchanged(job, clients, mine.tolist(), _swap_by_rank(job, payload, up, heard, t), t, refuse)
+
+
+def _swap_by_rank(
+    job: Job, payload: Sequence[Stack], up: list[NDArray[np.int64]], heard: list[NDArray[np.int64]], t: int
+) -> list[Stack]:
+    """Return what the clients `heard[rank]` sent, a stack for each of their ranks, of whom this process has `up[rank]`.
+
+    A process that has no client of some rank knows the shapes of what such a one sends.
+    """
+    if not job.ranks:
+        return stacked(_swap(only(payload), up, heard, job.group))
+    ranks, me, found = np.array(job.ranks), job.group.rank, []
+    own = {int(ranks[up[me][int(rows[0])]]): tensors for rows, tensors in payload if len(rows)}
+    for r in job.cuts:
+        held, wanted = ([some[ranks[some] == r] for some in each] for each in (up, heard))
+        sent = own.get(r) or take(job.sent(job.algorithm.phase(t).send, job.ranks.index(r)), slice(0, 0))
+        tensors = _swap(sent, held, wanted, job.group)
+        if tensors and len(wanted[me]):
+            found.append(Stack(torch.from_numpy(np.searchsorted(heard[me], wanted[me])), tensors))
+    return found
 
 
 def _carry(

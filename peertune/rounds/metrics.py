@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from peertune.rounds.shares import entries
-from peertune.rounds.slices import rank, slices
-from peertune.types import ALONE, Group, Stack, Tensors, kind, over_clients, pairs, payload_bytes, select, stacked
+from peertune.rounds.slices import of_rank, rank, slices
+from peertune.types import ALONE, Group, Stack, Tensors, kind, over_clients, pairs, payload_bytes, select, stacked, take
 
 
 def consensus_error(tensors: Tensors, group: Group = ALONE) -> float:
@@ -79,23 +79,24 @@ class _Everyone:
         self, stacks: Sequence[Stack], group: Group = ALONE, rows: Tensor | None = None, cuts: Sequence[int] = ()
     ) -> None:
         self.stacks, self.group, self.rows, self.cuts = stacks, group, rows, cuts
-        self._counts: dict[int, tuple[int, float]] = {}  # by the number of clients of this process
+        self._counts: dict[int | None, tuple[int, float]] = {}  # by where a slice ends
 
     def sites(self) -> Iterator[_Site]:
         """Yield each slice of each site."""
         for part in slices(self.stacks, self.cuts):
-            if (own := part.cut(self.stacks)) is None:
-                continue
+            own = part.cut(self.stacks)
             rows = self.rows if self.rows is None or not self.cuts else self.rows[own.rows.to(self.rows.device)]
             tensors = {f"{part.lo}.{name}": x for name, x in own.tensors.items()} if part.lo else own.tensors
-            yield _Site(tensors, rows, *self._count(len(own.rows), rows))
+            clients, total = self._count(part.hi, len(own.rows), rows)
+            if clients:
+                yield _Site(tensors, rows, clients, total)
 
-    def _count(self, here: int, rows: Tensor | None) -> tuple[int, float]:
-        """Return how many clients have a slice, `here` and in other processes, and what they count by together."""
-        if here not in self._counts:  # who has as many of the nested slices has the same
+    def _count(self, end: int | None, here: int, rows: Tensor | None) -> tuple[int, float]:
+        """Return how many clients have what ends there, `here` and in other processes, and what they count by."""
+        if end not in self._counts:
             clients = int(self.group.add(torch.tensor(here)))
-            self._counts[here] = clients, clients if rows is None else float(self.group.add(rows.sum()))
-        return self._counts[here]
+            self._counts[end] = clients, clients if rows is None else float(self.group.add(rows.sum()))
+        return self._counts[end]
 
 
 def _disagreement(every: _Everyone, mean: Tensors, *, products: bool = True) -> tuple[dict[str, float], float]:
@@ -244,33 +245,36 @@ def diagnostics(
     return errors | {"cross_term": crossed, "mean_drift": drift} | contraction
 
 
-def high_ranks(stacks: Sequence[Stack]) -> dict[str, float]:
-    """Return what clients know beyond the lowest of their ranks, and how far those of the highest disagree.
+def high_ranks(stacks: Sequence[Stack], cuts: Sequence[int], group: Group = ALONE) -> dict[str, float]:
+    """Return what clients know beyond the lowest of their ranks, `cuts`, and how far those of the highest disagree.
 
     `energy_beyond`: of the clients' averaged product, the mean of B_i A_i, the squared singular values beyond the
     lowest rank as a share of all, over all sites. Slices of factors change with coordinates, this doesn't.
     `highest_apart`: the root mean squared distance of the products of those of the highest rank from their mean, over
-    the mean's norm. Both are 0 where products are zero. raFLoRA (arXiv 2602.13486) calls it rank collapse where the
-    first decays.
+    the mean's norm; 0 where it is mere rounding. Both are 0 where products are zero. raFLoRA (arXiv 2602.13486) calls
+    it rank collapse where the first decays.
     """
-    clients = sum(len(rows) for rows, _ in stacks)
-    ranks = [rank(tensors, tensors) for _, tensors in stacks]
-    low, high = min(ranks), stacks[ranks.index(max(ranks))].tensors
+    clients = int(group.add(torch.tensor(sum(len(rows) for rows, _ in stacks))))
+    highest = [stack.tensors for stack in stacks if rank(stack.tensors, stack.tensors) == cuts[-1]]
+    high = highest[0] if highest else take(of_rank(stacks[0].tensors, cuts[-1]), slice(0, 0))
+    agree = max(1, int(group.add(torch.tensor(len(next(iter(high.values())))))))
     beyond = whole = apart = mean = 0.0
     for a, b in pairs(high):
-        left = torch.cat([x[b].double().mT.flatten(0, 1) for _, x in stacks]) / clients
-        right = torch.cat([x[a].double().flatten(0, 1) for _, x in stacks])
+        left = group.concat(torch.cat([x[b].double().mT.flatten(0, 1) for _, x in stacks])) / clients
+        right = group.concat(torch.cat([x[a].double().flatten(0, 1) for _, x in stacks]))
         if len(left) > min(left.shape[1], right.shape[1]):
             squares = torch.linalg.svdvals(left.mT @ right).square()
         else:
             upper_left, upper_right = (torch.linalg.qr(x.mT, mode="r").R for x in (left, right))
             squares = torch.linalg.svdvals(upper_left @ upper_right.mT).square()
-        beyond += float(squares[low:].sum())
+        beyond += float(squares[cuts[0] :].sum())
         whole += float(squares.sum())
         A, B = high[a].double(), high[b].double()
-        mean += (middle := _product_square(B / len(B), A, len(A)))
-        apart += max(0.0, float(((A @ A.mT) * (B.mT @ B)).sum()) / len(A) - middle)
-    return {"energy_beyond": beyond / whole if whole else 0.0, "highest_apart": sqrt(apart / mean) if mean else 0.0}
+        middle = _product_square(B, A, agree, group) / agree**2
+        mean += middle
+        apart += max(0.0, float(group.add(((A @ A.mT) * (B.mT @ B)).sum())) / agree - middle)
+    agreed = apart <= ROUNDING**2 * mean
+    return {"energy_beyond": beyond / whole if whole else 0.0, "highest_apart": 0.0 if agreed else sqrt(apart / mean)}
 
 
 def bytes_sent(payload: Sequence[Stack], neighbours: Sequence[int]) -> list[int]:

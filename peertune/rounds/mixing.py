@@ -34,6 +34,7 @@ def exchanged(
     planned to fail, at both ends.
     """
     graph = job.graph
+    sent = [stack for stack in sent if len(stack.rows)] if job.ranks else sent
     senders = [among[int(rows[0])] if job.ranks else -1 for rows, _ in sent]
     stacks = [Stack(one.rows, job.read(one.tensors, round, by)) for one, by in zip(sent, senders, strict=True)]
     matrix, failed = planned_weights(graph, job.faults, round)
@@ -216,7 +217,7 @@ def _slices(job: Job, state: State, mixed: Heard, used: Weights, at: At) -> Iter
     shares: dict[tuple[bytes, bytes], Tensor] = {}
     for part in slices(state.stacks, job.cuts):
         own, came = part.cut(state.stacks), part.cut(mixed.stacks)
-        if own is None or came is None:
+        if not len(own.rows) or not came.tensors:
             continue
         who = own.rows.numpy().tobytes(), came.rows.numpy().tobytes()
         if who not in shares:

@@ -207,8 +207,8 @@ def end(
     state = state.after()
     watch.lap("mix")
     diagnostics = {} if before is None else metrics.diagnostics(before, state.stacks, job.group, rows, job.cuts)
-    if before is not None and due and len(state.parts) > 1:
-        diagnostics |= metrics.high_ranks(state.stacks)
+    if before is not None and due and job.ranks:
+        diagnostics |= metrics.high_ranks(state.stacks, job.cuts, job.group)
     watch.lap("metrics")
     evaluation = None
     if due:

@@ -29,21 +29,28 @@ class Slice(NamedTuple):
             return x
         return x[:, self.lo : self.hi] if kind(name) == "A" else x[..., self.lo : self.hi]
 
-    def cut(self, stacks: Sequence[Stack]) -> Stack | None:
-        """Return this part of some clients' adapters, of those who have it; None where nobody does.
+    def cut(self, stacks: Sequence[Stack]) -> Stack:
+        """Return this part of some clients' adapters, of those who have it, in the same memory where one stack has it.
 
-        It is in the same memory where one stack has it.
+        What the stacks lack, such as kinds that were not sent, is left out; of a slice that nobody has here `P` is 0.
         """
         names = [name for name in self.names if stacks and name in stacks[0].tensors]
         held = [stack for stack in stacks if names and (self.hi is None or rank(stack.tensors, names) >= self.hi)]
         if not held:
-            return None
+            return Stack(
+                torch.zeros(0, dtype=torch.int64), {name: self._none(stacks[0].tensors, name) for name in names}
+            )
         rows = torch.cat([stack.rows for stack in held])
         parts = {name: [self.of(name, stack.tensors[name]) for stack in held] for name in names}
         if len(held) == 1:
             return Stack(rows, {name: x for name, (x,) in parts.items()})
         order = rows.argsort()
         return Stack(rows[order], {name: torch.cat(xs)[order.to(xs[0].device)] for name, xs in parts.items()})
+
+    def _none(self, tensors: Tensors, name: str) -> Tensor:
+        """Return this part of a tensor of no client."""
+        assert self.hi is not None, "what is whole, all have"
+        return of_rank({name: tensors[name]}, self.hi - self.lo)[name][:0]
 
 
 def rank(tensors: Tensors, names: Collection[str]) -> int:
@@ -53,14 +60,17 @@ def rank(tensors: Tensors, names: Collection[str]) -> int:
 
 
 def slices(stacks: Sequence[Stack], cuts: Sequence[int] = ()) -> Iterator[Slice]:
-    """Yield the slices of each site of some clients' adapters, cut at these ranks; whole ones where there are none."""
+    """Yield the slices of each site of some clients' adapters, cut at these ranks; whole ones where there are none.
+
+    Those beyond the ranks of these clients are among them: clients of other processes have them.
+    """
     groups = by_site(stacks[0].tensors) if stacks else []
     for left, site in zip(range(len(groups), 0, -1), groups, strict=True):
         names, ranks = list(site), {rank(stack.tensors, site) for stack in stacks}
         if not cuts or max(ranks) == 2**62:
             yield Slice(names, 0, None, left)
             continue
-        ends = sorted({cut for cut in cuts if cut < max(ranks)} | ranks)
+        ends = sorted({*cuts, *ranks})
         for lo, hi in zip([0, *ends], ends, strict=False):
             yield Slice(names, lo, hi, left)
 
@@ -100,18 +110,18 @@ def everyones(stacks: Sequence[Stack], names: Collection[str]) -> Tensors:
     return {name: torch.cat([tensors[name] for _, tensors in stacks])[order] for name in names}
 
 
-def average(stacks: Sequence[Stack], group: Group = ALONE) -> Tensors:
+def average(stacks: Sequence[Stack], group: Group = ALONE, cuts: Sequence[int] = ()) -> Tensors:
     """Return the mean of the clients' adapters, factor by factor, `[…]`.
 
-    Where ranks differ each rank slice is averaged over those who have it, so the mean has the highest rank: among
-    clients who agree on what they have in common, it is what those of the highest rank have.
+    Where ranks differ, as `cuts` say, each rank slice is averaged over those who have it, so the mean has the highest
+    rank: among clients who agree on what they have in common, it is what those of the highest rank have.
     """
-    if len(stacks) == 1:
+    if not cuts and len(stacks) == 1:
         return {name: group.mean(x) for name, x in stacks[0].tensors.items()}
     found: dict[str, list[Tensor]] = {}
-    for part in slices(stacks, sorted({rank(tensors, tensors) for _, tensors in stacks})):
+    for part in slices(stacks, cuts or sorted({rank(tensors, tensors) for _, tensors in stacks})):
         own = part.cut(stacks)
-        assert own is not None, "a slice is cut where somebody has it"
-        for name, x in own.tensors.items():
-            found.setdefault(name, []).append(x.mean(0))
+        if group.add(torch.tensor(len(own.rows))):
+            for name, x in own.tensors.items():
+                found.setdefault(name, []).append(group.mean(x))
     return {name: torch.cat(xs, -1 if kind(name) == "B" else 0) if len(xs) > 1 else xs[0] for name, xs in found.items()}

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as as_safetensors
 
 from peertune.errors import RunError
+from peertune.rounds.slices import rank
 from peertune.rounds.under_way import dealt
 from peertune.runs.directory import FORMAT, check_format, write_together
 from peertune.types import ALONE, Group, State, Tensors
@@ -56,12 +57,12 @@ def save_within(folder: Path, state: State, clients: Sequence[int], group: Group
 def _write(place: Path, state: State, clients: Sequence[int], group: Group) -> None:
     def write(beside: Path, _: list[Any]) -> list[dict[str, Any]]:
         shards = []
-        for number, (rows, part) in enumerate(state.parts):
-            data, cohort = _shard(part), f"-{number}" if state.cohorts else ""
-            name = f"state-{group.rank:03d}{cohort}.safetensors"
+        for rows, part in state.parts:
+            data, cohort = _shard(part), rank(part.adapters, part.adapters)
+            name = f"state-{group.rank:03d}{f'-{cohort}' if state.cohorts else ''}.safetensors"
             (beside / name).write_bytes(data)
             own = {"file": name, "clients": [clients[row] for row in rows.tolist()], "sha256": sha256(data).hexdigest()}
-            shards.append(own | ({"cohort": number} if state.cohorts else {}))
+            shards.append(own | {"rank": cohort})
         return shards
 
     def describe(beside: Path, shards: list[Any]) -> None:
@@ -155,10 +156,10 @@ def _read(checkpoint: Path, clients: Sequence[int] | None) -> State:
     check_format(checkpoint, meta)
     by_cohort: dict[int, list[Mapping[str, Any]]] = {}
     for shard in meta["shards"]:
-        by_cohort.setdefault(int(shard.get("cohort", 0)), []).append(shard)
-    held = {cohort: [int(client) for shard in of for client in shard["clients"]] for cohort, of in by_cohort.items()}
+        by_cohort.setdefault(int(shard.get("rank", 0)), []).append(shard)
+    held = {cohort: {int(client) for shard in of for client in shard["clients"]} for cohort, of in by_cohort.items()}
     order = sorted(chain(*held.values())) if clients is None else [*clients]
-    wanted = {cohort: [client for client in order if client in {*of}] for cohort, of in held.items()}
+    wanted = {cohort: [client for client in order if client in of] for cohort, of in held.items()}
     place = {client: row for row, client in enumerate(order)}
     return State.together(
         [

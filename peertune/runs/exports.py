@@ -69,7 +69,7 @@ def write_all(run: Path, state: State, clients: Sequence[int], group: Group = AL
     The average is of the last adapters, also where each client's best was kept.
     """
     write, kept = _adapter_writer(run), best.kept(state)
-    mean = {} if peer(run) else average(state.stacks, group)
+    mean = {} if peer(run) else average(state.stacks, group, sorted({*ranks(run).get("clients", ())}))
 
     def write_own(beside: Path, _: list[Any]) -> None:
         for place, client in enumerate(clients):

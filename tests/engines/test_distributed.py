@@ -17,7 +17,7 @@ from peertune.errors import RunError
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
 from peertune.rounds.record import RoundRecord
-from peertune.types import Group
+from peertune.types import Group, by_client
 
 SMALL = (
     "model.dtype=float64",
@@ -119,6 +119,23 @@ RECIPES |= {
         "faults=[{edge: [1, 2], rounds: [0, 3]}]",
         "rounds=6",
     ],
+    "several ranks": [
+        *SMALL,
+        "lora.ranks=[2, 2, 6, 4, 6]",
+        f"faults={FAULTS}",
+        ADAPTIVE,
+        "modifiers=[{name: int8}]",
+        "time.step_s=[1, 1, 2, 1, 5]",
+        "evaluate={every: 1, rows: 10, on: both, load_best: true}",
+        "head=trained",
+    ],
+    "ranks by rows": [
+        *SMALL,
+        "lora.ranks=[2, 2, 2, 2, 6]",
+        "graph={name: ring, activation: 0.7, weights: rows, row_counts: [5, 1, 30, 2, 9]}",
+        "algorithm={name: decaf}",
+        "modifiers=[{name: half}]",
+    ],
     "nothing sent": [*SMALL, "algorithm={name: local}", f"time={{{UNEVEN}}}", "clients=3"],
     **{name: [*SMALL, "graph.activation=1.0", "rounds=2"] for name in SPOILT},
     "far pushed": [*SMALL, "time={mode: asynchronous, step_s: [1, 2, 1.5, 1, 1], latency_s: 0.1}"],
@@ -160,7 +177,18 @@ def simulated() -> dict[str, list[RoundRecord]]:
     return records
 
 
-FEW = ("decaf", "adaptive", "choco", "changing", "push", "apart", "nobody waits", "own phases", "two that meet")
+FEW = (
+    "decaf",
+    "adaptive",
+    "choco",
+    "changing",
+    "push",
+    "apart",
+    "several ranks",
+    "nobody waits",
+    "own phases",
+    "two that meet",
+)
 """Recipes that send, deal, count and gather in each way there is: what the number of processes can matter to."""
 
 
@@ -175,14 +203,16 @@ def test_processes_end_with_the_simulators_adapters_and_records(
         records = simulated[name]
         state = records[-1].state
         assert state is not None
-        for tensor, x in state.adapters.items():
-            torch.testing.assert_close(played[name].adapters[tensor], x, rtol=0, atol=1e-12)
-        for own in played[name].records:
-            assert own == played[name].records[0]
+        for own, theirs in zip(played[name].adapters, by_client(state.stacks), strict=True):
+            assert own.keys() == theirs.keys()
+            for tensor, x in theirs.items():
+                torch.testing.assert_close(own[tensor], x, rtol=0, atol=1e-12)
+        for told in played[name].records:
+            assert told == played[name].records[0]
         for record, ours in zip(records, played[name].records[0], strict=True):
-            theirs = as_json(record)
-            assert ours["seconds"].keys() == theirs["seconds"].keys()
-            assert_close(ours, theirs | {"seconds": ours["seconds"]}, f"{name}, round {record.round}")
+            expected = as_json(record)
+            assert ours["seconds"].keys() == expected["seconds"].keys()
+            assert_close(ours, expected | {"seconds": ours["seconds"]}, f"{name}, round {record.round}")
 
 
 def test_a_round_on_a_directed_graph_says_who_heard_whom_and_counts_what_each_sent(
