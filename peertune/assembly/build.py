@@ -356,12 +356,14 @@ def _resolve(recipe: Recipe, parts: Parts, loaded: Loaded, clients_per_pass: int
     revision, keeps = recipe.model.revision or loaded.base.revision, PEER_KEEPS if parts.peer else {}
     left_open = {key: value for key, value in keeps.items() if key not in recipe.checkpoint.model_fields_set}
     training = {"tokens_per_pass": loaded.tokens, "clients_per_pass": clients_per_pass}
+    lora = {"ranks": [*parts.ranks]} if parts.ranks else {}  # as they were dealt
     return recipe.model_copy(
         update={
             **resolved_choices(recipe, parts.algorithm),
             "model": recipe.model.model_copy(
                 update={"dtype": str(loaded.dtype).removeprefix("torch."), "revision": revision}
             ),
+            "lora": recipe.lora.model_copy(update=lora),
             "training": recipe.training.model_copy(update=training),
             "checkpoint": recipe.checkpoint.model_copy(update=left_open),
             "device": str(loaded.device),

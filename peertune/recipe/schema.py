@@ -51,6 +51,13 @@ def _pattern(value: Any) -> Any:
     return None if value == {} else value
 
 
+def _by_rank(value: Any) -> Any:
+    """Take ranks that are texts, as JSON has all keys: `{"4": 5}` is `{4: 5}`."""
+    if not isinstance(value, Mapping):
+        return value
+    return {int(rank) if isinstance(rank, str) and rank.isdecimal() else rank: count for rank, count in value.items()}
+
+
 def _warmup(value: float) -> float:
     """Check what is a number of steps, or a share of them."""
     if value < 0 or (value > 1 and value != int(value)):
@@ -60,6 +67,9 @@ def _warmup(value: float) -> float:
 
 Fold = Annotated[str, AfterValidator(_fold)]
 """`k/n`: the k-th of n parts of rows (`peertune.data.partition.fold`)."""
+
+
+Rank = Annotated[int, Field(ge=1)]
 
 
 class _Block(BaseModel):
@@ -105,9 +115,7 @@ class Lora(_Block):
     init_lora_weights: Literal[True, "gaussian", "pissa", "olora"] = True
     init: str | None = None  # the folder of an adapter, in PEFT's format, that all clients begin with
     # Ranks that differ: of each client, or how many have each, dealt by the seed; null: all have r.
-    ranks: list[Annotated[int, Field(ge=1)]] | dict[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = (
-        None
-    )
+    ranks: Annotated[list[Rank] | dict[Rank, Annotated[int, Field(ge=1)]] | None, BeforeValidator(_by_rank)] = None
     # Then the scale is that of rank r for all, or each client's own, by its rank.
     scaling: Literal["common", "own"] = "common"
 

@@ -1,5 +1,6 @@
 """Clients whose ranks differ: trained as if alone, mixed by what they have in common."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -230,6 +231,10 @@ def test_ranks_are_dealt_by_the_seed() -> None:
     assert dealt[0] == dealt[1]
     assert len({tuple(ranks) for ranks in dealt}) > 1
     assert all(sorted(ranks) == [2, 2, 4, 4, 4] for ranks in dealt)
+    run = made(table)
+    assert run.resolved.lora.ranks == run.job.ranks, "a run that goes on has those that were dealt"
+    values = json.loads(json.dumps({"lora": {"ranks": {2: 2, 4: 3}}}))
+    assert load_recipe("digits-demo", [*SMALL, f"lora={json.dumps(values['lora'])}"]).lora.ranks == {2: 2, 4: 3}
 
 
 def test_few_of_high_rank_cost_the_many_of_low_rank_nothing() -> None:
