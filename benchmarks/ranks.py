@@ -29,6 +29,7 @@ from benchmarks.studies import Kept, Row
 from peertune.method import Mixer, Phase, standing
 from peertune.methods.mixers import gossip, products
 from peertune.methods.modifiers import zero_padded
+from peertune.rounds.shares import of_slice
 from peertune.topology import GRAPHS, Graph, weights_at
 from peertune.types import Tensors
 
@@ -101,7 +102,8 @@ def mixed(mixer: Mixer, pairs: Tensors, weights: Tensor, t: int) -> Tensors:
         at = standing(those.tolist(), torch.full((len(those),), t))
         at = at._replace(heard=heard, ranks=RANKS if mixer.ranks == "whole" else None)
         own, told = (cut(pairs, *which) for which in ((those, mine), (heard, theirs)))
-        after, _ = mixer.receive(own, told, among(weights[those], those, heard, mixer), {}, at, BOTH)
+        share = of_slice(weights, everybody, those, heard, to_own=mixer.lacking == "own")
+        after, _ = mixer.receive(own, told, share, {}, at, BOTH)
         new["site.A"][those, mine], new["site.B"][those, :, mine] = after["site.A"], after["site.B"]
     return new
 
@@ -109,14 +111,6 @@ def mixed(mixer: Mixer, pairs: Tensors, weights: Tensor, t: int) -> Tensors:
 def cut(pairs: Tensors, clients: Tensor, part: slice) -> Tensors:
     """Return these rows of A, and columns of B, of some clients."""
     return {"site.A": pairs["site.A"][clients, part], "site.B": pairs["site.B"][clients, :, part]}
-
-
-def among(weights: Tensor, those: Tensor, heard: Tensor, mixer: Mixer) -> Tensor:
-    """Return the weights of these receivers where only some are heard."""
-    share = weights[:, heard]
-    if mixer.lacking == "all":
-        return share / share.sum(1, keepdim=True)
-    return share + (1 - share.sum(1, keepdim=True)) * (heard == those[:, None])
 
 
 def come_to(graph: str, way: Way) -> Row:

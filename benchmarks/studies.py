@@ -1,5 +1,6 @@
 """What the studies share: two data sets, the rows that score, runs that are kept, and pairs by seed."""
 
+import argparse
 import json
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -189,3 +190,12 @@ def paired(one: Mapping[int, float], other: Mapping[int, float]) -> str:
         return ""
     unsure = low < 0 < high and high - low > MATTERS
     return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]{', not enough to tell' if unsure else ''}"
+
+
+def options(name: str, doc: str | None, actions: Sequence[str], studies: Iterable[str]) -> argparse.Namespace:
+    """Return what is asked of a benchmark that has several studies: an `action`, a `study` and a `part`."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc)
+    parser.add_argument("action", choices=actions)
+    parser.add_argument("study", nargs="?", choices=list(studies), default="digits")
+    parser.add_argument("--part", default="1/1", help="k/n: every n-th run, from the k-th on")
+    return parser.parse_args()

@@ -47,7 +47,6 @@ below it on none. They cost nobody anything if clients of no rank are below `sma
 interval leaves out 0.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import product
@@ -57,7 +56,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.studies import STUDIES as SHARED
-from benchmarks.studies import Asked, Kept, Row, held_out, paired, scored, share
+from benchmarks.studies import Asked, Kept, Row, held_out, options, paired, scored, share
 from peertune.rounds.job import Job
 from peertune.rounds.record import RoundRecord
 
@@ -216,15 +215,11 @@ def groups(study: str) -> None:
 
 def main() -> None:
     """Run a study, or print one of its tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.unequal", description=__doc__)
-    parser.add_argument("action", choices=["run", "table", "groups"])
-    parser.add_argument("study", nargs="?", choices=STUDIES, default="digits")
-    parser.add_argument("--part", default="1/1", help="k/n: every n-th run, from the k-th on")
-    options = parser.parse_args()
-    if options.action == "run":
-        run(options.study, options.part)
+    asked_for = options("unequal", __doc__, ["run", "table", "groups"], STUDIES)
+    if asked_for.action == "run":
+        run(asked_for.study, asked_for.part)
     else:
-        {"table": table, "groups": groups}[options.action](options.study)
+        {"table": table, "groups": groups}[asked_for.action](asked_for.study)
 
 
 if __name__ == "__main__":

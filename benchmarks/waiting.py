@@ -46,7 +46,6 @@ as with the digits: the same speeds and rows of the table, the goal, the target,
 written before anything of it was run. The straggler is run first, with all its seeds.
 """
 
-import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
@@ -56,7 +55,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.setup import overrides
-from benchmarks.studies import Kept, Row, share, told
+from benchmarks.studies import Kept, Row, options, share, told
 from peertune import load_recipe
 from peertune.assembly.build import build
 from peertune.engines.simulator import simulate
@@ -255,15 +254,11 @@ def table_of_ends() -> None:
 
 def main() -> None:
     """Run the study, or print its table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.waiting", description=__doc__)
-    parser.add_argument("action", choices=["run", "table", "ends"])
-    parser.add_argument("study", nargs="?", choices=STUDIES, default="digits")
-    parser.add_argument("--part", default="1/1", help="k/n: every n-th run, from the k-th on")
-    options = parser.parse_args()
-    if options.action == "run":
-        run(options.study, options.part)
-    elif options.action == "table":
-        table(options.study)
+    asked_for = options("waiting", __doc__, ["run", "table", "ends"], STUDIES)
+    if asked_for.action == "run":
+        run(asked_for.study, asked_for.part)
+    elif asked_for.action == "table":
+        table(asked_for.study)
     else:
         table_of_ends()
 

@@ -4,7 +4,7 @@ Shape letters, the same everywhere: `K` clients in this stack, `n` clients in th
 `b` rows of a batch, `s` tokens. A tensor's name ends in its **kind**: `A`, `B` or `head` (`encoder.layer.0.query.A`).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, Literal, NamedTuple
@@ -34,6 +34,15 @@ def only(stacks: Sequence[Stack]) -> Tensors:
     """Return the tensors of clients who have one stack; {} where there is none."""
     assert len(stacks) <= 1, "these clients have adapters of one shape"
     return stacks[0].tensors if stacks else {}
+
+
+def in_order(parts: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return tensors `[P, …]`, each with its clients' rows `[P]`, as one of all these clients, by their rows."""
+    (rows, first), *others = parts
+    if not others:
+        return first
+    order = torch.cat([rows, *(more for more, _ in others)]).argsort()
+    return torch.cat([first, *(x for _, x in others)]).index_select(0, order.to(first.device))
 
 
 def by_client(stacks: Sequence[Stack]) -> list[Tensors]:
@@ -151,8 +160,7 @@ class State:
         (_, first), *others = cohorts
         if not others:
             return first
-        rounds = torch.cat([part.rounds for _, part in cohorts])
-        rounds = rounds[torch.cat([rows for rows, _ in cohorts]).argsort()]
+        rounds = in_order((rows, part.rounds) for rows, part in cohorts)
         return cls({}, {}, rounds, step=first.step, cohorts=tuple(cohorts))
 
     @property
@@ -162,8 +170,7 @@ class State:
 
     def remembered(self, name: str) -> Tensor:
         """Return what each client remembers by a name, `[K, …]`."""
-        parts = [part.memory[name] for _, part in self.parts]
-        return torch.cat(parts)[torch.cat([rows for rows, _ in self.parts]).argsort()] if self.cohorts else parts[0]
+        return in_order((rows, part.memory[name]) for rows, part in self.parts)
 
     @property
     def clients(self) -> int:

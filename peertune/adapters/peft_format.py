@@ -243,11 +243,8 @@ def save_adapter(
 
 def _doubled(lora: LoraConfig) -> LoraConfig:
     """Return the same with twice the rank at each site, and the same scale."""
-    times = sqrt(2) if lora.use_rslora else 2
-    lora = copy(lora)
-    lora.r, lora.lora_alpha = 2 * lora.r, times * lora.lora_alpha  # type: ignore[assignment]  # PEFT annotates int
+    lora = at_rank(lora, 2 * lora.r, own_scaling=False)
     lora.rank_pattern = {key: 2 * r for key, r in (lora.rank_pattern or {}).items()}
-    lora.alpha_pattern = {key: times * alpha for key, alpha in (lora.alpha_pattern or {}).items()}
     return lora
 
 

@@ -92,7 +92,7 @@ def build_evaluation(
         if common is None:
             return _told(task, alone, held_out, alone, levels, {})
         if not peer:
-            mean = {name: x[None] for name, x in average(adapters, group, cuts if len(cuts) > 1 else ()).items()}
+            mean = {name: x[None] for name, x in average(adapters, group, cuts).items()}
             if group.rank == group.size - 1:  # once, by the one with the fewest clients
                 singles.append(mean)
         rows = len(encoded.evaluated)

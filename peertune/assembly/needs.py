@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 
-from peertune.assembly.ranks import ranks_of
+from peertune.assembly.ranks import differ
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, Message, nothing, plain_weights, stay
 from peertune.methods.modifiers import DERIVED_FOR_SGD
@@ -79,11 +79,11 @@ NEEDS: Mapping[str, Need] = {
         "leave out all modifiers of what is sent and switch_every=adaptive, which send or weigh otherwise",
     ),
     "one rank": Need(
-        lambda recipe, graph, algorithm: len(set(ranks_of(recipe))) <= 1,
+        lambda recipe, graph, algorithm: not differ(recipe),
         "leave out lora.ranks, which it can't mix",
     ),
     "ranks that differ": Need(
-        lambda recipe, graph, algorithm: len(set(ranks_of(recipe))) > 1,
+        lambda recipe, graph, algorithm: differ(recipe),
         "give lora.ranks, or leave it out: where all have one rank it changes nothing",
     ),
     "sgd": Need(lambda recipe, graph, algorithm: recipe.training.optim == "sgd", "give training.optim=sgd"),
@@ -144,7 +144,7 @@ def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
         needed += [("time: deadline_s", name) for name in _WITH_A_DEADLINE]
     if recipe.time.mixing == "pairwise":
         needed += [("time: mixing pairwise", name) for name in ("edges both ways", "mixing by entry")]
-    if len(set(ranks_of(recipe))) > 1:
+    if differ(recipe):
         needed += [("lora: ranks", name) for name in _WITH_RANKS]
     if graph.weights == "push_sum":
         needed += [

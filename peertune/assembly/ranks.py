@@ -34,3 +34,8 @@ def ranks_of(recipe: Recipe) -> list[int]:
             f"lora.{key}: is a start of one rank, which clients with lora.ranks have no part of; leave it out"
         )
     return ranks
+
+
+def differ(recipe: Recipe) -> bool:
+    """Return whether clients have several ranks."""
+    return len({*ranks_of(recipe)}) > 1

@@ -22,7 +22,7 @@ from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.shares import as_weights, entries, giving_back, of_slice, without_site
 from peertune.rounds.slices import Slice, everyones, filled, rank, slices
 from peertune.topology import drop_edges, messages_sent, planned_weights
-from peertune.types import Stack, State, Tensors
+from peertune.types import Stack, State, Tensors, in_order
 
 
 def exchanged(
@@ -183,8 +183,8 @@ def _weighed(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> Weig
         used, changed = weigh({}, told, weights, part.known, _at(at, rows), phase)
         assert isinstance(used, Tensor), "weights that differ from site to site are of clients of one rank"
         part.remember(changed)
-        found.append(used)
-    return torch.cat(found).index_select(0, torch.cat([rows for rows, _ in state.parts]).argsort())
+        found.append((rows, used))
+    return in_order(found)
 
 
 def _at(at: At, rows: Tensor, heard: Tensor | None = None) -> At:
@@ -234,8 +234,7 @@ def _by_receiver(job: Job, state: State, mixed: Heard, used: Weights, at: At) ->
         names = [name for name in part.names if mixed.stacks and name in mixed.stacks[0].tensors]
         if not names:
             continue
-        heard = torch.cat([torch.full_like(rows, rank(tensors, names)) for rows, tensors in mixed.stacks])
-        heard = heard[torch.cat([rows for rows, _ in mixed.stacks]).argsort()]
+        heard = in_order((rows, torch.full_like(rows, rank(tensors, names))) for rows, tensors in mixed.stacks)
         ranks = {rank(cohort.adapters, names) for _, cohort in state.parts} | {*heard.tolist()}
         came = filled(mixed.stacks, names, max(ranks))
         for rows, cohort in state.parts:

@@ -21,7 +21,7 @@ from peertune.rounds.shares import entries
 from peertune.rounds.slices import chosen
 from peertune.rounds.turns import Came, Turn, train
 from peertune.topology import clients_down, delay_s
-from peertune.types import Group, Stack, State, only, select, stacked
+from peertune.types import Group, Stack, State, in_order, only, select, stacked
 
 
 def run_rounds(job: Job, exchange: ExchangeOf) -> Iterator[RoundRecord]:
@@ -253,9 +253,9 @@ def _trained(job: Job, begun: Begun, came: Sequence[Came | Exception]) -> Came:
         if isinstance(part, Exception):
             raise part
         parts.append(part)
-    order = torch.cat([rows for rows, _ in begun.state.parts]).argsort()
-    loss = torch.cat([part.loss for part in parts])[order]
-    grad_norm = torch.cat([part.grad_norm for part in parts])[order]
+    members = [rows for rows, _ in begun.state.parts]
+    loss = in_order(zip(members, (part.loss for part in parts), strict=True))
+    grad_norm = in_order(zip(members, (part.grad_norm for part in parts), strict=True))
     if bool((loss > job.most_loss).any()):
         raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {begun.t}")
     return Came(loss, grad_norm, sum(part.seconds for part in parts))

@@ -31,10 +31,7 @@ def giving_back(weights: Tensor, own: Tensor, fails: Tensor) -> Tensor:
     `own [K]` is the place of each receiver among the heard.
     """
     receivers, places, values = entries(weights)
-    places = torch.where(fails, own[receivers], places)
-    at = torch.stack([receivers, places])
-    found = torch.sparse_coo_tensor(at, values, weights.shape, check_invariants=False).coalesce()
-    return found if weights.is_sparse else found.to_dense()
+    return _alike(weights, receivers, torch.where(fails, own[receivers], places), values)
 
 
 def without_site(weights: Tensor, own: Tensor, sent: Tensor, left: int) -> Tensor:
@@ -56,18 +53,18 @@ def of_slice(weights: Tensor, own: Tensor, receivers: Tensor, senders: Tensor, *
     """
     receivers, senders, own = (x.to(weights.device) for x in (receivers, senders, own))
     i, j, values = entries(weights)
-    here = torch.isin(i, receivers)
-    i, j, values = i[here], j[here], values[here]
     has = torch.isin(j, senders)
     if to_own:
-        j = torch.where(has, j, own[i])
+        whole = giving_back(weights, own, ~has)
     else:
-        total, kept = (torch.zeros(len(weights), dtype=values.dtype, device=values.device) for _ in range(2))
-        total.index_add_(0, i, values)
-        kept.index_add_(0, i[has], values[has])
-        values = (values * (total / kept)[i])[has]
-        i, j = i[has], j[has]
-    at = torch.stack([torch.searchsorted(receivers, i), torch.searchsorted(senders, j)])
-    shape = (len(receivers), len(senders))
-    found = torch.sparse_coo_tensor(at, values, shape, check_invariants=False).coalesce()
+        kept = values * has
+        before, after = (x.new_zeros(len(weights)).index_add(0, i, x) for x in (values, kept))
+        whole = _alike(weights, i[has], j[has], (kept * (before / after)[i])[has])
+    return whole.index_select(0, receivers).index_select(1, senders)
+
+
+def _alike(weights: Tensor, receivers: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """Return weights of these entries, of which those of one place add up, sparse where `weights` are."""
+    at = torch.stack([receivers, places])
+    found = torch.sparse_coo_tensor(at, values, weights.shape, check_invariants=False).coalesce()
     return found if weights.is_sparse else found.to_dense()

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peertune.types import ALONE, Group, Stack, Tensors, by_site, kind, select
+from peertune.types import ALONE, Group, Stack, Tensors, by_site, in_order, kind, select
+
+AXES = {"A": 1, "B": -1}
+"""Factor → the axis of its ranks in a stack."""
 
 
 class Slice(NamedTuple):
@@ -24,10 +27,11 @@ class Slice(NamedTuple):
     left: int = 1  # how many sites there are from this one on
 
     def of(self, name: str, x: Tensor) -> Tensor:
-        """Return this part of a tensor `[P, …]` of the site, in the same memory."""
-        if self.hi is None or kind(name) not in ("A", "B"):
+        """Return this part of a tensor `[P, …]` of the site, in the same memory; nothing of what ends before it."""
+        if self.hi is None or kind(name) not in AXES:
             return x
-        return x[:, self.lo : self.hi] if kind(name) == "A" else x[..., self.lo : self.hi]
+        ranks = slice(self.lo, self.hi)
+        return x[:, ranks] if kind(name) == "A" else x[..., ranks]
 
     def cut(self, stacks: Sequence[Stack]) -> Stack:
         """Return this part of some clients' adapters, of those who have it, in the same memory where one stack has it.
@@ -40,12 +44,10 @@ class Slice(NamedTuple):
             return Stack(
                 torch.zeros(0, dtype=torch.int64), {name: self._none(stacks[0].tensors, name) for name in names}
             )
-        rows = torch.cat([stack.rows for stack in held])
-        parts = {name: [self.of(name, stack.tensors[name]) for stack in held] for name in names}
-        if len(held) == 1:
-            return Stack(rows, {name: x for name, (x,) in parts.items()})
-        order = rows.argsort()
-        return Stack(rows[order], {name: torch.cat(xs)[order.to(xs[0].device)] for name, xs in parts.items()})
+        rows = in_order((stack.rows, stack.rows) for stack in held)
+        return Stack(
+            rows, {name: in_order((own, self.of(name, tensors[name])) for own, tensors in held) for name in names}
+        )
 
     def _none(self, tensors: Tensors, name: str) -> Tensor:
         """Return this part of a tensor of no client."""
@@ -55,8 +57,8 @@ class Slice(NamedTuple):
 
 def rank(tensors: Tensors, names: Collection[str]) -> int:
     """Return the rank of a site, by its factors among these names; of a head, which has none, one above all."""
-    found = [tensors[name].shape[1 if kind(name) == "A" else -1] for name in names if kind(name) in ("A", "B")]
-    return found[0] if found else 2**62
+    found = (tensors[name].shape[AXES[kind(name)]] for name in names if kind(name) in AXES)
+    return next(found, 2**62)
 
 
 def slices(stacks: Sequence[Stack], cuts: Sequence[int] = ()) -> Iterator[Slice]:
@@ -87,27 +89,28 @@ def filled(stacks: Sequence[Stack], names: Sequence[str], r: int) -> Tensors:
     for name in names:
         for rows, tensors in stacks:
             x = tensors[name]
-            shape = {"A": (r, x.shape[-1]), "B": (*x.shape[1:-1], r)}.get(kind(name), x.shape[1:])
-            whole = found.setdefault(name, x.new_zeros((clients, *shape)))
-            Slice([name], 0, rank(tensors, [name])).of(name, whole)[rows.to(x.device)] = x
+            if name not in found:
+                found[name] = x.new_zeros(_shape(name, x, clients, r))
+            Slice([name], 0, rank(tensors, [name])).of(name, found[name])[rows.to(x.device)] = x
     return found
 
 
 def of_rank(adapters: Tensors, r: int) -> Tensors:
     """Return one client's adapter `[1, …]` as such a client of another rank has it, of zeros."""
-    shapes = {name: [1, *x.shape[1:]] for name, x in adapters.items()}
-    for name, shape in shapes.items():
-        if kind(name) in ("A", "B"):
-            shape[1 if kind(name) == "A" else -1] = r
-    return {name: x.new_zeros(shapes[name]) for name, x in adapters.items()}
+    return {name: x.new_zeros(_shape(name, x, 1, r)) for name, x in adapters.items()}
+
+
+def _shape(name: str, x: Tensor, clients: int, r: int) -> list[int]:
+    """Return the shape that a tensor of so many clients of rank r has, where `x` is of others."""
+    shape = [clients, *x.shape[1:]]
+    if kind(name) in AXES:
+        shape[AXES[kind(name)]] = r
+    return shape
 
 
 def everyones(stacks: Sequence[Stack], names: Collection[str]) -> Tensors:
     """Return tensors that have the same shape in all stacks, of all clients, `[H, …]`."""
-    if len(stacks) == 1:
-        return {name: stacks[0].tensors[name] for name in names}
-    order = torch.cat([rows for rows, _ in stacks]).argsort()
-    return {name: torch.cat([tensors[name] for _, tensors in stacks])[order] for name in names}
+    return {name: in_order((rows, tensors[name]) for rows, tensors in stacks) for name in names}
 
 
 def average(stacks: Sequence[Stack], group: Group = ALONE, cuts: Sequence[int] = ()) -> Tensors:

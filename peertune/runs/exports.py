@@ -14,7 +14,7 @@ from peertune.files import check_absent, written_folder
 from peertune.rounds import best
 from peertune.rounds.slices import average
 from peertune.runs.directory import TAKEN, peer, ranks, write_together
-from peertune.types import ALONE, Group, Stack, State, Tensors, by_client, kind
+from peertune.types import ALONE, Group, State, Tensors, by_client, kind
 
 BEST = "best.json"
 """In the folder of a client's best adapter, of which evaluated round it is; -1 where it never was evaluated."""
@@ -39,9 +39,9 @@ def written(
     if client is None and own is not None:
         raise RunError(f"average: {who}; give --client {clients[0]}")
     check_absent(to)
-    adapters, write = best.kept(state, last=last), _adapter_writer(run)
+    each, write = _each(state, last=last), _adapter_writer(run)
     with written_folder(to) as beside:
-        one = (average(state.stacks), None) if client is None else _of(adapters, clients.index(client))
+        one = (average(state.stacks), None) if client is None else each[clients.index(client)]
         yield beside, write(beside, *one, rank)
 
 
@@ -68,12 +68,12 @@ def write_all(run: Path, state: State, clients: Sequence[int], group: Group = AL
 
     The average is of the last adapters, also where each client's best was kept.
     """
-    write, kept = _adapter_writer(run), best.kept(state)
+    write, each = _adapter_writer(run), _each(state)
     mean = {} if peer(run) else average(state.stacks, group, sorted({*ranks(run).get("clients", ())}))
 
     def write_own(beside: Path, _: list[Any]) -> None:
-        for place, client in enumerate(clients):
-            write(beside / f"client-{client:03d}", *_of(kept, place))
+        for client, own in zip(clients, each, strict=True):
+            write(beside / f"client-{client:03d}", *own)
         if mean and group.rank == 0:
             write(beside / "average", mean, None)
 
@@ -89,10 +89,12 @@ class _Write(Protocol):
     def __call__(self, folder: Path, adapter: Tensors, round: int | None, rank: int | None = None) -> float: ...
 
 
-def _of(kept: tuple[Sequence[Stack], list[int]], place: int) -> tuple[Tensors, int | None]:
-    """Return one client's adapter, and of which evaluated round it is, where it is a best one."""
-    adapters, rounds = kept
-    return {name: x[0] for name, x in by_client(adapters)[place].items()}, rounds[place] if rounds else None
+def _each(state: State, *, last: bool = False) -> list[tuple[Tensors, int | None]]:
+    """Return each client's adapter, and of which evaluated round it is, where it is a best one."""
+    adapters, rounds = best.kept(state, last=last)
+    singles = [{name: x[0] for name, x in single.items()} for single in by_client(adapters)]
+    of: list[int | None] = [*rounds] or [None] * len(singles)
+    return list(zip(singles, of, strict=True))
 
 
 def _adapter_writer(run: Path) -> _Write:
