@@ -25,6 +25,11 @@ class Part(NamedTuple):
     B: Tensor | None = None  # [K, d_out, r]
     dropped: Tensor | None = None  # what A reads, where that isn't what the layer reads
 
+    @property
+    def r(self) -> int:
+        """The factors' rank; 0 without factors."""
+        return 0 if self.A is None else self.A.shape[1]
+
 
 def products(x: Tensor, own: Tensor | None, parts: Sequence[Part], each: int | None = None) -> tuple[Tensor, ...]:
     """Return what each layer makes of `x [b, …, d_in]`, with its clients' factors: `[b, …, d_out]` each.

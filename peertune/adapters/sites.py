@@ -80,7 +80,7 @@ class Together:
         if read is not x or member not in made:
             each = rows.of_each(x)
             parts = [one.part(x, rows) for one in self.members]
-            own = None if each else rows.own_columns(x, max(part.A.shape[1] for part in parts if part.A is not None))
+            own = None if each else rows.own_columns(x, max(part.r for part in parts))
             found = products(x, own, parts, each)
             made = dict(zip(self.members, found, strict=True))
         y: Tensor = made.pop(member)
