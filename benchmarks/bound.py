@@ -24,11 +24,11 @@ from peertune.errors import ModelError
 from peertune.method import Phase, standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
+from peertune.methods.shares import as_weights, entries
 from peertune.rounds.bounds import Bound, apart, largest, refused
 from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.mixing import exchanged
 from peertune.rounds.round import run_rounds
-from peertune.rounds.shares import as_weights, entries
 from peertune.topology import GRAPHS, planned_weights, weights_at
 from peertune.types import Stack, Tensors, only, stacked
 

@@ -29,7 +29,7 @@ from benchmarks.studies import Kept, Row
 from peertune.method import Mixer, Phase, standing
 from peertune.methods.mixers import gossip, products
 from peertune.methods.modifiers import zero_padded
-from peertune.rounds.shares import of_slice
+from peertune.methods.shares import of_slice
 from peertune.topology import GRAPHS, Graph, weights_at
 from peertune.types import Tensors
 

@@ -46,6 +46,7 @@ class Draw(StrEnum):
     EPIDEMIC = "epidemic"  # round, client, place among those that it sends to
     EIGENVECTOR = "eigenvector"
     PARTNER = "partner"  # client, its own round
+    TRUST = "trust"  # round, i, j
     # what is sent
     ROUNDING = "rounding"  # of an adapter: round, entry
     SHARED_MASK = "shared mask"  # of an adapter: round, entry

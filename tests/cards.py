@@ -3,6 +3,7 @@
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,17 @@ Not here, and why:
 - RAC-LoRA needs a sum of products that grows; FedHL's weights are not known to us. SALF is `time.deadline_s`.
 """
 ROUNDS, CLIENTS, INTERVAL = 12, 4, 5
-GIVEN = {"rho", "clients", "seed", "near", "algorithm", "local", "message", "mixer"}  # what the program hands in
+GIVEN = {
+    "rho",
+    "clients",
+    "seed",
+    "near",
+    "algorithm",
+    "local",
+    "message",
+    "mixer",
+    "rounds",
+}  # what the program hands in
 
 
 def page() -> str:
@@ -81,7 +92,9 @@ def made(make: Callable[..., Algorithm]) -> Algorithm:
 
 def changed(algorithm: Algorithm, change: Callable[..., Any]) -> Algorithm:
     """Return the method with a modifier, by its defaults."""
-    (field, *_) = inspect.signature(change).parameters
+    (field, *others) = inspect.signature(change).parameters
+    if "rounds" in others:
+        change = partial(change, rounds=ROUNDS)
     if field == "algorithm":
         whole: Algorithm = change(algorithm)
         return whole

@@ -19,11 +19,11 @@ from peertune.data.completions import completions, encode_choices, encode_prompt
 from peertune.data.measures import constants, scorers
 from peertune.data.scores import ANSWERS, calibration_error, confusion, log_loss, same
 from peertune.errors import RecipeError
+from peertune.methods.shares import entries
 from peertune.models.generation import Decoding, cached_tokens, generate, pads_left
 from peertune.recipe import Recipe
 from peertune.rounds.job import Heard
 from peertune.rounds.record import MOST_CLASSES, Evaluation
-from peertune.rounds.shares import entries
 from peertune.rounds.slices import average
 from peertune.rounds.training import Read, evaluate, hits, predictions, probabilities, row_losses
 from peertune.types import ALONE, Group, Measure, Split, Stack, Task, Tensors, by_client, take

@@ -94,6 +94,10 @@ NEEDS: Mapping[str, Need] = {
     "one sort of message": Need(
         _sends_alike, "choose an algorithm that sends the same factors in every round, as all but rolora do"
     ),
+    "whole messages": Need(
+        lambda recipe, graph, algorithm: algorithm.message.whole,
+        "leave out shared_mask, of which a receiver gets some entries only",
+    ),
     "plain local steps": Need(
         lambda recipe, graph, algorithm: algorithm.local.init is nothing and algorithm.local.end is stay,
         "leave out the modifiers of local steps, which count on all steps of a round",

@@ -54,7 +54,7 @@ _TABLES = {
     "partition": Choices("partition", PARTITIONS, ("missing_cells",), {"Partition": Partition}),
     "graph": Choices("graph", GRAPHS, ("clients", "seed"), {"Graph": Graph}, with_rows),
     "algorithm": Choices("algorithm", ALGORITHMS, ("rho", "clients", "seed"), {"Algorithm": Algorithm}),
-    "modifiers": Choices("modifier", MODIFIERS, (*map(str.lower, _VALUES), "seed", "near"), _VALUES),
+    "modifiers": Choices("modifier", MODIFIERS, (*map(str.lower, _VALUES), "seed", "near", "rounds"), _VALUES),
 }
 """Block of a recipe → what it may name."""
 _MEANT_OTHERWISE = {("algorithm", "fedrot_lora"): 2}
@@ -235,7 +235,7 @@ def build_algorithm(recipe: Recipe, graph: Graph, of: Callable[[Graph], float] =
         if choice.name in [earlier.name for earlier in recipe.modifiers[:place]]:
             raise RecipeError(f"modifiers[{place}]: {choice.name} stands twice; give it once")
         values: dict[str, Any] = algorithm._asdict() | {"algorithm": algorithm}
-        values |= {"seed": recipe.seed, "near": partial(_near, graph)}
+        values |= {"seed": recipe.seed, "rounds": recipe.rounds, "near": partial(_near, graph)}
         changed = _make("modifiers", choice, f"modifiers[{place}]", **values)
         (field,) = (name for name, x in values.items() if type(x) is type(changed))
         if not takes("modifiers", choice.name, field):

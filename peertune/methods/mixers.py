@@ -77,7 +77,7 @@ def products(unequal: Literal["common_rank", "truncate"] = "common_rank", step: 
 
     def mix(own: Tensors, heard: Tensors, weights: Tensor, at: At, phase: Phase) -> Tensors:
         if at.ranks is None or unequal == "truncate":
-            return _by_pairs(own, heard, weights, phase, _groups(weights), _truncate)
+            return _by_pairs(own, heard, weights, phase, groups(weights), _truncate)
         combine = partial(_truncate_by_direction, at.ranks)
         return _by_pairs(own, heard, weights, phase, _at_common_ranks(weights, at, step), combine)
 
@@ -107,7 +107,7 @@ def corrected(ridge: float) -> Mixer:
             yield receivers, mean_A.to(own_A.dtype), new_B.to(own_B.dtype)
 
     mix = _forgetful(
-        lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, _groups(weights), correct)
+        lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, groups(weights), correct)
     )
     return mix._replace(by_entry=False)
 
@@ -148,7 +148,7 @@ def _by_pairs(
     return mixed
 
 
-def _groups(weights: Tensor, own: Tensor | None = None) -> Iterator[_Group]:
+def groups(weights: Tensor, own: Tensor | None = None) -> Iterator[_Group]:
     """Yield a group for each number m > 1 of adapters that somebody heard.
 
     Where the receivers' `own [R]` places among the heard are given, these are left out, whatever their weight, though
@@ -178,7 +178,7 @@ def _at_common_ranks(weights: Tensor, at: At, step: float) -> Iterator[_Group]:
     assert at.ranks is not None
     own, ranks = (x.to(weights.device) for x in (torch.searchsorted(at.heard, at.clients), at.ranks))
     direction = torch.arange(int(at.ranks.max()), device=weights.device)
-    for receivers, others, weight in _groups(weights, own):
+    for receivers, others, weight in groups(weights, own):
         mine = own[receivers, None]  # [G, 1]
         common = torch.minimum(ranks[others], ranks[mine])[..., None]
         differ = (ranks[others] != ranks[mine])[..., None]

@@ -3,7 +3,7 @@
 A modifier's first parameter is what it changes, under that name, and it returns another of the same kind. The rest of
 its signature is its schema: `modifiers: [{name: half}]` in a recipe. Several that change one kind apply in the order in
 which they stand. One that takes the whole algorithm has two of its values to change together. Those that make messages
-smaller are in `peertune.methods.smaller`.
+smaller are in `peertune.methods.smaller`, and those for clients of whom some may lie in `peertune.methods.robust`.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,8 @@ from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Gradient, Local, Memory, Mixer, Phase
 from peertune.methods.choco import choco
 from peertune.methods.mixers import averaged
+from peertune.methods.robust import balance, clipped, cs_plus, gt_pd, krum, median, trimmed_mean
+from peertune.methods.shares import entries, of_entries
 from peertune.methods.smaller import half, int4, int8, shared_mask
 from peertune.randomness import Draw, uniforms
 from peertune.types import MOMENTS, Tensors, kind, norms, over_clients, pairs
@@ -252,26 +254,30 @@ def zero_padded(mixer: Mixer, weights: Literal["graph", "norms"] = "graph") -> M
 def _by_norms(weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """Return weights `[R, H]`, whose rows sum to 1, in proportion to theirs times the norms of products B A."""
     norms = ((A @ A.mT) * (B.mT @ B)).sum((1, 2)).clamp(min=0).sqrt()
-    entries = weights.to_sparse().coalesce()
-    (receivers, places), plain = entries.indices(), entries.values()
+    receivers, places, plain = entries(weights)
     told = plain * norms[places]
     sums = told.new_zeros(len(weights)).index_add(0, receivers, told)[receivers]
-    shares = torch.where(sums > 0, told / sums, plain)
-    found = torch.sparse_coo_tensor(entries.indices(), shares, weights.shape, check_invariants=False).coalesce()
-    return found if weights.is_sparse else found.to_dense()
+    return of_entries(weights, receivers, places, torch.where(sums > 0, told / sums, plain))
 
 
 MODIFIERS: dict[str, Callable[..., Any]] = {
+    "balance": balance,
     "choco": choco,
+    "clipped": clipped,
+    "cs_plus": cs_plus,
     "dfed_admm": dfed_admm,
     "divided": divided,
     "fedspeed": fedspeed,
+    "gt_pd": gt_pd,
     "half": half,
     "int4": int4,
     "int8": int8,
+    "krum": krum,
+    "median": median,
     "mix_moments": mix_moments,
     "nested": nested,
     "shared_mask": shared_mask,
+    "trimmed_mean": trimmed_mean,
     "zero_padded": zero_padded,
 }
 """Name in a recipe → what changes a value of a method."""

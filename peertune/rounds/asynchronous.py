@@ -40,6 +40,7 @@ from statistics import fmean, median_low
 import torch
 
 from peertune.method import Phase
+from peertune.methods.shares import as_weights
 from peertune.randomness import Draw, uniforms
 from peertune.rounds import best, bounds, metrics
 from peertune.rounds.clock import NS, Span
@@ -47,7 +48,6 @@ from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.mixing import tell
 from peertune.rounds.record import RoundRecord, Watch
 from peertune.rounds.round import Begun, commonest, end, is_due, turn_of
-from peertune.rounds.shares import as_weights
 from peertune.rounds.turns import Came, Turn, train
 from peertune.rounds.under_way import Done, Sent, UnderWay
 from peertune.topology import delay_s

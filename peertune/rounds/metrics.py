@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peertune.rounds.shares import entries
+from peertune.methods.shares import entries
 from peertune.rounds.slices import of_rank, rank, slices
 from peertune.types import ALONE, Group, Stack, Tensors, kind, over_clients, pairs, payload_bytes, select, stacked, take
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from peertune.method import At, Memory, Phase, Weights, plain_weights
+from peertune.methods.shares import as_weights, entries, giving_back, of_slice, without_site
 from peertune.rounds import bounds, deadline, metrics
 from peertune.rounds.bounds import Refusal
 from peertune.rounds.job import Heard, Job, Refuse
-from peertune.rounds.shares import as_weights, entries, giving_back, of_slice, without_site
 from peertune.rounds.slices import Slice, everyones, filled, rank, slices
 from peertune.topology import drop_edges, messages_sent, planned_weights
 from peertune.types import Stack, State, Tensors, in_order

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import torch
 
+from peertune.methods.shares import as_weights
 from peertune.rounds import metrics
 from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.mixing import tell
-from peertune.rounds.shares import as_weights
 from peertune.topology.pushes import rows, share
 from peertune.types import Stack, Tensors, only, stacked
 

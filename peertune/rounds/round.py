@@ -12,12 +12,12 @@ from torch import Tensor
 
 from peertune.errors import DivergedError, tried
 from peertune.method import Phase, nothing, standing
+from peertune.methods.shares import entries
 from peertune.rounds import best, deadline, metrics
 from peertune.rounds.clock import Span, lockstep
 from peertune.rounds.job import CLOCK, Exchange, ExchangeOf, Heard, Job
 from peertune.rounds.mixing import arrived, mix, mixable, places_among, refusing
 from peertune.rounds.record import RoundRecord, Watch
-from peertune.rounds.shares import entries
 from peertune.rounds.slices import chosen
 from peertune.rounds.turns import Came, Turn, train
 from peertune.topology import clients_down, delay_s

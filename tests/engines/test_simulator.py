@@ -14,9 +14,9 @@ from peertune.assembly.encoding import evaluated_rows
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Memory, Mixer, Phase, Schedule
+from peertune.methods import shares
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
-from peertune.rounds import shares
 from peertune.rounds.job import Job
 from peertune.rounds.record import RoundRecord
 from peertune.topology import weights_at

@@ -18,12 +18,12 @@ from peertune.adapters.stacked import attach, init_adapters
 from peertune.errors import DivergedError
 from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Mixer, Phase, Schedule, standing
 from peertune.methods.schedules import alternating, both, by_round, silent
+from peertune.methods.shares import DENSE_UP_TO, as_weights
 from peertune.rounds.bounds import NEAR, Bound, Refusal
 from peertune.rounds.job import Exchange, Heard, Job, Refuse
 from peertune.rounds.mixing import exchanged
 from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.rounds.round import run_round, run_rounds
-from peertune.rounds.shares import DENSE_UP_TO, as_weights
 from peertune.rounds.training import Optim, sgd
 from peertune.rounds.turns import Came, Turn
 from peertune.rounds.turns import train as train_turns
@@ -374,7 +374,7 @@ def lying(job: Job, liar: int, times: float) -> Any:
 def test_what_counts_and_is_too_far_from_the_others_is_left_out_at_the_receivers_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, dense_up_to: int
 ) -> None:
-    monkeypatch.setattr("peertune.rounds.shares.DENSE_UP_TO", dense_up_to)
+    monkeypatch.setattr("peertune.methods.shares.DENSE_UP_TO", dense_up_to)
     liar, faults = 3, [Fault(0, 0, down=1)]
     judged: list[list[int]] = []
 

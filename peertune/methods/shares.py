@@ -25,13 +25,30 @@ def entries(weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return receivers, places, entries.values()[held]
 
 
+def of_entries(weights: Tensor, receivers: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """Return weights of these entries, shaped as `weights` and sparse where they are; those of one place add up."""
+    at = torch.stack([receivers, places])
+    found = torch.sparse_coo_tensor(at, values, weights.shape, check_invariants=False).coalesce()
+    return found if weights.is_sparse else found.to_dense()
+
+
 def giving_back(weights: Tensor, own: Tensor, fails: Tensor) -> Tensor:
     """Return weights `[K, H]` where what `fails`, a mask of their `entries`, returns to the receiver's own.
 
     `own [K]` is the place of each receiver among the heard.
     """
     receivers, places, values = entries(weights)
-    return _alike(weights, receivers, torch.where(fails, own[receivers], places), values)
+    return of_entries(weights, receivers, torch.where(fails, own[receivers], places), values)
+
+
+def keeping(weights: Tensor, own: Tensor, shares: Tensor) -> Tensor:
+    """Return weights `[K, H]` of which each of their `entries` keeps a share; the rest is the receiver's own.
+
+    `own [K]` is the place of each receiver among the heard. Where all shares are 1 not one bit changes.
+    """
+    receivers, places, values = entries(weights)
+    rows, columns = torch.cat([receivers, receivers]), torch.cat([places, own[receivers]])
+    return of_entries(weights, rows, columns, torch.cat([values * shares, values * (1 - shares)]))
 
 
 def without_site(weights: Tensor, own: Tensor, sent: Tensor, left: int) -> Tensor:
@@ -59,12 +76,5 @@ def of_slice(weights: Tensor, own: Tensor, receivers: Tensor, senders: Tensor, *
     else:
         kept = values * has
         before, after = (x.new_zeros(len(weights)).index_add(0, i, x) for x in (values, kept))
-        whole = _alike(weights, i[has], j[has], (kept * (before / after)[i])[has])
+        whole = of_entries(weights, i[has], j[has], (kept * (before / after)[i])[has])
     return whole.index_select(0, receivers).index_select(1, senders)
-
-
-def _alike(weights: Tensor, receivers: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """Return weights of these entries, of which those of one place add up, sparse where `weights` are."""
-    at = torch.stack([receivers, places])
-    found = torch.sparse_coo_tensor(at, values, weights.shape, check_invariants=False).coalesce()
-    return found if weights.is_sparse else found.to_dense()
