@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from typing import Any
 from uuid import uuid4
 
@@ -33,7 +34,7 @@ from peertune.errors import Exit, PeertuneError, RunError
 from peertune.rounds.asynchronous import run_asynchronous
 from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.mixing import exchanged
-from peertune.rounds.record import Evaluation, RoundRecord, put_together
+from peertune.rounds.record import Evaluation, RoundRecord, put_together, summed
 from peertune.rounds.round import run_rounds
 from peertune.topology import clients_down, whose_adapters
 from peertune.types import ALONE, Group, Stack, Tensors, only, payload_bytes, stacked, take
@@ -77,6 +78,7 @@ def _merged(own: RoundRecord, group: Group) -> RoundRecord:
     evaluation = own.evaluation and Evaluation.of(put_together([part["evaluation"] for part in parts]))
     merged: dict[str, Any] = {name: [value for part in parts for value in part[name]] for name in _LISTS}
     merged |= {name: sorted({(i, j) for part in parts for i, j in part[name]}) for name in _EDGES}
+    merged["taken"] = summed(chain(*(part["taken"] for part in parts)))
     cross_terms = [part["neighbourhood_cross_term"] for part in parts]
     merged["neighbourhood_cross_term"] = None if cross_terms[0] is None else [x for part in cross_terms for x in part]
     stages = dict.fromkeys(stage for part in parts for stage in part["seconds"])

@@ -1,11 +1,11 @@
 """Rules for mixing among clients of whom some may lie, within what is mixed at all: each changes a mixer.
 
-What a receiver i holds against what it heard of j are **distances**, over all sites together: of A, of B, of the head,
-and of the products B A, `sqrt(Σ_sites ‖B_j A_j - B_i A_i‖²)`. Factors that are averaged must be near as factors and as
-products: (B M, M⁻¹ A) is the same product, and its factors ruin an average. Methods that mix products look at products
-and heads. Each kind has another size, and B is 0 at first, so a kind is only compared with itself, and the strictest
-counts. Products are never formed: `B_j A_j - B_i A_i = [B_j - B_i, B_i] [A_j; A_j - A_i]`, whose norm follows from
-inner products of factors.
+A receiver i holds what it heard of j against what it sent itself, as others read both. It goes by **distances**, over
+all sites together: of A, of B, of the head, and of the products B A, `sqrt(Σ_sites ‖B_j A_j - B_i A_i‖²)`. Factors that
+are averaged must be near as factors and as products: (B M, M⁻¹ A) is the same product, and its factors ruin an average.
+Methods that mix products look at products and heads. Each kind has another size, and B is 0 at first, so a kind is only
+compared with itself, and the strictest counts. Products are never formed: their difference is
+`[B_j - B_i, B_i] [A_j; A_j - A_i]`, whose norm follows from inner products of factors.
 
 `clipped`, `cs_plus`, `gt_pd`, `balance` and `krum` change weights: what a rule takes from a sender returns to the
 receiver. So they serve every mixer. Clipping is a weight, too: `W_ij clip(x_j - x_i)` is `W_ij min(1, τ / d_ij)` of the
@@ -14,7 +14,7 @@ a client may lie; no rule helps a client most of whose neighbours do.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cached_property, partial
 from math import inf
 
 import torch
@@ -37,39 +37,32 @@ Distances = Mapping[str, Tensor]
 """What is compared → `[E]` float64, a distance or a norm for each of E pairs."""
 
 
-def distances(own: Tensors, heard: Tensors, i: Tensor, j: Tensor, *, factors: bool = True) -> Distances:
-    """Return how far apart the adapters `own [K, …]` at `i [E]` and `heard [H, …]` at `j [E]` are.
+def distances(adapters: Tensors, i: Tensor, j: Tensor, *, factors: bool = True) -> Distances:
+    """Return how far apart adapters `[H, …]` are, those at `i [E]` from those at `j [E]`.
 
-    Of kinds that were not heard there is none; of products there is one where both factors were heard. Without
-    `factors` products stand for A and B.
+    Of products there is a distance where both factors are there. Without `factors` they stand for A and B.
     """
-    return _measured(own, heard, i, j, factors=factors, apart=True)
+    return _measured(adapters, i, j, factors=factors)
 
 
-def sizes(adapters: Tensors, like: Tensors, *, factors: bool = True) -> Distances:
-    """Return the norms `[K]` of what `distances` compares, of those adapters `[K, …]` that `like` has too."""
-    there = torch.arange(len(next(iter(adapters.values()))), device=next(iter(adapters.values())).device)
-    return _measured(
-        {name: adapters[name] for name in like if name in adapters}, adapters, there, there, factors=factors
-    )
+def sizes(adapters: Tensors, *, factors: bool = True) -> Distances:
+    """Return the norms `[H]` of what `distances` compares."""
+    first = next(iter(adapters.values()))
+    return _measured(adapters, torch.arange(len(first), device=first.device), None, factors=factors)
 
 
-def _measured(
-    own: Tensors, heard: Tensors, i: Tensor, j: Tensor, *, factors: bool, apart: bool = False
-) -> dict[str, Tensor]:
-    """Return norms by what is compared, `[E]`: of `own` at i, or of what of `heard` at j is `apart` from it."""
+def _measured(adapters: Tensors, i: Tensor, j: Tensor | None, *, factors: bool) -> dict[str, Tensor]:
+    """Return norms by what is compared, `[E]`: of adapters at i, or of how they differ from those at j."""
     squares: dict[str, Tensor] = {}
-    names = [name for name in own if name in heard and (factors or kind(name) not in ("A", "B"))]
-    for name in names:
-        for part in _chunks(len(i), own[name][:1].numel()):
-            x = own[name][i[part]]
-            x = heard[name][j[part]] - x if apart else x
-            _add(squares, kind(name), len(i), part, torch.linalg.vector_norm(x.flatten(1), dim=1).double().square())
-    for a, b in pairs([name for name in own if name in heard]):
-        for part in _chunks(len(i), 2 * (own[a][:1].numel() + own[b][:1].numel())):
-            A, B = own[a][i[part]], own[b][i[part]]  # [E, r, d_in], [E, d_out, r]
-            if apart:
-                to_A, to_B = heard[a][j[part]], heard[b][j[part]]
+    for name, x in adapters.items():
+        for part in _chunks(len(i), x[:1].numel()) if factors or kind(name) not in ("A", "B") else ():
+            one = x[i[part]] if j is None else x[j[part]] - x[i[part]]
+            _add(squares, kind(name), len(i), part, torch.linalg.vector_norm(one.flatten(1), dim=1).double().square())
+    for a, b in pairs(adapters):
+        for part in _chunks(len(i), 2 * (adapters[a][:1].numel() + adapters[b][:1].numel())):
+            A, B = adapters[a][i[part]], adapters[b][i[part]]  # [E, r, d_in], [E, d_out, r]
+            if j is not None:
+                to_A, to_B = adapters[a][j[part]], adapters[b][j[part]]
                 A, B = torch.cat([to_A, to_A - A], 1), torch.cat([to_B - B, B], 2)
             _add(squares, PRODUCTS, len(i), part, ((B.mT @ B).double() * (A @ A.mT).double()).sum((1, 2)).clamp(min=0))
     return {what: x.sqrt() for what, x in squares.items()}
@@ -87,28 +80,23 @@ def _add(squares: dict[str, Tensor], what: str, pairs: int, part: slice, x: Tens
 class _Seen:
     """What K receivers hold against those whom they heard: E pairs of a receiver and another."""
 
-    def __init__(self, own: Tensors, heard: Tensors, i: Tensor, j: Tensor, weights: Tensor, factors: bool) -> None:
-        self.i, self.j = i, j  # [E], a row among the K and a place among those who were heard
+    def __init__(self, sent: Tensors, own: Tensor, i: Tensor, j: Tensor, weights: Tensor, factors: bool) -> None:
+        self.i, self.j = i, j  # [E], a row among the K, and a place among those who were heard
+        self.own = own  # [K], the receivers' places among them
         self.weights = weights  # [E]
-        self.receivers = len(next(iter(own.values())))
-        self._own, self._heard, self._factors = own, heard, factors
-        self.distances = distances(own, heard, i, j, factors=factors)
+        self.distances = distances(sent, own[i], j, factors=factors)
+        self._sizes = partial(sizes, sent, factors=factors)
 
-    @property
-    def own_sizes(self) -> Distances:
-        """Norms of what the receivers have, `[K]`."""
-        return sizes(self._own, self._heard, factors=self._factors)
-
-    @property
-    def heard_sizes(self) -> Distances:
-        """Norms of what was heard, `[H]`."""
-        return sizes(self._heard, self._own, factors=self._factors)
+    @cached_property
+    def sizes(self) -> Distances:
+        """Norms `[H]` of what all have sent."""
+        return self._sizes()
 
     def places(self, d: Tensor) -> Tensor:
         """Return of each pair how many of the receiver's others are farther off, `[E]`, or as far and earlier."""
         order = torch.argsort(d, descending=True, stable=True)
         order = order[torch.argsort(self.i[order], stable=True)]
-        counts = torch.bincount(self.i, minlength=self.receivers)
+        counts = torch.bincount(self.i, minlength=len(self.own))
         firsts = counts.cumsum(0) - counts
         place = torch.empty_like(self.i)
         place[order] = torch.arange(len(order), device=order.device) - firsts[self.i[order]]
@@ -116,7 +104,7 @@ class _Seen:
 
     def sums(self, x: Tensor) -> Tensor:
         """Return sums over each receiver's pairs, `[K]`."""
-        return x.new_zeros(self.receivers).index_add(0, self.i, x)
+        return x.new_zeros(len(self.own)).index_add(0, self.i, x)
 
 
 _Judge = Callable[[_Seen, Memory, At], tuple[Tensor, Memory]]
@@ -184,7 +172,7 @@ def cs_plus(mixer: Mixer, hostile: int = 1) -> Mixer:
             last = seen.places(d) == 2 * hostile - 1
             radius = seen.sums(torch.where(last, d, 0.0))
             share = share.minimum(_clip(d, radius[seen.i]))
-        return torch.where(torch.bincount(seen.i, minlength=seen.receivers)[seen.i] < 2 * hostile, 0.0, share), {}
+        return torch.where(torch.bincount(seen.i, minlength=len(seen.own))[seen.i] < 2 * hostile, 0.0, share), {}
 
     return _weighing(mixer, judge)
 
@@ -214,9 +202,8 @@ def gt_pd(
 
     def judge(seen: _Seen, memory: Memory, at: At) -> tuple[Tensor, Memory]:
         share, trusts = torch.ones_like(seen.weights), torch.ones_like(seen.i, dtype=torch.bool)
-        mine, theirs = seen.own_sizes, seen.heard_sizes
         for what, d in seen.distances.items():
-            one, other = mine[what][seen.i], theirs[what][seen.j]
+            one, other = seen.sizes[what][seen.own[seen.i]], seen.sizes[what][seen.j]
             share = share.minimum(_clip(d, radius * torch.minimum(one, other)))
             trusts &= d <= trusted * (one + other)
         assert at.heard is not None, "an exchange says who was heard"
@@ -251,13 +238,13 @@ def balance(mixer: Mixer, gamma: float = 0.5, kappa: float = 1.0, *, rounds: int
 
     def judge(seen: _Seen, memory: Memory, at: At) -> tuple[Tensor, Memory]:
         near = torch.ones_like(seen.weights)
-        mine, apart = dict(seen.own_sizes), dict(seen.distances)
+        mine, apart = seen.sizes, seen.distances
         if mixer.keeps_basis:
             factors = apart.keys() - {PRODUCTS}
             mine, apart = ({"x": _together([x[what] for what in factors])} for x in (mine, apart))
         reach = gamma * torch.exp(-kappa * at.round.double() / rounds).to(near.device)
         for what, d in apart.items():
-            near = torch.where(d <= (reach * mine[what])[seen.i], near, 0.0)
+            near = torch.where(d <= (reach * mine[what][seen.own])[seen.i], near, 0.0)
         return near, {}
 
     return _weighing(mixer, judge)
@@ -267,10 +254,11 @@ def krum(mixer: Mixer, hostile: int = 1) -> Mixer:
     """Krum: of all that a receiver has and heard, mix the one alone that is nearest to most of them.
 
     Of m adapters, the receiver's own among them, each has as its score the sum of squared distances to its
-    `m - hostile - 2` nearest; the lowest takes the weight of all others. Distances of a kind count as shares of the
-    median among the m. It assumes `m ≥ 2 hostile + 3`; with fewer than `hostile + 3` it does nothing, so with one or
-    two neighbours it never does. On uneven data a receiver hears one other only. The mean of all adapters moves. Each
-    pair that a receiver heard is compared, so its cost grows with the square of the neighbours.
+    `m - hostile - 2` nearest. The lowest takes the weight of all others; of equal ones the nearest to all does.
+    Distances of a kind count as shares of the median among the m. It assumes `m ≥ 2 hostile + 3`; with fewer than
+    `hostile + 3` it does nothing, so with one or two neighbours it never does. On uneven data a receiver hears one
+    other only. The mean of all adapters moves. Each pair that a receiver heard is compared, so its cost grows with the
+    square of the neighbours.
 
     Source: Krum (NeurIPS 2017, Blanchard and others), whose server takes one gradient; here a receiver keeps W_ii.
 
@@ -307,13 +295,15 @@ def _krum(sent: Tensors, senders: Tensor, hostile: int, factors: bool) -> Tensor
         torch.stack([senders[:, one], senders[:, other]], -1).flatten(0, 1), dim=0, return_inverse=True
     )
     scores = senders.new_zeros(G, m, m, dtype=torch.float64)
-    for d in distances(sent, sent, *found.T, factors=factors).values():
+    for d in distances(sent, *found.T, factors=factors).values():
         each = d[back].view(G, -1)
         middle = each.median(1, keepdim=True).values
         share = torch.where(middle > 0, each / middle, 0.0).square()
         scores[:, one, other] += share
         scores[:, other, one] += share
-    return scores.sort(2).values[:, :, 1 : m - hostile - 1].sum(2).argmin(1)
+    score = scores.sort(2).values[:, :, 1 : m - hostile - 1].sum(2)
+    lowest = score <= score.amin(1, keepdim=True) * (1 + 1e-9)  # two that are nearest to each other are often the same
+    return torch.where(lowest, scores.sum(2), inf).argmin(1)
 
 
 def trimmed_mean(mixer: Mixer, hostile: int = 1) -> Mixer:
@@ -386,7 +376,7 @@ def _weighing(mixer: Mixer, judge: _Judge, init: Callable[[Tensors, At], Memory]
         sent = {name: x for name, x in heard.items() if name in own}
         if not sent or not bool(others.any()):
             return used, changed
-        seen = _Seen(own, sent, i[others], j[others], values[others], mixer.keeps_basis)
+        seen = _Seen(sent, places, i[others], j[others], values[others], mixer.keeps_basis)
         kept, more = judge(seen, memory, at)
         shares = torch.ones_like(values)
         shares[others] = kept.to(shares.dtype)

@@ -19,7 +19,7 @@ import yaml
 
 from peertune.errors import RunError
 from peertune.recipe import NO_SETTINGS, NO_SETTINGS_OF_A_SIMULATION, block_defaults, flat
-from peertune.rounds.record import put_together
+from peertune.rounds.record import put_together, summed
 from peertune.runs import directory, records
 
 log = logging.getLogger(__name__)
@@ -246,6 +246,7 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "train": list(train),
         "send": records[0]["send"],
         **{key: chained(key) for key in _OF_CLIENTS},
+        "taken": summed(chained("taken")),
         **{key: union(key) for key in ("edges", "vacant_edges", "failed_edges")},
         "out_of_phase": [who for record in records if tuple(record["train"]) != train for who in record["clients"]],
         "neighbourhood_cross_term": None

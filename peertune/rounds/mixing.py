@@ -130,8 +130,10 @@ class _Meeting(NamedTuple):
     known: Memory  # what they remember
 
 
-def mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> None:
+def mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> list[tuple[int, float, float]]:
     """Mix what was heard into the adapters, **in place**; of each who was heard the sites that it sends.
+
+    Returns what a mixer with weights of its own took of whom: see `RoundRecord.taken`.
 
     It goes from site to site, so that beside the stack only one site's new factors are held. Where ranks differ, a
     mixer is given rank slices, or whole sites of the receivers of one rank: see `Mixer.ranks`.
@@ -147,6 +149,19 @@ def mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> None:
                 _write(state, part, own.rows, name, new[name] if exact else x + new[name].sub(as_read[name]))
         if changed:
             state.remember(changed)
+    return _taken(mixed, used, at)
+
+
+def _taken(mixed: Heard, used: Weights, at: At) -> list[tuple[int, float, float]]:
+    """Return each sender, the weight that all receivers but itself had for it, and what they took of it."""
+    if used is mixed.weights or not isinstance(used, Tensor):
+        return []
+    own, sums = places_among(mixed.clients, at.clients.tolist()), []
+    for weights in (mixed.weights, used):
+        receivers, places, values = (x.cpu() for x in entries(weights))
+        others = places != own[receivers]
+        sums.append(values.new_zeros(len(mixed.clients)).index_add(0, places[others], values[others]).tolist())
+    return [(client, had, took) for client, had, took in zip(mixed.clients, *sums, strict=True) if had > 0]
 
 
 def _read(own: Tensors, came: Tensors, places: Tensor) -> Tensors:

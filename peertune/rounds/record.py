@@ -1,7 +1,7 @@
 """What a round leaves: the values that the records of a run are made of. They hold no tensors, but for the state."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -86,6 +86,15 @@ def put_together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def summed(taken: Iterable[Sequence[float]]) -> list[tuple[int, float, float]]:
+    """Put together what processes or peers have taken of senders: see `RoundRecord.taken`."""
+    found: dict[int, tuple[float, float]] = {}
+    for sender, had, took in taken:
+        before = found.get(int(sender), (0.0, 0.0))
+        found[int(sender)] = before[0] + had, before[1] + took
+    return [(sender, *found[sender]) for sender in sorted(found)]
+
+
 @dataclass(frozen=True)
 class RoundRecord:
     """What one round did; a line of `rounds.jsonl`.
@@ -115,6 +124,8 @@ class RoundRecord:
     skipped: int = 0  # rounds after this one that a peer was up in and passed over, since others were further
     # (receiver, sender) of edges that counted and of which the receiver mixed nothing: too far from what others have
     not_mixed: list[tuple[int, int]] = field(default_factory=list)
+    # (sender, weight by the graph, weight taken), summed over those who heard it, where a mixer weighs by what it hears
+    taken: list[tuple[int, float, float]] = field(default_factory=list)
     # (receiver, sender, round, times): a peer takes nothing from the sender until that round; it fell back so often
     suspects: list[tuple[int, int, int, int]] = field(default_factory=list)
     # Of a recipe with `time.step_s`: the virtual second in which the last client had ended the round, and what each

@@ -203,7 +203,7 @@ def end(
     mixed = heard._replace(weights=weights)
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
-    mix(job, state, mixed, at, phase)
+    taken = mix(job, state, mixed, at, phase)
     state = state.after()
     watch.lap("mix")
     diagnostics = {} if before is None else metrics.diagnostics(before, state.stacks, job.group, rows, job.cuts)
@@ -229,6 +229,7 @@ def end(
         failed_edges=heard.failed if payload else [],
         vacant_edges=list(heard.vacant) if payload else [],
         not_mixed=unmixed,
+        taken=taken,
         out_of_phase=sorted(
             client
             for turn in turns

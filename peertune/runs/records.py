@@ -27,6 +27,7 @@ _NUMBERS = (
     "failed_edges",
     "vacant_edges",
     "not_mixed",
+    "taken",
     "out_of_phase",
     "suspects",
     "spans",

@@ -47,6 +47,7 @@ RECIPES |= {
         f"faults={FAULTS}",
     ],
     "always": [*SMALL, "graph.activation=1.0"],
+    "clipped": [*SMALL, "modifiers=[{name: clipped}]", "graph.activation=1.0", f"faults={FAULTS}"],
     "changing": [
         *SMALL,
         "clients=8",

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from federation import Federation, Lie, Played, found, play
@@ -29,7 +31,7 @@ from peertune.recipe import Choice, load_recipe
 from peertune.rounds.bounds import Refusal
 from peertune.rounds.job import Heard, Refuse
 from peertune.rounds.mixing import exchanged, tell
-from peertune.rounds.record import RoundRecord
+from peertune.rounds.record import RoundRecord, summed
 from peertune.rounds.round import run_rounds, turn_of
 from peertune.rounds.turns import Came, train
 from peertune.types import Stack, State, by_client, only, select, stacked
@@ -115,12 +117,19 @@ def test_four_peers_end_with_the_simulators_adapters_whatever_modifies_the_metho
         recipes["choco"] = recipe(
             4, dtype, "algorithm={name: rolora}", "modifiers=[{name: choco}]", "graph={name: ring}"
         )
+        rules = "modifiers=[{name: clipped}, {name: gt_pd, trusted: 0.6, untrusted_edges: 0.5}]"
+        recipes["dec_lora"] = recipe(4, dtype, "algorithm={name: dec_lora}", rules)
         changes = "modifiers=[{name: mix_moments}, {name: fedspeed}]"
         judged = "evaluate={every: 2, rows: 20, on: both, ensemble: true, load_best: true, mixing: true}"
         several = "task.metric=[accuracy, macro_f1]"
         recipes["own"] = recipe(4, dtype, "algorithm={name: tad_lora}", changes, judged, several)
     for method, played in play(four, recipes).items():
-        assert_same(recipes[method], played, tolerance)
+        records = assert_same(recipes[method], played, tolerance)
+        for t, record in enumerate(records):
+            taken = summed(chain(*(peer.records[t]["taken"] for peer in played)))
+            assert bool(taken) == (method == "dec_lora" and bool(record.edges))
+            assert [who for who, *_ in taken] == [who for who, *_ in record.taken]
+            assert np.allclose(taken, record.taken, rtol=1e-9)
 
 
 def test_four_peers_of_four_ranks_end_with_the_simulators_adapters(four: Federation) -> None:

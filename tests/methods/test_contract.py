@@ -34,7 +34,7 @@ ALONE = [(), *((name,) for name in CHANGING if name not in FEW_SHOW)]
 ROUNDING = {"choco", "half", "int4", "int8"}
 NOT = {*permutations(("fedspeed", "dfed_admm"), 2), *permutations(ROUNDING, 2), *product(["shared_mask"], ROUNDING)}
 NOT.add(("choco", "shared_mask"))
-PAIRS = [(name,) for name in 3 * FEW_SHOW]
+PAIRS: list[tuple[str, ...]] = [(name,) for name in 3 * FEW_SHOW]
 PAIRS += [pair for pair in permutations([name for name in CHANGING if name not in ROBUST], 2) if pair not in NOT]
 PAIRS += [*product(["fedspeed", "half"], ROBUST), *product(ROBUST, ["int8"])]
 

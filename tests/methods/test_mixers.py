@@ -135,7 +135,7 @@ def test_products_of_equal_adapters_of_real_size_stay_what_they_are(rank: int) -
 def test_products_in_shared_coordinates_are_those_that_each_receiver_gets_alone(seed: int, rank: int) -> None:
     pairs, weights = random_pairs(seed, 4, 3, 40, 50), random_weights(seed, 4)
     pairs["site.B"][..., rank:] = 0
-    everyone, alone = (list(mixers._groups(rows)) for rows in (weights, weights[:1]))
+    everyone, alone = (list(mixers.groups(rows)) for rows in (weights, weights[:1]))
     assert mixers._coordinates(pairs["site.A"], everyone)[1] is not None
     assert mixers._coordinates(pairs["site.A"], alone)[1] is None
     together = received(products(), pairs, pairs, weights)

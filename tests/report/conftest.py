@@ -150,6 +150,7 @@ def _records(
                 "failed_writes": 0,
                 "skipped": 0,
                 "not_mixed": [],
+                "taken": [],
                 "suspects": [],
                 "time_s": max(now.values()) / NS,
                 "spans": [[*span] for _, span in ends.values()],

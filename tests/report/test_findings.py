@@ -584,3 +584,22 @@ def test_what_only_high_ranks_know_and_what_fades_is_found_with_the_numbers(make
 def test_where_high_ranks_keep_what_they_know_no_collapse_is_found(make_run: MakeRun, energy: Any) -> None:
     assert "rank_collapse" not in names(with_ranks(make_run(rounds=40), energy))
     assert "rank_collapse" not in names(make_run(rounds=40))
+
+
+def doubted(run: RunData, took: float, *, refused: int = 0) -> RunData:
+    """The run, as if a rule took of client 2 this share of its weight, and .8 of the others'."""
+    for record in run.records:
+        record["taken"] = [(client, 2.0, 2.0 * (took if client == 2 else 0.8)) for client in range(6)]
+        record["not_mixed"] = [[0, 2]] if record["round"] < refused else []
+    return run
+
+
+def test_clients_that_others_keep_away_from_are_named_with_the_evidence(make_run: MakeRun) -> None:
+    run = doubted(make_run(rounds=20), 0.1, refused=4)
+    (finding,) = (x for x in diagnose(complete(run.recipe), run.facts, run.records) if x.name == "kept_away")
+    assert finding.title == "Others keep away from client 2"
+    assert "client 2: 0.10 of its weight was taken and 4 of its messages were too far off to be mixed." in finding.text
+    assert "Of the median client 0.80" in finding.text
+    assert "no proof" in finding.text
+    for fine in (doubted(make_run(rounds=20), 0.7, refused=2), make_run(rounds=20), doubted(make_run(rounds=5), 0.1)):
+        assert "kept_away" not in names(fine)

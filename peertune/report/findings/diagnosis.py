@@ -7,7 +7,7 @@ or drawn.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from peertune.report.findings import learning, mixing, phases, waiting
+from peertune.report.findings import learning, mixing, phases, trust, waiting
 from peertune.report.findings.evidence import Facts
 from peertune.report.findings.finding import Finding, Said, Severity
 
@@ -30,6 +30,7 @@ CHECKS: Mapping[Severity, Mapping[str, Callable[[Facts], Said | None]]] = {
         "too_short": learning.too_short,
         "no_exchange": mixing.no_exchange,
         "stragglers": waiting.stragglers,
+        "kept_away": trust.kept_away,
     },
 }
 """What is looked for: severity → a finding's name → its check, the gravest first."""

@@ -1,0 +1,39 @@
+"""Findings about clients that others keep away from: evidence, and no proof."""
+
+from collections import Counter
+from math import nan
+from statistics import median
+
+from peertune.report.findings.evidence import Facts
+from peertune.report.findings.finding import LEAST_ROUNDS, Said, called
+from peertune.rounds.record import summed
+
+DOUBTED = 0.5  # of what is taken of the median client, at most, is taken of one that others keep away from
+LEFT_OUT = 3  # messages of a client of which nothing was mixed, at least: one may be a step that went wrong
+
+
+def kept_away(seen: Facts) -> Said | None:
+    """Clients of whom a robust rule took little, whose messages were too far off, or after whom peers fell back."""
+    if len(seen.records) < LEAST_ROUNDS:
+        return None
+    took = {who: part / had for who, had, part in summed(x for record in seen.records for x in record["taken"])}
+    middle = median(took.values()) if took else nan
+    refused = Counter(sender for record in seen.records for _, sender in record["not_mixed"])
+    after = {sender for record in seen.records for _, sender, _, _ in record["suspects"]}
+    doubted = {who for who, share in took.items() if share <= DOUBTED * middle}
+    doubted |= {who for who, count in refused.items() if count >= LEFT_OUT} | after
+    if not doubted:
+        return None
+    told = []
+    for who in sorted(doubted)[:6]:
+        parts = [f"{took[who]:.2f} of its weight was taken"] if who in took else []
+        parts += [f"{refused[who]} of its messages were too far off to be mixed"] if refused[who] else []
+        parts += ["a peer fell back after it mixed it"] if who in after else []
+        told.append(f"client {who}: {' and '.join(parts)}")
+    beside = f" Of the median client {middle:.2f} of its weight was taken." if took else ""
+    return Said(
+        f"Others keep away from {called(sorted(doubted))}",
+        f"{'; '.join(told)}.{beside} That is evidence and no proof: a client whose rows are unlike the others' is far "
+        "from them, too.",
+        "look at what these clients train on, and who runs them",
+    )
