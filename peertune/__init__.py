@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # for those who check types, the same names as below
     from peertune.method import Mixer as Mixer
     from peertune.method import Phase as Phase
     from peertune.method import Schedule as Schedule
+    from peertune.methods.attacks import ATTACKS as ATTACKS
+    from peertune.methods.attacks import Attack as Attack
     from peertune.methods.catalogue import ALGORITHMS as ALGORITHMS
     from peertune.methods.mixers import gossip as gossip
     from peertune.methods.modifiers import MODIFIERS as MODIFIERS
@@ -59,6 +61,7 @@ _NAMES = {
     "engines.simulator": "simulate",
     "errors": "PeertuneError Stopped",
     "method": "Algorithm At Gradient Local Memory Message Mixer Phase Schedule",
+    "methods.attacks": "ATTACKS Attack",
     "methods.catalogue": "ALGORITHMS",
     "methods.mixers": "gossip",
     "methods.modifiers": "MODIFIERS",

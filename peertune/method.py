@@ -20,7 +20,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from peertune.types import Tensors, select
+from peertune.types import Stack, Tensors, select
 
 Memory = Tensors
 """`<owner>.<name>` → `[K, …]`."""
@@ -155,6 +155,8 @@ class Message(NamedTuple):
     non-zero `weights [K, H]`, at both of their ends alike. So what an edge that failed has lost can be sent again.
     `edgewise` says how less than what was sent goes over an edge both of whose ends remember.
     `sound(heard)` tells of each sender, `[H]`, whether an honest client may have sent this.
+    `honest(adapters, memory, at, phase)` returns what those would have sent, by their rows among the K, who send
+    something else than they have. They mix as if that had been sent.
     If reading what was sent isn't `exact`, differences are mixed: see `peertune.rounds.mixing`. If what is read isn't
     `whole`, it has zeros for entries that were not sent, and each entry is mixed by itself.
     """
@@ -165,6 +167,7 @@ class Message(NamedTuple):
     settle: Callable[[Memory, Tensors, Tensor, At, Phase], Memory] | None = None
     edgewise: Edgewise | None = None
     sound: Callable[[Tensors], Tensor] | None = None
+    honest: Callable[[Tensors, Memory, At, Phase], Stack] | None = None
     exact: bool = True
     whole: bool = True
     init: Callable[[Tensors, At], Memory] = nothing

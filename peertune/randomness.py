@@ -50,6 +50,9 @@ class Draw(StrEnum):
     # what is sent
     ROUNDING = "rounding"  # of an adapter: round, entry
     SHARED_MASK = "shared mask"  # of an adapter: round, entry
+    # what hostile clients do
+    NOISE = "noise"  # of an adapter: client, round
+    GAUGE = "gauge"  # of an A: client
     # phases that clients agree on
     PROBE = "probe"  # window, client, sign
     REPORTER = "reporter"  # window, place among those who report

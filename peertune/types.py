@@ -55,6 +55,18 @@ def by_client(stacks: Sequence[Stack]) -> list[Tensors]:
     return [singles[row] for row in sorted(singles)]
 
 
+def among(stacks: Sequence[Stack], clients: Sequence[int], without: Collection[int]) -> tuple[list[Stack], list[int]]:
+    """Return the stacks of those of these `clients [K]` who are not among the others, and who they are."""
+    left = [row for row, client in enumerate(clients) if client not in without]
+    if len(left) == len(clients):
+        return [*stacks], [*clients]
+    rows, found = torch.tensor(left, dtype=torch.int64), list[Stack]()
+    for own, tensors in stacks:
+        here = torch.isin(own, rows).nonzero()[:, 0]
+        found.append(Stack(torch.searchsorted(rows, own[here]), take(tensors, here)))
+    return found, [clients[row] for row in left]
+
+
 @dataclass(frozen=True)
 class Split:
     """N rows of a task."""

@@ -7,10 +7,11 @@ import pytest
 import peertune
 
 NAMES = [
-    *("ALGORITHMS", "GRAPHS", "MODIFIERS", "PARTITIONS", "TASKS"),
+    *("ALGORITHMS", "ATTACKS", "GRAPHS", "MODIFIERS", "PARTITIONS", "TASKS"),
     *(
         "Algorithm",
         "At",
+        "Attack",
         "Gradient",
         "Graph",
         "Local",

@@ -231,7 +231,7 @@ def test_a_setting_of_a_part_that_is_null_has_its_default() -> None:
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        ("xyz=1", "digits-demo: xyz: unknown key 'xyz', choose from algorithm, checkpoint"),
+        ("xyz=1", "digits-demo: xyz: unknown key 'xyz', choose from algorithm, attacks, checkpoint"),
         ("leaning_rate=1", "leaning_rate: unknown key 'leaning_rate', did you mean training.learning_rate?"),
         ("learning_rate=1e-3", "learning_rate: unknown key 'learning_rate', did you mean training.learning_rate?"),
         ("lr=1e-3", "lr: unknown key 'lr', did you mean training.learning_rate?"),

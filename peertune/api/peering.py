@@ -11,7 +11,7 @@ from typing import Any
 from peertune.api.runs import Run
 from peertune.api.training import Each, Engine, Training, begin, check_same, keeper_of, unwatched
 from peertune.assembly.build import Built, agreed, build
-from peertune.assembly.registry import choice_defaults, graph_settings, takes
+from peertune.assembly.registry import choice_defaults, graph_settings, hostile, takes
 from peertune.data.tasks import hub_settings
 from peertune.engines.company import neighbours
 from peertune.engines.peer import ended, run_peer
@@ -119,6 +119,8 @@ def joined_peers(recipe: str | Path | None, overrides: Sequence[str], place: Pat
         if recipe is not None:
             directory.check_free(place)
         built = build_own(directory.resolved(place) if recipe is None else recipe, overrides, peer.data, membership)
+        if client in hostile(built.resolved):
+            log.warning("attacks: the recipe makes %s, client %d, hostile to the others; it is for tests", name, client)
         if built.job.pushing is not None and identity.address is None:
             raise RecipeError(
                 f"time.mode: without rounds others push to {name}, which has no address in the roster; have the CA "

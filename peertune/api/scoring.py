@@ -12,6 +12,7 @@ from peertune.rounds.patience import ended_early
 from peertune.rounds.record import Evaluation
 from peertune.rounds.slices import average
 from peertune.runs import checkpoints, directory, records
+from peertune.types import among
 
 ELSEWHERE = ("task.test", "task.path", "device", "training.tokens_per_pass")
 """Keys that may be others than the run's: which rows test, where they lie, and what computes."""
@@ -55,6 +56,12 @@ def score(folder: str | Path, overrides: Sequence[str] = (), *, last: bool = Fal
         )
     clients = list(range(state.clients)) if own is None else [int(own["client"])]
     adapters, rounds = best.kept(state, last=last)
-    mean = None if own is not None else {name: x[None] for name, x in average(state.stacks).items()}
+    mean = None
+    if own is None:
+        enemies = directory.hostile(run)
+        rounds = [number for client, number in zip(clients, rounds, strict=False) if client not in enemies]
+        honest, _ = among(state.stacks, clients, enemies)
+        mean = {name: x[None] for name, x in average(honest).items()}
+        adapters, clients = among(adapters, clients, enemies)
     scored = score_test(recipe, adapters, clients, mean, weights=directory.weights(run))
     return Scored(scored, clients, state.round, rounds)

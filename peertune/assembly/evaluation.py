@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from peertune.assembly.encoding import EncodedTask
 from peertune.assembly.loading import Loaded, clients_together
 from peertune.assembly.ranks import ranks_of
+from peertune.assembly.registry import hostile
 from peertune.data.batches import Encoded, validation_batches
 from peertune.data.completions import completions, encode_choices, encode_prompts
 from peertune.data.measures import constants, scorers
@@ -26,7 +27,7 @@ from peertune.rounds.job import Heard
 from peertune.rounds.record import MOST_CLASSES, Evaluation
 from peertune.rounds.slices import average
 from peertune.rounds.training import Read, evaluate, hits, predictions, probabilities, row_losses
-from peertune.types import ALONE, Group, Measure, Split, Stack, Task, Tensors, by_client, take
+from peertune.types import ALONE, Group, Measure, Split, Stack, Task, Tensors, among, by_client, take
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,9 @@ def build_evaluation(
 ) -> Callable[[Sequence[Stack], Sequence[int]], Evaluation]:
     """Return what evaluates the adapters of these clients, and, but at a peer, the average of all of the group.
 
-    Each client's own model is judged on the validation set, on rows that it holds out, or on both. Raises RecipeError
-    where the metric can't be had of this task or this base.
+    Each client's own model is judged on the validation set, on rows that it holds out, or on both. Hostile clients are
+    left out, in the average, too; a hostile peer judges its own. Raises RecipeError where the metric can't be had of
+    this task or this base.
     """
     on = recipe.evaluate.on
     if recipe.evaluate.temperature and task.metric not in ANSWERS:
@@ -74,7 +76,7 @@ def build_evaluation(
     judge = partial(_judge, recipe, task, loaded, encoded)
     own = {client: judge(task.train, encoded.train, rows) for client, rows in encoded.held_out.items()}
     held_out = sum(group.gather(sum(map(len, encoded.held_out.values()))))
-    cuts = sorted({*ranks_of(recipe)})
+    cuts, enemies = sorted({*ranks_of(recipe)}), [] if peer else hostile(recipe)
     common = None if on == "own" else judge(task.validation, encoded.validation, encoded.evaluated)
 
     beside = None
@@ -85,6 +87,10 @@ def build_evaluation(
         )
 
     def run(adapters: Sequence[Stack], clients: Sequence[int]) -> Evaluation:
+        adapters, clients = among(adapters, clients, enemies)
+        return replace(judged_of(adapters, clients), judged=[*clients] if enemies else [])
+
+    def judged_of(adapters: Sequence[Stack], clients: Sequence[int]) -> Evaluation:
         singles = by_client(adapters)
         its = [own[client] for client in clients if own]
         alone = [found for one, single in zip(its, singles, strict=False) for found in one.judge(one.predict([single]))]
@@ -136,11 +142,13 @@ def _told(
 
 
 Ensembles = Callable[[Tensors, Heard, Sequence[int]], list[list[float]]]
-"""`ensembles(own [K, …], came, clients [K])` returns, by metric, the score of each client's ensemble with those that it
-heard."""
+"""`ensembles(own [K, …], came, clients [K])` returns, by metric, the score of each honest client's ensemble with those
+that it heard."""
 
 
-def build_ensembles(recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask) -> Ensembles | None:
+def build_ensembles(
+    recipe: Recipe, task: Task, loaded: Loaded, encoded: EncodedTask, *, peer: bool = False
+) -> Ensembles | None:
     """Return what judges each client's ensemble with those whom it mixes, None where the recipe doesn't ask for it.
 
     It is what a client can compute of what a round brought it: the mean, each counting alike, of the probabilities by
@@ -150,11 +158,12 @@ def build_ensembles(recipe: Recipe, task: Task, loaded: Loaded, encoded: Encoded
     """
     if not recipe.evaluate.ensemble:
         return None
-    predict = _probabilities(loaded, encoded)
+    predict, enemies = _probabilities(loaded, encoded), [] if peer else hostile(recipe)
     scores, labels = scorers(task), np.asarray(task.validation.labels)[encoded.evaluated]
 
     def judge(own: Tensors, came: Heard, clients: Sequence[int]) -> list[list[float]]:
-        if not clients:
+        honest = [row for row, client in enumerate(clients) if client not in enemies]
+        if not honest:
             return [[] for _ in scores]
         told = {name: came.tensors[name] for name in own if name in came.tensors}
         at = {client: place for place, client in enumerate(came.clients)}
@@ -162,7 +171,7 @@ def build_ensembles(recipe: Recipe, task: Task, loaded: Loaded, encoded: Encoded
         for receiver, sender in zip(*(x.tolist() for x in entries(came.weights)[:2]), strict=True):
             near[receiver] |= {sender} if told else set()
         whole = told.keys() == own.keys()  # then an adapter that was heard is the same for all receivers
-        members = [[(0 if whole else k, place) for place in sorted(places)] for k, places in enumerate(near)]
+        members = [[(0 if whole else k, place) for place in sorted(near[k])] for k in honest]
         singles = {
             (k, place): take(own, slice(k, k + 1)) | take(told, slice(place, place + 1))
             for k, place in dict.fromkeys(chain(*members))

@@ -1,13 +1,14 @@
 """What a method or a modifier needs of a recipe, and what is to be done where the recipe has something else."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from peertune.assembly.ranks import differ
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, Message, nothing, plain_weights, stay
+from peertune.methods.attacks import Planned
 from peertune.methods.modifiers import DERIVED_FOR_SGD
 from peertune.recipe import Recipe
 from peertune.topology import Graph
@@ -60,17 +61,27 @@ def _plain(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> bool:
 NEEDS: Mapping[str, Need] = {
     "both factors": Need(_sends_both, "choose an algorithm that sends A and B in every round"),
     "edges both ways": Need(lambda recipe, graph, algorithm: not graph.directed, "choose another graph than epidemic"),
+    "common rounds": Need(lambda recipe, graph, algorithm: recipe.time.mode == "rounds", "give time.mode=rounds"),
     "exchange": Need(_sends, "choose an algorithm that sends something"),
     "head": Need(lambda recipe, graph, algorithm: recipe.head == "trained", "give head=trained"),
     "kept basis": Need(
         lambda recipe, graph, algorithm: algorithm.mixer.keeps_basis,
         "choose an algorithm whose mixing leaves each row of A what it was, as all but decaf do",
     ),
+    "messages": Need(
+        lambda recipe, graph, algorithm: recipe.time.mixing != "pairwise",
+        "give time.mixing=push: two that meet average what they hold, and send no message",
+    ),
     "mixing by entry": Need(
         lambda recipe, graph, algorithm: algorithm.mixer.by_entry,
         "choose an algorithm that mixes each entry by itself, as all but decaf and lora_fair do",
     ),
     "moments": Need(_moments, "give training.optim=adamw and training.reset_optimizer=never"),
+    "no deadline": Need(lambda recipe, graph, algorithm: recipe.time.deadline_s is None, "leave out time.deadline_s"),
+    "no public copies": Need(
+        lambda recipe, graph, algorithm: algorithm.message.edgewise is None,
+        "leave out choco: what a client has lied once stays in its neighbours' copies, and in its own",
+    ),
     "factors together or apart": Need(
         _together_or_apart, "choose an algorithm that sends A and B always in one round, or never"
     ),
@@ -112,6 +123,10 @@ NEEDS: Mapping[str, Need] = {
         lambda recipe, graph, algorithm: all(fault.down is None for fault in recipe.faults),
         "plan when a client is down by time.down, in seconds; faults are by rounds, which clients have none in common",
     ),
+    "symmetric weights": Need(
+        lambda recipe, graph, algorithm: not graph.directed and graph.rows is None,
+        "choose a graph whose edges go both ways, and other weights than rows",
+    ),
     "weights by degrees": Need(
         lambda recipe, graph, algorithm: graph.weights in ("metropolis", "row"),
         "give graph.weights=metropolis, or row on a directed graph",
@@ -138,10 +153,12 @@ _WITH_RANKS = ("unjudged messages",)
 _WITH_A_DEADLINE = ("edges both ways", "one rank", "plain local steps", "plain messages", "unjudged messages")
 
 
-def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm) -> None:
+def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm, attacks: Sequence[Planned] = ()) -> None:
     """Raise RecipeError, in one line, for the first need that a recipe doesn't meet; warn of what seldom goes well."""
     names = " with ".join([recipe.algorithm.name, *(modifier.name for modifier in recipe.modifiers)])
     needed = [(f"algorithm: {names}", name) for name in sorted(algorithm.needs)]
+    for place, (planned, choice) in enumerate(zip(attacks, recipe.attacks, strict=True)):
+        needed += [(f"attacks[{place}]: {choice.name}", name) for name in sorted(planned.attack.needs)]
     if recipe.time.mode == "asynchronous":
         needed += [("time: mode asynchronous", name) for name in _WITHOUT_ROUNDS]
     if recipe.time.deadline_s is not None:

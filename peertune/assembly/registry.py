@@ -21,6 +21,7 @@ from peertune.data.skew import divergence_by_chance, divergences, effective_clie
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError, unknown
 from peertune.method import Algorithm, Local, Message, Mixer, Schedule
+from peertune.methods.attacks import ATTACKS, Attack, Planned, attacked
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import MODIFIERS
 from peertune.methods.push_sum import pushed
@@ -41,6 +42,7 @@ from peertune.topology import (
     need_both_ways,
     one_period,
     rho,
+    slowest,
     summary,
     with_rows,
 )
@@ -55,6 +57,7 @@ _TABLES = {
     "graph": Choices("graph", GRAPHS, ("clients", "seed"), {"Graph": Graph}, with_rows),
     "algorithm": Choices("algorithm", ALGORITHMS, ("rho", "clients", "seed"), {"Algorithm": Algorithm}),
     "modifiers": Choices("modifier", MODIFIERS, (*map(str.lower, _VALUES), "seed", "near", "rounds"), _VALUES),
+    "attacks": Choices("attack", ATTACKS, ("seed", "hostile", "slowest"), {"Attack": Attack}),
 }
 """Block of a recipe → what it may name."""
 _MEANT_OTHERWISE = {("algorithm", "fedrot_lora"): 2}
@@ -119,6 +122,13 @@ def build_parts(
         clock = None
     ranks = ranks_of(recipe)
     algorithm = build_algorithm(recipe, graph)
+    if (peer or group.size > 1) and (knowing := _knows_all(recipe, graph)):
+        raise RecipeError(
+            f"attacks: {knowing} goes by what all clients have, which is known where one process simulates them; "
+            "leave it out among peers and with --workers"
+        )
+    if enemies := hostile(recipe):
+        log.info("attacks: %s hostile; scores are of the others", _are(enemies))
     return Parts(task, graph, faults, algorithm, clients, rows, held_out, ranks, clock, group, peer)
 
 
@@ -241,8 +251,10 @@ def build_algorithm(recipe: Recipe, graph: Graph, of: Callable[[Graph], float] =
         if not takes("modifiers", choice.name, field):
             raise RecipeError(f"modifiers[{place}]: {choice.name} returns its {field} and takes no parameter {field}")
         algorithm = changed if field == "algorithm" else algorithm._replace(**{field: changed})
-    check_needs(recipe, graph, algorithm)
-    return pushing(algorithm, graph, build_faults(recipe)) if graph.weights == "push_sum" else algorithm
+    attacks = build_attacks(recipe, graph)
+    check_needs(recipe, graph, algorithm, attacks)
+    algorithm = pushing(algorithm, graph, build_faults(recipe)) if graph.weights == "push_sum" else algorithm
+    return attacked(algorithm, attacks)
 
 
 def _near(graph: Graph) -> dict[int, list[int]]:
@@ -280,6 +292,51 @@ def build_faults(recipe: Recipe) -> list[Fault]:
         if len(clients_down(faults, t)) == recipe.clients:
             raise RecipeError(f"faults: all clients are down in round {t}; leave one up")
     return faults
+
+
+def _are(clients: Sequence[int]) -> str:
+    return f"client {clients[0]} is" if len(clients) == 1 else f"clients {', '.join(map(str, clients))} are"
+
+
+def hostile(recipe: Recipe) -> list[int]:
+    """Return the clients that attack in any round, ascending."""
+    return sorted({client for planned in recipe.attacks for client in planned.clients})
+
+
+def build_attacks(recipe: Recipe, graph: Graph) -> list[Planned]:
+    """Make the recipe's plan of attacks on this graph. Raises RecipeError for one that can't be, or can't act."""
+    plan: list[Planned] = []
+    given = {"seed": recipe.seed, "hostile": hostile(recipe), "slowest": partial(slowest, graph)}
+    for place, chosen in enumerate(recipe.attacks):
+        where = f"attacks[{place}]"
+        attack: Attack = _make("attacks", chosen, where, **given)
+        if max(chosen.clients) >= recipe.clients or len(set(chosen.clients)) < len(chosen.clients):
+            raise RecipeError(f"{where}.clients: {chosen.clients}; give different ones from 0 to {recipe.clients - 1}")
+        first, last = chosen.rounds or (0, recipe.rounds - 1)
+        if first > last:
+            raise RecipeError(f"{where}.rounds: {chosen.rounds}, the first round comes first")
+        if first >= recipe.rounds:
+            raise RecipeError(f"{where}.rounds: {chosen.rounds}, and the last round is {recipe.rounds - 1}")
+        for earlier, other in enumerate(plan):
+            both = sorted({*chosen.clients} & {*other.clients})
+            if both and other.attack.on == attack.on and first <= other.last and other.first <= last:
+                raise RecipeError(
+                    f"{where}: client {both[0]} attacks by its {attack.on} in attacks[{earlier}] at the same time; "
+                    "give other clients or other rounds"
+                )
+        plan.append(Planned(attack, tuple(chosen.clients), first, last))
+    if plan:
+        honest, faults = {*range(recipe.clients)} - {*hostile(recipe)}, build_faults(recipe)
+        for t in sorted({0, *(fault.first for fault in faults)}):
+            if honest <= clients_down(faults, t):
+                raise RecipeError(f"attacks: all clients that are up in round {t} are hostile; leave one honest")
+    return plan
+
+
+def _knows_all(recipe: Recipe, graph: Graph) -> str | None:
+    """Return the first attack by name that goes by what all clients have."""
+    plan = build_attacks(recipe, graph)
+    return next((choice.name for choice, one in zip(recipe.attacks, plan, strict=True) if one.attack.knows_all), None)
 
 
 def build_clock(recipe: Recipe, *, peer: bool = False) -> Clock | None:
@@ -446,10 +503,10 @@ def _chosen(recipe: Recipe, blocks: Iterable[str]) -> Iterator[tuple[str, str, C
 
 def completed(recipe: Recipe) -> dict[str, Any]:
     """Return the choices of the recipe, by block, with every default written out."""
-    whole: dict[str, Any] = {"modifiers": []}
+    whole: dict[str, Any] = {"modifiers": [], "attacks": []}
     for block, where, choice in _chosen(recipe, _TABLES):
         own, more = _settings(block, choice, where)
-        made = Choice(name=choice.name, **own, **{key: value for key, value in more.items() if value is not None})
+        made = choice.model_copy(update=own | {key: value for key, value in more.items() if value is not None})
         whole[block] = [*whole[block], made] if block in whole else made
     if isinstance(recipe.time.step_s, Choice):
         _, chosen = _found_step_time(recipe.time.step_s)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping
 from difflib import get_close_matches
 from functools import reduce
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -22,8 +22,13 @@ def explain(error: ValidationError, values: Mapping[str, Any]) -> str:
     path: list[str] = []
     block: type[BaseModel] = Recipe
     for step in first["loc"]:  # goes on, inside a value, with the alternatives that pydantic tried
+        if isinstance(step, int):
+            path[-1] += f"[{step}]"
+            continue
         path.append(str(step))
         inner = block.model_fields[step].annotation if step in block.model_fields else None
+        if get_origin(inner) is list:
+            (inner,) = get_args(inner)
         if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             break
         block = inner

@@ -217,6 +217,13 @@ class PlannedFault(_Block):
     delay_s: float = Field(0.0, ge=0)
 
 
+class PlannedAttack(Choice):
+    """An attack of some clients in the rounds from the first to the last, both included; null: in all."""
+
+    clients: list[Annotated[int, Field(ge=0, strict=True)]] = Field(min_length=1)
+    rounds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=2, max_length=2)] | None = None
+
+
 class Network(_Block):
     """How clients deal with each other; in a simulation there is nobody to wait for."""
 
@@ -271,6 +278,7 @@ class Recipe(_Block):
     network: Network = Network()
     time: Time = Time()
     faults: list[PlannedFault] = []  # to study what failures do; real peers follow the same plan
+    attacks: list[PlannedAttack] = []  # to study what hostile clients do
     # Experiment trackers, where their packages are installed.
     report_to: Annotated[list[Tracker], BeforeValidator(_trackers)] = []
     seed: int = Field(0, ge=0)

@@ -28,6 +28,7 @@ from peertune.report.findings.finding import Finding
 from peertune.report.judging import by_class
 from peertune.report.pairing import Row
 from peertune.report.runs import RunData, settings
+from peertune.report.spending import judged
 from peertune.report.tables import (
     MEASURES,
     by_metric,
@@ -240,7 +241,8 @@ def _peers(run: RunData) -> str:
         own = [(record, record["clients"].index(client)) for record in run.records if client in record["clients"]]
         edges, failed = (sum(client in edge for r, _ in own for edge in r[key]) for key in ("edges", "failed_edges"))
         sent = sum(record["bytes_sent"][place] for record, place in own) / 1e6
-        scores = [record["evaluation"]["clients"][place] for record, place in own if record["evaluation"]]
+        told = [dict(zip(judged(r), r["evaluation"]["clients"], strict=True)) for r, _ in own if r["evaluation"]]
+        scores = [each[client] for each in told if client in each]
         counts = [client, len(own), last - len(own), edges, failed]
         lines.append([peer["name"], *map(str, counts), f"{sent:.3f}", f"{scores[-1]:.3f}" if scores else "-"])
     return f"<h2>Peers</h2>{_rows(lines, 'Peers')}" + (
@@ -259,8 +261,8 @@ def _table(runs: Sequence[RunData]) -> str:
 
     others = "".join(f"<h3>{escape(_words(name))}</h3>{shown(alike, name)}" for name, alike in by_metric(rows))
     lines = [*verdicts(rows), *differences(runs, rows[0]["by"])]
-    judged = "".join(f"<li>{escape(str(line))}</li>" for line in lines)
-    told = f"<ul>{judged}</ul>" if judged else ""
+    verdict = "".join(f"<li>{escape(str(line))}</li>" for line in lines)
+    told = f"<ul>{verdict}</ul>" if verdict else ""
     first = f"<h3>{escape(_words(rows[0]['metric']))}</h3>" if others else ""
     return f"{told}{first}{shown(rows, 'All settings')}{others}" + (
         '<p class="soft">Mean ± standard deviation over seeds. mean, min: the clients\' own models at the end; '

@@ -8,7 +8,7 @@ how good the average of them is.
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -206,7 +206,7 @@ def _joined(parts: Sequence[RunData], folder: Path) -> RunData:
         first.environment
         if all(other == environments[0] for other in environments)
         else {peer["name"]: environment for peer, environment in zip(peers, environments, strict=True)},
-        [_round([own[t] for own in by_round if t in own]) for t in rounds],
+        [_round([own[t] for own in by_round if t in own], first.facts.get("hostile", ())) for t in rounds],
     )
 
 
@@ -223,8 +223,11 @@ _OF_CLIENTS = ("clients", "loss", "grad_norm", "bytes_sent", "neighbours", "not_
 """Lists of a record that go by client."""
 
 
-def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Put one round's records of several clients together; seconds are their mean, as they run side by side."""
+def _round(records: Sequence[Mapping[str, Any]], hostile: Collection[int] = ()) -> dict[str, Any]:
+    """Put one round's records of several clients together; seconds are their mean, as they run side by side.
+
+    Hostile ones have no say in what is judged, where there are others.
+    """
 
     def chained(key: str) -> list[Any]:
         return [value for record in records for value in record[key]]
@@ -233,12 +236,15 @@ def _round(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         return [list(edge) for edge in sorted({tuple(edge) for edge in chained(key)})]
 
     train, _ = Counter(tuple(record["train"]) for record in records).most_common(1)[0]
-    evaluated = [record["evaluation"] for record in records]
+    honest = [record for record in records if not {*record["clients"]} <= {*hostile}] or records
+    evaluated = [record["evaluation"] for record in honest]
     evaluation = None
     if None not in evaluated:
         own = all(one["own"] == one["clients"] for one in evaluated)  # each on rows that it holds out
         rows = {"rows": (sum if own else min)(one["rows"] for one in evaluated)}
         evaluation = put_together(evaluated) | rows
+        if len(honest) < len(records):
+            evaluation["judged"] = [client for record in honest for client in record["clients"]]
         evaluation["also"] = [metric | rows for metric in evaluation["also"]]
     stages = dict.fromkeys(stage for record in records for stage in record["seconds"])
     return {

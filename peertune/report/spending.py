@@ -18,8 +18,11 @@ class Spent(NamedTuple):
 def judged(record: Record) -> Sequence[int]:
     """Return the clients that a record's evaluation is of, in its order; none where there is no evaluation.
 
-    They are those of the record. An asynchronous run's are all clients, whoever ended a training in the record.
+    They are those of the record, but for hostile ones. An asynchronous run's are all clients, whoever ended a training
+    in the record.
     """
+    if record["evaluation"] and (told := record["evaluation"].get("judged")):
+        return list(told)
     scores = record["evaluation"]["clients"] if record["evaluation"] else []
     return record["clients"] if len(scores) == len(record["clients"]) else range(len(scores))
 

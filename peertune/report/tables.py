@@ -64,7 +64,8 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 
 _MEANS = (*OWN, "own_constant", "heard_ensemble", "nll", "ece")
 """Lists of an evaluation of which a summary has the mean over clients."""
-SUMMARISED = ("clients", "bytes_sent", *(f"evaluation.{name}" for name in ("clients", "best_rounds", *_MEANS)))
+_LISTS = ("clients", "best_rounds", "judged", *_MEANS)
+SUMMARISED = ("clients", "bytes_sent", *(f"evaluation.{name}" for name in _LISTS))
 """Which lists of a record are looked at to summarise a run."""
 
 

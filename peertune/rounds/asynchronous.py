@@ -128,7 +128,7 @@ class _Course:
         evaluation = None
         if is_due(job, t):
             evaluation = job.evaluate(self.state.stacks, job.clients)
-            kept = best.keep(self.state, evaluation, t)
+            kept = best.keep(self.state, job.clients, evaluation, t)
             evaluation = replace(evaluation, best_rounds=kept)
             watch.lap("evaluate")
         since.seconds.update(watch.seconds)

@@ -5,6 +5,7 @@ The best is kept in the client's memory, beside what its method keeps there: `be
 """
 
 from collections.abc import Sequence
+from math import nan
 
 import torch
 from torch import Tensor
@@ -37,17 +38,20 @@ def beside(memory: Memory) -> Memory:
     return {name: x for name, x in memory.items() if not name.startswith(_OWNER)}
 
 
-def keep(state: State, evaluation: Evaluation, round: int) -> list[int]:
-    """Take the adapters of those clients who never scored better, **in place**, and return whose round is kept, [K].
+def keep(state: State, clients: Sequence[int], evaluation: Evaluation, round: int) -> list[int]:
+    """Take the adapters of those `clients [K]` who never scored better, **in place**.
 
-    Of equal scores the first stays. A score that is not a number is none. [] where no best is kept.
+    Returned is of which round is what is kept of each who was judged. Of equal scores the first stays. A score that is
+    not a number is none, and who is hostile has none. [] where no best is kept.
     """
     if _SCORE not in state.parts[0][1].memory:
         return []
     kept = torch.empty(state.clients, dtype=torch.int64)
+    scores = dict(zip(evaluation.judged or clients, evaluation.clients, strict=False))
     for rows, part in state.parts:
-        kept[rows] = _keep(part, [evaluation.clients[row] for row in rows.tolist()], evaluation.metric, round).cpu()
-    return [int(number) for number in kept.tolist()]
+        own = [scores.get(clients[row], nan) for row in rows.tolist()]
+        kept[rows] = _keep(part, own, evaluation.metric, round).cpu()
+    return [int(number) for client, number in zip(clients, kept.tolist(), strict=True) if client in scores]
 
 
 def _keep(state: State, clients: Sequence[float], metric: str, round: int) -> Tensor:

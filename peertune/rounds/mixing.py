@@ -20,9 +20,10 @@ from peertune.methods.shares import as_weights, entries, giving_back, of_slice, 
 from peertune.rounds import bounds, deadline, metrics
 from peertune.rounds.bounds import Refusal
 from peertune.rounds.job import Heard, Job, Refuse
+from peertune.rounds.record import summed
 from peertune.rounds.slices import Slice, everyones, filled, rank, slices
 from peertune.topology import drop_edges, messages_sent, planned_weights
-from peertune.types import Stack, State, Tensors, in_order
+from peertune.types import Stack, State, Tensors, in_order, take
 
 
 def exchanged(
@@ -130,10 +131,45 @@ class _Meeting(NamedTuple):
     known: Memory  # what they remember
 
 
-def mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> list[tuple[int, float, float]]:
+def mix(
+    job: Job, state: State, mixed: Heard, at: At, phase: Phase, honest: Sequence[Stack] = ()
+) -> list[tuple[int, float, float]]:
     """Mix what was heard into the adapters, **in place**; of each who was heard the sites that it sends.
 
-    Returns what a mixer with weights of its own took of whom: see `RoundRecord.taken`.
+    `honest` has by their rows what some receivers would have sent, who sent something else than they have. Each of them
+    mixes as if that had been heard of it. Returns what a mixer with weights of its own took of whom: see
+    `RoundRecord.taken`.
+    """
+    liars, taken = list[tuple[Tensor, State]](), list[tuple[int, float, float]]()
+    for rows, sent in honest:
+        for place, row in enumerate(rows.tolist()):
+            one = torch.tensor([row])
+            part, own = state.take(one), take(sent, slice(place, place + 1))
+            seen, here = _as_if_sent(job, mixed, row, own, at), _at(at, one)
+            taken += _taken(seen, _mix(job, part, seen, here, phase), here)
+            liars.append((one, part))
+    used = _mix(job, state, mixed, at, phase)  # last, since what was heard may lie in the memory of the state
+    for one, part in liars:
+        state.put(one, part)
+    return summed([*taken, *_taken(mixed, used, at, [int(one) for one, _ in liars])])
+
+
+def _as_if_sent(job: Job, mixed: Heard, row: int, sent: Tensors, at: At) -> Heard:
+    """Return what one receiver heard, with what it has `sent`, `[1, …]`, in the place of what came of itself."""
+    client = int(at.clients[row])
+    own, place = job.read(sent, int(at.round[row]), client), places_among(mixed.clients, [client])
+    stacks = [
+        Stack(rows, {name: x.index_copy(0, there.to(x.device), own[name]) for name, x in tensors.items()})
+        if len(there := (rows == place).nonzero()[:, 0])
+        else Stack(rows, tensors)
+        for rows, tensors in mixed.stacks
+    ]
+    weights = mixed.weights.index_select(0, torch.tensor([row], device=mixed.weights.device))
+    return mixed._replace(stacks=stacks, weights=weights)
+
+
+def _mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> Weights:
+    """Mix what was heard into the adapters, **in place**, and return the weights by which that was done.
 
     It goes from site to site, so that beside the stack only one site's new factors are held. Where ranks differ, a
     mixer is given rank slices, or whole sites of the receivers of one rank: see `Mixer.ranks`.
@@ -149,17 +185,20 @@ def mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> list[tupl
                 _write(state, part, own.rows, name, new[name] if exact else x + new[name].sub(as_read[name]))
         if changed:
             state.remember(changed)
-    return _taken(mixed, used, at)
+    return used
 
 
-def _taken(mixed: Heard, used: Weights, at: At) -> list[tuple[int, float, float]]:
-    """Return each sender, the weight that all receivers but itself had for it, and what they took of it."""
+def _taken(mixed: Heard, used: Weights, at: At, without: Sequence[int] = ()) -> list[tuple[int, float, float]]:
+    """Return each sender, the weight that all receivers but itself had for it, and what they took of it.
+
+    Receivers in some rows may be left out.
+    """
     if used is mixed.weights or not isinstance(used, Tensor):
         return []
     own, sums = places_among(mixed.clients, at.clients.tolist()), []
     for weights in (mixed.weights, used):
         receivers, places, values = (x.cpu() for x in entries(weights))
-        others = places != own[receivers]
+        others = (places != own[receivers]) & ~torch.isin(receivers, torch.tensor(without, dtype=torch.int64))
         sums.append(values.new_zeros(len(mixed.clients)).index_add(0, places[others], values[others]).tolist())
     return [(client, had, took) for client, had, took in zip(mixed.clients, *sums, strict=True) if had > 0]
 

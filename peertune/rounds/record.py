@@ -45,6 +45,7 @@ class Evaluation:
     # [C, C], rows by their class and by the class that was predicted, summed over the clients' own models, each on the
     # rows of `clients`; [] for values and texts, and of more than MOST_CLASSES classes
     confusion: list[list[int]] = field(default_factory=list)
+    judged: list[int] = field(default_factory=list)  # who they are, where some are hostile; [] where it is of all
     also: "list[Evaluation]" = field(default_factory=list)  # the same predictions by the task's other metrics
 
     @classmethod
@@ -72,7 +73,7 @@ def put_together(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     them.
     """
     found = dict(parts[0])
-    for name in SCORES_OF_CLIENTS:
+    for name in (*SCORES_OF_CLIENTS, "judged"):
         whole = all(part[name] or not part["clients"] for part in parts)
         found[name] = [value for part in parts for value in part[name]] if whole else []
     found["average"] = next((part["average"] for part in parts if part["average"] is not None), None)

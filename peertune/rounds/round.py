@@ -168,8 +168,11 @@ def end(
     trained = _trained(job, begun, came)
     due = common and is_due(job, t)
     at, message, watch = standing(clients, state.rounds, job.local_steps), job.algorithm.message, Watch(trained.seconds)
-    payload = list[Stack]()
+    payload, honest = list[Stack](), list[Stack]()
     for (members, part), turn in zip(state.parts, turns, strict=True):
+        if message.honest is not None:
+            liars, own = message.honest(part.adapters, part.known, turn.at, phase)
+            honest += [Stack(members[liars], own)] if own else []
         sent, changed = message.send(part.adapters, part.known, turn.at, phase)
         part.remember(changed)
         payload += [Stack(members, sent)] if sent else []
@@ -203,7 +206,7 @@ def end(
     mixed = heard._replace(weights=weights)
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
-    taken = mix(job, state, mixed, at, phase)
+    taken = mix(job, state, mixed, at, phase, honest)
     state = state.after()
     watch.lap("mix")
     diagnostics = {} if before is None else metrics.diagnostics(before, state.stacks, job.group, rows, job.cuts)
@@ -213,7 +216,7 @@ def end(
     evaluation = None
     if due:
         evaluation = job.evaluate(state.stacks, clients).with_heard(together)
-        kept = best.keep(state, evaluation, t)
+        kept = best.keep(state, clients, evaluation, t)
         evaluation = replace(evaluation, own_trained=own_trained, own_heard=own_heard, best_rounds=kept)
         watch.lap("evaluate")
     return state, RoundRecord(

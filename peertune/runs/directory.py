@@ -157,6 +157,11 @@ def ranks(run: Path) -> dict[str, Any]:
     return dict(_said(run).get("ranks", {}))
 
 
+def hostile(run: Path) -> list[int]:
+    """Return the clients that attack, by the recipe; mostly []."""
+    return list(_said(run).get("hostile", ()))
+
+
 def plugins(run: Path) -> dict[str, Any]:
     """Return which code the run was begun with that is not peertune's, by block of the recipe."""
     found = _said(run).get("plugins", {})

@@ -13,8 +13,8 @@ from peertune.errors import RunError
 from peertune.files import check_absent, written_folder
 from peertune.rounds import best
 from peertune.rounds.slices import average
-from peertune.runs.directory import TAKEN, peer, ranks, write_together
-from peertune.types import ALONE, Group, State, Tensors, by_client, kind
+from peertune.runs.directory import TAKEN, hostile, peer, ranks, write_together
+from peertune.types import ALONE, Group, State, Tensors, among, by_client, kind
 
 BEST = "best.json"
 """In the folder of a client's best adapter, of which evaluated round it is; -1 where it never was evaluated."""
@@ -26,10 +26,11 @@ def written(
 ) -> Iterator[tuple[Path, float]]:
     """Yield a folder with one client's adapter, or the average of all where `client` is None, in PEFT's format.
 
-    With a `rank` it is the adapter of that rank which is nearest; how far that is, as a share, is yielded, too.
-    Where the state has each client's best, a client's is that, unless the `last` is asked for. The folder takes the
-    place of `to` when all is done that is to be done with it, and vanishes otherwise. Raises RunError for a client that
-    isn't there, a folder that is there already, and the `last` of a run that kept no others.
+    The average is of those who aren't hostile. With a `rank` it is the adapter of that rank which is nearest; how far
+    that is, as a share, is yielded, too. Where the state has each client's best, a client's is that, unless the `last`
+    is asked for. The folder takes the place of `to` when all is done that is to be done with it, and vanishes
+    otherwise. Raises RunError for a client that isn't there, a folder that is there already, and the `last` of a run
+    that kept no others.
     """
     own = peer(run)
     clients: Sequence[int] = range(state.clients) if own is None else [int(own["client"])]
@@ -41,7 +42,10 @@ def written(
     check_absent(to)
     each, write = _each(state, last=last), _adapter_writer(run)
     with written_folder(to) as beside:
-        one = (average(state.stacks), None) if client is None else each[clients.index(client)]
+        if client is None:
+            one: tuple[Tensors, int | None] = average(among(state.stacks, clients, hostile(run))[0]), None
+        else:
+            one = each[clients.index(client)]
         yield beside, write(beside, *one, rank)
 
 
@@ -66,10 +70,11 @@ def own_rank(run: Path, folder: Path, rank: int | None) -> dict[str, Any]:
 def write_all(run: Path, state: State, clients: Sequence[int], group: Group = ALONE) -> None:
     """Write `adapters/`: those of these clients, of whom the state is, and the average; of a peer its own.
 
-    The average is of the last adapters, also where each client's best was kept.
+    The average is of the last adapters of those who aren't hostile, also where each client's best was kept.
     """
     write, each = _adapter_writer(run), _each(state)
-    mean = {} if peer(run) else average(state.stacks, group, sorted({*ranks(run).get("clients", ())}))
+    honest, _ = among(state.stacks, clients, hostile(run))
+    mean = {} if peer(run) else average(honest, group, sorted({*ranks(run).get("clients", ())}))
 
     def write_own(beside: Path, _: list[Any]) -> None:
         for client, own in zip(clients, each, strict=True):

@@ -23,6 +23,7 @@ LONGEST_LIST = 1_000
 """Values up to which a list of a record stands in its line of `rounds.jsonl`; longer ones go to a file beside it."""
 _NUMBERS = (
     "clients",
+    "evaluation.judged",
     "edges",
     "failed_edges",
     "vacant_edges",

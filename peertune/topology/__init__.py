@@ -19,7 +19,7 @@ from peertune.topology.faults import (
 from peertune.topology.graphs import GRAPHS
 from peertune.topology.neighbourhood import graph_near, may_meet, neighbourhoods, partners_at, row_at
 from peertune.topology.rules import WEIGHTS
-from peertune.topology.spectrum import one_period, rho, rho_draws, summary
+from peertune.topology.spectrum import one_period, rho, rho_draws, slowest, summary
 from peertune.topology.weights import (
     Graph,
     GraphSummary,
@@ -59,6 +59,7 @@ __all__ = [
     "rho",
     "rho_draws",
     "row_at",
+    "slowest",
     "summary",
     "weights_at",
     "whose_adapters",

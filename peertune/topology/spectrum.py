@@ -102,6 +102,21 @@ def one_period(graph: Graph) -> float | None:
     return float(np.clip(value, 0.0, 1.0) ** (1 / graph.period))
 
 
+SLOWEST_ROUNDS = 100
+"""Rounds whose mixing matrices `slowest` takes the mean of."""
+
+
+def slowest(graph: Graph) -> NDArray[np.float64]:
+    """Return the disagreement that mixing forgets most slowly, `[n]`, of norm 1: its largest entry is positive.
+
+    It is the eigenvector of the mean mixing matrix's second largest eigenvalue, over the first rounds; the matrices are
+    symmetric.
+    """
+    mean = np.mean([weights_at(graph, t).toarray() for t in range(SLOWEST_ROUNDS)], axis=0)
+    found = np.linalg.eigh(mean - 2 / graph.clients)[1][:, -1]  # what all agree on has the least eigenvalue there
+    return np.asarray(found * np.sign(found[np.abs(found).argmax()]))
+
+
 def rho_draws(graph: Graph) -> int:
     """Return how many rounds `rho` draws by default: 0 where it is exact, or up to 100,000, a second or so of work.
 

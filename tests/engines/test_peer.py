@@ -152,6 +152,22 @@ def test_four_peers_of_four_ranks_end_with_the_simulators_adapters(four: Federat
             assert [record["bytes_sent"] for record in peer.records] == [[size] for size in sent], "each its own size"
 
 
+HOSTILE = {
+    "tad_lora": ["sign_flip, clients: [1]", "noise, clients: [2], rounds: [1, 3]", "gauge, clients: [3]"],
+    "decaf": ["scale, clients: [0]", "free_rider, clients: [4]", "gauge, condition: 9.0, clients: [4]"],
+}
+
+
+def test_hostile_peers_do_to_others_what_they_do_in_the_simulator(tmp_path: Path) -> None:
+    recipes = {}
+    for method, planned in HOSTILE.items():
+        attacks = f"attacks=[{', '.join(f'{{name: {one}}}' for one in planned)}]"
+        recipes[method] = recipe(5, "float64", f"algorithm={{name: {method}}}", attacks)
+    recipes["decaf"].append("modifiers=[{name: half}]")
+    for method, played in play(found(tmp_path, 5), recipes).items():
+        assert_same(recipes[method], played, 1e-12)
+
+
 @pytest.mark.parametrize("modifiers", ["[]", "[{name: half}]", "[{name: int4}]"])
 def test_a_peer_knows_what_a_neighbour_of_another_rank_sends(modifiers: str) -> None:
     settings = [*recipe(2, "float64"), "lora.ranks=[2, 5]", f"modifiers={modifiers}"]

@@ -69,13 +69,25 @@ def test_the_lowest_perplexity_is_the_best_the_first_of_equals_stays_and_what_is
     state = State(adapters, {}, torch.zeros(2, dtype=torch.int64), best.begun({"q.A": torch.zeros(2, 1, 1)}))
     for t, own in enumerate(scores):
         adapters["q.A"][:] = t
-        told = best.keep(state, Evaluation(metric, list(own), None, 1, []), t)
+        told = best.keep(state, [4, 7], Evaluation(metric, list(own), None, 1, []), t)
     assert told == rounds
     assert only(best.kept(state)[0])["q.A"].flatten().tolist() == rounds
 
 
+def test_who_is_hostile_has_no_score_and_so_no_best_adapter() -> None:
+    adapters = {"q.A": torch.zeros(3, 1, 1)}
+    state = State(adapters, {}, torch.zeros(3, dtype=torch.int64), best.begun({"q.A": torch.zeros(3, 1, 1)}))
+    for t, scores in enumerate([[0.5, 0.5], [0.4, 0.6]]):
+        adapters["q.A"][:] = t
+        told = best.keep(state, [2, 5, 8], Evaluation("accuracy", scores, None, 1, [], judged=[2, 8]), t)
+    assert told == [0, 1]
+    stacks, rounds = best.kept(state)
+    assert only(stacks)["q.A"].flatten().tolist() == [0, 1, 1]
+    assert rounds == [0, -1, 1]
+
+
 def test_without_it_nothing_is_kept() -> None:
     state = State({"q.A": torch.ones(2, 1, 1)}, {}, torch.zeros(2, dtype=torch.int64))
-    assert best.keep(state, Evaluation("accuracy", [1.0, 1.0], None, 1, []), 0) == []
+    assert best.keep(state, [0, 1], Evaluation("accuracy", [1.0, 1.0], None, 1, []), 0) == []
     stacks, rounds = best.kept(state)
     assert (only(stacks), rounds) == (state.adapters, [])

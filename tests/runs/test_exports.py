@@ -63,9 +63,9 @@ def test_all_adapters_are_written_in_pefts_format(run: Path) -> None:
 def test_of_a_run_that_kept_them_clients_best_adapters_are_written_with_their_rounds(run: Path, tmp_path: Path) -> None:
     early, late = state(1), state(5)
     kept = replace(early, memory=best.begun({name: x.clone() for name, x in early.adapters.items()}))
-    best.keep(kept, Evaluation("accuracy", [0.5] * CLIENTS, None, 1, []), 0)
+    best.keep(kept, range(CLIENTS), Evaluation("accuracy", [0.5] * CLIENTS, None, 1, []), 0)
     now = replace(late, memory=kept.memory)
-    best.keep(now, Evaluation("accuracy", [0.4, 0.5, 0.6], None, 1, []), 4)
+    best.keep(now, range(CLIENTS), Evaluation("accuracy", [0.4, 0.5, 0.6], None, 1, []), 4)
     exports.write_all(run, now, range(CLIENTS))
     for client, (of, t) in enumerate([(early, 0), (early, 0), (late, 4)]):
         folder = run / "adapters" / f"client-{client:03d}"

@@ -1,0 +1,111 @@
+"""Hostile clients in whole runs: what they do to others, and what is told. Among peers: `test_peer.py`."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from peertune.assembly.build import Built, build
+from peertune.engines.simulator import simulate
+from peertune.errors import RecipeError
+from peertune.methods.attacks import ATTACKS
+from peertune.recipe import load_recipe
+from peertune.rounds.record import RoundRecord
+from peertune.rounds.slices import average
+from peertune.types import Stack, State
+
+SMALL = [
+    "clients=5",
+    "rounds=4",
+    "model.dtype=float64",
+    "lora={r: 3, lora_alpha: 6, lora_dropout: 0.2, target_modules: [q_proj, v_proj]}",
+    "partition={name: iid}",
+    "graph={name: complete, activation: 0.7}",
+    "algorithm={name: dec_lora}",
+    "training={learning_rate: 5e-3, local_steps: 2, per_device_train_batch_size: 3}",
+    "evaluate={every: 2, rows: 20}",
+    "network.patience_s=60",
+]
+
+
+def made(*more: str) -> Built:
+    return build(load_recipe("digits-demo", [*SMALL, *more]))
+
+
+def run(built: Built) -> list[RoundRecord]:
+    return [replace(record, state=record.state and record.state.clone()) for record in simulate(built.job)]
+
+
+def state(record: RoundRecord) -> State:
+    assert record.state is not None
+    return record.state
+
+
+def assert_same_bits(one: State, other: State) -> None:
+    left, right = (x.adapters | x.memory | x.moments for x in (one, other))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(x, right[name]) for name, x in left.items())
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_attack_is_refused_as_it_comes_and_all_of_them_resume(attack: str) -> None:
+    built = made(f"attacks=[{{name: {attack}, clients: [1, 3], rounds: [1, 9]}}]", "graph.activation=1.0", "rounds=5")
+    records = run(built)
+    assert all(not record.failed_edges and not record.not_mixed for record in records)
+    honest = run(made("graph.activation=1.0", "rounds=5"))
+    kept = state(records[0])
+    assert_same_bits(replace(kept, memory={}), replace(state(honest[0]), memory={}))
+    assert any(not torch.equal(x, state(honest[1]).adapters[name]) for name, x in state(records[1]).adapters.items())
+    again = list(simulate(replace(built.job, state=state(records[2]))))
+    assert_same_bits(state(again[-1]), state(records[-1]))
+
+
+def test_scores_are_of_the_honest_alone_and_so_is_the_average() -> None:
+    attacks = "attacks=[{name: scale, clients: [1, 3]}]"
+    both = "evaluate={every: 2, rows: 20, on: both, ensemble: true, load_best: true, mixing: true}"
+    built = made(attacks, both)
+    assert built.facts["hostile"] == [1, 3]
+    assert "hostile" not in made().facts
+    record = run(built)[-1]
+    evaluation = record.evaluation
+    assert evaluation is not None
+    assert evaluation.judged == [0, 2, 4]
+    lists = ("clients", "own", "own_constant", "own_trained", "own_heard", "heard_ensemble", "nll", "best_rounds")
+    assert {name: len(getattr(evaluation, name)) for name in lists} == dict.fromkeys(lists, 3)
+    rows = torch.tensor(evaluation.judged)
+    honest = [Stack(torch.arange(3), {name: x[rows] for name, x in state(record).adapters.items()})]
+    alone = build(load_recipe("digits-demo", [*SMALL, both])).job.evaluate(honest, evaluation.judged)
+    assert (evaluation.clients, evaluation.own, evaluation.average) == (alone.clients, alone.own, alone.average)
+    assert evaluation.confusion == alone.confusion
+    assert average(honest)
+
+
+def test_clients_of_several_ranks_stay_honest_inside() -> None:
+    ranks = ["lora.ranks=[2, 5, 3, 8, 2]", "graph.activation=1.0", "rounds=1"]
+    honest = state(run(made(*ranks))[0])
+    lying = state(run(made(*ranks, "attacks=[{name: noise, clients: [3]}]"))[0])
+    changed = []
+    for (rows, own), (_, there) in zip(lying.parts, honest.parts, strict=True):
+        for place, client in enumerate(rows.tolist()):
+            close = [torch.allclose(x[place], there.adapters[n][place], atol=1e-12) for n, x in own.adapters.items()]
+            changed += [] if all(close) else [client]
+    assert sorted(changed) == [0, 1, 2, 4]
+
+
+def test_whoever_waits_for_nobody_lies_and_stays_honest_inside() -> None:
+    time = ["time={mode: asynchronous, step_s: [1, 2, 1, 3, 1]}", "rounds=1"]
+    honest, lying = (
+        state(run(made(*time, *more))[0]).adapters for more in ([], ["attacks=[{name: noise, clients: [3]}]"])
+    )
+    assert all(torch.allclose(x[3], honest[name][3], atol=1e-12) for name, x in lying.items())
+    slow = ["time={mode: asynchronous, step_s: [1, 2, 1, 3, 1]}", "rounds=3"]
+    honest, lying = (
+        state(run(made(*slow, *more))[-1]).adapters for more in ([], ["attacks=[{name: noise, clients: [3]}]"])
+    )
+    assert any(not torch.allclose(x[0], honest[name][0], atol=1e-6) for name, x in lying.items())
+
+
+def test_who_knows_all_clients_is_no_peer_and_in_no_share() -> None:
+    recipe = load_recipe("digits-demo", [*SMALL, "attacks=[{name: alie, clients: [1]}]"])
+    with pytest.raises(RecipeError, match="attacks: alie goes by what all clients have, which is known where one"):
+        build(recipe, [1])
