@@ -33,6 +33,7 @@ PARTS = (
     "soak",
     "pushing",
     "bound",
+    "rules",
     "gpu",
     "protocol",
 )

@@ -9,7 +9,7 @@ All four train both factors of every site on the same rows, with the same dropou
 - `peertune`: all clients in one pass.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import count, product
 from typing import Any, cast
@@ -25,7 +25,7 @@ from peertune.assembly.build import Built
 from peertune.method import standing
 from peertune.rounds.job import Job
 from peertune.rounds.training import train_local
-from peertune.types import Batch, State
+from peertune.types import Batch
 
 PAPERS_LENGTH = 128
 TARGETS = {False: ("≥ 15", "≥ 3"), True: ("≥ 10", "≥ 2")}
@@ -46,23 +46,22 @@ def turn() -> list[Figure]:
     figures = []
     for dtype, on in product(dict.fromkeys(("float32", "auto")), (False, True)):
         job = make("algorithm.name=dec_lora", "training.local_steps=1", f"model.dtype={dtype}", *dropout(on)).job
-        state, turns = job.state.clone(), count()
-
-        def step(job: Job = job, state: State = state, turns: Iterator[int] = turns) -> None:
-            number = next(turns)
-            at = standing(job.clients, state.at(number).rounds)
-            train_local(
-                job.model,
-                state,
-                job.steps(job.clients, [number] * len(job.clients)),
-                job.algorithm.phase(0),
-                job.optim,
-                at,
-            )
-
         name = f"a step, {job.model.base.dtype}, dropout {'on' if on else 'off'}".replace("torch.", "")
-        figures.append(figure(name, processor(step), "s"))
+        figures.append(figure(name, processor(step_of(job)), "s"))
     return figures
+
+
+def step_of(job: Job) -> Callable[[], None]:
+    """Return what makes a local step of all of a job's clients, on other rows each time."""
+    state, turns = job.state.clone(), count()
+
+    def step() -> None:
+        number = next(turns)
+        at = standing(job.clients, state.at(number).rounds)
+        steps = job.steps(job.clients, [number] * len(job.clients))
+        train_local(job.model, state, steps, job.algorithm.phase(0), job.optim, at)
+
+    return step
 
 
 def compare(setup: Built, label: str, targets: tuple[str, str], repeats: int, rate: str = "≥ 60") -> list[Figure]:

@@ -32,7 +32,7 @@ Not here, and why:
 - AirComp: it adds signals in the air, which a network can't.
 - FLood and FedAgg: their formulas are not known to us.
 - SD-LoRA, SoRA and PRISM: we know of no rule that mixes them without a server.
-- RAC-LoRA needs a sum of products that grows; FedHL's weights are not known to us. SALF is `time.deadline_s`.
+- FedHL's weights are not known to us. SALF is `time.deadline_s`.
 """
 ROUNDS, CLIENTS, INTERVAL = 12, 4, 5
 GIVEN = {

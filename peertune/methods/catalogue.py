@@ -11,7 +11,7 @@ from typing import Literal
 from peertune.errors import RecipeError
 from peertune.method import Algorithm
 from peertune.methods.adaptive import adaptive
-from peertune.methods.locals import by_steps, turned_back
+from peertune.methods.locals import by_steps, in_links, turned_back
 from peertune.methods.mixers import STEP, corrected, gossip, products
 from peertune.methods.schedules import alternating, both, only_b, sharing_a, silent, switching_interval
 
@@ -178,6 +178,32 @@ def la_lora() -> Algorithm:
     return Algorithm(both(), gossip(), by_steps())
 
 
+def rac_lora(links: int = 2, link_rounds: int = 20) -> Algorithm:
+    """RAC-LoRA: a chain of links, each a B that is trained over a random A and added to the sum of those before.
+
+    A link lasts for `link_rounds` rounds, the last of `links` to the end. Its A is drawn from the recipe's seed, the
+    same at all clients, and its B starts at 0. So to mix the sum of the products `B_l A_l` is to mix each B_l: exactly,
+    without a cross term, as `ffa_lora` within a link. All B are mixed in every round, since clients must come to agree
+    on the sum as well.
+
+    Nothing is merged into the base, which would then differ from client to client. The links are blocks of the ranks of
+    one adapter: of rank r each has r / links. So the rank of what is learnt grows link by link, the adapter that is
+    written is an ordinary one, and a round's bytes are those of all links from the first. A block begins with fresh
+    moments, while the paper's optimiser lives on.
+
+    Source: arXiv 2410.08305 and the authors' code, which is for one machine: it draws a factor, merges the product into
+    the weights, and starts again. What is mixed without a server is ours. There either factor may be the random one.
+
+    Raises:
+        RecipeError: `links` or `link_rounds` is below 1, or a client has fewer ranks than links.
+    """
+    for name, value in (("links", links), ("link_rounds", link_rounds)):
+        if value < 1:
+            raise RecipeError(f"algorithm.{name}: {value} is out of range, give at least 1")
+    settings = {"links": links, "link_rounds": link_rounds}
+    return Algorithm(only_b(), gossip(), in_links(links, link_rounds), settings=settings)
+
+
 ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "adf_lora": adf_lora,
     "decaf": decaf,
@@ -188,6 +214,7 @@ ALGORITHMS: dict[str, Callable[..., Algorithm]] = {
     "la_lora": la_lora,
     "local": local,
     "lora_fair": lora_fair,
+    "rac_lora": rac_lora,
     "rolora": rolora,
     "tad_lora": tad_lora,
 }

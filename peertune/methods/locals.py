@@ -6,8 +6,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from peertune.errors import RecipeError
 from peertune.method import At, Gradient, Local, Memory, Phase
-from peertune.types import Tensors, kind, pairs
+from peertune.types import MOMENTS, Tensors, kind, over_clients, pairs
 
 
 def by_steps() -> Local:
@@ -20,6 +21,52 @@ def by_steps() -> Local:
         return {name: x for name, x in gradient(adapters).items() if kind(name) != idle}, {}
 
     return Local(gradients, one_step=True)
+
+
+def in_links(links: int, link_rounds: int) -> Local:
+    """Train B in blocks of its ranks, one after the other for `link_rounds` rounds each, the last one to the end.
+
+    Of rank r the blocks are `[l r / links, (l + 1) r / links)`. Gradients are taken where all other blocks are what the
+    round began with, and so they are after it. A block's steps begin with fresh moments.
+
+    Raises:
+        RecipeError: a client has fewer ranks than there are links.
+    """
+
+    def init(adapters: Tensors, at: At) -> Memory:
+        lowest = min((x.shape[-1] for name, x in adapters.items() if kind(name) == "B"), default=links)
+        if lowest < links:
+            raise RecipeError(f"algorithm.links: {links} links of rank {lowest}; give at most {lowest}, or more ranks")
+        return {}
+
+    def block(at: At, r: int, x: Tensor) -> Tensor:
+        """Return which ranks train now, `[K, 1, r]`."""
+        link = (at.round // link_rounds).clamp(max=links - 1)[:, None]
+        ranks = torch.arange(r)
+        return ((link * r // links <= ranks) & (ranks < (link + 1) * r // links))[:, None].to(x.device)
+
+    def only_block(start: Tensors, adapters: Tensors, at: At) -> Tensors:
+        return {
+            name: torch.where(block(at, x.shape[-1], x), adapters[name], x)
+            for name, x in start.items()
+            if kind(name) == "B"
+        }
+
+    def gradients(
+        gradient: Gradient, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        found = gradient(adapters | only_block(start, adapters, at))
+        return {name: x * block(at, x.shape[-1], x) if kind(name) == "B" else x for name, x in found.items()}, {}
+
+    def end(start: Tensors, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+        ends = ((at.round + 1) % link_rounds == 0) & ((at.round + 1) // link_rounds < links)
+        of_b = {name: x for name, x in memory.items() if name.startswith(MOMENTS) and "B" in name.split(".")[-2:]}
+        fresh = {
+            name: torch.where(over_clients(ends.to(x.device), x), torch.zeros_like(x), x) for name, x in of_b.items()
+        }
+        return only_block(start, adapters, at), fresh
+
+    return Local(gradients, end, keeps_start=True, init=init)
 
 
 def turned_back(strength: float | Literal["hard"]) -> Local:

@@ -291,7 +291,7 @@ def test_every_method_runs_and_says_what_it_sent(method: str) -> None:
     match method:
         case "local":
             assert sent == [0, 0]
-        case "ffa_lora":
+        case "ffa_lora" | "rac_lora":
             assert sent == pytest.approx([share, share])
         case "fedsa_lora":
             assert sent == pytest.approx([payload_bytes(select(job.state.adapters, {"A"})) / everything] * 2)

@@ -6,12 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from playing import BOTH, Quadratic, at_step
+from playing import BOTH, Quadratic, at_step, begun, every_kind
 from torch import Tensor
 
+from peertune.errors import RecipeError
 from peertune.method import standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.locals import by_steps, turned_back
+from peertune.rounds.training import adamw
 from peertune.types import Tensors
 
 some = settings(max_examples=15, derandomize=True)
@@ -139,3 +141,84 @@ def test_factors_train_in_turn_by_local_step_and_heads_in_each() -> None:
         for name, x in grads.items():
             assert torch.equal(x, adapters[name])
     assert ALGORITHMS["la_lora"]().phase(3) == BOTH
+
+
+LINKS, LINK_ROUNDS, STEPS, OUT, IN, WIDE = 2, 3, 4, 4, 5, 4
+
+
+class Fitted:
+    """The gradient of `‖W0 + B A - target‖² / 2` for K clients, each with a target of its own."""
+
+    def __init__(self, base: Tensor, targets: Tensor) -> None:
+        self.base, self.targets, self.rows = base, targets, torch.arange(len(targets))
+
+    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
+        A, B = adapters["q.A"], adapters["q.B"]
+        return {"q.B": (self.base + B @ A - self.targets) @ A.mT}
+
+    def norms(self, adapters: Tensors) -> Tensor:
+        raise NotImplementedError
+
+
+def descended(gradient: Fitted, B: Tensor, A: Tensor, moments: Tensors) -> Tensor:
+    """Return B after a round's local steps of plain AdamW."""
+    params = {"q.B": B.clone()}
+    for _ in range(STEPS):
+        adamw().update(params, gradient({"q.A": A} | params), moments, every_kind(0.05))
+    return params["q.B"]
+
+
+def test_a_chain_is_what_merging_each_link_into_the_weights_comes_to() -> None:
+    """Twin: a link is `ffa_lora` of its own ranks over weights that differ by client, with an optimiser of its own."""
+    draw = torch.Generator().manual_seed(0)
+    K, each = 3, WIDE // LINKS
+    targets = torch.randn(K, OUT, IN, generator=draw, dtype=torch.float64)
+    A = torch.randn(1, WIDE, IN, generator=draw, dtype=torch.float64).expand(K, -1, -1)
+    W = torch.full((K, K), 1 / K, dtype=torch.float64) + torch.eye(K, dtype=torch.float64)
+    W = W / W.sum(1)
+    method = ALGORITHMS["rac_lora"](links=LINKS, link_rounds=LINK_ROUNDS)
+    adapters = {"q.A": A.clone(), "q.B": torch.zeros(K, OUT, WIDE, dtype=torch.float64)}
+    state = begun(method, adapters)
+    state.moments.update({name: x.clone() for name, x in adamw().init(adapters).items()})
+    base, mixed = torch.zeros(K, OUT, IN, dtype=torch.float64), list[Tensor]()
+    gradient = Fitted(base, targets)
+    for t in range(LINKS * LINK_ROUNDS):
+        link, at = t // LINK_ROUNDS, standing(range(K), torch.full((K,), t), STEPS)
+        ranks = slice(link * each, (link + 1) * each)
+        if t % LINK_ROUNDS == 0:
+            mixed.append(torch.zeros(K, OUT, each, dtype=torch.float64))
+            moments = {name: x.clone() for name, x in adamw().init({"q.B": mixed[-1]}).items()}
+        # the twin: earlier links lie in the weights; all B are mixed, each as a matrix of its own
+        earlier = sum((B @ A[:, k * each : (k + 1) * each] for k, B in enumerate(mixed[:-1])), torch.zeros_like(base))
+        mixed[-1] = descended(Fitted(base + earlier, targets), mixed[-1], A[:, ranks], moments)
+        products = sum((B @ A[:, k * each : (k + 1) * each] for k, B in enumerate(mixed)), torch.zeros_like(base))
+        mixed = [torch.einsum("ij,jor->ior", W, B) for B in mixed]
+        # the method
+        start, phase = {"q.B": state.adapters["q.B"].clone()}, method.phase(t)
+        for _ in range(STEPS):
+            grads, _ = method.local.gradients(gradient, state.adapters, start, state.known, at, phase)
+            adamw().update(state.adapters, grads, state.moments, every_kind(0.05))
+        moved, changed = method.local.end(start, state.adapters, state.known, at, phase)
+        state.adapters.update(moved)
+        state.remember(changed)
+        found = state.adapters["q.B"] @ A
+        torch.testing.assert_close(found, products, rtol=1e-12, atol=1e-12)
+        new, _ = method.mixer.receive(state.adapters, state.adapters, W, {}, at, phase)
+        torch.testing.assert_close(new["q.B"] @ A, torch.einsum("ij,jod->iod", W, found), rtol=1e-12, atol=1e-12)
+        state.adapters["q.B"] = new["q.B"]
+        torch.testing.assert_close(new["q.B"], torch.cat([*mixed, torch.zeros(K, OUT, WIDE - each * len(mixed))], 2))
+    assert float((state.adapters["q.B"][..., :each]).abs().max()) > 0.1 < float(state.adapters["q.B"].abs().max())
+
+
+@pytest.mark.parametrize(
+    ("settings_", "line"),
+    [({"links": 0}, "algorithm.links: 0 is out of range"), ({"link_rounds": 0}, "algorithm.link_rounds: 0 is out")],
+)
+def test_a_chain_without_links_is_refused(settings_: dict[str, int], line: str) -> None:
+    with pytest.raises(RecipeError, match=line):
+        ALGORITHMS["rac_lora"](**settings_)
+
+
+def test_a_chain_of_more_links_than_ranks_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"algorithm\.links: 4 links of rank 3; give at most 3, or more ranks"):
+        begun(ALGORITHMS["rac_lora"](links=4), pairs(0))
