@@ -23,6 +23,9 @@ First all rules and settings are looked at, with k = 2 and in the clean run, wit
 chosen, and of all rules the rule, whose largest loss over all attacks, data and graphs is smallest. The clean run's
 counts twice, since the limit there is half.
 
+There was a look before that, whose 120 runs are in `hostile-without-cross.jsonl`: distances then had no cross terms,
+and `gt_pd` missed `gauge` alone, by .064. So they were added to the distances, and all was looked at again.
+
 Then ten seeds, seed s with fold 1 + s mod 5 held out: every rule with the setting that was chosen, every attack,
 k = 1, 2, 3. The order is: the chosen rule, the plain method and `local` with k = 2 first; then the other rules; then
 k = 1 and 3.
@@ -109,10 +112,13 @@ def settings(cell: Cell, seed: int) -> list[str]:
 def looked_at() -> Iterator[tuple[Cell, int]]:
     """Yield what is looked at: each way of dealing rows and each graph after the other."""
     rules = [f"{rule} {setting}".rstrip() for rule, some in RULES.items() for setting in some]
-    for data, graph in product(DATA, GRAPHS):
-        for rule, attack in product([PLAIN, *rules], [CLEAN, *ATTACKS]):
-            yield Cell(rule, attack, 0 if attack == CLEAN else 2, data, graph), LOOKED_AT
-        yield Cell(LOCAL, CLEAN, 0, data, graph), LOOKED_AT
+    first = [PLAIN, "gt_pd trusted: 0.8", "clipped hostile: 2"]  # which the look before spoke for
+    for some in (first, [rule for rule in rules if rule not in first]):
+        for data, graph in product(DATA, GRAPHS):
+            for rule, attack in product(some, [CLEAN, *ATTACKS]):
+                yield Cell(rule, attack, 0 if attack == CLEAN else 2, data, graph), LOOKED_AT
+            if some is first:
+                yield Cell(LOCAL, CLEAN, 0, data, graph), LOOKED_AT
 
 
 def studied() -> Iterator[tuple[Cell, int]]:

@@ -3,9 +3,10 @@
 A receiver i holds what it heard of j against what it sent itself, as others read both. It goes by **distances**, over
 all sites together: of A, of B, of the head, and of the products B A, `sqrt(Σ_sites ‖B_j A_j - B_i A_i‖²)`. Factors that
 are averaged must be near as factors and as products: (B M, M⁻¹ A) is the same product, and its factors ruin an average.
-Methods that mix products look at products and heads. Each kind has another size, and B is 0 at first, so a kind is only
-compared with itself, and the strictest counts. Products are never formed: their difference is
-`[B_j - B_i, B_i] [A_j; A_j - A_i]`, whose norm follows from inner products of factors.
+How far is told by the **cross term**, `‖(B_j - B_i) (A_j - A_i)‖`, by which the product of two clients' mean factors
+misses the mean of their products. Methods that mix products look at products and heads. Each kind has another size,
+and B is 0 at first, so a kind is only compared with itself, and the strictest counts. Products are never formed: their
+difference is `[B_j - B_i, B_i] [A_j; A_j - A_i]`, whose norm follows from inner products of factors.
 
 `clipped`, `cs_plus`, `gt_pd`, `balance` and `krum` change weights: what a rule takes from a sender returns to the
 receiver. So they serve every mixer. Clipping is a weight, too: `W_ij clip(x_j - x_i)` is `W_ij min(1, τ / d_ij)` of the
@@ -27,8 +28,8 @@ from peertune.methods.shares import entries, keeping, of_entries
 from peertune.randomness import Draw, uniforms
 from peertune.types import Tensors, kind, pairs
 
-PRODUCTS = "BA"
-"""What distances of products are called, beside those of the kinds A, B and head."""
+PRODUCTS, CROSS = "BA", "cross"
+"""What distances of products and cross terms are called, beside those of the kinds A, B and head."""
 
 _CHUNK_FLOATS = 2**22  # gathered at once, so that memory does not grow with the number of edges
 _NEEDS = frozenset({"exchange", "one rank", "whole messages"})
@@ -40,13 +41,14 @@ Distances = Mapping[str, Tensor]
 def distances(adapters: Tensors, i: Tensor, j: Tensor, *, factors: bool = True) -> Distances:
     """Return how far apart adapters `[H, …]` are, those at `i [E]` from those at `j [E]`.
 
-    Of products there is a distance where both factors are there. Without `factors` they stand for A and B.
+    Of products there is a distance where both factors are there, and of cross terms. Without `factors` products stand
+    for A and B.
     """
     return _measured(adapters, i, j, factors=factors)
 
 
 def sizes(adapters: Tensors, *, factors: bool = True) -> Distances:
-    """Return the norms `[H]` of what `distances` compares."""
+    """Return the norms `[H]` of what `distances` compares; cross terms are compared with products."""
     first = next(iter(adapters.values()))
     return _measured(adapters, torch.arange(len(first), device=first.device), None, factors=factors)
 
@@ -61,11 +63,20 @@ def _measured(adapters: Tensors, i: Tensor, j: Tensor | None, *, factors: bool) 
     for a, b in pairs(adapters):
         for part in _chunks(len(i), 2 * (adapters[a][:1].numel() + adapters[b][:1].numel())):
             A, B = adapters[a][i[part]], adapters[b][i[part]]  # [E, r, d_in], [E, d_out, r]
+            cross = A, B
             if j is not None:
                 to_A, to_B = adapters[a][j[part]], adapters[b][j[part]]
-                A, B = torch.cat([to_A, to_A - A], 1), torch.cat([to_B - B, B], 2)
-            _add(squares, PRODUCTS, len(i), part, ((B.mT @ B).double() * (A @ A.mT).double()).sum((1, 2)).clamp(min=0))
+                cross = to_A - A, to_B - B
+                A, B = torch.cat([to_A, cross[0]], 1), torch.cat([cross[1], B], 2)
+            _add(squares, PRODUCTS, len(i), part, _squared_norms(A, B))
+            if factors:
+                _add(squares, CROSS, len(i), part, _squared_norms(*cross))
     return {what: x.sqrt() for what, x in squares.items()}
+
+
+def _squared_norms(A: Tensor, B: Tensor) -> Tensor:
+    """Return `‖B A‖²`, `[E]`, of A `[E, r, d_in]` and B `[E, d_out, r]`."""
+    return ((B.mT @ B).double() * (A @ A.mT).double()).sum((1, 2)).clamp(min=0)
 
 
 def _chunks(pairs: int, floats: int) -> list[slice]:
@@ -130,7 +141,8 @@ def clipped(mixer: Mixer, hostile: int = 1) -> Mixer:
 
     def init(adapters: Tensors, at: At) -> Memory:
         first = next(iter(adapters.values()))
-        of = (set(map(kind, adapters)) - set("" if mixer.keeps_basis else "AB")) | {PRODUCTS}
+        of = set(map(kind, adapters)) | {PRODUCTS, CROSS}
+        of -= set() if mixer.keeps_basis else {"A", "B", CROSS}
         none = torch.zeros(len(at.clients), dtype=torch.float64, device=first.device)
         return {_radius(what): none.clone() for what in sorted(of)}
 
@@ -240,7 +252,7 @@ def balance(mixer: Mixer, gamma: float = 0.5, kappa: float = 1.0, *, rounds: int
         near = torch.ones_like(seen.weights)
         mine, apart = seen.sizes, seen.distances
         if mixer.keeps_basis:
-            factors = apart.keys() - {PRODUCTS}
+            factors = apart.keys() - {PRODUCTS, CROSS}
             mine, apart = ({"x": _together([x[what] for what in factors])} for x in (mine, apart))
         reach = gamma * torch.exp(-kappa * at.round.double() / rounds).to(near.device)
         for what, d in apart.items():

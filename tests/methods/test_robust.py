@@ -71,30 +71,39 @@ def compared(adapters: Tensors, client: int, which: str) -> dict[str, Tensor]:
     return made
 
 
+def apart(adapters: Tensors, i: int, j: int, which: str) -> dict[str, float]:
+    """Return how far two clients' adapters are apart, from matrices that are formed."""
+    one, other = compared(adapters, i, which), compared(adapters, j, which)
+    found = {kind: float((other[kind] - one[kind]).norm()) for kind in one}
+    if which == "factors":
+        differ = {name: x[j] - x[i] for name, x in adapters.items()}
+        cross = [(differ[f"{site}.B"] @ differ[f"{site}.A"]).flatten() for site in "qv"]
+        found["cross"] = float(torch.cat(cross).norm())
+    return found
+
+
 def twin(rule: str, which: str, adapters: Tensors, weights: Tensor) -> Tensor:
     """Return the same weights, by loops over clients, from vectors that are formed."""
     vectors = [compared(adapters, client, which) for client in range(N)]
-    kinds = list(vectors[0])
+    kinds = list(apart(adapters, 0, 1, which))
     used = torch.zeros_like(weights)
     for i in range(N):
         near = [j for j in range(N) if j != i and weights[i, j] > 0]
-        d = {kind: {j: float((vectors[j][kind] - vectors[i][kind]).norm()) for j in near} for kind in kinds}
+        d = {kind: {j: apart(adapters, i, j, which)[kind] for j in near} for kind in kinds}
         kept = dict.fromkeys(near, 1.0)
         if rule == "krum":
             all_ = sorted([*near, i])
 
-            def apart(kind: str, a: int, b: int) -> float:
-                return float((vectors[a][kind] - vectors[b][kind]).norm())
-
+            between = {(a, b): apart(adapters, a, b, which) for a in all_ for b in all_}
             middles = {
-                kind: sorted(apart(kind, a, b) for a in all_ for b in all_ if a < b)[
+                kind: sorted(between[a, b][kind] for a in all_ for b in all_ if a < b)[
                     (len(all_) * (len(all_) - 1) // 2 - 1) // 2
                 ]
                 for kind in kinds
             }
             scores = {
                 a: sum(
-                    sorted(sum((apart(kind, a, b) / middles[kind]) ** 2 for kind in kinds) for b in all_ if b != a)[
+                    sorted(sum((between[a, b][kind] / middles[kind]) ** 2 for kind in kinds) for b in all_ if b != a)[
                         : len(all_) - 3
                     ]
                 )
@@ -102,7 +111,7 @@ def twin(rule: str, which: str, adapters: Tensors, weights: Tensor) -> Tensor:
             }
             tied = [a for a in all_ if scores[a] <= min(scores.values()) * (1 + 1e-9)]
             best = min(
-                tied, key=lambda a: sum((apart(kind, a, b) / middles[kind]) ** 2 for kind in kinds for b in all_)
+                tied, key=lambda a: sum((between[a, b][kind] / middles[kind]) ** 2 for kind in kinds for b in all_)
             )
             if len(all_) < 4:
                 used[i] = weights[i]
@@ -124,9 +133,9 @@ def twin(rule: str, which: str, adapters: Tensors, weights: Tensor) -> Tensor:
             kept = {j: min(kept[j], radius / d[kind][j]) for j in near}
         if rule == "balance":
             reach = GAMMA * torch.exp(torch.tensor(-4 / 10)).item()
-            asked = {kind: (d[kind], float(vectors[i][kind].norm())) for kind in kinds if which == "products"}
+            asked = {kind: (d[kind], float(x.norm())) for kind, x in vectors[i].items() if which == "products"}
             if which == "factors":
-                together = [kind for kind in kinds if kind != "BA"]
+                together = ["A", "B", "head"]
                 length = sum(float(vectors[i][kind].norm()) ** 2 for kind in together) ** 0.5
                 asked = {"x": ({j: sum(d[kind][j] ** 2 for kind in together) ** 0.5 for j in near}, length)}
             kept = {j: float(all(of[j] <= reach * size for of, size in asked.values())) for j in near}
@@ -143,11 +152,12 @@ def test_distances_are_those_of_what_is_formed(which: str) -> None:
     found = robust.distances(adapters, i, j, factors=which == "factors")
     lengths = robust.sizes(adapters, factors=which == "factors")
     for pair, (a, b) in enumerate(zip(i.tolist(), j.tolist(), strict=True)):
-        one, other = compared(adapters, a, which), compared(adapters, b, which)
-        assert found.keys() == one.keys() == lengths.keys()
+        far, sizes = apart(adapters, a, b, which), compared(adapters, a, which)
+        assert found.keys() == far.keys() == lengths.keys()
         for kind, d in found.items():
-            torch.testing.assert_close(d[pair], (other[kind] - one[kind]).norm(), rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(lengths[kind][a], one[kind].norm(), rtol=1e-12, atol=1e-12)
+            assert float(d[pair]) == pytest.approx(far[kind], rel=1e-12)
+            size = float(sizes["BA" if kind == "cross" else kind].norm())
+            assert float(lengths[kind][a]) == pytest.approx(size, rel=1e-12)
 
 
 def test_distances_are_the_same_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +186,7 @@ def test_clipping_is_a_weight() -> None:
     adapters, weights = drawn(5), ring_and_more()
     mixer = robust.clipped(gossip())
     used, memory = weighed(mixer, adapters, weights)
-    kinds = {kind: memory[f"clipped.{kind}.radius"] for kind in ("A", "B", "BA", "head")}
+    kinds = {kind: memory[f"clipped.{kind}.radius"] for kind in ("A", "B", "BA", "cross", "head")}
     for name, x in adapters.items():
         mixed = x.clone()
         for i in range(N):
@@ -256,8 +266,8 @@ def test_the_same_adapter_in_other_coordinates_ruins_plain_averages_and_few_rule
         for (name, x), y in zip(drawn(3, 1).items(), drawn(4).values(), strict=True)
     }
     attacked, weights = turned(common, 0), ring_and_more()
-    apart = robust.distances(attacked, torch.tensor([1]), torch.tensor([0]))
-    assert float(apart["BA"]) < 0.15 < 1 < float(apart["A"])
+    far = apart(attacked, 1, 0, "factors")
+    assert far["BA"] < 0.15 < 1 < far["A"]
     plain = played(changed(), begun(changed(), attacked), weights).adapters
     ruled = played(changed(rule), begun(changed(rule), attacked), weights).adapters
     assert off(plain, common) > 0.15
