@@ -60,6 +60,10 @@ def status(
     for known in found["neighbours"]:
         if known.get("clones"):
             print(f"{known['name']}: another process spoke with its key, {known['clones']:,} times")
+        if known.get("unmixed"):
+            print(f"{known['name']}: nothing was mixed of {known['unmixed']:,} messages, too far from what others have")
+        if known.get("taken") is not None:
+            print(f"{known['name']}: the rule took {known['taken']:.2f} of its weight when it was last heard")
 
 
 def _newest() -> Path:

@@ -90,6 +90,7 @@ def run_peer(
             state.remember(kept)
             continue
         add(vars(record))
+        swapper.note_mixed((sender for _, sender in record.not_mixed), record.taken)
         here = state.round
         if swapper.passed_by(record.round):  # who is in company is not behind because a single one says so
             pace_s = inf if record.edges else fastest_s

@@ -75,6 +75,8 @@ class Neighbour:
     nonce: int = 0  # drawn at that start
     keys: list[str] = field(default_factory=list)  # fingerprints of those that it had then
     clones: int = 0  # times that another process spoke with its key
+    unmixed: int = 0  # edges that counted and of which nothing was mixed: too far from what others have
+    taken: float | None = None  # what share of its weight a rule took of it when it was last heard
 
 
 @dataclass(frozen=True)

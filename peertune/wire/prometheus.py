@@ -23,11 +23,13 @@ _NOW = {
     "peer_round": ("round", "The round the neighbour was in when last heard."),
     "peer_step": ("step", "Local steps it had done in that round."),
     "peer_last_seen_timestamp_seconds": ("seen_at", "When the neighbour was last heard."),
+    "peer_taken": ("taken", "What share of the neighbour's weight a rule took when it was last heard."),
     "peer_clock_offset_seconds": ("clock_offset_s", "By how much its clock is ahead of this peer's."),
 }
 _SINCE_THE_START = {
     "bytes_sent": ("bytes_sent", "Bytes of payload sent since the start."),
     "bytes_received": ("bytes_received", "Bytes of payload received since the start."),
+    "unmixed": ("unmixed", "Messages of the neighbour that counted, of which nothing was mixed."),
     "clones": ("clones", "Times that another process spoke with the neighbour's key."),
 }
 """Of each neighbour."""

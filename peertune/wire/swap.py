@@ -8,7 +8,7 @@ counted it. `edge` decides, `calling` and `answering` carry, `meeting` keeps. do
 """
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -154,6 +154,13 @@ class Swapper(Node):
     def start_number(self) -> int:
         """Which of its starts this peer says that it is."""
         return self._incarnation.number
+
+    def note_mixed(self, not_mixed: Iterable[int], taken: Iterable[tuple[int, float, float]]) -> None:
+        """Note for `peer status` of whom nothing was mixed, and what was taken of whom, as a record says it."""
+        for client in not_mixed:
+            self.known(client).unmixed += 1
+        for client, had, took in taken:
+            self.known(client).taken = took / had
 
     def remember(self, round: int, counted: Collection[int], failed: Collection[int]) -> None:
         """Take up what became of an earlier round's edges, so that those who missed a verdict can still have it."""

@@ -130,6 +130,9 @@ def test_four_peers_end_with_the_simulators_adapters_whatever_modifies_the_metho
             assert bool(taken) == (method == "dec_lora" and bool(record.edges))
             assert [who for who, *_ in taken] == [who for who, *_ in record.taken]
             assert np.allclose(taken, record.taken, rtol=1e-9)
+        for peer in played:
+            weighed = {who for record in peer.records for who, *_ in record["taken"]}
+            assert {who for who, one in peer.known.items() if one["taken"] is not None} == weighed
 
 
 def test_four_peers_of_four_ranks_end_with_the_simulators_adapters(four: Federation) -> None:

@@ -242,8 +242,13 @@ def test_prometheus_reads_how_the_peer_stands(swappers: list[Swapper]) -> None:
         assert got["peertune_edges_total", ("counted", "peer-1")] == 1
         assert got["peertune_edges_total", ("failed", "peer-1")] == 0
         assert got["peertune_clones_total", ("peer-1",)] == 0
+        assert ("peertune_peer_taken", ("peer-1",)) not in got, "no rule has weighed it"
         swappers[0].neighbours[1].clones = 3
-        assert samples(port)["peertune_clones_total", ("peer-1",)] == 3
+        swappers[0].note_mixed([1, 1], [(1, 0.5, 0.2)])
+        now = samples(port)
+        assert now["peertune_clones_total", ("peer-1",)] == 3
+        assert now["peertune_unmixed_total", ("peer-1",)] == 2
+        assert now["peertune_peer_taken", ("peer-1",)] == 0.4
         assert got["peertune_bytes_sent_total", ("peer-1",)] == got["peertune_bytes_received_total", ("peer-1",)] > 16
         assert got["peertune_peer_reached", ("peer-1",)] == 1
         assert got["peertune_peer_round", ("peer-1",)] == 3
