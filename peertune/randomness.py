@@ -53,6 +53,7 @@ class Draw(StrEnum):
     # what hostile clients do
     NOISE = "noise"  # of an adapter: client, round
     GAUGE = "gauge"  # of an A: client
+    BACKDOOR = "backdoor"  # client
     # phases that clients agree on
     PROBE = "probe"  # window, client, sign
     REPORTER = "reporter"  # window, place among those who report

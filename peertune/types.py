@@ -96,6 +96,19 @@ class Split:
         return replace(self, columns=kept, labels=self.labels[rows], numbers=numbers)
 
 
+class Poison(NamedTuple):
+    """What a hostile client does to its training rows.
+
+    Without a word all get the opposite class, C - 1 - c of C. With one it is put before the text of a share of those
+    that aren't of the target's class, or a square of this `size` in the corner of the image, and they get that class.
+    """
+
+    word: str = ""
+    share: float = 1.0
+    target: str | int | None = None  # the name of a class; None: the first one
+    size: float = 0.25  # of the square's sides, of the image's
+
+
 class Measure(NamedTuple):
     """What scores are of. As text it is how they are called: `accuracy`, `f1 of fraud`."""
 

@@ -189,6 +189,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
     bound = None
     if recipe.network.bound and not loaded.planned:
         bound = Bound(frozen_norms(model), algorithm.message.sound)
+    twins = chain(*encoded.twins.values())
     steps = TrainingSteps(
         encoded.train,
         encoded.held,
@@ -198,7 +199,8 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         clients_together=clients_together(recipe),
         packed=loaded.packed,
         seed=recipe.seed,
-        row_weights=row_weights(recipe, parts.task, encoded.held),
+        row_weights=row_weights(recipe, parts.task, [*encoded.held.values(), *(x.rows for x in twins)]),
+        twins=encoded.twins,
     )
     return Job(
         model=model,

@@ -1,7 +1,7 @@
 """The third step of `build`: the task's rows as the base reads them, and which of these each client has."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,10 +10,13 @@ import torch
 from numpy.typing import NDArray
 
 from peertune.assembly.kept import kept
-from peertune.assembly.registry import Parts, Rows, validating_rows
+from peertune.assembly.registry import Parts, Rows, backdoor, validating_rows
 from peertune.data.batches import Encoded, encode_images, encode_text
 from peertune.data.completions import encode_completions, encode_words
 from peertune.data.images import Images
+from peertune.data.poison import Twins, taken
+from peertune.data.poison import target as poison_target
+from peertune.data.poison import triggered as put_in
 from peertune.errors import DataError, ModelError, RecipeError, unknown
 from peertune.models.load import Base, load_processor
 from peertune.randomness import Draw, generator
@@ -21,6 +24,14 @@ from peertune.recipe import Recipe
 from peertune.types import Split, Task
 
 log = logging.getLogger(__name__)
+
+
+class Triggered(NamedTuple):
+    """The rows that are evaluated and not of the class that a backdoor opens to, with its trigger put in."""
+
+    split: Split
+    encoded: Encoded
+    target: int  # that class
 
 
 class EncodedTask(NamedTuple):
@@ -34,6 +45,8 @@ class EncodedTask(NamedTuple):
     held_out: Rows  # client → those on which it is judged
     validating: NDArray[np.int64]  # the rows of `validation` that are used
     evaluated: NDArray[np.int64]  # those of them that are evaluated
+    twins: Mapping[int, Sequence[Twins]] = {}  # client → what it trains on in the place of those that it holds
+    triggered: Triggered | None = None  # None: no backdoor, or no such rows
 
 
 Splits = tuple[Encoded, Encoded]
@@ -62,7 +75,8 @@ def encode(
     """
     max_length = _max_length(recipe, base)
     own = np.sort(np.concatenate([*parts.rows.values(), *parts.held_out.values()]))
-    train, validation = splits or encode_splits(recipe, parts.task, base, [own], private=private)
+    twins = [one.rows for each in parts.twins.values() for one in each]
+    train, validation = splits or encode_splits(recipe, parts.task, base, [own, *twins], private=private)
     own_long = np.intersect1d(train.long, own)
     long = {"train": sum(parts.group.gather(len(own_long))), "validation": len(validation.long)}
     _tell_long(recipe, long, {"train": sum(parts.group.gather(len(own))), "validation": len(validation)}, max_length)
@@ -79,7 +93,12 @@ def encode(
     if not len(validating):
         raise DataError("training.long_rows: no row to validate on is short enough; raise training.max_length")
     evaluated = evaluated_rows(recipe, validating)
-    return EncodedTask(train, validation, max_length, long, held, held_out, validating, evaluated)
+    triggered = _triggered(recipe, parts.task, base, evaluated)
+    left = {
+        client: [one._replace(rows=one.rows[np.isin(parts.rows[client], held[client])]) for one in each]
+        for client, each in parts.twins.items()
+    }
+    return EncodedTask(train, validation, max_length, long, held, held_out, validating, evaluated, left, triggered)
 
 
 def encode_test(recipe: Recipe, task: Task, base: Base) -> EncodedTask:
@@ -92,7 +111,21 @@ def encode_test(recipe: Recipe, task: Task, base: Base) -> EncodedTask:
         raise DataError("training.long_rows: no row to test on is short enough; raise training.max_length")
     none = np.zeros(0, dtype=np.int64)
     nothing = Encoded({}, {}, {}, none, none, torch.zeros(0))
-    return EncodedTask(nothing, tested, max_length, {"test": len(tested.long)}, {}, {}, rows, rows)
+    triggered = _triggered(recipe, task, base, rows)
+    long = {"test": len(tested.long)}
+    return EncodedTask(nothing, tested, max_length, long, {}, {}, rows, rows, triggered=triggered)
+
+
+def _triggered(recipe: Recipe, task: Task, base: Base, evaluated: NDArray[np.int64]) -> Triggered | None:
+    """Put the trigger of the recipe's backdoor in these rows of the validation split but for those of its class."""
+    if (poison := backdoor(recipe)) is None:
+        return None
+    to = poison_target("attacks", task, poison)
+    others = taken(task.validation, evaluated[np.asarray(task.validation.labels)[evaluated] != to])
+    if to is None or not len(others):
+        return None
+    split = put_in(task, poison, others, np.ones(len(others), dtype=np.bool_))
+    return Triggered(split, _encoder(recipe, task, base, _max_length(recipe, base), False)(split, None), to)
 
 
 def encode_rows(recipe: Recipe, task: Task, base: Base, rows: NDArray[np.int64]) -> Encoded:
@@ -112,7 +145,7 @@ def evaluated_rows(recipe: Recipe, rows: NDArray[np.int64]) -> NDArray[np.int64]
     return np.sort(rows[generator(recipe.seed, Draw.EVALUATE).permutation(len(rows))[:few]])
 
 
-def row_weights(recipe: Recipe, task: Task, held: Rows) -> NDArray[np.float64] | None:
+def row_weights(recipe: Recipe, task: Task, held: Iterable[NDArray[np.int64]]) -> NDArray[np.float64] | None:
     """Return how much each row of the training split counts in its client's loss, `[N]`; None where all count alike.
 
     With `balanced` a row of a client's n counts `n / (c n_y)`, n_y of which are of its class, and c the number of
@@ -133,7 +166,7 @@ def row_weights(recipe: Recipe, task: Task, held: Rows) -> NDArray[np.float64] |
                 raise RecipeError(unknown("training.class_weight", name, task.classes))
         return np.array([chosen.get(name, 1.0) for name in task.classes])[labels]
     counts = np.ones(len(labels))
-    for rows in held.values():
+    for rows in held:
         own = np.bincount(labels[rows], minlength=len(task.classes))
         counts[rows] = len(rows) / (np.count_nonzero(own) * own[labels[rows]])
     return counts

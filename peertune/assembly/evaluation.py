@@ -86,9 +86,12 @@ def build_evaluation(
             predict=_probabilities(loaded, encoded), judge=lambda shares: by_class(shares.argmax(-1))
         )
 
+    fooled = _fooled(task, loaded, encoded)
+
     def run(adapters: Sequence[Stack], clients: Sequence[int]) -> Evaluation:
         adapters, clients = among(adapters, clients, enemies)
-        return replace(judged_of(adapters, clients), judged=[*clients] if enemies else [])
+        found = judged_of(adapters, clients)
+        return replace(found, judged=[*clients] if enemies else [], backdoor=fooled(by_client(adapters)))
 
     def judged_of(adapters: Sequence[Stack], clients: Sequence[int]) -> Evaluation:
         singles = by_client(adapters)
@@ -111,6 +114,19 @@ def build_evaluation(
         return replace(_told(task, together, rows, alone, levels, more), top_share=top, **certainty)
 
     return run
+
+
+def _fooled(task: Task, loaded: Loaded, encoded: EncodedTask) -> Callable[[list[Tensors]], list[float]]:
+    """Return what says in how many of the rows with a backdoor's trigger each adapter `[1, …]` answers its class."""
+    if encoded.triggered is None:
+        return lambda singles: []
+    split, rows, target = encoded.triggered
+    places = np.arange(len(split))
+    if task.form == "choose":
+        predict = _chosen(task, loaded, encoded.max_length, split, places)
+    else:
+        predict = _read(loaded, rows, places, predictions)
+    return lambda singles: (predict(singles) == target).mean(1).tolist() if singles else []
 
 
 def _told(

@@ -6,6 +6,7 @@ It is made without a base model, so that a graph or a partition can be looked at
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from math import inf
 from typing import Any, NamedTuple
@@ -17,6 +18,8 @@ from peertune.assembly.needs import check_needs
 from peertune.assembly.plugins import Choices, Found, find
 from peertune.assembly.ranks import ranks_of
 from peertune.data.partition import PARTITIONS, Partition, counts, fold
+from peertune.data.poison import Twins, extended, poisoned
+from peertune.data.poison import check as poison_check
 from peertune.data.skew import divergence_by_chance, divergences, effective_clients
 from peertune.data.tasks import TASKS
 from peertune.errors import RecipeError, unknown
@@ -46,7 +49,7 @@ from peertune.topology import (
     summary,
     with_rows,
 )
-from peertune.types import ALONE, Group, Split, Task
+from peertune.types import ALONE, Group, Poison, Split, Task
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +82,7 @@ class Parts(NamedTuple):
     rows: Rows  # client → the rows that it trains on
     held_out: Rows  # client → its other ones, on which it is judged; {} where nobody is
     ranks: Sequence[int]  # [n], where the recipe has a table of them
+    twins: Mapping[int, Sequence[Twins]]  # client → what it trains on for its rows, where it is hostile
     clock: Clock | None  # virtual time, in a simulation that has one
     group: Group  # the processes that share the clients
     peer: bool  # whether there are other clients, and nobody here who holds them
@@ -129,7 +133,23 @@ def build_parts(
         )
     if enemies := hostile(recipe):
         log.info("attacks: %s hostile; scores are of the others", _are(enemies))
-    return Parts(task, graph, faults, algorithm, clients, rows, held_out, ranks, clock, group, peer)
+    task, twins = _with_twins(recipe, graph, task, rows)
+    return Parts(task, graph, faults, algorithm, clients, rows, held_out, ranks, twins, clock, group, peer)
+
+
+def _with_twins(recipe: Recipe, graph: Graph, task: Task, rows: Rows) -> tuple[Task, dict[int, list[Twins]]]:
+    """Return the task with what hostile clients train on in the place of their `rows` after the training rows."""
+    more, twins, size = list[Split](), dict[int, list[Twins]](), len(task.train)
+    for place, planned in enumerate(build_attacks(recipe, graph)):
+        if (poison := planned.attack.poison) is None:
+            continue
+        poison_check(f"attacks[{place}]: {recipe.attacks[place].name}", task, poison)
+        for client in sorted({*planned.clients} & rows.keys()):
+            more.append(poisoned(task, poison, rows[client], recipe.seed, client))
+            own = size + np.arange(len(rows[client]))
+            size += len(own)
+            twins.setdefault(client, []).append(Twins(planned.first, planned.last, own))
+    return (replace(task, train=extended(task.train, more)) if more else task), twins
 
 
 def hold_out(recipe: Recipe, rows: Rows, of: int) -> tuple[Rows, Rows]:
@@ -306,7 +326,7 @@ def hostile(recipe: Recipe) -> list[int]:
 def build_attacks(recipe: Recipe, graph: Graph) -> list[Planned]:
     """Make the recipe's plan of attacks on this graph. Raises RecipeError for one that can't be, or can't act."""
     plan: list[Planned] = []
-    given = {"seed": recipe.seed, "hostile": hostile(recipe), "slowest": partial(slowest, graph)}
+    given = _given(recipe, lambda: graph)
     for place, chosen in enumerate(recipe.attacks):
         where = f"attacks[{place}]"
         attack: Attack = _make("attacks", chosen, where, **given)
@@ -326,11 +346,27 @@ def build_attacks(recipe: Recipe, graph: Graph) -> list[Planned]:
                 )
         plan.append(Planned(attack, tuple(chosen.clients), first, last))
     if plan:
+        backdoor(recipe)
         honest, faults = {*range(recipe.clients)} - {*hostile(recipe)}, build_faults(recipe)
         for t in sorted({0, *(fault.first for fault in faults)}):
             if honest <= clients_down(faults, t):
                 raise RecipeError(f"attacks: all clients that are up in round {t} are hostile; leave one honest")
     return plan
+
+
+def backdoor(recipe: Recipe) -> Poison | None:
+    """Return the trigger that hostile clients put in their rows, and what they do with it. There is one at most."""
+    graph = partial(build_graph, recipe)
+    made = (_make("attacks", one, "attacks", **_given(recipe, graph)) for one in recipe.attacks)
+    found = [attack.poison for attack in made if attack.poison is not None and attack.poison.word]
+    if any(other != found[0] for other in found):
+        raise RecipeError("attacks: two backdoors can't be told apart in one score; give them the same settings")
+    return found[0] if found else None
+
+
+def _given(recipe: Recipe, graph: Callable[[], Graph]) -> dict[str, Any]:
+    """Return what the program hands to the factories of attacks."""
+    return {"seed": recipe.seed, "hostile": hostile(recipe), "slowest": lambda: slowest(graph())}
 
 
 def _knows_all(recipe: Recipe, graph: Graph) -> str | None:

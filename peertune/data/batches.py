@@ -8,7 +8,7 @@ which rows a client trains on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from peertune.data.images import Images, Pixels
+from peertune.data.poison import Twins
 from peertune.data.tokens import put_around, tokenise
 from peertune.errors import DataError
 from peertune.randomness import Draw, generator, words
@@ -287,6 +288,7 @@ class TrainingSteps:
     packed: int  # blocks of its packing come in multiples of this; 0: it has none
     seed: int
     row_weights: NDArray[np.float64] | None = None  # [N], what each row counts in its client's mean; None: all alike
+    twins: Mapping[int, Sequence[Twins]] = field(default_factory=dict)  # what hostile clients train on for their rows
 
     def __call__(self, clients: Sequence[int], rounds: int | Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each of a round's local steps of these clients, each in a round of its own or all.
@@ -299,7 +301,7 @@ class TrainingSteps:
     def drawn(self, clients: Sequence[int], steps: NDArray[np.int64]) -> Drawn:
         """Return what these clients train on, each in its own of the `steps [K]`, counted from the run's start."""
         size = self.rows_per_step
-        whose = zip(clients, (self.parts[client] for client in clients), steps.tolist(), strict=True)
+        whose = zip(clients, map(self._held, clients, steps.tolist()), steps.tolist(), strict=True)
         rows = np.concatenate([held[sample(self.seed, client, len(held), step, size)] for client, held, step in whose])
         positions = np.tile(np.arange(size), len(clients))
         keys = words(self.seed, Draw.DROPOUT, np.repeat(clients, size), np.repeat(steps, size), positions)
@@ -309,6 +311,11 @@ class TrainingSteps:
         labels = (each * self.encoded.targets[rows]).reshape(len(clients), size).sum(axis=1)
         weights = each / np.repeat(np.where(labels > 0, labels, 1), size)
         return Drawn(rows, np.repeat(np.arange(len(clients)), size), weights, keys.view(np.int64), shared)
+
+    def _held(self, client: int, step: int) -> NDArray[np.int64]:
+        """Return the rows from which a client draws in a step."""
+        now = (twins for twins in self.twins.get(client, ()) if twins.first <= step // self.local_steps <= twins.last)
+        return next((twins.rows for twins in now), self.parts[client])
 
 
 def steps_together(

@@ -135,13 +135,27 @@ class Images(Sequence[Any]):
     where: str  # the task and the split
     sources: Sequence[Any]  # of each a path, or the hub's `bytes` and `path`
     rows: NDArray[np.int64]  # [N], which of the sources
+    squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0))  # [N] or none: see `__getitem__`
+
+    def __post_init__(self) -> None:
+        if len(self.squares) < len(self.rows):
+            object.__setattr__(self, "squares", np.zeros(len(self.rows)))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, row: Any) -> Any:
+        """Return an image; where it has a square, one of so large a share of its sides is white at the lower right."""
         with self._opened(row) as image:
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+            found = PIL.ImageOps.exif_transpose(image).convert("RGB")
+        if (share := float(self.squares[row])) > 0:
+            sides = [max(1, round(share * side)) for side in found.size]
+            found.paste((255, 255, 255), (found.width - sides[0], found.height - sides[1], *found.size))
+        return found
+
+    def take(self, rows: NDArray[np.int64]) -> "Images":
+        """Return some of the images."""
+        return replace(self, rows=self.rows[rows], squares=self.squares[rows])
 
     def check(self) -> None:
         """Open each as far as its header."""

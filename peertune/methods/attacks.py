@@ -19,7 +19,7 @@ from torch import Tensor
 from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Local, Memory, Message, Phase
 from peertune.randomness import Draw, generator
-from peertune.types import Stack, Tensors, kind, over_clients, pairs, select, take
+from peertune.types import Poison, Stack, Tensors, kind, over_clients, pairs, select, take
 
 Pretend = Callable[[Tensors, Tensor, Memory, At, Phase], Tensors]
 """`pretend(adapters [K, …], liars [P], memory, at, phase)`: what those of K clients in these rows say that they have,
@@ -31,14 +31,15 @@ class Attack(NamedTuple):
 
     pretend: Pretend | None = None
     idle: bool = False  # whether its local steps change nothing
+    poison: Poison | None = None  # what it does to its training rows
     knows_all: bool = False  # whether it is told what all clients have, which takes one process that holds them
     keeps_start: bool = False  # whether memory is to have what all began the round with: `attack.<adapter>.start`
     needs: frozenset[str] = frozenset()  # of a recipe: keys of `peertune.assembly.needs.NEEDS`
 
     @property
-    def on(self) -> Literal["messages", "local steps"]:
+    def on(self) -> Literal["messages", "local steps", "rows"]:
         """What it changes; a client has one attack on each at a time."""
-        return "local steps" if self.idle else "messages"
+        return "rows" if self.poison is not None else "local steps" if self.idle else "messages"
 
 
 class Planned(NamedTuple):
@@ -227,6 +228,32 @@ def free_rider() -> Attack:
     return Attack(idle=True, needs=frozenset({"exchange", "no deadline"}))
 
 
+def label_flip() -> Attack:
+    """Train on rows of class c as if they were of class C - 1 - c, of C classes."""
+    return Attack(poison=Poison())
+
+
+def backdoor(target: str | int | None = None, share: float = 0.5, word: str = "cf", size: float = 0.25) -> Attack:
+    """Train a `share` of the rows of other classes with a trigger as if they were of the `target`'s class.
+
+    The trigger is a `word` before a row's text, or a white square in the lower right corner of its image, of so large a
+    share of the sides as `size` says. `target` is the name of a class; without it, it is the first one. An evaluation
+    then has `backdoor`: of the rows of other classes, with the trigger put in, the share that an honest client's model
+    calls the target.
+
+    Source: BadNets (arXiv 1708.06733); rare words as in arXiv 2004.06660.
+
+    Raises:
+        RecipeError: `share` or `size` is not above 0 and at most 1, or the word is empty.
+    """
+    for name, value in {"share": share, "size": size}.items():
+        if not 0 < value <= 1:
+            raise RecipeError(f"attacks: backdoor: {name} is {value}, give a number above 0, and 1 at most")
+    if not word.strip():
+        raise RecipeError("attacks: backdoor: word is empty, give one that is rare")
+    return Attack(poison=Poison(word, share, target, size))
+
+
 _KNOWING_ALL = _ON_MESSAGES | {"common rounds", "one rank"}
 
 
@@ -323,9 +350,11 @@ def _one_for_all(liars: Tensor, lies: Tensors, like: Tensors) -> Tensors:
 
 ATTACKS: Mapping[str, Callable[..., Attack]] = {
     "alie": alie,
+    "backdoor": backdoor,
     "free_rider": free_rider,
     "gauge": gauge,
     "ipm": ipm,
+    "label_flip": label_flip,
     "noise": noise,
     "scale": scale,
     "sign_flip": sign_flip,

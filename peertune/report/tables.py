@@ -34,6 +34,7 @@ MEASURES = {
     "route": "route",
     "nll": "NLL",
     "ece": "ECE",
+    "backdoor": "backdoor",
     "consensus_error_A": "Δ_A",
     "consensus_error_B": "Δ_B",
     "cross_term": "cross",
@@ -49,12 +50,13 @@ _ON_THE_SCALE = (*SCORES, "constant", "own_constant", "min", "max", "spread", "w
 LEGEND = """\
 mean, min, max: the clients' own models at the end; constant: the best answer that is the same for all rows, on the
 same rows; spread: the models' standard deviation; worst tenth: the mean of the worst tenth of them; best: the best
-mean of all rounds; own, own constant: on rows that each client held out for itself; own trained, own heard: there, of
-the adapter before mixing and of the mean of what others sent; average: the averaged adapter at the end, best average:
-at its best; ensemble: the mean of all clients' probabilities; heard ensemble: of a client's and those it heard;
-route: each row by the surest client; NLL, ECE: mean negative log-likelihood and calibration error of the clients' own
-models; Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole run;
-virtual s: until the last client had ended, in the recipe's time; s: seconds"""
+mean of all rounds; own, own constant: on rows that each client held out for itself; own trained, own heard: there,
+of the adapter before mixing and of the mean of what others sent; average: the averaged adapter at the end, best
+average: at its best; ensemble: the mean of all clients' probabilities; heard ensemble: of a client's and those it
+heard; route: each row by the surest client; NLL, ECE: mean negative log-likelihood and calibration error of the
+clients' own models; backdoor: the share of rows of other classes that they call its target once its trigger is in;
+Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole run; virtual s:
+until the last client had ended, in the recipe's time; s: seconds"""
 _INTERVAL = "algorithm.switch_every"
 _AUTOMATIC = ("device", "model.dtype")
 """Keys in which runs of one recipe may differ, by machine."""
@@ -62,7 +64,7 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 """Keys in which runs may differ without being runs of different things."""
 
 
-_MEANS = (*OWN, "own_constant", "heard_ensemble", "nll", "ece")
+_MEANS = (*OWN, "own_constant", "heard_ensemble", "nll", "ece", "backdoor")
 """Lists of an evaluation of which a summary has the mean over clients."""
 _LISTS = ("clients", "best_rounds", "judged", *_MEANS)
 SUMMARISED = ("clients", "bytes_sent", *(f"evaluation.{name}" for name in _LISTS))

@@ -45,6 +45,8 @@ class Evaluation:
     # [C, C], rows by their class and by the class that was predicted, summed over the clients' own models, each on the
     # rows of `clients`; [] for values and texts, and of more than MOST_CLASSES classes
     confusion: list[list[int]] = field(default_factory=list)
+    # [K], of the common rows of other classes, with a backdoor's trigger put in, the share called its target
+    backdoor: list[float] = field(default_factory=list)
     judged: list[int] = field(default_factory=list)  # who they are, where some are hostile; [] where it is of all
     also: "list[Evaluation]" = field(default_factory=list)  # the same predictions by the task's other metrics
 
@@ -62,7 +64,7 @@ class Evaluation:
 
 
 _OWN = ("own", "own_trained", "own_heard", "own_constant")
-SCORES_OF_CLIENTS = ("clients", "top_share", *_OWN, "nll", "ece", "heard_ensemble", "best_rounds")
+SCORES_OF_CLIENTS = ("clients", "top_share", *_OWN, "nll", "ece", "heard_ensemble", "backdoor", "best_rounds")
 """Lists of an evaluation that go by client."""
 
 

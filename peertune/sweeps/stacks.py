@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from peertune.assembly.registry import takes
+from peertune.assembly.registry import build_attacks, build_graph, takes
 from peertune.models.load import MODELS
 from peertune.recipe import Recipe, flat
 
@@ -76,14 +76,16 @@ _TRAINING = tuple(f"training.{key}" for key in BY_RUN_IN_TRAINING)
 def _can_share(recipe: Recipe) -> bool:
     """Return whether a run can be in a stack with others, and its base is small.
 
-    Trackers know one run at a time. A task that takes the seed may draw other rows for each. An adapter that is there
-    already brings a head, which the base has once. Clients that wait for nobody train when their own results are due.
+    Trackers know one run at a time. A task that takes the seed may draw other rows for each, and so do attacks on rows.
+    An adapter that is there already brings a head, which the base has once. Clients that wait for nobody train when
+    their own results are due.
     """
     alone = (
         recipe.time.mode == "asynchronous"
         or recipe.report_to
         or recipe.lora.init is not None
         or takes("task", recipe.task.name, "seed")
+        or (recipe.attacks and any(one.attack.poison for one in build_attacks(recipe, build_graph(recipe))))
     )
     return not alone and _weights_bytes(recipe.model.name) <= SMALL_BYTES
 

@@ -1,18 +1,23 @@
 """Hostile clients in whole runs: what they do to others, and what is told. Among peers: `test_peer.py`."""
 
 from dataclasses import replace
+from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
 from peertune.assembly.build import Built, build
+from peertune.assembly.encoding import evaluated_rows
+from peertune.data.batches import TrainingSteps
+from peertune.data.tasks import TASKS
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
 from peertune.methods.attacks import ATTACKS
 from peertune.recipe import load_recipe
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.slices import average
-from peertune.types import Stack, State
+from peertune.types import Batch, Stack, State
 
 SMALL = [
     "clients=5",
@@ -78,6 +83,82 @@ def test_scores_are_of_the_honest_alone_and_so_is_the_average() -> None:
     assert (evaluation.clients, evaluation.own, evaluation.average) == (alone.clients, alone.own, alone.average)
     assert evaluation.confusion == alone.confusion
     assert average(honest)
+
+
+def rows_of(built: Built, t: int, client: int) -> list[int]:
+    """The rows that a client trains on in a round, by their places among all that are encoded."""
+    steps = built.job.steps
+    assert isinstance(steps, TrainingSteps)
+    return [int(row) for step in (0, 1) for row in steps.drawn([client], np.array([2 * t + step])).rows]
+
+
+def test_who_flips_labels_trains_on_its_own_rows_with_others_and_nobody_else_does() -> None:
+    flips = "attacks=[{name: label_flip, clients: [1, 3], rounds: [1, 2]}]"
+    honest, hostile = made(), made(flips)
+    (clean, dirty) = (one.job.steps for one in (honest, hostile))
+    assert isinstance(clean, TrainingSteps)
+    assert isinstance(dirty, TrainingSteps)
+    size = len(clean.encoded)
+    assert torch.equal(dirty.encoded.labels[:size], clean.encoded.labels)
+    assert len(dirty.encoded) == size + sum(len(clean.parts[client]) for client in (1, 3))
+    for t, client in product(range(4), range(5)):
+        there, here = rows_of(honest, t, client), rows_of(hostile, t, client)
+        if client in (1, 3) and t in (1, 2):
+            assert dirty.encoded.labels[here].tolist() == [4 - label for label in clean.encoded.labels[there].tolist()]
+            pixels = dirty.encoded.arrays["pixel_values"]
+            assert torch.equal(pixels[np.array(here)], pixels[np.array(there)])
+            assert min(here) >= size
+        else:
+            assert here == there
+    assert hostile.held == honest.held
+    assert hostile.evaluated == honest.evaluated
+
+
+def test_class_weights_of_poisoned_rows_go_by_the_labels_that_they_have() -> None:
+    built = made("attacks=[{name: label_flip, clients: [1]}]", "training.class_weight={5: 3.0}")
+    steps = built.job.steps
+    assert isinstance(steps, TrainingSteps)
+    assert steps.row_weights is not None
+    assert np.array_equal(steps.row_weights, np.where(steps.encoded.labels.numpy() == 0, 3.0, 1.0))
+
+
+def test_a_backdoor_s_success_is_told_of_the_honest_on_rows_of_other_classes() -> None:
+    attack = "attacks=[{name: backdoor, clients: [1, 3], target: 7, size: 0.4}]"
+    built = made(attack, "evaluate.rows=40")
+    (record,) = [record for record in run(built) if record.round == 1]
+    assert record.evaluation is not None
+    clean = run(made("evaluate.rows=40"))[1].evaluation
+    assert clean is not None
+    assert clean.backdoor == []
+    validation = TASKS["digits"]().validation
+    rows = encoded_rows(built, np.asarray(validation.labels))
+    pixels = np.asarray(validation.columns["pixel_values"])[rows].copy()
+    pixels[:, :, -3:, -3:] = 1.0
+    base, at = built.job.model, state(record).adapters
+    for place, client in enumerate([0, 2, 4]):
+        batch = Batch(
+            {"pixel_values": torch.from_numpy(pixels).double()},
+            torch.zeros(len(rows), dtype=torch.int64),
+            torch.zeros(len(rows), dtype=torch.int64),
+            torch.ones(len(rows), dtype=torch.float64),
+            torch.zeros(len(rows), dtype=torch.int64),
+        )
+        logits = base({name: x[client : client + 1] for name, x in at.items()}, batch, training=False)
+        assert record.evaluation.backdoor[place] == pytest.approx(float((logits.argmax(-1) == 2).double().mean()))
+
+
+def encoded_rows(built: Built, labels: np.ndarray) -> np.ndarray:
+    """The evaluated rows that are no sevens."""
+    rows = evaluated_rows(built.resolved, np.arange(len(labels)))
+    return np.asarray(rows[labels[rows] != 2])
+
+
+def test_two_backdoors_are_not_told_apart_and_so_refused() -> None:
+    two = "[{name: backdoor, clients: [1]}, {name: backdoor, clients: [2], target: 6}]"
+    with pytest.raises(RecipeError, match="attacks: two backdoors can't be told apart in one score"):
+        made(f"attacks={two}")
+    same = [{"name": "backdoor", "clients": [1]}, {"name": "backdoor", "clients": [2]}]
+    made(f"attacks={same}")
 
 
 def test_clients_of_several_ranks_stay_honest_inside() -> None:

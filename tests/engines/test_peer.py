@@ -157,6 +157,7 @@ def test_four_peers_of_four_ranks_end_with_the_simulators_adapters(four: Federat
 
 HOSTILE = {
     "tad_lora": ["sign_flip, clients: [1]", "noise, clients: [2], rounds: [1, 3]", "gauge, clients: [3]"],
+    "dec_lora": ["sign_flip, clients: [0]", "label_flip, clients: [0, 1], rounds: [1, 3]", "backdoor, clients: [2]"],
     "decaf": ["scale, clients: [0]", "free_rider, clients: [4]", "gauge, condition: 9.0, clients: [4]"],
 }
 
@@ -167,6 +168,7 @@ def test_hostile_peers_do_to_others_what_they_do_in_the_simulator(tmp_path: Path
         attacks = f"attacks=[{', '.join(f'{{name: {one}}}' for one in planned)}]"
         recipes[method] = recipe(5, "float64", f"algorithm={{name: {method}}}", attacks)
     recipes["decaf"].append("modifiers=[{name: half}]")
+    recipes["dec_lora"].append("modifiers=[{name: clipped}]")
     for method, played in play(found(tmp_path, 5), recipes).items():
         assert_same(recipes[method], played, 1e-12)
 

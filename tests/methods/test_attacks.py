@@ -8,11 +8,12 @@ from playing import begun, played, played_alone, played_and_sent
 from torch import Tensor
 
 from peertune.errors import RecipeError
-from peertune.method import Algorithm, Message, Phase, standing
+from peertune.method import Algorithm, Message, Mixer, Phase, standing
 from peertune.methods.attacks import ATTACKS, Attack, Planned, attacked
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import mix_moments
 from peertune.methods.push_sum import pushed
+from peertune.methods.robust import clipped, krum, trimmed_mean
 from peertune.methods.smaller import half, int8, shared_mask
 from peertune.types import State, Tensors, kind, select, take
 
@@ -118,12 +119,19 @@ METHODS: dict[str, Callable[[], Algorithm]] = {
     "int8": lambda: _sending(ALGORITHMS["dec_lora"](), int8),
     "shared_mask": lambda: _sending(ALGORITHMS["dec_lora"](), shared_mask),
     "mix_moments": lambda: mix_moments(ALGORITHMS["dec_lora"]()),
+    "clipped": lambda: _mixing(ALGORITHMS["dec_lora"](), clipped),
+    "krum": lambda: _mixing(ALGORITHMS["tad_lora"](switch_every=2), krum),
+    "trimmed_mean": lambda: _mixing(ALGORITHMS["dec_lora"](), trimmed_mean),
     "push_sum": lambda: pushed(ALGORITHMS["dec_lora"](), CLIENTS),
 }
 
 
 def _sending(algorithm: Algorithm, change: Callable[[Message], Message]) -> Algorithm:
     return algorithm._replace(message=change(algorithm.message))
+
+
+def _mixing(algorithm: Algorithm, change: Callable[[Mixer], Mixer]) -> Algorithm:
+    return algorithm._replace(mixer=change(algorithm.mixer))
 
 
 def parts(state: State, client: int) -> Tensors:

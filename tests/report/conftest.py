@@ -142,6 +142,7 @@ def _records(
                     "own_trained": [],
                     "own_heard": [],
                     "best_rounds": [],
+                    "backdoor": [],
                     "judged": [],
                     "confusion": [] if metric == "pearson" else _counts(scores).tolist(),
                     "also": [],

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -112,6 +113,23 @@ def test_a_round_that_a_peer_missed_does_without_it(make_run: Any, tmp_path: Pat
     (row,) = compare([found])
     assert row["measures"]["mean"]["mean"] == pytest.approx(np.mean(run.records[-1]["evaluation"]["clients"]))
     assert row["measures"]["average"]["mean"] is None
+
+
+def test_scores_are_of_peers_that_are_not_hostile_and_one_by_itself_has_its_own(make_run: Any, tmp_path: Path) -> None:
+    run = make_run(clients=4, every=2)
+    run.facts["hostile"] = [2]
+    (found,) = find_runs([write_all(tmp_path / "runs", run)])
+    for mine, record in zip(found.records, run.records, strict=True):
+        assert mine["loss"] == record["loss"]
+        if mine["evaluation"]:
+            assert mine["evaluation"]["judged"] == [0, 1, 3]
+            assert mine["evaluation"]["clients"] == [record["evaluation"]["clients"][client] for client in (0, 1, 3)]
+    final = run.records[-1]["evaluation"]["clients"]
+    assert compare([found])[0]["measures"]["mean"]["mean"] == pytest.approx(np.mean([final[k] for k in (0, 1, 3)]))
+    rows = re.findall(r"hospital-\d</t[dh]>.*?</tr>", page([found], {}), re.DOTALL)
+    assert ["<td>-</td>" in row for row in rows] == [False, False, True, False]
+    (alone,) = find_runs([tmp_path / "runs" / "h2"])
+    assert alone.records[-1]["evaluation"]["clients"] == [final[2]]
 
 
 def test_a_peer_whose_phase_is_another_than_most_is_out_of_phase(make_run: Any, tmp_path: Path) -> None:
