@@ -29,7 +29,7 @@ def test_records_come_back_as_they_were(run: Path) -> None:
         "rows": 4,
         "top_share": [0.5, 0.5, 1.0],
         **{key: [] for key in ("own", "nll", "ece", "heard_ensemble", "own_constant", "confusion", "also")},
-        **{key: [] for key in ("best_rounds", "own_trained", "own_heard")},
+        **{key: [] for key in ("backdoor", "best_rounds", "judged", "own_trained", "own_heard")},
         **dict.fromkeys(("ensemble", "route", "constant")),
     }
 
