@@ -18,6 +18,7 @@ from federation import Federation, found, free_ports
 from processes import Command, finish, finish_well, start, wait_until
 from seeing import COLOURS, save_images, save_vit
 
+from peertune.api.peering import Peer, joined_peers
 from peertune.assembly.registry import build_graph, choice_defaults, graph_settings
 from peertune.errors import Exit, GraphError
 from peertune.identity import authority as ca
@@ -84,6 +85,18 @@ def waiting(two: Federation) -> Iterator[tuple[Path, int, Command]]:
     finally:
         process.kill()
         finish(process)
+
+
+def test_a_peer_that_the_recipe_makes_hostile_says_so_in_a_line(
+    two: Federation, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [*SMALL, "attacks=[{name: noise, clients: [1], rounds: [1, 1]}]"]
+    for client in (0, 1):
+        peer = Peer(two.peer(client), two.roster)
+        with joined_peers("digits-demo", asked, tmp_path / f"{client}", peer):
+            assert json.loads((tmp_path / f"{client}" / "facts.json").read_text())["hostile"] == [1]
+    warned = [record.getMessage() for record in caplog.records if "hostile to" in record.getMessage()]
+    assert warned == ["attacks: the recipe makes peer-1, client 1, hostile to the others; it is for tests"]
 
 
 def test_a_peer_that_waits_says_so_until_it_is_gone(

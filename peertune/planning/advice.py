@@ -77,7 +77,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     chosen = completed(recipe)
     names = {f"{block}.name": chosen[block].name for block in ("task", "graph", "algorithm")}
     graph = {f"graph.{key}": chosen["graph"].settings.get(key) for key in ("activation", "weights")}
-    blocks = {"model", "lora", "head", "clients", "modifiers", "training", "rounds", "faults"}
+    blocks = {"model", "lora", "head", "clients", "modifiers", "training", "rounds", "faults", "attacks"}
     own = flat(recipe.model_dump(mode="json", include=blocks))
     names["time.mode"] = recipe.time.mode  # the rest of `time` changes nothing where all go by rounds
     return names | graph | {key: value for key, value in own.items() if key not in NO_SETTINGS}

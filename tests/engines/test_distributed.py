@@ -48,6 +48,16 @@ RECIPES |= {
     ],
     "always": [*SMALL, "graph.activation=1.0"],
     "clipped": [*SMALL, "modifiers=[{name: clipped}]", "graph.activation=1.0", f"faults={FAULTS}"],
+    # with three processes the last one holds no honest client
+    "hostile": [
+        *SMALL,
+        "attacks=[{name: gauge, clients: [4, 1]}, {name: label_flip, clients: [4]}, {name: backdoor, clients: [1]}]",
+        "modifiers=[{name: krum}, {name: half}]",
+        "graph.activation=1.0",
+        "training={learning_rate: 0.1, optim: sgd, local_steps: 1, per_device_train_batch_size: 3}",
+        "evaluate={every: 2, rows: 10, on: both, ensemble: true, mixing: true, load_best: true}",
+        f"faults={FAULTS}",
+    ],
     "changing": [
         *SMALL,
         "clients=8",
