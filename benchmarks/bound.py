@@ -62,15 +62,17 @@ def cost(clients: int, activation: float, repeats: int = 5) -> list[Figure]:
         "q.A": torch.randn(clients, r, d, generator=draw) / (3 * d) ** 0.5,
         "q.B": 0.1 * torch.randn(clients, d, r, generator=draw),
     }
-    stacks = stacked(own)
+    stacks, mixed = stacked(own), stacked({name: x.clone() for name, x in own.items()})
     at = standing(range(clients), torch.zeros(clients, dtype=torch.int64))
     graph = GRAPHS["complete"](clients=clients, activation=activation)
     weights = as_weights(weights_at(graph, 0), torch.device("cpu"))
     i, j, _ = entries(weights)
+    everybody = (torch.arange(clients),) * 2  # what mixing came to is held against what each had
     pairs, bound, phase = (i[i != j], j[i != j]), Bound({"q": (20.0, 2.0)}), Phase(frozenset("AB"), frozenset("AB"))
 
     def bounding() -> None:
-        if refused(bound, stacks, stacks, *pairs) or apart(bound, stacks, stacks, *pairs):
+        found = refused(bound, stacks, stacks, *pairs) + apart(bound, stacks, stacks, *pairs)
+        if found + refused(bound, stacks, mixed, *everybody):
             raise RuntimeError("something was refused")
 
     actions: dict[str, Callable[[], object]] = {

@@ -147,7 +147,8 @@ def lora_fair(ridge: float = 0.01) -> Algorithm:
 
     Source: arXiv 2411.14961, with a server; here each client averages its neighbourhood. Differs from the paper: its
     objective is a cosine between the products, which leaves their scale to its penalty. Ours is the squared distance,
-    which has a closed form; see `corrected`. The paper's weight of the penalty is .01, of another objective.
+    which has a closed form; see `corrected`. The paper's weight of the penalty is .01, of another objective. However
+    near to singular the averaged A is, the correction is bounded; below .01 `ridge` changes only what Ā holds firmly.
 
     Raises:
         RecipeError: `ridge` is not above 0.

@@ -77,6 +77,9 @@ def turned_back(strength: float | Literal["hard"]) -> Local:
     B'. R is the rotation nearest to `(1 - strength) I + strength · that`. With "hard" it is `U Vᵀ` itself, which may be
     a reflection. Round 0 turns nothing, and a pair that did not move stays bit for bit. Directions in which M vanishes
     say nothing about a rotation, and are turned as little as can be.
+
+    **What bounds it.** R is orthogonal whatever M is, so each factor's norm and the product stay. Only which rotation
+    it is follows from the round's start, and so from what was heard.
     """
 
     def end(start: Tensors, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:

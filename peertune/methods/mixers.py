@@ -26,6 +26,9 @@ from peertune.types import Tensors, kind, pairs
 STEP = 0.3
 """By how much products move towards those of clients of another rank, where nothing else is asked for."""
 
+STEEPEST = 5.0
+"""How many times the cross term a correction may be, at most."""
+
 _PAIR = frozenset({"A", "B"})
 _ROW_NORM = 1 / sqrt(3)  # of A at the start: d_in entries of variance 1 / (3 d_in), Kaiming-uniform with a = sqrt(5)
 _CHUNK_FLOATS = 2**24  # heard factors gathered at once; bounds the memory of dense graphs
@@ -70,6 +73,10 @@ def products(unequal: Literal["common_rank", "truncate"] = "common_rank", step: 
     but for what SVD_r takes away. That is little where a step is small: .3 brings clients near the mean, 1 does not
     (docs/results.md). A receiver that heard only its own rank gets the average above, up to rounding.
 
+    **What bounds it.** A's rows are c times orthonormal ones, and the product is a projection of the averaged one, so
+    no larger than the largest that is averaged. Where what was heard is nearly singular, the small directions are
+    noise, as large as rounding. Nothing is divided by them.
+
     Acts only in rounds that send both A and B. Source: DeCAF (arXiv 2505.21382); "truncate" is what FlexLoRA (arXiv
     2402.11505) does with a server. Not stated in the paper of DeCAF, as far as we know it: the split, the signs, and
     what becomes of directions without weight. "common_rank" is ours.
@@ -89,9 +96,14 @@ def corrected(ridge: float) -> Mixer:
 
     With `Ā = Σ_j W_ij A_j` and `B̄ = Σ_j W_ij B_j`, receiver i takes Ā and `B̄ + D`, where D minimises
     `‖Σ_j W_ij B_j A_j - (B̄ + D) Ā‖² + ridge · ‖D‖²` in Frobenius norms, in closed form:
-    `(B̄ + D) (Ā Āᵀ + ridge · I) = Σ_j W_ij B_j (A_j Āᵀ) + ridge · B̄`. No product is formed: its cost is
+    `D (Ā Āᵀ + ridge · I) = C Āᵀ`, with the cross term `C = Σ_j W_ij B_j A_j - B̄ Ā`. No product is formed: its cost is
     `m r² (d_in + d_out)`. With a small ridge this projects the averaged product's rows onto what Ā's rows span. The
     algebra is in float64. Acts on pairs only in rounds that send both A and B.
+
+    **What bounds it.** In a direction in which Ā has the singular value S, D is `S / (S² + ridge)` of C at most. Where
+    Ā is nearly singular, as when others send what cancels a receiver's A, that may be as much as `1 / (2 √ridge)`. So
+    it is held at STEEPEST, which is what a ridge of .01 comes to: `‖D‖ <= STEEPEST · ‖C‖`, whatever was heard and
+    whatever the ridge. A direction that Ā lacks gets no correction.
     """
 
     def correct(
@@ -101,15 +113,27 @@ def corrected(ridge: float) -> Mixer:
             parts = share[..., None].double()
             A, B = heard_A[senders].double(), parts * heard_B[senders].double()  # [G, m, r, d_in], [G, m, d_out, r]
             mean_A, mean_B = (parts * A).sum(1), B.sum(1)
-            weight = ridge * torch.eye(A.shape[2], dtype=A.dtype, device=A.device)
-            wanted = (B @ (A @ mean_A.mT[:, None])).sum(1) + mean_B @ weight  # [G, d_out, r]
-            new_B = torch.linalg.solve(mean_A @ mean_A.mT + weight, wanted, left=False)
-            yield receivers, mean_A.to(own_A.dtype), new_B.to(own_B.dtype)
+            inner = mean_A @ mean_A.mT
+            rest = (B @ (A @ mean_A.mT[:, None])).sum(1) - mean_B @ inner  # C Āᵀ, [G, d_out, r]
+            squares, Q = torch.linalg.eigh(inner)  # S² [G, r]
+            gain = _gain(squares, ridge)[:, None]
+            yield receivers, mean_A.to(own_A.dtype), (mean_B + rest @ Q * gain @ Q.mT).to(own_B.dtype)
 
     mix = _forgetful(
         lambda own, heard, weights, at, phase: _by_pairs(own, heard, weights, phase, groups(weights), correct)
     )
     return mix._replace(by_entry=False)
+
+
+def _gain(squares: Tensor, ridge: float) -> Tensor:
+    """Return `1 / (S² + ridge)` of squares S² `[G, r]`, rising, and `STEEPEST / S` where that is less.
+
+    A square that is rounding counts as rounding, so that what stands in its direction, which is rounding as well, is
+    not made large.
+    """
+    precision = torch.finfo(squares.dtype)
+    lowest = squares.shape[1] * precision.eps * squares[:, -1:] + precision.tiny
+    return torch.minimum(1 / (squares.clamp(min=0) + ridge), STEEPEST / squares.maximum(lowest).sqrt())
 
 
 def _forgetful(mix: Callable[[Tensors, Tensors, Tensor, At, Phase], Tensors]) -> Mixer:
@@ -229,7 +253,12 @@ def _truncate_by_direction(
     """Combine as `_truncate` does, with weights by singular direction, of clients of these `ranks [H]`."""
     most = int(ranks.max())
     A, B = heard_A[:, :most].double(), heard_B[..., :most].double()
-    cut = (ranks >= own_B.shape[-1]).nonzero()[:, 0].to(A.device)  # of lower ranks all directions have one weight
+    cuts = torch.zeros(len(A), dtype=torch.bool, device=A.device)
+    for _, senders, _ in groups:  # what nobody here mixes need not be numbers that can be decomposed
+        cuts[senders] = True
+    cut = (cuts & (ranks >= own_B.shape[-1]).to(A.device)).nonzero()[
+        :, 0
+    ]  # of lower ranks all directions have one weight
     new_A, new_B = _by_direction(A[cut], B[cut])
     return _truncate(own_A, own_B, A.index_copy(0, cut, new_A), B.index_copy(0, cut, new_B), groups)
 

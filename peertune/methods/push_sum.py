@@ -8,6 +8,10 @@ ratios z = x / w come to the clients' mean. Clients hold, train and send z, with
 Each **kind** has a scalar of its own, which is pushed in the rounds in which that kind is sent. With one for all, the
 mean that clients come to would be another where a phase sends some kinds only.
 
+**What others say.** A mass is above 0 and at most all that there is. One who claims more than its own could have its
+receivers exceed that, and one who takes mass and gives none could have theirs vanish. So what a client comes to hold is
+held within the same limits: nobody becomes such as others refuse.
+
 **What is lost.** A sender tells each receiver running totals of the mass that it has given it. So what a message that
 is lost would have brought comes with the next one over the same edge. In a simulation it is enough to hold what is
 under way, by receiver and by those senders of whom the recipe plans to lose something: its mass, and its mean.
@@ -106,7 +110,8 @@ class _Push(NamedTuple):
                 slot = torch.arange(arrives.numel(), device=w.device)
                 rows, columns = torch.cat([rows, slot // self.slots]), torch.cat([columns, H + slot])
                 mass = torch.cat([mass, arrives.flatten()])
-            total = changed[_weight(k)] = mass.new_zeros(K).index_add(0, rows, mass)
+            total = mass.new_zeros(K).index_add(0, rows, mass)
+            changed[_weight(k)] = total.clamp(torch.finfo(total.dtype).tiny, self.clients)
             at_places, size = torch.stack([rows, columns]), (K, H + K * self.slots)
             R = torch.sparse_coo_tensor(at_places, mass / total[rows], size, check_invariants=False)
             used[k] = R.to_dense() if weights.layout == torch.strided else R.coalesce()
@@ -142,7 +147,7 @@ class _Push(NamedTuple):
                 if kind(name) == k:
                     mean = memory[_late(name)]
                     share = part.view(*part.shape, *[1] * (mean.dim() - 2)).to(mean.dtype)
-                    changed[_late(name)] = torch.lerp(mean, heard[name][slots.place], share)
+                    changed[_late(name)] = mean * (1 - share) + heard[name][slots.place] * share  # lerp may overflow
         return arrives, changed
 
 

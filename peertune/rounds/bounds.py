@@ -15,6 +15,9 @@ as large as the floor with such an A, and a head what the base has. (All norms a
 Products are never formed: `‖B A‖² = tr(BᵀB AAᵀ)`, of r × r matrices. Sums are in float64, and something passes only if
 `value <= bound` is true, so NaN and what overflows don't.
 
+What mixing came to is judged once more, as if it were heard (`rounds.mixing`). A mix of several holds products of one's
+B with another's A, which are not looked at pair by pair.
+
 Where ranks differ, two pairs meet in the rows of A and the columns of B that both have: `B_i A_j` is of these.
 
 Pure functions of adapters of R receivers, of H who were heard, each by stacks, and E pairs of them.

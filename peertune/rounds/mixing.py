@@ -4,11 +4,14 @@ Where what is read is not exactly what a sender has, such as adapters in half pr
 `x_i + (m_i - Q(x_i))`: m_i is what the mixer makes of Q(x_i), its own adapter as others read it, and of what it heard.
 For gossip this is `x_i + Σ_j W_ij (Q(x_j) - Q(x_i))`: with symmetric W the clients' mean stays what it was, up to
 rounding, and a client that hears nobody keeps its adapter. Rounded others beside an exact own would move the mean.
+
+What mixing comes to is held against the bound, too, at each site (`_take_over`).
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -18,12 +21,12 @@ from torch import Tensor
 from peertune.method import At, Memory, Phase, Weights, plain_weights
 from peertune.methods.shares import as_weights, entries, giving_back, of_slice, without_site
 from peertune.rounds import bounds, deadline, metrics
-from peertune.rounds.bounds import Refusal
+from peertune.rounds.bounds import Bound, Refusal
 from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.record import summed
 from peertune.rounds.slices import Slice, everyones, filled, rank, slices
 from peertune.topology import drop_edges, messages_sent, planned_weights
-from peertune.types import Stack, State, Tensors, in_order, take
+from peertune.types import Stack, State, Tensors, in_order, stacked, take
 
 
 def exchanged(
@@ -119,6 +122,27 @@ def arrived(job: Job, heard: Heard, clients: Sequence[int], t: int) -> Heard:
     return heard._replace(weights=weights, failed=sorted({*heard.failed, *before} - {*after}), sites=sites)
 
 
+def finite(job: Job, heard: Heard) -> Heard:
+    """Return what was heard with zeros in the place of infinities and NaN, where there is a bound, which refuses them.
+
+    They have no weight, and yet would count: zero times NaN is NaN.
+    """
+    numbers = [x for _, tensors in heard.stacks for x in tensors.values() if x.is_floating_point()]
+    if (
+        job.bound is None
+        or not numbers
+        or bool(torch.stack([x.sum(dtype=torch.float64) for x in numbers]).isfinite().all())
+    ):
+        return heard
+    return heard._replace(
+        stacks=[Stack(rows, {n: _finite(x) for n, x in tensors.items()}) for rows, tensors in heard.stacks]
+    )
+
+
+def _finite(x: Tensor) -> Tensor:
+    return x.nan_to_num(0.0, 0.0, 0.0) if x.is_floating_point() else x
+
+
 class _Meeting(NamedTuple):
     """Adapters of one site, or of a rank slice of one, that are mixed with others of their shape."""
 
@@ -177,14 +201,18 @@ def _mix(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> Weights:
     mixer, exact = job.algorithm.mixer, job.algorithm.message.exact
     used = _weighed(job, state, mixed, at, phase)
     meetings = (_slices if mixer.ranks == "slices" else _by_receiver) if job.ranks else _sites
-    for part, own, came, share, places, here, known in meetings(job, state, mixed, used, at):
-        as_read = own.tensors if exact else own.tensors | _read(own.tensors, came, places)
-        new, changed = mixer.receive(as_read, came, share, known, here, phase)
-        for name, x in own.tensors.items():
-            if new[name] is not as_read[name]:
-                _write(state, part, own.rows, name, new[name] if exact else x + new[name].sub(as_read[name]))
-        if changed:
-            state.remember(changed)
+    for _, of_site in groupby(meetings(job, state, mixed, used, at), lambda meeting: meeting.part.left):
+        found = []
+        for part, own, came, share, places, here, known in of_site:
+            as_read = own.tensors if exact else own.tensors | _read(own.tensors, came, places)
+            new, changed = mixer.receive(as_read, came, share, known, here, phase)
+            new = {name: x for name, x in new.items() if x is not as_read[name]}
+            if not exact:
+                new = {name: own.tensors[name] + x.sub(as_read[name]) for name, x in new.items()}
+            found.append((part, Stack(own.rows, new)))
+            if changed:
+                state.remember(changed)
+        _take_over(job, state, found, at)
     return used
 
 
@@ -203,19 +231,47 @@ def _taken(mixed: Heard, used: Weights, at: At, without: Sequence[int] = ()) -> 
     return [(client, had, took) for client, had, took in zip(mixed.clients, *sums, strict=True) if had > 0]
 
 
+def _take_over(job: Job, state: State, found: Sequence[tuple[Slice, Stack]], at: At) -> None:
+    """Write what mixing came to at a site, whole or by slices, **in place**.
+
+    Where this goes as far beyond what a client had as nothing that is heard may, the client keeps what it had of the
+    site. What was heard of two may be within the bound and their mix not: one sends A, the other B.
+    """
+    for own, cohort in state.parts:
+        (part, (_, after)), *others = found
+        if others or part.hi is not None or len(state.parts) > 1:
+            after = _put_together(cohort.adapters, own, found)
+        before = {name: cohort.adapters[name] for name in found[0][0].names}
+        kept = [] if job.bound is None or not after else _outgrown(job.bound, before, after)
+        for place, _, why in kept:
+            client, t = (int(x[own[place]]) for x in (at.clients, at.round))
+            said = f"round {t}: what mixing came to isn't taken, of those whom it heard together"
+            job.lines.say(client, f"{said}: {why}; it keeps what it had of this site")
+        places = torch.tensor([place for place, _, _ in kept], dtype=torch.int64, device=job.device)
+        for name, x in after.items():
+            before[name].copy_(x.index_copy(0, places, before[name][places]) if kept else x)
+
+
+def _outgrown(bound: Bound, before: Tensors, after: Tensors) -> list[Refusal]:
+    """Return what of a site went too far, by client: what came of mixing is judged as if it were heard."""
+    everybody = torch.arange(len(next(iter(after.values()))), device=next(iter(after.values())).device)
+    return bounds.refused(replace(bound, sound=None), stacked(before), stacked(after), everybody, everybody)
+
+
+def _put_together(adapters: Tensors, own: Tensor, found: Sequence[tuple[Slice, Stack]]) -> Tensors:
+    """Return what a cohort has of a site now, of what mixing came to for some clients, by slices or not."""
+    after: Tensors = {}
+    for part, (rows, new) in found:
+        there = torch.isin(own, rows).nonzero()[:, 0]
+        for name, x in new.items() if len(there) else ():
+            whole = after.setdefault(name, adapters[name].clone())
+            part.of(name, whole)[there] = x[torch.searchsorted(rows, own[there])]
+    return after
+
+
 def _read(own: Tensors, came: Tensors, places: Tensor) -> Tensors:
     """Return what others read of receivers, who stand at these places among those who were heard."""
     return {n: Slice([n], 0, rank(own, [n])).of(n, came[n][places]) for n in own if n in came}
-
-
-def _write(state: State, part: Slice, rows: Tensor, name: str, x: Tensor) -> None:
-    """Write what some clients, by their rows, have of a site now, **in place**."""
-    for own, cohort in state.parts:
-        to = part.of(name, cohort.adapters[name])
-        if len(state.parts) == 1:
-            to.copy_(x)
-        elif len(there := torch.isin(own, rows).nonzero()[:, 0]):
-            to[there] = x[torch.searchsorted(rows, own[there])]
 
 
 def _weighed(job: Job, state: State, mixed: Heard, at: At, phase: Phase) -> Weights:

@@ -16,7 +16,7 @@ from peertune.methods.shares import entries
 from peertune.rounds import best, deadline, metrics
 from peertune.rounds.clock import Span, lockstep
 from peertune.rounds.job import CLOCK, Exchange, ExchangeOf, Heard, Job
-from peertune.rounds.mixing import arrived, mix, mixable, places_among, refusing
+from peertune.rounds.mixing import arrived, finite, mix, mixable, places_among, refusing
 from peertune.rounds.record import RoundRecord, Watch
 from peertune.rounds.slices import chosen
 from peertune.rounds.turns import Came, Turn, train
@@ -176,7 +176,7 @@ def end(
         sent, changed = message.send(part.adapters, part.known, turn.at, phase)
         part.remember(changed)
         payload += [Stack(members, sent)] if sent else []
-    heard = arrived(job, exchange(payload, t, refusing(job, state)), clients, t)
+    heard = finite(job, arrived(job, exchange(payload, t, refusing(job, state)), clients, t))
     watch.lap("exchange")
     at = at._replace(heard=torch.tensor(heard.clients, dtype=torch.int64))
     neighbours = metrics.neighbour_counts(heard.weights) if payload else [0] * len(clients)

@@ -280,17 +280,23 @@ def train_local(
             "model: it draws dropout that can't be keyed by row, so results would depend on history; "
             "use model.dropout=false"
         )
+    _need_finite([*trained.values(), totals], at)
     if ends:
         moved, new = local.end(start, adapters, memory, at, phase)
         changed |= new
         for name, x in moved.items():
             adapters[name].copy_(x)
-    if not all(x.isfinite().all() for x in (*trained.values(), totals)):
+        _need_finite(moved.values(), at)
+    return Trained(count, totals, lengths, start, changed)
+
+
+def _need_finite(tensors: Iterable[Tensor], at: At) -> None:
+    """Raise DivergedError where a number that local steps came to is infinite or none."""
+    if not all(x.isfinite().all() for x in tensors):
         raise DivergedError(
             f"training: a loss or an adapter is no longer finite after round {int(at.round[0])}; "
             "lower training.learning_rate or training.max_grad_norm"
         )
-    return Trained(count, totals, lengths, start, changed)
 
 
 def _rates_at(optim: Optim, steps: Tensor, device: torch.device) -> Rates:

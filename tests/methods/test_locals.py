@@ -222,3 +222,27 @@ def test_a_chain_without_links_is_refused(settings_: dict[str, int], line: str) 
 def test_a_chain_of_more_links_than_ranks_is_refused() -> None:
     with pytest.raises(RecipeError, match=r"algorithm\.links: 4 links of rank 3; give at most 3, or more ranks"):
         begun(ALGORITHMS["rac_lora"](links=4), pairs(0))
+
+
+@either_round
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, "hard"])
+@pytest.mark.parametrize("what", ["zero", "rows alike", "falls", "huge", "tiny", "opposite"])
+def test_a_turn_towards_what_is_singular_or_huge_keeps_the_product_and_the_lengths(
+    round: int, strength: Strength, what: str
+) -> None:
+    start, trained = pairs(0), pairs(1)
+    for name, x in start.items():
+        left, _, right = torch.linalg.svd(x, full_matrices=False)
+        made = {
+            "zero": 0 * x,
+            "rows alike": x[:, :1].expand_as(x),
+            "falls": (left * 10.0 ** -torch.arange(0.0, 300.0, 100.0).double()) @ right,
+            "huge": 1e150 * x,
+            "tiny": 1e-300 * x,
+            "opposite": -trained[name],
+        }
+        start[name] = made[what].clone()
+    after = turned(start, trained, strength, round)
+    for name, x in after.items():
+        torch.testing.assert_close(torch.linalg.matrix_norm(x), torch.linalg.matrix_norm(trained[name]))
+    torch.testing.assert_close(after["site.B"] @ after["site.A"], trained["site.B"] @ trained["site.A"])

@@ -266,7 +266,7 @@ def test_a_receiver_that_heard_only_itself_keeps_its_pair_bit_for_bit(mixer: Mix
 
 
 @some
-@given(seeds, st.integers(1, 5), st.integers(1, 3), st.sampled_from([1e-3, 0.1, 10.0]))
+@given(seeds, st.integers(1, 5), st.integers(1, 3), st.sampled_from([1e-2, 0.1, 10.0]))
 def test_the_correction_is_the_least_squares_solution_over_whole_products(
     seed: int, n: int, r: int, ridge: float
 ) -> None:
@@ -292,3 +292,62 @@ def test_a_large_penalty_leaves_plain_averages_and_equal_pairs_need_no_correctio
     for name in pairs:
         torch.testing.assert_close(received(corrected(1e9), pairs, pairs, weights)[name], averaged[name])
         torch.testing.assert_close(received(corrected(1e-3), equal, equal, weights)[name], equal[name])
+
+
+RIDGES = [5e-324, 1e-300, 1e-30, 1e-12, 1e-4, 1e-2, 1.0, 1e300]
+
+
+@st.composite
+def hostile(draw: st.DrawFn) -> Tensors:
+    """Pairs that are within the bound of one another, of which the mean A is singular or nearly so."""
+    r, seed = draw(st.integers(1, 4)), draw(seeds)
+    pairs, n = random_pairs(seed, 4, r, 8, 6), 4
+    A, B = pairs["site.A"], pairs["site.B"]
+    B[1:] *= draw(st.sampled_from([1e-300, 1.0, 30.0, 100.0]))
+    match draw(st.sampled_from(["cancels", "rows alike", "zero", "falls", "near"])):
+        case "cancels":
+            A[1:] = -A[:1] / (n - 1) * (1 + draw(st.sampled_from([0, 1e-16, 1e-8, 1e-3])) * A[1:])
+        case "rows alike":
+            A[:] = A[:, :1]
+        case "zero":
+            A[:, 0] = 0
+        case "falls":
+            left, _, right = torch.linalg.svd(A, full_matrices=False)
+            A[:] = (left * 10.0 ** (-draw(st.integers(6, 300)) * torch.arange(r).double())) @ right
+        case "near":
+            A[:] = 1e-30 * A
+    return pairs
+
+
+@settings(some, max_examples=60)
+@given(hostile(), st.sampled_from(RIDGES))
+def test_a_correction_is_bounded_however_near_to_singular_the_mean_is_and_whatever_the_ridge(
+    pairs: Tensors, ridge: float
+) -> None:
+    weights = torch.full((4, 4), 1 / 4, dtype=torch.float64)
+    mixed, plain = (received(mixer, pairs, pairs, weights) for mixer in (corrected(ridge), gossip()))
+    cross = (product(pairs).mean(0) - product(plain)[0]).norm()
+    rounding = 1e-6 * sum(x.norm() for x in product(pairs)) + 1e-300
+    D = mixed["site.B"] - plain["site.B"]
+    assert torch.linalg.matrix_norm(D).max() <= mixers.STEEPEST * cross * (1 + 1e-9) + rounding
+    far = torch.linalg.matrix_norm(product(mixed) - product(pairs).mean(0)).max()
+    assert far <= cross * (1 + 1e-9) + rounding, "no farther than without a correction"
+
+
+def test_a_ridge_from_a_hundredth_on_is_the_only_bound() -> None:
+    squares = torch.linspace(0, 2, 50, dtype=torch.float64).square()[None]
+    for ridge in (0.01, 0.1, 10.0):
+        torch.testing.assert_close(mixers._gain(squares, ridge), 1 / (squares + ridge), rtol=1e-12, atol=0)
+
+
+@settings(some, max_examples=60)
+@given(hostile())
+def test_products_of_what_is_nearly_singular_are_finite_and_no_larger_than_what_they_are_made_of(
+    pairs: Tensors,
+) -> None:
+    weights = torch.full((4, 4), 1 / 4, dtype=torch.float64)
+    mixed = received(products(), pairs, pairs, weights)
+    assert all(x.isfinite().all() for x in mixed.values())
+    largest = torch.linalg.matrix_norm(product(pairs)).max()
+    assert torch.linalg.matrix_norm(product(mixed)).max() <= largest * (1 + 1e-6)
+    torch.testing.assert_close(3 * mixed["site.A"].square().sum(-1), torch.ones(4, pairs["site.A"].shape[1]).double())

@@ -228,3 +228,34 @@ def test_an_adapter_whose_factors_are_sent_now_together_and_now_apart_is_refused
         check_needs(recipe, graph, Algorithm(now, gossip()))
     check_needs(recipe, graph, Algorithm(both(), gossip()))
     check_needs(recipe, graph, ALGORITHMS["rolora"]())
+
+
+@pytest.mark.parametrize("claims", [float(CLIENTS), 1e-320])
+def test_whoever_claims_all_mass_or_takes_it_makes_nobody_else_such_as_is_refused(claims: float) -> None:
+    graph, liar = epidemic(activation=0.9), 2
+    method = pushing(MIXED, graph, [])
+    sound, state = method.message.sound, begun(method, adapters())
+    assert sound is not None
+    for t in range(60):
+        for kind in ("A", "B", "head"):
+            state.memory[f"push.{kind}.weight"][liar] = claims
+            if claims < 1 and t == 30:  # what thousands of such rounds leave of the others
+                state.memory[f"push.{kind}.weight"].fill_(1e-310)
+        state = played(method, state, weights(graph, t))
+        masses = {name: x for name, x in state.memory.items() if name.endswith(".weight")}
+        assert sound(masses).all()
+        assert all(x.isfinite().all() for x in state.adapters.values())
+
+
+def test_what_is_under_way_is_finite_however_large_it_was() -> None:
+    graph, start = epidemic(), {name: x.float() for name, x in adapters().items()}
+    faults = [Fault(0, 9, edge=(0, other)) for other in range(1, CLIENTS)]
+    method, largest = pushing(MIXED, graph, faults), torch.finfo(torch.float32).max
+    state = begun(method, start)
+    for t in range(6):
+        for x in state.adapters.values():
+            x[0] = largest * (-1) ** t
+        state = played(method, state, weights(graph, t, faults))
+    late = [x for name, x in state.memory.items() if name.endswith(".late")]
+    assert late
+    assert all(x.isfinite().all() for x in late)

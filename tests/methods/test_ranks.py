@@ -360,3 +360,15 @@ def test_divided_is_of_slices_alone() -> None:
     for whole in (ALGORITHMS["decaf"]().mixer, zero_padded(gossip())):
         with pytest.raises(RecipeError, match=r"^modifiers: divided: is for methods that mix rank slices"):
             divided(whole)
+
+
+def test_what_a_receiver_does_not_mix_need_not_be_what_can_be_decomposed() -> None:
+    ranks, weights = [1, 2, 3], torch.eye(3, dtype=torch.float64)
+    weights[0, :2] = 0.5
+    pairs = clients_of(0, ranks, 6, 5)
+    far = {name: x.clone() for name, x in pairs.items()}
+    for x in far.values():
+        x[2] *= 1e200  # whose product overflows
+    expected, found = (received(products(), ranks, those, weights, [0], range(3)) for those in (pairs, far))
+    for name, x in found.items():
+        torch.testing.assert_close(x, expected[name], rtol=1e-9, atol=1e-9)

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from peertune.adapters.stacked import attach, init_adapters
 from peertune.errors import DivergedError
 from peertune.method import Algorithm, At, Gradient, Local, Memory, Message, Mixer, Phase, Schedule, standing
+from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.schedules import alternating, both, by_round, silent
 from peertune.methods.shares import DENSE_UP_TO, as_weights
 from peertune.rounds.bounds import NEAR, Bound, Refusal
@@ -410,6 +411,85 @@ def test_what_is_refused_fails_at_both_ends_and_is_told(caplog: pytest.LogCaptur
     assert record.not_mixed == []
     assert caplog.messages[0].startswith("client 2: round 0: what it sent client 0 isn't mixed: layer: B_")
     assert caplog.messages[0].endswith("; the edge is dropped")
+
+
+def sending(job: Job, told: Mapping[int, Callable[[Tensors], object]]) -> Any:
+    """What everybody hears, where these clients change what they send, in place."""
+
+    def exchange(clients: Sequence[int], sent: Sequence[Stack], round: int, refuse: Refuse) -> Heard:
+        (stack,) = sent
+        tensors = {name: x.clone() for name, x in stack.tensors.items()}
+        for client, lie in told.items():
+            lie(take(tensors, slice(client, client + 1)))
+        return exchanged(job, clients, clients, [Stack(stack.rows, tensors)], round, refuse)
+
+    return exchange
+
+
+@pytest.mark.parametrize("dense_up_to", [DENSE_UP_TO, 1])
+@pytest.mark.parametrize("method", ["dec_lora", "decaf", "lora_fair"])
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+def test_what_is_no_number_costs_its_sender_its_edges_and_nobody_else_anything(
+    monkeypatch: pytest.MonkeyPatch, method: str, number: float, dense_up_to: int
+) -> None:
+    monkeypatch.setattr("peertune.rounds.shares.DENSE_UP_TO", dense_up_to)
+    job = alike(graph=complete(clients=5), bound=BOUND, rounds=1, algorithm=ALGORITHMS[method]())
+    (record,) = run_rounds(job, sending(job, {2: lambda x: x["layer.A"].fill_(number)}))
+    assert record.failed_edges == [(0, 2), (1, 2), (2, 3), (2, 4)]
+    without = [Fault(0, 0, edge=edge) for edge in record.failed_edges]  # as if it had not been there
+    (expected,) = run(replace(job, faults=without))
+    for name, x in adapters(record).items():
+        for client in (0, 1, 3, 4):
+            torch.testing.assert_close(x[client], adapters(expected)[name][client], rtol=0, atol=1e-12)
+
+
+def test_of_two_that_pass_by_themselves_nothing_is_mixed_where_their_mix_would_not(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    job = alike(graph=complete(clients=3), bound=BOUND, rounds=1)
+    small = {name: 0.01 * x for name, x in job.state.adapters.items()}
+    optim = replace(job.optim, rates=lambda step: every_kind(1e-3))
+    job = replace(job, state=replace(job.state, adapters=small), optim=optim)
+    job = replace(job, algorithm=job.algorithm._replace(schedule=both()))
+
+    def alone(kind: str) -> Callable[[Tensors], object]:
+        """One entry of this factor, 29 times its floor, and nothing of the other."""
+
+        def lie(x: Tensors) -> None:
+            floors = {"A": (2 / 3) ** 0.5, "B": 3**0.5 / 2}
+            for of, least in floors.items():
+                x[f"layer.{of}"].zero_()[0, 0, 0] = 29 * least * (of == kind)
+
+        return lie
+
+    (record,) = run_rounds(job, sending(job, {1: alone("A"), 2: alone("B")}))
+    (trained,) = run(replace(job, algorithm=job.algorithm._replace(mixer=untouched)))
+    assert record.failed_edges == []
+    assert (0, 1) not in record.not_mixed
+    assert (0, 2) not in record.not_mixed
+    for name, x in adapters(record).items():
+        assert torch.equal(x[0], adapters(trained)[name][0])
+    mine = [line for line in caplog.messages if line.startswith("client 0: ")]
+    assert mine[0].startswith(
+        "client 0: round 0: what mixing came to isn't taken, of those whom it heard together: layer"
+    )
+    assert mine[0].endswith("; it keeps what it had of this site")
+
+
+def test_a_mixer_that_makes_too_much_of_what_it_hears_changes_nothing() -> None:
+    def boundless(
+        own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        return {name: x * torch.tensor([1.0, 1e3, torch.nan])[:, None, None] for name, x in own.items()}, {}
+
+    job = alike(graph=complete(clients=3), bound=BOUND, rounds=1)
+    job = replace(job, algorithm=Algorithm(both(), Mixer(boundless)))
+    (record,) = run(job)
+    (trained,) = run(replace(job, algorithm=job.algorithm._replace(mixer=untouched)))
+    for name, x in adapters(record).items():
+        assert torch.equal(x, adapters(trained)[name])
+    (spoilt,) = run(replace(job, bound=None))
+    assert float(adapters(spoilt)["layer.A"][1].norm()) > 100
 
 
 def test_without_a_bound_everything_is_mixed() -> None:

@@ -18,6 +18,7 @@ from peertune.assembly.registry import build_parts
 from peertune.data.tasks import TASKS
 from peertune.errors import DivergedError, ModelError, RecipeError
 from peertune.method import At, Local, Memory, Phase
+from peertune.methods.locals import turned_back
 from peertune.recipe import load_recipe
 from peertune.rounds.training import (
     Optim,
@@ -645,6 +646,26 @@ def test_an_adapter_that_the_last_step_spoils_is_seen_before_a_loss_says_so() ->
     model, state = start_of(Linear(), optim.optimizer)
     with pytest.raises(DivergedError, match="after round 0"):
         train_local(model, state, batches(1), Phase(frozenset("B"), frozenset("B")), optim, at_step(state.clients))
+
+
+@pytest.mark.parametrize("rate", [1e200, math.inf])
+def test_training_that_diverges_says_so_before_a_method_turns_what_it_came_to(rate: float) -> None:
+    optim = Optim(sgd(), lambda step: every_kind(rate), 0.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    phase = Phase(frozenset("AB"), frozenset("AB"))
+    with pytest.raises(DivergedError, match="after round 1"):  # and not that there are no singular vectors
+        train_local(model, state, batches(4, 1e200), phase, optim, at_step(state.clients, 1), turned_back(0.5))
+
+
+def test_what_a_method_makes_of_a_rounds_end_is_finite_too() -> None:
+    def end(start: Tensors, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+        return {name: x / 0 for name, x in adapters.items()}, {}
+
+    optim = Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    phase = Phase(frozenset("AB"), frozenset("AB"))
+    with pytest.raises(DivergedError, match="after round 0"):
+        train_local(model, state, batches(1), phase, optim, at_step(state.clients), Local(end=end))
 
 
 def test_adamw_in_float32_takes_the_steps_of_torch_from_the_first() -> None:
