@@ -432,7 +432,7 @@ def sending(job: Job, told: Mapping[int, Callable[[Tensors], object]]) -> Any:
 def test_what_is_no_number_costs_its_sender_its_edges_and_nobody_else_anything(
     monkeypatch: pytest.MonkeyPatch, method: str, number: float, dense_up_to: int
 ) -> None:
-    monkeypatch.setattr("peertune.rounds.shares.DENSE_UP_TO", dense_up_to)
+    monkeypatch.setattr("peertune.methods.shares.DENSE_UP_TO", dense_up_to)
     job = alike(graph=complete(clients=5), bound=BOUND, rounds=1, algorithm=ALGORITHMS[method]())
     (record,) = run_rounds(job, sending(job, {2: lambda x: x["layer.A"].fill_(number)}))
     assert record.failed_edges == [(0, 2), (1, 2), (2, 3), (2, 4)]
