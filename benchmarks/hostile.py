@@ -30,6 +30,11 @@ Then ten seeds, seed s with fold 1 + s mod 5 held out: every rule with the setti
 k = 1, 2, 3. The order is: the chosen rule, the plain method and `local` with k = 2 first; then the other rules; then
 k = 1 and 3.
 
+The look was ended when the first group of its runs was there, but for the last graph, since the machine was wanted:
+`gt_pd` was chosen, with `trusted` .8. It lost most where it parted two clients from the others for good: as much as
+`free_rider` took from it, who only lacks what it would have learnt. No rule can give that back. So `absent` was added:
+the plain method, the hostile clients down from the start.
+
 Target, of one rule with one setting, for all attacks that its card does not name as outside its assumption: the upper
 end of the loss's interval is at most .02 with k = 2, at most .01 in the clean run, and at least half of what the clean
 run gains over `local` is kept. What misses it is told as missed.
@@ -66,9 +71,9 @@ RULES: Mapping[str, Sequence[str]] = {
     "median": ("",),
 }
 """Rule → its settings that are looked at."""
-CHOSEN: Mapping[str, str] = {}
+CHOSEN: Mapping[str, str] = {"gt_pd": "trusted: 0.8"}
 """Rule → the setting that was chosen, by what was looked at."""
-PLAIN, LOCAL, CLEAN = "none", "local", "clean"
+PLAIN, LOCAL, CLEAN, ABSENT = "none", "local", "clean", "absent"
 LOOKED_AT = 100  # the seed
 
 
@@ -97,6 +102,9 @@ def settings(cell: Cell, seed: int) -> list[str]:
     rule, _, setting = cell.rule.partition(" ")
     modifier = f"{{name: {rule}{f', {setting}' if setting else ''}}}"
     attack = f"attacks=[{{name: {cell.attack}, clients: {liars(seed, cell.hostile)}}}]"
+    if cell.attack == ABSENT:
+        down = (f"{{down: {client}, rounds: [0, 99]}}" for client in liars(seed, cell.hostile))
+        attack = f"faults=[{', '.join(down)}]"
     return [
         "algorithm.name=local" if rule == LOCAL else "algorithm.name=dec_lora",
         *([f"modifiers=[{modifier}]"] if rule in RULES else []),
@@ -128,7 +136,7 @@ def studied() -> Iterator[tuple[Cell, int]]:
     for rules, hostile in (([LOCAL, PLAIN, *chosen[:1]], (0, 2)), (chosen[1:], (0, 2)), ([PLAIN, *chosen], (1, 3))):
         for seed, data, graph in product(seeds, DATA, GRAPHS):
             for rule, k in product(rules, hostile):
-                attacks = [CLEAN] if not k else [] if rule == LOCAL else ATTACKS
+                attacks = [CLEAN] if not k else {LOCAL: [], PLAIN: [*ATTACKS, ABSENT]}.get(rule, [*ATTACKS])
                 yield from ((Cell(rule, attack, k, data, graph), seed) for attack in attacks)
 
 
