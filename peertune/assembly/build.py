@@ -144,7 +144,8 @@ def build_stack(recipes: Mapping[str, Recipe]) -> dict[str, Built | Exception]:
         if isinstance(parts, Exception):
             raise parts
         own = of_run(loaded, recipe) if several else loaded
-        return _put_together(recipe, parts, own, encode(recipe, parts, own.base, splits))
+        shared = None if parts.twins else splits  # rows that an attack has changed are a run's own
+        return _put_together(recipe, parts, own, encode(recipe, parts, own.base, shared))
 
     return {name: tried(partial(made, name)) for name in recipes}
 

@@ -63,9 +63,9 @@ class Came(NamedTuple):
 
 _START = "start/"
 
-_Alike = tuple[int, Phase, Phase | None, int | None, bool, tuple[torch.Size, ...]]
+_Alike = tuple[int, Phase, Phase | None, int | None, bool, tuple[torch.Size, ...], int | None]
 """Clients that train together: they follow one `Local`, are in one phase, come from one, and are in one round if the
-`Local` asks for it. All have a deadline, or none has. Their adapters have one shape."""
+`Local` asks for it. All have a deadline, or none has. Their adapters have one shape; their rows are of one place."""
 
 
 def train(turns: Sequence[Turn]) -> list[Came | Exception]:
@@ -131,9 +131,10 @@ def _alike(turns: Mapping[int, Turn]) -> dict[_Alike, list[tuple[int, int]]]:
         own = next((place for place, other in enumerate(locals_) if _same(other, turn.local)), len(locals_))
         locals_ += [turn.local] if own == len(locals_) else []
         shapes = tuple(x.shape[1:] for x in turn.state.adapters.values())
+        rows = id(turn.steps.encoded) if isinstance(turn.steps, TrainingSteps) else None  # which all of a pass are of
         for row, t in enumerate(turn.at.round.tolist()):
             at = t if turn.local.one_step else None
-            key = own, turn.phases[row], turn.before[row] if t else None, at, turn.reached is not None, shapes
+            key = own, turn.phases[row], turn.before[row] if t else None, at, turn.reached is not None, shapes, rows
             alike.setdefault(key, []).append((number, row))
     return alike
 

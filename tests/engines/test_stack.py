@@ -122,6 +122,15 @@ CASES: dict[str, list[list[str]]] = {
         [*seed, "algorithm.name=dec_lora", f"time={{step_s: {{name: lognormal, median_s: 1, sigma: 1}}{limit}}}"]
         for seed, limit in zip(SEEDS, (", deadline_s: 1.5", ", deadline_s: 2, late: drop", ""), strict=True)
     ],
+    "attacks on rows and on messages, and none": [
+        [f"attacks=[{attacks}]", "rounds=4", "partition={name: dirichlet, alpha: 1}"]
+        for attacks in (
+            "{name: label_flip, clients: [1, 2]}",
+            "",
+            "{name: sign_flip, clients: [0]}",
+            "{name: label_flip, clients: [3], rounds: [1, 2]}, {name: backdoor, target: 5, clients: [0]}",
+        )
+    ],
     "methods, graphs, partitions and numbers of rounds that differ, and a client that is down": [
         ["algorithm.name=decaf", "graph.name=ring", "rounds=3"],
         ["algorithm.name=fedrot_lora", "seed=2", "faults=[{rounds: [1, 2], down: 2}]"],
