@@ -542,7 +542,8 @@ def completed(recipe: Recipe) -> dict[str, Any]:
     whole: dict[str, Any] = {"modifiers": [], "attacks": []}
     for block, where, choice in _chosen(recipe, _TABLES):
         own, more = _settings(block, choice, where)
-        made = choice.model_copy(update=own | {key: value for key, value in more.items() if value is not None})
+        given = choice.model_dump(include={*type(choice).model_fields})
+        made = type(choice)(**given, **own, **{key: value for key, value in more.items() if value is not None})
         whole[block] = [*whole[block], made] if block in whole else made
     if isinstance(recipe.time.step_s, Choice):
         _, chosen = _found_step_time(recipe.time.step_s)

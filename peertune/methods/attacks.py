@@ -27,9 +27,9 @@ Pretend = Callable[[Tensors, Tensor, Memory, At, Phase], Tensors]
 
 
 class Attack(NamedTuple):
-    """What a hostile client does; one of these is set."""
+    """What a hostile client does: it sends what it doesn't have, is idle, or changes its rows."""
 
-    pretend: Pretend | None = None
+    pretend: Pretend | None = None  # what it sends
     idle: bool = False  # whether its local steps change nothing
     poison: Poison | None = None  # what it does to its training rows
     knows_all: bool = False  # whether it is told what all clients have, which takes one process that holds them
@@ -83,6 +83,8 @@ def _lying(message: Message, plan: Sequence[Planned]) -> Message:
 
     def honest(adapters: Tensors, memory: Memory, at: At, phase: Phase) -> Stack:
         liars = torch.cat([planned.acting(at) for planned in plan]).sort().values
+        if not len(liars):
+            return Stack(liars, {})
         here = At(at.clients[liars], at.round[liars], at.step[liars])
         return Stack(liars, message.send(take(adapters, liars), take(memory, liars), here, phase)[0])
 
