@@ -33,6 +33,7 @@ from itertools import product
 from math import sqrt
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -176,7 +177,8 @@ class World:
     """Clients of a case, the last two thirds of whom are not honest."""
 
     def __init__(self, case: Case, size: str, seed: int, dtype: torch.dtype = torch.float32) -> None:
-        self.case, self.seed, self.n = case, seed, SIZES[size]
+        self.case, self.n = case, SIZES[size]
+        self.seed = crc32(f"{case}, {size}, {dtype}, {seed}".encode())  # so that each case draws its own
         self.honest = torch.arange(self.n // 3)
         self.liars = torch.arange(self.n // 3, self.n)
         self.dtype = dtype
@@ -187,7 +189,7 @@ class World:
             edges_at=lambda t: self.links(t)[0],
             period=None,
             activation=1.0,
-            seed=seed,
+            seed=self.seed,
             weights=self.sent.weights,
             directed=self.directed,
             row_counts=tuple(range(1, self.n + 1)) if self.sent.weights == "rows" else (),
@@ -208,7 +210,7 @@ class World:
         self.ranks = [RANKS[client % len(RANKS)] for client in range(self.n)] if self.sent.ranks else []
         model: Any = SimpleNamespace(frozen={})
         self.algorithm = algorithm
-        begun = self.begun(Draw(seed, 0))
+        begun = self.begun(Draw(self.seed, 0))
         self.job = Job(
             model=model,
             graph=graph,

@@ -247,7 +247,7 @@ def mutated(draw: Draw, x: Tensors, near: Tensors) -> Tensors:
     dtypes = {name: y.dtype for name, y in x.items()}
     x, near = ({name: y.double() for name, y in of.items()} for of in (x, near))
     L = len(next(iter(x.values())))
-    if not int(draw.one_of(8)):
+    if not int(draw.one_of(4)):
         return {name: y.to(dtypes[name]) for name, y in _together(draw, x, near).items()}
     every = [*MUTATIONS.values()]
     asked = [draw.one_of(len(every), L), draw.one_of(len(every), L) * draw.one_of(2, L)]

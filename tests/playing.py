@@ -1,12 +1,14 @@
 """States to begin from, and rounds without training, as an engine makes them."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from peertune.method import Algorithm, At, Mixer, Phase, standing
+from peertune.rounds.bounds import Bound
 from peertune.rounds.job import Heard, Job
 from peertune.rounds.record import Evaluation
 from peertune.rounds.round import run_round
@@ -75,12 +77,14 @@ def moments_like(adapters: Tensors, clients: Sequence[int]) -> Tensors:
     return moments
 
 
-def played(algorithm: Algorithm, state: State, weights: Tensor, steps: int = 0) -> State:
+def played(algorithm: Algorithm, state: State, weights: Tensor, steps: int = 0, bound: Bound | None = None) -> State:
     """Return what a round of so many local steps leaves of a state in which all hear all, by `weights [K, K]`."""
-    return played_and_sent(algorithm, state, weights, steps)[0]
+    return played_and_sent(algorithm, state, weights, steps, bound)[0]
 
 
-def played_and_sent(algorithm: Algorithm, state: State, weights: Tensor, steps: int = 0) -> tuple[State, Tensors]:
+def played_and_sent(
+    algorithm: Algorithm, state: State, weights: Tensor, steps: int = 0, bound: Bound | None = None
+) -> tuple[State, Tensors]:
     """Return what such a round leaves, and what all have sent."""
     clients, sent = range(state.clients), dict[str, Tensor]()
 
@@ -89,7 +93,7 @@ def played_and_sent(algorithm: Algorithm, state: State, weights: Tensor, steps: 
         sent.update({name: x.clone() for name, x in payload.items()})
         return Heard(stacked(job.read(payload, state.round)), weights, clients, [])
 
-    job = _job(algorithm, state, clients, steps)
+    job = replace(_job(algorithm, state, clients, steps), bound=bound)
     after, _ = run_round(job, state.clone(), clients, state.round, exchange)
     return after, sent
 

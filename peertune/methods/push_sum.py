@@ -111,7 +111,8 @@ class _Push(NamedTuple):
                 rows, columns = torch.cat([rows, slot // self.slots]), torch.cat([columns, H + slot])
                 mass = torch.cat([mass, arrives.flatten()])
             total = mass.new_zeros(K).index_add(0, rows, mass)
-            changed[_weight(k)] = total.clamp(torch.finfo(total.dtype).tiny, self.clients)
+            total = total.clamp(min=torch.finfo(total.dtype).tiny)  # of who says that it has none, or no number
+            changed[_weight(k)] = total.clamp(max=self.clients)
             at_places, size = torch.stack([rows, columns]), (K, H + K * self.slots)
             R = torch.sparse_coo_tensor(at_places, mass / total[rows], size, check_invariants=False)
             used[k] = R.to_dense() if weights.layout == torch.strided else R.coalesce()

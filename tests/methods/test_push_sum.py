@@ -17,6 +17,7 @@ from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.mixers import gossip
 from peertune.methods.schedules import both, by_round
 from peertune.recipe import load_recipe
+from peertune.rounds.bounds import Bound
 from peertune.topology import GRAPHS, Fault, Graph, active_edges, planned_weights, rho, weights_at
 from peertune.types import State, Tensors
 
@@ -259,3 +260,19 @@ def test_what_is_under_way_is_finite_however_large_it_was() -> None:
     late = [x for name, x in state.memory.items() if name.endswith(".late")]
     assert late
     assert all(x.isfinite().all() for x in late)
+
+
+@pytest.mark.parametrize("mass", [0.0, torch.nan])
+@pytest.mark.parametrize("name", ["decaf", "lora_fair", "dec_lora"])
+def test_whoever_says_that_it_has_no_mass_leaves_the_others_numbers(name: str, mass: float) -> None:
+    liar, faults = 2, [Fault(9, 9, edge=(2, 3)), Fault(9, 9, edge=(2, 4))]  # what may be lost has its place
+    method = pushing(ALGORITHMS[name](), epidemic(), faults)
+    state, W = begun(method, adapters()), weights(epidemic(), 0)
+    W[liar], W[:, liar] = 0, 0  # its edges are refused, and it hears itself
+    W[liar, liar] = 1
+    for kind in ("A", "B", "head"):
+        state.memory[f"push.{kind}.weight"][liar] = mass
+    bound = Bound({"q": (5.0, 2.0), "top": (5.0, 1.0)}, method.message.sound)
+    after = played(method, state, W, bound=bound)
+    for x in after.adapters.values():
+        assert x[torch.arange(CLIENTS) != liar].isfinite().all()
