@@ -96,7 +96,7 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "lora_fair": ("lora_fair", {}),
     "lora_fair, ridge 1e-300": ("lora_fair", {"ridge": 1e-300}),
 }
-"""All of the catalogue that send something, and settings of which the algebra is another."""
+"""All of the catalogue that send something but `rac_lora`, and settings of which the algebra is another."""
 
 
 class Sent(NamedTuple):
