@@ -95,12 +95,17 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "la_lora": ("la_lora", {}),
     "lora_fair": ("lora_fair", {}),
     "lora_fair, ridge 1e-300": ("lora_fair", {"ridge": 1e-300}),
+    "rac_lora": ("rac_lora", {"links": 3, "link_rounds": 2}),
 }
-"""All of the catalogue that send something but `rac_lora`, and settings of which the algebra is another."""
+"""All of the catalogue that send something, and settings of which the algebra is another."""
+
+
+RULES = ("balance", "clipped", "cs_plus", "gt_pd", "krum", "median", "trimmed_mean")
+"""For mixing among members that lie."""
 
 
 class Sent(NamedTuple):
-    """What is sent and how clients differ."""
+    """What is sent and how clients differ, and what they do about it."""
 
     modifiers: tuple[str, ...] = ()
     ranks: bool = False
@@ -126,9 +131,13 @@ MESSAGES = {
     "ranks, divided": Sent(("divided",), ranks=True),
     "ranks, zero_padded": Sent(("zero_padded",), ranks=True),
     "ranks, zero_padded by norms": Sent(("zero_padded by norms",), ranks=True),
+    **{rule: Sent((rule,)) for rule in RULES},
+    **{f"int8, {rule}": Sent(("int8", rule)) for rule in RULES},
 }
 
-_FIELDS = {"choco": "", "mix_moments": "", "divided": "mixer", "zero_padded": "mixer", "zero_padded by norms": "mixer"}
+_FIELDS = {"choco": "", "mix_moments": ""}
+_FIELDS |= dict.fromkeys(("divided", "zero_padded", "zero_padded by norms", *RULES), "mixer")
+_SETTINGS: dict[str, dict[str, Any]] = {"zero_padded by norms": {"weights": "norms"}, "balance": {"rounds": CHAIN}}
 _ONE_FACTOR = ("ffa_lora", "fedsa_lora", "rolora")  # in a round
 _NEVER_WITH_PUSH_SUM = ("rolora", "tad_lora, adaptive")  # by peertune.assembly.needs
 
@@ -148,6 +157,7 @@ def cases() -> Iterator[Case]:
         }
         never = sent.weights == "push_sum" and case.method in _NEVER_WITH_PUSH_SUM
         never |= "unequal" in settings and not sent.ranks
+        never |= settings.get("links", 0) > min(RANKS) and sent.ranks
         if not never and all(met.get(need, True) for need in algorithm.needs):
             yield case
 
@@ -168,8 +178,8 @@ def made(case: Case, clients: int, near: Mapping[int, Sequence[int]]) -> Algorit
             algorithm = MODIFIERS[name](algorithm)
         else:
             make = MODIFIERS[name.partition(" ")[0]]
-            settings = {"weights": "norms"} if name.endswith("norms") else {}
-            algorithm = algorithm._replace(**{field: make(getattr(algorithm, field), **settings)})
+            changed = make(getattr(algorithm, field), **_SETTINGS.get(name, {}))
+            algorithm = algorithm._replace(**{field: changed})
     return algorithm
 
 

@@ -31,6 +31,9 @@ from peertune.types import Tensors, kind, pairs
 PRODUCTS, CROSS = "BA", "cross"
 """What distances of products and cross terms are called, beside those of the kinds A, B and head."""
 
+SAME = 1e-4
+"""How far apart two are that count as the same, as a share of both sizes: rounding must not decide who is farthest."""
+
 _CHUNK_FLOATS = 2**22  # gathered at once, so that memory does not grow with the number of edges
 _NEEDS = frozenset({"exchange", "one rank", "whole messages"})
 
@@ -42,9 +45,11 @@ def distances(adapters: Tensors, i: Tensor, j: Tensor, *, factors: bool = True) 
     """Return how far apart adapters `[H, …]` are, those at `i [E]` from those at `j [E]`.
 
     Of products there is a distance where both factors are there, and of cross terms. Without `factors` products stand
-    for A and B.
+    for A and B. What is within `SAME` of both sizes is 0.
     """
-    return _measured(adapters, i, j, factors=factors)
+    each = sizes(adapters, factors=factors)
+    found = _measured(adapters, i, j, factors=factors)
+    return {what: torch.where(d <= SAME * (each[what][i] + each[what][j]), 0.0, d) for what, d in found.items()}
 
 
 def sizes(adapters: Tensors, *, factors: bool = True) -> Distances:

@@ -342,6 +342,17 @@ def test_where_all_agree_nothing_changes() -> None:
             torch.testing.assert_close(after[name], x, rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("rule", WEIGHING)
+def test_rounding_decides_nothing(rule: str) -> None:
+    """Clients that agree on A, up to rounding, and differ in B: weights are as if they agreed on A to the bit."""
+    adapters, weights = drawn(5), ring_and_more()
+    for name in ("q.A", "v.A"):
+        adapters[name] = adapters[name][:1].expand(N, -1, -1).clone()
+    rounded = {name: x * (1 + 1e-9 * drawn(6)[name]) if name.endswith("A") else x for name, x in adapters.items()}
+    used, other = (weighed(WEIGHING[rule](gossip()), each, weights)[0] for each in (adapters, rounded))
+    torch.testing.assert_close(used, other, rtol=1e-6, atol=1e-6)
+
+
 def test_keeping_all_changes_no_bit() -> None:
     weights = ring_and_more()
     shares = torch.ones(int((weights != 0).sum()), dtype=torch.float64)

@@ -1,7 +1,7 @@
 """A few thousand of the mutated payloads of `benchmarks.mutated`: every method, and all that is sent."""
 
 from dataclasses import replace
-from itertools import cycle
+from itertools import cycle, islice
 
 import pytest
 
@@ -30,6 +30,6 @@ def test_no_payload_ends_a_run_or_takes_an_honest_client_beyond_the_bound(
 def test_what_does_not_hold_is_found() -> None:
     world = World(Case("dec_lora", "whole"), "dense", 0)
     world.job = replace(world.job, bound=None)
-    came = next(world.rounds())
-    assert any("is not finite" in line for line in came.broken)
-    assert any("times what the bound allows" in line for line in came.broken)
+    broken = [line for came in islice(world.rounds(), 4) for line in came.broken]
+    assert any("is not finite" in line for line in broken)
+    assert any("times what the bound allows" in line for line in broken)
