@@ -47,6 +47,7 @@ from peertune.errors import RecipeError
 from peertune.method import Algorithm, Phase, standing
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import MODIFIERS
+from peertune.methods.robust import RULES
 from peertune.rounds.bounds import FAR, SHARE, Bound
 from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.mixing import exchanged
@@ -98,10 +99,6 @@ METHODS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "rac_lora": ("rac_lora", {"links": 3, "link_rounds": 2}),
 }
 """All of the catalogue that send something, and settings of which the algebra is another."""
-
-
-RULES = ("balance", "clipped", "cs_plus", "gt_pd", "krum", "median", "trimmed_mean")
-"""For mixing among members that lie."""
 
 
 class Sent(NamedTuple):

@@ -5,7 +5,8 @@ round is ten local steps of 32 rows by all clients, whose seconds are those of t
 holds a few clients' rows in any case, and gossip beside it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -14,8 +15,8 @@ from benchmarks.setup import make
 from benchmarks.step import step_of
 from peertune.memory import LiveBytes
 from peertune.method import At, Mixer, Phase, standing
-from peertune.methods import robust
 from peertune.methods.mixers import gossip
+from peertune.methods.robust import RULES
 from peertune.methods.shares import as_weights
 from peertune.topology import GRAPHS, weights_at
 from peertune.types import Tensors
@@ -24,15 +25,8 @@ LAYERS, WIDTH, RANK = 6, 384, 8
 DEGREE, STEPS = 10, 10
 FEW, MANY = 250, 1_000
 MOST = "≤ 5"  # % of a round
-RULES: Mapping[str, Callable[[Mixer], Mixer]] = {
-    "clipped": robust.clipped,
-    "cs_plus": robust.cs_plus,
-    "gt_pd": robust.gt_pd,
-    "balance": lambda mixer: robust.balance(mixer, rounds=60),
-    "krum": robust.krum,
-    "trimmed_mean": robust.trimmed_mean,
-    "median": robust.median,
-}
+GIVEN = {"balance": {"rounds": 60}}
+"""Rule → what the program hands to it."""
 BOTH = Phase(frozenset("AB"), frozenset("AB"))
 
 
@@ -46,7 +40,8 @@ def run() -> list[Figure]:
         figure("ten local steps of 1,000 clients, by those of ten", [STEPS * MANY / 10 * x for x in training], "s"),
         figure("gossip of 1,000 clients with ten neighbours", plain, "s"),
     ]
-    for name, rule in RULES.items():
+    for name, make_rule in RULES.items():
+        rule = partial(make_rule, **GIVEN.get(name, {}))
         times = processor(mixing(rule(gossip()), MANY), 3)
         added = [100 * (x - min(plain)) / (sampled + min(plain)) for x in times]
         told = "" if name == "krum" else MOST

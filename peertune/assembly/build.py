@@ -73,33 +73,26 @@ class Built:
         sizes = [sum(x[0].numel() for x in tensors.values()) for _, tensors in job.state.stacks]
         plugins = from_outside(self.resolved)
         enemies = hostile(self.resolved)
-        return (
-            ({"plugins": plugins} if plugins else {})
-            | ({"hostile": enemies} if enemies else {})
-            | {
-                "task": dict(self.asked),
-                "graph": describe_graph(self.job.graph),
-                "partition": {"labels": list(self.labels) or ["rows"], "rows": self.held},
-                "validation": {"rows": sum(self.validation), "labels": self.validation if self.labels else []},
-                "evaluated": {
-                    "rows": sum(self.evaluated),
-                    # of rows that each client has for itself, no class is the commonest of all
-                    "labels": self.evaluated if self.labels and self.resolved.evaluate.on != "own" else [],
-                },
-                **({"ranks": {"clients": [*job.ranks], "scaling": self.resolved.lora.scaling}} if job.ranks else {}),
-                **(
-                    {"test": {"rows": sum(self.tests), "labels": self.tests if self.labels else []}}
-                    if self.tests
-                    else {}
-                ),
-                "long_rows": dict(self.long),
-                "missing_cells": dict(self.left_out),
-                "parameters": {
-                    "base": self.job.model.base.num_parameters(),  # type: ignore[operator]  # knows of 4 bits, too
-                    "adapter": max(sizes),  # of the highest rank
-                },
-            }
-        )
+        return ({"plugins": plugins} if plugins else {}) | {
+            **({"hostile": enemies} if enemies else {}),
+            "task": dict(self.asked),
+            "graph": describe_graph(self.job.graph),
+            "partition": {"labels": list(self.labels) or ["rows"], "rows": self.held},
+            "validation": {"rows": sum(self.validation), "labels": self.validation if self.labels else []},
+            "evaluated": {
+                "rows": sum(self.evaluated),
+                # of rows that each client has for itself, no class is the commonest of all
+                "labels": self.evaluated if self.labels and self.resolved.evaluate.on != "own" else [],
+            },
+            **({"ranks": {"clients": [*job.ranks], "scaling": self.resolved.lora.scaling}} if job.ranks else {}),
+            **({"test": {"rows": sum(self.tests), "labels": self.tests if self.labels else []}} if self.tests else {}),
+            "long_rows": dict(self.long),
+            "missing_cells": dict(self.left_out),
+            "parameters": {
+                "base": self.job.model.base.num_parameters(),  # type: ignore[operator]  # knows of 4 bits, too
+                "adapter": max(sizes),  # of the highest rank
+            },
+        }
 
 
 def build(

@@ -126,21 +126,22 @@ def build_parts(
         clock = None
     ranks = ranks_of(recipe)
     algorithm = build_algorithm(recipe, graph)
-    if (peer or group.size > 1) and (knowing := _knows_all(recipe, graph)):
+    plan = build_attacks(recipe, graph)
+    if (peer or group.size > 1) and (knowing := _knows_all(recipe, plan)):
         raise RecipeError(
             f"attacks: {knowing} goes by what all clients have, which is known where one process simulates them; "
             "leave it out among peers and with --workers"
         )
     if enemies := hostile(recipe):
         log.info("attacks: %s hostile; scores are of the others", _are(enemies))
-    task, twins = _with_twins(recipe, graph, task, rows)
+    task, twins = _with_twins(recipe, plan, task, rows)
     return Parts(task, graph, faults, algorithm, clients, rows, held_out, ranks, twins, clock, group, peer)
 
 
-def _with_twins(recipe: Recipe, graph: Graph, task: Task, rows: Rows) -> tuple[Task, dict[int, list[Twins]]]:
+def _with_twins(recipe: Recipe, plan: Sequence[Planned], task: Task, rows: Rows) -> tuple[Task, dict[int, list[Twins]]]:
     """Return the task with what hostile clients train on in the place of their `rows` after the training rows."""
     more, twins, size = list[Split](), dict[int, list[Twins]](), len(task.train)
-    for place, planned in enumerate(build_attacks(recipe, graph)):
+    for place, planned in enumerate(plan):
         if (poison := planned.attack.poison) is None:
             continue
         poison_check(f"attacks[{place}]: {recipe.attacks[place].name}", task, poison)
@@ -369,9 +370,8 @@ def _given(recipe: Recipe, graph: Callable[[], Graph]) -> dict[str, Any]:
     return {"seed": recipe.seed, "hostile": hostile(recipe), "slowest": lambda: slowest(graph())}
 
 
-def _knows_all(recipe: Recipe, graph: Graph) -> str | None:
-    """Return the first attack by name that goes by what all clients have."""
-    plan = build_attacks(recipe, graph)
+def _knows_all(recipe: Recipe, plan: Sequence[Planned]) -> str | None:
+    """Return the first attack of a plan, by name, that goes by what all clients have."""
     return next((choice.name for choice, one in zip(recipe.attacks, plan, strict=True) if one.attack.knows_all), None)
 
 

@@ -166,7 +166,7 @@ def _by_pairs(
     for a, b in pairs(own):
         floats = heard[a].shape[1:].numel() + heard[b].shape[1:].numel()
         new_A, new_B = own[a].clone(), own[b].clone()
-        for receivers, A, B in combine(own[a], own[b], heard[a], heard[b], _chunks(groups, floats, own[a].device)):
+        for receivers, A, B in combine(own[a], own[b], heard[a], heard[b], chunks(groups, floats, own[a].device)):
             new_A[receivers], new_B[receivers] = A, B
         mixed |= {a: new_A, b: new_B}
     return mixed
@@ -210,7 +210,7 @@ def _at_common_ranks(weights: Tensor, at: At, step: float) -> Iterator[_Group]:
         yield receivers, torch.cat([mine, others], 1), torch.cat([1 - share.sum(1, keepdim=True), share], 1)
 
 
-def _chunks(groups: Iterable[_Group], floats: int, device: torch.device) -> list[_Group]:
+def chunks(groups: Iterable[_Group], floats: int, device: torch.device) -> list[_Group]:
     """Cut groups so that m · G pairs of this many floats fit in a chunk."""
     return [
         (receivers.to(device), senders.to(device), share.to(device))

@@ -17,7 +17,7 @@ from peertune.errors import RecipeError
 from peertune.method import Algorithm, At, Gradient, Local, Memory, Mixer, Phase
 from peertune.methods.choco import choco
 from peertune.methods.mixers import averaged
-from peertune.methods.robust import balance, clipped, cs_plus, gt_pd, krum, median, trimmed_mean
+from peertune.methods.robust import RULES
 from peertune.methods.shares import entries, of_entries
 from peertune.methods.smaller import half, int4, int8, shared_mask
 from peertune.randomness import Draw, uniforms
@@ -261,23 +261,17 @@ def _by_norms(weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
 
 
 MODIFIERS: dict[str, Callable[..., Any]] = {
-    "balance": balance,
     "choco": choco,
-    "clipped": clipped,
-    "cs_plus": cs_plus,
     "dfed_admm": dfed_admm,
     "divided": divided,
     "fedspeed": fedspeed,
-    "gt_pd": gt_pd,
     "half": half,
     "int4": int4,
     "int8": int8,
-    "krum": krum,
-    "median": median,
     "mix_moments": mix_moments,
     "nested": nested,
     "shared_mask": shared_mask,
-    "trimmed_mean": trimmed_mean,
     "zero_padded": zero_padded,
+    **RULES,
 }
 """Name in a recipe → what changes a value of a method."""

@@ -15,7 +15,7 @@ a client may lie; no rule helps a client most of whose neighbours do.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from functools import partial
 from math import inf
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from peertune.errors import RecipeError
 from peertune.method import At, Memory, Mixer, Phase
-from peertune.methods.mixers import groups
+from peertune.methods.mixers import chunks, groups
 from peertune.methods.shares import entries, keeping, of_entries
 from peertune.randomness import Draw, uniforms
 from peertune.types import Tensors, kind, pairs
@@ -47,15 +47,20 @@ def distances(adapters: Tensors, i: Tensor, j: Tensor, *, factors: bool = True) 
     Of products there is a distance where both factors are there, and of cross terms. Without `factors` products stand
     for A and B. What is within `SAME` of both sizes is 0.
     """
-    each = sizes(adapters, factors=factors)
-    found = _measured(adapters, i, j, factors=factors)
-    return {what: torch.where(d <= SAME * (each[what][i] + each[what][j]), 0.0, d) for what, d in found.items()}
+    return _beside(adapters, sizes(adapters, factors=factors), i, j, factors)
 
 
 def sizes(adapters: Tensors, *, factors: bool = True) -> Distances:
     """Return the norms `[H]` of what `distances` compares; cross terms are compared with products."""
     first = next(iter(adapters.values()))
-    return _measured(adapters, torch.arange(len(first), device=first.device), None, factors=factors)
+    found = _measured(adapters, torch.arange(len(first), device=first.device), None, factors=factors)
+    return found | ({CROSS: found[PRODUCTS]} if factors and PRODUCTS in found else {})
+
+
+def _beside(adapters: Tensors, each: Distances, i: Tensor, j: Tensor, factors: bool) -> Distances:
+    """Return the `distances` of adapters of these `sizes`."""
+    found = _measured(adapters, i, j, factors=factors)
+    return {what: torch.where(d <= SAME * (each[what][i] + each[what][j]), 0.0, d) for what, d in found.items()}
 
 
 def _measured(adapters: Tensors, i: Tensor, j: Tensor | None, *, factors: bool) -> dict[str, Tensor]:
@@ -68,14 +73,14 @@ def _measured(adapters: Tensors, i: Tensor, j: Tensor | None, *, factors: bool) 
     for a, b in pairs(adapters):
         for part in _chunks(len(i), 2 * (adapters[a][:1].numel() + adapters[b][:1].numel())):
             A, B = adapters[a][i[part]], adapters[b][i[part]]  # [E, r, d_in], [E, d_out, r]
-            cross = A, B
+            found = {PRODUCTS: (A, B)}
             if j is not None:
                 to_A, to_B = adapters[a][j[part]], adapters[b][j[part]]
-                cross = to_A - A, to_B - B
-                A, B = torch.cat([to_A, cross[0]], 1), torch.cat([cross[1], B], 2)
-            _add(squares, PRODUCTS, len(i), part, _squared_norms(A, B))
-            if factors:
-                _add(squares, CROSS, len(i), part, _squared_norms(*cross))
+                by_A, by_B = to_A - A, to_B - B
+                found = {PRODUCTS: (torch.cat([to_A, by_A], 1), torch.cat([by_B, B], 2))}
+                found |= {CROSS: (by_A, by_B)} if factors else {}
+            for what, pair in found.items():
+                _add(squares, what, len(i), part, _squared_norms(*pair))
     return {what: x.sqrt() for what, x in squares.items()}
 
 
@@ -100,13 +105,8 @@ class _Seen:
         self.i, self.j = i, j  # [E], a row among the K, and a place among those who were heard
         self.own = own  # [K], the receivers' places among them
         self.weights = weights  # [E]
-        self.distances = distances(sent, own[i], j, factors=factors)
-        self._sizes = partial(sizes, sent, factors=factors)
-
-    @cached_property
-    def sizes(self) -> Distances:
-        """Norms `[H]` of what all have sent."""
-        return self._sizes()
+        self.sizes = sizes(sent, factors=factors)  # [H], of what all have sent
+        self.distances = _beside(sent, self.sizes, own[i], j, factors)  # [E]
 
     def places(self, d: Tensor) -> Tensor:
         """Return of each pair how many of the receiver's others are farther off, `[E]`, or as far and earlier."""
@@ -289,7 +289,8 @@ def krum(mixer: Mixer, hostile: int = 1) -> Mixer:
     ) -> tuple[Tensor, Memory]:
         used, changed = _plain(mixer, own, heard, weights, memory, at, phase)
         sent = {name: x for name, x in heard.items() if name in own}
-        chosen = _own_places(at).to(used.device)
+        places = _own_places(at).to(used.device)
+        chosen = places.clone()
         for receivers, senders, _ in groups(used):
             m = senders.shape[1]
             if sent and m >= hostile + 3:
@@ -297,8 +298,7 @@ def krum(mixer: Mixer, hostile: int = 1) -> Mixer:
                     torch.arange(len(senders)), _krum(sent, senders, hostile, mixer.keeps_basis)
                 ]
         i, j, values = entries(used)
-        places, counts = _own_places(at).to(used.device), torch.bincount(i, minlength=len(used))
-        acts = (counts >= hostile + 3)[i] & (j != places[i])
+        acts = (torch.bincount(i, minlength=len(used)) >= hostile + 3)[i] & (j != places[i])
         return of_entries(used, i, torch.where(acts, chosen[i], j), values), changed
 
     return mixer._replace(weigh=weigh, needs=mixer.needs | _NEEDS)
@@ -363,15 +363,13 @@ def _by_entry(mixer: Mixer, middle: Callable[[Tensor], Tensor]) -> Mixer:
     def receive(
         own: Tensors, heard: Tensors, weights: Tensor, memory: Memory, at: At, phase: Phase
     ) -> tuple[Tensors, Memory]:
-        mixed = dict(own)
+        mixed, together = dict(own), list(groups(weights))
         for name in own:
             if name not in heard:
                 continue
             mixed[name] = own[name].clone()
-            for receivers, senders, _ in groups(weights):
-                for part in _chunks(len(receivers), senders.shape[1] * own[name][:1].numel()):
-                    to, of = (x[part].to(own[name].device) for x in (receivers, senders))
-                    mixed[name][to] = middle(heard[name][of])
+            for receivers, senders, _ in chunks(together, own[name][:1].numel(), own[name].device):
+                mixed[name][receivers] = middle(heard[name][senders])
         return mixed, {}
 
     return mixer._replace(receive=receive, needs=mixer.needs | {"exchange", "mixing by entry", "whole messages"})
@@ -432,3 +430,15 @@ def _together(norms: list[Tensor]) -> Tensor:
 def _at_least(rule: str, setting: str, value: int) -> None:
     if value < 1:
         raise RecipeError(f"modifiers: {rule}: {setting} is {value}; give 1 or more, or leave {rule} out")
+
+
+RULES: Mapping[str, Callable[..., Mixer]] = {
+    "balance": balance,
+    "clipped": clipped,
+    "cs_plus": cs_plus,
+    "gt_pd": gt_pd,
+    "krum": krum,
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+}
+"""Name in a recipe → rule."""

@@ -15,6 +15,7 @@ from peertune.method import Algorithm, Local, Message, Mixer, Schedule
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.methods.modifiers import MODIFIERS
 from peertune.methods.push_sum import pushed
+from peertune.methods.robust import RULES
 from peertune.types import State, Tensors, kind, take
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
@@ -25,7 +26,7 @@ PLAIN: dict[str, Algorithm] = {name: make(**SETTINGS.get(name, {})) for name, ma
 PLAIN["tad_lora, adaptive"] = ALGORITHMS["tad_lora"](switch_every="adaptive", window_rounds=4, clients=CLIENTS, seed=1)
 LINEAR = PLAIN.keys() - {"decaf", "lora_fair"}  # plain averages
 FIELDS = {Schedule: "schedule", Local: "local", Message: "message", Mixer: "mixer"}
-ROBUST = ("balance", "clipped", "cs_plus", "gt_pd", "krum", "median", "trimmed_mean")
+ROBUST = tuple(RULES)
 SMALLER = ("choco", "int4", "int8", "shared_mask")
 MOVING = {*ROBUST} - {"gt_pd"}  # the clients' mean
 FEW_SHOW = (*ROBUST, *SMALLER)  # a few methods show what they do to all
