@@ -51,17 +51,12 @@ def standing(clients: Sequence[int], rounds: Tensor, local_steps: int = 1) -> At
 class Gradient(Protocol):
     """The gradient of one local step, at any adapters, of each client's mean loss over its rows."""
 
-    @property
-    def rows(self) -> Tensor:
-        """Whose each of the step's rows is, `[b]` int64: a place among the K."""
+    def __call__(self, adapters: Tensors, /) -> Tensors:
+        """Return the gradients `[K, …]` of the kinds that train."""
         ...
 
-    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
-        """Return the gradients `[K, …]` of the kinds that train; with `weights [b]`, each row counts so many times."""
-        ...
-
-    def norms(self, adapters: Tensors) -> Tensor:
-        """Return the norm `[b]` of what each row adds to its client's gradient."""
+    def clipped(self, adapters: Tensors, max_norm: float, /) -> Tensors:
+        """Return the sum of the gradients of each client's rows, each of a row's own loss and of this norm at most."""
         ...
 
 

@@ -22,10 +22,13 @@ from peertune.identity.certificates import check_address, fingerprint_of
 from peertune.identity.entries import need_seats
 from peertune.identity.incarnation import next_incarnation
 from peertune.identity.membership import Membership
+from peertune.identity.secret import FILE, read_secret
 from peertune.memory import keep_free
+from peertune.privacy.draws import SECRET_BYTES
 from peertune.recipe import Recipe, load_recipe
 from peertune.rounds.job import Job
 from peertune.runs import checkpoints, directory, records
+from peertune.runs.budget import Ledger
 from peertune.runs.keeping import Keeper
 from peertune.runs.mixlog import MixLog
 from peertune.types import State
@@ -118,7 +121,11 @@ def joined_peers(recipe: str | Path | None, overrides: Sequence[str], place: Pat
         log.info("the CA's fingerprint is %s", fingerprint_of(members.ca))
         if recipe is not None:
             directory.check_free(place)
-        built = build_own(directory.resolved(place) if recipe is None else recipe, overrides, peer.data, membership)
+        source, secret = (
+            directory.resolved(place) if recipe is None else recipe,
+            partial(read_secret, peer.folder / FILE),
+        )
+        built = build_own(source, overrides, peer.data, membership, secret)
         if client in hostile(built.resolved):
             log.warning("attacks: the recipe makes %s, client %d, hostile to the others; it is for tests", name, client)
         if built.job.pushing is not None and identity.address is None:
@@ -233,6 +240,7 @@ def _engine(built: Built, place: Path, swapper: Swapper, keep_messages: bool) ->
         when_refused=network.when_refused,
         records=partial(records.read, place),
         recall=partial(recalled, built.job, place),
+        ledger=None if built.job.private is None else Ledger(place),
     )
 
 
@@ -260,8 +268,17 @@ def recalled(job: Job, folder: Path, before: int) -> State | None:
     return job.state if before > 0 else None
 
 
-def build_own(recipe: str | Path, overrides: Sequence[str], data: Path | None, membership: Membership) -> Built:
-    """Make this party's part of a recipe. Raises PeertuneError where it can't be run."""
+def build_own(
+    recipe: str | Path,
+    overrides: Sequence[str],
+    data: Path | None,
+    membership: Membership,
+    secret: Callable[[], bytes] = lambda: bytes(SECRET_BYTES),
+) -> Built:
+    """Make this party's part of a recipe, which is not to train without its `secret`.
+
+    Raises PeertuneError where it can't be run.
+    """
     identity, roster = membership.current()
     loaded = load_recipe(recipe, overrides)
     if roster.own is not None:
@@ -270,7 +287,7 @@ def build_own(recipe: str | Path, overrides: Sequence[str], data: Path | None, m
     if data is not None:
         loaded = _with_data(loaded, data)
     known = None if roster.own is None else roster.own.known
-    return build(loaded, [identity.client], own_data=data is not None, known=known)
+    return build(loaded, [identity.client], own_data=data is not None, known=known, secret=secret)
 
 
 def _check_graph(there: Mapping[str, Any], here: Mapping[str, Any]) -> None:

@@ -117,9 +117,9 @@ class Run(RunData):
     def to_dataframe(self) -> Any:
         """Return a pandas.DataFrame with a row for each client and round.
 
-        Columns: `round`, `client`, `loss`, `grad_norm`, `bytes_sent`, `neighbours` (how many it heard), and of rounds
-        that were evaluated `score`, by the recipe's metric, the scores by its other metrics, under their names, and
-        what else there is of `SCORES_OF_CLIENTS`; elsewhere NaN. Raises PeertuneError where pandas is not installed.
+        Columns: `round`, `client`, `loss`, `grad_norm`, `bytes_sent`, `neighbours` (how many it heard), where rows are
+        private no loss and `epsilon`, what was spent, and of rounds that were evaluated `score`, by the recipe's
+        metric, the scores by its other metrics, under their names, and what else there is of `SCORES_OF_CLIENTS`; elsewhere NaN. Raises PeertuneError where pandas is not installed.
         """
         return _frame([row for record in self.records for row in _rows(record)])
 
@@ -230,7 +230,8 @@ def _flat(summary: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rows(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return what a record says of each client that ended the round, or was judged."""
-    found = {name: record[name] for name in ("loss", "grad_norm", "bytes_sent", "neighbours")}
+    told = ("loss", "grad_norm", "bytes_sent", "neighbours", "epsilon")
+    found = {name: record[name] for name in told if record[name]}
     scores = {}
     if evaluation := record["evaluation"]:
         scores = {name: evaluation[name] for name in SCORES_OF_CLIENTS if evaluation[name]}

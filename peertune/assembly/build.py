@@ -17,6 +17,7 @@ from peertune.adapters.stacked import frozen_norms, init_adapters
 from peertune.assembly.encoding import EncodedTask, encode, encode_splits, row_weights
 from peertune.assembly.evaluation import build_ensembles, build_evaluation
 from peertune.assembly.loading import Loaded, begun_with, clients_together, load, of_run
+from peertune.assembly.privacy import drawings, owned, private_of
 from peertune.assembly.registry import (
     Parts,
     beyond_defaults,
@@ -29,9 +30,12 @@ from peertune.assembly.registry import (
     resolved_choices,
 )
 from peertune.data.batches import TrainingSteps
-from peertune.errors import tried
+from peertune.errors import RecipeError, tried
+from peertune.identity.secret import of_simulations
 from peertune.method import standing
+from peertune.methods.private import Private, by_row, spent
 from peertune.models import weights
+from peertune.privacy.draws import keyed, of_client
 from peertune.recipe import Recipe
 from peertune.rounds import best
 from peertune.rounds.bounds import Bound
@@ -59,12 +63,13 @@ class Built:
     weights: Mapping[str, str]  # the digests of what the checkpoint brought
     asked: Mapping[str, Any]  # what the task asks of the base: its form, metric, words and templates
     labels: tuple[str, ...]  # names of the classes, by number
-    held: list[list[int]]  # for each client, how many rows of each class it holds
+    held: list[list[int]]  # for each client, how many rows of each class it holds; where they are private, in all
     validation: list[int]  # how many rows of each class validate
     evaluated: list[int]  # and how many of each of these are evaluated
     tests: list[int]  # how many rows of each class are kept for `peertune score`; empty where there are none
     long: Mapping[str, int]  # for each split, how many rows were longer than `max_length`
-    left_out: Mapping[str, int]  # and how many were left out since they lack a cell
+    left_out: Mapping[str, int]  # and how many were left out since they lack a cell; neither of private rows
+    private: Mapping[str, Any]  # what each client's local steps are held to; {} where rows aren't private
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -86,6 +91,7 @@ class Built:
             },
             **({"ranks": {"clients": [*job.ranks], "scaling": self.resolved.lora.scaling}} if job.ranks else {}),
             **({"test": {"rows": sum(self.tests), "labels": self.tests if self.labels else []}} if self.tests else {}),
+            **({"privacy": dict(self.private)} if self.private else {}),
             "long_rows": dict(self.long),
             "missing_cells": dict(self.left_out),
             "parameters": {
@@ -103,18 +109,20 @@ def build(
     known: Neighbourhood | None = None,
     group: Group = ALONE,
     planned: bool = False,
+    secret: Callable[[], bytes] = of_simulations,
 ) -> Built:
     """Make everything that a run needs, in the order in which mistakes are cheapest to find.
 
     For these `clients`: all, a process's share of them in a `group`, or one, a peer. With `own_data` all rows of the
     task are its own, and not dealt out by the recipe's partition. Where a peer's neighbourhood in the graph is `known`,
     the graph is not made. A `planned` run has a base without weights: all of it is on the meta device, and the device
-    that it is for need not be there.
+    that it is for need not be there. `secret` returns that of a peer, or of a simulation, from which those of its
+    clients follow; it is asked for where the recipe's local steps are private.
     """
     parts = build_parts(recipe, clients, own_data, known=known, group=group)
     loaded = load(recipe, parts.task, planned=planned)
     private = own_data or (clients is not None and group.size == 1)
-    return _put_together(recipe, parts, loaded, encode(recipe, parts, loaded.base, private=private))
+    return _put_together(recipe, parts, loaded, encode(recipe, parts, loaded.base, private=private), secret)
 
 
 def build_stack(recipes: Mapping[str, Recipe]) -> dict[str, Built | Exception]:
@@ -138,33 +146,57 @@ def build_stack(recipes: Mapping[str, Recipe]) -> dict[str, Built | Exception]:
             raise parts
         own = of_run(loaded, recipe) if several else loaded
         shared = None if parts.twins else splits  # rows that an attack has changed are a run's own
-        return _put_together(recipe, parts, own, encode(recipe, parts, own.base, shared))
+        return _put_together(recipe, parts, own, encode(recipe, parts, own.base, shared), of_simulations)
 
     return {name: tried(partial(made, name)) for name in recipes}
 
 
-def _put_together(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> Built:
-    """Put together what an engine runs, and what is said of it."""
-    job, task = _job(recipe, parts, loaded, encoded), parts.task
+def _put_together(
+    recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask, secret: Callable[[], bytes]
+) -> Built:
+    """Put together what an engine runs, and what is said of it; what is withheld of private rows is left out here."""
+    resolved, task = _resolve(recipe, parts, loaded), parts.task
+    held = label_counts(task, task.train, list(encoded.held.values()))
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    if recipe.privacy is not None:
+        held = [[sum(counts)] for counts in held]
+        del splits["train"]
+    job = _job(resolved, parts, loaded, encoded, _secrets(parts, secret) if recipe.privacy else {})
     return Built(
         job,
-        _resolve(recipe, parts, loaded, job.clients_per_pass),
+        resolved,
         loaded.lora,
         loaded.base.head,
         loaded.base.weights,
         {"form": task.form, "metric": task.metric, "of": task.of, "words": task.words, "templates": task.templates},
         task.classes,
-        held=list(chain(*parts.group.gather(label_counts(task, task.train, list(encoded.held.values()))))),
+        held=list(chain(*parts.group.gather(held))),
         validation=label_counts(task, task.validation, [encoded.validating])[0],
         evaluated=_evaluated(recipe, parts, encoded),
         tests=[] if task.test is None else label_counts(task, task.test, [np.arange(len(task.test))])[0],
-        long=encoded.long,
-        left_out={
-            use: split.left_out
-            for use, split in {"train": task.train, "validation": task.validation, "test": task.test}.items()
-            if split is not None
-        },
+        long={use: count for use, count in encoded.long.items() if use in splits},
+        left_out={use: split.left_out for use, split in splits.items() if split is not None},
+        private=_told_private(job.private, parts.group),
     )
+
+
+def _told_private(private: Private | None, group: Group) -> dict[str, Any]:
+    """Return what is said of all clients' private steps."""
+    if private is None:
+        return {}
+    own = [
+        {"client": client, **allowed._asdict(), "epsilon": spent(private, [client], [allowed.most_steps])[0]}
+        for client, allowed in sorted(private.allowances.items())
+    ]
+    return {"delta": private.delta, "clients": [*chain(*group.gather(own))]}
+
+
+def _secrets(parts: Parts, secret: Callable[[], bytes]) -> dict[int, bytes]:
+    """Return the secret of each client here. Raises RecipeError where processes of a run would not have the same."""
+    found = secret()
+    if len({*parts.group.gather(keyed(found, "compared").hex())}) > 1:
+        raise RecipeError("privacy: the processes have different secrets; give all one file in PEERTUNE_SECRET")
+    return {client: found if parts.peer else of_client(found, client) for client in parts.clients}
 
 
 def _evaluated(recipe: Recipe, parts: Parts, encoded: EncodedTask) -> list[int]:
@@ -175,8 +207,12 @@ def _evaluated(recipe: Recipe, parts: Parts, encoded: EncodedTask) -> list[int]:
     return [sum(counts) for counts in zip(*chain(*parts.group.gather(held_out)), strict=True)]
 
 
-def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> Job:
-    """Put together what an engine runs."""
+def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask, secrets: Mapping[int, bytes]) -> Job:
+    """Put together what an engine runs, of a recipe that is resolved."""
+    private = None if loaded.planned else private_of(recipe, encoded.held)  # a plan has no rows to keep private
+    own = owned(recipe, encoded, secrets) if private else {}
+    if private is not None:
+        parts = parts._replace(algorithm=by_row(parts.algorithm, private, own, recipe.training.local_steps))
     optim = build_optim(recipe)
     state = _start(recipe, parts, loaded, optim)  # first, since the base may get another head
     model, algorithm, training = loaded.model, parts.algorithm, recipe.training
@@ -195,6 +231,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         seed=recipe.seed,
         row_weights=row_weights(recipe, parts.task, [*encoded.held.values(), *(x.rows for x in twins)]),
         twins=encoded.twins,
+        drawings=drawings(private, own) if private else {},
     )
     return Job(
         model=model,
@@ -210,10 +247,9 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask) -> 
         rounds=recipe.rounds,
         local_steps=training.local_steps,
         evaluate_every=recipe.evaluate.every,
-        clients_per_pass=min(
-            len(parts.clients) if parts.peer else recipe.clients, training.clients_per_pass or CLIENTS_PER_PASS
-        ),
+        clients_per_pass=training.clients_per_pass or CLIENTS_PER_PASS,
         bound=bound,
+        private=private,
         clock=parts.clock,
         pushing=_pushing(recipe),
         ranks=parts.ranks if len(set(parts.ranks)) > 1 else (),
@@ -357,11 +393,16 @@ def build_optim(recipe: Recipe) -> Optim:
     return Optim(optimizer, rates, t.max_grad_norm, t.reset_optimizer, t.label_smoothing_factor)
 
 
-def _resolve(recipe: Recipe, parts: Parts, loaded: Loaded, clients_per_pass: int) -> Recipe:
+def _resolve(recipe: Recipe, parts: Parts, loaded: Loaded) -> Recipe:
     """Write out all defaults, and what everything automatic came to."""
     revision, keeps = recipe.model.revision or loaded.base.revision, PEER_KEEPS if parts.peer else {}
     left_open = {key: value for key, value in keeps.items() if key not in recipe.checkpoint.model_fields_set}
-    training = {"tokens_per_pass": loaded.tokens, "clients_per_pass": clients_per_pass}
+    here, asked = len(parts.clients) if parts.peer else recipe.clients, recipe.training.clients_per_pass
+    training: dict[str, float] = {
+        "tokens_per_pass": loaded.tokens,
+        "clients_per_pass": min(here, asked or CLIENTS_PER_PASS),
+    }
+    training |= {"max_grad_norm": 0.0} if recipe.privacy else {}  # rows' gradients are cut, and nothing after the noise
     lora = {"ranks": [*parts.ranks]} if parts.ranks else {}  # as they were dealt
     return recipe.model_copy(
         update={

@@ -113,6 +113,10 @@ NEEDS: Mapping[str, Need] = {
         lambda recipe, graph, algorithm: algorithm.local.init is nothing and algorithm.local.end is stay,
         "leave out the modifiers of local steps, which count on all steps of a round",
     ),
+    "rows that need not be private": Need(
+        lambda recipe, graph, algorithm: recipe.privacy is None,
+        "leave out privacy: a second gradient of a step's rows is not counted",
+    ),
     "rate that stays": Need(
         lambda recipe, graph, algorithm: (
             recipe.training.lr_scheduler_type == "constant" or recipe.training.lr_scheduler_span == "round"
@@ -183,3 +187,31 @@ def check_needs(recipe: Recipe, graph: Graph, algorithm: Algorithm, attacks: Seq
             "give training.optim=sgd, with a rate for that",
             *(derived[0], recipe.training.optim),
         )
+
+
+def check_privacy(recipe: Recipe) -> None:
+    """Raise RecipeError where what a recipe asks for goes against the privacy that it asks for."""
+    asked, training, evaluate = recipe.privacy, recipe.training, recipe.evaluate
+    if asked is None:
+        return
+    if asked.epsilon is None and asked.noise_multiplier is None:
+        raise RecipeError("privacy: says neither how much nor how; give epsilon, such as 8, or noise_multiplier")
+    if asked.delta is None:
+        raise RecipeError(
+            "privacy.delta: is missing, and without it epsilon says nothing; give less than one over a client's rows, "
+            "such as 1e-5"
+        )
+    if "max_grad_norm" in training.model_fields_set and training.max_grad_norm:
+        raise RecipeError(
+            "training.max_grad_norm: cuts what is noised already; leave it out, and give privacy.max_grad_norm"
+        )
+    if training.class_weight == "balanced":
+        raise RecipeError(
+            "training.class_weight: balanced weighs a row by how many others there are of its class, which privacy "
+            "can't count; give weights by class"
+        )
+    if evaluate.on != "common" or evaluate.mixing:
+        key = "evaluate.mixing" if evaluate.mixing else "evaluate.on"
+        raise RecipeError(f"{key}: scores on clients' own rows would tell of them; judge on common rows with privacy")
+    if recipe.time.mode == "asynchronous":
+        raise RecipeError("time.mode: private steps are counted by rounds; give time.mode=rounds with privacy")

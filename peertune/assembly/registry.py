@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from peertune.assembly.needs import check_needs
+from peertune.assembly.needs import check_needs, check_privacy
 from peertune.assembly.plugins import Choices, Found, find
 from peertune.assembly.ranks import ranks_of
 from peertune.data.partition import PARTITIONS, Partition, counts, fold
@@ -99,6 +99,7 @@ def build_parts(
 ) -> Parts:
     """Make all that is chosen by name, but a task that is there; for these clients, and as the arguments of `build`."""
     trackers.check(recipe.report_to)
+    check_privacy(recipe)
     task = build_task(recipe) if task is None else task
     graph = build_graph(recipe, known)
     faults = build_faults(recipe)
@@ -511,6 +512,7 @@ def check_choices(recipe: Recipe) -> None:
     """Raise PeertuneError for names, settings, graphs and trackers that can't be; nothing is loaded."""
     trackers.check(recipe.report_to)
     completed(recipe)
+    check_privacy(recipe)
     build_faults(recipe)
     build_clock(recipe)
     build_algorithm(recipe, build_graph(recipe), of=lambda graph: 0.0)

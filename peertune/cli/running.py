@@ -150,7 +150,7 @@ def train(work: "Training", resume: str, stop_waiting: "Callable[[], None]" = la
 
 def _describe(record: "RoundRecord", before: str) -> str:
     """Say how the run stands; the score stays until the next evaluation."""
-    loss = f"loss {sum(record.loss) / len(record.loss):.3f}"
+    loss = f"loss {sum(record.loss) / len(record.loss):.3f}" if record.loss else "loss withheld"
     if record.evaluation is None:
         return loss + before[before.find("  ") :] if "  " in before else loss
     clients = record.evaluation.clients

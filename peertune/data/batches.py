@@ -21,6 +21,7 @@ from peertune.data.images import Images, Pixels
 from peertune.data.poison import Twins
 from peertune.data.tokens import put_around, tokenise
 from peertune.errors import DataError
+from peertune.privacy.draws import keyed, sampled
 from peertune.randomness import Draw, generator, words
 from peertune.types import Batch, Packing, Split
 
@@ -274,6 +275,13 @@ class Drawn(NamedTuple):
     shared: NDArray[np.int64]  # [b], what masks are drawn from that all rows of a client's step share
 
 
+class Drawing(NamedTuple):
+    """How a client whose rows are private draws them: each by itself, with one chance, as nobody else can foresee."""
+
+    key: bytes  # the client's own
+    rate: float  # the chance
+
+
 @dataclass(frozen=True)
 class TrainingSteps:
     """The local steps of a run: which rows each client draws, and the micro-batches in which they travel."""
@@ -289,17 +297,23 @@ class TrainingSteps:
     seed: int
     row_weights: NDArray[np.float64] | None = None  # [N], what each row counts in its client's mean; None: all alike
     twins: Mapping[int, Sequence[Twins]] = field(default_factory=dict)  # what hostile clients train on for their rows
+    drawings: Mapping[int, Drawing] = field(default_factory=dict)  # of clients whose rows are private: all, or none
 
-    def __call__(self, clients: Sequence[int], rounds: int | Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
+    def __call__(
+        self, clients: Sequence[int], rounds: int | Sequence[int], first: int = 0, salts: Sequence[bytes] = ()
+    ) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each of a round's local steps of these clients, each in a round of its own or all.
 
         They begin with step `first` of the round. A batch's client numbers are places in `clients`, as the stack has
-        them.
+        them. Where rows are private, `salts [K]` are digests of where each client begins the round; how many rows a
+        step has then varies, and it may have none.
         """
-        return steps_together([(self, clients, rounds)], first)
+        return steps_together([(self, clients, rounds, salts)], first)
 
-    def drawn(self, clients: Sequence[int], steps: NDArray[np.int64]) -> Drawn:
+    def drawn(self, clients: Sequence[int], steps: NDArray[np.int64], salts: Sequence[bytes] = ()) -> Drawn:
         """Return what these clients train on, each in its own of the `steps [K]`, counted from the run's start."""
+        if self.drawings:
+            return self._drawn_alone(clients, steps, salts)
         size = self.rows_per_step
         whose = zip(clients, map(self._held, clients, steps.tolist()), steps.tolist(), strict=True)
         rows = np.concatenate([held[sample(self.seed, client, len(held), step, size)] for client, held, step in whose])
@@ -312,6 +326,22 @@ class TrainingSteps:
         weights = each / np.repeat(np.where(labels > 0, labels, 1), size)
         return Drawn(rows, np.repeat(np.arange(len(clients)), size), weights, keys.view(np.int64), shared)
 
+    def _drawn_alone(self, clients: Sequence[int], steps: NDArray[np.int64], salts: Sequence[bytes]) -> Drawn:
+        """Return the same where rows are private: nothing of a row depends on which others are drawn."""
+        places, rows = [], []
+        for client, step, salt in zip(clients, steps.tolist(), salts, strict=True):
+            held, drawing = self._held(client, step), self.drawings[client]
+            places.append(sampled(keyed(drawing.key, "rows", step, salt), len(held), drawing.rate))
+            rows.append(held[places[-1]])
+        sizes, found = [len(own) for own in rows], np.concatenate(rows)
+        whose = np.repeat(np.arange(len(clients)), sizes)
+        counters = np.repeat(clients, sizes), np.repeat(steps, sizes), np.concatenate(places)
+        keys = words(self.seed, Draw.DROPOUT, *counters)
+        shared = np.repeat(words(self.seed, Draw.SHARED_DROPOUT, clients, steps), sizes)
+        each = np.ones(len(found)) if self.row_weights is None else self.row_weights[found]
+        weights = each / np.maximum(self.encoded.targets[found], 1)  # the mean over the row's own labels
+        return Drawn(found, whose, weights, keys.view(np.int64), shared.view(np.int64))
+
     def _held(self, client: int, step: int) -> NDArray[np.int64]:
         """Return the rows from which a client draws in a step."""
         now = (twins for twins in self.twins.get(client, ()) if twins.first <= step // self.local_steps <= twins.last)
@@ -319,20 +349,20 @@ class TrainingSteps:
 
 
 def steps_together(
-    runs: Sequence[tuple[TrainingSteps, Sequence[int], int | Sequence[int]]], first: int = 0
+    runs: Sequence[tuple[TrainingSteps, Sequence[int], int | Sequence[int], Sequence[bytes]]], first: int = 0
 ) -> Iterator[list[Batch]]:
     """Yield the micro-batches of each local step, from `first` on, of some clients of several runs, in these rounds.
 
-    The runs have the same encoded rows, and as many local steps. A batch's client numbers are places among all clients,
-    one run's after the other's.
+    With the rounds come the salts of clients whose rows are private. The runs have the same encoded rows, and as many
+    local steps. A batch's client numbers are places among all clients, one run's after the other's.
     """
     steps = runs[0][0]
     for number in range(first, steps.local_steps):
         each = [
-            one.drawn(clients, np.broadcast_to(rounds, len(clients)) * one.local_steps + number)
-            for one, clients, rounds in runs
+            one.drawn(clients, np.broadcast_to(rounds, len(clients)) * one.local_steps + number, salts)
+            for one, clients, rounds, salts in runs
         ]
-        starts = np.cumsum([0, *(len(clients) for _, clients, _ in runs)])
+        starts = np.cumsum([0, *(len(clients) for _, clients, _, _ in runs)])
         placed = [drawn._replace(clients=drawn.clients + start) for drawn, start in zip(each, starts, strict=False)]
         yield _cut(steps, Drawn(*map(np.concatenate, zip(*placed, strict=True))), int(starts[-1]))
 
@@ -341,12 +371,18 @@ def _cut(steps: TrainingSteps, drawn: Drawn, clients: int) -> list[Batch]:
     """Cut what so many clients have drawn into micro-batches.
 
     Rows that all are of one length stay in their order, and a client's in one batch where it has room for them: sites
-    then multiply each client's rows with its own factors alone (`peertune.adapters.rows`).
+    then multiply each client's rows with its own factors alone (`peertune.adapters.rows`). Rows that are private have
+    their gradients each by itself: they are sorted by length, and never packed.
     """
+    if not len(drawn.rows):
+        return []
     lengths, least = steps.encoded.lengths[drawn.rows], -(-clients // steps.clients_together)
+    alone, packed = bool(steps.drawings), 0 if steps.drawings else steps.packed
     whole = steps.tokens // (steps.rows_per_step * int(lengths.max()))  # clients whose rows have room in one
-    by_client = not steps.packed and whole > 0 and int(lengths.min()) == int(lengths.max())
-    if steps.packed:
+    by_client = not (alone or packed) and whole > 0 and int(lengths.min()) == int(lengths.max())
+    if alone:
+        chosen = [*micro_batches(lengths, steps.tokens)]
+    elif packed:
         chosen = even_parts(lengths, steps.tokens, least)
     elif by_client:
         rows = np.arange(len(lengths)).reshape(clients, -1)
@@ -362,7 +398,7 @@ def _cut(steps: TrainingSteps, drawn: Drawn, clients: int) -> list[Batch]:
             weights=torch.from_numpy(drawn.weights[part]),
             keys=torch.from_numpy(drawn.keys[part]),
             shared=torch.from_numpy(drawn.shared[part]),
-            packed=steps.packed,
+            packed=packed,
             each=steps.rows_per_step if by_client else None,
         )
         for part in chosen

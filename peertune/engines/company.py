@@ -80,9 +80,11 @@ def in_words(refusals: Mapping[str, str]) -> str:
 def steps_told(job: Job, swapper: Swapper) -> Steps:
     """Return the job's steps, of which neighbours that ask are told how many are done."""
 
-    def steps(clients: Sequence[int], rounds: Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
+    def steps(
+        clients: Sequence[int], rounds: Sequence[int], first: int = 0, salts: Sequence[bytes] = ()
+    ) -> Iterator[list[Batch]]:
         swapper.stepped(first)
-        for done, batches in enumerate(job.steps(clients, rounds, first), start=first + 1):
+        for done, batches in enumerate(job.steps(clients, rounds, first, salts), start=first + 1):
             yield batches
             swapper.stepped(done)
 

@@ -68,7 +68,7 @@ def run_cluster(job: Job) -> Iterator[RoundRecord]:
         yield _merged(record, job.group)
 
 
-_LISTS = ("clients", "loss", "grad_norm", "bytes_sent", "neighbours", "out_of_phase", "spans", "sites_sent")
+_LISTS = ("clients", "loss", "grad_norm", "epsilon", "bytes_sent", "neighbours", "out_of_phase", "spans", "sites_sent")
 _EDGES = ("edges", "failed_edges", "not_mixed")
 
 

@@ -54,7 +54,7 @@ class Past:
                 del self._suspected[client]
         else:  # what was mixed into what it fell back from is undone
             self._mixed = {t: clients for t, clients in self._mixed.items() if t < self._last[1]}
-        self._highest = max(self._highest, *loss)
+        self._highest = max([self._highest, *loss])
         self._mixed[round] = mixed
 
     def most_loss(self, round: int) -> float:

@@ -15,10 +15,13 @@ from peertune.engines.company import Company, neighbours, steps_told
 from peertune.engines.fallback import Past
 from peertune.errors import DivergedError, Exit, WireError
 from peertune.method import Phase, standing
+from peertune.methods.private import STEPS
 from peertune.rounds import best
 from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import run_round
+from peertune.rounds.turns import salts
+from peertune.runs.budget import Ledger
 from peertune.topology import clients_down, delay_s, failed_edges, partners_at, row_at
 from peertune.types import Stack, State, Tensors, only, stacked
 from peertune.wire.pace import furthest_believed, silence_s
@@ -34,6 +37,7 @@ def run_peer(
     when_refused: Literal["stop", "train"] = "stop",
     records: Callable[[], Sequence[Mapping[str, Any]]] = list,
     recall: Callable[[int], State | None] | None = None,
+    ledger: Ledger | None = None,
 ) -> Iterator[RoundRecord]:
     """Run the rounds that are left of a peer's job and yield a record after each, as `simulate` does.
 
@@ -43,7 +47,7 @@ def run_peer(
     refused for as long as a round waits for them ends before its last round. `records` returns those of the rounds
     before, as JSON has them: from a peer that was restarted, others may still need the verdicts. Where training
     diverges after it mixed, it goes on with what it was before: with what `recall(round)` returns, the newest state
-    that was kept with fewer rounds behind it.
+    that was kept with fewer rounds behind it. Where its rows are private, `ledger` knows what was spent.
     """
     (me,) = job.clients
     company, met = Company(job, swapper, when_alone, when_refused), False
@@ -73,8 +77,14 @@ def run_peer(
             continue
         if not company.is_there():
             return
+        begun = None if ledger is None or state.step else salts(state)[0]
+        if ledger is not None and begun is not None:
+            made = ledger.before(state.round, begun)
+            state.remember({STEPS: torch.full_like(state.memory[STEPS], made * job.local_steps)})
         at = standing(job.clients, state.rounds, job.local_steps)
         (phase,) = job.algorithm.schedule.phases(state.known, at)
+        if ledger is not None and begun is not None and phase.train:
+            ledger.begin(state.round, begun)
         heard = swapper.last_heard()
         swapper.enter(state.round, phase)
         try:

@@ -100,6 +100,7 @@ def _dual(local: Local, name: str, proximal: float, ascent: float) -> Local:
         return moved | sent, changed | {dual(name): x for name, x in duals.items()}
 
     needs = local.needs | {"exchange", "kept basis", "edges both ways"}
+    needs |= {"rows that need not be private"} if ascent else set()
     return local._replace(gradients=gradients, end=end, keeps_start=True, init=init, needs=needs)
 
 
@@ -177,10 +178,6 @@ class _Prefix:
     def __init__(self, gradient: Gradient, first: Tensor) -> None:
         self._gradient, self._first = gradient, first  # [K, r]
 
-    @property
-    def rows(self) -> Tensor:
-        return self._gradient.rows
-
     def _cut(self, tensors: Tensors) -> Tensors:
         found = dict(tensors)
         for name, x in tensors.items():
@@ -189,11 +186,11 @@ class _Prefix:
                 found[name] = x * first
         return found
 
-    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
-        return self._cut(self._gradient(self._cut(adapters), weights))
+    def __call__(self, adapters: Tensors) -> Tensors:
+        return self._cut(self._gradient(self._cut(adapters)))
 
-    def norms(self, adapters: Tensors) -> Tensor:
-        return self._gradient.norms(self._cut(adapters))
+    def clipped(self, adapters: Tensors, max_norm: float) -> Tensors:
+        return self._cut(self._gradient.clipped(self._cut(adapters), max_norm))
 
 
 def divided(mixer: Mixer) -> Mixer:

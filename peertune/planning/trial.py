@@ -59,7 +59,7 @@ def trial(recipe: Recipe) -> Trial:
     part = job.state.take(slice(0, len(clients))).clone()
     phase, at = job.algorithm.phase(0), standing(clients, part.rounds)
     taken = []
-    for batches in islice(job.steps(clients, [0] * len(clients)), STEPS):
+    for batches in islice(job.steps(clients, [0] * len(clients), 0, [b""] * len(clients)), STEPS):
         begun = time.perf_counter()
         train_local(job.model, part, [batches], phase, job.optim, at, job.algorithm.local)
         taken.append(time.perf_counter() - begun)

@@ -224,6 +224,15 @@ class PlannedAttack(Choice):
     rounds: Annotated[list[Annotated[int, Field(ge=0, strict=True)]], Field(min_length=2, max_length=2)] | None = None
 
 
+class Privacy(_Block):
+    """What anybody can learn of one row of a client's: DP-SGD in its local steps. Give epsilon, noise, or both."""
+
+    epsilon: float | None = Field(None, gt=0)  # each client's budget, for the whole run
+    delta: float | None = Field(None, gt=0, lt=1)  # the chance that the budget does not hold; below one over its rows
+    noise_multiplier: float | None = Field(None, gt=0)  # null: of each client what its budget asks for
+    max_grad_norm: float = Field(1.0, gt=0)  # what each row's own gradient is cut to
+
+
 class Network(_Block):
     """How clients deal with each other; in a simulation there is nobody to wait for."""
 
@@ -272,6 +281,7 @@ class Recipe(_Block):
     algorithm: Choice
     modifiers: list[Choice] = []  # of the algorithm
     training: Training = Training()
+    privacy: Privacy | None = None  # null: what a client sends may tell of its rows
     rounds: int = Field(ge=1)
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()

@@ -64,6 +64,7 @@ def card(
         if merged
         else f"The LoRA adapter of {whose}",
         results=_results(row, score, evaluated, round),
+        privacy=_privacy(recipe, row),
         code=_code(run, purpose, name, merged),
     )
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
@@ -93,6 +94,19 @@ def _training(run: RunData, lora: Mapping[str, Any], round: int, *, sized: bool)
         f"{training['per_device_train_batch_size']} rows; {training['optim']} at {training['learning_rate']:g}",
         "seed": str(recipe["seed"]),
     }
+
+
+def _privacy(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Say what bounds what the weights tell of a row."""
+    asked = recipe.get("privacy")
+    if asked is None:
+        return "None: no noise was added, and weights can tell of the rows that they were trained on."
+    spent = f"ε {row['epsilon']:.3g} at most" if "epsilon" in row else "ε not told"
+    return (
+        f"Differential privacy of each single row of each client: {spent}, at δ {asked['delta']:g}. Local steps took "
+        f"rows by Poisson sampling, cut each row's gradient to the norm {asked['max_grad_norm']:g}, and added Gaussian "
+        "noise. It says nothing of what many rows of one person or one site tell together."
+    )
 
 
 def _unusual(lora: Mapping[str, Any]) -> str:

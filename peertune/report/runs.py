@@ -192,6 +192,9 @@ def _joined(parts: Sequence[RunData], folder: Path) -> RunData:
     if "partition" in facts:
         rows = [row for part in parts for row in part.facts["partition"]["rows"]]
         facts["partition"] = facts["partition"] | {"rows": rows}
+    if "privacy" in facts:
+        clients = [one for part in parts for one in part.facts["privacy"]["clients"]]
+        facts["privacy"] = facts["privacy"] | {"clients": clients}
     for split in ("validation", "evaluated"):
         own = [part.facts[split] for part in parts if split in part.facts]
         each = split == "evaluated" and first.recipe.get("evaluate", {}).get("on") == "own"
@@ -219,7 +222,7 @@ def environments(run: RunData) -> list[dict[str, Any]]:
     return [found for part in parts for found in accumulate([part, *part.get("resumed", [])], dict.__or__)]
 
 
-_OF_CLIENTS = ("clients", "loss", "grad_norm", "bytes_sent", "neighbours", "not_mixed", "suspects")
+_OF_CLIENTS = ("clients", "loss", "grad_norm", "epsilon", "bytes_sent", "neighbours", "not_mixed", "suspects")
 """Lists of a record that go by client."""
 
 

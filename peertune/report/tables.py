@@ -35,6 +35,7 @@ MEASURES = {
     "nll": "NLL",
     "ece": "ECE",
     "backdoor": "backdoor",
+    "epsilon": "ε",
     "consensus_error_A": "Δ_A",
     "consensus_error_B": "Δ_B",
     "cross_term": "cross",
@@ -55,6 +56,7 @@ of the adapter before mixing and of the mean of what others sent; average: the a
 average: at its best; ensemble: the mean of all clients' probabilities; heard ensemble: of a client's and those it
 heard; route: each row by the surest client; NLL, ECE: mean negative log-likelihood and calibration error of the
 clients' own models; backdoor: the share of rows of other classes that they call its target once its trigger is in;
+ε: the most that a client has spent of its privacy budget, at its recipe's δ;
 Δ_A, Δ_B: consensus error of the factors; cross: the cross term; MB: sent by a client in the whole run; virtual s:
 until the last client had ended, in the recipe's time; s: seconds"""
 _INTERVAL = "algorithm.switch_every"
@@ -67,7 +69,7 @@ _UNCOMPARED = (*_AUTOMATIC, "task.path", "task.revision", "model.revision")
 _MEANS = (*OWN, "own_constant", "heard_ensemble", "nll", "ece", "backdoor")
 """Lists of an evaluation of which a summary has the mean over clients."""
 _LISTS = ("clients", "best_rounds", "judged", *_MEANS)
-SUMMARISED = ("clients", "bytes_sent", *(f"evaluation.{name}" for name in _LISTS))
+SUMMARISED = ("clients", "bytes_sent", "epsilon", *(f"evaluation.{name}" for name in _LISTS))
 """Which lists of a record are looked at to summarise a run."""
 
 
@@ -96,10 +98,16 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         last = records[-1]["diagnostics"]
         row |= {key: last[key] for key in ("consensus_error_A", "consensus_error_B", "cross_term") if key in last}
         end = spent(records)[-1]
+        row |= {"epsilon": max(budget)} if (budget := _spent_privacy(records)) else {}
         row["megabytes_sent"] = end.megabytes_sent
         row |= {} if end.virtual_seconds is None else {"virtual_seconds": end.virtual_seconds}
         row["seconds"] = sum(sum(record["seconds"].values()) for record in records)
     return row
+
+
+def _spent_privacy(records: Sequence[Mapping[str, Any]]) -> Sequence[float]:
+    """Return what the clients had spent of their budgets when that was last told; [] where nothing is private."""
+    return next((record["epsilon"] for record in reversed(records) if record.get("epsilon")), [])
 
 
 def _scores(evaluated: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from peertune.adapters.stacked import StackedModel
 from peertune.allowance import Lines
 from peertune.method import Algorithm, Phase, standing
+from peertune.methods.private import Private
 from peertune.rounds import deadline
 from peertune.rounds.bounds import Bound, Refusal
 from peertune.rounds.clock import Clock, Pushing
@@ -84,6 +85,7 @@ class Job:
     # of K clients' adapters, and who they are: each one's score on its client's own rows [K]; None: nobody asks
     judge_own: "Callable[[Sequence[Stack], Sequence[int]], list[float]] | None" = None
     most_loss: float = inf  # training to a mean loss above it counts as diverged
+    private: Private | None = None  # what local steps are held to; None: nothing
     clock: Clock | None = None  # how long things take in virtual time; None: nothing has a time
     pushing: Pushing | None = None  # how clients mix that wait for nobody; None: they go by rounds
     ranks: Sequence[int] = ()  # of all of the graph's clients, where they differ

@@ -110,8 +110,8 @@ class RoundRecord:
     train: list[str]  # kinds trained by most clients, sorted
     send: list[str]  # kinds sent, sorted
     clients: list[int]
-    loss: list[float]  # [K], mean over the round's local steps
-    grad_norm: list[float]  # [K], mean over the local steps, before clipping
+    loss: list[float]  # [K], mean over the round's local steps; [] where rows are private
+    grad_norm: list[float]  # [K], mean over the local steps, before clipping; where rows are private, of what is noised
     bytes_sent: list[int]  # [K]
     neighbours: list[int]  # [K], how many others each client heard
     edges: list[tuple[int, int]]  # over which something came, i < j; of a directed graph (sender, receiver)
@@ -135,6 +135,8 @@ class RoundRecord:
     # client did until then: (client, began, trained, ended, whom it waited for last or -1)
     time_s: float | None = None
     spans: Sequence[tuple[int, float, float, float, int]] = field(default_factory=list)
+    # [K], what each client has spent of its budget until here; [] where rows aren't private, or nothing was evaluated
+    epsilon: list[float] = field(default_factory=list)
     sites_sent: list[int] = field(default_factory=list)  # [K], of a recipe with `time.deadline_s`: how many, the last
     state: "State | None" = field(default=None, repr=False, compare=False)  # after the round; never written as JSON
 

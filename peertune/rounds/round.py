@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peertune.errors import DivergedError, tried
 from peertune.method import Phase, nothing, standing
+from peertune.methods.private import STEPS, spent
 from peertune.methods.shares import entries
 from peertune.rounds import best, deadline, metrics
 from peertune.rounds.clock import Span, lockstep
@@ -154,7 +155,8 @@ def turn_of(job: Job, state: State, clients: Sequence[int], phase_rounds: Tensor
     phases, before = (schedule.phases(state.known, at._replace(round=of - back)) for back in (0, 1))
     local, per_pass = job.algorithm.local, job.clients_per_pass
     reached = job.reached(clients, at.round.tolist())
-    return Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass, reached=reached)
+    turn = Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass, reached=reached)
+    return turn._replace(salted=job.private is not None)
 
 
 def end(
@@ -224,7 +226,7 @@ def end(
         train=sorted(phase.train),
         send=sorted(phase.send),
         clients=list(clients),
-        loss=trained.loss.tolist(),
+        loss=[] if job.private else trained.loss.tolist(),
         grad_norm=trained.grad_norm.tolist(),
         bytes_sent=sent_bytes,
         neighbours=neighbours,
@@ -243,6 +245,7 @@ def end(
         diagnostics=diagnostics,
         seconds=watch.seconds,
         evaluation=evaluation,
+        epsilon=spent(job.private, clients, state.remembered(STEPS).tolist()) if job.private and due else [],
         time_s=max((span.ended_s for span in spans), default=0.0) if common and job.clock else None,
         spans=[*spans],
         sites_sent=sites_sent,

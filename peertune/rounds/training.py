@@ -1,9 +1,7 @@
 """Local training and evaluation of a stack: the only place, beside the network, where values change in place."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
 from math import inf
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -243,8 +241,9 @@ def train_local(
     `reached [K, S]` says how many of the last sites each step reaches, as in `peertune.rounds.deadline`.
 
     Raises ModelError where the base drew from PyTorch's global generator: its result would depend on history; and
-    DivergedError where a loss or an adapter is not finite.
+    DivergedError where a loss or an adapter is not finite. Where the phase trains nothing, no step is made.
     """
+    steps = steps if phase.train else ()
     adapters, memory = state.adapters, state.known
     trained = select(adapters, phase.train)
     if before is None:
@@ -325,31 +324,23 @@ class BatchGradient:
         self._loss: Tensor | None = None
 
     @property
-    def rows(self) -> Tensor:
-        """Whose each of the step's rows is, `[b]`."""
-        return torch.cat([batch.clients for batch in self.batches])
-
-    @property
     def loss(self) -> Tensor:
         """Each client's mean loss `[K]`, in float64, where the gradient was taken first."""
         assert self._loss is not None, "a local step follows a gradient"
         return self._loss
 
-    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
+    def __call__(self, adapters: Tensors) -> Tensors:
         """Return the gradients of the kinds, where adapters get one; see `Gradient`."""
-        grads, trained = dict[str, Tensor](), select(adapters, self.kinds)
-        first = next(iter(adapters.values()))
-        losses = torch.zeros(len(first), dtype=torch.float64, device=first.device)
-        sizes = [len(batch.clients) for batch in self.batches]
-        counts = repeat(None) if weights is None else weights.split(sizes)
-        for batch, count in zip(self.batches, counts, strict=False):
+        grads = dict[str, Tensor]()
+        losses = self._no_losses(adapters)
+        for batch in self.batches:
             # Only the clients of this batch pass through autograd: its cost does not grow with the stack.
             part = slice(int(batch.clients.min()), int(batch.clients.max()) + 1)
-            params = {name: x[part].detach().requires_grad_(name in trained) for name, x in adapters.items()}
+            params = {name: x[part].detach().requires_grad_(kind(name) in self.kinds) for name, x in adapters.items()}
             params |= {name: x[part] for name, x in self.frozen.items()}
             batch = replace(batch, clients=batch.clients - part.start).to(losses.device)
             found = row_losses(self.model(params, batch, training=True), batch, self.smoothing) * batch.weights
-            (found if count is None else found * count.to(found)).sum().backward()
+            found.sum().backward()
             received = {name: param.grad for name, param in params.items() if param.grad is not None}
             for name, grad in received.items():
                 if name not in grads:
@@ -359,19 +350,31 @@ class BatchGradient:
         self._loss = losses if self._loss is None else self._loss
         return grads
 
-    def norms(self, adapters: Tensors) -> Tensor:
-        """Return the norm `[b]` of what each row adds to its client's gradient.
+    def clipped(self, adapters: Tensors, max_norm: float) -> Tensors:
+        """Return the sums `[K, …]` of the rows' gradients, each cut to a norm; see `Gradient`.
 
-        It takes a pass for each row that a client has: rows are told apart, and nothing as large as a gradient by row
-        is held.
+        Each row is a client of its own in the pass, so its gradient comes out by itself. A gradient that is not finite
+        counts as none. No loss is told: it would tell of the rows.
         """
-        whose, seen = self.rows.cpu(), Counter[int]()
-        place = torch.tensor([seen.update([client]) or seen[client] for client in whose.tolist()])
-        found = torch.zeros(len(place), dtype=torch.float64)
-        for nth in range(1, int(place.max()) + 1):
-            rows = place == nth
-            found[rows] = norms(self(adapters, rows)).double().cpu()[whose[rows]]
-        return found
+        losses = self._no_losses(adapters)
+        sums = {name: torch.zeros_like(x) for name, x in select(adapters, self.kinds).items()}
+        for batch in self.batches:
+            rows, each = batch.clients.to(losses.device), torch.arange(len(batch.clients))
+            params = {name: x[rows].detach().requires_grad_(name in sums) for name, x in adapters.items()}
+            alone = replace(batch, clients=each, each=1, packing=None).to(losses.device)
+            logits = self.model(params | {name: x[rows] for name, x in self.frozen.items()}, alone, training=True)
+            (row_losses(logits, alone, self.smoothing) * alone.weights).sum().backward()
+            found = {name: x for name in sums if (x := params[name].grad) is not None}
+            lengths = norms(found)
+            scale = torch.where(lengths.isfinite(), max_norm / lengths.clamp(min=max_norm), 0)
+            for name, x in found.items():
+                sums[name].index_add_(0, rows, x.nan_to_num(0, 0, 0) * over_clients(scale, x))
+        self._loss = losses
+        return sums
+
+    def _no_losses(self, adapters: Tensors) -> Tensor:
+        first = next(iter(adapters.values()))
+        return torch.zeros(len(first), dtype=torch.float64, device=first.device)
 
 
 def _generator_state(device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ themselves, up to the order in which floats are added.
 A run may ask for its state within a round. Then all of its clients stop after the same step, and go on from there: what
 that changes is no bit. What their steps came to until then is `State.within`, by client: `loss` and `grad_norm`, summed
 over the steps, the `seconds` that they took, and as `start/<name>` what the round began with, where a method keeps it.
+Where rows are private, `salt [K, 2]` is a digest of the state with which the round began.
 """
 
 import time
@@ -24,6 +25,8 @@ from peertune.adapters.stacked import StackedModel
 from peertune.data.batches import TrainingSteps, steps_together
 from peertune.memory import give_back_free
 from peertune.method import At, Local, Memory, Phase
+from peertune.methods.private import STEPS
+from peertune.privacy.draws import digest
 from peertune.rounds.training import Optim, Rates, Trained, reset_moments, train_local
 from peertune.types import Batch, State, Tensors, select, take
 
@@ -31,8 +34,13 @@ from peertune.types import Batch, State, Tensors, select, take
 class Steps(Protocol):
     """A round's local steps; `TrainingSteps` where runs train together."""
 
-    def __call__(self, clients: Sequence[int], rounds: Sequence[int], first: int = 0, /) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each step, from `first` on, of the `clients [K]` in these `rounds [K]`."""
+    def __call__(
+        self, clients: Sequence[int], rounds: Sequence[int], first: int = 0, salts: Sequence[bytes] = (), /
+    ) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step, from `first` on, of the `clients [K]` in these `rounds [K]`.
+
+        Where rows are private, `salts [K]` are digests of where each client began its round.
+        """
         ...
 
 
@@ -51,6 +59,7 @@ class Turn(NamedTuple):
     pauses: Sequence[int] = ()  # after so many steps of the round, ascending, `keep` is told the state within it
     keep: Callable[[State], object] = bool
     reached: Tensor | None = None  # [K, S], of a round that has a deadline: `peertune.rounds.deadline`
+    salted: bool = False  # whether its rows are private, and drawn by where the round begins
 
 
 class Came(NamedTuple):
@@ -62,6 +71,7 @@ class Came(NamedTuple):
 
 
 _START = "start/"
+_SALT = "salt"
 
 _Alike = tuple[int, Phase, Phase | None, int | None, bool, tuple[torch.Size, ...], int | None]
 """Clients that train together: they follow one `Local`, are in one phase, come from one, and are in one round if the
@@ -82,6 +92,9 @@ def train(turns: Sequence[Turn]) -> list[Came | Exception]:
             for name in ("loss", "grad_norm", "seconds"):
                 sums = torch.zeros(turn.state.clients, dtype=torch.float64, device=_device(turn))
                 turn.state.within[name] = sums
+            if turn.salted:
+                each = [torch.frombuffer(bytearray(salt), dtype=torch.int64) for salt in salts(turn.state)]
+                turn.state.within[_SALT] = torch.stack(each)
     while left := made.keys() - found.keys():
         first = min(made[number] for number in left)
         now = {number: turns[number] for number in sorted(left) if made[number] == first}
@@ -101,6 +114,17 @@ def train(turns: Sequence[Turn]) -> list[Came | Exception]:
                 if stop in turn.pauses:
                     turn.keep(replace(state, step=stop))
     return [found[number] for number in made]
+
+
+def salts(state: State) -> list[bytes]:
+    """Return a digest, 16 bytes, of all that each client of one cohort trains from, `[K]`."""
+    whole = {name: x for name, x in (state.adapters | state.known).items() if name != STEPS}
+    return [digest(take(whole, slice(row, row + 1))) for row in range(state.clients)]
+
+
+def _salts_of(turn: Turn, rows: list[int]) -> list[bytes]:
+    """Return the salts of some rows of a turn; none where nothing is private."""
+    return [x.numpy().tobytes() for x in turn.state.within[_SALT][rows].cpu()] if turn.salted else []
 
 
 def _train_steps(turns: Mapping[int, Turn], first: int, stop: int | None) -> dict[int, Exception]:
@@ -216,7 +240,7 @@ def _train_one(turn: Turn, rows: list[int], first: int, stop: int | None) -> Tra
     places = _places(rows, _device(turn))
     part = turn.state.take(places)
     at = _at(turn, rows, first)
-    steps = turn.steps(at.clients.tolist(), at.round.tolist(), first)
+    steps = turn.steps(at.clients.tolist(), at.round.tolist(), first, _salts_of(turn, rows))
     before = _so_far(turn, rows, first)
     frozen, reached = _frozen(turn, len(rows)), _reached([(turn, rows)])
     trained = _train_part(turn, rows[0], part, steps, at, turn.optim, frozen, before, reached, stop)
@@ -232,9 +256,9 @@ def _train_several(chunk: Sequence[tuple[Turn, list[int]]], first: int, stop: in
     each = [_at(turn, rows, first) for turn, rows in chunk]
     at = At(*(torch.cat([one[field] for one in each]) for field in range(3)))  # type: ignore[misc]  # none is `heard`
     drawn = []
-    for (turn, _), one in zip(chunk, each, strict=True):
+    for (turn, rows), one in zip(chunk, each, strict=True):
         assert isinstance(turn.steps, TrainingSteps), "runs that train together draw rows that can be put together"
-        drawn.append((turn.steps, one.clients.tolist(), one.round.tolist()))
+        drawn.append((turn.steps, one.clients.tolist(), one.round.tolist(), _salts_of(turn, rows)))
     sizes = [len(rows) for _, rows in chunk]
     optim = replace(turns[0].optim, rates=_rates([turn.optim for turn in turns], sizes, _device(turns[0])))
     kept = [_frozen(turn, len(rows)) for turn, rows in chunk]

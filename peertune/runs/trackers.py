@@ -76,11 +76,12 @@ def values(record: RoundRecord) -> dict[str, float]:
     """Return what is logged of a round: means over the clients, and its diagnostics."""
     found = {
         "train/round": record.round,
-        "train/loss": fmean(record.loss),
+        **({"train/loss": fmean(record.loss)} if record.loss else {}),
         "train/grad_norm": fmean(record.grad_norm),
         "train/bytes_sent": sum(record.bytes_sent),
         "train/edges": len(record.edges),
         **{f"train/{name}": value for name, value in record.diagnostics.items()},
+        **({"train/epsilon": max(record.epsilon)} if record.epsilon else {}),
         **({} if record.time_s is None else {"train/virtual_seconds": record.time_s}),
     }
     for evaluation in [] if record.evaluation is None else [record.evaluation, *record.evaluation.also]:

@@ -37,6 +37,11 @@ class Facts:
         """How many there are."""
         return int(self.recipe["clients"])
 
+    @property
+    def private(self) -> bool:
+        """Whether rows are private, so that neither their loss nor their classes are told."""
+        return self.recipe.get("privacy") is not None
+
     @cached_property
     def numbers(self) -> list[int]:
         """The K clients whose records these are: all, or peers of whom the directories were read."""
@@ -44,7 +49,7 @@ class Facts:
 
     @cached_property
     def held(self) -> dict[int, Sequence[int]]:
-        """How many rows of each class each client holds, where that is known."""
+        """How many rows of each class each client holds, where that is known; of private rows how many in all."""
         owners = [peer["client"] for peer in self.facts.get("peers", [])] or range(self.clients)
         return dict(zip(owners, self.facts["partition"]["rows"], strict=False))
 
@@ -55,13 +60,13 @@ class Facts:
 
     @cached_property
     def loss(self) -> Floats:
-        """Each client's loss `[R, K]`, NaN where it wasn't there."""
+        """Each client's loss `[R, K]`, NaN where it wasn't there or isn't told."""
         return self.table("loss")
 
     @cached_property
     def mean_loss(self) -> Floats:
-        """The clients' mean `[R]`."""
-        return np.array([np.mean(record["loss"]) for record in self.records])
+        """The clients' mean `[R]`, NaN where it isn't told."""
+        return np.array([np.mean(record["loss"] or np.nan) for record in self.records])
 
     @cached_property
     def trained(self) -> list[str]:
@@ -105,8 +110,8 @@ class Facts:
         return [record for record in self.records if record["evaluation"]]
 
     def table(self, key: str) -> Floats:
-        """Lay a list over the clients out as `[R, K]`, NaN for clients that weren't there."""
+        """Lay a list over the clients out as `[R, K]`, NaN for clients that weren't there, and where there is none."""
         values = np.full((len(self.records), len(self.numbers)), np.nan)
         for row, record in zip(values, self.records, strict=True):
-            row[np.searchsorted(self.numbers, record["clients"])] = record[key]
+            row[np.searchsorted(self.numbers, record["clients"])] = record[key] or np.nan
         return values

@@ -34,14 +34,19 @@ def one_class(seen: Facts) -> Said | None:
     stuck = [k for k, share in shares.items() if share >= ONE_CLASS and share - expected >= LEAST_SKEW]
     if not stuck:
         return None
+    title = "Some clients answer with one class"
+    text = (
+        f"{called(stuck).capitalize()} of {len(shares)} gave {min(shares[k] for k in stuck):.0%} or more of their "
+        f"answers to one class, which is at most {expected:.0%} of the rows evaluated."
+    )
+    if seen.private:
+        return Said(title, f"{text} What classes their own rows are of is private.", advice.hear_others(seen))
     own = {k: (max(rows) / max(1, sum(rows)), names[int(np.argmax(rows))]) for k, rows in seen.held.items()}
     named = ", ".join(f"{own[k][0]:.0%} {own[k][1]} for client {k}" for k in stuck[:3])
     skewed = float(np.mean([own[k][0] for k in stuck])) >= max(0.5, expected + LEAST_SKEW)
     return Said(
-        "Some clients answer with one class",
-        f"{called(stuck).capitalize()} of {len(shares)} gave {min(shares[k] for k in stuck):.0%} or more of their "
-        f"answers to one class, which is at most {expected:.0%} of the rows evaluated. Their own rows: {named}"
-        f"{', …' if len(stuck) > 3 else ''}.",
+        title,
+        f"{text} Their own rows: {named}{', …' if len(stuck) > 3 else ''}.",
         advice.hear_others(seen)
         if skewed
         else "Their rows are not that skewed: lower training.learning_rate, or train for more rounds.",
@@ -51,7 +56,7 @@ def one_class(seen: Facts) -> Said | None:
 def learning_rate(seen: Facts) -> Said | None:
     """Spikes of the loss in many clients at once, a loss that ends above its start, or exploding gradients."""
     loss, means, rounds = seen.loss, seen.mean_loss, len(seen.records)
-    if rounds < LEAST_ROUNDS:
+    if rounds < LEAST_ROUNDS or np.isnan(means).any():
         return None
     classes = int(np.count_nonzero(seen.facts["validation"]["labels"]))
     clueless = np.full(len(seen.numbers), log(classes)) if classes > 1 else loss[0]
@@ -154,8 +159,9 @@ def healthy(seen: Facts) -> Said:
     """Give the key numbers of a run in which nothing is wrong, and say where that takes more evaluations to tell."""
     final, evaluations = seen.evaluated[-1]["evaluation"], len(seen.evaluated)
     scores = np.array(final["clients"])
+    loss = "The loss is withheld" if seen.private else "The loss went from {:.3g} to {:.3g}"
     text = (
-        f"The loss went from {seen.mean_loss[0]:.3g} to {seen.mean_loss[-1]:.3g}; the clients' {final['metric']} is "
+        f"{loss.format(seen.mean_loss[0], seen.mean_loss[-1])}; the clients' {final['metric']} is "
         f"{scores.mean():.3f} on average, from {scores.min():.3f} to {scores.max():.3f}"
     )
     text += "." if final["average"] is None else f", the averaged adapter's {final['average']:.3f}."

@@ -27,7 +27,7 @@ OUT_OF_PHASE = 0.05  # of client-rounds; a late report now and then does no harm
 def oscillation(seen: Facts) -> Said | None:
     """Loss jumps at switches: its change there less its mean change within the two phases about it, over switches."""
     jumps = np.array(list(_jumps(seen)))
-    if len(jumps) < LEAST_SWITCHES:
+    if len(jumps) < LEAST_SWITCHES or np.isnan(jumps).any():
         return None
     level = float(np.median(seen.mean_loss[WARM_UP:]))
     jump, error = float(jumps.mean()), float(jumps.std(ddof=1)) / sqrt(len(jumps))

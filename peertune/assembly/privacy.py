@@ -1,0 +1,97 @@
+"""What a recipe's `privacy` comes to: how many steps each client may make, and with how much noise.
+
+The noise of a step, and which rows it takes, follow from the client's secret and from all by which the step's sum comes
+to something else: the state, the rows, and what the recipe says of them. So no two different sums share a noise.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from importlib.metadata import version
+
+import numpy as np
+from numpy.typing import NDArray
+
+from peertune.assembly.encoding import EncodedTask
+from peertune.data.batches import Drawing, Encoded
+from peertune.errors import RecipeError
+from peertune.methods.private import Allowance, Own, Private
+from peertune.privacy.accountant import noise_multiplier, steps_within
+from peertune.privacy.draws import digest, keyed
+from peertune.recipe import NO_SETTINGS, Privacy, Recipe, flat
+
+_NOT_OF_A_STEP = ("rounds", "evaluate", "checkpoint", "network", "faults", "report_to", "device")
+"""Blocks by which no step's sum comes to something else."""
+
+
+def private_of(recipe: Recipe, held: Mapping[int, NDArray[np.int64]]) -> Private | None:
+    """Return what the local steps of clients with these rows are held to; None where the recipe asks for nothing.
+
+    Raises RecipeError for a delta that is not below one over a client's rows, and for a budget too small for a round.
+    """
+    asked = recipe.privacy
+    if asked is None:
+        return None
+    assert asked.delta is not None, "it has been checked"
+    return Private(
+        asked.max_grad_norm,
+        asked.delta,
+        {client: _allowance(recipe, asked, asked.delta, client, len(rows)) for client, rows in held.items()},
+    )
+
+
+def _allowance(recipe: Recipe, asked: Privacy, delta: float, client: int, rows: int) -> Allowance:
+    if delta * rows >= 1:
+        raise RecipeError(
+            f"privacy.delta: {delta:g} is no less than one over the {rows} rows of client {client}, so that it would "
+            f"allow to publish one of them; give at most {0.1 / rows:.1g}"
+        )
+    rows_per_step = min(recipe.training.per_device_train_batch_size, rows)
+    rate, steps = rows_per_step / rows, recipe.rounds * recipe.training.local_steps
+    noise = asked.noise_multiplier
+    if noise is None:
+        assert asked.epsilon is not None, "it has been checked"
+        return Allowance(rate, noise_multiplier(asked.epsilon, rate, steps, delta), rows_per_step, steps)
+    if asked.epsilon is not None:
+        steps = steps_within(asked.epsilon, noise, rate, delta, steps)
+        if steps < recipe.training.local_steps:
+            raise RecipeError(
+                f"privacy.epsilon: {asked.epsilon:g} has room for {steps} steps of client {client}, and a round has "
+                f"{recipe.training.local_steps}; give more noise_multiplier, or fewer local_steps"
+            )
+    return Allowance(rate, noise, rows_per_step, steps)
+
+
+def owned(resolved: Recipe, encoded: EncodedTask, secrets: Mapping[int, bytes]) -> dict[int, Own]:
+    """Return what each client alone knows: its secret, with a digest of what a step's sum follows from."""
+    said = flat(resolved.model_dump(mode="json", exclude=set(_NOT_OF_A_STEP)))
+    said = {key: value for key, value in said.items() if key not in NO_SETTINGS}
+    context = json.dumps([version("peertune"), said], sort_keys=True).encode()
+    rows = {client: (own, *(one.rows for one in encoded.twins.get(client, ()))) for client, own in encoded.held.items()}
+    return {
+        client: Own(secrets[client], keyed(secrets[client], "step", context, _digest(encoded.train, rows[client])))
+        for client in encoded.held
+    }
+
+
+def drawings(private: Private, own: Mapping[int, Own]) -> dict[int, Drawing]:
+    """Return how each client draws its rows."""
+    return {
+        client: Drawing(keyed(one.secret, "draw", one.told), private.allowances[client].rate)
+        for client, one in own.items()
+    }
+
+
+def _digest(encoded: Encoded, parts: Sequence[NDArray[np.int64]]) -> bytes:
+    """Return a digest of these rows as a base reads them, in their order."""
+    found = blake2b(digest_size=32)
+    for rows in parts:
+        lengths = encoded.lengths[rows]
+        found.update(lengths.tobytes())
+        places = np.repeat(encoded.starts[rows], lengths) + np.arange(lengths.sum())
+        places -= np.repeat(np.cumsum(lengths) - lengths, lengths)
+        tokens = {name: x[places] for name, x in encoded.tokens.items()}
+        labels = encoded.labels[places if encoded.token_labels else rows]
+        arrays = {name: x[rows] for name, x in encoded.arrays.items()}
+        found.update(digest({**tokens, **arrays, "labels": labels}))
+    return found.digest()
