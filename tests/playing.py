@@ -41,14 +41,17 @@ class Quadratic:
 
     def __init__(self, centres: Tensors, curvature: Tensor) -> None:
         self.centres, self.curvature = centres, curvature
-        self.rows = torch.arange(len(curvature))
 
-    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
-        scale = self.curvature if weights is None else self.curvature * weights
-        return {name: over_clients(scale, centre) * (adapters[name] - centre) for name, centre in self.centres.items()}
+    def __call__(self, adapters: Tensors) -> Tensors:
+        return {
+            name: over_clients(self.curvature, centre) * (adapters[name] - centre)
+            for name, centre in self.centres.items()
+        }
 
-    def norms(self, adapters: Tensors) -> Tensor:
-        return norms(self(adapters))
+    def clipped(self, adapters: Tensors, max_norm: float) -> Tensors:
+        found = self(adapters)
+        scale = max_norm / norms(found).clamp(min=max_norm)
+        return {name: over_clients(scale, x) * x for name, x in found.items()}
 
 
 def received(mixer: Mixer, own: Tensors, heard: Tensors, weights: Tensor, round: int = 0) -> Tensors:

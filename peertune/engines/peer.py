@@ -79,8 +79,8 @@ def run_peer(
             return
         begun = None if ledger is None or state.step else salts(state)[0]
         if ledger is not None and begun is not None:
-            made = ledger.before(state.round, begun)
-            state.remember({STEPS: torch.full_like(state.memory[STEPS], made * job.local_steps)})
+            steps = ledger.before(state.round, begun) * job.local_steps
+            state.remember({STEPS: torch.full_like(state.memory[STEPS], steps)})
         at = standing(job.clients, state.rounds, job.local_steps)
         (phase,) = job.algorithm.schedule.phases(state.known, at)
         if ledger is not None and begun is not None and phase.train:

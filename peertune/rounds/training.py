@@ -366,7 +366,7 @@ class BatchGradient:
             (row_losses(logits, alone, self.smoothing) * alone.weights).sum().backward()
             found = {name: x for name in sums if (x := params[name].grad) is not None}
             lengths = norms(found)
-            scale = torch.where(lengths.isfinite(), max_norm / lengths.clamp(min=max_norm), 0)
+            scale = torch.where(lengths.isfinite(), (max_norm / (lengths + 1e-6)).clamp(max=1.0), 0)  # as `clip` has it
             for name, x in found.items():
                 sums[name].index_add_(0, rows, x.nan_to_num(0, 0, 0) * over_clients(scale, x))
         self._loss = losses

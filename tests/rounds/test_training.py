@@ -21,6 +21,7 @@ from peertune.method import At, Local, Memory, Phase
 from peertune.methods.locals import turned_back
 from peertune.recipe import load_recipe
 from peertune.rounds.training import (
+    BatchGradient,
     Optim,
     Optimizer,
     Rates,
@@ -372,29 +373,58 @@ def test_a_gradient_may_be_taken_twice_and_the_loss_is_that_of_the_first() -> No
             torch.testing.assert_close(after.adapters[f"layer.{of}"][client], f.detach() - 0.1 * g)
 
 
-def test_rows_may_be_weighed_by_the_norms_of_their_own_gradients() -> None:
+def test_each_row_s_own_gradient_is_cut_before_they_are_summed() -> None:
     most, seen = 0.3, []
 
     def by_row(gradient: Any, adapters: Tensors, *_: Any) -> tuple[Tensors, Memory]:
-        norms = gradient.norms(adapters)
-        seen.append((gradient.rows, norms))
-        return gradient(adapters, (most / norms).clamp(max=1.0)), {}
+        found = gradient.clipped(adapters, most)
+        seen.append({name: x.clone() for name, x in found.items()})
+        return found, {}
 
-    before, after, _, (parts,) = one_step(Local(by_row), PLAIN)
-    ((whose, norms),) = seen
-    assert (norms > most).any()
-    assert (norms < most).any()
+    before, _, trained, (parts,) = one_step(Local(by_row), PLAIN)
+    (sums,), cut = seen, 0
+    assert trained.loss.tolist() == [0] * CLIENTS  # a loss would tell of the rows
     for client in range(CLIENTS):
         x, labels = of_client(client, parts)
         factors = [before.adapters[f"layer.{of}"][client].clone().requires_grad_() for of in "AB"]
         total = [torch.zeros_like(f) for f in factors]
-        for row, loss in enumerate(written_out(x, labels, *factors) / 4):
+        for loss in written_out(x, labels, *factors) / 4:
             own = torch.autograd.grad(loss, factors, retain_graph=True)
-            norm = torch.sqrt(sum(g.square().sum() for g in own))  # type: ignore[arg-type]
-            torch.testing.assert_close(norms[whose == client][row], norm.double())
-            total = [t + g * min(1.0, most / float(norm)) for t, g in zip(total, own, strict=True)]
-        for of, f, t in zip("AB", factors, total, strict=True):
-            torch.testing.assert_close(after.adapters[f"layer.{of}"][client], f.detach() - 0.1 * t)
+            norm = float(torch.sqrt(sum(g.square().sum() for g in own)))  # type: ignore[arg-type]
+            cut += norm > most
+            total = [t + g * min(1.0, most / norm) for t, g in zip(total, own, strict=True)]
+        for of, t in zip("AB", total, strict=True):
+            torch.testing.assert_close(sums[f"layer.{of}"][client], t, rtol=0, atol=1e-6)
+    assert 0 < cut < 4 * CLIENTS
+
+
+def test_a_row_whose_gradient_is_not_finite_counts_as_none_and_no_rows_make_zeros() -> None:
+    model, state = start_of(Linear(), PLAIN.optimizer)
+    state.adapters["layer.B"].normal_(generator=torch.Generator().manual_seed(1))
+    (batch,) = next(iter(batches(1)))
+    spoilt = replace(batch, inputs={"x": batch.inputs["x"].clone()})
+    spoilt.inputs["x"][0] = torch.nan
+    whole, part = (
+        BatchGradient(model, [one], frozenset("AB")).clipped(state.adapters, 1.0)
+        for one in (spoilt, rows_at(batch, torch.arange(1, len(batch.clients))))
+    )
+    for name, x in whole.items():
+        torch.testing.assert_close(x, part[name])
+    none = BatchGradient(model, [], frozenset("A")).clipped(state.adapters, 1.0)
+    assert {name: (x.shape, bool(x.any())) for name, x in none.items()} == {
+        "layer.A": (state.adapters["layer.A"].shape, False)
+    }
+
+
+def test_a_phase_that_trains_nothing_makes_no_step() -> None:
+    optim = Optim(adamw(), lambda step: every_kind(0.1), 1.0, "never")
+    model, state = start_of(Linear(), optim.optimizer)
+    before = state.clone()
+    phase = Phase(frozenset(), frozenset("AB"))
+    came = train_local(model, state, batches(3), phase, optim, at_step(CLIENTS))
+    assert came.loss.tolist() == [0] * CLIENTS
+    assert all(torch.equal(x, before.adapters[name]) for name, x in state.adapters.items())
+    assert all(torch.equal(x, before.moments[name]) for name, x in state.moments.items())
 
 
 def test_a_local_sees_the_start_each_step_and_its_memory_and_steps_what_it_returns_gradients_of() -> None:
