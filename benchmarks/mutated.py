@@ -223,7 +223,7 @@ class World:
             graph=graph,
             algorithm=algorithm,
             optim=Optim(sgd(), lambda step: dict.fromkeys(("A", "B", "head"), 0.1), 0.0, "never"),
-            steps=lambda clients, rounds, first=0: iter(()),
+            steps=lambda clients, rounds, first=0, salts=(): iter(()),
             evaluate=lambda adapters, clients: Evaluation("accuracy", [], None, 1, []),
             state=begun,
             clients=range(self.n),

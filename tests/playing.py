@@ -145,7 +145,7 @@ def _job(algorithm: Algorithm, state: State, clients: Sequence[int], steps: int)
         graph=GRAPHS["complete"](clients=max(clients) + 1, activation=1.0),
         algorithm=algorithm,
         optim=Optim(sgd(), lambda step: every_kind(0.1), 0.0, "never"),
-        steps=lambda clients, t, first=0: _rows(clients, steps),
+        steps=lambda clients, t, first=0, salts=(): _rows(clients, steps),
         evaluate=lambda adapters, clients: Evaluation("accuracy", [], None, 1, []),
         state=state,
         clients=clients,

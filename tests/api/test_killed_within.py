@@ -39,9 +39,9 @@ def mortal(steps: Steps, made: Path, most: int | None) -> Steps:
     """These steps, each written down; after the `most` that may be made the process dies."""
     left = most
 
-    def each(clients: Sequence[int], rounds: Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
+    def each(clients: Sequence[int], rounds: Sequence[int], first: int = 0, salts: Any = ()) -> Iterator[list[Batch]]:
         nonlocal left
-        for step, batches in enumerate(steps(clients, rounds, first), start=first):
+        for step, batches in enumerate(steps(clients, rounds, first, salts), start=first):
             if left == 0:
                 os.kill(os.getpid(), signal.SIGKILL)
             with made.open("a") as file:

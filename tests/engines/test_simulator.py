@@ -172,7 +172,7 @@ def test_a_text_run_packs_its_rows_and_gives_what_padded_rows_give(little_glue: 
     job = build(load_recipe("tad-sst2-minilm", overrides)).job
     seen: list[Batch] = []
 
-    def padded(clients: Sequence[int], rounds: Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
+    def padded(clients: Sequence[int], rounds: Sequence[int], first: int = 0, salts: Any = ()) -> Iterator[list[Batch]]:
         for step in job.steps(clients, rounds, first):
             seen.extend(step)
             yield [replace(batch, packing=None) for batch in step]

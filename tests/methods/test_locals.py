@@ -150,13 +150,13 @@ class Fitted:
     """The gradient of `‖W0 + B A - target‖² / 2` for K clients, each with a target of its own."""
 
     def __init__(self, base: Tensor, targets: Tensor) -> None:
-        self.base, self.targets, self.rows = base, targets, torch.arange(len(targets))
+        self.base, self.targets = base, targets
 
-    def __call__(self, adapters: Tensors, weights: Tensor | None = None) -> Tensors:
+    def __call__(self, adapters: Tensors) -> Tensors:
         A, B = adapters["q.A"], adapters["q.B"]
         return {"q.B": (self.base + B @ A - self.targets) @ A.mT}
 
-    def norms(self, adapters: Tensors) -> Tensor:
+    def clipped(self, adapters: Tensors, max_norm: float) -> Tensors:
         raise NotImplementedError
 
 

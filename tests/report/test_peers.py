@@ -88,7 +88,15 @@ def test_put_together_they_say_what_a_simulation_says_but_for_what_nobody_knows(
         evaluation = record["evaluation"] and record["evaluation"] | UNKNOWN
         if evaluation:
             evaluation["also"] = [metric | UNKNOWN for metric in evaluation["also"]]
-        of_peers = {"failed_writes": 0, "skipped": 0, "not_mixed": [], "taken": [], "suspects": [], "vacant_edges": []}
+        of_peers = {
+            "failed_writes": 0,
+            "skipped": 0,
+            "epsilon": [],
+            "not_mixed": [],
+            "taken": [],
+            "suspects": [],
+            "vacant_edges": [],
+        }
         assert mine == of_peers | record | {
             "diagnostics": {},
             "time_s": None,

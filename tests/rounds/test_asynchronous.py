@@ -302,7 +302,7 @@ def test_those_who_have_begun_train_in_one_pass_and_who_is_fast_ends_more_traini
     calls: list[list[int]] = []
     job = made("time={mode: asynchronous, step_s: [1, 1.1, 1.2, 1.3, 10]}", "rounds=8").job
 
-    def counted(clients: Any, rounds: Any, first: int = 0) -> Any:
+    def counted(clients: Any, rounds: Any, first: int = 0, salts: Any = ()) -> Any:
         calls.append(list(clients))
         return job.steps(clients, rounds, first)
 

@@ -53,7 +53,7 @@ def rows(client: int, step: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(draw.normal(size=(2, 4))), torch.from_numpy(draw.integers(0, 3, 2))
 
 
-def steps(clients: Sequence[int], rounds: Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
+def steps(clients: Sequence[int], rounds: Sequence[int], first: int = 0, salts: Any = ()) -> Iterator[list[Batch]]:
     for step in range(first, 2):
         each = [rows(client, 2 * t + step) for client, t in zip(clients, rounds, strict=True)]
         inputs, labels = (torch.cat(x) for x in zip(*each, strict=True))
@@ -739,7 +739,9 @@ def test_the_seconds_of_a_round_are_told_by_stage(monkeypatch: pytest.MonkeyPatc
         spent["evaluate"] += 10_000
         return score(state, clients)
 
-    def slow_steps(clients: Sequence[int], rounds: Sequence[int], first: int = 0) -> Iterator[list[Batch]]:
+    def slow_steps(
+        clients: Sequence[int], rounds: Sequence[int], first: int = 0, salts: Any = ()
+    ) -> Iterator[list[Batch]]:
         spent["train"] += 1
         return steps(clients, rounds, first)
 
