@@ -270,6 +270,11 @@ def check_same(built: Built, folder: Path, *, longer: bool = False) -> None:
     before, after = (recipe.model_copy(update=completed(recipe)).model_dump(mode="json") for recipe in both)
     for block, value in after.items():
         if longer and block == "rounds" and value > before[block]:
+            if resolved.privacy is not None and resolved.privacy.noise_multiplier is None:
+                raise RunError(
+                    f"{folder}: its noise was chosen for {before[block]} rounds within privacy.epsilon; leave rounds "
+                    "as they are, or begin anew"
+                )
             continue
         if longer and block == "evaluate":
             before[block] |= {"patience": value["patience"]}

@@ -176,16 +176,20 @@ def _put_together(
         tests=[] if task.test is None else label_counts(task, task.test, [np.arange(len(task.test))])[0],
         long={use: count for use, count in encoded.long.items() if use in splits},
         left_out={use: split.left_out for use, split in splits.items() if split is not None},
-        private=_told_private(job.private, parts.group),
+        private=_told_private(job.private, job.rounds * job.local_steps, parts.group),
     )
 
 
-def _told_private(private: Private | None, group: Group) -> dict[str, Any]:
-    """Return what is said of all clients' private steps."""
+def _told_private(private: Private | None, steps: int, group: Group) -> dict[str, Any]:
+    """Return what is said of all clients' private steps, of which a run has so many; epsilon is that at its end."""
     if private is None:
         return {}
     own = [
-        {"client": client, **allowed._asdict(), "epsilon": spent(private, [client], [allowed.most_steps])[0]}
+        {
+            "client": client,
+            **allowed._asdict(),
+            "epsilon": spent(private, [client], [min(steps, allowed.most_steps or steps)])[0],
+        }
         for client, allowed in sorted(private.allowances.items())
     ]
     return {"delta": private.delta, "clients": [*chain(*group.gather(own))]}

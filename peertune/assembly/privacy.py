@@ -22,6 +22,8 @@ from peertune.recipe import NO_SETTINGS, Privacy, Recipe, flat
 
 _NOT_OF_A_STEP = ("rounds", "evaluate", "checkpoint", "network", "faults", "report_to", "device")
 """Blocks by which no step's sum comes to something else."""
+MADE_AGAIN = 2
+"""So many times a run's steps are looked at for how many a budget has room for: peers may make rounds again."""
 
 
 def private_of(recipe: Recipe, held: Mapping[int, NDArray[np.int64]]) -> Private | None:
@@ -52,14 +54,15 @@ def _allowance(recipe: Recipe, asked: Privacy, delta: float, client: int, rows: 
     if noise is None:
         assert asked.epsilon is not None, "it has been checked"
         return Allowance(rate, noise_multiplier(asked.epsilon, rate, steps, delta), rows_per_step, steps)
-    if asked.epsilon is not None:
-        steps = steps_within(asked.epsilon, noise, rate, delta, steps)
-        if steps < recipe.training.local_steps:
-            raise RecipeError(
-                f"privacy.epsilon: {asked.epsilon:g} has room for {steps} steps of client {client}, and a round has "
-                f"{recipe.training.local_steps}; give more noise_multiplier, or fewer local_steps"
-            )
-    return Allowance(rate, noise, rows_per_step, steps)
+    if asked.epsilon is None:
+        return Allowance(rate, noise, rows_per_step, None)
+    most = steps_within(asked.epsilon, noise, rate, delta, MADE_AGAIN * steps)
+    if most < recipe.training.local_steps:
+        raise RecipeError(
+            f"privacy.epsilon: {asked.epsilon:g} has room for {most} steps of client {client}, and a round has "
+            f"{recipe.training.local_steps}; give more noise_multiplier, or fewer local_steps"
+        )
+    return Allowance(rate, noise, rows_per_step, most)
 
 
 def owned(resolved: Recipe, encoded: EncodedTask, secrets: Mapping[int, bytes]) -> dict[int, Own]:

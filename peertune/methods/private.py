@@ -36,7 +36,7 @@ class Allowance(NamedTuple):
     rate: float  # the chance of each of its rows to be in a step
     noise_multiplier: float  # the noise's standard deviation, in `max_grad_norm`
     rows_per_step: float  # on average: what the sum is divided by
-    most_steps: int  # within its budget
+    most_steps: int | None  # within its budget; None: it has none
 
 
 class Private(NamedTuple):
@@ -70,7 +70,7 @@ def by_row(algorithm: Algorithm, private: Private, own: Mapping[int, Own], local
         rounds = (memory[STEPS] // local_steps).tolist()  # those that are whole: no step within one changes it
         most = [private.allowances[client].most_steps for client in at.clients.tolist()]
         return [
-            phase if (made + 1) * local_steps <= room else phase._replace(train=frozenset())
+            phase if room is None or (made + 1) * local_steps <= room else phase._replace(train=frozenset())
             for phase, made, room in zip(schedule.phases(memory, at), rounds, most, strict=True)
         ]
 

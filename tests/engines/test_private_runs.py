@@ -17,7 +17,7 @@ from peertune.api.running import resume
 from peertune.api.running import run as run_recipe
 from peertune.assembly.build import Built, build
 from peertune.engines.simulator import simulate
-from peertune.errors import RecipeError, Stopped
+from peertune.errors import RecipeError, RunError, Stopped
 from peertune.methods.private import STEPS
 from peertune.models.load import MODELS
 from peertune.privacy.accountant import epsilon
@@ -223,7 +223,7 @@ def test_a_budget_is_kept_and_who_has_spent_it_goes_on_mixing() -> None:
     private = built.job.private
     assert private is not None
     records = run(built)
-    most = {client: one.most_steps // 2 * 2 for client, one in private.allowances.items()}
+    most = {client: (one.most_steps or 0) // 2 * 2 for client, one in private.allowances.items()}
     assert 0 < min(most.values()) < 16
     for record in records:
         assert max(record.epsilon) <= 0.9
@@ -324,3 +324,21 @@ def test_every_method_trains_privately_and_the_bound_on_messages_never_fires(mor
     steps = state(records[-1]).remembered(STEPS).tolist()
     assert max(steps) == 8
     assert max(records[-1].epsilon) <= 1
+
+
+def test_diagnose_names_who_has_spent_its_budget_and_a_run_whose_noise_was_chosen_has_no_more_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEERTUNE_SECRET", str(tmp_path / "secret"))
+    budget = "privacy={epsilon: 0.9, noise_multiplier: 1.0, delta: 1e-5}"
+    spent = run_recipe("digits-demo", [*SMALL, "rounds=8", budget], out=tmp_path / "spent")
+    (finding,) = (one for one in spent.findings if one.name == "budget_spent")
+    assert finding.text.startswith(
+        "Clients 0, 1 and 2 of 3 had no room for another round of local steps, client 0 after"
+    )
+    chosen = run_recipe("digits-demo", [*SMALL, "privacy={epsilon: 8, delta: 1e-5}"], out=tmp_path / "chosen")
+    assert not [one for one in chosen.findings if one.name == "budget_spent"]
+    with pytest.raises(RunError, match="its noise was chosen for 4 rounds"):
+        resume(tmp_path / "chosen", ["rounds=8"])
+    longer = resume(tmp_path / "spent", ["rounds=9"])
+    assert longer.records[-1]["epsilon"] == spent.records[-1]["epsilon"]

@@ -7,7 +7,7 @@ or drawn.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from peertune.report.findings import learning, mixing, phases, trust, waiting
+from peertune.report.findings import budget, learning, mixing, phases, trust, waiting
 from peertune.report.findings.evidence import Facts
 from peertune.report.findings.finding import Finding, Said, Severity
 
@@ -31,6 +31,7 @@ CHECKS: Mapping[Severity, Mapping[str, Callable[[Facts], Said | None]]] = {
         "no_exchange": mixing.no_exchange,
         "stragglers": waiting.stragglers,
         "kept_away": trust.kept_away,
+        "budget_spent": budget.budget_spent,
     },
 }
 """What is looked for: severity → a finding's name → its check, the gravest first."""
