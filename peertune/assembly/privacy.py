@@ -5,6 +5,7 @@ to something else: the state, the rows, and what the recipe says of them. So no 
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from importlib.metadata import version
@@ -19,6 +20,8 @@ from peertune.methods.private import Allowance, Own, Private
 from peertune.privacy.accountant import noise_multiplier, steps_within
 from peertune.privacy.draws import digest, keyed
 from peertune.recipe import NO_SETTINGS, Privacy, Recipe, flat
+
+log = logging.getLogger(__name__)
 
 _NOT_OF_A_STEP = ("rounds", "evaluate", "checkpoint", "network", "faults", "report_to", "device")
 """Blocks by which no step's sum comes to something else."""
@@ -35,6 +38,8 @@ def private_of(recipe: Recipe, held: Mapping[int, NDArray[np.int64]]) -> Private
     if asked is None:
         return None
     assert asked.delta is not None, "it has been checked"
+    if asked.epsilon is not None:
+        log.info("privacy: finding out what noise %d clients need, a second or so each", len(held))
     return Private(
         asked.max_grad_norm,
         asked.delta,

@@ -1,6 +1,7 @@
 """Private local steps in whole runs: against slow twins and Opacus, resumed, made again, and out of budget."""
 
 import json
+import logging
 import re
 import warnings
 from collections.abc import Sequence
@@ -109,10 +110,13 @@ def test_sums_are_those_of_a_loop_over_single_rows(more: Sequence[str], some: bo
 def test_sums_are_those_of_opacus() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        handlers = logging.root.handlers[:]
         from opacus import GradSampleModule
         from opacus.optimizers import DPOptimizer
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForImageClassification
+
+        logging.root.handlers[:] = handlers  # which Opacus sets up for the process
     built = made("head=frozen")
     job, adapters = built.job, moved(built.job.state.adapters)
     assert job.private is not None
@@ -333,9 +337,7 @@ def test_diagnose_names_who_has_spent_its_budget_and_a_run_whose_noise_was_chose
     budget = "privacy={epsilon: 0.9, noise_multiplier: 1.0, delta: 1e-5}"
     spent = run_recipe("digits-demo", [*SMALL, "rounds=8", budget], out=tmp_path / "spent")
     (finding,) = (one for one in spent.findings if one.name == "budget_spent")
-    assert finding.text.startswith(
-        "Clients 0, 1 and 2 of 3 had no room for another round of local steps, client 0 after"
-    )
+    assert finding.text.startswith("Clients 0, 1, 2 of 3 had no room for another round of local steps, client 0 after")
     chosen = run_recipe("digits-demo", [*SMALL, "privacy={epsilon: 8, delta: 1e-5}"], out=tmp_path / "chosen")
     assert not [one for one in chosen.findings if one.name == "budget_spent"]
     with pytest.raises(RunError, match="its noise was chosen for 4 rounds"):
