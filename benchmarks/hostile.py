@@ -97,17 +97,22 @@ def liars(seed: int, count: int) -> list[int]:
     return sorted((seed + 3 * k) % 10 for k in range(count))
 
 
+def modified(rule: str) -> list[str]:
+    """Return what makes a run one of this rule, which stands with its setting after a blank; of `none`, or `local`."""
+    name, _, setting = rule.partition(" ")
+    modifier = f"{{name: {name}{f', {setting}' if setting else ''}}}"
+    algorithm = "algorithm.name=local" if rule == LOCAL else "algorithm.name=dec_lora"
+    return [algorithm, *([f"modifiers=[{modifier}]"] if name in RULES else [])]
+
+
 def settings(cell: Cell, seed: int) -> list[str]:
     """Return what one run is made with."""
-    rule, _, setting = cell.rule.partition(" ")
-    modifier = f"{{name: {rule}{f', {setting}' if setting else ''}}}"
     attack = f"attacks=[{{name: {cell.attack}, clients: {liars(seed, cell.hostile)}}}]"
     if cell.attack == ABSENT:
         down = (f"{{down: {client}, rounds: [0, 99]}}" for client in liars(seed, cell.hostile))
         attack = f"faults=[{', '.join(down)}]"
     return [
-        "algorithm.name=local" if rule == LOCAL else "algorithm.name=dec_lora",
-        *([f"modifiers=[{modifier}]"] if rule in RULES else []),
+        *modified(cell.rule),
         *([attack] if cell.hostile else []),
         "task={name: digits, held_out_writers: [10, 11, 12, 13]}",
         DATA[cell.data],

@@ -96,11 +96,13 @@ def scored(
     asked: Asked,
     look: Callable[[Job], Row] = lambda job: {},
     watch: Callable[[RoundRecord, Row], Row] = lambda record, found: {},
+    at_end: Callable[[Job], Row] = lambda job: {},
 ) -> Iterator[tuple[str, Row]]:
     """Run what is asked for, and yield the clients' scores after the last round; [] if it diverged.
 
     Runs of a small base train as one stack. `look` says what else is kept of a job, `watch` what is of a round,
-    beside what was of those before. Seconds are a run's share.
+    beside what was of those before, and `at_end` what is of a job whose state is that after the last round. Seconds are
+    a run's share.
     """
     base = overrides()[:-1] if of.recipe == STUDIES["sst2"].recipe else []
     recipes = {name: load_recipe(of.recipe, [*base, *of.settings, *own]) for name, own in asked.items()}
@@ -111,12 +113,14 @@ def scored(
                 raise built
             jobs[name] = replace(built.job, state=built.job.state.clone())
             looked[name] = look(built.job)
-        found = _last_scores(jobs, watch)
+        found = _last_scores(jobs, watch, at_end)
         seconds = round((time.process_time() - begun) / len(part), 1)
         yield from ((name, {**found[name], **looked[name], "seconds": seconds}) for name in part)
 
 
-def _last_scores(jobs: dict[str, Job], watch: Callable[[RoundRecord, Row], Row]) -> dict[str, Row]:
+def _last_scores(
+    jobs: dict[str, Job], watch: Callable[[RoundRecord, Row], Row], at_end: Callable[[Job], Row]
+) -> dict[str, Row]:
     found: dict[str, Row] = {name: {"own": [], "new": []} for name in jobs}  # as of those that diverge
     while jobs:
         for name, record in simulate_together(jobs):
@@ -132,7 +136,7 @@ def _last_scores(jobs: dict[str, Job], watch: Callable[[RoundRecord, Row], Row])
                 scores = {"own": last.own, "new": last.clients if last.clients != last.own else []}
                 found[name] |= {of: [round(x, 4) for x in each] for of, each in scores.items()}
             if record.state.round == jobs[name].rounds:
-                del jobs[name]
+                found[name] |= at_end(jobs.pop(name))
     return found
 
 

@@ -586,10 +586,10 @@ def test_where_high_ranks_keep_what_they_know_no_collapse_is_found(make_run: Mak
     assert "rank_collapse" not in names(make_run(rounds=40))
 
 
-def doubted(run: RunData, took: float, *, refused: int = 0) -> RunData:
-    """The run, as if a rule took of client 2 this share of its weight, and .8 of the others'."""
+def doubted(run: RunData, took: float, *, others: float = 0.8, refused: int = 0) -> RunData:
+    """The run, as if a rule took of client 2 this share of its weight, and another of the others'."""
     for record in run.records:
-        record["taken"] = [(client, 2.0, 2.0 * (took if client == 2 else 0.8)) for client in range(6)]
+        record["taken"] = [(client, 2.0, 2.0 * (took if client == 2 else others)) for client in range(6)]
         record["not_mixed"] = [[0, 2]] if record["round"] < refused else []
     return run
 
@@ -603,3 +603,8 @@ def test_clients_that_others_keep_away_from_are_named_with_the_evidence(make_run
     assert "no proof" in finding.text
     for fine in (doubted(make_run(rounds=20), 0.7, refused=2), make_run(rounds=20), doubted(make_run(rounds=5), 0.1)):
         assert "kept_away" not in names(fine)
+
+
+def test_where_a_rule_takes_nothing_of_anybody_nobody_is_named(make_run: MakeRun) -> None:
+    """As `cs_plus` does where a client hears too few: to name all would say nothing of any."""
+    assert "kept_away" not in names(doubted(make_run(rounds=20), 0.0, others=0.0))

@@ -1,27 +1,36 @@
 """Findings about clients that others keep away from: evidence, and no proof."""
 
 from collections import Counter
-from math import nan
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
 from peertune.report.findings.evidence import Facts
 from peertune.report.findings.finding import LEAST_ROUNDS, Said, called
 from peertune.rounds.record import summed
 
-DOUBTED = 0.5  # of what is taken of the median client, at most, is taken of one that others keep away from
+DOUBTED = 0.5  # of what is taken of the median client: others keep away from one of whom less is taken
 LEFT_OUT = 3  # messages of a client of which nothing was mixed, at least: one may be a step that went wrong
+
+
+def shares_taken(taken: Iterable[Sequence[float]]) -> dict[int, float]:
+    """Return what share of its weight was taken of each client, by what records call `taken`."""
+    return {sender: took / had for sender, had, took in summed(taken)}
+
+
+def little_taken(shares: Mapping[int, float]) -> set[int]:
+    """Return the clients of whom little was taken beside the median client; none where nothing is taken of anybody."""
+    least = DOUBTED * median(shares.values()) if shares else 0.0
+    return {who for who, share in shares.items() if share < least}
 
 
 def kept_away(seen: Facts) -> Said | None:
     """Clients of whom a robust rule took little, whose messages were too far off, or after whom peers fell back."""
     if len(seen.records) < LEAST_ROUNDS:
         return None
-    took = {who: part / had for who, had, part in summed(x for record in seen.records for x in record["taken"])}
-    middle = median(took.values()) if took else nan
+    took = shares_taken(x for record in seen.records for x in record["taken"])
     refused = Counter(sender for record in seen.records for _, sender in record["not_mixed"])
     after = {sender for record in seen.records for _, sender, _, _ in record["suspects"]}
-    doubted = {who for who, share in took.items() if share <= DOUBTED * middle}
-    doubted |= {who for who, count in refused.items() if count >= LEFT_OUT} | after
+    doubted = little_taken(took) | {who for who, count in refused.items() if count >= LEFT_OUT} | after
     if not doubted:
         return None
     told = []
@@ -30,7 +39,7 @@ def kept_away(seen: Facts) -> Said | None:
         parts += [f"{refused[who]} of its messages were too far off to be mixed"] if refused[who] else []
         parts += ["a peer fell back after it mixed it"] if who in after else []
         told.append(f"client {who}: {' and '.join(parts)}")
-    beside = f" Of the median client {middle:.2f} of its weight was taken." if took else ""
+    beside = f" Of the median client {median(took.values()):.2f} of its weight was taken." if took else ""
     return Said(
         f"Others keep away from {called(sorted(doubted))}",
         f"{'; '.join(told)}.{beside} That is evidence and no proof: a client whose rows are unlike the others' is far "
