@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import minority, studies
-from benchmarks.minority import KINDS, RULES, STUDIES, named, settings
+from benchmarks.hostile import STUDIES
+from benchmarks.minority import KINDS, RULES, named, settings
 from peertune import build, load_recipe
 from peertune.assembly.registry import check_choices
 

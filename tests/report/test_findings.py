@@ -598,11 +598,25 @@ def test_clients_that_others_keep_away_from_are_named_with_the_evidence(make_run
     run = doubted(make_run(rounds=20), 0.1, refused=4)
     (finding,) = (x for x in diagnose(complete(run.recipe), run.facts, run.records) if x.name == "kept_away")
     assert finding.title == "Others keep away from client 2"
-    assert "client 2: 0.10 of its weight was taken and 4 of its messages were too far off to be mixed." in finding.text
+    assert (
+        "client 2: 0.10 of its weight was taken, little in 20 rounds from 0 to 19 and 4 of its messages were too far "
+        "off to be mixed, in 4 rounds from 0 to 3."
+    ) in finding.text
     assert "Of the median client 0.80" in finding.text
     assert "no proof" in finding.text
     for fine in (doubted(make_run(rounds=20), 0.7, refused=2), make_run(rounds=20), doubted(make_run(rounds=5), 0.1)):
         assert "kept_away" not in names(fine)
+
+
+def test_what_is_told_of_a_client_goes_by_the_rounds_in_which_it_was_seen(make_run: MakeRun) -> None:
+    run = make_run(rounds=12)
+    for record in run.records:
+        low = record["round"] in (3, 7)  # of client 2 nothing in two rounds of twelve, which is no reason to name it
+        record["taken"] = [(client, 2.0, 0.0 if client == 2 and low else 1.6) for client in range(6)]
+        record["suspects"] = [(0, 2, 17, 1)] if record["round"] == 7 else []
+    (finding,) = (x for x in diagnose(complete(run.recipe), run.facts, run.records) if x.name == "kept_away")
+    told = "client 2: 0.67 of its weight was taken, little in 2 rounds from 3 to 7 and a peer fell back after it"
+    assert f"{told} mixed it and kept it out in round 7." in finding.text
 
 
 def test_where_a_rule_takes_nothing_of_anybody_nobody_is_named(make_run: MakeRun) -> None:

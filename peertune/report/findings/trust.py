@@ -1,6 +1,6 @@
 """Findings about clients that others keep away from: evidence, and no proof."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 
@@ -28,16 +28,24 @@ def kept_away(seen: Facts) -> Said | None:
     if len(seen.records) < LEAST_ROUNDS:
         return None
     took = shares_taken(x for record in seen.records for x in record["taken"])
-    refused = Counter(sender for record in seen.records for _, sender in record["not_mixed"])
-    after = {sender for record in seen.records for _, sender, _, _ in record["suspects"]}
-    doubted = little_taken(took) | {who for who, count in refused.items() if count >= LEFT_OUT} | after
+    little, refused, after = (defaultdict[int, list[int]](list) for _ in range(3))  # client → rounds
+    for record in seen.records:
+        for rounds, clients in (
+            (little, little_taken(shares_taken(record["taken"]))),
+            (refused, [sender for _, sender in record["not_mixed"]]),
+            (after, {sender for _, sender, _, _ in record["suspects"]}),
+        ):
+            for who in clients:
+                rounds[who].append(record["round"])
+    doubted = little_taken(took) | {who for who, rounds in refused.items() if len(rounds) >= LEFT_OUT} | {*after}
     if not doubted:
         return None
     told = []
     for who in sorted(doubted)[:6]:
-        parts = [f"{took[who]:.2f} of its weight was taken"] if who in took else []
-        parts += [f"{refused[who]} of its messages were too far off to be mixed"] if refused[who] else []
-        parts += ["a peer fell back after it mixed it"] if who in after else []
+        parts = [f"{took[who]:.2f} of its weight was taken{_when(', little', little[who])}"] if who in took else []
+        if refused[who]:
+            parts += [f"{len(refused[who])} of its messages were too far off to be mixed{_when(',', refused[who])}"]
+        parts += [f"a peer fell back after it mixed it{_when(' and kept it out', after[who])}"] if who in after else []
         told.append(f"client {who}: {' and '.join(parts)}")
     beside = f" Of the median client {median(took.values()):.2f} of its weight was taken." if took else ""
     return Said(
@@ -46,3 +54,11 @@ def kept_away(seen: Facts) -> Said | None:
         "from them, too.",
         "look at what these clients train on, and who runs them",
     )
+
+
+def _when(before: str, rounds: Sequence[int]) -> str:
+    """Say in which rounds something was seen, behind these words; "" where in none."""
+    if not rounds:
+        return ""
+    several = f"{len({*rounds})} rounds from {min(rounds)} to {max(rounds)}"
+    return f"{before} in {several if len({*rounds}) > 1 else f'round {rounds[0]}'}"
