@@ -3,6 +3,7 @@
     python -m benchmarks.hostile look digits     # every rule and setting, on seeds that the study does not use
     python -m benchmarks.hostile run digits      # goes on where it was stopped; --part 1/2 and 2/2 for two
     python -m benchmarks.hostile table digits    # of what has been run
+    python -m benchmarks.hostile holds digits    # the same in short: what each attack by two costs, by the rows
     python -m benchmarks.hostile looked digits   # of what was looked at
 
 The protocol, written before anything of it was run.
@@ -134,11 +135,15 @@ def looked_at() -> Iterator[tuple[Cell, int]]:
                 yield Cell(LOCAL, CLEAN, 0, data, graph), LOOKED_AT
 
 
+def chosen() -> list[str]:
+    """Return the rules with the settings that were chosen."""
+    return [f"{rule} {setting}".rstrip() for rule, setting in CHOSEN.items()]
+
+
 def studied() -> Iterator[tuple[Cell, int]]:
     """Yield the study's runs in their order."""
-    chosen = [f"{rule} {setting}".rstrip() for rule, setting in CHOSEN.items()]
-    seeds = STUDIES["digits"].seeds
-    for rules, hostile in (([LOCAL, PLAIN, *chosen[:1]], (0, 2)), (chosen[1:], (0, 2)), ([PLAIN, *chosen], (1, 3))):
+    seeds, (first, *others) = STUDIES["digits"].seeds, chosen()
+    for rules, hostile in (([LOCAL, PLAIN, first], (0, 2)), (others, (0, 2)), ([PLAIN, first, *others], (1, 3))):
         for seed, data, graph in product(seeds, DATA, GRAPHS):
             for rule, k in product(rules, hostile):
                 attacks = [CLEAN] if not k else {LOCAL: [], PLAIN: [*ATTACKS, ABSENT]}.get(rule, [*ATTACKS])
@@ -200,6 +205,21 @@ def table(cells: Sequence[Cell], seeds: Sequence[int]) -> None:
         print(f"| {data} | {graph} | {attack} | {k} | {' | '.join(line)} |")
 
 
+def holds(seeds: Sequence[int]) -> None:
+    """Print what two who attack cost with each rule: means over seeds, from one graph to the other, as Markdown."""
+    rows = kept().rows
+    columns = [(rule, data) for rule in (PLAIN, *chosen()) for data in DATA]
+    print(f"| attack | {' | '.join(f'{rule}, {data}' for rule, data in columns)} |")
+    print(f"|---|{'---:|' * len(columns)}")
+    for attack in (CLEAN, ABSENT, *ATTACKS):
+        line = []
+        for rule, data in columns:
+            cells = (Cell(rule, attack, 0 if attack == CLEAN else 2, data, graph) for graph in GRAPHS)
+            means = [fmean(each.values()) for cell in cells if (each := losses(rows, cell, seeds))]
+            line.append(f"{min(means):+.3f} to {max(means):+.3f}" if means else "–")
+        print(f"| {attack} | {' | '.join(line)} |")
+
+
 def looked() -> None:
     """Print what was looked at, and the largest loss of each rule and setting."""
     rows, cells = kept().rows, [cell for cell, _ in looked_at()]
@@ -218,7 +238,7 @@ def looked() -> None:
 
 def main() -> None:
     """Run a part, or print a table."""
-    asked_for = options("hostile", __doc__, ["look", "run", "looked", "table"], STUDIES)
+    asked_for = options("hostile", __doc__, ["look", "run", "looked", "table", "holds"], STUDIES)
     match asked_for.action:
         case "look":
             run(asked_for.part, looked_at())
@@ -226,6 +246,8 @@ def main() -> None:
             run(asked_for.part, studied())
         case "looked":
             looked()
+        case "holds":
+            holds(STUDIES["digits"].seeds)
         case _:
             cells = [cell for cell, _ in studied()]
             rows, seeds = kept().rows, STUDIES["digits"].seeds
