@@ -111,12 +111,14 @@ class Local(NamedTuple):
     `end(start, adapters, memory, at, phase)` is called after the last step and returns adapters that change. `start` is
     what the round began with, of the kinds that train, where `keeps_start` asks for a copy, and {} elsewhere.
     All clients of a call are at one step where `one_step` asks for it; elsewhere each may be at its own.
+    Training to what isn't finite fails, but where `end` `takes_any`, and makes something finite of whatever came.
     """
 
     gradients: Callable[[Gradient, Tensors, Tensors, Memory, At, Phase], tuple[Tensors, Memory]] = descent
     end: Callable[[Tensors, Tensors, Memory, At, Phase], tuple[Tensors, Memory]] = stay
     keeps_start: bool = False
     one_step: bool = False
+    takes_any: bool = False
     init: Callable[[Tensors, At], Memory] = nothing
     needs: frozenset[str] = frozenset()
 

@@ -118,9 +118,9 @@ class Run(RunData):
         """Return a pandas.DataFrame with a row for each client and round.
 
         Columns: `round`, `client`, `loss`, `grad_norm`, `bytes_sent`, `neighbours` (how many it heard), where rows are
-        private no loss and `epsilon`, what was spent, and of rounds that were evaluated `score`, by the recipe's
-        metric, the scores by its other metrics, under their names, and what else there is of `SCORES_OF_CLIENTS`;
-        elsewhere NaN. Raises PeertuneError where pandas is not installed.
+        private no loss (where clients are, no `grad_norm` either) and `epsilon`, what was spent, and of rounds that
+        were evaluated `score`, by the recipe's metric, the scores by its other metrics, under their names, and what
+        else there is of `SCORES_OF_CLIENTS`; elsewhere NaN. Raises PeertuneError where pandas is not installed.
         """
         return _frame([row for record in self.records for row in _rows(record)])
 

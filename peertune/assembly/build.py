@@ -33,7 +33,7 @@ from peertune.data.batches import TrainingSteps
 from peertune.errors import RecipeError, tried
 from peertune.identity.secret import of_simulations
 from peertune.method import standing
-from peertune.methods.private import Private, by_row, spent
+from peertune.methods.private import Private, privately, spent
 from peertune.models import weights
 from peertune.privacy.draws import keyed, of_client
 from peertune.recipe import Recipe
@@ -176,14 +176,15 @@ def _put_together(
         tests=[] if task.test is None else label_counts(task, task.test, [np.arange(len(task.test))])[0],
         long={use: count for use, count in encoded.long.items() if use in splits},
         left_out={use: split.left_out for use, split in splits.items() if split is not None},
-        private=_told_private(job.private, job.rounds * job.local_steps, parts.group),
+        private=_told_private(job.private, job.rounds, parts.group),
     )
 
 
-def _told_private(private: Private | None, steps: int, group: Group) -> dict[str, Any]:
-    """Return what is said of all clients' private steps, of which a run has so many; epsilon is that at its end."""
+def _told_private(private: Private | None, rounds: int, group: Group) -> dict[str, Any]:
+    """Return what is said of all clients' private steps in so many rounds; epsilon is that at their end."""
     if private is None:
         return {}
+    steps = rounds * private.per_round
     own = [
         {
             "client": client,
@@ -192,7 +193,7 @@ def _told_private(private: Private | None, steps: int, group: Group) -> dict[str
         }
         for client, allowed in sorted(private.allowances.items())
     ]
-    return {"delta": private.delta, "clients": [*chain(*group.gather(own))]}
+    return {"unit": private.unit, "delta": private.delta, "clients": [*chain(*group.gather(own))]}
 
 
 def _secrets(parts: Parts, secret: Callable[[], bytes]) -> dict[int, bytes]:
@@ -216,7 +217,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask, sec
     private = None if loaded.planned else private_of(recipe, encoded.held)  # a plan has no rows to keep private
     own = owned(recipe, encoded, secrets) if private else {}
     if private is not None:
-        parts = parts._replace(algorithm=by_row(parts.algorithm, private, own, recipe.training.local_steps))
+        parts = parts._replace(algorithm=privately(parts.algorithm, private, own))
     optim = build_optim(recipe)
     state = _start(recipe, parts, loaded, optim)  # first, since the base may get another head
     model, algorithm, training = loaded.model, parts.algorithm, recipe.training
@@ -235,7 +236,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask, sec
         seed=recipe.seed,
         row_weights=row_weights(recipe, parts.task, [*encoded.held.values(), *(x.rows for x in twins)]),
         twins=encoded.twins,
-        drawings=drawings(private, own) if private else {},
+        drawings=drawings(private, own) if private and private.unit == "record" else {},
     )
     return Job(
         model=model,
@@ -406,7 +407,8 @@ def _resolve(recipe: Recipe, parts: Parts, loaded: Loaded) -> Recipe:
         "tokens_per_pass": loaded.tokens,
         "clients_per_pass": min(here, asked or CLIENTS_PER_PASS),
     }
-    training |= {"max_grad_norm": 0.0} if recipe.privacy else {}  # rows' gradients are cut, and nothing after the noise
+    if recipe.privacy and recipe.privacy.unit == "record":
+        training |= {"max_grad_norm": 0.0}  # rows' gradients are cut, and nothing after the noise
     lora = {"ranks": [*parts.ranks]} if parts.ranks else {}  # as they were dealt
     return recipe.model_copy(
         update={

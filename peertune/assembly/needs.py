@@ -113,6 +113,10 @@ NEEDS: Mapping[str, Need] = {
         lambda recipe, graph, algorithm: algorithm.local.init is nothing and algorithm.local.end is stay,
         "leave out the modifiers of local steps, which count on all steps of a round",
     ),
+    "clients that need not be private": Need(
+        lambda recipe, graph, algorithm: recipe.privacy is None or recipe.privacy.unit == "record",
+        "leave out privacy.unit=client: what it keeps of a client's steps has no noise",
+    ),
     "rows that need not be private": Need(
         lambda recipe, graph, algorithm: recipe.privacy is None,
         "leave out privacy: a second gradient of a step's rows is not counted",
@@ -196,16 +200,17 @@ def check_privacy(recipe: Recipe) -> None:
         return
     if asked.epsilon is None and asked.noise_multiplier is None:
         raise RecipeError("privacy: says neither how much nor how; give epsilon, such as 8, or noise_multiplier")
+    by_record = asked.unit == "record"
     if asked.delta is None:
         raise RecipeError(
-            "privacy.delta: is missing, and without it epsilon says nothing; give less than one over a client's rows, "
-            "such as 1e-5"
+            "privacy.delta: is missing, and without it epsilon says nothing; give less than one over "
+            + ("a client's rows, such as 1e-5" if by_record else "the clients, such as 1e-5")
         )
-    if "max_grad_norm" in training.model_fields_set and training.max_grad_norm:
+    if by_record and "max_grad_norm" in training.model_fields_set and training.max_grad_norm:
         raise RecipeError(
             "training.max_grad_norm: cuts what is noised already; leave it out, and give privacy.max_grad_norm"
         )
-    if training.class_weight == "balanced":
+    if by_record and training.class_weight == "balanced":
         raise RecipeError(
             "training.class_weight: balanced weighs a row by how many others there are of its class, which privacy "
             "can't count; give weights by class"
@@ -213,5 +218,9 @@ def check_privacy(recipe: Recipe) -> None:
     if evaluate.on != "common" or evaluate.mixing:
         key = "evaluate.mixing" if evaluate.mixing else "evaluate.on"
         raise RecipeError(f"{key}: scores on clients' own rows would tell of them; judge on common rows with privacy")
+    if not by_record and recipe.time.deadline_s is not None:
+        raise RecipeError(
+            "time.deadline_s: a round's noise goes to all sites, late or not; leave it out with privacy.unit=client"
+        )
     if recipe.time.mode == "asynchronous":
         raise RecipeError("time.mode: private steps are counted by rounds; give time.mode=rounds with privacy")

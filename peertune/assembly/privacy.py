@@ -32,7 +32,8 @@ MADE_AGAIN = 2
 def private_of(recipe: Recipe, held: Mapping[int, NDArray[np.int64]]) -> Private | None:
     """Return what the local steps of clients with these rows are held to; None where the recipe asks for nothing.
 
-    Raises RecipeError for a delta that is not below one over a client's rows, and for a budget too small for a round.
+    Raises RecipeError for a delta that is not below one over a client's rows, or by client over the clients, and for a
+    budget too small for a round.
     """
     asked = recipe.privacy
     if asked is None:
@@ -40,21 +41,23 @@ def private_of(recipe: Recipe, held: Mapping[int, NDArray[np.int64]]) -> Private
     assert asked.delta is not None, "it has been checked"
     if asked.epsilon is not None:
         log.info("privacy: finding out what noise %d clients need, a second or so each", len(held))
-    return Private(
-        asked.max_grad_norm,
-        asked.delta,
-        {client: _allowance(recipe, asked, asked.delta, client, len(rows)) for client, rows in held.items()},
-    )
+    per_round = recipe.training.local_steps if asked.unit == "record" else 1
+    allowances = {
+        client: _allowance(recipe, asked, asked.delta, client, len(rows), per_round) for client, rows in held.items()
+    }
+    return Private(asked.unit, asked.max_grad_norm, asked.delta, per_round, allowances)
 
 
-def _allowance(recipe: Recipe, asked: Privacy, delta: float, client: int, rows: int) -> Allowance:
-    if delta * rows >= 1:
+def _allowance(recipe: Recipe, asked: Privacy, delta: float, client: int, rows: int, per_round: int) -> Allowance:
+    many, of = (rows, f"rows of client {client}") if asked.unit == "record" else (recipe.clients, "clients")
+    if delta * many >= 1:
         raise RecipeError(
-            f"privacy.delta: {delta:g} is no less than one over the {rows} rows of client {client}, so that it would "
-            f"allow to publish one of them; give at most {0.1 / rows:.1g}"
+            f"privacy.delta: {delta:g} is no less than one over the {many} {of}, so that it would allow to publish "
+            f"one of them; give at most {0.1 / many:.1g}"
         )
-    rows_per_step = min(recipe.training.per_device_train_batch_size, rows)
-    rate, steps = rows_per_step / rows, recipe.rounds * recipe.training.local_steps
+    rows_per_step = min(recipe.training.per_device_train_batch_size, rows) if asked.unit == "record" else 1
+    rate = rows_per_step / rows if asked.unit == "record" else 1.0
+    steps = recipe.rounds * per_round
     noise = asked.noise_multiplier
     if noise is None:
         assert asked.epsilon is not None, "it has been checked"
@@ -62,11 +65,12 @@ def _allowance(recipe: Recipe, asked: Privacy, delta: float, client: int, rows: 
     if asked.epsilon is None:
         return Allowance(rate, noise, rows_per_step, None)
     most = steps_within(asked.epsilon, noise, rate, delta, MADE_AGAIN * steps)
-    if most < recipe.training.local_steps:
-        raise RecipeError(
-            f"privacy.epsilon: {asked.epsilon:g} has room for {most} steps of client {client}, and a round has "
-            f"{recipe.training.local_steps}; give more noise_multiplier, or fewer local_steps"
-        )
+    if most < per_round:
+        room, instead = "no round", "give more noise_multiplier"
+        if asked.unit == "record":
+            room = f"{most} steps of client {client}, and a round has {per_round}"
+            instead += ", or fewer local_steps"
+        raise RecipeError(f"privacy.epsilon: {asked.epsilon:g} has room for {room}; {instead}")
     return Allowance(rate, noise, rows_per_step, most)
 
 

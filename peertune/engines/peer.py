@@ -78,8 +78,8 @@ def run_peer(
         if not company.is_there():
             return
         begun = None if ledger is None or state.step else salts(state)[0]
-        if ledger is not None and begun is not None:
-            steps = ledger.before(state.round, begun) * job.local_steps
+        if ledger is not None and begun is not None and job.private is not None:
+            steps = ledger.before(state.round, begun) * job.private.per_round
             state.remember({STEPS: torch.full_like(state.memory[STEPS], steps)})
         at = standing(job.clients, state.rounds, job.local_steps)
         (phase,) = job.algorithm.schedule.phases(state.known, at)

@@ -99,7 +99,7 @@ def _dual(local: Local, name: str, proximal: float, ascent: float) -> Local:
         sent = {name: x + duals[name] for name, x in came.items()}
         return moved | sent, changed | {dual(name): x for name, x in duals.items()}
 
-    needs = local.needs | {"exchange", "kept basis", "edges both ways"}
+    needs = local.needs | {"clients that need not be private", "exchange", "kept basis", "edges both ways"}
     needs |= {"rows that need not be private"} if ascent else set()
     return local._replace(gradients=gradients, end=end, keeps_start=True, init=init, needs=needs)
 
@@ -142,7 +142,7 @@ def mix_moments(algorithm: Algorithm) -> Algorithm:
         mixed, changed = mixer.receive(own, heard, weights, memory, at, phase)
         return mixed, changed | {name: averaged(x, weights) for name, x in heard.items() if name.startswith(MOMENTS)}
 
-    needs = message.needs | {"exchange", "kept basis", "moments", "one rank"}
+    needs = message.needs | {"clients that need not be private", "exchange", "kept basis", "moments", "one rank"}
     return algorithm._replace(
         message=message._replace(send=send, sound=sound, needs=needs), mixer=mixer._replace(receive=receive)
     )

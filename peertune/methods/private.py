@@ -1,26 +1,33 @@
-"""Local steps that bound what anybody can learn of one row of a client's (record level), by clipping and noise.
+"""Local training that bounds what anybody can learn of one row of a client's, or of all of them, by cuts and noise.
 
-DP-SGD (Abadi et al., arXiv 1607.00133) by client, of LoRA factors: a step takes each of the client's rows with one
-chance (Poisson sampling), cuts each row's own gradient to a norm, adds Gaussian noise to the sum, and divides by how
-many rows a step takes on average, never by how many it took. All that follows, moments, mixing and messages, is made of
-what is noised, and costs nothing more.
+At record level it is DP-SGD (Abadi et al., arXiv 1607.00133) by client, of LoRA factors: a step takes each of the
+client's rows with one chance (Poisson sampling), cuts each row's own gradient to a norm, adds Gaussian noise to the
+sum, and divides by how many rows a step takes on average, never by how many it took. All that follows, moments, mixing
+and messages, is made of what is noised, and costs nothing more.
+
+At client level (McMahan et al., arXiv 1710.06963, without a server) local steps are plain. After the last of a round
+what they changed is cut as a whole, noise is added, and the adapter becomes its start plus that. It bounds what tells
+the client from one whose rows change nothing. Moments aren't noised: they follow from rows and from what was let out
+before, and whatever they do to later changes is cut and noised there. So they must never be sent.
 
 The accounting is `peertune.privacy.accountant`'s, the noise `peertune.privacy.draws`'. A client whose budget has no
 room for another round of local steps trains nothing from there on, and goes on mixing.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from peertune.method import Algorithm, At, Gradient, Memory, Phase
+from peertune.errors import RecipeError
+from peertune.method import Algorithm, At, Gradient, Local, Memory, Phase, Schedule
 from peertune.privacy.accountant import epsilon
 from peertune.privacy.draws import digest, keyed, normals
-from peertune.types import Tensors, take
+from peertune.types import MOMENTS, Tensors, norms, over_clients, take
 
 STEPS = "privacy.steps"
-"""What each client's memory holds of its budget: how many noised steps it has made, `[K]`."""
+"""What each client's memory holds of its budget: how often it has added noise, `[K]`; at client level once a round."""
 
 
 class Own(NamedTuple):
@@ -31,19 +38,21 @@ class Own(NamedTuple):
 
 
 class Allowance(NamedTuple):
-    """What a client's steps are."""
+    """What a client's noised steps are; at client level a whole round is one, of rate 1."""
 
     rate: float  # the chance of each of its rows to be in a step
     noise_multiplier: float  # the noise's standard deviation, in `max_grad_norm`
-    rows_per_step: float  # on average: what the sum is divided by
+    rows_per_step: float  # on average: what the sum is divided by; 1 at client level
     most_steps: int | None  # within its budget; None: it has none
 
 
 class Private(NamedTuple):
     """What private local steps are held to."""
 
-    max_grad_norm: float  # what a row's own gradient is cut to
+    unit: Literal["record", "client"]  # of what little can be learnt
+    max_grad_norm: float  # what a row's own gradient is cut to, or a client's change in a round
     delta: float
+    per_round: int  # noised steps of a round
     allowances: Mapping[int, Allowance]  # of each client here
 
 
@@ -55,24 +64,33 @@ def spent(private: Private, clients: Sequence[int], steps: Sequence[int]) -> lis
     ]
 
 
-def by_row(algorithm: Algorithm, private: Private, own: Mapping[int, Own], local_steps: int) -> Algorithm:
+def privately(algorithm: Algorithm, private: Private, own: Mapping[int, Own]) -> Algorithm:
     """Return the method with private local steps, of clients of whom each has what it alone knows.
 
-    `gradient(…)` is then noised wherever a method's `Local` takes it, so what that makes of it is private as well.
     Memory: `privacy.steps`. Its schedule trains nothing at clients whose allowance has no room for a whole round.
     """
-    schedule, local = algorithm.schedule, algorithm.local
+    level = _by_row if private.unit == "record" else _by_client
+    local = level(algorithm.local, private, own)
+    return algorithm._replace(schedule=_within_budget(algorithm.schedule, private), local=local)
 
+
+def _within_budget(schedule: Schedule, private: Private) -> Schedule:
     def init(adapters: Tensors, at: At) -> Memory:
         return schedule.init(adapters, at) | {STEPS: torch.zeros(len(at.clients), dtype=torch.int64)}
 
     def phases(memory: Memory, at: At) -> list[Phase]:
-        rounds = (memory[STEPS] // local_steps).tolist()  # those that are whole: no step within one changes it
+        rounds = (memory[STEPS] // private.per_round).tolist()  # those that are whole: no step within one changes it
         most = [private.allowances[client].most_steps for client in at.clients.tolist()]
         return [
-            phase if room is None or (made + 1) * local_steps <= room else phase._replace(train=frozenset())
+            phase if room is None or (made + 1) * private.per_round <= room else phase._replace(train=frozenset())
             for phase, made, room in zip(schedule.phases(memory, at), rounds, most, strict=True)
         ]
+
+    return schedule._replace(phases=phases, init=init)
+
+
+def _by_row(local: Local, private: Private, own: Mapping[int, Own]) -> Local:
+    """Have `gradient(…)` be noised wherever a `Local` takes it, so that what that makes of it is private as well."""
 
     def gradients(
         gradient: Gradient, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
@@ -81,9 +99,71 @@ def by_row(algorithm: Algorithm, private: Private, own: Mapping[int, Own], local
         followed, changed = local.gradients(noised, adapters, start, memory, at, phase)
         return followed, changed | {STEPS: memory[STEPS] + 1}
 
-    return algorithm._replace(
-        schedule=schedule._replace(phases=phases, init=init), local=local._replace(gradients=gradients)
-    )
+    return local._replace(gradients=gradients)
+
+
+def _by_client(local: Local, private: Private, own: Mapping[int, Own]) -> Local:
+    """Cut what a round's local steps changed, after all that a `Local` does at their end, and add noise to it.
+
+    A gradient that is not finite counts as none. A client whose adapters are not finite has changed nothing, and its
+    moments start afresh. Noise follows from the round, what it began with and what it changed, so that no two different
+    changes have one noise.
+    """
+
+    def gradients(
+        gradient: Gradient, adapters: Tensors, start: Tensors, memory: Memory, at: At, phase: Phase
+    ) -> tuple[Tensors, Memory]:
+        followed, changed = local.gradients(gradient, adapters, start, memory, at, phase)
+        if not followed:
+            return followed, changed
+        finite = _finite(followed)
+        return {name: torch.where(over_clients(finite, x), x, 0) for name, x in followed.items()}, changed
+
+    def end(start: Tensors, adapters: Tensors, memory: Memory, at: At, phase: Phase) -> tuple[Tensors, Memory]:
+        if not start:  # a round that trains nothing
+            return local.end(start, adapters, memory, at, phase)
+        finite = _finite({name: adapters[name] for name in start})
+        came = {name: torch.where(over_clients(finite, x), adapters[name], x) for name, x in start.items()}
+        moved, changed = local.end(start, adapters | came, memory, at, phase)
+        if others := moved.keys() - start.keys():
+            raise RecipeError(
+                f"privacy.unit: client can't bound a method whose local steps change what the round doesn't train, "
+                f"{', '.join(sorted(others))}; choose another method, or give privacy.unit=record"
+            )
+        change = {name: moved.get(name, x).double() - start[name].double() for name, x in came.items()}
+        keys = [
+            keyed(own[client].secret, "noise of a round", own[client].told, t, *_states(start, change, place))
+            for place, (client, t) in enumerate(zip(at.clients.tolist(), at.round.tolist(), strict=True))
+        ]
+        lengths = norms(change)
+        scale = torch.where(lengths.isfinite(), (private.max_grad_norm / (lengths + 1e-6)).clamp(max=1.0), 0)
+        for name, x in change.items():
+            x.nan_to_num_(0, 0, 0).mul_(over_clients(scale, x))
+            for place, client in enumerate(at.clients.tolist()):
+                deviation = private.allowances[client].noise_multiplier * private.max_grad_norm
+                x[place] += deviation * _drawn(keys[place], name, x[place])
+        if not finite.all():
+            moments = {name: x for name, x in (memory | changed).items() if name.startswith(MOMENTS)}
+            changed |= {name: torch.where(over_clients(finite, x), x, 0) for name, x in moments.items()}
+        noised = {name: (x.double() + change[name]).to(x.dtype) for name, x in start.items()}
+        return noised, changed | {STEPS: memory[STEPS] + 1}
+
+    return local._replace(gradients=gradients, end=end, keeps_start=True, takes_any=True)
+
+
+def _finite(tensors: Tensors) -> Tensor:
+    """Return of which clients all numbers are finite, `[K]`; there is a tensor at least."""
+    return torch.stack([x.isfinite().flatten(1).all(1) for x in tensors.values()]).all(0)
+
+
+def _states(start: Tensors, change: Tensors, place: int) -> list[bytes]:
+    """Return digests of what a client began a round with and of what it changed."""
+    return [digest(take(tensors, slice(place, place + 1))) for tensors in (start, change)]
+
+
+def _drawn(key: bytes, name: str, x: Tensor) -> Tensor:
+    """Return standard normal numbers of this shape, in float64."""
+    return torch.from_numpy(normals(keyed(key, name), x.numel())).view(x.shape).to(x.device)
 
 
 class Noised:
@@ -103,8 +183,8 @@ class Noised:
             key = keyed(own.secret, "noise", own.told, step, ",".join(found), here)
             scale = allowed.noise_multiplier * self._private.max_grad_norm
             for name, x in found.items():
-                drawn = torch.from_numpy(normals(keyed(key, name), x[place].numel())).view(x.shape[1:])
-                x[place] = ((x[place].double() + scale * drawn.to(x.device)) / allowed.rows_per_step).to(x.dtype)
+                noised = x[place].double() + scale * _drawn(key, name, x[place])
+                x[place] = (noised / allowed.rows_per_step).to(x.dtype)
         return found
 
     def clipped(self, adapters: Tensors, max_norm: float) -> Tensors:

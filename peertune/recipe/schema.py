@@ -225,12 +225,17 @@ class PlannedAttack(Choice):
 
 
 class Privacy(_Block):
-    """What anybody can learn of one row of a client's: DP-SGD in its local steps. Give epsilon, noise, or both."""
+    """What anybody can learn of one row of a client's, or of all of them. Give epsilon, noise, or both."""
 
+    unit: Literal["record", "client"] = (
+        "record"  # one row, by noise in each local step; or a client, by noise in a round
+    )
     epsilon: float | None = Field(None, gt=0)  # each client's budget, for the whole run
-    delta: float | None = Field(None, gt=0, lt=1)  # the chance that the budget does not hold; below one over its rows
+    # the chance that the budget does not hold; below one over a client's rows, or over the clients
+    delta: float | None = Field(None, gt=0, lt=1)
     noise_multiplier: float | None = Field(None, gt=0)  # null: of each client what its budget asks for
-    max_grad_norm: float = Field(1.0, gt=0)  # what each row's own gradient is cut to
+    # what each row's own gradient is cut to; by client, what its adapters change in a round
+    max_grad_norm: float = Field(1.0, gt=0)
 
 
 class Network(_Block):

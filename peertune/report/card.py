@@ -102,6 +102,12 @@ def _privacy(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     if asked is None:
         return "None: no noise was added, and weights can tell of the rows that they were trained on."
     spent = f"ε {row['epsilon']:.3g} at most" if "epsilon" in row else "ε not told"
+    if asked.get("unit") == "client":
+        return (
+            f"Differential privacy of each client, by all of its rows together: {spent}, at δ {asked['delta']:g}. What "
+            f"a client's adapter changed in a round was cut to the norm {asked['max_grad_norm']:g}, and Gaussian noise "
+            "was added. It says nothing of what is true at many clients."
+        )
     return (
         f"Differential privacy of each single row of each client: {spent}, at δ {asked['delta']:g}. Local steps took "
         f"rows by Poisson sampling, cut each row's gradient to the norm {asked['max_grad_norm']:g}, and added Gaussian "

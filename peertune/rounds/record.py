@@ -111,7 +111,8 @@ class RoundRecord:
     send: list[str]  # kinds sent, sorted
     clients: list[int]
     loss: list[float]  # [K], mean over the round's local steps; [] where rows are private
-    grad_norm: list[float]  # [K], mean over the local steps, before clipping; where rows are private, of what is noised
+    # [K], mean over the local steps, before clipping; where rows are private, of what is noised; [] where clients are
+    grad_norm: list[float]
     bytes_sent: list[int]  # [K]
     neighbours: list[int]  # [K], how many others each client heard
     edges: list[tuple[int, int]]  # over which something came, i < j; of a directed graph (sender, receiver)

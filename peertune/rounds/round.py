@@ -156,7 +156,7 @@ def turn_of(job: Job, state: State, clients: Sequence[int], phase_rounds: Tensor
     local, per_pass = job.algorithm.local, job.clients_per_pass
     reached = job.reached(clients, at.round.tolist())
     turn = Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass, reached=reached)
-    return turn._replace(salted=job.private is not None)
+    return turn._replace(salted=job.private is not None and job.private.unit == "record")
 
 
 def end(
@@ -227,7 +227,7 @@ def end(
         send=sorted(phase.send),
         clients=list(clients),
         loss=[] if job.private else trained.loss.tolist(),
-        grad_norm=trained.grad_norm.tolist(),
+        grad_norm=[] if job.private and job.private.unit == "client" else trained.grad_norm.tolist(),
         bytes_sent=sent_bytes,
         neighbours=neighbours,
         edges=metrics.edges(heard.weights, clients, heard.clients, job.graph.directed) if payload else [],
@@ -263,7 +263,7 @@ def _trained(job: Job, begun: Begun, came: Sequence[Came | Exception]) -> Came:
     members = [rows for rows, _ in begun.state.parts]
     loss = in_order(zip(members, (part.loss for part in parts), strict=True))
     grad_norm = in_order(zip(members, (part.grad_norm for part in parts), strict=True))
-    if bool((loss > job.most_loss).any()):
+    if job.private is None and bool((loss > job.most_loss).any()):  # else neighbours would see what rows come to
         raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {begun.t}")
     return Came(loss, grad_norm, sum(part.seconds for part in parts))
 

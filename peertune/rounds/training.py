@@ -279,7 +279,8 @@ def train_local(
             "model: it draws dropout that can't be keyed by row, so results would depend on history; "
             "use model.dropout=false"
         )
-    _need_finite([*trained.values(), totals], at)
+    if not local.takes_any:
+        _need_finite([*trained.values(), totals], at)
     if ends:
         moved, new = local.end(start, adapters, memory, at, phase)
         changed |= new

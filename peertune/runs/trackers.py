@@ -77,7 +77,7 @@ def values(record: RoundRecord) -> dict[str, float]:
     found = {
         "train/round": record.round,
         **({"train/loss": fmean(record.loss)} if record.loss else {}),
-        "train/grad_norm": fmean(record.grad_norm),
+        **({"train/grad_norm": fmean(record.grad_norm)} if record.grad_norm else {}),
         "train/bytes_sent": sum(record.bytes_sent),
         "train/edges": len(record.edges),
         **{f"train/{name}": value for name, value in record.diagnostics.items()},

@@ -125,6 +125,8 @@ def test_four_peers_end_with_the_simulators_adapters_whatever_modifies_the_metho
         # Noise follows from a state's last bits, so that here there is next to none, and each step takes all rows.
         tiny = ("privacy={noise_multiplier: 1e-12, delta: 1e-5}", "training.per_device_train_batch_size=1000")
         recipes["la_lora"] = recipe(4, dtype, "algorithm={name: la_lora}", "training.optim=sgd", "rounds=3", *tiny)
+        quiet = "privacy={unit: client, noise_multiplier: 1e-13, delta: 1e-3, max_grad_norm: 0.1}"
+        recipes["fedrot_lora"] = recipe(4, dtype, "algorithm={name: fedrot_lora}", "rounds=3", quiet)
         recipes["own"] = recipe(4, dtype, "algorithm={name: tad_lora}", changes, judged, several)
     for method, played in play(four, recipes).items():
         records = assert_same(recipes[method], played, tolerance)

@@ -8,7 +8,8 @@ def budget_spent(seen: Facts) -> Said | None:
     """Clients whose budget had no room for another round, so that they trained nothing from there on."""
     if not seen.private or not seen.records:
         return None
-    steps = seen.recipe["training"]["local_steps"]
+    by_client = seen.recipe["privacy"].get("unit") == "client"
+    steps = 1 if by_client else seen.recipe["training"]["local_steps"]
     told = {one["client"]: one for one in seen.facts.get("privacy", {}).get("clients", [])}
     up = {client: sum(client in record["clients"] for record in seen.records) for client in told}
     rooms = {client: one["most_steps"] // steps for client, one in told.items() if one["most_steps"] is not None}
@@ -20,5 +21,6 @@ def budget_spent(seen: Facts) -> Said | None:
         "Privacy budgets were spent before the end",
         f"{called(sorted(over)).capitalize()} of {len(told)} had no room for another round of local steps, client "
         f"{first} after {over[first]} rounds. From there they trained nothing, and went on mixing.",
-        "Raise privacy.noise_multiplier or privacy.epsilon, or set fewer rounds or training.local_steps.",
+        "Raise privacy.noise_multiplier or privacy.epsilon, or set fewer rounds"
+        + ("." if by_client else " or training.local_steps."),
     )
