@@ -10,6 +10,7 @@ import typer
 from peertune import __version__
 from peertune.cli import checking, peering  # noqa: F401  # they add their commands to `peer`
 from peertune.cli.advising import advise
+from peertune.cli.auditing import audit
 from peertune.cli.caching import cache
 from peertune.cli.common import leads
 from peertune.cli.facts import data, env, graph, recipes
@@ -48,7 +49,24 @@ def _options(
 
 
 for command in (
-    *(run, sweep, compare, report, diagnose, score, recipes, graph, data, advise, export, replay, cache, env, roster),
+    *(
+        run,
+        sweep,
+        compare,
+        report,
+        diagnose,
+        score,
+        recipes,
+        graph,
+        data,
+        advise,
+        audit,
+        export,
+        replay,
+        cache,
+        env,
+        roster,
+    ),
 ):
     app.command()(command)
 app.add_typer(ca_app, name="ca")
