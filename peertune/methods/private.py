@@ -45,6 +45,10 @@ class Allowance(NamedTuple):
     rows_per_step: float  # on average: what the sum is divided by; 1 at client level
     most_steps: int | None  # within its budget; None: it has none
 
+    def has_room(self, steps: int) -> bool:
+        """Return whether its budget has room for so many steps in all."""
+        return self.most_steps is None or steps <= self.most_steps
+
 
 class Private(NamedTuple):
     """What private local steps are held to."""
@@ -80,10 +84,10 @@ def _within_budget(schedule: Schedule, private: Private) -> Schedule:
 
     def phases(memory: Memory, at: At) -> list[Phase]:
         rounds = (memory[STEPS] // private.per_round).tolist()  # those that are whole: no step within one changes it
-        most = [private.allowances[client].most_steps for client in at.clients.tolist()]
+        allowances = [private.allowances[client] for client in at.clients.tolist()]
         return [
-            phase if room is None or (made + 1) * private.per_round <= room else phase._replace(train=frozenset())
-            for phase, made, room in zip(schedule.phases(memory, at), rounds, most, strict=True)
+            phase if allowed.has_room((made + 1) * private.per_round) else phase._replace(train=frozenset())
+            for phase, made, allowed in zip(schedule.phases(memory, at), rounds, allowances, strict=True)
         ]
 
     return schedule._replace(phases=phases, init=init)

@@ -205,6 +205,7 @@ def end(
     if common and not job.alone:
         before = metrics.before_mixing(chosen(state.stacks, phase.send), job.group, rows, job.cuts)
     watch.lap("metrics")
+    _tell_spent(job, begun)
     mixed = heard._replace(weights=weights)
     together = _together(job, state, clients, mixed, watch) if due else []
     own_trained, own_heard = _on_own_rows(job, state, clients, mixed, watch) if due else ([], [])
@@ -266,6 +267,18 @@ def _trained(job: Job, begun: Begun, came: Sequence[Came | Exception]) -> Came:
     if job.private is None and bool((loss > job.most_loss).any()):  # else neighbours would see what rows come to
         raise DivergedError(f"training: the loss is {float(loss.max()):.3g} in round {begun.t}")
     return Came(loss, grad_norm, sum(part.seconds for part in parts))
+
+
+def _tell_spent(job: Job, begun: Begun) -> None:
+    """Log who has trained for the last time, before the last round, since its privacy's budget has no room for more."""
+    if job.private is None or begun.t + 1 == job.rounds:
+        return
+    for turn in begun.turns:
+        for client, phase, steps in zip(
+            turn.at.clients.tolist(), turn.phases, turn.state.memory[STEPS].tolist(), strict=True
+        ):
+            if phase.train and not job.private.allowances[client].has_room(steps + job.local_steps):
+                job.lines.say(client, f"its privacy budget is spent after round {begun.t}: it only mixes from here on")
 
 
 def _timed(job: Job, state: State, clients: Sequence[int], t: int, heard: Heard, sizes: Sequence[float]) -> list[Span]:

@@ -189,7 +189,7 @@ def test_with_all_rows_in_each_step_and_next_to_no_noise_clients_are_in_one_pass
             torch.testing.assert_close(alone.adapters[name][0], x[client], rtol=0, atol=1e-9)
 
 
-def test_a_budget_is_kept_and_who_has_spent_it_goes_on_mixing() -> None:
+def test_a_budget_is_kept_and_who_has_spent_it_goes_on_mixing(caplog: pytest.LogCaptureFixture) -> None:
     built = made("rounds=8", "privacy={epsilon: 0.9, noise_multiplier: 1.0, delta: 1e-5}", "evaluate.every=1")
     private = built.job.private
     assert private is not None
@@ -205,6 +205,9 @@ def test_a_budget_is_kept_and_who_has_spent_it_goes_on_mixing() -> None:
         for client, steps, spent in zip(range(3), made_steps, record.epsilon, strict=True):
             one = private.allowances[client]
             assert spent == epsilon(one.noise_multiplier, one.rate, steps, 1e-5)
+    for client, steps in most.items():
+        said = f"client {client}: its privacy budget is spent after round {steps // 2 - 1}: it only mixes from here on"
+        assert caplog.messages.count(said) == 1
     last, before = state(records[-1]), state(records[-2])
     assert records[-1].edges
     for name, x in last.adapters.items():  # nobody trains any more, and all have the same by now
