@@ -217,6 +217,7 @@ def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask, sec
     private = None if loaded.planned else private_of(recipe, encoded.held)  # a plan has no rows to keep private
     own = owned(recipe, encoded, secrets) if private else {}
     if private is not None:
+        private = private._replace(marks={client: keyed(one.secret, "mark", one.told) for client, one in own.items()})
         parts = parts._replace(algorithm=privately(parts.algorithm, private, own))
     optim = build_optim(recipe)
     state = _start(recipe, parts, loaded, optim)  # first, since the base may get another head

@@ -19,11 +19,11 @@ from peertune.errors import RecipeError
 from peertune.methods.private import Allowance, Own, Private
 from peertune.privacy.accountant import noise_multiplier, steps_within
 from peertune.privacy.draws import digest, keyed
-from peertune.recipe import NO_SETTINGS, Privacy, Recipe, flat
+from peertune.recipe import Privacy, Recipe
 
 log = logging.getLogger(__name__)
 
-_NOT_OF_A_STEP = ("rounds", "evaluate", "checkpoint", "network", "faults", "report_to", "device")
+_NOT_OF_A_STEP = ("rounds", "evaluate", "checkpoint", "network", "faults", "report_to", "keep_tokens")
 """Blocks by which no step's sum comes to something else."""
 MADE_AGAIN = 2
 """So many times a run's steps are looked at for how many a budget has room for: peers may make rounds again."""
@@ -76,8 +76,7 @@ def _allowance(recipe: Recipe, asked: Privacy, delta: float, client: int, rows: 
 
 def owned(resolved: Recipe, encoded: EncodedTask, secrets: Mapping[int, bytes]) -> dict[int, Own]:
     """Return what each client alone knows: its secret, with a digest of what a step's sum follows from."""
-    said = flat(resolved.model_dump(mode="json", exclude=set(_NOT_OF_A_STEP)))
-    said = {key: value for key, value in said.items() if key not in NO_SETTINGS}
+    said = resolved.model_dump(mode="json", exclude=set(_NOT_OF_A_STEP))
     context = json.dumps([version("peertune"), said], sort_keys=True).encode()
     rows = {client: (own, *(one.rows for one in encoded.twins.get(client, ()))) for client, own in encoded.held.items()}
     return {

@@ -16,11 +16,12 @@ from peertune.engines.fallback import Past
 from peertune.errors import DivergedError, Exit, WireError
 from peertune.method import Phase, standing
 from peertune.methods.private import STEPS
+from peertune.privacy.draws import keyed
 from peertune.rounds import best
 from peertune.rounds.job import Heard, Job, Refuse
 from peertune.rounds.record import RoundRecord
 from peertune.rounds.round import run_round
-from peertune.rounds.turns import salts
+from peertune.rounds.turns import begun_from
 from peertune.runs.budget import Ledger
 from peertune.topology import clients_down, delay_s, failed_edges, partners_at, row_at
 from peertune.types import Stack, State, Tensors, only, stacked
@@ -77,9 +78,11 @@ def run_peer(
             continue
         if not company.is_there():
             return
-        begun = None if ledger is None or state.step else salts(state)[0]
-        if ledger is not None and begun is not None and job.private is not None:
+        begun = None
+        if ledger is not None and job.private is not None:
+            begun = keyed(job.private.marks[me], begun_from(state)[0])
             steps = ledger.before(state.round, begun) * job.private.per_round
+            steps += state.step if job.private.unit == "record" else 0  # of a round that was begun
             state.remember({STEPS: torch.full_like(state.memory[STEPS], steps)})
         at = standing(job.clients, state.rounds, job.local_steps)
         (phase,) = job.algorithm.schedule.phases(state.known, at)

@@ -58,6 +58,8 @@ class Private(NamedTuple):
     delta: float
     per_round: int  # noised steps of a round
     allowances: Mapping[int, Allowance]  # of each client here
+    # Of each client a digest of its secret, its rows and all else that its steps follow from beside their state.
+    marks: Mapping[int, bytes] = {}  # which nobody writes to
 
 
 def spent(private: Private, clients: Sequence[int], steps: Sequence[int]) -> list[float]:
@@ -160,9 +162,9 @@ def _finite(tensors: Tensors) -> Tensor:
     return torch.stack([x.isfinite().flatten(1).all(1) for x in tensors.values()]).all(0)
 
 
-def _states(start: Tensors, change: Tensors, place: int) -> list[bytes]:
-    """Return digests of what a client began a round with and of what it changed."""
-    return [digest(take(tensors, slice(place, place + 1))) for tensors in (start, change)]
+def _states(start: Tensors, summed: Tensors, place: int) -> list[bytes]:
+    """Return digests of where a client began, and of what noise is added to: no two different sums have one noise."""
+    return [digest(take(tensors, slice(place, place + 1))) for tensors in (start, summed)]
 
 
 def _drawn(key: bytes, name: str, x: Tensor) -> Tensor:
@@ -178,13 +180,13 @@ class Noised:
 
     def __call__(self, adapters: Tensors) -> Tensors:
         """Return the noised mean gradients `[K, …]` of the kinds that train."""
-        assert not self._taken, "a second gradient of the same rows would cost more than is counted"
+        if self._taken:
+            raise RecipeError("privacy: the method takes a second gradient of a step's rows, which is not counted")
         self._taken = True
-        found = self.clipped(adapters, self._private.max_grad_norm)
+        found = self._gradient.clipped(adapters, self._private.max_grad_norm)
         for place, (client, step) in enumerate(zip(self._at.clients.tolist(), self._at.step.tolist(), strict=True)):
             allowed, own = self._private.allowances[client], self._own[client]
-            here = digest(take(adapters, slice(place, place + 1)))
-            key = keyed(own.secret, "noise", own.told, step, ",".join(found), here)
+            key = keyed(own.secret, "noise", own.told, step, *_states(adapters, found, place))
             scale = allowed.noise_multiplier * self._private.max_grad_norm
             for name, x in found.items():
                 noised = x[place].double() + scale * _drawn(key, name, x[place])
@@ -192,5 +194,5 @@ class Noised:
         return found
 
     def clipped(self, adapters: Tensors, max_norm: float) -> Tensors:
-        """Return the sums of the rows' gradients, cut and not noised."""
-        return self._gradient.clipped(adapters, max_norm)
+        """Raise RecipeError: a method that takes sums without noise is not private."""
+        raise RecipeError("privacy: the method takes sums of rows' gradients by itself, without noise; choose another")

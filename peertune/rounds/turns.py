@@ -122,6 +122,11 @@ def salts(state: State) -> list[bytes]:
     return [digest(take(whole, slice(row, row + 1))) for row in range(state.clients)]
 
 
+def begun_from(state: State) -> list[bytes]:
+    """Return the salts of the clients of one cohort where they began the round, within which the state may be."""
+    return [x.numpy().tobytes() for x in state.within[_SALT].cpu()] if _SALT in state.within else salts(state)
+
+
 def _salts_of(turn: Turn, rows: list[int]) -> list[bytes]:
     """Return the salts of some rows of a turn; none where nothing is private."""
     return [x.numpy().tobytes() for x in turn.state.within[_SALT][rows].cpu()] if turn.salted else []

@@ -1,8 +1,9 @@
 """What a peer has spent of its privacy: `spent.jsonl`, of which no line is ever taken back.
 
 A line for each state from which it has begun to train a round, `{"round", "state": digest}`, written before it trains.
-A round that is made again from the same state has the same noise and tells nothing new. From another state, such as
-after it fell back or from an older checkpoint, it is spent once more, whatever became of the first.
+The digest is also of the secret, the rows and the recipe. A round that is made again from the same state has the same
+noise and tells nothing new. From another state, such as after it fell back or from an older checkpoint, with another
+secret or by another version it is spent once more, whatever became of the first.
 """
 
 import json
