@@ -19,7 +19,7 @@ from peertune.assembly.loading import clients_together
 from peertune.data.scores import ANSWERS
 from peertune.errors import PeertuneError, RunError
 from peertune.memory import LiveBytes, Most, available_bytes, meta_stands_for, resident_bytes
-from peertune.method import Phase, standing
+from peertune.method import Local, Phase, standing
 from peertune.models.generation import cached_tokens
 from peertune.models.load import pick_device
 from peertune.recipe import Recipe
@@ -85,7 +85,8 @@ def plan(recipe: Recipe) -> Plan:
         parts = [part for _, part in state.parts]
         held, moments = live.now, _storage_bytes(x for part in parts for x in part.moments.values())
         adapters = _storage_bytes(x for part in parts for x in part.adapters.values())
-        training = [_training(live, job, state, t, phase) for t, phase in _phases(job)]
+        local = _BY_ROW if recipe.privacy else job.algorithm.local
+        training = [_training(live, job, local, state, t, phase) for t, phase in _phases(job)]
         mixing = live.most(lambda: _mixing(job, state)).taken
         evaluate: Callable[[], object] = partial(job.evaluate, parts[-1].take(slice(0, 1)).stacks, job.clients[:1])
         if run.asked["metric"] in ANSWERS:
@@ -137,7 +138,11 @@ def _mixing(job: Job, state: State) -> None:
     del heard
 
 
-def _training(live: LiveBytes, job: Job, state: State, t: int, phase: Phase) -> tuple[Most, int]:
+_BY_ROW = Local(lambda gradient, adapters, *_: (gradient.clipped(adapters, 1.0), {}))
+"""What takes as much as private local steps do: each row has a gradient of its own."""
+
+
+def _training(live: LiveBytes, job: Job, local: Local, state: State, t: int, phase: Phase) -> tuple[Most, int]:
     """Return what local steps take, and what of it their gradients do."""
     rows, part = state.parts[-1]  # of the highest rank
     part, rows = part.take(slice(0, job.clients_per_pass)), rows[: job.clients_per_pass]
@@ -145,7 +150,6 @@ def _training(live: LiveBytes, job: Job, state: State, t: int, phase: Phase) -> 
     steps, at = islice(job.steps(clients, [t] * len(clients)), STEPS), standing(clients, part.at(t).rounds)
     batches = _largest([batch for step in steps for batch in step])
     # Twice: in the second step the gradients of the first still lie there.
-    local = job.algorithm.local
     most = live.most(lambda: train_local(job.model, part, [batches, batches], phase, job.optim, at, local))
     gradients = _storage_bytes([torch.empty_like(x) for x in select(part.adapters, phase.train).values()])
     return most, gradients

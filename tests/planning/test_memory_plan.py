@@ -20,7 +20,7 @@ from peertune.memory import LiveBytes, available_bytes, meta_stands_for
 from peertune.models.meta import FourBits
 from peertune.planning import memory_plan as plans
 from peertune.planning.memory_plan import Plan, check_fits, plan
-from peertune.recipe import Choice, Recipe, check_recipe, load_recipe
+from peertune.recipe import Choice, Privacy, Recipe, check_recipe, load_recipe
 
 GiB = 2**30
 
@@ -153,6 +153,11 @@ def test_checkpointing_and_smaller_passes_take_less(little: Recipe) -> None:
     assert planned("gradient_checkpointing", True).activations < 0.8 * whole.activations
     assert planned("tokens_per_pass", 64).activations < 0.6 * whole.activations
     assert planned("clients_per_pass", 1).gradients == whole.gradients // 3
+
+
+def test_rows_that_are_private_take_a_gradient_each(little: Recipe) -> None:
+    private = little.model_copy(update={"privacy": Privacy(noise_multiplier=1.0, delta=1e-5)})
+    assert plan(private).activations > plan(little).activations
 
 
 def test_generation_fills_a_cache(little: Recipe) -> None:
