@@ -21,11 +21,12 @@ from torch import Tensor
 
 from peertune.api.training import Source
 from peertune.assembly.build import build
+from peertune.assembly.needs import check_privacy
 from peertune.assembly.privacy import private_of
 from peertune.data.batches import Drawing, TrainingSteps, make_batch
 from peertune.errors import RecipeError
 from peertune.method import standing
-from peertune.methods.private import Own, by_row, spent
+from peertune.methods.private import Own, privately, spent
 from peertune.privacy.draws import keyed, of_client, uniforms
 from peertune.privacy.guessing import Guesses, judge, trained
 from peertune.recipe import load_recipe
@@ -87,6 +88,9 @@ def audit(
 
     """
     asked = load_recipe(recipe, overrides)
+    check_privacy(asked)
+    if asked.privacy is not None and asked.privacy.unit == "client":
+        raise RecipeError("privacy.unit: a canary is a single row; audit with privacy.unit=record")
     if not 0 <= client < asked.clients:
         raise RecipeError(f"--client: {client}; give one from 0 to {asked.clients - 1}")
     if shadows < _LEAST_SHADOWS:
@@ -103,7 +107,7 @@ def audit(
         steps = replace(steps, drawings={k: Drawing(keyed(one.secret, "draw"), rate) for k, one in own.items()})
         optim = replace(job.optim, max_grad_norm=0.0)
         job = replace(job, private=everybody, optim=optim)
-        job = replace(job, algorithm=by_row(job.algorithm, everybody, own, job.local_steps))
+        job = replace(job, algorithm=privately(job.algorithm, everybody, own))
     job = replace(job, steps=steps, clients=range(shadows), ranks=())
     delta = _DELTA if private is None else private.delta
     losses, matches = _received(job, client, steps, canary, done)
@@ -137,6 +141,10 @@ def _canaries(job: Job, client: int, shadows: int, seed: int) -> tuple[int, NDAr
     phases = [job.algorithm.phase(t) for t in range(job.rounds)]
     if not any(phase.send for phase in phases):
         raise RecipeError("algorithm: sends nothing, so there is nothing to audit; choose another than local")
+    if job.algorithm.message.settle is not None:
+        raise RecipeError(
+            "modifiers: choco sends what depends on who met whom, which shadow clients don't; leave it out"
+        )
     if encoded.token_labels or encoded.labels.is_floating_point():
         raise RecipeError("task: a canary is a row with a wrong class, and this task has none; audit one with classes")
     others = np.setdiff1d(np.concatenate([*(steps.parts[k] for k in job.clients)]), held)

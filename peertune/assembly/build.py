@@ -215,7 +215,7 @@ def _evaluated(recipe: Recipe, parts: Parts, encoded: EncodedTask) -> list[int]:
 def _job(recipe: Recipe, parts: Parts, loaded: Loaded, encoded: EncodedTask, secrets: Mapping[int, bytes]) -> Job:
     """Put together what an engine runs, of a recipe that is resolved."""
     private = None if loaded.planned else private_of(recipe, encoded.held)  # a plan has no rows to keep private
-    own = owned(recipe, encoded, secrets) if private else {}
+    own = owned(recipe, encoded, loaded.base.weights, secrets) if private else {}
     if private is not None:
         private = private._replace(marks={client: keyed(one.secret, "mark", one.told) for client, one in own.items()})
         parts = parts._replace(algorithm=privately(parts.algorithm, private, own))

@@ -218,6 +218,17 @@ def check_privacy(recipe: Recipe) -> None:
     if evaluate.on != "common" or evaluate.mixing:
         key = "evaluate.mixing" if evaluate.mixing else "evaluate.on"
         raise RecipeError(f"{key}: scores on clients' own rows would tell of them; judge on common rows with privacy")
+    if recipe.task.settings.get("validation_split") is not None:
+        raise RecipeError(
+            "task.validation_split: scores would be on clients' own rows, chosen by how many there are; give rows for "
+            "validation that may be known"
+        )
+    if recipe.lora.init is not None:
+        log.warning(
+            "lora.init: what %s was trained on is in none of these budgets; give one that saw no row of these clients, "
+            "or count what it spent",
+            recipe.lora.init,
+        )
     if not by_record and recipe.time.deadline_s is not None:
         raise RecipeError(
             "time.deadline_s: a round's noise goes to all sites, late or not; leave it out with privacy.unit=client"

@@ -9,8 +9,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from importlib.metadata import version
+from secrets import token_hex
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from peertune.assembly.encoding import EncodedTask
@@ -74,13 +76,23 @@ def _allowance(recipe: Recipe, asked: Privacy, delta: float, client: int, rows: 
     return Allowance(rate, noise, rows_per_step, most)
 
 
-def owned(resolved: Recipe, encoded: EncodedTask, secrets: Mapping[int, bytes]) -> dict[int, Own]:
-    """Return what each client alone knows: its secret, with a digest of what a step's sum follows from."""
+def owned(
+    resolved: Recipe, encoded: EncodedTask, weights: Mapping[str, str], secrets: Mapping[int, bytes]
+) -> dict[int, Own]:
+    """Return what each client alone knows: its secret, with a digest of what a step's sum follows from.
+
+    That is also what sums are rounded by: the base's `weights`, PyTorch and its threads. A GPU may add in another order
+    each time, so what is made again there is new.
+    """
     said = resolved.model_dump(mode="json", exclude=set(_NOT_OF_A_STEP))
-    context = json.dumps([version("peertune"), said], sort_keys=True).encode()
+    made_by = [version("peertune"), version("torch"), torch.get_num_threads(), dict(weights)]
+    made_by += [token_hex()] if resolved.device.startswith("cuda") else []
+    context = json.dumps([made_by, said], sort_keys=True).encode()
     rows = {client: (own, *(one.rows for one in encoded.twins.get(client, ()))) for client, own in encoded.held.items()}
     return {
-        client: Own(secrets[client], keyed(secrets[client], "step", context, _digest(encoded.train, rows[client])))
+        client: Own(
+            secrets[client], keyed(secrets[client], "step", client, context, _digest(encoded.train, rows[client]))
+        )
         for client in encoded.held
     }
 

@@ -101,6 +101,11 @@ def build_parts(
     trackers.check(recipe.report_to)
     check_privacy(recipe)
     task = build_task(recipe) if task is None else task
+    learnt = takes("task", recipe.task.name, "classes") and not recipe.task.settings.get("classes")
+    if recipe.privacy and task.classes and learnt:
+        raise RecipeError(
+            "task.classes: are learnt from the rows, so that one row could add a class that all see; name them"
+        )
     graph = build_graph(recipe, known)
     faults = build_faults(recipe)
     clients = range(recipe.clients) if clients is None else clients

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from peertune.adapters.peft_format import LOADERS
+from peertune.errors import RecipeError
 from peertune.models.load import MODELS
 from peertune.report.runs import RunData
 from peertune.report.spending import judged
@@ -64,7 +65,7 @@ def card(
         if merged
         else f"The LoRA adapter of {whose}",
         results=_results(row, score, evaluated, round),
-        privacy=_privacy(recipe, row),
+        privacy=_privacy(run, round),
         code=_code(run, purpose, name, merged),
     )
     return str(ModelCard(f"---\n{about.to_yaml()}\n---\n\n{text}"))
@@ -96,23 +97,46 @@ def _training(run: RunData, lora: Mapping[str, Any], round: int, *, sized: bool)
     }
 
 
-def _privacy(recipe: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """Say what bounds what the weights tell of a row."""
-    asked = recipe.get("privacy")
+def _privacy(run: RunData, round: int) -> str:
+    """Say what bounds what the weights of so many rounds tell of rows."""
+    recipe, asked = run.recipe, run.recipe.get("privacy")
     if asked is None:
         return "None: no noise was added, and weights can tell of the rows that they were trained on."
-    spent = f"ε {row['epsilon']:.3g} at most" if "epsilon" in row else "ε not told"
-    if asked.get("unit") == "client":
-        return (
-            f"Differential privacy of each client, by all of its rows together: {spent}, at δ {asked['delta']:g}. What "
-            f"a client's adapter changed in a round was cut to the norm {asked['max_grad_norm']:g}, and Gaussian noise "
-            "was added. It says nothing of what is true at many clients."
-        )
-    return (
-        f"Differential privacy of each single row of each client: {spent}, at δ {asked['delta']:g}. Local steps took "
-        f"rows by Poisson sampling, cut each row's gradient to the norm {asked['max_grad_norm']:g}, and added Gaussian "
-        "noise. It says nothing of what many rows of one person or one site tell together."
+    spent, by_client = f"{_spent(run, round)}, at δ {asked['delta']:g}", asked.get("unit") == "client"
+    whose = "of each client, by all of its rows together" if by_client else "of each single row of each client"
+    beyond = (
+        "of what is true at many clients" if by_client else "of what many rows of one person or one site tell together"
     )
+    if run.facts.get("peer"):
+        whose = "of all of this party's rows together" if by_client else "of each single row of this party"
+        beyond += ", nor of other parties' rows: what those did is not known here"
+    how = (
+        f"What a client's adapter changed in a round was cut to the norm {asked['max_grad_norm']:g}, and Gaussian "
+        "noise was added."
+        if by_client
+        else "Local steps took rows by Poisson sampling, cut each row's gradient to the norm "
+        f"{asked['max_grad_norm']:g}, and added Gaussian noise."
+    )
+    begun = recipe["lora"].get("init")
+    start = f" It began from the adapter {Path(begun).name}, whose rows are not counted." if begun else ""
+    return f"Differential privacy {whose}: {spent}. {how} It says nothing {beyond}.{start}"
+
+
+def _spent(run: RunData, round: int) -> str:
+    """Say what was spent in so many rounds, by the client that spent most."""
+    made = [record for record in run.records if record["round"] < round]
+    if made and made[-1].get("epsilon"):
+        return f"ε {max(made[-1]['epsilon']):.3g} at most"
+    from peertune.privacy.accountant import epsilon
+
+    per_round = 1 if run.recipe["privacy"].get("unit") == "client" else run.recipe["training"]["local_steps"]
+    told, delta = run.facts["privacy"]["clients"], run.recipe["privacy"]["delta"]
+    steps = [min(round * per_round, one["most_steps"] or round * per_round) for one in told]
+    try:
+        each = [epsilon(one["noise_multiplier"], one["rate"], n, delta) for one, n in zip(told, steps, strict=True)]
+    except RecipeError:  # dp-accounting is not here
+        return "ε not told"
+    return f"ε {max(each):.3g} at most"
 
 
 def _unusual(lora: Mapping[str, Any]) -> str:

@@ -106,8 +106,8 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _spent_privacy(records: Sequence[Mapping[str, Any]]) -> Sequence[float]:
-    """Return what the clients had spent of their budgets when that was last told; [] where nothing is private."""
-    return next((record["epsilon"] for record in reversed(records) if record.get("epsilon")), [])
+    """Return what the clients have spent of their budgets; [] where nothing is private, or it isn't told at the end."""
+    return records[-1].get("epsilon") or []
 
 
 def _scores(evaluated: Sequence[tuple[int, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -156,7 +156,7 @@ def turn_of(job: Job, state: State, clients: Sequence[int], phase_rounds: Tensor
     local, per_pass = job.algorithm.local, job.clients_per_pass
     reached = job.reached(clients, at.round.tolist())
     turn = Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass, reached=reached)
-    return turn._replace(salted=job.private is not None and job.private.unit == "record")
+    return turn._replace(salted=job.private is not None)
 
 
 def end(
@@ -246,7 +246,9 @@ def end(
         diagnostics=diagnostics,
         seconds=watch.seconds,
         evaluation=evaluation,
-        epsilon=spent(job.private, clients, state.remembered(STEPS).tolist()) if job.private and due else [],
+        epsilon=spent(job.private, clients, state.remembered(STEPS).tolist())
+        if job.private and (due or len(clients) == 1)
+        else [],
         time_s=max((span.ended_s for span in spans), default=0.0) if common and job.clock else None,
         spans=[*spans],
         sites_sent=sites_sent,

@@ -20,8 +20,13 @@ class Ledger:
     """Knows from which states a peer has trained."""
 
     def __init__(self, run: Path) -> None:
-        """Read what the run's directory says. Raises RunError where that is damaged: nobody could tell what is left."""
+        """Read what the run's directory says.
+
+        Raises RunError where that is damaged, or missing where the run has begun: nobody could tell what is left.
+        """
         self._file = run / FILE
+        if not self._file.exists() and any((run / "checkpoints").glob("*")):
+            raise RunError(f"{self._file}: is missing, so what was spent is not known; restore it, or begin anew")
         with reported(self._file):
             self._file.touch()
             held = self._file.read_bytes()

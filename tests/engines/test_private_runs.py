@@ -17,6 +17,7 @@ from torch import nn
 
 from peertune.api.running import resume
 from peertune.api.running import run as run_recipe
+from peertune.api.runs import Run
 from peertune.assembly.build import Built, build
 from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError, RunError, Stopped
@@ -168,6 +169,37 @@ def test_a_run_has_the_same_bits_again_and_other_noise_by_secret_rows_and_state(
     assert max(map(float, apart.values())) > 1e-3  # not the same noise with another gradient beneath
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "rounds"),
+    [
+        (["evaluate.load_best=false"], ["evaluate.load_best=true"], 1),
+        (["faults=[]"], ["faults=[{slow: 0, rounds: [0, 0], delay_s: 5}]"], 2),
+    ],
+)
+def test_two_different_sums_never_have_the_same_noise(one: list[str], other: list[str], rounds: int) -> None:
+    """Settings that change which rows are drawn, or nothing: what two runs released differs by noise, or not at all."""
+    common = ["training.optim=sgd", "algorithm.name=local", "time={step_s: 1.0}", "training.local_steps=1"]
+    ended = [state(run(made(*common, f"rounds={rounds}", *more))[-1]).adapters for more in (one, other)]
+    apart = torch.cat([(x[0] - ended[1][name][0]).flatten() for name, x in ended[0].items()]) / 5e-3 * 8
+    if apart.any():  # else the same was released twice
+        assert float(apart.std()) > 1.2  # the noise of two releases, which does not cancel
+
+
+def test_a_card_says_what_was_spent_in_the_rounds_that_were_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PEERTUNE_SECRET", str(tmp_path / "secret"))
+    with pytest.raises(Stopped):
+        run_recipe("digits-demo", [*SMALL, "evaluate.every=3"], out=tmp_path / "run", each=lambda one: one.round == 1)
+    found = Run.open(tmp_path / "run")
+    found.export(tmp_path / "exported", 0)
+    card = (tmp_path / "exported" / "README.md").read_text()
+    clients = found.facts["privacy"]["clients"]
+    most = max(epsilon(one["noise_multiplier"], one["rate"], 4, 1e-5) for one in clients)
+    assert f"ε {most:.3g} at most" in card
+    assert "epsilon" not in found.summary  # since the last round was not evaluated
+
+
 def test_with_all_rows_in_each_step_and_next_to_no_noise_clients_are_in_one_pass_what_they_are_alone() -> None:
     """States differ by how many share a pass, in their last bits, and so noise differs wholly: here it is too small."""
     tiny = "privacy={noise_multiplier: 1e-9, delta: 1e-5}"
@@ -264,6 +296,7 @@ REFUSED = {
     "privacy.epsilon: .* has room for 0 steps": ["privacy={epsilon: 0.5, noise_multiplier: 0.5, delta: 1e-5}"],
     "training.max_grad_norm: cuts": ["training.max_grad_norm=1.0"],
     "training.class_weight: balanced": ["training.class_weight=balanced"],
+    "task.validation_split: scores": ["task={name: digits, validation_split: 0.2}"],
     "evaluate.on: scores": ["evaluate={on: own, rows: null}"],
     "evaluate.mixing: scores": ["evaluate={on: both, mixing: true}"],
     "fedspeed needs rows that need not be private": ["modifiers=[{name: fedspeed}]", "training.optim=sgd"],

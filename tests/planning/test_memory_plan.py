@@ -110,7 +110,7 @@ def test_a_plan_takes_what_the_steps_take(folder: Path, base: str, checkpointing
         weights = [*job.model.base.parameters(), *job.model.base.buffers()]
         live.hold(weights, job.state.adapters, job.state.moments)
         state = job.state.clone()
-        taken = [plans._training(live, job, state, t, phase) for t, phase in plans._phases(job)]
+        taken = [plans._training(live, job, job.algorithm.local, state, t, phase) for t, phase in plans._phases(job)]
     most, gradients = max(taken)
     assert planned.gradients == gradients
     # On a CPU a batch is used where it lies; on the meta device, as on a GPU, it is a copy.

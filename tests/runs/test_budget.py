@@ -70,6 +70,14 @@ def test_a_round_that_is_made_again_from_the_same_state_is_spent_once_and_from_a
     other = take(made, out, recipe=None)
     assert of_steps(other[-1], out, 10)
     assert secret.read_bytes() == kept
+    (out / "checkpoints" / "round-000004").rename(tmp_path / "lost-again")
+    secret.unlink()
+    with_another = take(made, out, recipe=None)
+    assert of_steps(with_another[-1], out, 12)  # the last round has other noise, and so is spent again
+    (out / "checkpoints" / "round-000004").rename(tmp_path / "lost-at-last")
+    (out / FILE).unlink()
+    with pytest.raises(RunError, match="is missing, so what was spent is not known"):
+        take(made, out, recipe=None)
 
 
 def test_a_peer_whose_ledger_is_damaged_or_can_t_be_written_does_not_train(tmp_path: Path) -> None:
