@@ -53,7 +53,16 @@ EPSILONS = (NONE, "8", "3", "1")
 RATES, NORMS = ("0.003", "0.01", "0.03"), ("0.1", "1")
 WRITERS = 14
 LOOKED_AT, LOOKED_EPSILON = 100, "3"
-CHOSEN: Mapping[tuple[str, bool], tuple[str, str]] = {}
+CHOSEN: Mapping[tuple[str, bool], tuple[str, str]] = {
+    ("dec_lora", False): ("0.03", "0"),
+    ("ffa_lora", False): ("0.03", "0"),
+    ("tad_lora", False): ("0.03", "0"),
+    ("local", False): ("0.01", "0"),
+    ("dec_lora", True): ("0.03", "0.1"),
+    ("ffa_lora", True): ("0.03", "0.1"),
+    ("tad_lora", True): ("0.03", "0.1"),
+    ("local", True): ("0.01", "0.1"),
+}
 """Method, and whether it is private → its rate, and the norm to which rows' gradients are cut."""
 
 
