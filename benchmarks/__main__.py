@@ -21,6 +21,7 @@ PARTS = (
     "demo",
     "start",
     "step",
+    "private",
     "growth",
     "cluster",
     "scale",

@@ -61,12 +61,14 @@ def processor(action: Callable[[], object], repeats: int = 5) -> list[float]:
 
     Of one thread this is what a shared machine tells most surely.
     """
-    taken = []
-    for _ in range(repeats + 1):
-        begin = time.process_time()
-        action()
-        taken.append(time.process_time() - begin)
-    return taken[1:]
+    return [processor_seconds(action) for _ in range(repeats + 1)][1:]
+
+
+def processor_seconds(action: Callable[[], object]) -> float:
+    """Return the processor seconds that an action takes this process."""
+    begin = time.process_time()
+    action()
+    return time.process_time() - begin
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -90,16 +92,19 @@ def synchronize() -> None:
 
 
 def interleaved(
-    actions: Mapping[str, Callable[[int], object]], repeats: int, warmup: int = 1
+    actions: Mapping[str, Callable[[int], object]],
+    repeats: int,
+    warmup: int = 1,
+    timer: Callable[[Callable[[], object]], float] = seconds,
 ) -> dict[str, list[float]]:
     """Time each action `repeats` times, in turn, so that a slow spell of the machine strikes all of them alike.
 
-    An action gets the number of the turn. The first `warmup` turns are not counted.
+    An action gets the number of the turn. The first `warmup` turns are not counted. `timer` tells what an action takes.
     """
     times: dict[str, list[float]] = {name: [] for name in actions}
     for turn in range(warmup + repeats):
         for name, action in actions.items():
-            taken = seconds(partial(action, turn))
+            taken = timer(partial(action, turn))
             if turn >= warmup:
                 times[name].append(taken)
     return times

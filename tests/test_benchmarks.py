@@ -1,13 +1,14 @@
 """The benchmarks run, compare like with like, and what the docs quote of them is what was measured."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig
 
-from benchmarks import cluster, decaf, language, ranks, scale, smaller, studies, which
+from benchmarks import cluster, decaf, language, private, ranks, scale, smaller, studies, which
 from benchmarks.against import parts_of_two
 from benchmarks.gpu import save_base
 from benchmarks.measure import Compared, Figure, figure, interleaved, machine
@@ -283,3 +284,15 @@ class TestStep:
         factors = 3 * 2 * tokens * 4 * 8 * (32 + 32)
         attention = 2 * 3 * 2 * 2 * float(lengths.square().sum()) * 32
         assert useful_operations(setup.job.model, batches) == pytest.approx(frozen + head + factors + attention)
+
+
+@pytest.mark.usefixtures("sst2")
+@pytest.mark.thorough
+def test_the_benchmark_of_private_steps_holds_its_sums_against_opacus_and_measures(tmp_path: Path) -> None:
+    save_base(tmp_path, hidden_size=32, layers=2, heads=2)
+    settings = [*private.SETTINGS, f"model.name={tmp_path}", "clients=3", "partition={name: iid}"]
+    handlers = logging.root.handlers[:]
+    figures = private.compare(settings, ("≥ 0", "≥ 0"), 1)
+    assert logging.root.handlers == handlers
+    assert len(figures) == 5
+    assert all(found.value > 0 for found in figures)
