@@ -40,6 +40,7 @@ SMALL = [
 TINY = [*SMALL, "rounds=2"]
 COMMANDS = [
     "advise",
+    "audit",
     "cache",
     "compare",
     "data",

@@ -27,7 +27,7 @@ from peertune.data.batches import Drawing, TrainingSteps, make_batch
 from peertune.errors import RecipeError
 from peertune.method import standing
 from peertune.methods.private import Own, privately, spent
-from peertune.privacy.draws import keyed, of_client, uniforms
+from peertune.privacy.draws import keyed, of_client, uniform_numbers
 from peertune.privacy.guessing import Guesses, judge, trained
 from peertune.recipe import load_recipe
 from peertune.rounds.job import Job
@@ -151,10 +151,10 @@ def _canaries(job: Job, client: int, shadows: int, seed: int) -> tuple[int, NDAr
     if not len(others):
         raise RecipeError("clients: a canary is another client's row; give two or more")
     secret = keyed(b"audit", seed)
-    canary = int(others[int(uniforms(keyed(secret, "canary"), 1)[0] * len(others)) - 1])
+    canary = int(others[int(uniform_numbers(keyed(secret, "canary"), 1)[0] * len(others)) - 1])
     labels = encoded.labels.clone()
     labels[canary] = (labels[canary] + 1) % (int(labels.max()) + 1)
-    members = uniforms(keyed(secret, "coins"), shadows) <= 0.5
+    members = uniform_numbers(keyed(secret, "coins"), shadows) <= 0.5
     with_it = np.append(held, canary)
     parts = {k: with_it if member else held for k, member in enumerate(members.tolist())}
     return canary, members, replace(steps, encoded=replace(encoded, labels=labels), parts=parts, twins={})

@@ -35,7 +35,7 @@ def of_client(secret: bytes, client: int) -> bytes:
     return keyed(secret, "client", client)
 
 
-def uniforms(key: bytes, count: int) -> NDArray[np.float64]:
+def uniform_numbers(key: bytes, count: int) -> NDArray[np.float64]:
     """Return `count` numbers in (0, 1], all alike likely."""
     words = np.frombuffer(shake_256(key).digest(8 * count), dtype="<u8")
     return ((words >> np.uint64(11)).astype(np.float64) + 1) * 2.0**-53
@@ -44,14 +44,14 @@ def uniforms(key: bytes, count: int) -> NDArray[np.float64]:
 def normals(key: bytes, count: int) -> NDArray[np.float64]:
     """Return `count` numbers of the standard normal distribution."""
     half = -(-count // 2)
-    first, second = uniforms(key, 2 * half).reshape(2, half)
+    first, second = uniform_numbers(key, 2 * half).reshape(2, half)
     radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
 def sampled(key: bytes, rows: int, rate: float) -> NDArray[np.int64]:
     """Return which of so many rows are taken, ascending: each by itself with the chance `rate`, be it none."""
-    return np.flatnonzero(uniforms(key, rows) <= rate)
+    return np.flatnonzero(uniform_numbers(key, rows) <= rate)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> bytes:

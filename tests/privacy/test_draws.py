@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binom, kstest
 
-from peertune.privacy.draws import digest, keyed, normals, of_client, sampled, uniforms
+from peertune.privacy.draws import digest, keyed, normals, of_client, sampled, uniform_numbers
 
 SECRET = bytes(range(32))
 Told = st.lists(st.text(max_size=4) | st.binary(max_size=4) | st.integers(), max_size=4)
@@ -38,7 +38,7 @@ def test_normal_numbers_are_normal_and_follow_from_the_key() -> None:
 
 
 def test_uniform_numbers_are_never_zero_so_that_a_logarithm_is_finite() -> None:
-    drawn = uniforms(SECRET, 100_000)
+    drawn = uniform_numbers(SECRET, 100_000)
     assert 0 < drawn.min() < 1e-3
     assert 1 - 1e-3 < drawn.max() <= 1
     assert kstest(drawn, "uniform").pvalue > 0.01
