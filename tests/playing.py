@@ -1,4 +1,4 @@
-"""States to begin from, and rounds without training, as an engine makes them."""
+"""States to begin from, rounds without training as an engine makes them, and whole simulations."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from peertune.assembly.build import Built
+from peertune.engines.simulator import simulate
 from peertune.method import Algorithm, At, Mixer, Phase, standing
 from peertune.rounds.bounds import Bound
 from peertune.rounds.job import Heard, Job
-from peertune.rounds.record import Evaluation
+from peertune.rounds.record import Evaluation, RoundRecord
 from peertune.rounds.round import run_round
 from peertune.rounds.training import Optim, adamw, sgd
 from peertune.topology import GRAPHS
@@ -34,6 +36,22 @@ def every_kind(rate: float) -> dict[str, float]:
 
 
 BOTH = Phase(frozenset({"A", "B", "head"}), frozenset({"A", "B", "head"}))
+
+
+def kept(job: Job) -> list[RoundRecord]:
+    """Return all records of a simulation, each with a state of its own."""
+    return [replace(record, state=record.state and record.state.clone()) for record in simulate(job)]
+
+
+def run(built: Built) -> list[RoundRecord]:
+    """Return the same of what was built."""
+    return kept(built.job)
+
+
+def state(record: RoundRecord) -> State:
+    """Return the state that a round left."""
+    assert record.state is not None
+    return record.state
 
 
 class Quadratic:

@@ -1,14 +1,10 @@
 """Small private runs, as tests of several levels make them."""
 
-from dataclasses import replace
-
 import torch
 
 from peertune.assembly.build import Built, build
-from peertune.engines.simulator import simulate
 from peertune.privacy.draws import SECRET_BYTES
 from peertune.recipe import load_recipe
-from peertune.rounds.record import RoundRecord
 from peertune.types import State
 
 SECRET = bytes(range(SECRET_BYTES))
@@ -29,15 +25,6 @@ SMALL = [
 
 def made(*more: str, secret: bytes = SECRET) -> Built:
     return build(load_recipe("digits-demo", [*SMALL, *more]), secret=lambda: secret)
-
-
-def run(built: Built) -> list[RoundRecord]:
-    return [replace(record, state=record.state and record.state.clone()) for record in simulate(built.job)]
-
-
-def state(record: RoundRecord) -> State:
-    assert record.state is not None
-    return record.state
 
 
 def same(one: State, other: State) -> bool:

@@ -155,8 +155,10 @@ def turn_of(job: Job, state: State, clients: Sequence[int], phase_rounds: Tensor
     phases, before = (schedule.phases(state.known, at._replace(round=of - back)) for back in (0, 1))
     local, per_pass = job.algorithm.local, job.clients_per_pass
     reached = job.reached(clients, at.round.tolist())
-    turn = Turn(job.model, job.optim, local, job.steps, state, at, phases, before, per_pass, reached=reached)
-    return turn._replace(salted=job.private is not None)
+    salted = job.private is not None
+    return Turn(
+        job.model, job.optim, local, job.steps, state, at, phases, before, per_pass, reached=reached, salted=salted
+    )
 
 
 def end(
@@ -279,7 +281,7 @@ def _tell_spent(job: Job, begun: Begun) -> None:
         for client, phase, steps in zip(
             turn.at.clients.tolist(), turn.phases, turn.state.memory[STEPS].tolist(), strict=True
         ):
-            if phase.train and not job.private.allowances[client].has_room(steps + job.local_steps):
+            if phase.train and not job.private.allowances[client].has_room(steps + job.private.per_round):
                 job.lines.say(client, f"its privacy budget is spent after round {begun.t}: it only mixes from here on")
 
 

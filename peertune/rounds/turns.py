@@ -94,7 +94,7 @@ def train(turns: Sequence[Turn]) -> list[Came | Exception]:
                 turn.state.within[name] = sums
             if turn.salted:
                 each = [torch.frombuffer(bytearray(salt), dtype=torch.int64) for salt in salts(turn.state)]
-                turn.state.within[_SALT] = torch.stack(each)
+                turn.state.within[_SALT] = torch.stack(each).to(_device(turn))
     while left := made.keys() - found.keys():
         first = min(made[number] for number in left)
         now = {number: turns[number] for number in sorted(left) if made[number] == first}
@@ -124,12 +124,17 @@ def salts(state: State) -> list[bytes]:
 
 def begun_from(state: State) -> list[bytes]:
     """Return the salts of the clients of one cohort where they began the round, within which the state may be."""
-    return [x.numpy().tobytes() for x in state.within[_SALT].cpu()] if _SALT in state.within else salts(state)
+    return _as_bytes(state.within[_SALT]) if _SALT in state.within else salts(state)
 
 
 def _salts_of(turn: Turn, rows: list[int]) -> list[bytes]:
     """Return the salts of some rows of a turn; none where nothing is private."""
-    return [x.numpy().tobytes() for x in turn.state.within[_SALT][rows].cpu()] if turn.salted else []
+    return _as_bytes(turn.state.within[_SALT][rows]) if turn.salted else []
+
+
+def _as_bytes(x: Tensor) -> list[bytes]:
+    """Return each row of `x`."""
+    return [row.numpy().tobytes() for row in x.cpu()]
 
 
 def _train_steps(turns: Mapping[int, Turn], first: int, stop: int | None) -> dict[int, Exception]:

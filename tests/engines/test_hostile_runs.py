@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from playing import run, state
 
 from peertune.assembly.build import Built, build
 from peertune.assembly.encoding import evaluated_rows
@@ -15,7 +16,6 @@ from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
 from peertune.methods.attacks import ATTACKS
 from peertune.recipe import load_recipe
-from peertune.rounds.record import RoundRecord
 from peertune.rounds.slices import average
 from peertune.types import Batch, Stack, State
 
@@ -35,15 +35,6 @@ SMALL = [
 
 def made(*more: str) -> Built:
     return build(load_recipe("digits-demo", [*SMALL, *more]))
-
-
-def run(built: Built) -> list[RoundRecord]:
-    return [replace(record, state=record.state and record.state.clone()) for record in simulate(built.job)]
-
-
-def state(record: RoundRecord) -> State:
-    assert record.state is not None
-    return record.state
 
 
 def assert_same_bits(one: State, other: State) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from privately import SMALL, made, run, state
+from playing import run, state
+from privately import SMALL, made
 
 from peertune.api.running import resume
 from peertune.api.running import run as run_recipe
@@ -27,6 +28,15 @@ QUIET = "privacy={unit: client, noise_multiplier: 1e-12, delta: 1e-3, max_grad_n
 
 def by_client(*more: str) -> Built:
     return made(CLIENT, *more)
+
+
+def test_a_budget_of_rounds_is_spent_where_no_further_round_has_room(caplog: pytest.LogCaptureFixture) -> None:
+    room = epsilon(1.0, 1.0, 2, 1e-3)
+    run(made(f"privacy={{unit: client, noise_multiplier: 1.0, epsilon: {room + 1e-6}, delta: 1e-3}}", "rounds=4"))
+    said = [line for line in caplog.messages if "budget is spent" in line]
+    assert said == [
+        f"client {k}: its privacy budget is spent after round 1: it only mixes from here on" for k in range(3)
+    ]
 
 
 def after_steps(built: Built, t: int = 0) -> Tensors:

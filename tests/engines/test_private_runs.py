@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from privately import SECRET, SMALL, made, run, same, state
+from playing import run, state
+from privately import SECRET, SMALL, made, same
 from torch import nn
 
 from peertune.api.running import resume

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from playing import kept
 
 from peertune.assembly.build import Built, build
 from peertune.assembly.encoding import evaluated_rows
@@ -17,7 +18,6 @@ from peertune.method import Algorithm, At, Memory, Mixer, Phase, Schedule
 from peertune.methods import shares
 from peertune.methods.catalogue import ALGORITHMS
 from peertune.recipe import load_recipe
-from peertune.rounds.job import Job
 from peertune.rounds.record import RoundRecord
 from peertune.topology import weights_at
 from peertune.types import Batch, Tensors, kind, payload_bytes, select, stacked
@@ -37,11 +37,6 @@ SMALL = (
 
 def made(*overrides: str) -> Built:
     return build(load_recipe("digits-demo", [*SMALL, *overrides]))
-
-
-def kept(job: Job) -> list[RoundRecord]:
-    """All records, each with a state of its own."""
-    return [replace(record, state=record.state and record.state.clone()) for record in simulate(job)]
 
 
 @pytest.mark.parametrize("method", ALGORITHMS)

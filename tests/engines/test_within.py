@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from playing import kept
 
 from peertune.assembly.build import Built, build, build_stack
 from peertune.engines.simulator import simulate, simulate_together
@@ -70,10 +71,6 @@ CASES = {
 
 def made(words: Sequence[str]) -> Built:
     return build(load_recipe("digits-demo", [*SMALL, *words]))
-
-
-def kept(job: Job) -> list[RoundRecord]:
-    return [replace(record, state=record.state and record.state.clone()) for record in simulate(job)]
 
 
 def paused(job: Job, every: int) -> tuple[list[RoundRecord], list[State]]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from playing import kept
 
 from peertune.assembly.build import Built, build
-from peertune.engines.simulator import simulate
 from peertune.errors import RecipeError
 from peertune.method import standing
 from peertune.methods.catalogue import ALGORITHMS
@@ -38,10 +38,6 @@ UNEVEN = "step_s: {name: lognormal, median_s: 1, sigma: 0.7}, latency_s: 1.3"
 
 def made(*overrides: str) -> Built:
     return build(load_recipe("digits-demo", [*SMALL, *overrides]))
-
-
-def kept(job: Job) -> list[RoundRecord]:
-    return [replace(record, state=record.state and record.state.clone()) for record in simulate(job)]
 
 
 def states(records: list[RoundRecord]) -> list[State]:
