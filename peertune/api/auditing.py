@@ -9,9 +9,9 @@ rows, the canary, and where the client began. What it guesses proves a lower bou
 Shadow clients mix with nobody: what a neighbour adds to a client's adapter, it knows, and can take off again.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,8 +22,8 @@ from torch import Tensor
 from peertune.api.training import Source
 from peertune.assembly.build import build
 from peertune.assembly.needs import check_privacy
-from peertune.assembly.privacy import private_of
-from peertune.data.batches import Drawing, TrainingSteps, make_batch
+from peertune.assembly.privacy import drawings, private_of
+from peertune.data.batches import Encoded, TrainingSteps, make_batch
 from peertune.errors import RecipeError
 from peertune.method import standing
 from peertune.methods.private import Own, privately, spent
@@ -36,13 +36,15 @@ from peertune.rounds.training import BatchGradient, row_losses
 from peertune.rounds.turns import train
 from peertune.types import Batch, State, Tensors, norms, select, take
 
-log = logging.getLogger(__name__)
-
 SHADOWS = 400
 """Shadow clients: with so many a perfect test proves an epsilon of 2.5."""
 _LEAST_SHADOWS = 40
 _DELTA = 1e-5  # where the recipe has none
 _TOGETHER = 64  # shadows whose canaries are looked at in one pass
+
+
+Canary = Callable[[Tensors], Batch]
+"""The canary once for each of some adapters."""
 
 
 class Audit(NamedTuple):
@@ -100,17 +102,14 @@ def audit(
     private = private_of(asked, {client: held})
     canary, members, steps = _canaries(job, client, shadows, seed)
     if private is not None:
-        same = dict.fromkeys(range(shadows), private.allowances[client])
-        everybody = private._replace(allowances=same)
+        everybody = private._replace(allowances=dict.fromkeys(range(shadows), private.allowances[client]))
         own = {k: Own(of_client(keyed(b"shadows", seed), k), b"") for k in range(shadows)}
-        rate = private.allowances[client].rate
-        steps = replace(steps, drawings={k: Drawing(keyed(one.secret, "draw"), rate) for k, one in own.items()})
-        optim = replace(job.optim, max_grad_norm=0.0)
-        job = replace(job, private=everybody, optim=optim)
-        job = replace(job, algorithm=privately(job.algorithm, everybody, own))
+        steps = replace(steps, drawings=drawings(everybody, own))
+        algorithm, optim = privately(job.algorithm, everybody, own), replace(job.optim, max_grad_norm=0.0)
+        job = replace(job, private=everybody, algorithm=algorithm, optim=optim)
     job = replace(job, steps=steps, clients=range(shadows), ranks=())
     delta = _DELTA if private is None else private.delta
-    losses, matches = _received(job, client, steps, canary, done)
+    losses, matches = _received(job, client, partial(_batch, steps.encoded, canary), done)
     first = next((one for one in matches.T if one.any()), matches[:, 0])
     scores = {
         "loss": -losses[:, -1],
@@ -121,8 +120,7 @@ def audit(
     tests = judge(scores, members, delta)
     most = None
     if private is not None:
-        made = job.rounds * job.local_steps
-        (most,) = spent(private, [client], [min(made, private.allowances[client].most_steps or made)])
+        (most,) = spent(private, [client], [private.allowances[client].of(job.rounds * private.per_round)])
     return Audit(client, len(held), shadows, job.rounds, delta, tests, tests[0].least_epsilon, most)
 
 
@@ -161,7 +159,7 @@ def _canaries(job: Job, client: int, shadows: int, seed: int) -> tuple[int, NDAr
 
 
 def _received(
-    job: Job, client: int, steps: TrainingSteps, canary: int, done: Callable[[int], object]
+    job: Job, client: int, canary: Canary, done: Callable[[int], object]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Train the shadow clients, and return what each round's message says of the canary, `[S, rounds]` both.
 
@@ -184,9 +182,9 @@ def _received(
         state.remember(changed)
         now = seen | job.read(payload, t) if payload else seen
         sent = turn.phases[0].send
-        matched.append(_matches(job, steps, canary, seen, now, sent) if payload else torch.zeros(shadows).double())
+        matched.append(_matches(job, canary, seen, now, sent) if payload else torch.zeros(shadows).double())
         seen = {name: x.clone() for name, x in now.items()}
-        losses.append(torch.cat([_losses(job, steps, canary, part) for part in _parts(seen)]))
+        losses.append(torch.cat([_losses(job, canary, part) for part in _parts(seen)]))
         state = state.after()
         done(t + 1)
     by_round, moved = (torch.stack(each, 1).cpu().numpy() for each in (losses, matched))
@@ -199,32 +197,30 @@ def _parts(tensors: Tensors) -> Iterator[Tensors]:
         yield take(tensors, slice(start, start + _TOGETHER))
 
 
-def _matches(
-    job: Job, steps: TrainingSteps, canary: int, before: Tensors, after: Tensors, kinds: frozenset[str]
-) -> Tensor:
+def _matches(job: Job, canary: Canary, before: Tensors, after: Tensors, kinds: frozenset[str]) -> Tensor:
     """Return how far each adapter moved down the canary's gradient, `[S]`: along it, in its own length."""
     found = []
     for old, new in zip(_parts(before), _parts(after), strict=True):
         moved = {name: x - new[name] for name, x in select(old, kinds).items()}
-        slope = BatchGradient(job.model, [_batch(steps, canary, old)], kinds).clipped(old, 1.0)
+        slope = BatchGradient(job.model, [canary(old)], kinds).clipped(old, 1.0)
         along = torch.stack([(moved[name] * x).flatten(1).sum(1) for name, x in slope.items()]).sum(0)
         found.append(along.double() / norms(slope).double().clamp(min=1e-12))
     return torch.cat(found)
 
 
 @torch.no_grad()
-def _losses(job: Job, steps: TrainingSteps, canary: int, adapters: Tensors) -> Tensor:
+def _losses(job: Job, canary: Canary, adapters: Tensors) -> Tensor:
     """Return the canary's loss on each adapter, `[S]`."""
-    batch = _batch(steps, canary, adapters)
+    batch = canary(adapters)
     frozen = {name: x.expand(len(batch.clients), *x.shape[1:]) for name, x in job.model.frozen.items()}
     batch = batch.to(next(iter(adapters.values())).device)
     return row_losses(job.model(adapters | frozen, batch, training=False), batch).double()
 
 
-def _batch(steps: TrainingSteps, canary: int, adapters: Tensors) -> Batch:
-    """Return the canary once for each of these adapters."""
+def _batch(encoded: Encoded, canary: int, adapters: Tensors) -> Batch:
+    """Return the canary, a row, once for each of these adapters."""
     shadows = len(next(iter(adapters.values())))
     zeros = torch.zeros(shadows, dtype=torch.int64)
     rows, each = np.full(shadows, canary), torch.arange(shadows)
     weights = torch.ones(shadows, dtype=torch.float64)
-    return make_batch(steps.encoded, rows, clients=each, weights=weights, keys=zeros, shared=zeros, packed=0, each=1)
+    return make_batch(encoded, rows, clients=each, weights=weights, keys=zeros, shared=zeros, packed=0, each=1)

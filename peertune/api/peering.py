@@ -121,10 +121,8 @@ def joined_peers(recipe: str | Path | None, overrides: Sequence[str], place: Pat
         log.info("the CA's fingerprint is %s", fingerprint_of(members.ca))
         if recipe is not None:
             directory.check_free(place)
-        source, secret = (
-            directory.resolved(place) if recipe is None else recipe,
-            partial(read_secret, peer.folder / FILE),
-        )
+        source = directory.resolved(place) if recipe is None else recipe
+        secret = partial(read_secret, peer.folder / FILE)
         built = build_own(source, overrides, peer.data, membership, secret)
         if client in hostile(built.resolved):
             log.warning("attacks: the recipe makes %s, client %d, hostile to the others; it is for tests", name, client)

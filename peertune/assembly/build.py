@@ -189,11 +189,12 @@ def _told_private(private: Private | None, rounds: int, group: Group) -> dict[st
         {
             "client": client,
             **allowed._asdict(),
-            "epsilon": spent(private, [client], [min(steps, allowed.most_steps or steps)])[0],
+            "epsilon": spent(private, [client], [allowed.of(steps)])[0],
         }
         for client, allowed in sorted(private.allowances.items())
     ]
-    return {"unit": private.unit, "delta": private.delta, "clients": [*chain(*group.gather(own))]}
+    told = {"unit": private.unit, "delta": private.delta, "per_round": private.per_round}
+    return told | {"clients": [*chain(*group.gather(own))]}
 
 
 def _secrets(parts: Parts, secret: Callable[[], bytes]) -> dict[int, bytes]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from peertune.assembly.encoding import EncodedTask
-from peertune.data.batches import Drawing, Encoded
+from peertune.data.batches import Drawing, Encoded, in_rows
 from peertune.errors import RecipeError
 from peertune.methods.private import Allowance, Own, Private
 from peertune.privacy.accountant import noise_multiplier, steps_within
@@ -111,8 +111,7 @@ def _digest(encoded: Encoded, parts: Sequence[NDArray[np.int64]]) -> bytes:
     for rows in parts:
         lengths = encoded.lengths[rows]
         found.update(lengths.tobytes())
-        places = np.repeat(encoded.starts[rows], lengths) + np.arange(lengths.sum())
-        places -= np.repeat(np.cumsum(lengths) - lengths, lengths)
+        places = np.repeat(encoded.starts[rows], lengths) + in_rows(lengths)
         tokens = {name: x[places] for name, x in encoded.tokens.items()}
         labels = encoded.labels[places if encoded.token_labels else rows]
         arrays = {name: x[rows] for name, x in encoded.arrays.items()}

@@ -49,24 +49,22 @@ def _options(
 
 
 for command in (
-    *(
-        run,
-        sweep,
-        compare,
-        report,
-        diagnose,
-        score,
-        recipes,
-        graph,
-        data,
-        advise,
-        audit,
-        export,
-        replay,
-        cache,
-        env,
-        roster,
-    ),
+    run,
+    sweep,
+    compare,
+    report,
+    diagnose,
+    score,
+    recipes,
+    graph,
+    data,
+    advise,
+    audit,
+    export,
+    replay,
+    cache,
+    env,
+    roster,
 ):
     app.command()(command)
 app.add_typer(ca_app, name="ca")

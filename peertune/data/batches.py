@@ -150,13 +150,19 @@ def make_batch(
     else:
         lengths = encoded.lengths[rows]
         row = np.repeat(np.arange(len(rows)), lengths)
-        position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        position = in_rows(lengths)
         tokens = encoded.labels[encoded.starts[rows][row] + position]
         wanted = tokens != UNLABELLED
         labels = tokens[wanted]
         places = torch.from_numpy(row * int(lengths.max()) + position - 1)[wanted]
     packing = pack_rows(encoded.lengths[rows], packed) if packed else None
     return Batch(inputs, labels, clients, weights, keys, packing, shared, places, each)
+
+
+def in_rows(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return each token's position in its row, of rows of these lengths end to end."""
+    position: NDArray[np.int64] = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    return position
 
 
 def pad(encoded: Encoded, rows: NDArray[np.int64]) -> dict[str, Tensor]:
@@ -204,7 +210,7 @@ def pack_rows(lengths: NDArray[np.int64], multiple: int = 1) -> Packing | None:
         return None
     width = int(lengths.max())
     row = np.repeat(np.arange(len(lengths)), lengths)
-    position = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    position = in_rows(lengths)
     starts += blocks * size
     slots = starts[row] + position
     in_block = np.bincount(blocks, minlength=count)  # rows

@@ -45,9 +45,13 @@ class Allowance(NamedTuple):
     rows_per_step: float  # on average: what the sum is divided by; 1 at client level
     most_steps: int | None  # within its budget; None: it has none
 
+    def of(self, steps: int) -> int:
+        """Return how many of so many steps its budget has room for."""
+        return steps if self.most_steps is None else min(steps, self.most_steps)
+
     def has_room(self, steps: int) -> bool:
         """Return whether its budget has room for so many steps in all."""
-        return self.most_steps is None or steps <= self.most_steps
+        return self.of(steps) == steps
 
 
 class Private(NamedTuple):

@@ -129,9 +129,9 @@ def _spent(run: RunData, round: int) -> str:
         return f"ε {max(made[-1]['epsilon']):.3g} at most"
     from peertune.privacy.accountant import epsilon
 
-    per_round = 1 if run.recipe["privacy"].get("unit") == "client" else run.recipe["training"]["local_steps"]
-    told, delta = run.facts["privacy"]["clients"], run.recipe["privacy"]["delta"]
-    steps = [min(round * per_round, one["most_steps"] or round * per_round) for one in told]
+    told, delta = run.facts["privacy"]["clients"], run.facts["privacy"]["delta"]
+    made_at_most = round * run.facts["privacy"]["per_round"]
+    steps = [min(made_at_most, one["most_steps"] or made_at_most) for one in told]
     try:
         each = [epsilon(one["noise_multiplier"], one["rate"], n, delta) for one, n in zip(told, steps, strict=True)]
     except RecipeError:  # dp-accounting is not here

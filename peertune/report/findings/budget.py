@@ -8,11 +8,14 @@ def budget_spent(seen: Facts) -> Said | None:
     """Clients whose budget had no room for another round, so that they trained nothing from there on."""
     if not seen.private or not seen.records:
         return None
-    by_client = seen.recipe["privacy"].get("unit") == "client"
-    steps = 1 if by_client else seen.recipe["training"]["local_steps"]
-    told = {one["client"]: one for one in seen.facts.get("privacy", {}).get("clients", [])}
+    private = seen.facts["privacy"]
+    told = {one["client"]: one for one in private["clients"]}
     up = {client: sum(client in record["clients"] for record in seen.records) for client in told}
-    rooms = {client: one["most_steps"] // steps for client, one in told.items() if one["most_steps"] is not None}
+    rooms = {
+        client: one["most_steps"] // private["per_round"]
+        for client, one in told.items()
+        if one["most_steps"] is not None
+    }
     over = {client: room for client, room in rooms.items() if up[client] > room}
     if not over:
         return None
@@ -22,5 +25,5 @@ def budget_spent(seen: Facts) -> Said | None:
         f"{called(sorted(over)).capitalize()} of {len(told)} had no room for another round of local steps, client "
         f"{first} after {over[first]} rounds. From there they trained nothing, and went on mixing.",
         "Raise privacy.noise_multiplier or privacy.epsilon, or set fewer rounds"
-        + ("." if by_client else " or training.local_steps."),
+        + ("." if private["unit"] == "client" else " or training.local_steps."),
     )
